@@ -1,0 +1,250 @@
+"""Text into tokens: training minibatches, calibration samples and perplexity windows.
+
+Every function takes a Hugging Face tokenizer and a dataset, which is one of
+    allenai/c4                   its first training shard, en/c4-train.00000-of-01024.json.gz, as the paper uses
+    name or name:config          any other hub id, split train
+    file.jsonl                   or .json, .jsonl.gz, .json.gz, .parquet: one document a row
+    file.txt                     documents are paragraphs, separated by blank lines
+    folder/                      what datasets' save_to_disk wrote, or such files, read in sorted order
+A document is the string in column `text`, or else in the only column of strings.
+Hub ids need the network the first time. What a user can mend is raised as UserError, a one-line message.
+"""
+
+import glob
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import torch
+from tqdm import tqdm
+
+from utils import UserError
+
+READERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json",
+           ".parquet": "parquet", ".txt": "paragraphs"}
+C4_TRAIN = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
+C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+                 "split": "validation"}
+WIKITEXT2_TEST = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
+
+
+def documents(dataset: str) -> Iterator[str]:
+    """Yield the documents of a dataset (see the top of this file) in file order, reading only as far as asked.
+
+    Errors, once reading starts: UserError for no such path or hub id, no network, no text column, a malformed file.
+    """
+    with _explained(dataset):
+        if not _is_local(dataset):
+            yield from _texts(_load(**_hub_arguments(dataset), streaming=True), dataset)
+        elif any(Path(dataset, mark).is_file() for mark in ("state.json", "dataset_dict.json")):  # save_to_disk's
+            yield from _texts(_load_from_disk(dataset), dataset)
+        else:
+            for file in _files(dataset):
+                if _reader(file) == "paragraphs":
+                    yield from _paragraphs(file)
+                else:
+                    pattern = glob.escape(str(file))  # datasets takes paths for patterns
+                    rows = _load(_reader(file), data_files=pattern, split="train", streaming=True)
+                    yield from _texts(rows, str(file))
+
+
+def minibatches(tokenizer, dataset: str, dataset_size: int, batchsize: int, sqlen: int) -> torch.Tensor:
+    """The fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize, batchsize, sqlen].
+
+    The first dataset_size documents, in file order, with more than sqlen tokens (special tokens included), cut to
+    sqlen. Unshuffled and never padded; reading stops when enough were found. Same samples as the authors' scripts.
+
+    Errors: UserError for sizes that do not fit together, too few documents long enough, and those of `documents`.
+    """
+    if dataset_size < 1:
+        raise UserError(f"--dataset_size is {dataset_size}: it must be at least 1 document")
+    if sqlen < 2:
+        raise UserError(f"--sqlen is {sqlen}: it must be at least 2 tokens, one to predict the next from")
+    if batchsize < 1 or dataset_size % batchsize:
+        divisors = [size for size in range(1, dataset_size + 1) if dataset_size % size == 0]
+        below, above = [d for d in divisors if d < batchsize], [d for d in divisors if d > batchsize]
+        nearest = " or ".join(map(str, below[-1:] + above[:1]))
+        raise UserError(f"--batchsize {batchsize} does not divide --dataset_size {dataset_size}: use {nearest}")
+    samples, read = [], 0
+    with tqdm(total=dataset_size, desc="reading documents", disable=None, leave=False) as bar:
+        for text in documents(dataset):
+            read += 1
+            tokens = _tokens(tokenizer, text)
+            if len(tokens) > sqlen:
+                samples.append(tokens[:sqlen])
+                bar.update()
+            if len(samples) == dataset_size:
+                break
+    if len(samples) < dataset_size:
+        raise UserError(f"only {len(samples)} of the {read} documents in {dataset} have more than {sqlen} tokens, "
+                        f"--dataset_size asks for {dataset_size}: lower --dataset_size or --sqlen")
+    return torch.stack(samples).view(-1, batchsize, sqlen)
+
+
+def calibration_samples(tokenizer, dataset: str, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Random crops of random documents to calibrate pruning on: int64 [nsamples, seqlen].
+
+    `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more than seqlen tokens
+    (special tokens included), then cropped at random. Draws the same samples as theirs from the same seed.
+
+    Errors: UserError for sizes below 1, no document long enough, and those of `documents`.
+    """
+    if nsamples < 1 or seqlen < 1:
+        raise UserError(f"--nsamples is {nsamples} and --seqlen {seqlen}: both must be at least 1")
+    generator = random.Random(seed)  # the stream of random.seed(seed), without touching the global one
+    texts = _indexable(dataset)
+    samples, short = [], set()  # short: indices of documents known to be too short
+    with tqdm(total=nsamples, desc="drawing documents", disable=None, leave=False) as bar:
+        while len(samples) < nsamples:
+            if len(short) == len(texts):
+                raise UserError(f"none of the {len(texts)} documents in {dataset} has more than {seqlen} tokens: "
+                                "lower --seqlen or use a dataset of longer documents")
+            index = generator.randint(0, len(texts) - 1)
+            if index in short:
+                continue
+            tokens = _tokens(tokenizer, texts[index] or "")
+            if len(tokens) <= seqlen:
+                short.add(index)
+                continue
+            start = generator.randint(0, len(tokens) - seqlen - 1)
+            samples.append(tokens[start : start + seqlen])
+            bar.update()
+    return torch.stack(samples)
+
+
+def perplexity_windows(tokenizer, dataset: str, seqlen: int, limit: int | None = None) -> torch.Tensor:
+    """Disjoint windows of one long text to measure perplexity on: int64 [windows, seqlen].
+
+    The text is tokenised in one call, cut into windows of seqlen tokens, the remainder dropped; `limit` keeps the first
+    so many windows. Protocol of SparseGPT, Wanda and MaskLLM:
+        wikitext2      the raw test split of WikiText-2, its rows joined with two newlines
+        c4             the first 1100 documents of the first validation shard, joined with spaces, cut to 256 windows
+        file.txt       the file as it is
+        others         the documents of the dataset joined with two newlines
+
+    Errors: UserError for seqlen < 2, limit < 1, a text shorter than one window, and those of `documents`.
+    """
+    if seqlen < 2 or (limit is not None and limit < 1):
+        raise UserError(f"--seqlen is {seqlen} and the limit {limit}: needs at least 2 tokens and 1 window")
+    with _explained(dataset):
+        if dataset == "wikitext2":
+            text = "\n\n".join(_texts(_load(**WIKITEXT2_TEST, streaming=True), dataset))
+        elif dataset == "c4":
+            text = " ".join(itertools.islice(_texts(_load(**C4_VALIDATION, streaming=True), dataset), 1100))
+            limit = min(limit or 256, 256)
+        elif Path(dataset).is_file() and dataset.endswith(".txt"):
+            text = Path(dataset).read_bytes().decode("utf-8")
+        else:
+            text = "\n\n".join(documents(dataset))
+    tokens = _tokens(tokenizer, text)
+    windows = len(tokens) // seqlen
+    if windows == 0:
+        raise UserError(f"{dataset} has only {len(tokens)} tokens, fewer than one window of {seqlen}: "
+                        "lower --seqlen or use a longer text")
+    return tokens[: windows * seqlen].view(windows, seqlen)[:limit]
+
+
+def fingerprint(batches: torch.Tensor) -> str:
+    """16 hex digits that change with any token or the shape: sha256 over shape and little-endian int64 tokens."""
+    tokens = batches.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(str(tuple(batches.shape)).encode() + tokens).hexdigest()[:16]
+
+
+def _tokens(tokenizer, text: str) -> torch.Tensor:
+    """int64 [tokens], special tokens included, of any length: verbose=False drops the warning about long inputs."""
+    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+
+
+def _is_local(dataset: str) -> bool:
+    return Path(dataset).exists() or dataset.startswith((".", "/")) or dataset.endswith(tuple(READERS))
+
+
+def _reader(file: Path) -> str | None:
+    return next((reader for suffix, reader in READERS.items() if file.name.endswith(suffix)), None)
+
+
+def _files(dataset: str) -> list[Path]:
+    """The file itself, or the files of a folder that can be read, sorted by name."""
+    path, kinds = Path(dataset), ", ".join(READERS)
+    if not path.exists():
+        raise UserError(f"dataset {dataset}: no such file or folder, check the path")
+    if path.is_file() and _reader(path) is None:
+        raise UserError(f"dataset {dataset}: unknown kind of file, give one that ends with {kinds}")
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
+    if not files:
+        raise UserError(f"dataset {dataset}: the folder holds no file that ends with {kinds}")
+    return files
+
+
+def _paragraphs(file: Path) -> Iterator[str]:
+    with open(file, encoding="utf-8") as lines:
+        for is_text, paragraph in itertools.groupby(lines, key=lambda line: bool(line.strip())):
+            if is_text:
+                yield "".join(paragraph).rstrip("\n")
+
+
+def _hub_arguments(dataset: str) -> dict:
+    name, _, config = dataset.partition(":")
+    return C4_TRAIN if dataset == "allenai/c4" else {"path": name, "name": config or None, "split": "train"}
+
+
+def _load(path: str, **arguments):
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # local files would wait seconds for a network that is not there
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
+    return datasets.load_dataset(path, verification_mode="no_checks", **arguments)  # one shard is not all a card lists
+
+
+def _load_from_disk(folder: str):
+    saved = datasets.load_from_disk(folder)
+    if isinstance(saved, dict) and "train" not in saved:
+        raise UserError(f"dataset {folder} has no split train but {', '.join(saved)}: give the subfolder of one")
+    return saved["train"] if isinstance(saved, dict) else saved
+
+
+def _text_column(row: dict, dataset: str) -> str:
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if "text" in row and ("text" in strings or row["text"] is None):
+        return "text"
+    if len(strings) != 1:
+        raise UserError(f"dataset {dataset}: no column of strings named text and {len(strings)} columns hold strings "
+                        f"(columns: {', '.join(row)}), rename the one with the documents to text")
+    return strings[0]
+
+
+def _texts(rows, dataset: str) -> Iterator[str]:
+    """The text of each row; a missing one counts as empty."""
+    column = None
+    for row in rows:
+        column = column or _text_column(row, dataset)
+        yield row[column] or ""
+
+
+def _indexable(dataset: str):
+    """All documents as a sequence: a hub dataset memory-mapped from the cache, a local one in memory."""
+    if _is_local(dataset):
+        texts = list(documents(dataset))
+    else:
+        with _explained(dataset):
+            rows = _load(**_hub_arguments(dataset))
+            texts = rows[_text_column(rows[0], dataset)] if len(rows) else []
+    if len(texts) == 0:
+        raise UserError(f"dataset {dataset} holds no documents")
+    return texts
+
+
+@contextmanager
+def _explained(dataset: str):
+    """Turn whatever a reader raises into one line: gzip, JSON, Arrow, the Hub and the network share no base class."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:300]
+        advice = ("check that the file is intact" if _is_local(dataset)
+                  else "check its spelling, your access to it and the network, or give a local file or folder")
+        raise UserError(f"cannot read dataset {dataset} ({reason}): {advice}") from error

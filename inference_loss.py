@@ -1,0 +1,63 @@
+"""Compute the baseline losses f(m0 * w, minibatch) that train.py subtracts.
+
+    python inference_loss.py --dataset_size 512 --batchsize 32
+    python inference_loss.py --model MODEL --mask initial_mask.safetensors --dataset text.jsonl --dtype auto
+    python inference_loss.py --model SPARSE_FOLDER --mask none      # the loss of a model as it is
+
+One forward pass a minibatch. Use the same --model, --mask and data flags for train.py; the file remembers them.
+"""
+import math
+
+from tqdm import tqdm
+
+import baseline
+import data
+import masks as mask_files
+from layers import apply_masks, find_layers, match_masks
+from utils import (
+    UserError,
+    add_data_arguments,
+    add_model_arguments,
+    batch_loss,
+    load_model,
+    peak_memory_bytes,
+    refuse_existing,
+    run,
+    script_parser,
+    set_seed,
+)
+
+
+def parse_args(argv=None):
+    parser = script_parser(__doc__)
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--mask", default="initial_mask.safetensors",
+                        help="m0: mask file or folder of .pt masks; none: the model as it is")
+    parser.add_argument("--save", default=None, help="baseline file to write, must be new (default: named by the data)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = refuse_existing(args.save or baseline.default_path(args), "choose another --save or remove it")
+    set_seed(args.seed)
+    masks = {} if args.mask == "none" else mask_files.load(args.mask).masks
+    model, tokenizer = load_model(args)
+    layers = find_layers(model, targets=[""])
+    match_masks(layers, masks)
+    batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.sqlen)
+    depends_on = baseline.conditions(args, model, masks, batches)
+    apply_masks(layers, masks)
+    losses = [batch_loss(model, batch, args.microbatch)
+              for batch in tqdm(batches, desc="baseline", unit="minibatch", disable=None)]
+    if not all(map(math.isfinite, losses)):
+        raise UserError(f"the loss of minibatch {[math.isfinite(loss) for loss in losses].index(False)} is not finite; "
+                        f"{model.dtype} may overflow here: try --dtype bfloat16 or float32")
+    baseline.save(out, losses, depends_on)
+    print(f"{len(losses)} minibatches, mean loss {sum(losses) / len(losses):.4f} nats -> {out}  "
+          f"(peak {peak_memory_bytes() / 2**30:.2f} GiB)")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,227 @@
+"""A model's maskable layers: finding them, masking them for good, and learning their masks.
+
+Blocks run along the input dimension. nn.Linear keeps its weight as `[out, in]`; GPT-2's Conv1D keeps `[in, out]` and is
+seen transposed. Only whole-model forwards are used, so any decoder works whose projections are such modules.
+"""
+import re
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import step
+from utils import UserError
+
+
+def is_transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as `[out, in]` (a view)."""
+    return module.weight.data.T if is_transposed(module) else module.weight.data
+
+
+def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Module]:
+    """Name -> module of every nn.Linear and Conv1D but the output head, in model order.
+
+    `targets` keep the layers whose name contains one of them; a target that no name contains is a regular expression.
+    UserError for a target that matches nothing, and for fused 3-D experts that would be left out in silence.
+    """
+    head = model.get_output_embeddings()
+    layers = {name: module for name, module in model.named_modules()
+              if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head
+              and "lm_head" not in name and module.weight is not model.get_input_embeddings().weight}
+    if targets is None:
+        experts = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+        if experts:
+            raise UserError(f"{experts[0][0]} {list(experts[0][1])} and {len(experts) - 1} more are fused experts, not "
+                            "nn.Linear, and cannot be masked; name the layers to mask with --targets, such as "
+                            "--targets self_attn, and the experts stay dense")
+        return layers
+    chosen = set()
+    for target in targets:
+        found = [name for name in layers if target in name]
+        if not found:
+            try:
+                found = [name for name in layers if re.search(target, name)]
+            except re.error:
+                pass
+        if not found:
+            raise UserError(f"--targets {target} matches no layer; names look like {', '.join(list(layers)[:3])}")
+        chosen.update(found)
+    return {name: module for name, module in layers.items() if name in chosen}
+
+
+def check_divisible(layers: dict[str, nn.Module], m: int) -> None:
+    """UserError unless M divides the in_features of every layer."""
+    for name, module in layers.items():
+        width = weight_matrix(module).shape[1]
+        if width % m:
+            raise UserError(f"M = {m} does not divide the {width} input features of {name}; choose another "
+                            "--sparsity_type or leave the layer out with --targets")
+
+
+def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
+    """UserError unless each mask has a layer of its shape."""
+    for name, mask in masks.items():
+        if name not in layers:
+            raise UserError(f"the mask is of another model: it has {name}, which this model has not")
+        shape = tuple(weight_matrix(layers[name]).shape)
+        if tuple(mask.shape) != shape:
+            raise UserError(f"the mask is of another model: {name} is {list(mask.shape)} there, {list(shape)} here")
+
+
+def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
+    """Zero the pruned weights in place, to +0.0."""
+    for name, mask in masks.items():
+        weight = weight_matrix(layers[name])
+        weight.masked_fill_(~mask.to(weight.device), 0.0)
+
+
+def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None) -> float:
+    """The share of weights of these layers that are not zero. With pattern (N, M), UserError naming the layers where a
+    block of M keeps more than N or a zero is -0.0."""
+    broken, kept, total = {}, 0, 0
+    for name, module in layers.items():
+        weight = weight_matrix(module)
+        nonzero = weight != 0
+        kept, total = kept + int(nonzero.sum()), total + weight.numel()
+        if pattern:
+            crowded = int((nonzero.reshape(-1, pattern[1]).sum(1) > pattern[0]).sum())
+            negative = int((~nonzero & torch.signbit(weight)).sum())
+            if crowded or negative:
+                broken[name] = f"{crowded} blocks" if crowded else f"{negative} zeros are -0.0"
+    if broken:
+        listed = ", ".join(f"{name} ({what})" for name, what in list(broken.items())[:5])
+        raise UserError(f"{len(broken)} of {len(layers)} layers are not {pattern[0]}:{pattern[1]} sparse: {listed}"
+                        f"{' ...' if len(broken) > 5 else ''}; check --sparsity_type, or name the sparse layers with "
+                        "--targets")
+    return kept / total
+
+
+class MaskedLayer:
+    """One layer's weight, logits and mask. Its module's weight is a view of `scratch`, filled before each forward."""
+
+    def __init__(self, module: nn.Module, mask: Tensor, space, logits: Tensor, scratch: Tensor):
+        self.module, self.m = module, space.m
+        self.weight = weight_matrix(module).contiguous()  # [out, in], dense and frozen
+        self.bits = step.mask_to_bits(mask.reshape(-1, space.m).to(self.weight.device))  # [blocks], m_t
+        self.logits = logits  # [width, blocks]
+        self.scratch = scratch[:self.weight.numel()]
+        self.pending = None  # (coefficient, key) of the step to be taken when the next forward gets here
+        view = self.scratch.view_as(self.weight)
+        module.weight = nn.Parameter(view.T if is_transposed(module) else view, requires_grad=False)
+
+    def mask_of(self, bits: Tensor) -> Tensor:
+        return step.bits_to_mask(bits, self.m).view_as(self.weight)
+
+
+class MaskedModel:
+    """A frozen model under masks that are learned: logits, the masks drawn from them, and the step that moves both.
+
+    model: its layers named in `masks` (bool `[out, in]`) are masked; all of them if `learned` is None, else the named
+    ones have logits and the rest keep their mask. Memory beside the model: the logits, one integer a block, and one
+    scratch buffer as large as the largest layer, into which a layer's masked weight is written when the forward pass
+    reaches it. That write is one pass together with the update of the layer's logits and the drawing of its next mask,
+    so `update` only notes the coefficient and the following `forward` carries it out.
+    """
+
+    def __init__(self, model: nn.Module, masks: dict[str, Tensor], space, magnitude: float = 10.0, init: str = "mask",
+                 logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
+                 compile: bool = True):
+        self.model, self.space, self.seed, self.steps = model, space, seed, 0
+        modules = find_layers(model, targets=[""])
+        match_masks(modules, masks)
+        learned = list(masks) if learned is None else learned
+        apply_masks(modules, {name: mask for name, mask in masks.items() if name not in learned})
+        self._step, self._write = step.step_function(space, compile), step.write_function(compile)
+        self.initial = None  # bits of m0, kept only where the online baseline needs them
+        sizes = Counter()
+        for name in learned:
+            weight = modules[name].weight
+            sizes[weight.device, weight.dtype] = max(sizes[weight.device, weight.dtype], weight.numel())
+        scratch = {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in sizes.items()}
+        generator = torch.Generator().manual_seed(seed)
+        self.layers: dict[str, MaskedLayer] = {}
+        self._hooks = []
+        for name in learned:
+            module, mask = modules[name], masks[name]
+            device = module.weight.device
+            blocks = mask.reshape(-1, space.m)
+            if init == "random":
+                logits = torch.randn(space.width, len(blocks), generator=generator) * magnitude
+                mask = space.mode(logits.T).view_as(mask)
+            else:
+                logits = torch.empty(space.width, len(blocks), dtype=logits_dtype)
+                for part in torch.arange(len(blocks)).split(step.CHUNK):
+                    logits[:, part] = space.init(blocks[part], magnitude).T.to(logits_dtype)
+            logits = logits.to(device, logits_dtype)
+            self.layers[name] = MaskedLayer(module, mask, space, logits,
+                                            scratch[module.weight.device, module.weight.dtype])
+            self._hooks.append(module.register_forward_pre_hook(self._before_forward(self.layers[name])))
+        self._showing = {}  # layer -> bits shown instead of those drawn
+
+    def _before_forward(self, layer: MaskedLayer):
+        def hook(module, inputs):
+            if id(layer) in self._showing:
+                self._write(layer.weight.view(-1), self._showing[id(layer)], layer.scratch, layer.m)
+            elif layer.pending is None:
+                self._write(layer.weight.view(-1), layer.bits, layer.scratch, layer.m)
+            else:
+                self._take_step(layer)
+        return hook
+
+    def _take_step(self, layer: MaskedLayer) -> None:
+        self._step(layer.logits, layer.bits, layer.weight.view(-1), layer.scratch, *layer.pending)
+        layer.pending = None
+
+    def update(self, coefficient: float) -> None:
+        """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer."""
+        self.flush()
+        keys = step.layer_keys(self.seed, self.steps, len(self.layers))
+        devices = {layer.weight.device for layer in self.layers.values()}
+        keys = {device: keys.to(device) for device in devices}
+        coefficients = {device: torch.tensor(coefficient, dtype=torch.float32, device=device) for device in devices}
+        for index, layer in enumerate(self.layers.values()):
+            layer.pending = coefficients[layer.weight.device], keys[layer.weight.device][index]
+        self.steps += 1
+
+    def flush(self) -> None:
+        """Carry out what `update` left due, where no forward pass did."""
+        for layer in self.layers.values():
+            if layer.pending is not None:
+                self._take_step(layer)
+
+    def keep_initial(self) -> None:
+        """Remember the masks of now as m0, for `showing_initial`: a quarter of a byte a weight at M = 4."""
+        self.initial = {id(layer): layer.bits.clone() for layer in self.layers.values()}
+
+    @contextmanager
+    def showing_initial(self):
+        """Inside, the model wears m0 (see `keep_initial`); the masks drawn are back afterwards."""
+        self.flush()
+        self._showing = self.initial
+        yield
+        self._showing = {}
+
+    def mode_masks(self) -> dict[str, Tensor]:
+        """The most probable mask of each learned layer, bool `[out, in]` on the CPU."""
+        self.flush()
+        masks = {}
+        for name, layer in self.layers.items():
+            parts = layer.logits.split(step.CHUNK, dim=1)
+            masks[name] = torch.cat([self.space.mode(part.T.float()) for part in parts]).view_as(layer.weight).cpu()
+        return masks
+
+    def finish(self) -> dict[str, Tensor]:
+        """Give the modules back their own weights, masked by the mode; returns those masks."""
+        masks = self.mode_masks()
+        for hook in self._hooks:
+            hook.remove()
+        for name, layer in self.layers.items():
+            weight = layer.weight.masked_fill_(~masks[name].to(layer.weight.device), 0.0)
+            weight = weight.T.contiguous() if is_transposed(layer.module) else weight
+            layer.module.weight = nn.Parameter(weight, requires_grad=False)
+        return masks

@@ -1,0 +1,240 @@
+"""The mathematics of MaskPro: distributions over (N:M) masks, their scores, and policy-gradient estimators.
+
+A block is M consecutive weights, of which a mask S keeps N. Linear space (MaskPro, arXiv 2506.12876, section 4)
+gives a block M logits; S is the unordered outcome of drawing N of M items without replacement with p = softmax(logits):
+
+    p(S) = sum over orderings s of S of  prod_k  p[s_k] / (1 - p[s_1] - ... - p[s_k-1])
+
+Pattern space (MaskLLM) gives a block C(M,N) logits, one for each pattern, and draws one of them.
+
+Everything here takes logits `[blocks, M]` and bool masks `[blocks, M]`, and is exact and plain: the arithmetic is done
+in float64 on recursions whose every term is positive, so that nothing cancels however saturated a block is.
+The training loop runs the same mathematics fused, in float32, from `step.py`; the tests hold the two together.
+"""
+from functools import lru_cache
+from itertools import combinations
+from math import comb
+
+import torch
+from torch import Tensor
+
+
+@lru_cache
+def patterns(n: int, m: int) -> Tensor:
+    """All C(m, n) masks of a block, bool `[C(m, n), m]`, in lexicographic order of the kept indices."""
+    table = torch.zeros(comb(m, n), m, dtype=torch.bool)
+    for row, kept in zip(table, combinations(range(m), n)):
+        row[list(kept)] = True
+    return table
+
+
+def kept_indices(mask: Tensor) -> Tensor:
+    """Each block's kept positions, ascending: bool `[blocks, M]` -> int64 `[blocks, N]`; ValueError if N varies."""
+    counts = mask.sum(-1)
+    n = int(counts[0]) if len(counts) else 0
+    if not bool((counts == n).all()):
+        raise ValueError("every block of a mask must keep the same number of weights")
+    return mask.nonzero()[:, 1].view(-1, n)
+
+
+def _race(logits: Tensor, mask: Tensor):
+    """The drawing seen from S: what `log_prob` and `score` share.
+
+    Drawing without replacement is a race with rates w = exp(logits): S wins if all of it arrives before any of the
+    rest, whose joint rate is r. For a subset R of S still to arrive (a bit set over the N kept positions),
+
+        log_win[R] = log P(R arrives before the rest),  win(R) = sum_{j in R} w_j win(R - j) / total(R)
+        log_total[R] = log(w(R) + r), summed from its own terms
+
+    Returns log w of the kept `[blocks, N]`, log r `[blocks]`, and the two lists of 2^N tensors `[blocks]`, float64.
+    """
+    logits = logits.double()
+    log_w = logits.gather(1, kept_indices(mask))
+    log_r = logits.masked_fill(mask, -torch.inf).logsumexp(1)
+    n = log_w.shape[1]
+    log_total, log_win = [log_r], [torch.zeros_like(log_r)]
+    for subset in range(1, 2**n):
+        lowest = (subset & -subset).bit_length() - 1
+        log_total.append(torch.logaddexp(log_total[subset & (subset - 1)], log_w[:, lowest]))
+        first = [log_w[:, j] + log_win[subset ^ 1 << j] for j in range(n) if subset >> j & 1]
+        log_win.append(torch.stack(first).logsumexp(0) - log_total[subset])
+    return log_w, log_r, log_total, log_win
+
+
+def log_prob(logits: Tensor, mask: Tensor) -> Tensor:
+    """log p(S | logits), `[blocks]`, in the dtype of the logits; differentiable.
+
+    p = win(S); beside it runs fail(R) = (r + sum_j w_j fail(R - j)) / total(R) = 1 - win(R), so that
+    log p = -log(1 + fail/win) keeps its relative accuracy when p is next to 1. O(2^N N) a block.
+    """
+    log_w, log_r, log_total, log_win = _race(logits, mask)
+    n = log_w.shape[1]
+    log_fail = [None]
+    for subset in range(1, 2**n):
+        terms = [log_r] + [log_w[:, j] + log_fail[subset ^ 1 << j] for j in range(n)
+                           if subset >> j & 1 and subset != 1 << j]
+        log_fail.append(torch.stack(terms).logsumexp(0) - log_total[subset])
+    return -torch.logaddexp(torch.zeros_like(log_r), log_fail[-1] - log_win[-1]).to(logits.dtype)
+
+
+def score(logits: Tensor, mask: Tensor) -> Tensor:
+    """The score function d log p(S | logits) / d logits, `[blocks, M]`, in the dtype of the logits.
+
+    g_i >= 0 for kept i: log win grows with w_i exactly where i is the only one to come too late,
+
+        late_i(R) = P(i after the rest | R - i before it) = total(R - i)/total(R) sum_j c_j(R - i) late_i(R - j)
+        g_i(R) = c_i(R) late_i(R) + sum_{j != i} c_j(R) g_i(R - j),   c_j(R) = P(j is first | R wins)
+
+    and for pruned i, g_i = -(w_i / r) sum_{kept k} g_k, since p depends on ratios only. O(2^N N^2) a block.
+    """
+    log_w, log_r, log_total, log_win = _race(logits, mask)
+    n = log_w.shape[1]
+    late, gradient = [{} for _ in range(2**n)], [{} for _ in range(2**n)]
+    first = [{}]  # first[R][j] = c_j(R)
+    for subset in range(1, 2**n):
+        members = [j for j in range(n) if subset >> j & 1]
+        first.append({j: (log_w[:, j] + log_win[subset ^ 1 << j] - log_total[subset] - log_win[subset]).exp()
+                      for j in members})
+        for i in members:
+            others = subset ^ 1 << i
+            share = (log_total[others] - log_total[subset]).exp()
+            beaten = [first[others][j] * late[subset ^ 1 << j][i] for j in members if j != i]
+            late[subset][i] = share * sum(beaten) if beaten else share
+            gradient[subset][i] = first[subset][i] * late[subset][i] + sum(
+                first[subset][j] * gradient[subset ^ 1 << j][i] for j in members if j != i)
+    kept = torch.stack([gradient[-1][i] for i in range(n)], 1)
+    share_of_rest = (logits.double().masked_fill(mask, -torch.inf) - log_r[:, None]).exp()
+    pruned = -share_of_rest * kept.sum(1, keepdim=True)
+    return pruned.scatter(1, kept_indices(mask), kept).to(logits.dtype)
+
+
+def pattern_probs(logits: Tensor, n: int) -> Tensor:
+    """p(S) of every pattern, `[blocks, C(M, n)]` in the order of `patterns(n, M)`, in the dtype of the logits.
+
+    One pass up the lattice of sets drawn so far: f(T) = sum_{i in T} f(T - i) w_i / w(all but T - i).
+    """
+    m = logits.shape[1]
+    w = (logits.double() - logits.double().amax(1, keepdim=True)).exp()
+    drawn = {(): torch.ones_like(w[:, 0])}
+    for size in range(1, n + 1):
+        hazard = {t: f / w[:, [j for j in range(m) if j not in t]].sum(1) for t, f in drawn.items()}
+        drawn = {t: sum(hazard[t[:k] + t[k + 1:]] * w[:, i] for k, i in enumerate(t))
+                 for t in combinations(range(m), size)}
+    return torch.stack(list(drawn.values()), 1).to(logits.dtype)
+
+
+def inclusion(logits: Tensor, n: int) -> Tensor:
+    """P(i is kept), `[blocks, M]`, summing to n over a block: the patterns' probabilities added up. Differentiable."""
+    probs = pattern_probs(logits, n)
+    return probs @ patterns(n, logits.shape[1]).to(probs.device, probs.dtype)
+
+
+def sample(logits: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one mask a block, bool `[blocks, M]`: the exponential race, keep the n smallest E_i / w_i, E_i ~ Exp(1).
+
+    The same distribution as `torch.multinomial(softmax(logits), n, replacement=False)`. E is drawn in float64: rare
+    flips are the learning signal, and 24-bit uniform numbers have none below 6e-8.
+    """
+    arrival = torch.empty(logits.shape, dtype=torch.float64, device=logits.device).exponential_(generator=generator)
+    first = (arrival.log_() - logits).topk(n, dim=1, largest=False, sorted=False).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, first, True)
+
+
+def mode(logits: Tensor, n: int) -> Tensor:
+    """The most probable mask, bool `[blocks, M]`: the n largest logits, ties to the lower index."""
+    best = logits.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
+
+
+class LinearSpace:
+    """MaskPro's space: M logits a block, N drawn without replacement."""
+
+    def __init__(self, n: int, m: int):
+        self.n, self.m, self.width = n, m, m
+
+    def init(self, mask: Tensor, magnitude: float) -> Tensor:
+        """Logits that prefer `mask`: magnitude C where it keeps, 0 elsewhere; float32 `[blocks, width]`."""
+        return mask.float() * magnitude
+
+    def sample(self, logits: Tensor, generator=None) -> Tensor:
+        return sample(logits, self.n, generator)
+
+    def mode(self, logits: Tensor) -> Tensor:
+        return mode(logits, self.n)
+
+    def score(self, logits: Tensor, mask: Tensor) -> Tensor:
+        return score(logits, mask)
+
+    def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
+        return log_prob(logits, mask)
+
+
+class PatternSpace:
+    """MaskLLM's space behind the same interface: C(M,N) logits a block, one pattern drawn."""
+
+    def __init__(self, n: int, m: int):
+        self.n, self.m, self.width = n, m, comb(m, n)
+
+    def _index(self, mask: Tensor) -> Tensor:
+        powers = 2 ** torch.arange(self.m, device=mask.device)
+        codes, order = (patterns(self.n, self.m).to(mask.device) * powers).sum(1).sort()
+        return order[torch.searchsorted(codes, (mask * powers).sum(1))]
+
+    def init(self, mask: Tensor, magnitude: float) -> Tensor:
+        return torch.zeros(len(mask), self.width, device=mask.device).scatter_(1, self._index(mask)[:, None], magnitude)
+
+    def sample(self, logits: Tensor, generator=None) -> Tensor:
+        return self._patterns(sample(logits, 1, generator))
+
+    def mode(self, logits: Tensor) -> Tensor:
+        return self._patterns(mode(logits, 1))
+
+    def _patterns(self, one_hot: Tensor) -> Tensor:
+        return patterns(self.n, self.m).to(one_hot.device)[one_hot.int().argmax(1)]
+
+    def score(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Categorical score: one_hot(S) - softmax(logits)."""
+        return -torch.softmax(logits, 1).scatter_add(
+            1, self._index(mask)[:, None], logits.new_full((len(mask), 1), -1.0))
+
+    def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
+        return logits.log_softmax(1).gather(1, self._index(mask)[:, None])[:, 0]
+
+
+SPACES = {"linear": LinearSpace, "pattern": PatternSpace}
+
+
+class Vanilla:
+    """A = f_t: plain policy gradient (paper, eq. of section 4.1)."""
+    needs_baseline = False
+
+    def advantage(self, loss: float, baseline: float | None = None) -> float:
+        return loss
+
+
+class Residual:
+    """A = f_t - f(m0 * w, batch): the loss residual takes the minibatch's own difficulty out."""
+    needs_baseline = True
+
+    def advantage(self, loss: float, baseline: float) -> float:
+        return loss - baseline
+
+
+class MaskPro:
+    """A = residual - delta, with delta <- alpha delta + (1 - alpha) residual: the moving-average tracker.
+
+    The authors update delta first and then use it, which scales the gradient by alpha; this order is kept. From
+    delta = 0 the first advantages all carry the sign of the mean residual; `debias` divides delta by 1 - alpha^t.
+    """
+    needs_baseline = True
+
+    def __init__(self, alpha: float = 0.99, debias: bool = False):
+        self.alpha, self.debias = alpha, debias
+        self.delta, self.steps = 0.0, 0
+
+    def advantage(self, loss: float, baseline: float) -> float:
+        residual = loss - baseline
+        self.steps += 1
+        self.delta = self.alpha * self.delta + (1 - self.alpha) * residual
+        correction = 1 - self.alpha**self.steps if self.debias else 1.0
+        return residual - self.delta / correction

@@ -1,0 +1,252 @@
+"""What the scripts share: errors for people, arguments, loading a model, its loss, fingerprints, files that last."""
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LLAMA2 = "meta-llama/Llama-2-7b-hf"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one line, exit code 2, no traceback."""
+
+
+def run(main) -> None:
+    """Call a script's `main`; a UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arguments
+
+def script_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring, its manual, and every flag's default."""
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+    return argparse.ArgumentParser(description=docstring, formatter_class=Formatter)
+
+
+def sparsity_type(text: str) -> tuple[int, int]:
+    """'N:M' -> (N, M) with 1 <= N < M <= 16; for argparse, so a bad one is a usage error."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or not 1 <= int(match[1]) < int(match[2]) <= 16:
+        raise argparse.ArgumentTypeError(f"'{text}' is not N:M with 1 <= N < M <= 16, such as 2:4")
+    return int(match[1]), int(match[2])
+
+
+def positive_int(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LLAMA2) -> None:
+    parser.add_argument("--model", default=model_default, help="Hugging Face causal LM: hub id or folder")
+    parser.add_argument("--dtype", default="float16", choices=["auto", "checkpoint", *DTYPES],
+                        help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    parser.add_argument("--device_map", default=None, help="spread the layers over several GPUs: auto, balanced ...")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The fixed list of minibatches that inference_loss.py and train.py must agree on."""
+    parser.add_argument("--dataset", default="allenai/c4",
+                        help="training text: hub id, .json.gz, .jsonl, .parquet, .txt or a folder")
+    parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents (rows)")
+    parser.add_argument("--batchsize", type=positive_int, default=32, help="rows in a minibatch")
+    parser.add_argument("--sqlen", type=positive_int, default=128, help="tokens in a row")
+    parser.add_argument("--microbatch", type=positive_int, default=32, help="rows in one forward pass, at most")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fast_dtype(device: str) -> torch.dtype:
+    """bfloat16 on a CPU with AMX or AVX512-BF16, float32 on any other CPU, float16 on a GPU as the paper has it."""
+    if not device.startswith("cpu"):
+        return torch.float16
+    has_bf16 = any(getattr(torch.cpu, name, lambda: False)()
+                   for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def set_seed(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+
+def load_model(args):
+    """The frozen causal LM that the arguments name, in eval mode, and its tokenizer; UserError if it cannot be had."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    if any(args.model.startswith(mark) for mark in (".", "/", "~")) and not Path(args.model).expanduser().is_dir():
+        raise UserError(f"--model {args.model}: there is no such folder")
+    device = args.device or default_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
+    dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[args.dtype]
+    keyword = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    placement = {"device_map": args.device_map} if args.device_map else {}
+    source = Path(args.model).expanduser() if Path(args.model).expanduser().is_dir() else args.model
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    print(f"loading {args.model} ({str(dtype).removeprefix('torch.')}, {args.device_map or device})", file=sys.stderr)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=args.trust_remote_code, low_cpu_mem_usage=True, **{keyword: dtype}, **placement)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {args.model} cannot be loaded: {reason[:300]} (a folder or hub id of a causal LM is "
+                        "wanted; a gated one needs `huggingface-cli login`)")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"{args.model} does not fit the devices of --device_map {args.device_map}, and masks cannot "
+                        "be learned on weights that are offloaded; use more or larger GPUs, or --device cpu")
+    if not args.device_map:
+        model.to(device)
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def input_device(model: nn.Module) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+@torch.no_grad()
+def batch_loss(model: nn.Module, batch: Tensor, microbatch: int = 32) -> float:
+    """f(w, batch): mean next-token cross entropy in nats, float32, over int64 `[rows, tokens]`.
+
+    `microbatch` rows go through one whole-model forward; the head's logits are taken to float32 a few rows at a time,
+    so that no [rows, tokens, vocabulary] float32 copy is made.
+    """
+    total, count = 0.0, batch.shape[0] * (batch.shape[1] - 1)
+    for rows in batch.to(input_device(model)).split(microbatch):
+        logits = model(input_ids=rows, use_cache=False).logits
+        targets = rows.to(logits.device)
+        for row_logits, row in zip(logits.split(4), targets.split(4)):
+            total += nn.functional.cross_entropy(row_logits[:, :-1].flatten(0, 1).float(), row[:, 1:].flatten(),
+                                                 reduction="sum")
+    return float(total) / count
+
+
+def perplexity(losses: list[float]) -> float:
+    """exp of the mean loss over equal windows; inf where that overflows."""
+    mean = sum(losses) / len(losses)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fingerprints
+
+def model_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, and the signs of the input
+    embedding, which pruning leaves alone."""
+    digest = hashlib.sha256(str(tuple(model.get_input_embeddings().weight.shape)).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 2 and not name.startswith("lm_head"):
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+    signs = torch.signbit(model.get_input_embeddings().weight.detach().flatten()[:2**22])
+    digest.update(signs.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def mask_fingerprint(masks: dict[str, Tensor]) -> str:
+    """16 hex digits of the bool masks by layer name."""
+    import numpy as np
+    digest = hashlib.sha256()
+    for name, mask in sorted(masks.items()):
+        digest.update(f"{name} {tuple(mask.shape)}".encode())
+        digest.update(np.packbits(mask.cpu().numpy().reshape(-1)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+def refuse_existing(path: str | Path, remedy: str) -> Path:
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists already; {remedy}")
+    return path
+
+
+@contextmanager
+def written_beside(path: str | Path):
+    """A path to write a file or folder at; it takes its real name only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    if beside.is_dir():
+        import shutil
+        shutil.rmtree(beside)
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        if beside.is_file():
+            beside.unlink()
+        elif beside.is_dir():
+            import shutil
+            shutil.rmtree(beside)
+
+
+def write_json(path: str | Path, value) -> None:
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def environment() -> dict:
+    """Versions, commit and hardware, for run records and benches."""
+    import transformers
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                            capture_output=True, text=True).stdout.strip()
+    return {"commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "hardware": hardware()}
+
+
+def hardware() -> str:
+    """One line: the card, or the processor and the threads used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        info = Path("/proc/cpuinfo").read_text()
+        name = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), name)
+        name += "".join(f" {label}" for flag, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"))
+                        if f" {flag}" in info)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has used: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
