@@ -14,15 +14,14 @@ import time
 from tqdm import tqdm
 
 import data
-import masks as mask_files
-from layers import apply_masks, check_divisible, check_sparsity, find_layers, match_masks
+from layers import apply_masks, check_divisible, check_sparsity, find_layers, read_masks
 from utils import (
     UserError,
     add_model_arguments,
     batch_loss,
+    check_length,
     environment,
     load_model,
-    model_fingerprint,
     peak_memory_bytes,
     perplexity,
     positive_int,
@@ -53,17 +52,17 @@ def main(argv=None):
     if args.save:
         refuse_existing(args.save, "choose another --save or remove it")
     started = time.time()
-    mask_file = mask_files.load(args.mask, *(args.sparsity_type or (None, None))) if args.mask else None
     model, tokenizer = load_model(args)
+    check_length(model, args.seqlen, "--seqlen")
     layers = find_layers(model, targets=args.targets or [""])
     pattern = args.sparsity_type
-    if mask_file:
+    if args.mask:
+        mask_file = read_masks(args.mask, model, *(pattern or (None, None)))
         pattern = mask_file.n, mask_file.m
-        match_masks(find_layers(model, targets=[""]), mask_file.masks)
-        if mask_file.fingerprint and mask_file.fingerprint != model_fingerprint(model):
-            raise UserError(f"{args.mask} is of another model: made from {mask_file.model}")
+        apply_masks(find_layers(model, targets=[""]), mask_file.masks)
         layers = {name: module for name, module in layers.items() if name in mask_file.masks}
-        apply_masks(layers, mask_file.masks)
+        if not layers:
+            raise UserError(f"{args.mask} has no mask for the layers that --targets name")
     if pattern:
         check_divisible(layers, pattern[1])
     density = check_sparsity(layers, pattern)
@@ -74,10 +73,10 @@ def main(argv=None):
               "density": density, "ppl": perplexity(losses), "nats": sum(losses) / len(losses), "text": args.ppl,
               "seqlen": args.seqlen, "windows": len(losses), "tokens": windows.numel(),
               "seconds": round(time.time() - started, 1), "peak_memory_bytes": peak_memory_bytes()}
-    if args.save:
-        write_json(args.save, {**result, "environment": environment()})
     if not math.isfinite(result["ppl"]):
         raise UserError(f"the perplexity is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
+    if args.save:
+        write_json(args.save, {**result, "environment": environment()})
     checked = f"{result['sparsity_type']} in every masked layer, " if pattern else ""
     print(f"perplexity {result['ppl']:.3f} on {args.ppl} ({result['windows']} windows of {args.seqlen} tokens); "
           f"{checked}density {density:.6f}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import masks as mask_files
+import mask_files
 from layers import check_divisible, find_layers, weight_matrix
 from utils import (
     UserError,
@@ -64,7 +64,10 @@ def main(argv=None):
                         f"{' ...' if len(broken) > 5 else ''}; prune it with prune.py, give its --sparsity_type, or "
                         "leave these layers out with --targets")
     record = Path(args.model) / "prune.json"
-    base = json.loads(record.read_text())["arguments"]["model"] if record.is_file() else args.model
+    try:
+        base = json.loads(record.read_text())["arguments"]["model"] if record.is_file() else args.model
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{record} is damaged; remove it, or prune anew with prune.py")
     mask_files.save(out, masks, n, m, base, model_fingerprint(model))
     weights = sum(mask.numel() for mask in masks.values())
     print(f"{n}:{m} mask of {len(masks)} layers, {weights / 1e6:.1f} M weights -> {out} "

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 import baseline
 import data
-import masks as mask_files
-from layers import apply_masks, find_layers, match_masks
+from layers import apply_masks, find_layers, read_masks
 from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
     batch_loss,
+    check_length,
     load_model,
     peak_memory_bytes,
     refuse_existing,
@@ -42,10 +42,10 @@ def main(argv=None):
     args = parse_args(argv)
     out = refuse_existing(args.save or baseline.default_path(args), "choose another --save or remove it")
     set_seed(args.seed)
-    masks = {} if args.mask == "none" else mask_files.load(args.mask).masks
     model, tokenizer = load_model(args)
+    check_length(model, args.sqlen, "--sqlen")
     layers = find_layers(model, targets=[""])
-    match_masks(layers, masks)
+    masks = {} if args.mask == "none" else read_masks(args.mask, model).masks
     batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.sqlen)
     depends_on = baseline.conditions(args, model, masks, batches)
     apply_masks(layers, masks)

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+import mask_files
 import step
-from utils import UserError
+from utils import UserError, model_fingerprint
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -67,10 +68,27 @@ def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
     """UserError unless each mask has a layer of its shape."""
     for name, mask in masks.items():
         if name not in layers:
-            raise UserError(f"the mask is of another model: it has {name}, which this model has not")
+            raise UserError(f"the mask is of another model: it has {name}, which this model has not; give the --mask "
+                            "that get_mask.py made from this --model")
         shape = tuple(weight_matrix(layers[name]).shape)
         if tuple(mask.shape) != shape:
-            raise UserError(f"the mask is of another model: {name} is {list(mask.shape)} there, {list(shape)} here")
+            raise UserError(f"the mask is of another model: {name} is {list(mask.shape)} there, {list(shape)} here; "
+                            "give the --mask that get_mask.py made from this --model")
+
+
+def read_masks(path: str, model: nn.Module, n: int | None = None, m: int | None = None) -> mask_files.MaskFile:
+    """The mask file (of any format) for this model, checked against its layers and its fingerprint.
+
+    UserError for a file that is damaged, of another N:M than the wanted (None: the file's own), or of another model.
+    """
+    layers = find_layers(model, targets=[""])
+    shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
+    found = mask_files.load(path, n, m, shapes if str(path).endswith(".npz") else None)
+    match_masks(layers, found.masks)
+    if found.fingerprint and found.fingerprint != model_fingerprint(model):
+        raise UserError(f"{path} is of another model: it was made from {found.model} and the input embeddings differ; "
+                        "give the --mask that get_mask.py made from this --model")
+    return found
 
 
 def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
@@ -104,11 +122,11 @@ def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None
 class MaskedLayer:
     """One layer's weight, logits and mask. Its module's weight is a view of `scratch`, filled before each forward."""
 
-    def __init__(self, module: nn.Module, mask: Tensor, space, logits: Tensor, scratch: Tensor):
+    def __init__(self, module: nn.Module, mask: Tensor, space, logits: list[Tensor], scratch: Tensor):
         self.module, self.m = module, space.m
         self.weight = weight_matrix(module).contiguous()  # [out, in], dense and frozen
         self.bits = step.mask_to_bits(mask.reshape(-1, space.m).to(self.weight.device))  # [blocks], m_t
-        self.logits = logits  # [width, blocks]
+        self.logits = logits  # `width` planes [blocks]
         self.scratch = scratch[:self.weight.numel()]
         self.pending = None  # (coefficient, key) of the step to be taken when the next forward gets here
         view = self.scratch.view_as(self.weight)
@@ -130,13 +148,13 @@ class MaskedModel:
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], space, magnitude: float = 10.0, init: str = "mask",
                  logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
-                 compile: bool = True):
+                 mode: str = "compiled"):
         self.model, self.space, self.seed, self.steps = model, space, seed, 0
         modules = find_layers(model, targets=[""])
         match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
         apply_masks(modules, {name: mask for name, mask in masks.items() if name not in learned})
-        self._step, self._write = step.step_function(space, compile), step.write_function(compile)
+        self._step, self._write = step.step_function(space, mode), step.write_function(mode)
         self.initial = None  # bits of m0, kept only where the online baseline needs them
         sizes = Counter()
         for name in learned:
@@ -149,28 +167,24 @@ class MaskedModel:
         for name in learned:
             module, mask = modules[name], masks[name]
             device = module.weight.device
-            blocks = mask.reshape(-1, space.m)
+            chunks = mask.reshape(-1, space.m).split(step.CHUNK)
             if init == "random":
-                logits = torch.randn(space.width, len(blocks), generator=generator) * magnitude
-                mask = space.mode(logits.T).view_as(mask)
+                started = [torch.randn(len(chunk), space.width, generator=generator) * magnitude for chunk in chunks]
+                mask = torch.cat([space.mode(part) for part in started]).view_as(mask)
             else:
-                logits = torch.empty(space.width, len(blocks), dtype=logits_dtype)
-                for part in torch.arange(len(blocks)).split(step.CHUNK):
-                    logits[:, part] = space.init(blocks[part], magnitude).T.to(logits_dtype)
-            logits = logits.to(device, logits_dtype)
-            self.layers[name] = MaskedLayer(module, mask, space, logits,
-                                            scratch[module.weight.device, module.weight.dtype])
+                started = [space.init(chunk, magnitude) for chunk in chunks]
+            logits = [torch.cat([part[:, i].to(device, logits_dtype) for part in started]) for i in range(space.width)]
+            self.layers[name] = MaskedLayer(module, mask, space, logits, scratch[device, module.weight.dtype])
             self._hooks.append(module.register_forward_pre_hook(self._before_forward(self.layers[name])))
         self._showing = {}  # layer -> bits shown instead of those drawn
 
     def _before_forward(self, layer: MaskedLayer):
         def hook(module, inputs):
-            if id(layer) in self._showing:
-                self._write(layer.weight.view(-1), self._showing[id(layer)], layer.scratch, layer.m)
-            elif layer.pending is None:
-                self._write(layer.weight.view(-1), layer.bits, layer.scratch, layer.m)
-            else:
+            if layer.pending is not None and not self._showing:
                 self._take_step(layer)
+            else:
+                write = self._write if self.steps else step.write_masked  # one pass is not worth a compilation
+                write(layer.weight.view(-1), self._showing.get(id(layer), layer.bits), layer.scratch, layer.m)
         return hook
 
     def _take_step(self, layer: MaskedLayer) -> None:
@@ -194,25 +208,29 @@ class MaskedModel:
             if layer.pending is not None:
                 self._take_step(layer)
 
-    def keep_initial(self) -> None:
-        """Remember the masks of now as m0, for `showing_initial`: a quarter of a byte a weight at M = 4."""
-        self.initial = {id(layer): layer.bits.clone() for layer in self.layers.values()}
+    def keep_initial(self, masks: dict[str, Tensor]) -> None:
+        """Remember m0 for `showing_initial`: a quarter of a byte a weight at M = 4."""
+        self.initial = {id(layer): step.mask_to_bits(masks[name].reshape(-1, layer.m).to(layer.weight.device))
+                        for name, layer in self.layers.items()}
 
     @contextmanager
     def showing_initial(self):
         """Inside, the model wears m0 (see `keep_initial`); the masks drawn are back afterwards."""
         self.flush()
         self._showing = self.initial
-        yield
-        self._showing = {}
+        try:
+            yield
+        finally:
+            self._showing = {}
 
     def mode_masks(self) -> dict[str, Tensor]:
         """The most probable mask of each learned layer, bool `[out, in]` on the CPU."""
         self.flush()
         masks = {}
         for name, layer in self.layers.items():
-            parts = layer.logits.split(step.CHUNK, dim=1)
-            masks[name] = torch.cat([self.space.mode(part.T.float()) for part in parts]).view_as(layer.weight).cpu()
+            chunks = zip(*(plane.split(step.CHUNK) for plane in layer.logits))
+            modes = [self.space.mode(torch.stack(chunk, 1).float()) for chunk in chunks]
+            masks[name] = torch.cat(modes).view_as(layer.weight).cpu()
         return masks
 
     def finish(self) -> dict[str, Tensor]:

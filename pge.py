@@ -21,11 +21,12 @@ from torch import Tensor
 
 @lru_cache
 def patterns(n: int, m: int) -> Tensor:
-    """All C(m, n) masks of a block, bool `[C(m, n), m]`, in lexicographic order of the kept indices."""
-    table = torch.zeros(comb(m, n), m, dtype=torch.bool)
-    for row, kept in zip(table, combinations(range(m), n)):
-        row[list(kept)] = True
-    return table
+    """All C(m, n) masks of a block, bool `[C(m, n), m]`, in lexicographic order of the kept indices (shared: not to be
+    modified). ValueError unless 1 <= n < m <= 16."""
+    if not 1 <= n < m <= 16:
+        raise ValueError(f"N:M must satisfy 1 <= N < M <= 16, not {n}:{m}")
+    kept = torch.tensor(list(combinations(range(m), n)))
+    return torch.zeros(len(kept), m, dtype=torch.bool).scatter_(1, kept, True)
 
 
 def kept_indices(mask: Tensor) -> Tensor:

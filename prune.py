@@ -22,7 +22,9 @@ import data
 import pge
 from layers import apply_masks, check_divisible, find_layers, weight_matrix
 from utils import (
+    UserError,
     add_model_arguments,
+    check_length,
     environment,
     input_device,
     load_model,
@@ -96,15 +98,21 @@ def main(argv=None):
     check_divisible(layers, m)
     norms = {}
     if args.prune_method != "magnitude":
+        check_length(model, args.seqlen, "--seqlen")
         samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
         norms = input_norms(model, layers, samples)
+        for name, norm in norms.items():
+            if not norm.isfinite().all():
+                raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype "
+                                "bfloat16 or float32")
     for name, module in tqdm(layers.items(), desc="pruning", unit="layer", disable=None):
         metric = METRICS[args.prune_method](weight_matrix(module).float(), norms.get(name))
         apply_masks(layers, {name: best_mask(metric, n, m)})
     with written_beside(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        write_json(beside / "prune.json", {"arguments": vars(args), "environment": environment()})
+        summary = {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak_memory_bytes()}
+        write_json(beside / "prune.json", {"arguments": vars(args), "environment": environment(), "summary": summary})
     weights = sum(module.weight.numel() for module in layers.values())
     print(f"{args.prune_method} {n}:{m} of {len(layers)} layers, {weights / 1e6:.1f} M weights -> {out}  "
           f"({time.time() - started:.0f} s, peak {peak_memory_bytes() / 2**30:.2f} GiB)")

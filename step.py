@@ -4,7 +4,7 @@
     m   ~   p(. | pi)
     out <-  m * w
 
-It is plain PyTorch, element-wise over blocks: logits are kept as planes `[M, blocks]` and a mask as the bits of one
+It is plain PyTorch, element-wise over blocks: logits are kept as M planes `[blocks]` and a mask as the bits of one
 integer a block (bit i set: weight i is kept), so `torch.compile` turns it into a single loop, C++ on a CPU and Triton
 on a GPU, that touches every byte once. Without a compiler the same functions run eagerly.
 
@@ -75,11 +75,15 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """float32 -> float16/bfloat16, up with the probability of the fraction cut off: unbiased, so small updates count.
 
     Adds random low bits below the cut and truncates. float16 gets 13 bits (all that float32 has to spare), bfloat16 16.
+    Under 2^-14 float16 is a fixed grid of 2^-24, and a random fraction of its step is added instead.
     """
-    dropped = (1 << (13 if dtype == torch.float16 else 16)) - 1
-    if dtype == torch.float16:
-        x = x.clamp(-6e4, 6e4)  # float16 ends at 65504
-    return ((x.view(torch.int32) + (bits & dropped)) & ~dropped).view(torch.float32).to(dtype)
+    if dtype != torch.float16:
+        return ((x.view(torch.int32) + (bits & 0xFFFF)) & ~0xFFFF).view(torch.float32).to(dtype)
+    x = x.clamp(-6e4, 6e4)  # float16 ends at 65504
+    bits = bits & 0x1FFF
+    rounded = ((x.view(torch.int32) + bits) & ~0x1FFF).view(torch.float32)
+    tiny = torch.floor(x * 2.0**24 + bits.float() * 2.0**-13) * 2.0**-24
+    return torch.where(x.abs() < 2.0**-14, tiny, rounded).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,12 +96,26 @@ def _sum(planes):
     return total
 
 
-def _weights(logits):
-    """exp(logits - max), so that the largest is 1."""
-    top = logits[0]
-    for plane in logits[1:]:
-        top = torch.maximum(top, plane)
-    return [torch.exp(plane - top) for plane in logits]
+def _others(planes):
+    """The sum of all but each, added up from both ends: no difference, so nothing cancels."""
+    before, after = [torch.zeros_like(planes[0])], [torch.zeros_like(planes[0])]
+    for plane in planes[:-1]:
+        before.append(before[-1] + plane)
+    for plane in planes[:0:-1]:
+        after.append(after[-1] + plane)
+    return [x + y for x, y in zip(before, reversed(after))]
+
+
+def _weights(logits, n: int):
+    """exp(logits - the n-th largest), cut off at e^20: the last place is contested at scale 1, and logits far above it,
+    which are kept whatever they are, neither overflow nor drown the others."""
+    largest = []
+    for plane in logits:
+        for k in range(len(largest)):
+            largest[k], plane = torch.maximum(largest[k], plane), torch.minimum(largest[k], plane)
+        if len(largest) < n:
+            largest.append(plane)
+    return [torch.exp((plane - largest[-1]).clamp(max=20.0)) for plane in logits]
 
 
 def _score(w, kept, n: int):
@@ -115,9 +133,11 @@ def _score(w, kept, n: int):
     inside = [x * k for x, k in zip(w, kept)]
     rest = _sum([x - y for x, y in zip(w, inside)]).clamp(min=1e-30)  # float32 exp ends at a gap of 87
     if n == 2:
-        both = _sum(inside)
-        total, double = both + rest, both + 2 * rest
-        g = [(both - x + rest) * rest * (double + x) / (total * (x + rest) * double) * k for x, k in zip(inside, kept)]
+        total = _sum(w)
+        double = _sum(inside) + 2 * rest
+        common = rest / total / double
+        g = [torch.where(k > 0, (partner + rest) / (x + rest) * (double + x) * common, 0.0)
+             for x, partner, k in zip(inside, _others(inside), kept)]
         slope = _sum(g) / rest
         return [x - y * (1 - k) * slope for x, y, k in zip(g, w, kept)]
     rank, ranks, seats = torch.zeros_like(rest), [], []  # seat k: the (k+1)-th kept weight, so that subsets are static
@@ -138,8 +158,9 @@ def _score(w, kept, n: int):
         win[drawn] = _sum([win[drawn | 1 << j] * s for j, s in enumerate(seats) if not drawn >> j & 1]
                           ) * inverse_rest[drawn]
     visit = [reach[t] * win[t] * inverse_rest[t] for t in range(full)]
-    always = _sum(visit) / win[0]
-    slopes = [_sum([visit[t] for t in range(full) if not t >> seat & 1]) / win[0] for seat in range(n)]
+    probability = win[0].clamp(min=1e-37)  # less than that is never drawn
+    always = _sum(visit) / probability
+    slopes = [_sum([visit[t] for t in range(full) if not t >> seat & 1]) / probability for seat in range(n)]
     g = []
     for i in range(m):
         slope = always
@@ -159,7 +180,7 @@ def _draw_by_table(w, n: int, u: Tensor) -> Tensor:
     if n == 1:
         table = [(1 << i, w[i]) for i in range(m)]
     else:
-        inverse = [1 / _sum(w[:i] + w[i + 1:]) for i in range(m)]
+        inverse = [1 / q for q in _others(w)]
         table = [(1 << a | 1 << b, w[a] * w[b] * (inverse[a] + inverse[b])) for a, b in combinations(range(m), 2)]
     top = table[0][1]
     for _, p in table[1:]:
@@ -194,76 +215,90 @@ def _draw_by_race(w, n: int, u) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # the pass
 
+def as_words(weight: Tensor, m: int) -> Tensor:
+    """16- or 32-bit weights `[blocks * M]` seen as integers: `[blocks]` int64 where a block is 8 bytes, else
+    `[blocks, M]`. Integers stay as they are."""
+    if not weight.is_floating_point():
+        return weight
+    if m * weight.itemsize == 8:
+        return weight.view(-1).view(torch.int64)
+    return weight.view(torch.int16 if weight.itemsize == 2 else torch.int32).view(-1, m)
+
+
 def write_masked(weight: Tensor, bits: Tensor, out: Tensor, m: int) -> None:
-    """out <- weight where kept, +0.0 elsewhere. Contiguous `[blocks * M]` of 16 or 32 bits each, bits `[blocks]`.
+    """out <- weight where kept, +0.0 elsewhere; both as `as_words` takes or gives them, bits `[blocks]`.
 
     Zeroing is an AND of bit patterns: no multiplication, so no -0.0, and NaN or inf cannot leak out of a pruned weight.
     """
-    if m * weight.itemsize == 8:  # a block fills one machine word
-        width = 8 * weight.itemsize
-        keep = torch.zeros_like(bits, dtype=torch.int64)
+    weight, out = as_words(weight, m), as_words(out, m)
+    if weight.dim() == 1:
+        width = 64 // m
+        keep = torch.zeros_like(weight)
         for i in range(m):
             lane = ((1 << width) - 1) << (width * i)
-            keep = keep | -(bits.long() >> i & 1) & (lane - (1 << 64) if lane >= 1 << 63 else lane)
-        out.view(torch.int64).view(-1).copy_(weight.view(torch.int64).view(-1) & keep)
+            keep = keep | (-(bits.long() >> i & 1) & (lane - (1 << 64) if lane >= 1 << 63 else lane))
     else:
-        words = torch.int16 if weight.itemsize == 2 else torch.int32
         lane = torch.arange(m, device=bits.device, dtype=torch.int32)
-        keep = -(bits.int()[:, None] >> lane & 1)
-        out.view(words).view(-1, m).copy_(weight.view(words).view(-1, m) & keep.to(words))
+        keep = (-(bits.int()[:, None] >> lane & 1)).to(weight.dtype)
+    out.copy_(weight & keep)
 
 
-def fused_step(logits: Tensor, bits: Tensor, weight: Tensor, out: Tensor,
+def fused_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
                coefficient: Tensor, key: Tensor, n: int, m: int, first: int = 0) -> None:
-    """The whole step, in place. logits `[M, blocks]` float32/float16/bfloat16, bits `[blocks]`, weight and out
-    `[blocks * M]`, coefficient float32 `[]`, key int32 `[2]`; `first` is the number of the first block in its layer.
-    N <= 4, M <= 8."""
-    planes = [logits[i].float() for i in range(m)]
+    """The whole step, in place. logits: M planes `[blocks]` float32/float16/bfloat16, bits `[blocks]`, weight and out
+    `[blocks * M]` or as words, coefficient float32 `[]`, key int32 `[2]`; `first` is the number of the first block in
+    its layer. N <= 4, M <= 8."""
+    dtype = logits[0].dtype
+    planes = [plane.float() for plane in logits]
     code = bits.int()
     kept = [(code >> i & 1).float() for i in range(m)]
-    score = _score(_weights(planes), kept, n)
+    score = _score(_weights(planes, n), kept, n)
     planes = [plane - coefficient * g for plane, g in zip(planes, score)]
 
     by_table = n == 1 or (n == 2 and m <= 4)
     draws = 1 if by_table else m
     lanes = draws + (m + 1) // 2  # a block's own counters: its draws, then its rounding
     counter = (torch.arange(bits.shape[0], device=bits.device, dtype=torch.int32) + first) * lanes
-    if logits.dtype != torch.float32:
+    if dtype != torch.float32:
         pairs = [random_bits(counter + draws + k, key) for k in range((m + 1) // 2)]  # two planes share 32 bits
-        planes = [round_stochastically(plane, logits.dtype, pairs[i // 2] if i % 2 == 0 else pairs[i // 2] >> 16)
+        planes = [round_stochastically(plane, dtype, pairs[i // 2] if i % 2 == 0 else pairs[i // 2] >> 16)
                   for i, plane in enumerate(planes)]
-    for i in range(m):
-        logits[i].copy_(planes[i])
+    for stored, plane in zip(logits, planes):
+        stored.copy_(plane)
 
-    w = _weights([plane.float() for plane in planes])
+    w = _weights([plane.float() for plane in planes], n)
     u = [uniform(random_bits(counter + k, key)) for k in range(draws)]
     drawn = _draw_by_table(w, n, u[0]) if by_table else _draw_by_race(w, n, u)
     bits.copy_(drawn.to(bits.dtype))
     write_masked(weight, drawn, out, m)
 
 
-def reference_step(logits: Tensor, bits: Tensor, weight: Tensor, out: Tensor,
+def reference_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
                    coefficient: Tensor, key: Tensor, space, chunk: int = CHUNK) -> None:
-    """The same step by the exact routines of `pge.py`, for any space and N:M; logits `[width, blocks]`."""
+    """The same step by the exact routines of `pge.py`, for any space and N:M; logits: `width` planes."""
+    dtype = logits[0].dtype
     generator = torch.Generator(bits.device).manual_seed(int(key.cpu().view(torch.int64)))
     for start in range(0, len(bits), chunk):
         part = slice(start, start + chunk)
-        block_logits = logits[:, part].T.float()
+        block_logits = torch.stack([plane[part] for plane in logits], 1).float()
         mask = bits_to_mask(bits[part], space.m)
         block_logits = block_logits - coefficient * space.score(block_logits, mask)
-        if logits.dtype != torch.float32:
+        if dtype != torch.float32:
             noise = torch.randint(2**16, block_logits.shape, generator=generator, device=bits.device)
-            block_logits = round_stochastically(block_logits.contiguous(), logits.dtype, noise.int())
-        logits[:, part] = block_logits.T
+            block_logits = round_stochastically(block_logits, dtype, noise.int())
+        for plane, column in zip(logits, block_logits.unbind(1)):
+            plane[part] = column
         bits[part] = mask_to_bits(space.sample(block_logits.float(), generator))
     write_masked(weight, bits, out, space.m)
 
 
 def eager_step(logits, bits, weight, out, coefficient, key, n, m, chunk: int = CHUNK) -> None:
     """`fused_step` without a compiler, a slice at a time; the same numbers."""
+    weight, out = as_words(weight, m), as_words(out, m)
     for start in range(0, len(bits), chunk):
-        part, weights = slice(start, start + chunk), slice(start * m, (start + chunk) * m)
-        fused_step(logits[:, part], bits[part], weight[weights], out[weights], coefficient, key, n, m, start)
+        part = slice(start, start + chunk)
+        planes = [plane[part] for plane in logits]
+        fused_step(planes, bits[part], weight[part], out[part], coefficient, key, n, m, start)
 
 
 @lru_cache
@@ -287,15 +322,24 @@ def compiled(function, eager):
     return run
 
 
-def write_function(compile: bool = True):
+MODES = ("compiled", "eager", "exact")
+
+
+def write_function(mode: str = "compiled"):
     """`write_masked`, compiled where wanted."""
-    return compiled(write_masked, write_masked) if compile else write_masked
+    run = compiled(write_masked, write_masked) if mode == "compiled" else write_masked
+    return lambda weight, bits, out, m: run(as_words(weight, m), bits, as_words(out, m), m)
 
 
-def step_function(space, compile: bool = True):
-    """The step of a space, (logits, bits, weight, out, coefficient, key) -> None: fused where it can be, else exact."""
+def step_function(space, mode: str = "compiled"):
+    """The step of a space, (logits, bits, weight, out, coefficient, key) -> None. Fused, compiled or eager, where the
+    space and its N:M have a fused form; `exact`, and elsewhere always, by `pge.py`.
+
+    Planes must not share a storage, and words are viewed outside: a compiler copies what might overlap.
+    """
     n, m = space.n, space.m
-    if isinstance(space, pge.PatternSpace) or n > FUSED_MAX_N or m > FUSED_MAX_M:
+    if mode == "exact" or isinstance(space, pge.PatternSpace) or n > FUSED_MAX_N or m > FUSED_MAX_M:
         return lambda *args: reference_step(*args, space)
-    run = compiled(fused_step, eager_step) if compile else eager_step
-    return lambda *args: run(*args, n, m)
+    run = compiled(fused_step, eager_step) if mode == "compiled" else eager_step
+    return lambda logits, bits, weight, out, coefficient, key: run(
+        list(logits), bits, as_words(weight, m), as_words(out, m), coefficient, key, n, m)

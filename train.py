@@ -21,16 +21,19 @@ from tqdm import tqdm
 import baseline
 import data
 import figures
-import masks as mask_files
+import mask_files
 import pge
-from layers import MaskedModel, check_divisible, find_layers, match_masks
+import step
+from layers import MaskedModel, check_divisible, find_layers, read_masks
 from utils import (
     DTYPES,
     UserError,
     add_data_arguments,
     add_model_arguments,
     batch_loss,
+    check_length,
     environment,
+    finite,
     load_model,
     model_fingerprint,
     peak_memory_bytes,
@@ -48,8 +51,8 @@ def parse_args(argv=None):
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("--lr", type=float, default=50.0, help="eta, in logits per nat of advantage")
-    parser.add_argument("--logits", type=float, default=10.0, help="C: initial logit of a kept weight (pruned: 0)")
+    parser.add_argument("--lr", type=finite(0), default=50.0, help="eta, in logits per nat of advantage")
+    parser.add_argument("--logits", type=finite(0), default=10.0, help="C: initial logit of a kept weight (pruned: 0)")
     parser.add_argument("--epoch", type=positive_int, default=10000, help="passes through the minibatches, at most")
     parser.add_argument("--max_step", type=positive_int, default=10000, help="steps in all, at most")
     parser.add_argument("--targets", nargs="+", default=None,
@@ -69,7 +72,8 @@ def parse_args(argv=None):
     parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
     parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float32",
                         help="of the logits; 16 bits are rounded stochastically")
-    parser.add_argument("--no_compile", action="store_true", help="run the mask step eagerly, without torch.compile")
+    parser.add_argument("--step", choices=step.MODES, default="compiled",
+                        help="the mask step: fused by torch.compile; fused, eager; exact: float64, slow")
     parser.add_argument("--save", action="store_true", help="save the logits too")
     parser.add_argument("--skip_checkpoint", action="store_true", help="write the mask but no sparse checkpoint")
     parser.add_argument("--out", default=None, help="run folder, must be new (default: results/<settings>)")
@@ -93,15 +97,12 @@ def main(argv=None):
     set_seed(args.seed)
 
     # text -> minibatches, model and m0
-    mask_file = mask_files.load(args.mask, n, m)
     model, tokenizer = load_model(args)
+    check_length(model, args.sqlen, "--sqlen")
+    mask_file = read_masks(args.mask, model, n, m)
     learned = find_layers(model, args.targets or [""])
-    match_masks(find_layers(model, targets=[""]), mask_file.masks)
     check_divisible(learned, m)
     fingerprint = model_fingerprint(model)
-    if mask_file.fingerprint and mask_file.fingerprint != fingerprint:
-        raise UserError(f"{args.mask} is of another model: made from {mask_file.model} ({mask_file.fingerprint}), "
-                        f"{args.model} is {fingerprint}")
     learned = [name for name in mask_file.masks if name in learned]
     if not learned:
         raise UserError(f"{args.mask} has no mask for the layers that --targets name")
@@ -114,10 +115,10 @@ def main(argv=None):
         depends_on = baseline.conditions(args, model, mask_file.masks, batches)
         baselines = baseline.load(args.baseline_file or baseline.default_path(args), depends_on)
     masked = MaskedModel(model, mask_file.masks, pge.SPACES[args.space](n, m), args.logits, args.init,
-                         DTYPES[args.logits_dtype], learned, args.seed, not args.no_compile)
+                         DTYPES[args.logits_dtype], learned, args.seed, args.step)
     online = estimator.needs_baseline and args.baseline == "online"
     if online:
-        masked.keep_initial()
+        masked.keep_initial(mask_file.masks)
 
     # the loop
     steps = min(args.max_step, args.epoch * len(batches))
@@ -149,9 +150,11 @@ def main(argv=None):
     log.close()
 
     # results
+    masked.flush()
     if args.save:
+        import torch
         from safetensors.torch import save_file
-        logits = {name: layer.logits for name, layer in masked.layers.items()}
+        logits = {name: torch.stack(layer.logits) for name, layer in masked.layers.items()}  # [width, blocks]
         save_file(logits, out / "logits.safetensors")
     initial = {name: mask_file.masks[name] for name in learned}
     final = masked.finish()

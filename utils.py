@@ -24,11 +24,15 @@ class UserError(Exception):
 
 
 def run(main) -> None:
-    """Call a script's `main`; a UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Call a script's `main`; a mistake or a full GPU becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0][:120]}); lower --microbatch or use 16-bit dtypes",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -53,6 +57,22 @@ def sparsity_type(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def finite(lowest: float):
+    """A float type for argparse: finite and at least `lowest`."""
+    def number(text: str) -> float:
+        value = float(text)
+        if not lowest <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of at least {lowest:g}")
+        return value
+    return number
+
+
+def seed_number(text: str) -> int:
+    if not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
@@ -65,7 +85,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
                         help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.add_argument("--device_map", default=None, help="spread the layers over several GPUs: auto, balanced ...")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
 
 
@@ -122,7 +142,7 @@ def load_model(args):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             source, trust_remote_code=args.trust_remote_code, low_cpu_mem_usage=True, **{keyword: dtype}, **placement)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # tokenizers and safetensors raise classes of their own for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {args.model} cannot be loaded: {reason[:300]} (a folder or hub id of a causal LM is "
                         "wanted; a gated one needs `huggingface-cli login`)")
@@ -190,10 +210,20 @@ def mask_fingerprint(masks: dict[str, Tensor]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
+def check_length(model: nn.Module, tokens: int, flag: str) -> None:
+    """UserError where rows of so many tokens would run past the model's positions."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise UserError(f"{flag} {tokens} is more than the {longest} positions of the model; lower {flag}")
+
+
 def refuse_existing(path: str | Path, remedy: str) -> Path:
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{path} exists already; {remedy}")
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{path} cannot be written: {above} is not a folder that can be written to; {remedy}")
     return path
 
 

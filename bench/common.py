@@ -1,0 +1,92 @@
+"""What the benches share: flags, timing, models by shape, and one Markdown table out."""
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils import DTYPES, default_device, environment, fast_dtype  # noqa: E402
+
+SHAPES = {  # Llama configurations, weights random: enough for time and memory
+    "smollm2-135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                         num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+    "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                      num_key_value_heads=32, vocab_size=32000, tie_word_embeddings=False),
+}
+
+
+def parser(docstring: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller measurement, 50 s at most on 2 cores")
+    parser.add_argument("--json", default=None, help="write the rows to this file too")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    return parser
+
+
+def random_llama(shape: str, device: str, dtype: torch.dtype, seed: int = 0, layers: int | None = None):
+    """A frozen Llama of a named shape with random weights, made in its dtype on its device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = dict(SHAPES[shape])
+    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **config))
+    finally:
+        torch.set_default_dtype(default)
+    return model.requires_grad_(False).eval()
+
+
+def bench_dtype(device: str) -> torch.dtype:
+    return fast_dtype(device)
+
+
+def median_s(function, device: str, repeats: int = 5, warm_up: int = 1) -> float:
+    """Median seconds of a call, the device waited for."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
+    times = []
+    for turn in range(warm_up + repeats):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        if turn >= warm_up:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def magnitude_masks(model, n: int, m: int) -> dict[str, torch.Tensor]:
+    """N:M masks of all its layers by weight magnitude, on the CPU."""
+    import pge
+    from layers import find_layers, weight_matrix
+    return {name: pge.mode(weight_matrix(module).float().abs().reshape(-1, m), n).view(module.weight.shape).cpu()
+            for name, module in find_layers(model).items()}
+
+
+def report(rows: list[dict], args, note: str = "") -> None:
+    """Print rows as one Markdown table under a line of conditions; with --json write them with those conditions."""
+    conditions = {**environment(), "device": args.device, "seed": args.seed,
+                  "command": " ".join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name,
+                                       *sys.argv[1:]])}
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print(f"\n{conditions['command']}  ({conditions['hardware']}, torch {conditions['torch']}, "
+          f"commit {conditions['commit']}, seed {args.seed})\n")
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        cells = [row.get(column, "") for column in columns]
+        print("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+    if note:
+        print("\n" + note)
+    if args.json:
+        Path(args.json).write_text(json.dumps([{**row, **conditions} for row in rows], indent=1) + "\n")
+
+
+__all__ = ["DTYPES", "SHAPES", "bench_dtype", "magnitude_masks", "median_s", "parser", "random_llama", "report"]

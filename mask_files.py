@@ -1,0 +1,246 @@
+"""Mask files: three formats, strictly verified whenever they are read.
+
+    save          one .safetensors, packed; its metadata hold N:M, model, fingerprint, shapes and a checksum
+    save_folder   the MaskPro authors': a folder of `<module>.pt`, one bool tensor each
+    save_npz      MaskLLM's .npz: `<module>.weight.mask`, np.packbits of the flattened mask
+
+Files are not trusted: no pickle runs, and every size a file claims is held against the bytes there before memory is
+taken. A file that fails raises UserError with its name and what is wrong.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from masks import check, pack, unpack
+from pge import patterns
+from utils import UserError
+
+NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # a module's name may become a file's: no separators
+
+
+@dataclass
+class MaskFile:
+    """What `load` found: masks (name -> bool [out, in]), N:M, and '' for a model or fingerprint the file lacks."""
+
+    masks: dict[str, torch.Tensor]
+    n: int = 0
+    m: int = 0
+    model: str = ""
+    fingerprint: str = ""
+
+
+@contextmanager
+def _beside(path, suffix):
+    """Yield a hidden name beside `path`; on success sync what was written there and rename it to `path`."""
+    path = Path(path)
+    if not path.name.endswith(suffix):
+        raise UserError(f"{path} must end in {suffix}")
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already: choose another name or remove it first")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        for written in [*tmp.glob("*"), tmp]:
+            os.fsync(handle := os.open(written, os.O_RDONLY))
+            os.close(handle)
+        if tmp.is_file():  # safetensors writes files that only their owner can read
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(tmp, 0o666 & ~umask)
+        os.replace(tmp, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise UserError(f"cannot write {path}: {error}") from error
+    finally:
+        if tmp.is_dir():
+            shutil.rmtree(tmp)
+        elif os.path.lexists(tmp):
+            tmp.unlink()
+
+
+def _writable(masks):
+    for name, mask in masks.items():
+        if not NAME.fullmatch(name) or mask.dtype != torch.bool or mask.dim() != 2 or not mask.numel():
+            raise UserError(f"layer {name}: expected a module name and a bool mask [out, in], not {mask.dtype}")
+    if not masks:
+        raise UserError("there are no masks to save")
+    return {name: mask.cpu() for name, mask in masks.items()}
+
+
+def _digest(metadata, packed):
+    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(packed):
+        sha.update(packed[name].numpy())
+    return sha.hexdigest()
+
+
+def save(path, masks, n, m, model_name, fingerprint):
+    """Write `masks` (name -> bool [out, in], strictly N:M) to `path`, one packed .safetensors.
+
+    Written beside and renamed. UserError: `path` exists or cannot be written, or a layer (named) is not N:M.
+    """
+    masks = _writable(masks)
+    if fault := _first_fault(masks, n, m)[1]:
+        raise UserError(fault)
+    packed = {name: pack(mask, n, m) for name, mask in masks.items()}
+    metadata = {"format": "maskpro-mask", "version": "1", "sparsity": f"{n}:{m}", "model": model_name}
+    metadata |= {"fingerprint": fingerprint, "shapes": json.dumps({k: [*v.shape] for k, v in masks.items()})}
+    with _beside(path, ".safetensors") as tmp:
+        save_file(packed, tmp, metadata | {"checksum": _digest(metadata, packed)})
+
+
+def save_folder(path, masks):
+    """Write `masks` (name -> bool [out, in]) as the MaskPro authors' folder of `<name>.pt`; errors as `save`."""
+    masks = _writable(masks)
+    with _beside(path, "") as tmp:
+        tmp.mkdir()
+        for name, mask in masks.items():
+            torch.save(mask.clone(memory_format=torch.contiguous_format), tmp / f"{name}.pt")  # not a view's storage
+
+
+def save_npz(path, masks):
+    """Write `masks` (name -> bool [out, in]) as MaskLLM's .npz, `<name>.weight.mask`; errors as `save`."""
+    masks = _writable(masks)
+    with _beside(path, ".npz") as tmp, open(tmp, "wb") as file:
+        np.savez_compressed(file, **{f"{name}.weight.mask": np.packbits(mask.numpy()) for name, mask in masks.items()})
+
+
+def load(path, n=None, m=None, shapes=None):
+    """Read a mask file of any of the three formats into a `MaskFile`, every block verified to keep exactly N of M.
+
+    n, m: the wanted pattern; where None, the file's own (.safetensors) or the one its masks keep: M = 4 if it fits,
+    else the smallest M in 2..16. shapes: name -> (out, in) of the model's layers; needed for .npz, which holds no
+    shapes, and in every format a layer that is not among them is refused. That every layer of the model is there is
+    for the caller to check. UserError: no such file, malformed, not strictly N:M (names the layer), another N:M.
+    """
+    if (n, m) != (None, None):
+        patterns(n, m)
+    path = Path(path)
+    try:
+        readers = {".safetensors": _read_safetensors, ".npz": _read_npz} if path.is_file() else {}
+        read = _read_folder if path.is_dir() else readers.get(path.suffix)
+        if not read:
+            raise UserError("no such mask (.safetensors, .npz or a folder of .pt files); get_mask.py makes one")
+        found = read(path, shapes)
+        if not found.masks:
+            raise UserError("holds no masks")
+        found.n, found.m = _infer(found.masks, found.m or m)
+        if m and (n, m) != (found.n, found.m):
+            raise UserError(f"its masks are {found.n}:{found.m}, not {n}:{m} as asked: change one of them")
+        return found
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a parser makes of a damaged file is the file's fault
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{path} is damaged or no mask file ({reason}): restore it or make it anew") from error
+
+
+def _first_fault(masks, n, m):
+    """(layers before the first that is not strictly N:M, what is wrong with it or None)."""
+    for done, (name, mask) in enumerate(masks.items()):
+        if mask.shape[1] % m:
+            return done, f"layer {name}: {m} does not divide its {mask.shape[1]} inputs"
+        if bad := check(mask, n, m):
+            return done, f"layer {name}: {bad} of {mask.numel() // m} blocks do not keep exactly {n} of {m}"
+    return len(masks), None
+
+
+def _infer(masks, m):
+    """(N, M) that every block of every layer keeps, M tried first; UserError names the layer that breaks the best."""
+    first, faults = next(iter(masks.values())), []
+    for trial in dict.fromkeys([m or 4, 4, *range(2, 17)]):
+        kept = round(trial * int(first.sum()) / first.numel())
+        if 0 < kept < trial:
+            faults.append(_first_fault(masks, kept, trial))
+            if faults[-1][1] is None:
+                return kept, trial
+    raise UserError(max(faults, key=lambda fault: fault[0])[1] if faults else "the first layer keeps all or nothing")
+
+
+def _shape(name, shape, shapes):
+    """(out, in) of a layer as the file claims it, once it is sane and agrees with the model's."""
+    if not NAME.fullmatch(name) or shapes is not None and name not in shapes:
+        raise UserError(f"layer {name!r} is not one of the model's")
+    if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+        raise UserError(f"layer {name}: {shape} is not the shape of a mask")
+    if shapes is not None and tuple(shape) != tuple(shapes[name]):
+        raise UserError(f"layer {name}: its shape is {[*shape]}, the model's {[*shapes[name]]}")
+    return tuple(shape)
+
+
+def _read_safetensors(path, shapes):
+    with safe_open(path, framework="pt") as file:  # it checks the header's offsets and shapes against the file's size
+        metadata, names = file.metadata() or {}, file.keys()
+        if (metadata.get("format"), metadata.get("version")) != ("maskpro-mask", "1"):
+            raise UserError("is no maskpro-mask of version 1: give a mask file, or one this version can read")
+        packed = {name: file.get_tensor(name) for name in names}
+    checksum = metadata.pop("checksum")
+    n, m = map(int, re.fullmatch(r"(\d\d?):(\d\d?)", metadata["sparsity"], re.ASCII).groups())
+    claimed = {name: _shape(name, shape, shapes) for name, shape in json.loads(metadata["shapes"]).items()}
+    if set(claimed) != set(packed) or checksum != _digest(metadata, packed):
+        raise UserError("its contents do not match their checksum, the file is damaged: restore it or make it anew")
+    masks = {name: unpack(packed.pop(name), shape, n, m) for name, shape in claimed.items()}
+    return MaskFile(masks, n, m, metadata["model"], metadata["fingerprint"])
+
+
+def _read_folder(path, shapes):
+    masks = {}
+    for file in sorted(file for file in path.glob("*.pt") if file.is_file()):
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            data = [member for member in members if "/data/" in member.filename]
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if len(data) != 1 or not stored or sum(member.file_size for member in members) > file.stat().st_size:
+                raise UserError(f"{file.name} is not one tensor as torch.save writes it")
+            # Only the description comes from torch.load: it would trust the pickle's size over that of the data.
+            tensor = torch.load(file, map_location="meta", weights_only=True)
+            whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() == data[0].file_size
+            if tensor.dtype != torch.bool or not whole:
+                raise UserError(f"{file.name} does not hold one contiguous bool tensor")
+            shape = _shape(file.stem, [*tensor.shape], shapes)
+            raw = np.frombuffer(bytearray(archive.read(data[0])), np.uint8)  # checks the CRC
+        if raw.max() > 1:
+            raise UserError(f"{file.name} has bytes that are no bool")
+        masks[file.stem] = torch.from_numpy(raw).view(torch.bool).view(shape)
+    return MaskFile(masks)
+
+
+def _read_npz(path, shapes):
+    if shapes is None:
+        raise UserError("an .npz does not hold the shapes of its masks: give the model (or shapes=) as well")
+    masks = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        file.seek(-12, os.SEEK_END)  # the count in the end record: zipfile overlooks entries lost to a wrong length
+        if int.from_bytes(file.read(2), "little") != len(archive.infolist()):
+            raise UserError("its directory has lost layers, the file is damaged: restore it or make it anew")
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy").removesuffix(".mask").removesuffix(".weight")
+            shape = _shape(name, shapes.get(name, ()), shapes)
+            size, known = -(-prod(shape) // 8), member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if name in masks or not known or not size < member.file_size < size + 1024:  # the bits and an .npy header
+                raise UserError(f"layer {name} appears twice or is not the bits of a mask {[*shape]}")
+            with archive.open(member) as content:
+                raw = content.read(member.file_size)  # a bare read() inflates a bomb past the size it claims
+            header = io.BytesIO(raw)
+            np.lib.format.read_magic(header)
+            found, _, dtype = np.lib.format.read_array_header_1_0(header)
+            bits = raw[header.tell() :]
+            if found != (size,) or dtype != np.uint8 or len(bits) != size:
+                raise UserError(f"layer {name}: {found} of {dtype} are not the bits of a mask {[*shape]}")
+            mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=prod(shape))
+            masks[name] = torch.from_numpy(mask).view(torch.bool).view(shape)
+    return MaskFile(masks)

@@ -1,0 +1,85 @@
+"""References that share no code with the modules: enumeration in long decimals, and Pearson's chi-square test."""
+from decimal import Decimal, localcontext
+from itertools import combinations, permutations
+
+import torch
+
+
+def by_orderings(logits, kept, digits: int = 120):
+    """(p(S), its score [M]) as Decimals, from the definition: all N! orders of drawing the kept indices."""
+    with localcontext() as context:
+        context.prec = digits
+        w = [Decimal(float(x)).exp() for x in logits]
+        p, slope = Decimal(0), [Decimal(0)] * len(w)
+        for order in permutations(kept):
+            left, chance, pull = set(range(len(w))), Decimal(1), [Decimal(i in kept) for i in range(len(w))]
+            for drawn in order:
+                total = sum(w[j] for j in left)
+                chance *= w[drawn] / total
+                for j in left:
+                    pull[j] -= w[j] / total
+                left.remove(drawn)
+            p += chance
+            slope = [s + chance * x for s, x in zip(slope, pull)]
+        return p, [s / p for s in slope]
+
+
+def by_inclusion_exclusion(logits, kept, digits: int = 600):
+    """The same in 2^N terms: p(S) = sum over R in S of (-1)^|R| r / (r + w(R)), r the rate of the pruned.
+
+    The terms cancel down to p: hence the many digits.
+    """
+    with localcontext() as context:
+        context.prec = digits
+        w = [Decimal(float(x)).exp() for x in logits]
+        r = sum(x for i, x in enumerate(w) if i not in kept)
+        p, slope, slope_r = Decimal(0), [Decimal(0)] * len(w), Decimal(0)
+        for size in range(len(kept) + 1):
+            for late in combinations(kept, size):
+                sign, rate = (-1) ** size, sum((w[i] for i in late), Decimal(0))
+                p += sign * r / (r + rate)
+                slope_r += sign * rate / (r + rate) ** 2
+                for i in late:
+                    slope[i] -= sign * r / (r + rate) ** 2
+        return p, [x * (slope[i] if i in kept else slope_r) / p for i, x in enumerate(w)]
+
+
+def log(p) -> float:
+    """ln of a Decimal, exact next to 1 as well."""
+    with localcontext() as context:
+        context.prec = 600
+        return float(p.ln())
+
+
+def distribution(logits, n: int) -> torch.Tensor:
+    """p(S) of all patterns, float64 [C(M, N)], in lexicographic order of the kept indices."""
+    return torch.tensor([float(by_orderings(logits, kept)[0]) for kept in combinations(range(len(logits)), n)],
+                        dtype=torch.float64)
+
+
+def mask_of(kept, m: int) -> torch.Tensor:
+    """bool [M] with True at the kept indices."""
+    return torch.tensor([i in kept for i in range(m)])
+
+
+def pattern_counts(mask: torch.Tensor) -> torch.Tensor:
+    """How often each pattern occurs in bool [blocks, M], in lexicographic order; fails where a block keeps not N."""
+    m, n = mask.shape[1], int(mask[0].sum())
+    counts = torch.bincount((mask * 2 ** torch.arange(m)).sum(1), minlength=2**m)
+    counts = counts[[sum(1 << i for i in kept) for kept in combinations(range(m), n)]]
+    assert int(counts.sum()) == len(mask), "a block keeps another number of weights"
+    return counts
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """P(a worse fit) of counts under probs, both [K]. Cells that expect fewer than 5 are pooled."""
+    order = probs.argsort()
+    observed, expected = counts[order].double(), probs[order] * counts.sum()
+    rare = int((expected < 5).sum())
+    while 0 < rare < len(expected) and expected[:rare].sum() < 5:
+        rare += 1
+    if rare:
+        observed = torch.cat([observed[:rare].sum(0, keepdim=True), observed[rare:]])
+        expected = torch.cat([expected[:rare].sum(0, keepdim=True), expected[rare:]])
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(observed) - 1) / 2, dtype=torch.float64), statistic / 2))

@@ -1,0 +1,403 @@
+"""A user's mistake gets one line that says what is wrong and what to change, exit code 2, and leaves no trace on disk.
+
+A case is a script's working command with flags put after it, of which the last one counts. Most run in this process;
+a subprocess of each script proves that the exit code and the single line reach the shell.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_gpt2, make_llama, make_moe, write_corpus
+
+import evaluate
+import get_mask
+import inference_loss
+import mask_files
+import prune
+import train
+import utils
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
+PLACE = "--model {w}/llama --dtype float32 --device cpu"
+DATA = "--dataset {w}/text.jsonl --dataset_size 8 --batchsize 4 --sqlen 32"
+COMMANDS = {
+    "prune": f"{PLACE} --dataset {{w}}/text.jsonl --nsamples 2 --seqlen 32 --save_model new",
+    "get_mask": "--model {w}/sparse --save new.safetensors",
+    "inference_loss": f"{PLACE} {DATA} --mask {{w}}/mask.safetensors --save new.npz",
+    "train": f"{PLACE} {DATA} --mask {{w}}/mask.safetensors --baseline_file {{w}}/baseline.npz --max_step 2 "
+             "--targets q_proj --step eager --out new",
+    "evaluate": f"{PLACE} --ppl {{w}}/held_out.txt --seqlen 32 --nwindows 2 --save new.json"}
+ALL, MASKED, TRAINING = list(SCRIPTS), ["inference_loss", "train", "evaluate"], ["prune", "inference_loss", "train"]
+
+
+def edited(source: Path, target: Path, change) -> None:
+    """A copy of a model folder whose weights went through change(tensors)."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors",
+              metadata={"format": "pt"})
+
+
+def quietly(script: str, arguments: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        SCRIPTS[script].main(arguments.split())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread costs more than it brings, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def w(tmp_path_factory):
+    """Workshop of whole and broken models, masks, texts and baselines."""
+    w = tmp_path_factory.mktemp("workshop")
+    make_llama(w / "llama")
+    make_gpt2(w / "gpt2")
+    write_corpus(w / "text.jsonl", 12)
+    write_corpus(w / "other.jsonl", 12, seed=5)
+    write_corpus(w / "few.jsonl", 3)
+    texts = [json.loads(line)["text"] for line in (w / "text.jsonl").read_text().splitlines()]
+    (w / "held_out.txt").write_text(texts[0])
+    (w / "long.jsonl").write_text("".join(json.dumps({"text": " ".join([text] * 3)}) + "\n" for text in texts))
+    (w / "torn.jsonl").write_text('{"text": "a whole line"}\n{"text": "a torn')
+    (w / "numbers.jsonl").write_text('{"a": 1, "b": 2}\n' * 9)
+    (w / "nothing.jsonl").touch()
+    (w / "picture.png").write_bytes(b"\x89PNG")
+    (w / "empty").mkdir()
+
+    edited(w / "llama", w / "other", lambda tensors: [tensor.neg_() for tensor in tensors.values()])
+    edited(w / "llama", w / "nan", lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+    edited(w / "llama", w / "inf", lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(torch.inf))
+    for name, file, content in [("no_config", "config.json", None), ("bad_config", "config.json", b"{"),
+                                ("other_config", "config.json", b'{"model_type": "nonsense"}'),
+                                ("no_tokenizer", "tokenizer.model", None), ("no_weights", "model.safetensors", None),
+                                ("bad_tokenizer", "tokenizer.model", b"nonsense"),
+                                ("bad_weights", "model.safetensors", b"nonsense")]:
+        shutil.copytree(w / "llama", w / name)
+        (w / name / file).unlink()
+        if content:
+            (w / name / file).write_bytes(content)
+    (w / "no_tokenizer" / "tokenizer_config.json").unlink()
+
+    for model, sparsity, sparse, mask in [("llama", "2:4", "sparse", "mask"), ("llama", "4:8", "sparse8", "mask8"),
+                                          ("other", "2:4", "sparse_other", "mask_other"),
+                                          ("gpt2", "2:4", "sparse_gpt2", "mask_gpt2")]:
+        quietly("prune", f"--model {w}/{model} --dtype float32 --device cpu --prune_method magnitude "
+                         f"--sparsity_type {sparsity} --save_model {w}/{sparse}")
+        quietly("get_mask", f"--model {w}/{sparse} --sparsity_type {sparsity} --save {w}/{mask}.safetensors")
+    found = mask_files.load(w / "mask.safetensors")
+    attention = {name: mask for name, mask in found.masks.items() if "self_attn" in name}
+    mask_files.save(w / "attention.safetensors", attention, 2, 4, found.model, found.fingerprint)
+    mask_files.save(w / "flipped.safetensors", {name: ~mask for name, mask in found.masks.items()}, 2, 4, found.model,
+               found.fingerprint)
+    edited(w / "sparse", w / "minus_zero", lambda tensors: [tensor.copy_(torch.where(tensor == 0, -0.0, tensor))
+                                                            for tensor in tensors.values()])
+    edited(w / "sparse", w / "bad_record", lambda tensors: None)
+    (w / "bad_record" / "prune.json").write_text("{")
+
+    quietly("inference_loss", COMMANDS["inference_loss"].format(w=w) + f" --save {w}/baseline.npz")
+    with np.load(w / "baseline.npz") as file:
+        np.savez(w / "nan.npz", losses=file["losses"] * np.nan, depends_on=file["depends_on"])
+    for whole in ("mask.safetensors", "baseline.npz"):
+        (w / f"garbage_{whole}").write_bytes(b"nonsense" * 100)
+        (w / f"torn_{whole}").write_bytes((w / whole).read_bytes()[:-100])
+    (w / "standing.json").write_text("stands")
+    (w / "standing.npz").write_text("stands")
+    (w / "standing.safetensors").write_text("stands")
+    (w / "standing").mkdir()
+    (w / "standing" / "file").write_text("stands")
+    return w
+
+
+def snapshot(*folders: Path) -> dict:
+    """Every file with its size and time, every folder."""
+    found = [path for folder in folders for path in folder.rglob("*")]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in found}
+
+
+@pytest.fixture
+def refused(w, tmp_path, monkeypatch, capsys):
+    """Run a script as its `__main__` does; check that it was refused properly, with these words in its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(script, flags, *words):
+        before = snapshot(w, tmp_path)
+        arguments = (COMMANDS[script] + " " + flags).format(w=w).split()
+        with pytest.raises(SystemExit) as stop:
+            utils.run(lambda: SCRIPTS[script].main(arguments))
+        check_refusal(stop.value.code, capsys.readouterr().err, *words)
+        assert snapshot(w, tmp_path) == before
+    return check
+
+
+def check_refusal(code, stderr, *words) -> None:
+    """words: each must be in the line; of alternatives in a tuple, one."""
+    lines = [line for line in stderr.splitlines() if "error:" in line]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in stderr, stderr
+    for word in words:
+        alternatives = word if isinstance(word, tuple) else (word,)
+        assert any(alternative in lines[0] for alternative in alternatives), f"{alternatives} not in: {lines[0]}"
+
+
+def cases(*rows):
+    """(scripts, flags, words...) -> a parameter for each script."""
+    return pytest.mark.parametrize("script, flags, words", [
+        pytest.param(script, flags, words, id=f"{script} {flags}".replace("{w}/", ""))
+        for scripts, flags, *words in rows for script in ([scripts] if isinstance(scripts, str) else scripts)])
+
+
+# ------------------------------------------------------------------------------------------------- the proof by a shell
+
+
+@pytest.fixture(scope="module")
+def shells(w, tmp_path_factory):
+    """Each script with a hub id nobody has, offline: (exit code, stderr, what it left in its folder)."""
+    def run(script):
+        folder = tmp_path_factory.mktemp(script)
+        arguments = f"{COMMANDS[script]} --model nobody/has-this".format(w=w).split()
+        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *arguments], capture_output=True, text=True,
+                              cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+        return done.returncode, done.stderr, os.listdir(folder)
+    before = snapshot(w)
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(ALL, pool.map(run, ALL)))
+    assert snapshot(w) == before
+    return results
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_an_unknown_hub_id_in_a_shell(shells, script):
+    code, stderr, left = shells[script]
+    check_refusal(code, stderr, "--model nobody/has-this cannot be loaded", "hub id")
+    assert not left
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
+    """Else the refusals below could be of something else than they say."""
+    monkeypatch.chdir(tmp_path)
+    quietly(script, COMMANDS[script].format(w=w))
+    assert [name.split(".")[0] for name in os.listdir(tmp_path)] == ["new"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+@cases((ALL, "--model {w}/absent", "--model", "absent", "no such folder"),
+       (["get_mask", "evaluate"], "--model {w}/text.jsonl", "--model", "no such folder"),
+       (ALL, "--model {w}/no_config", "--model", "no_config cannot be loaded", "is wanted"),
+       ("inference_loss", "--model {w}/empty", "--model", "empty cannot be loaded", "is wanted"),
+       ("inference_loss", "--model {w}/bad_config", "--model", "bad_config cannot be loaded"),
+       ("inference_loss", "--model {w}/other_config", "--model", "other_config cannot be loaded"),
+       ("inference_loss", "--model {w}/no_tokenizer", "--model", "no_tokenizer cannot be loaded"),
+       ("inference_loss", "--model {w}/bad_tokenizer", "--model", "bad_tokenizer cannot be loaded"),
+       ("inference_loss", "--model {w}/no_weights", "--model", "no_weights cannot be loaded"),
+       ("inference_loss", "--model {w}/bad_weights", "--model", "bad_weights cannot be loaded"),
+       ("inference_loss", "--device_map nonsense", "nonsense", "device_map"),
+       (ALL, "--device nonsense", "--device nonsense cannot be used", "--device cpu"),
+       (ALL, "--device cuda:99", "--device cuda:99 cannot be used", "--device cpu"))
+def test_models(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ALL)
+def test_no_gpu(refused, script):
+    refused(script, "--device cuda", "--device cuda cannot be used", "--device cpu")
+
+
+@pytest.mark.parametrize("script", ["prune", "get_mask"])
+def test_fused_experts(refused, tmp_path_factory, script):
+    model = make_moe(tmp_path_factory.mktemp("moe"))
+    refused(script, f"--model {model}", "fused experts", "--targets self_attn")
+
+
+@cases(("prune", "--model {w}/gpt2 --dataset {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"),
+       ("inference_loss", "--model {w}/gpt2 --mask {w}/mask_gpt2.safetensors --dataset {w}/long.jsonl --sqlen 300",
+        "--sqlen", "300", "256"),
+       ("train", "--model {w}/gpt2 --mask {w}/mask_gpt2.safetensors --dataset {w}/long.jsonl --sqlen 300 --targets "
+        "mlp --baseline online", "--sqlen", "300", "256"),
+       ("evaluate", "--model {w}/gpt2 --ppl {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"))
+def test_more_tokens_than_the_model_has_positions(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
+# ------------------------------------------------------------------------------------------------------------ the masks
+
+REMEDY = ("--mask", "get_mask.py", "--model")
+
+
+@cases((MASKED, "--mask {w}/mask_gpt2.safetensors", "mask", "another model", REMEDY),
+       (MASKED, "--mask {w}/mask_other.safetensors", "mask", "another model", REMEDY),
+       (MASKED, "--mask {w}/absent.safetensors", "absent.safetensors", "no such mask", "expected a .safetensors"),
+       (MASKED, "--mask {w}/empty", "empty", "holds no masks"),
+       (MASKED, "--mask {w}/garbage_mask.safetensors", "garbage_mask.safetensors", "damaged", "make it anew"),
+       (MASKED, "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors", "damaged", "make it anew"),
+       (MASKED, "--mask {w}/llama/model.safetensors", "model.safetensors", "no maskpro-mask", "give a mask file"),
+       ("train", "--mask {w}/mask8.safetensors", "mask8", "4:8, not 2:4"),
+       ("train", "--sparsity_type 1:4", "2:4, not 1:4"),
+       ("train", "--sparsity_type 2:5", "2:4, not 2:5"),
+       ("evaluate", "--mask {w}/mask8.safetensors --sparsity_type 2:4", "mask8", "4:8, not 2:4"),
+       ("train", "--mask {w}/attention.safetensors --targets mlp", "attention.safetensors", "--targets"),
+       ("evaluate", "--mask {w}/attention.safetensors --targets mlp", "attention.safetensors", "--targets"))
+def test_masks(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
+@cases(("get_mask", "--model {w}/llama", "not 2:4 sparse in 14 of 14 layers", "q_proj", "prune.py"),
+       ("get_mask", "--sparsity_type 1:4", "not 1:4 sparse in 14 of 14 layers", "--sparsity_type"),
+       ("get_mask", "--sparsity_type 2:5", "5 does not divide the 64 input features", "--sparsity_type"),
+       ("prune", "--sparsity_type 2:5", "5 does not divide the 64 input features", "--sparsity_type"),
+       ("evaluate", "--sparsity_type 2:5", "5 does not divide the 64 input features", "--sparsity_type"),
+       ("evaluate", "--sparsity_type 2:4", "14 of 14 layers are not 2:4 sparse", "--sparsity_type"),
+       ("evaluate", "--model {w}/sparse8 --sparsity_type 2:4", "layers are not 2:4 sparse", "--sparsity_type"),
+       ("evaluate", "--model {w}/minus_zero --sparsity_type 2:4", "zeros are -0.0"),
+       (["prune", "get_mask", "train", "evaluate"], "--targets nonsense", "--targets nonsense matches no layer",
+        "q_proj"),
+       (["prune", "get_mask", "train", "evaluate"], "--targets q_proj nonsense", "--targets nonsense matches"),
+       ("train", "--targets (", "--targets ( matches no layer", "q_proj"),
+       ("train", "--targets lm_head", "--targets lm_head matches no layer"),
+       ("get_mask", "--model {w}/bad_record", "prune.json"))
+def test_layers_and_patterns(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+@cases((TRAINING, "--dataset {w}/absent.jsonl", "absent.jsonl", "no such file", "check the path"),
+       (TRAINING, "--dataset {w}/torn.jsonl", "torn.jsonl", ("cannot read", "only ", "none of")),
+       (TRAINING, "--dataset {w}/numbers.jsonl", "numbers.jsonl", "text"),
+       (TRAINING, "--dataset {w}/nothing.jsonl", "nothing.jsonl"),
+       (TRAINING, "--dataset {w}/picture.png", "picture.png", "unknown kind of file", ".jsonl"),
+       (TRAINING, "--dataset {w}/empty", "empty", "holds no file", ".jsonl"),
+       (["inference_loss", "train"], "--dataset {w}/few.jsonl", "only 3 of the 3 documents", "lower --dataset_size"),
+       (["inference_loss", "train"], "--sqlen 5000", ("only 0 of the 12 documents", "256 positions"), "--sqlen"),
+       (["inference_loss", "train"], "--batchsize 3", "--batchsize 3 does not divide --dataset_size 8", "use 2 or 4"),
+       (["inference_loss", "train"], "--sqlen 1", "--sqlen is 1", "at least 2"),
+       ("prune", "--seqlen 5000", ("none of the 12 documents", "256 positions"), "lower --seqlen"),
+       ("evaluate", "--ppl {w}/absent.txt", "absent.txt", "no such file", "check the path"),
+       ("evaluate", "--ppl {w}/torn.jsonl", "torn.jsonl", ("cannot read", "fewer than one window")),
+       ("evaluate", "--ppl {w}/nothing.jsonl", "nothing.jsonl"),
+       ("evaluate", "--ppl {w}/picture.png", "picture.png", "unknown kind of file", ".txt"),
+       ("evaluate", "--seqlen 5000", ("fewer than one window of 5000", "256 positions"), "lower --seqlen"),
+       ("evaluate", "--seqlen 1", "--seqlen is 1", "at least 2"))
+def test_texts(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
+@cases((["inference_loss", "evaluate"], "--model {w}/nan", "not finite", "--dtype"),
+       (["prune", "inference_loss", "evaluate"], "--model {w}/inf", "not finite", "--dtype"),
+       ("train", "--model {w}/nan", "the loss is nan at step 1", "--dtype bfloat16"),
+       ("train", "--model {w}/nan --baseline online", "the loss is nan at step 1", "--dtype bfloat16"),
+       ("train", "--model {w}/inf --estimator vanilla", "the loss is nan at step 1", "--dtype bfloat16"))
+def test_numbers_that_are_not_finite(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
+# --------------------------------------------------------------------------------------------------------- the baseline
+
+AGAIN = "inference_loss.py"
+
+
+@cases(("train", "--baseline_file {w}/absent.npz", "absent.npz", "no such baseline", AGAIN, "--baseline online"),
+       ("train", "--baseline_file {w}/garbage_baseline.npz", "garbage_baseline.npz", "not a baseline file", AGAIN),
+       ("train", "--baseline_file {w}/torn_baseline.npz", "torn_baseline.npz", "not a baseline file", AGAIN),
+       ("train", "--baseline_file {w}/mask.safetensors", "mask.safetensors", "not a baseline file", AGAIN),
+       ("train", "--baseline_file {w}/empty", "empty", "not a baseline file", AGAIN),
+       ("train", "--baseline_file {w}/nan.npz", "nan.npz", "not finite", AGAIN),
+       ("train", "--mask {w}/flipped.safetensors", "baseline.npz is stale: mask", AGAIN),
+       ("train", "--dataset {w}/other.jsonl", "baseline.npz is stale: tokens", AGAIN),
+       ("train", "--sqlen 16", "baseline.npz is stale", "sqlen 32 there, 16 here", AGAIN),
+       ("train", "--dataset_size 4", "baseline.npz is stale", "dataset_size 8 there, 4 here", AGAIN),
+       ("train", "--batchsize 2", "baseline.npz is stale", "batchsize 4 there, 2 here", AGAIN),
+       ("train", "--dtype bfloat16", "baseline.npz is stale: dtype float32 there, bfloat16 here", AGAIN),
+       ("train", "--model {w}/other --mask {w}/mask_other.safetensors", "baseline.npz is stale: model", AGAIN))
+def test_baselines(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
+def test_the_default_baseline_is_missing(refused, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "train", COMMANDS["train"].replace("--baseline_file {w}/baseline.npz", ""))
+    refused("train", "", "inference_loss_8_bs4_sql32.npz: there is no such baseline", AGAIN)
+
+
+# ----------------------------------------------------------------------------------------------------------- the output
+
+
+@cases(("prune", "--save_model {w}/standing", "standing exists already", "another --save_model"),
+       ("get_mask", "--save {w}/standing.safetensors", "standing.safetensors exists already", "another --save"),
+       ("inference_loss", "--save {w}/standing.npz", "standing.npz exists already", "another --save"),
+       ("train", "--out {w}/standing", "standing exists already", "another --out"),
+       ("train", "--out {w}/empty", "empty exists already", "another --out"),
+       ("evaluate", "--save {w}/standing.json", "standing.json exists already", "another --save"),
+       ("get_mask", "--save new.bin", "new.bin", ".safetensors"),
+       ("prune", "--save_model {w}/standing.json/new", "standing.json"),
+       ("get_mask", "--save {w}/standing.json/new.safetensors", "standing.json"),
+       ("inference_loss", "--save {w}/standing.json/new.npz", "standing.json"),
+       ("train", "--out {w}/standing.json/new", "standing.json"),
+       ("evaluate", "--save {w}/standing.json/new.json", "standing.json"))
+def test_outputs(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
+@pytest.mark.parametrize("script, name", [("prune", "out"), ("get_mask", "initial_mask.safetensors"),
+                                          ("inference_loss", "inference_loss_8_bs4_sql32.npz"),
+                                          ("train", "results/lr50_epoch10000_logits10_size8")])
+def test_the_default_outputs_exist(refused, monkeypatch, tmp_path, script, name):
+    (tmp_path / name).mkdir(parents=True)
+    command = COMMANDS[script].rsplit(" --", 1)[0]  # without its output
+    monkeypatch.setitem(COMMANDS, script, command)
+    refused(script, "", f"{name} exists already")
+
+
+# -------------------------------------------------------------------------------------------------------- the arguments
+
+
+@cases(*[(["prune", "get_mask", "train", "evaluate"], f"--sparsity_type {text}", "--sparsity_type", text, "such as 2:4")
+         for text in ("nonsense", "2:2", "0:4", "4:2", "2:32", "2", "2:4:8")],
+       *[(["inference_loss", "train"], f"--{name} {value}", f"--{name}", value, "at least 1")
+         for name in ("dataset_size", "batchsize", "sqlen", "microbatch") for value in ("-1", "0", "2.5")],
+       ("prune", "--sparsity_type -2:4", "--sparsity_type"),
+       ("train", "--epoch 0", "--epoch", "at least 1"),
+       ("train", "--max_step -3", "--max_step", "at least 1"),
+       ("train", "--lr -1", "--lr", "-1"),
+       ("train", "--lr nan", "--lr", "nan"),
+       ("train", "--lr inf", "--lr", "inf"),
+       ("train", "--logits -1", "--logits", "-1"),
+       ("train", "--logits nan", "--logits", "nan"),
+       ("train", "--alpha -0.5", "--alpha", "-0.5", "[0, 1)"),
+       ("train", "--alpha 1", "--alpha", "1.0", "[0, 1)"),
+       ("train", "--alpha nan", "--alpha", "nan", "[0, 1)"),
+       ("train", "--estimator nonsense", "--estimator", "maskpro"),
+       ("train", "--space nonsense", "--space", "pattern"),
+       ("train", "--init nonsense", "--init", "random"),
+       ("train", "--baseline nonsense", "--baseline", "online"),
+       ("prune", "--prune_method nonsense", "--prune_method", "wanda"),
+       ("prune", "--nsamples -1", "--nsamples", "at least 1"),
+       (["prune", "evaluate"], "--seqlen -1", "--seqlen", "at least 1"),
+       ("evaluate", "--nwindows 0", "--nwindows", "at least 1"),
+       (ALL, "--dtype int8", "--dtype", "float32"),
+       (ALL, "--seed 1.5", "--seed", "1.5"),
+       (TRAINING, f"--seed {10**30}", "--seed"),
+       (ALL, "--nonsense", "--nonsense"))
+def test_arguments(refused, script, flags, words):
+    refused(script, flags, *words)

@@ -1,0 +1,533 @@
+"""layers.py: which layers are found, and what a model under learned masks computes, layer by layer, bit for bit."""
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+import pge
+import step
+from layers import (
+    MaskedModel,
+    apply_masks,
+    check_divisible,
+    check_sparsity,
+    find_layers,
+    is_transposed,
+    match_masks,
+    weight_matrix,
+)
+from utils import UserError
+
+ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+NAMES = {kind: [f"{stem}.{i}.{name}" for i in range(2) for name in names] for kind, stem, names in (
+    ("llama", "model.layers", [*ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+    ("gpt2", "transformer.h", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+    ("opt", "model.decoder.layers", [*ATTENTION, "self_attn.out_proj", "fc1", "fc2"]),
+)}
+TOKENS = torch.arange(40).view(2, 20) % 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: getattr(tiny, f"make_{kind}")(tmp_path_factory.mktemp(kind)) for kind in NAMES}
+
+
+@pytest.fixture
+def load(folders):
+    def fresh(kind="llama", dtype=torch.float32):
+        return transformers.AutoModelForCausalLM.from_pretrained(folders[kind]).to(dtype).eval()
+    return fresh
+
+
+@pytest.fixture(params=list(NAMES))
+def kind(request):
+    return request.param
+
+
+def forward(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def magnitude_masks(layers, n=2, m=4):
+    masks = {}
+    for name, module in layers.items():
+        weight = weight_matrix(module).float().abs()
+        masks[name] = pge.mode(weight.reshape(-1, m), n).view_as(weight)
+    return masks
+
+
+def make(model, n=2, m=4, space="linear", **kwargs):
+    """(MaskedModel under its magnitude masks, those masks, its dense weights [out, in])."""
+    layers = find_layers(model)
+    dense = {name: weight_matrix(module).clone() for name, module in layers.items()}
+    masks = magnitude_masks(layers, n, m)
+    return MaskedModel(model, masks, pge.SPACES[space](n, m), **({"mode": "eager"} | kwargs)), masks, dense
+
+
+def used_weights(model):
+    """One forward; the weights [out, in] its layers multiplied with."""
+    used, hooks = {}, []
+    for name, module in find_layers(model).items():
+        def record(module, inputs, output, name=name):
+            used[name] = weight_matrix(module).clone()
+
+        hooks.append(module.register_forward_hook(record))
+    forward(model)
+    for hook in hooks:
+        hook.remove()
+    return used
+
+
+def drawn_masks(masked):
+    return {name: layer.mask_of(layer.bits).clone() for name, layer in masked.layers.items()}
+
+
+def logits_of(layer):
+    """[blocks, width], a copy of the planes."""
+    return torch.stack(list(layer.logits), 1)
+
+
+def assert_masked(weight, dense, mask):
+    """weight is dense where mask keeps, and +0.0 elsewhere."""
+    assert torch.equal(weight, torch.where(mask, dense, torch.zeros_like(dense)))
+    assert not torch.signbit(weight[~mask]).any()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------------ finding layers
+
+
+def test_every_projection_is_found_and_no_head(kind, load):
+    """GPT-2 and OPT tie their head to the embedding; Llama's head is its own."""
+    model = load(kind)
+    layers = find_layers(model)
+    assert list(layers) == [name for name, _ in model.named_modules() if name in NAMES[kind]]
+    assert sorted(layers) == sorted(NAMES[kind])
+    assert all(is_transposed(module) == (kind == "gpt2") for module in layers.values())
+
+
+def test_weight_matrix_is_out_by_in(load):
+    layers = find_layers(load("gpt2"))
+    assert weight_matrix(layers["transformer.h.0.mlp.c_fc"]).shape == (256, 64)
+    layers = find_layers(load("opt"))
+    assert weight_matrix(layers["model.decoder.layers.0.fc1"]).shape == (128, 64)
+
+
+@pytest.mark.parametrize("targets, expected", [
+    (["self_attn"], [name for name in NAMES["llama"] if "self_attn" in name]),
+    (["layers.1.mlp", "layers.0.self_attn.q_proj"],
+     ["model.layers.0.self_attn.q_proj"] + [name for name in NAMES["llama"] if "layers.1.mlp" in name]),
+    ([r"(gate|up)_proj$"], [name for name in NAMES["llama"] if name.endswith(("gate_proj", "up_proj"))]),
+    ([r"layers\.1\..*[qk]_proj", "down"],
+     [f"model.layers.{name}_proj" for name in ("0.mlp.down", "1.self_attn.q", "1.self_attn.k", "1.mlp.down")]),
+])
+def test_targets_select_exactly_what_they_name(load, targets, expected):
+    assert sorted(find_layers(load(), targets)) == sorted(expected)
+
+
+def test_targets_keep_the_order_of_the_model(load):
+    model = load()
+    assert list(find_layers(model, ["down", "q_proj"])) == [
+        name for name in find_layers(model) if "down" in name or "q_proj" in name]
+
+
+def test_a_name_wins_over_a_regular_expression():
+    """'.0.' is a part of names, so layer 10, which the regular expression would match, is not meant."""
+    config = transformers.LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=11,
+                                      num_attention_heads=2, num_key_value_heads=2)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert {name.split(".")[2] for name in find_layers(model, [".0."])} == {"0"}
+    assert {name.split(".")[2] for name in find_layers(model, [".10."])} == {"10"}
+    assert {name.split(".")[2] for name in find_layers(model, [r"layers\..?0\."])} == {"0", "10"}
+
+
+@pytest.mark.parametrize("target", ["no_such_layer", "lm_head", "embed", "[", "*"])
+def test_targets_that_match_nothing_are_refused(load, target):
+    with pytest.raises(UserError, match="matches no layer; names look like model.layers.0.self_attn.q_proj") as error:
+        find_layers(load(), ["mlp", target])
+    assert f"--targets {target} " in str(error.value)
+
+
+def test_fused_experts_are_refused_clearly_and_the_rest_can_be_named(tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.make_moe(tmp_path))
+    with pytest.raises(UserError, match="fused experts.*--targets self_attn"):
+        find_layers(model)
+    assert len(find_layers(model, ["self_attn"])) == 8
+
+
+def test_check_divisible(load):
+    layers = find_layers(load("gpt2"))
+    for m in (2, 4, 8, 16, 64):
+        check_divisible(layers, m)
+    with pytest.raises(UserError, match="M = 5 does not divide the 64 input features of transformer.h.0.attn.c_attn"):
+        check_divisible(layers, 5)
+    check_divisible({"c_proj": layers["transformer.h.0.mlp.c_proj"]}, 256)  # in: 256, out: 64
+
+
+def test_masks_of_another_model_are_refused(load):
+    layers = find_layers(load())
+    masks = magnitude_masks(layers)
+    match_masks(layers, masks)
+    match_masks(layers, {name: mask for name, mask in masks.items() if "mlp" in name})
+    with pytest.raises(UserError, match="another model: it has model.layers.9.mlp, which"):
+        match_masks(layers, masks | {"model.layers.9.mlp": masks["model.layers.0.mlp.up_proj"]})
+    name = "model.layers.0.mlp.up_proj"
+    with pytest.raises(UserError, match=r"up_proj is \[64, 128\] there, \[128, 64\] here"):
+        match_masks(layers, masks | {name: masks[name].T})
+
+
+def test_masks_of_a_transposed_layer_are_compared_as_out_by_in(load):
+    layers = find_layers(load("gpt2"))
+    name = "transformer.h.0.mlp.c_fc"
+    match_masks(layers, {name: torch.ones(256, 64, dtype=torch.bool)})
+    with pytest.raises(UserError, match="another model"):
+        match_masks(layers, {name: torch.ones(64, 256, dtype=torch.bool)})
+
+
+# ------------------------------------------------------------------------------------- masks for good, and their check
+
+
+def test_apply_masks_zeroes_in_place(kind, load):
+    model = load(kind)
+    layers = find_layers(model)
+    dense, masks = {name: weight_matrix(layer).clone() for name, layer in layers.items()}, magnitude_masks(layers)
+    storages = [layer.weight.data_ptr() for layer in layers.values()]
+    apply_masks(layers, masks)
+    assert storages == [layer.weight.data_ptr() for layer in layers.values()]
+    for name, layer in layers.items():
+        assert_masked(weight_matrix(layer), dense[name], masks[name])
+
+
+def test_check_sparsity(load):
+    layers = find_layers(load())
+    with pytest.raises(UserError, match="14 of 14 layers are not 2:4 sparse: .*q_proj .*blocks.* \\.\\.\\.;"):
+        check_sparsity(layers, (2, 4))
+    assert check_sparsity(layers, None) == 1.0
+    apply_masks(layers, magnitude_masks(layers))
+    assert check_sparsity(layers, (2, 4)) == check_sparsity(layers, None) == 0.5
+    assert check_sparsity(layers, (4, 8)) == check_sparsity(layers, (3, 4)) == 0.5  # fewer than N may be kept
+    with pytest.raises(UserError, match="not 1:2 sparse"):
+        check_sparsity(layers, (1, 2))
+
+
+def test_check_sparsity_names_the_one_layer_that_is_not(load):
+    layers = find_layers(load())
+    apply_masks(layers, magnitude_masks(layers))
+    name = "model.layers.1.mlp.up_proj"
+    weight = layers[name].weight.data
+    pruned = (weight[3] == 0).nonzero()[0, 0]
+    weight[3, pruned] = 0.5
+    with pytest.raises(UserError, match=rf"1 of 14 layers are not 2:4 sparse: {name} \(1 blocks\);"):
+        check_sparsity(layers, (2, 4))
+    weight[3, pruned] = -0.0
+    with pytest.raises(UserError, match=rf"{name} \(1 zeros are -0.0\)"):
+        check_sparsity(layers, (2, 4))
+    assert check_sparsity(layers, None) == 0.5
+
+
+def test_check_sparsity_looks_along_the_inputs_of_a_transposed_layer(load):
+    layers = find_layers(load("gpt2"))
+    apply_masks(layers, magnitude_masks(layers))
+    assert check_sparsity(layers, (2, 4)) == 0.5
+    wrong = {name: layer for name, layer in layers.items() if "c_fc" in name}
+    for layer in wrong.values():  # 2:4 along the outputs instead
+        layer.weight.data = torch.randn(64, 64, 4).masked_fill(torch.tensor([1, 1, 0, 0]).bool(), 0.0).view(64, 256)
+    with pytest.raises(UserError, match="2 of 2 layers"):
+        check_sparsity(wrong, (2, 4))
+
+
+# -------------------------------------------------------------------------------------------------- the masked forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_forward_is_that_of_the_model_under_m0(kind, load, dtype):
+    plain = load(kind, dtype)
+    masked, masks, _ = make(load(kind, dtype))
+    apply_masks(find_layers(plain), masks)
+    assert torch.equal(forward(masked.model), forward(plain))
+    assert torch.equal(forward(masked.model), forward(plain))  # and the second, without an update between
+
+
+@pytest.mark.parametrize("n, m, space", [(2, 4, "linear"), (1, 4, "linear"), (2, 8, "linear"), (2, 4, "pattern")])
+def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, load, n, m, space):
+    masked, masks, dense = make(load(kind), n, m, space, magnitude=1.0)
+    shown = []
+    for t in range(4):
+        used = used_weights(masked.model)
+        drawn = drawn_masks(masked)
+        assert t > 0 or same(drawn, masks)  # the first mask is m0 itself
+        for name, weight in used.items():
+            assert (drawn[name].reshape(-1, m).sum(1) == n).all()
+            assert_masked(weight, dense[name], drawn[name])
+        shown.append(drawn)
+        masked.update(0.3)
+    assert not any(same(shown[t], shown[t + 1]) for t in range(3))
+
+
+def test_blocks_of_a_conv1d_run_along_its_inputs(load):
+    masked, _, _ = make(load("gpt2"), magnitude=0.5)
+    masked.update(0.1)
+    forward(masked.model)
+    for name, module in find_layers(masked.model).items():
+        # The scratch buffer holds one layer at a time: show this one again.
+        layer = masked.layers[name]
+        step.write_masked(layer.weight.view(-1), layer.bits, layer.scratch, 4)
+        inputs, outputs = module.weight.shape  # Conv1D: [in, out]
+        assert (inputs, outputs) == tuple(layer.weight.shape)[::-1]
+        assert ((module.weight.view(inputs // 4, 4, outputs) != 0).sum(1) == 2).all()
+
+
+def test_8_16_works(load):
+    model = load()
+    layers = find_layers(model, ["k_proj", "v_proj"])
+    masks = magnitude_masks(layers, 8, 16)
+    dense = {name: weight_matrix(layer).clone() for name, layer in layers.items()}
+    masked = MaskedModel(model, masks, pge.LinearSpace(8, 16), magnitude=1.0, mode="eager")
+    masked.update(0.5)
+    used = used_weights(model)
+    for name, drawn in drawn_masks(masked).items():
+        assert (drawn.reshape(-1, 16).sum(1) == 8).all() and not torch.equal(drawn, masks[name])
+        assert_masked(used[name], dense[name], drawn)
+    assert masked.layers["model.layers.0.self_attn.k_proj"].bits.dtype == torch.int32
+    masked.finish()
+    assert check_sparsity(layers, (8, 16)) == 0.5
+
+
+def test_an_update_moves_the_logits_by_the_score(load):
+    masked, masks, _ = make(load(), magnitude=2.0)
+    before = {name: logits_of(layer) for name, layer in masked.layers.items()}
+    masked.update(0.7)
+    forward(masked.model)
+    for name, layer in masked.layers.items():
+        score = pge.score(before[name], masks[name].view(-1, 4))
+        assert torch.allclose(logits_of(layer), before[name] - 0.7 * score, atol=2e-6)
+
+
+def test_a_forward_carries_out_the_update_as_flush_does(kind, load):
+    """Whether forward passes come after each update or not at all: the same logits, masks and outputs."""
+    lazy, eager = make(load(kind), magnitude=1.0)[0], make(load(kind), magnitude=1.0)[0]
+    for t in range(3):
+        for masked in (lazy, eager):
+            masked.update(0.2 * (-1) ** t)
+        forward(lazy.model)
+        eager.flush()
+        eager.flush()  # nothing is due any more
+    for name in lazy.layers:
+        assert torch.equal(logits_of(lazy.layers[name]), logits_of(eager.layers[name]))
+    assert same(drawn_masks(lazy), drawn_masks(eager))
+    assert torch.equal(forward(lazy.model), forward(eager.model))
+
+
+def test_masks_repeat_with_the_seed_and_differ_without(load):
+    runs = []
+    for seed in (0, 0, 1):
+        masked = make(load(), magnitude=1.0, seed=seed)[0]
+        masked.update(0.2)
+        masked.flush()
+        runs.append(drawn_masks(masked))
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+    shapes = [m for name, m in runs[0].items() if "q_proj" in name]
+    assert not torch.equal(*shapes)
+
+
+def test_eager_and_exact_steps_move_the_logits_alike(load):
+    logits = []
+    for mode in ("eager", "exact"):
+        masked = make(load(), magnitude=2.0, mode=mode)[0]
+        masked.update(0.7)
+        masked.flush()
+        logits.append([logits_of(layer) for layer in masked.layers.values()])
+    assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(*logits))
+
+
+# ---------------------------------------------------------------------------------------------------------- showing m0
+
+
+def test_showing_initial_wears_m0_and_restores_the_masks_drawn(kind, load):
+    masked, masks, dense = make(load(kind), magnitude=1.0)
+    masked.keep_initial(masks)
+    before = forward(masked.model)
+    masked.update(0.5)
+    with masked.showing_initial():  # the update is carried out first, and not lost
+        inside, used = forward(masked.model), used_weights(masked.model)
+    drawn = drawn_masks(masked)
+    assert torch.equal(inside, before)
+    for name, weight in used.items():
+        assert_masked(weight, dense[name], masks[name])
+    assert not same(drawn, masks)
+    assert all(torch.equal(weight != 0, drawn[name]) for name, weight in used_weights(masked.model).items())
+    logits = logits_of(masked.layers[next(iter(masks))])
+    assert set(logits.flatten().tolist()) != {0.0, 1.0}
+
+
+def test_showing_initial_wears_m0_where_learning_started_elsewhere(load):
+    masked, masks, dense = make(load(), init="random")
+    masked.keep_initial(masks)
+    with masked.showing_initial():
+        used = used_weights(masked.model)
+    for name, weight in used.items():
+        assert_masked(weight, dense[name], masks[name])
+
+
+def test_the_masks_drawn_are_back_after_an_error_inside_showing_initial(load):
+    masked, masks, _ = make(load(), magnitude=1.0)
+    masked.keep_initial(masks)
+    masked.update(0.5)
+    with pytest.raises(KeyboardInterrupt), masked.showing_initial():
+        raise KeyboardInterrupt
+    used, drawn = used_weights(masked.model), drawn_masks(masked)
+    assert not same(drawn, masks) and all(torch.equal(used[name] != 0, drawn[name]) for name in drawn)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_learning_some_layers_keeps_the_others_at_m0(load):
+    model = load()
+    learned = [name for name in NAMES["llama"] if "self_attn" in name]
+    masked, masks, dense = make(model, magnitude=0.5, learned=learned)
+    assert list(masked.layers) == learned
+    masked.update(0.5)
+    used = used_weights(model)
+    for name in NAMES["llama"]:
+        mask = masked.layers[name].mask_of(masked.layers[name].bits) if name in learned else masks[name]
+        assert torch.equal(mask, masks[name]) == (name not in learned)
+        assert_masked(used[name], dense[name], mask)
+    assert list(masked.finish()) == learned
+    assert check_sparsity(find_layers(model), (2, 4)) == 0.5
+
+
+def test_layers_without_a_mask_stay_dense(load):
+    model = load()
+    masks = magnitude_masks(find_layers(model, ["mlp"]))
+    dense = model.model.layers[0].self_attn.q_proj.weight.clone()
+    masked = MaskedModel(model, masks, pge.LinearSpace(2, 4), mode="eager")
+    forward(model)
+    assert list(masked.layers) == list(masks)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, dense)
+
+
+def test_a_mask_of_another_model_is_refused_before_anything_changes(load):
+    model, other = load(), load("opt")
+    with pytest.raises(UserError, match="another model"):
+        MaskedModel(model, magnitude_masks(find_layers(other)), pge.LinearSpace(2, 4))
+    assert check_sparsity(find_layers(model), None) == 1.0
+
+
+@pytest.mark.parametrize("space", ["linear", "pattern"])
+def test_initial_logits_prefer_m0(load, space):
+    masked, masks, _ = make(load(), space=space, magnitude=7.0)
+    layer = masked.layers["model.layers.0.mlp.up_proj"]
+    assert logits_of(layer).shape == (128 * 64 // 4, masked.space.width)
+    assert torch.equal(logits_of(layer), masked.space.init(masks["model.layers.0.mlp.up_proj"].view(-1, 4), 7.0))
+    assert same(masked.mode_masks(), masks)
+
+
+def test_random_logits_start_at_their_own_mode(load):
+    runs = [make(load(), init="random", magnitude=3.0, seed=seed) for seed in (0, 0, 1)]
+    masked, masks, dense = runs[0]
+    logits = torch.cat([logits_of(layer).flatten() for layer in masked.layers.values()])
+    assert abs(float(logits.mean())) < 0.1 and float(logits.std()) == pytest.approx(3.0, rel=0.02)
+    drawn = drawn_masks(masked)
+    assert same(drawn, masked.mode_masks()) and not same(drawn, masks)
+    for name, weight in used_weights(masked.model).items():
+        assert_masked(weight, dense[name], drawn[name])
+    assert same(drawn, drawn_masks(runs[1][0])) and not same(drawn, drawn_masks(runs[2][0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("init", ["mask", "random"])
+def test_logits_of_16_bits(load, dtype, init):
+    masked = make(load(), logits_dtype=dtype, init=init, magnitude=2.0)[0]
+    assert all(logits_of(layer).dtype == dtype for layer in masked.layers.values())
+    for _ in range(3):
+        masked.update(0.5)
+        forward(masked.model)
+    logits = [logits_of(layer) for layer in masked.layers.values()]
+    assert all(x.dtype == dtype and x.isfinite().all() for x in logits)
+    masked.finish()
+    assert check_sparsity(find_layers(masked.model), (2, 4)) == 0.5
+
+
+def test_all_layers_share_one_buffer_the_size_of_the_largest(kind, load):
+    masked = make(load(kind))[0]
+    layers = find_layers(masked.model)
+    storages = {layer.weight.untyped_storage().data_ptr(): layer.weight.untyped_storage() for layer in layers.values()}
+    assert len(storages) == 1
+    largest = max(layer.weight.numel() for layer in layers.values())
+    assert next(iter(storages.values())).nbytes() == 4 * largest
+
+
+def test_a_linear_keeps_its_dense_weight_without_a_copy(load):
+    model = load()
+    before = {name: layer.weight.data_ptr() for name, layer in find_layers(model).items()}
+    masked = make(model)[0]
+    assert {name: layer.weight.data_ptr() for name, layer in masked.layers.items()} == before
+
+
+# -------------------------------------------------------------------------------------------------------------- finish
+
+
+def test_finish_leaves_an_ordinary_model_under_the_mode(kind, load):
+    model = load(kind)
+    masked, masks, dense = make(model, magnitude=0.5)
+    shapes = {name: layer.weight.shape for name, layer in find_layers(load(kind)).items()}
+    for _ in range(3):
+        masked.update(0.5)
+        forward(model)
+    masked.update(0.5)  # not carried out yet: finish does
+    mode = masked.mode_masks()
+    final = masked.finish()
+    assert same(final, mode) and not same(final, masks)
+    layers = find_layers(model)
+    for name, layer in layers.items():
+        assert torch.equal(final[name].view(-1, 4), pge.mode(logits_of(masked.layers[name]), 2))
+        assert layer.weight.shape == shapes[name] and layer.weight.is_contiguous()
+        assert_masked(weight_matrix(layer), dense[name], final[name])
+        assert layer.weight.untyped_storage().nbytes() == 4 * layer.weight.numel()
+    assert len({layer.weight.data_ptr() for layer in layers.values()}) == len(layers)
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
+    assert check_sparsity(layers, (2, 4)) == 0.5
+    plain = load(kind)
+    apply_masks(find_layers(plain), final)
+    assert torch.equal(forward(model), forward(plain))
+
+
+def test_a_finished_model_saves_and_loads(load, tmp_path):
+    model = load("gpt2")
+    masked = make(model)[0]
+    masked.finish()
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(forward(again), forward(model))
+
+
+def test_a_plain_stack_of_linears_is_a_model_too():
+    """Only forward passes of modules are used, and embeddings may be missing."""
+    class Stack(nn.Sequential):
+        def get_input_embeddings(self):
+            return nn.Embedding(2, 2)
+
+        def get_output_embeddings(self):
+            return None
+
+    model = Stack(nn.Linear(16, 8, bias=False), nn.ReLU(), nn.Linear(8, 4))
+    masked, masks, dense = make(model)
+    x = torch.randn(3, 16)
+    expected = nn.functional.linear(x, dense["0"] * masks["0"]).relu()
+    expected = nn.functional.linear(expected, dense["2"] * masks["2"], model[2].bias)
+    assert torch.allclose(model(x), expected, atol=1e-6) and list(masked.layers) == ["0", "2"]

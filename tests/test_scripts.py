@@ -1,0 +1,501 @@
+"""The scripts as a user runs them, tiny: what they write against brute force, hand computation and the HF model itself.
+
+Each script runs in a subprocess on three models, one command after the other with their default file names; the
+variations of a script run in this process, on the Llama.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny import make_gpt2, make_llama, make_opt, write_corpus
+
+import data
+import evaluate
+import get_mask
+import inference_loss
+import mask_files
+import masks
+import prune
+import train
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
+MODELS = {  # name -> maker, maskable layers, a late one whose inputs have been through most of the model
+    "llama": (make_llama, 14, "model.layers.1.mlp.down_proj"),
+    "gpt2": (make_gpt2, 8, "transformer.h.1.mlp.c_proj"),
+    "opt": (make_opt, 12, "model.decoder.layers.1.fc2")}
+SIZE, BATCH, SQLEN, STEPS = 8, 4, 32, 5
+NSAMPLES, CALIBRATION_LENGTH, WINDOW = 6, 48, 64
+PLACE = "--dtype float32 --device cpu"
+DATA = f"--dataset ../text.jsonl --dataset_size {SIZE} --batchsize {BATCH} --sqlen {SQLEN}"
+COMMANDS = [
+    f"prune.py --model dense {PLACE} --dataset ../text.jsonl --nsamples {NSAMPLES} --seqlen {CALIBRATION_LENGTH}",
+    "get_mask.py",
+    f"inference_loss.py --model dense {PLACE} {DATA}",
+    f"train.py --model dense {PLACE} {DATA} --logits 2 --lr 20 --max_step {STEPS} --save --step eager --out run",
+    f"evaluate.py --model run/checkpoint {PLACE} --sparsity_type 2:4 --ppl ../held_out.txt --seqlen {WINDOW}"
+    " --save evaluation.json"]
+
+
+def shell(command: str, folder: Path) -> str:
+    """Run a script as a user does, in `folder`; its output."""
+    script, *arguments = command.split()
+    done = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread costs more than it brings, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """Model name -> folder in which all five commands have run."""
+    root = tmp_path_factory.mktemp("pipelines")
+    write_corpus(root / "text.jsonl", 16)
+    (root / "held_out.txt").write_text("\n\n".join(data.documents(write_corpus(root / "other.jsonl", 2, seed=7))))
+
+    def all_commands(name):
+        MODELS[name][0](root / name / "dense")
+        return [shell(command, root / name) for command in COMMANDS]
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(all_commands, MODELS))
+    return {name: SimpleNamespace(name=name, folder=root / name, said=lines, layers=MODELS[name][1],
+                                  watched=MODELS[name][2]) for name, lines in zip(MODELS, said)}
+
+
+@pytest.fixture(params=list(MODELS))
+def made(request, pipelines):
+    return pipelines[request.param]
+
+
+@pytest.fixture
+def llama(pipelines, monkeypatch):
+    """The Llama's folder, and the working directory there."""
+    monkeypatch.chdir(pipelines["llama"].folder)
+    return pipelines["llama"].folder
+
+
+def learn(out: Path, flags: str = "") -> SimpleNamespace:
+    """train.py in this process, to a new run folder; metrics, masks and logits of the run."""
+    train.main(f"--model dense {PLACE} {DATA} --logits 1 --lr 5 --max_step 4 --save --skip_checkpoint --step eager "
+               f"--out {out} {flags}".split())
+    return SimpleNamespace(metrics=read_metrics(out), masks=mask_files.load(out / "mask.safetensors").masks,
+                           logits=load_file(out / "logits.safetensors"))
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(metrics: list[dict], key: str) -> list:
+    return [line[key] for line in metrics]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def as_matrix(made, weight: torch.Tensor) -> torch.Tensor:
+    """[out, in]: GPT-2 keeps its weights as [in, out]."""
+    return weight.T.contiguous() if made.name == "gpt2" else weight
+
+
+def is_strict(mask: torch.Tensor, n: int, m: int) -> bool:
+    return bool((mask.reshape(-1, m).sum(1) == n).all())
+
+
+def same_masks(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def hf_model(folder: Path, mask: dict[str, torch.Tensor] | None = None):
+    """The model as transformers loads it, float32, weights times mask; and its tokenizer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    modules = dict(model.named_modules())
+    for name, kept in (mask or {}).items():
+        weight = modules[name].weight.data
+        weight.mul_(kept.T if type(modules[name]).__name__ == "Conv1D" else kept)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def first_rows(tokenizer, corpus: Path) -> torch.Tensor:
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    rows = [ids[:SQLEN] for ids in (tokenizer(text).input_ids for text in texts) if len(ids) > SQLEN]
+    return torch.tensor(rows[:SIZE]).view(-1, BATCH, SQLEN)
+
+
+# ------------------------------------------------------------------------------------------------ prune and get_mask
+
+
+def brute_force(metric: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    kept = torch.zeros(metric.shape, dtype=torch.bool)
+    for i, row in enumerate(metric.tolist()):
+        for start in range(0, len(row), m):
+            best = sorted(range(start, start + m), key=lambda j: -row[j])[:n]
+            kept[i, best] = True
+    return kept
+
+
+def calibration_norms(made) -> torch.Tensor:
+    """Norm of each input feature of the watched layer, in float64."""
+    model, tokenizer = hf_model(made.folder / "dense")
+    samples = data.calibration_samples(tokenizer, str(made.folder.parent / "text.jsonl"), NSAMPLES, CALIBRATION_LENGTH,
+                                       seed=0)
+    seen = []
+    model.get_submodule(made.watched).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(input_ids=samples)
+    return seen[0].double().flatten(0, -2).norm(dim=0)
+
+
+def check_pruned(made, sparse: Path, metric: torch.Tensor, n: int, m: int) -> None:
+    """The watched layer is as the metric has it; all others N:M; what is kept and what is no Linear are untouched."""
+    before, after = weights(made.folder / "dense"), weights(sparse)
+    assert before.keys() == after.keys()
+    assert torch.equal(as_matrix(made, after[f"{made.watched}.weight"]) != 0, brute_force(metric, n, m))
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert len(changed) == made.layers and not any("head" in key or "embed" in key or "wte" in key for key in changed)
+    for key in changed:
+        kept = after[key] != 0
+        assert is_strict(as_matrix(made, kept), n, m)
+        assert torch.equal(after[key][kept].view(torch.int32), before[key][kept].view(torch.int32))
+        assert not after[key][~kept].view(torch.int32).any()  # +0.0
+
+
+def test_wanda_is_the_brute_force(made):
+    weight = as_matrix(made, weights(made.folder / "dense")[f"{made.watched}.weight"])
+    check_pruned(made, made.folder / "out", weight.abs() * calibration_norms(made), 2, 4)
+    record = json.loads((made.folder / "out" / "prune.json").read_text())
+    assert record["arguments"]["prune_method"] == "wanda" and record["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("n, m", [(2, 4), (3, 8)])
+def test_magnitude_is_the_brute_force(made, tmp_path, n, m):
+    prune.main(f"--model {made.folder}/dense {PLACE} --prune_method magnitude --sparsity_type {n}:{m} "
+               f"--save_model {tmp_path}/sparse".split())
+    weight = as_matrix(made, weights(made.folder / "dense")[f"{made.watched}.weight"])
+    check_pruned(made, tmp_path / "sparse", weight.abs(), n, m)
+    assert os.listdir(tmp_path) == ["sparse"]
+
+
+def test_prune_targets_only(llama, tmp_path):
+    prune.main(f"--model dense {PLACE} --prune_method magnitude --targets v_proj layers.0.mlp.up "
+               f"--save_model {tmp_path}/sparse".split())
+    before, after = weights(llama / "dense"), weights(tmp_path / "sparse")
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {
+        "model.layers.0.self_attn.v_proj.weight", "model.layers.1.self_attn.v_proj.weight",
+        "model.layers.0.mlp.up_proj.weight"}
+
+
+def test_the_mask_is_where_weights_are_not_zero(made):
+    found = mask_files.load(made.folder / "initial_mask.safetensors", 2, 4)
+    sparse = weights(made.folder / "out")
+    assert len(found.masks) == made.layers and found.model == "dense"
+    for name, mask in found.masks.items():
+        assert torch.equal(mask, as_matrix(made, sparse[f"{name}.weight"]) != 0)
+
+
+# ------------------------------------------------------------------------------------------------------ inference_loss
+
+
+def test_baseline_losses_are_the_models_own(made):
+    model, tokenizer = hf_model(made.folder / "dense", mask_files.load(made.folder / "initial_mask.safetensors").masks)
+    with torch.no_grad():
+        expected = [model(input_ids=rows, labels=rows).loss.item()
+                    for rows in first_rows(tokenizer, made.folder.parent / "text.jsonl")]
+    with np.load(made.folder / f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz") as file:
+        assert file["losses"].dtype == np.float64
+        np.testing.assert_allclose(file["losses"], expected, atol=1e-4)
+
+
+def test_baseline_without_a_mask_and_in_microbatches(llama, tmp_path):
+    inference_loss.main(f"--model dense {PLACE} {DATA} --mask none --microbatch 3 --save {tmp_path}/dense.npz".split())
+    model, tokenizer = hf_model(llama / "dense")
+    with torch.no_grad():
+        expected = [model(input_ids=rows, labels=rows).loss.item()
+                    for rows in first_rows(tokenizer, llama.parent / "text.jsonl")]
+    np.testing.assert_allclose(np.load(tmp_path / "dense.npz")["losses"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_masks_of_the_other_formats(made, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(made.folder)
+    m0 = mask_files.load("initial_mask.safetensors").masks
+    mask = tmp_path / {"folder": "m0", "npz": "m0.npz"}[kind]
+    {"folder": mask_files.save_folder, "npz": mask_files.save_npz}[kind](mask, m0)
+    inference_loss.main(f"--model dense {PLACE} {DATA} --mask {mask} --save {tmp_path}/losses.npz".split())
+    expected = np.load(f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz")["losses"]
+    np.testing.assert_allclose(np.load(tmp_path / "losses.npz")["losses"], expected, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def test_a_run_folder_is_complete(made):
+    run = made.folder / "run"
+    assert sorted(os.listdir(run)) == ["checkpoint", "curve.png", "logits.safetensors", "mask.safetensors",
+                                       "metrics.jsonl", "run.json"]
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((run / "run.json").read_text())
+    assert record["arguments"]["lr"] == 20 and record["summary"]["steps"] == STEPS
+    assert record["environment"]["transformers"] == transformers.__version__
+    m0, learned = (mask_files.load(path).masks for path in (made.folder / "initial_mask.safetensors",
+                                                       run / "mask.safetensors"))
+    different = sum(int((m0[name] != learned[name]).view(-1, 4).any(1).sum()) for name in m0)
+    assert record["summary"]["blocks_changed"] == different > 0
+    assert record["summary"]["blocks"] == sum(mask.numel() // 4 for mask in m0.values())
+    assert {path.name for path in made.folder.iterdir()} == {
+        "dense", "out", "initial_mask.safetensors", f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz", "run",
+        "evaluation.json"}
+
+
+def test_metrics_have_a_line_a_step_and_start_at_m0(made):
+    metrics = read_metrics(made.folder / "run")
+    assert column(metrics, "step") == list(range(1, STEPS + 1))
+    assert all(line.keys() == {"step", "loss", "baseline", "advantage", "delta", "seconds"} for line in metrics)
+    losses = np.load(made.folder / f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz")["losses"].tolist()
+    assert column(metrics, "baseline") == [losses[t % len(losses)] for t in range(STEPS)]
+    assert metrics[0]["loss"] - metrics[0]["baseline"] == 0
+    assert metrics[1]["loss"] != metrics[1]["baseline"]
+
+
+def test_the_checkpoint_is_dense_times_mask(made):
+    run = made.folder / "run"
+    dense, sparse = weights(made.folder / "dense"), weights(run / "checkpoint")
+    learned = mask_files.load(run / "mask.safetensors", 2, 4)
+    assert dense.keys() == sparse.keys() and len(learned.masks) == made.layers
+    for name, mask in learned.masks.items():
+        key = f"{name}.weight"
+        expected = as_matrix(made, dense.pop(key)).masked_fill(~mask, 0.0)
+        assert is_strict(mask, 2, 4)
+        assert torch.equal(as_matrix(made, sparse[key]).view(torch.int32), expected.view(torch.int32))
+    assert all(torch.equal(sparse[key], dense[key]) for key in dense)
+
+
+def test_the_mask_is_the_mode_of_the_logits(made):
+    learned, logits = (mask_files.load(made.folder / "run" / "mask.safetensors").masks,
+                       load_file(made.folder / "run" / "logits.safetensors"))
+    assert learned.keys() == logits.keys()
+    for name, mask in learned.items():
+        assert torch.equal(mask.view(-1, 4), brute_force(logits[name].T, 2, 4))
+
+
+def test_targets_are_learned_and_nothing_else(llama, tmp_path):
+    train.main([*f"--model dense {PLACE} {DATA} --logits 1 --lr 200 --max_step 4 --save --step eager --out".split(),
+                str(tmp_path / "run"), "--targets", "q_proj", r"layers\.0\.mlp\.(up|down)"])
+    named = {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj",
+             "model.layers.0.mlp.down_proj"}
+    m0 = mask_files.load("initial_mask.safetensors").masks
+    learned = mask_files.load(tmp_path / "run" / "mask.safetensors", 2, 4).masks
+    assert load_file(tmp_path / "run" / "logits.safetensors").keys() == named
+    assert {name for name in m0 if not torch.equal(m0[name], learned[name])} == named
+    dense, sparse = weights(llama / "dense"), weights(tmp_path / "run" / "checkpoint")
+    for name, mask in learned.items():
+        assert torch.equal(sparse[f"{name}.weight"], dense[f"{name}.weight"].masked_fill(~mask, 0.0))
+
+
+@pytest.mark.parametrize("init", ["mask", "random"])
+def test_online_baselines_are_the_cached_ones(llama, tmp_path, init):
+    cached, online = (learn(tmp_path / kind, f"--init {init} --baseline {kind}") for kind in ("cached", "online"))
+    for key in ("loss", "baseline", "advantage", "delta"):
+        np.testing.assert_allclose(column(online.metrics, key), column(cached.metrics, key), atol=1e-5)
+    assert same_masks(online.masks, cached.masks)
+
+
+@pytest.mark.parametrize("flags, alpha, correct", [("--estimator maskpro", 0.99, False),
+                                                   ("--estimator maskpro --alpha 0.6 --debias_tracker", 0.6, True)])
+def test_maskpro_advantages(llama, tmp_path, flags, alpha, correct):
+    metrics, delta = learn(tmp_path / "run", flags).metrics, 0.0
+    for line in metrics:
+        residual = line["loss"] - line["baseline"]
+        delta = alpha * delta + (1 - alpha) * residual
+        assert line["delta"] == pytest.approx(delta)
+        used = delta / (1 - alpha ** line["step"]) if correct else delta
+        assert line["advantage"] == pytest.approx(residual - used)
+    assert delta != 0
+
+
+def test_vanilla_and_residual_advantages(llama, tmp_path):
+    vanilla = learn(tmp_path / "vanilla", "--estimator vanilla --baseline_file there_is_none").metrics
+    residual = learn(tmp_path / "residual", "--estimator residual").metrics
+    assert column(vanilla, "advantage") == column(vanilla, "loss") and set(column(vanilla, "baseline")) == {None}
+    assert column(residual, "advantage") == [line["loss"] - line["baseline"] for line in residual]
+    assert set(column(vanilla + residual, "delta")) == {None}
+    assert vanilla[0]["loss"] == residual[0]["loss"] and vanilla[1]["loss"] != residual[1]["loss"]
+
+
+def test_pattern_space(llama, tmp_path):
+    run = learn(tmp_path / "run", "--space pattern")
+    m0 = mask_files.load("initial_mask.safetensors").masks
+    assert run.metrics[0]["loss"] == pytest.approx(run.metrics[0]["baseline"], abs=1e-6)
+    assert not same_masks(run.masks, m0)
+    for name, mask in run.masks.items():
+        assert is_strict(mask, 2, 4) and run.logits[name].shape == (6, mask.numel() // 4)
+        kept = masks.patterns(2, 4)[run.logits[name].argmax(0)]
+        assert torch.equal(kept, mask.view(-1, 4))
+
+
+def test_random_init(llama, tmp_path):
+    run = learn(tmp_path / "run", "--init random --logits 3 --lr 0 --targets q_proj")
+    assert run.metrics[0]["loss"] != pytest.approx(run.metrics[0]["baseline"], abs=1e-4)
+    assert all(is_strict(mask, 2, 4) for mask in run.masks.values())
+    logits = torch.cat([planes.flatten() for planes in run.logits.values()])
+    assert abs(logits.mean()) < 0.15 and abs(logits.std() - 3) < 0.15
+
+
+def test_float16_logits(llama, tmp_path):
+    run = learn(tmp_path / "run", "--logits_dtype float16")
+    assert {planes.dtype for planes in run.logits.values()} == {torch.float16}
+    assert all(is_strict(mask, 2, 4) for mask in run.masks.values())
+    assert column(run.metrics, "loss") != column(learn(tmp_path / "other").metrics, "loss")
+
+
+def test_bfloat16_weights(llama, tmp_path):
+    train.main(f"--model dense {PLACE} --dtype bfloat16 {DATA} --logits 1 --max_step 3 --baseline online --step eager "
+               f"--out {tmp_path}/run".split())
+    metrics, saved = read_metrics(tmp_path / "run"), weights(tmp_path / "run" / "checkpoint")
+    assert metrics[0]["loss"] == metrics[0]["baseline"] and metrics[1]["loss"] != metrics[1]["baseline"]
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    for name, mask in mask_files.load(tmp_path / "run" / "mask.safetensors", 2, 4).masks.items():
+        kept = weights(llama / "dense")[f"{name}.weight"].bfloat16().masked_fill(~mask, 0.0)
+        assert torch.equal(saved[f"{name}.weight"], kept)
+
+
+@pytest.mark.parametrize("n, m", [(4, 8), (1, 4), (8, 16)])
+def test_other_sparsity_types(llama, tmp_path, n, m):
+    prune.main(f"--model dense {PLACE} --prune_method magnitude --sparsity_type {n}:{m} --save_model {tmp_path}/sparse"
+               .split())
+    get_mask.main(f"--model {tmp_path}/sparse --sparsity_type {n}:{m} --save {tmp_path}/m0.safetensors".split())
+    run = learn(tmp_path / "run", f"--sparsity_type {n}:{m} --mask {tmp_path}/m0.safetensors --baseline online "
+                                  "--max_step 3 --lr 200 --targets layers.1.self_attn.q_proj")
+    m0 = mask_files.load(tmp_path / "m0.safetensors", n, m).masks
+    assert run.metrics[0]["loss"] == run.metrics[0]["baseline"] and len(run.metrics) == 3
+    assert all(is_strict(mask, n, m) for mask in run.masks.values())
+    assert [name for name in m0 if not torch.equal(m0[name], run.masks[name])] == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_seed_is_a_run(llama, tmp_path):
+    first, again, other = (learn(tmp_path / name, f"--seed {seed}") for name, seed in
+                           (("first", 3), ("again", 3), ("other", 4)))
+    assert column(first.metrics, "loss") == column(again.metrics, "loss") and same_masks(first.masks, again.masks)
+    assert first.metrics[0]["loss"] == other.metrics[0]["loss"]  # m0
+    assert all(a != b for a, b in zip(column(first.metrics, "loss")[1:], column(other.metrics, "loss")[1:]))
+    assert not same_masks(first.masks, other.masks)
+
+
+@pytest.mark.parametrize("flags, steps", [("--epoch 2 --max_step 100", 4), ("--epoch 2 --max_step 3", 3),
+                                          ("--epoch 1 --max_step 3", 2)])
+def test_step_counts(llama, tmp_path, flags, steps):
+    metrics = learn(tmp_path / "run", f"{flags} --targets k_proj").metrics
+    assert column(metrics, "step") == list(range(1, steps + 1))
+
+
+def test_without_save_or_checkpoint_there_is_none(llama, tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    train.main(f"--model {llama}/dense {PLACE} --dataset {llama.parent}/text.jsonl --dataset_size 4 --batchsize 4 "
+               f"--sqlen 16 --mask {llama}/initial_mask.safetensors --baseline online --epoch 1 --targets k_proj "
+               "--step eager --skip_checkpoint".split())
+    assert os.listdir(folder) == ["results"] and os.listdir("results") == ["lr50_epoch1_logits10_size4"]
+    assert sorted(os.listdir("results/lr50_epoch1_logits10_size4")) == ["curve.png", "mask.safetensors",
+                                                                      "metrics.jsonl", "run.json"]
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def test_perplexity_is_the_hand_computed_one(made):
+    model, tokenizer = hf_model(made.folder / "run" / "checkpoint")
+    ids = torch.tensor(tokenizer((made.folder.parent / "held_out.txt").read_text()).input_ids)
+    windows = ids[:len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    with torch.no_grad():
+        chances = model(input_ids=windows).logits[:, :-1].log_softmax(-1).gather(2, windows[:, 1:, None])
+    nats = -chances.double().mean().item()
+    result = json.loads((made.folder / "evaluation.json").read_text())
+    assert result["windows"] == len(windows) and result["seqlen"] == WINDOW and result["tokens"] == windows.numel()
+    assert result["nats"] == pytest.approx(nats, abs=1e-4)
+    assert result["ppl"] == pytest.approx(np.exp(nats), rel=1e-4)
+    assert result["density"] == 0.5 and result["sparsity_type"] == "2:4"
+    assert f"perplexity {result['ppl']:.3f} on" in made.said[-1]
+
+
+@pytest.mark.parametrize("one_layer", [False, True])
+def test_base_and_mask_are_the_checkpoint(made, tmp_path, one_layer):
+    """--targets says what is verified; the whole mask is put on all the same."""
+    targets = f"--targets {made.watched}" if one_layer else ""
+    evaluate.main(f"--model {made.folder}/dense {PLACE} --mask {made.folder}/run/mask.safetensors --seqlen {WINDOW} "
+                  f"--ppl {made.folder.parent}/held_out.txt --save {tmp_path}/result.json {targets}".split())
+    result, expected = (json.loads(path.read_text()) for path in (tmp_path / "result.json",
+                                                                  made.folder / "evaluation.json"))
+    assert result["ppl"] == pytest.approx(expected["ppl"], rel=1e-6)
+    assert result["density"] == 0.5 and result["sparsity_type"] == "2:4"
+
+
+def test_a_dense_model_is_judged_too(llama, capsys):
+    evaluate.main(f"--model dense {PLACE} --ppl ../held_out.txt --seqlen {WINDOW} --nwindows 2".split())
+    said = capsys.readouterr().out
+    assert f"(2 windows of {WINDOW} tokens); density 1.000000" in said
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def parse(command: str) -> argparse.Namespace:
+    _, script, *arguments = command.split()
+    return SCRIPTS[script.removesuffix(".py")].parse_args(arguments)
+
+
+def test_the_authors_commands_parse_to_the_papers_settings():
+    of_mask = parse("python get_mask.py")
+    of_loss = parse("python inference_loss.py --dataset_size 512 --batchsize 32")
+    of_train = parse("python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625")
+    assert of_mask.sparsity_type == of_train.sparsity_type == (2, 4)
+    assert of_mask.save == of_loss.mask == of_train.mask  # one command's output is the next one's input
+    assert of_mask.model == parse("python prune.py").save_model
+    for args in (of_loss, of_train):
+        assert (args.model, args.dataset) == ("meta-llama/Llama-2-7b-hf", "allenai/c4")
+        assert (args.dataset_size, args.batchsize, args.sqlen) == (512, 32, 128)
+        assert (args.dtype, args.seed, args.device_map) == ("float16", 0, None)
+    assert (of_train.lr, of_train.logits, of_train.epoch, of_train.alpha) == (50, 10, 625, 0.99)
+    assert (of_train.estimator, of_train.space, of_train.init) == ("maskpro", "linear", "mask")
+    assert (of_train.baseline, of_train.targets) == ("cached", None)
+    assert not of_train.save and not of_train.debias_tracker
+    steps = of_train.epoch * of_train.dataset_size // of_train.batchsize
+    assert min(of_train.max_step, steps) == steps == 10000
+    assert vars(parse("python train.py")) == vars(parse("python train.py --lr 50 --logits 10 --epoch 10000"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_flag(name, monkeypatch, capsys):
+    script, parsers, parse_args = SCRIPTS[name], [], argparse.ArgumentParser.parse_args
+
+    def noting(parser, *arguments):
+        parsers.append(parser)
+        return parse_args(parser, *arguments)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", noting)
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and script.__doc__.splitlines()[0] in said
+    for action in parsers[0]._actions:
+        assert action.help and len(action.help) > 10 and action.option_strings[-1] in said
