@@ -107,7 +107,7 @@ def _others(planes):
 
 
 def _weights(logits, n: int):
-    """exp(logits - the n-th largest), cut off at e^20: the last place is contested at scale 1, and logits far above it,
+    """exp(logits - the n-th largest), cut off at e^24: the last place is contested at scale 1, and logits far above it,
     which are kept whatever they are, neither overflow nor drown the others."""
     largest = []
     for plane in logits:
@@ -115,7 +115,7 @@ def _weights(logits, n: int):
             largest[k], plane = torch.maximum(largest[k], plane), torch.minimum(largest[k], plane)
         if len(largest) < n:
             largest.append(plane)
-    return [torch.exp((plane - largest[-1]).clamp(max=20.0)) for plane in logits]
+    return [torch.exp((plane - largest[-1]).clamp(max=24.0)) for plane in logits]
 
 
 def _score(w, kept, n: int):
@@ -305,7 +305,7 @@ def eager_step(logits, bits, weight, out, coefficient, key, n, m, chunk: int = C
 def compiled(function, eager):
     """`torch.compile`, one static specialisation a shape; `eager`, said once, where there is no working compiler."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # shapes x dtypes of a model
-    fast = torch.compile(function, dynamic=False)
+    fast = torch.compile(function, dynamic=False, options={"max_fusion_size": 10_000})  # one loop, no temporaries
     broken = []
 
     def run(*args):

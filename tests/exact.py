@@ -24,7 +24,7 @@ def by_orderings(logits, kept, digits: int = 120):
         return p, [s / p for s in slope]
 
 
-def by_inclusion_exclusion(logits, kept, digits: int = 600):
+def by_inclusion_exclusion(logits, kept, digits: int = 400):
     """The same in 2^N terms: p(S) = sum over R in S of (-1)^|R| r / (r + w(R)), r the rate of the pruned.
 
     The terms cancel down to p: hence the many digits.

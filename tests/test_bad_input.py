@@ -247,7 +247,7 @@ REMEDY = ("--mask", "get_mask.py", "--model")
 
 @cases((MASKED, "--mask {w}/mask_gpt2.safetensors", "mask", "another model", REMEDY),
        (MASKED, "--mask {w}/mask_other.safetensors", "mask", "another model", REMEDY),
-       (MASKED, "--mask {w}/absent.safetensors", "absent.safetensors", "no such mask", "expected a .safetensors"),
+       (MASKED, "--mask {w}/absent.safetensors", "absent.safetensors", "no such mask", "get_mask.py"),
        (MASKED, "--mask {w}/empty", "empty", "holds no masks"),
        (MASKED, "--mask {w}/garbage_mask.safetensors", "garbage_mask.safetensors", "damaged", "make it anew"),
        (MASKED, "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors", "damaged", "make it anew"),
