@@ -98,14 +98,14 @@ def main(argv=None):
     sizes = ["--dataset_size", 16 if quick else 512, "--batchsize", 8 if quick else 32]
     minibatches = ["--dataset", train_text, *sizes]
     calibration = ["--dataset", train_text, "--nsamples", 4 if quick else 64, "--seqlen", 128 if quick else 256]
-    judge = ["--ppl", heldout, "--seqlen", 512, "--nwindows", 2 if quick else 64]
+    judge = ["--ppl", heldout, "--seqlen", 512, "--nwindows", 2 if quick else 32]
     for method in ("magnitude", "wanda"):
         script("prune.py", *base, "--prune_method", method, *calibration, "--save_model", work / method)
     script("get_mask.py", "--model", work / "wanda", "--save", work / "mask.safetensors")
     script("inference_loss.py", *base, *minibatches, "--mask", work / "mask.safetensors",
            "--save", work / "wanda.npz")
     script("train.py", *base, *minibatches, "--mask", work / "mask.safetensors", "--baseline_file", work / "wanda.npz",
-           *LEARNING, "--max_step", 3 if quick else 160, "--out", work / "learned")
+           "--max_step", 3 if quick else 48, "--out", work / "learned")
     sparse = ["--sparsity_type", "2:4"]
     folders = {"dense": model, "magnitude": work / "magnitude", "wanda": work / "wanda",
                "learned": work / "learned/checkpoint"}
@@ -128,9 +128,6 @@ def main(argv=None):
         print(f"| {name} | {judged['ppl']:.2f} | {loss:.4f} | {cost} |")
     print(f"\nlearning curve: {work / 'learned/curve.png'}")
 
-
-# The authors' settings (--lr 50 --logits 10) leave a model of this size where it was; see the README.
-LEARNING = ["--lr", 10, "--logits", 5, "--debias_tracker", "--logits_dtype", "float16"]
 
 if __name__ == "__main__":
     run(main)

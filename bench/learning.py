@@ -71,8 +71,8 @@ def main():
     def load():
         return AutoModelForCausalLM.from_pretrained(args.model).to(args.device).requires_grad_(False).eval()
     batches = data.minibatches(tokenizer, "demo/train.jsonl", 512, 32, 128)
-    heldout = data.perplexity_windows(tokenizer, "demo/heldout.txt", 256, 256)
-    masks = wanda_masks(load(), data.calibration_samples(tokenizer, "demo/train.jsonl", 64, 256, 0))
+    heldout = data.perplexity_windows(tokenizer, "demo/heldout.txt", 128, 512)
+    masks = wanda_masks(load(), data.calibration_samples(tokenizer, "demo/train.jsonl", 128, 128, 0))
     model = load()
     dense = statistics.mean(batch_loss(model, batch) for batch in batches), batch_loss(model, heldout, 64)
     layers.apply_masks(layers.find_layers(model), masks)

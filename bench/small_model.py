@@ -62,7 +62,7 @@ def main():
         optimizer.zero_grad()
         progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     model.eval()
-    windows = test[:256 * 256].view(-1, 256)
+    windows = test[:512 * 128].view(-1, 128)  # no longer than it was trained on
     test_loss = sum(batch_loss(model, window[None]) for window in windows) / len(windows)
     with written_beside(out) as beside:
         model.save_pretrained(beside)
