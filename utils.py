@@ -45,7 +45,12 @@ def run(main) -> None:
 def script_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser that shows the script's docstring, its manual, and every flag's default."""
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            if action.default is None or action.default is False or "default:" in action.help:
+                return action.help
+            if isinstance(action.default, tuple):
+                return f"{action.help} (default: {':'.join(map(str, action.default))})"
+            return super()._get_help_string(action)
     return argparse.ArgumentParser(description=docstring, formatter_class=Formatter)
 
 
