@@ -1,7 +1,7 @@
 """Learning curves on the small model over seeds: does the fused step learn as the exact one, do the settings learn?
 
     python bench/small_model.py                          # first: the model, four minutes
-    python bench/learning.py [--quick] [--json FILE] [--steps 850] [--rows fused,exact]
+    python bench/learning.py [--quick] [--json FILE] [--steps 640] [--rows fused,exact]
 
 Every row is one setting, run over --seeds seeds on 512 x 128 bytes from the same Wanda mask: mean and deviation of the
 loss of the sampled masks over the last epoch, and of the final mask (the mode) on the training minibatches and on
@@ -20,11 +20,10 @@ from utils import UserError, batch_loss, run
 
 ROWS = {  # what is varied: eta, C, the tracker, the step
     "authors' defaults: eta 50, C 10": dict(lr=50, logits=10),
-    "eta 50, C 5, debiased": dict(lr=50, logits=5, debias=True),
-    "eta 10, C 5": dict(lr=10, logits=5),
-    "fused: eta 10, C 5, debiased": dict(lr=10, logits=5, debias=True),
-    "fused, float16 logits": dict(lr=10, logits=5, debias=True, logits_dtype=torch.float16),
-    "exact: eta 10, C 5, debiased": dict(lr=10, logits=5, debias=True, mode="exact"),
+    "eta 30, C 5, delta as the authors have it": dict(lr=30, logits=5),
+    "fused: eta 30, C 5, debiased": dict(lr=30, logits=5, debias=True),
+    "fused, float16 logits": dict(lr=30, logits=5, debias=True, logits_dtype=torch.float16),
+    "exact: eta 30, C 5, debiased": dict(lr=30, logits=5, debias=True, mode="exact"),
 }
 
 
@@ -57,7 +56,7 @@ def learn(load, masks, batches, baselines, heldout, steps, seed, lr, logits, deb
 def main():
     parser = common.parser(__doc__)
     parser.add_argument("--model", default="demo/small", help="folder that bench/small_model.py wrote")
-    parser.add_argument("--steps", type=int, default=850)
+    parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", default="", help="only the rows whose names contain one of these, by commas")
     args = parser.parse_args()
