@@ -1,17 +1,25 @@
-"""Make the initial sparse model: one-shot N:M pruning of a dense model, no weight is changed but to zero.
+"""Make the initial sparse model: one-shot N:M pruning of a dense model.
 
     python prune.py --model meta-llama/Llama-2-7b-hf --prune_method wanda --sparsity_type 2:4 --save_model out
     python prune.py --model MODEL --prune_method wanda --dataset text.jsonl --nsamples 128 --seqlen 512
     python prune.py --model MODEL --prune_method magnitude --sparsity_type 4:8 --dtype auto
+    python prune.py --model MODEL --prune_method sparsegpt --true_sequential --dataset text.jsonl --seqlen 512
 
-Of every M consecutive weights of a row the N with the largest metric are kept:
+Of every M consecutive weights of a row the N with the largest metric are kept, unchanged:
 
     magnitude   |w_ij|
     wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens (arXiv 2306.11695)
+    ria         (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) * ||x_j||^(1/2)      (Zhang et al., ICLR 2024)
+
+sparsegpt (see sparsegpt.py) also changes the kept weights, to make up for the pruned; its mask alone, for the original
+weights, is what get_mask.py takes from its model.
 
 Calibration is the field's `get_c4`: --nsamples random crops of --seqlen tokens. The input norms of all layers come from
-one pass through the dense model. Writes a plain Hugging Face folder with zeros in it, and prune.json beside the
-weights; next: `python get_mask.py`.
+passes through the dense model, a row at a time. sparsegpt, and --true_sequential of any method, instead send all rows
+through the decoder in one pass and settle a layer when the pass reaches it: one Hessian in memory at a time, and with
+--true_sequential the later layers see the pruned earlier ones. Lower --nsamples or --seqlen if that pass is too large.
+
+Writes a plain Hugging Face folder with zeros in it, and prune.json beside the weights; next: `python get_mask.py`.
 """
 import time
 
@@ -20,12 +28,14 @@ from tqdm import tqdm
 
 import data
 import pge
+import sparsegpt
 from layers import apply_masks, check_divisible, find_layers, weight_matrix
 from utils import (
     UserError,
     add_model_arguments,
     check_length,
     environment,
+    finite,
     input_device,
     load_model,
     peak_memory_bytes,
@@ -43,11 +53,16 @@ from utils import (
 def parse_args(argv=None):
     parser = script_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--prune_method", choices=list(METRICS), default="wanda", help="what decides which stay")
+    parser.add_argument("--prune_method", choices=[*METRICS, "sparsegpt"], default="wanda",
+                        help="what decides which weights stay")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M, keep N of every M weights")
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration rows")
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a calibration row")
+    parser.add_argument("--true_sequential", action="store_true", help="later layers see the earlier ones pruned")
+    parser.add_argument("--percdamp", type=finite(0), default=0.01,
+                        help="sparsegpt: damping, as a share of the Hessian's mean diagonal")
+    parser.add_argument("--blocksize", type=positive_int, default=128, help="sparsegpt: columns settled in one run")
     parser.add_argument("--targets", nargs="+", default=None, help="prune the layers whose names contain one of these")
     parser.add_argument("--save_model", default="out", help="folder of the sparse model, must be new")
     return parser.parse_args(argv)
@@ -79,12 +94,64 @@ def wanda(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return weight.abs() * norms
 
 
-METRICS = {"magnitude": magnitude, "wanda": wanda}
+def ria(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    size = weight.abs()
+    relative = size / size.sum(0, keepdim=True).clamp(min=1e-30) + size / size.sum(1, keepdim=True).clamp(min=1e-30)
+    return relative * norms.sqrt()
+
+
+METRICS = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
 
 
 def best_mask(metric: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Keep the n largest of every m along a row, ties to the lower index; float `[out, in]` -> bool `[out, in]`."""
     return pge.mode(metric.reshape(-1, m), n).view(metric.shape)
+
+
+def pruned_weight(weight: torch.Tensor, inputs: torch.Tensor, args) -> torch.Tensor:
+    """A layer's sparse weight, float32 `[out, in]`, from its inputs on the calibration tokens `[tokens, in]`."""
+    n, m = args.sparsity_type
+    weight = weight.float()
+    if args.prune_method == "sparsegpt":
+        hessian = sum(part.float().T @ part.float() for part in inputs.split(8192))
+        return sparsegpt.solve(weight, hessian, (n, m), percdamp=args.percdamp, blocksize=args.blocksize)[0]
+    norms = sum(part.float().square().sum(0) for part in inputs.split(8192)).sqrt()
+    return weight.masked_fill(~best_mask(METRICS[args.prune_method](weight, norms), n, m), 0.0)
+
+
+@torch.no_grad()
+def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
+    """Prune each layer when the pass of all samples `[rows, tokens]` through the decoder, without its head, gets there;
+    with --true_sequential before the layer runs, else when the pass is over."""
+    settled = {}
+    progress = tqdm(total=len(layers), desc="pruning", unit="layer", disable=None)
+
+    def reach(name):
+        def hook(module, inputs):
+            if name in settled:
+                return
+            if not inputs[0].isfinite().all():
+                raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype "
+                                "bfloat16 or float32")
+            settled[name] = pruned_weight(weight_matrix(module), inputs[0].flatten(0, -2), args).to(module.weight.dtype)
+            if args.true_sequential:
+                write(name)
+            progress.update()
+        return hook
+
+    def write(name):
+        weight_matrix(layers[name]).copy_(settled[name]).add_(0.0)  # a kept weight that rounds to -0.0 becomes +0.0
+        settled[name] = None
+    hooks = [module.register_forward_pre_hook(reach(name)) for name, module in layers.items()]
+    try:
+        model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        progress.close()
+    for name in layers:
+        if settled.get(name) is not None:
+            write(name)
 
 
 def main(argv=None):
@@ -96,18 +163,20 @@ def main(argv=None):
     model, tokenizer = load_model(args)
     layers = find_layers(model, args.targets)
     check_divisible(layers, m)
-    norms = {}
+    samples = None
     if args.prune_method != "magnitude":
         check_length(model, args.seqlen, "--seqlen")
         samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
-        norms = input_norms(model, layers, samples)
-        for name, norm in norms.items():
-            if not norm.isfinite().all():
+    if samples is not None and (args.prune_method == "sparsegpt" or args.true_sequential):
+        prune_in_one_pass(model, layers, samples, args)
+    else:
+        norms = {} if samples is None else input_norms(model, layers, samples)
+        for name, module in tqdm(layers.items(), desc="pruning", unit="layer", disable=None):
+            if name in norms and not norms[name].isfinite().all():
                 raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype "
                                 "bfloat16 or float32")
-    for name, module in tqdm(layers.items(), desc="pruning", unit="layer", disable=None):
-        metric = METRICS[args.prune_method](weight_matrix(module).float(), norms.get(name))
-        apply_masks(layers, {name: best_mask(metric, n, m)})
+            metric = METRICS[args.prune_method](weight_matrix(module).float(), norms.get(name))
+            apply_masks(layers, {name: best_mask(metric, n, m)})
     with written_beside(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)

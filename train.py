@@ -14,6 +14,7 @@ The first mask is m0 itself, the final one keeps the N largest logits of each bl
 """
 import json
 import math
+import sys
 import time
 
 from tqdm import tqdm
@@ -121,6 +122,9 @@ def main(argv=None):
         masked.keep_initial(mask_file.masks)
 
     # the loop
+    if args.step == "compiled":
+        print("the second step compiles the mask step for each shape of layer: half a minute or more, once",
+              file=sys.stderr)
     steps = min(args.max_step, args.epoch * len(batches))
     metrics, started, log = [], time.time(), None
     progress = tqdm(range(steps), desc="learning", unit="step", disable=None)
