@@ -17,6 +17,7 @@ import math
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 
 import baseline
@@ -135,9 +136,10 @@ def main(argv=None):
         if online:
             with masked.showing_initial():
                 reference = batch_loss(model, batch, args.microbatch)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {t + 1}; lower --lr, or use --dtype bfloat16 if the model "
-                            f"overflows in {model.dtype}" + (f" (metrics so far: {out}/metrics.jsonl)" if log else ""))
+        if not math.isfinite(loss + (reference or 0)):
+            raise UserError(f"the loss is {loss + (reference or 0)} at step {t + 1}; lower --lr, or use --dtype "
+                            f"bfloat16 if the model overflows in {model.dtype}"
+                            + (f" (metrics so far: {out}/metrics.jsonl)" if log else ""))
         advantage = estimator.advantage(loss, reference)
         masked.update(args.lr * advantage)
 
@@ -156,7 +158,6 @@ def main(argv=None):
     # results
     masked.flush()
     if args.save:
-        import torch
         from safetensors.torch import save_file
         logits = {name: torch.stack(layer.logits) for name, layer in masked.layers.items()}  # [width, blocks]
         save_file(logits, out / "logits.safetensors")

@@ -56,15 +56,6 @@ def quietly(script: str, arguments: str) -> None:
         SCRIPTS[script].main(arguments.split())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread costs more than it brings, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def w(tmp_path_factory):
     """Workshop of whole and broken models, masks, texts and baselines."""

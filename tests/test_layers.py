@@ -28,15 +28,6 @@ NAMES = {kind: [f"{stem}.{i}.{name}" for i in range(2) for name in names] for ki
 TOKENS = torch.arange(40).view(2, 20) % 32
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {kind: getattr(tiny, f"make_{kind}")(tmp_path_factory.mktemp(kind)) for kind in NAMES}

@@ -24,15 +24,6 @@ SHAPES = ALL_TO_SIX + [(2, 8), (4, 8)]
 SCALES = [0.1, 1.0, 5.0, 20.0]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

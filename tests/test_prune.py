@@ -10,7 +10,6 @@ from layers import check_sparsity, find_layers, weight_matrix
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("prune")
     write_corpus(folder / "text.jsonl")
     for kind, make in (("llama", make_llama), ("gpt2", make_gpt2), ("opt", make_opt)):

@@ -57,15 +57,6 @@ def shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: a second thread costs more than it brings, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
     """Model name -> folder in which all five commands have run."""
