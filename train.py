@@ -147,8 +147,8 @@ def main(argv=None):
                         "delta": getattr(estimator, "delta", None), "seconds": round(time.time() - started, 3)})
         if log is None:
             out.mkdir(parents=True)
-            write_json(out / "run.json", {"arguments": vars(args), "model_fingerprint": fingerprint,
-                                          "environment": environment()})
+            record = {"arguments": vars(args), "model_fingerprint": fingerprint, "environment": environment()}
+            write_json(out / "run.json", record)
             log = open(out / "metrics.jsonl", "w", buffering=1)
         log.write(json.dumps(metrics[-1]) + "\n")
         improvement = "" if reference is None else f" ({reference - loss:+.4f} against m0)"
@@ -174,8 +174,7 @@ def main(argv=None):
     seconds = time.time() - started
     summary = {"steps": steps, "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory_bytes(),
                "blocks": blocks, "blocks_changed": changed, "mean_loss_last_epoch": sum(tail) / len(tail)}
-    write_json(out / "run.json", {"arguments": vars(args), "model_fingerprint": fingerprint,
-                                  "environment": environment(), "summary": summary})
+    write_json(out / "run.json", {**record, "summary": summary})
     print(f"{steps} steps in {seconds:.0f} s, last epoch's mean loss {summary['mean_loss_last_epoch']:.4f} nats, "
           f"{changed / blocks:.2%} of {blocks} blocks changed, peak {peak_memory_bytes() / 2**30:.2f} GiB -> {out}")
 

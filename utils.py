@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -239,7 +240,6 @@ def written_beside(path: str | Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
     if beside.is_dir():
-        import shutil
         shutil.rmtree(beside)
     try:
         yield beside
@@ -248,7 +248,6 @@ def written_beside(path: str | Path):
         if beside.is_file():
             beside.unlink()
         elif beside.is_dir():
-            import shutil
             shutil.rmtree(beside)
 
 
