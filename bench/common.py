@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils import DTYPES, default_device, environment, fast_dtype  # noqa: E402
+from utils import default_device, environment, fast_dtype  # noqa: E402
 
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "smollm2-135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -42,10 +42,6 @@ def random_llama(shape: str, device: str, dtype: torch.dtype, seed: int = 0, lay
     finally:
         torch.set_default_dtype(default)
     return model.requires_grad_(False).eval()
-
-
-def bench_dtype(device: str) -> torch.dtype:
-    return fast_dtype(device)
 
 
 def median_s(function, device: str, repeats: int = 5, warm_up: int = 1) -> float:
@@ -89,4 +85,4 @@ def report(rows: list[dict], args, note: str = "") -> None:
         Path(args.json).write_text(json.dumps([{**row, **conditions} for row in rows], indent=1) + "\n")
 
 
-__all__ = ["DTYPES", "SHAPES", "bench_dtype", "magnitude_masks", "median_s", "parser", "random_llama", "report"]
+__all__ = ["SHAPES", "fast_dtype", "magnitude_masks", "median_s", "parser", "random_llama", "report"]

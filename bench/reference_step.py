@@ -13,7 +13,7 @@ import torch
 from layers import find_layers
 
 args = common.parser(__doc__).parse_args()
-dtype = common.bench_dtype(args.device)
+dtype = common.fast_dtype(args.device)
 model = common.random_llama("smollm2-135m", args.device, dtype, args.seed)
 layers = list(find_layers(model).values())
 tokens = torch.randint(0, 49152, (8 if args.quick else 32, 128), device=args.device)

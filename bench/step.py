@@ -21,7 +21,7 @@ parser.add_argument("--layer", type=int, nargs=2, default=(2048, 5632), help="sh
 args = parser.parse_args()
 gpu = args.device.startswith("cuda")
 repeats = 3 if args.quick else 7
-dtype = common.bench_dtype(args.device)
+dtype = common.fast_dtype(args.device)
 
 
 def fused_times(shape, n, m, weight_dtype, logits_dtype):
