@@ -132,6 +132,10 @@ class MaskedLayer:
         view = self.scratch.view_as(self.weight)
         module.weight = nn.Parameter(view.T if is_transposed(module) else view, requires_grad=False)
 
+    def mask_of(self, bits: Tensor) -> Tensor:
+        """The mask that `bits` `[blocks]` stand for, bool `[out, in]`."""
+        return step.bits_to_mask(bits, self.m).view_as(self.weight)
+
 
 class MaskedModel:
     """A frozen model under masks that are learned: logits, the masks drawn from them, and the step that moves both.
