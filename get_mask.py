@@ -1,18 +1,26 @@
-"""Extract the initial mask from a sparse model: which weights are not zero.
+"""Extract the initial mask from a sparse model, which weights are not zero, or convert a mask file.
 
     python get_mask.py                                        # folder `out`, 2:4 -> initial_mask.safetensors
     python get_mask.py --model SPARSE_FOLDER --sparsity_type 4:8 --save my_mask.safetensors
+    python get_mask.py --convert mask.npz --model BASE_MODEL --save mask.safetensors       # from MaskLLM's format
+    python get_mask.py --convert mask.safetensors --save initial_mask                      # to the authors' folder
 
 Checks every layer: a block of M that keeps more than N weights is an error that names its layer. A block that keeps
 fewer (a kept weight was zero itself) is filled up from its lowest free positions, and counted.
+
+The name given to --save decides the format: .safetensors (packed, with the model's name and fingerprint), .npz
+(MaskLLM's) or no suffix (the MaskPro authors' folder of .pt). --convert reads all three. With --model it holds the mask
+against that model; an .npz, which has no shapes, cannot be read without, and only with it does a .safetensors made from
+a foreign format get the fingerprint by which a mask of another model is refused later.
 """
 import json
+import sys
 from pathlib import Path
 
 import torch
 
 import mask_files
-from layers import check_divisible, find_layers, weight_matrix
+from layers import check_divisible, find_layers, read_masks, weight_matrix
 from utils import (
     UserError,
     add_model_arguments,
@@ -29,10 +37,18 @@ def parse_args(argv=None):
     parser = script_parser(__doc__)
     add_model_arguments(parser, model_default="out")
     parser.set_defaults(dtype="checkpoint", device="cpu")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M the model must have")
+    parser.add_argument("--convert", default=None, help="mask file or folder to convert, instead of a --model's zeros")
+    parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4),
+                        help="N:M the model must have; with --convert, if given, the mask")
     parser.add_argument("--targets", nargs="+", default=None, help="take the layers whose names contain one of these")
     parser.add_argument("--save", default="initial_mask.safetensors", help="mask file to write, must be new")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.convert:  # what was not said is not asked for
+        parser.set_defaults(model=None, sparsity_type=None)
+        args = parser.parse_args(argv)
+        if args.targets:
+            parser.error("--targets does not go with --convert, which converts every layer of the mask")
+    return args
 
 
 def nonzero_mask(weight: torch.Tensor, n: int, m: int) -> tuple[torch.Tensor, int, int]:
@@ -45,10 +61,18 @@ def nonzero_mask(weight: torch.Tensor, n: int, m: int) -> tuple[torch.Tensor, in
     return kept.view(weight.shape), int((counts > n).sum()), int(short.sum())
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def base_model(model: str) -> str:
+    """The model that a folder was pruned from, by the prune.json that prune.py left in it; else the model itself."""
+    record = Path(model) / "prune.json"
+    try:
+        return json.loads(record.read_text())["arguments"]["model"] if record.is_file() else model
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{record} is damaged; remove it, or prune anew with prune.py")
+
+
+def extract(args) -> mask_files.MaskFile:
+    """The mask of the weights of --model that are not zero."""
     n, m = args.sparsity_type
-    out = refuse_existing(args.save, "choose another --save or remove it")
     model, _ = load_model(args)
     layers = find_layers(model, args.targets)
     check_divisible(layers, m)
@@ -63,16 +87,35 @@ def main(argv=None):
         raise UserError(f"{args.model} is not {n}:{m} sparse in {len(broken)} of {len(layers)} layers: {listed}"
                         f"{' ...' if len(broken) > 5 else ''}; prune it with prune.py, give its --sparsity_type, or "
                         "leave these layers out with --targets")
-    record = Path(args.model) / "prune.json"
-    try:
-        base = json.loads(record.read_text())["arguments"]["model"] if record.is_file() else args.model
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{record} is damaged; remove it, or prune anew with prune.py")
-    mask_files.save(out, masks, n, m, base, model_fingerprint(model))
-    weights = sum(mask.numel() for mask in masks.values())
-    print(f"{n}:{m} mask of {len(masks)} layers, {weights / 1e6:.1f} M weights -> {out} "
-          f"({out.stat().st_size / 2**20:.1f} MiB)"
-          + (f"; {filled} blocks had fewer than {n} weights that are not zero and were filled up" if filled else ""))
+    if filled:
+        print(f"{filled} blocks had fewer than {n} weights that are not zero and were filled up")
+    return mask_files.MaskFile(masks, n, m, base_model(args.model), model_fingerprint(model))
+
+
+def convert(args) -> mask_files.MaskFile:
+    """The mask in --convert, held against --model if there is one."""
+    n, m = args.sparsity_type or (None, None)
+    if not args.model:
+        return mask_files.load(args.convert, n, m)
+    model, _ = load_model(args)
+    found = read_masks(args.convert, model, n, m)
+    return mask_files.MaskFile(found.masks, found.n, found.m, base_model(args.model), model_fingerprint(model))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = refuse_existing(args.save, "choose another --save or remove it")
+    if out.suffix not in (".safetensors", ".npz", ""):
+        raise UserError(f"--save {out} must end in .safetensors, in .npz, or have no suffix, for a folder of .pt")
+    found = convert(args) if args.convert else extract(args)
+    mask_files.save_as(out, found)
+    if out.suffix == ".safetensors" and not found.fingerprint:
+        print(f"warning: {out} can be checked against no model later, it has no fingerprint; give --model for one",
+              file=sys.stderr)
+    weights = sum(mask.numel() for mask in found.masks.values())
+    size = sum(file.stat().st_size for file in [out, *out.glob("*")] if file.is_file())
+    print(f"{found.n}:{found.m} mask of {len(found.masks)} layers, {weights / 1e6:.1f} M weights -> {out} "
+          f"({size / 2**20:.1f} MiB)")
 
 
 if __name__ == "__main__":

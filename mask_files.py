@@ -119,6 +119,16 @@ def save_npz(path, masks):
         np.savez_compressed(file, **{f"{name}.weight.mask": np.packbits(mask.numpy()) for name, mask in masks.items()})
 
 
+def save_as(path, found):
+    """Write a `MaskFile` in the format that the name asks for: .npz, no suffix for a folder, else `save`."""
+    if Path(path).suffix == ".npz":
+        save_npz(path, found.masks)
+    elif not Path(path).suffix:
+        save_folder(path, found.masks)
+    else:
+        save(path, found.masks, found.n, found.m, found.model, found.fingerprint)
+
+
 def load(path, n=None, m=None, shapes=None):
     """Read a mask file of any of the three formats into a `MaskFile`, every block verified to keep exactly N of M.
 
@@ -221,7 +231,7 @@ def _read_folder(path, shapes):
 
 def _read_npz(path, shapes):
     if shapes is None:
-        raise UserError("an .npz does not hold the shapes of its masks: give the model (or shapes=) as well")
+        raise UserError("an .npz does not hold the shapes of its masks: give its --model (shapes=) as well")
     masks = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         file.seek(-12, os.SEEK_END)  # the count in the end record: zipfile overlooks entries lost to a wrong length

@@ -1,15 +1,19 @@
-"""Make the initial sparse model: one-shot N:M pruning of a dense model.
+"""Make the initial sparse model: one-shot pruning of a dense model, N:M or unstructured.
 
     python prune.py --model meta-llama/Llama-2-7b-hf --prune_method wanda --sparsity_type 2:4 --save_model out
     python prune.py --model MODEL --prune_method wanda --dataset text.jsonl --nsamples 128 --seqlen 512
     python prune.py --model MODEL --prune_method magnitude --sparsity_type 4:8 --dtype auto
     python prune.py --model MODEL --prune_method sparsegpt --true_sequential --dataset text.jsonl --seqlen 512
+    python prune.py --model MODEL --prune_method wanda --sparsity_type unstructured --sparsity_ratio 0.5
 
 Of every M consecutive weights of a row the N with the largest metric are kept, unchanged:
 
     magnitude   |w_ij|
     wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens (arXiv 2306.11695)
     ria         (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) * ||x_j||^(1/2)      (Zhang et al., ICLR 2024)
+
+With `--sparsity_type unstructured` the smallest go instead, the share --sparsity_ratio of a whole layer (magnitude), of
+each output row (wanda, ria) or of each --blocksize columns (sparsegpt).
 
 sparsegpt (see sparsegpt.py) also changes the kept weights, to make up for the pruned; its mask alone, for the original
 weights, is what get_mask.py takes from its model.
@@ -21,6 +25,7 @@ through the decoder in one pass and settle a layer when the pass reaches it: one
 
 Writes a plain Hugging Face folder with zeros in it, and prune.json beside the weights; next: `python get_mask.py`.
 """
+import argparse
 import time
 
 import torch
@@ -50,12 +55,27 @@ from utils import (
 )
 
 
+def pattern(text: str) -> tuple[int, int] | None:
+    """'N:M' -> (N, M), 'unstructured' -> None; for argparse."""
+    return None if text == "unstructured" else sparsity_type(text)
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not between 0 and 1")
+    return value
+
+
 def parse_args(argv=None):
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument("--prune_method", choices=[*METRICS, "sparsegpt"], default="wanda",
                         help="what decides which weights stay")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M, keep N of every M weights")
+    parser.add_argument("--sparsity_type", type=pattern, default=(2, 4),
+                        help="N:M, keep N of every M weights; or unstructured")
+    parser.add_argument("--sparsity_ratio", type=share, default=None,
+                        help="unstructured: share of the weights to prune (default: 0.5)")
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration rows")
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a calibration row")
@@ -65,7 +85,13 @@ def parse_args(argv=None):
     parser.add_argument("--blocksize", type=positive_int, default=128, help="sparsegpt: columns settled in one run")
     parser.add_argument("--targets", nargs="+", default=None, help="prune the layers whose names contain one of these")
     parser.add_argument("--save_model", default="out", help="folder of the sparse model, must be new")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    implied = 1 - args.sparsity_type[0] / args.sparsity_type[1] if args.sparsity_type else None
+    if implied and args.sparsity_ratio not in (None, implied):
+        parser.error(f"--sparsity_ratio {args.sparsity_ratio:g} is not that of the --sparsity_type; leave it out, or "
+                     "give --sparsity_type unstructured")
+    args.sparsity_ratio = args.sparsity_ratio or implied or 0.5
+    return args
 
 
 @torch.no_grad()
@@ -108,15 +134,32 @@ def best_mask(metric: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return pge.mode(metric.reshape(-1, m), n).view(metric.shape)
 
 
+def mask_of(weight: torch.Tensor, norms: torch.Tensor | None, args) -> torch.Tensor:
+    """A layer's mask by the method's metric, bool `[out, in]`; unstructured is N:M with the layer or a row for M."""
+    metric = METRICS[args.prune_method](weight, norms)
+    if args.sparsity_type:
+        n, m = args.sparsity_type
+    else:
+        m = metric.numel() if args.prune_method == "magnitude" else metric.shape[1]
+        n = m - int(args.sparsity_ratio * m)
+    return best_mask(metric, n, m)
+
+
 def pruned_weight(weight: torch.Tensor, inputs: torch.Tensor, args) -> torch.Tensor:
     """A layer's sparse weight, float32 `[out, in]`, from its inputs on the calibration tokens `[tokens, in]`."""
-    n, m = args.sparsity_type
     weight = weight.float()
     if args.prune_method == "sparsegpt":
         hessian = sum(part.float().T @ part.float() for part in inputs.split(8192))
-        return sparsegpt.solve(weight, hessian, (n, m), percdamp=args.percdamp, blocksize=args.blocksize)[0]
+        return sparsegpt.solve(weight, hessian, args.sparsity_type, args.sparsity_ratio, args.percdamp,
+                               args.blocksize)[0]
     norms = sum(part.float().square().sum(0) for part in inputs.split(8192)).sqrt()
-    return weight.masked_fill(~best_mask(METRICS[args.prune_method](weight, norms), n, m), 0.0)
+    return weight.masked_fill(~mask_of(weight, norms, args), 0.0)
+
+
+def check_finite(inputs: torch.Tensor, name: str, model) -> None:
+    if not inputs.isfinite().all():
+        raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype bfloat16 "
+                        "or float32")
 
 
 @torch.no_grad()
@@ -130,9 +173,7 @@ def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
         def hook(module, inputs):
             if name in settled:
                 return
-            if not inputs[0].isfinite().all():
-                raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype "
-                                "bfloat16 or float32")
+            check_finite(inputs[0], name, model)
             settled[name] = pruned_weight(weight_matrix(module), inputs[0].flatten(0, -2), args).to(module.weight.dtype)
             if args.true_sequential:
                 write(name)
@@ -154,36 +195,41 @@ def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
             write(name)
 
 
+@torch.no_grad()
+def prune_model(model, layers: dict, samples: torch.Tensor | None, args) -> None:
+    """Prune these layers in place as the arguments say; samples int64 `[rows, tokens]`, None for magnitude."""
+    if samples is not None and (args.prune_method == "sparsegpt" or args.true_sequential):
+        prune_in_one_pass(model, layers, samples, args)
+        return
+    norms = {} if samples is None else input_norms(model, layers, samples)
+    for name, module in tqdm(layers.items(), desc="pruning", unit="layer", disable=None):
+        if name in norms:
+            check_finite(norms[name], name, model)
+        apply_masks(layers, {name: mask_of(weight_matrix(module).float(), norms.get(name), args)})
+
+
 def main(argv=None):
     args = parse_args(argv)
-    n, m = args.sparsity_type
     out = refuse_existing(args.save_model, "choose another --save_model or remove it")
     set_seed(args.seed)
     started = time.time()
     model, tokenizer = load_model(args)
     layers = find_layers(model, args.targets)
-    check_divisible(layers, m)
+    if args.sparsity_type:
+        check_divisible(layers, args.sparsity_type[1])
     samples = None
     if args.prune_method != "magnitude":
         check_length(model, args.seqlen, "--seqlen")
         samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
-    if samples is not None and (args.prune_method == "sparsegpt" or args.true_sequential):
-        prune_in_one_pass(model, layers, samples, args)
-    else:
-        norms = {} if samples is None else input_norms(model, layers, samples)
-        for name, module in tqdm(layers.items(), desc="pruning", unit="layer", disable=None):
-            if name in norms and not norms[name].isfinite().all():
-                raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype "
-                                "bfloat16 or float32")
-            metric = METRICS[args.prune_method](weight_matrix(module).float(), norms.get(name))
-            apply_masks(layers, {name: best_mask(metric, n, m)})
+    prune_model(model, layers, samples, args)
     with written_beside(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         summary = {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak_memory_bytes()}
         write_json(beside / "prune.json", {"arguments": vars(args), "environment": environment(), "summary": summary})
     weights = sum(module.weight.numel() for module in layers.values())
-    print(f"{args.prune_method} {n}:{m} of {len(layers)} layers, {weights / 1e6:.1f} M weights -> {out}  "
+    what = "{}:{}".format(*args.sparsity_type) if args.sparsity_type else f"unstructured {args.sparsity_ratio:g}"
+    print(f"{args.prune_method} {what} of {len(layers)} layers, {weights / 1e6:.1f} M weights -> {out}  "
           f"({time.time() - started:.0f} s, peak {peak_memory_bytes() / 2**30:.2f} GiB)")
 
 

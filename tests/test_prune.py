@@ -55,6 +55,47 @@ def test_ria_follows_its_formula():
             assert float(found[i, j]) == pytest.approx(relative * float(norms[j]) ** 0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt"])
+@pytest.mark.parametrize("ratio", [0.5, 0.7])
+def test_unstructured_takes_the_share_where_the_method_looks(folder, tmp_path, method, ratio):
+    """Exactly the share of each layer (magnitude) or of each row (wanda, ria), and those of the smallest metric."""
+    model = pruned(folder, tmp_path / "out", "llama", "--prune_method", method, "--sparsity_type", "unstructured",
+                   "--sparsity_ratio", str(ratio))
+    layers, dense = find_layers(model), find_layers(AutoModelForCausalLM.from_pretrained(folder / "llama"))
+    for name in layers:
+        weight, original = layers[name].weight, dense[name].weight
+        zero = weight == 0
+        assert not torch.signbit(weight[zero]).any()
+        if method == "sparsegpt":
+            assert float(zero.float().mean()) == pytest.approx(ratio, abs=0.01)
+        elif method == "magnitude":
+            assert int(zero.sum()) == int(ratio * zero.numel())
+            assert original[zero].abs().max() <= original[~zero].abs().min()
+        else:
+            assert (zero.sum(1) == int(ratio * zero.shape[1])).all()
+        if method != "sparsegpt":
+            assert torch.equal(weight[~zero], original[~zero])
+    assert not all(((layer.weight != 0).reshape(-1, 4).sum(1) <= 2).all() for layer in layers.values())  # not 2:4
+
+
+def test_unstructured_by_a_metric_of_ones_own():
+    weight = torch.tensor([[1.0, -8, 3, 2], [5, 6, -7, 4]])
+    norms = torch.tensor([9.0, 1, 1, 1])
+    args = prune.parse_args(["--sparsity_type", "unstructured"])
+    assert prune.mask_of(weight, norms, args).tolist() == [[True, True, False, False], [True, False, True, False]]
+    args.prune_method = "magnitude"
+    assert prune.mask_of(weight, None, args).tolist() == [[False, True, False, False], [True, True, True, False]]
+
+
+def test_the_ratio_and_the_pattern_must_agree(capsys):
+    assert prune.parse_args(["--sparsity_type", "1:4"]).sparsity_ratio == 0.75
+    assert prune.parse_args(["--sparsity_type", "2:4", "--sparsity_ratio", "0.5"]).sparsity_type == (2, 4)
+    for arguments in ("--sparsity_ratio 0.7", "--sparsity_type unstructured --sparsity_ratio 1", "--sparsity_ratio x"):
+        with pytest.raises(SystemExit) as stop:
+            prune.parse_args(arguments.split())
+        assert stop.value.code == 2 and "--sparsity_ratio" in capsys.readouterr().err
+
+
 def test_blocks_of_other_sizes(folder, tmp_path):
     model = pruned(folder, tmp_path / "out", "llama", "--prune_method", "ria", "--sparsity_type", "4:8")
     assert check_sparsity(find_layers(model), (4, 8)) == pytest.approx(0.5, abs=1e-3)

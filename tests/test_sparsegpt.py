@@ -55,6 +55,39 @@ def test_one_pruned_weight_is_made_up_for_exactly(layer):
     assert torch.allclose(updated[rows], best[rows], atol=1e-2, rtol=1e-3)
 
 
+def refit(row, fixed, inputs):
+    """Columns before `fixed` of `row` stand; the others by least squares, so that row @ inputs is as it was. Returns
+    (row as it becomes, with that column 0; squared error)."""
+    target, free = inputs @ row, inputs[:, fixed + 1:]
+    new = row.clone()
+    new[fixed] = 0
+    new[fixed + 1:] = torch.linalg.lstsq(free, target - inputs[:, :fixed] @ row[:fixed]).solution
+    return new, float((inputs @ new - target).square().sum())
+
+
+@pytest.mark.parametrize("n, m, blocksize", [(2, 4, 128), (2, 4, 8), (4, 8, 8)])
+def test_every_column_is_settled_as_least_squares_would(n, m, blocksize):
+    """The algorithm as the paper defines it, without Hessians: from left to right, of each M columns go those whose
+    removal costs least when all later columns make up for it, and those make up for it."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.eye(16) + 0.2 * torch.randn(16, 16, generator=generator)
+    inputs = (torch.randn(200, 16, generator=generator) @ mixing).double()
+    weight = torch.randn(6, 16, generator=generator).double()
+    expected, kept = weight.clone(), torch.ones(6, 16, dtype=torch.bool)
+    for row in range(6):
+        for column in range(16):
+            if column % m == 0:
+                costs = [refit(expected[row], column + i, inputs)[1] for i in range(m)]
+                for i in sorted(range(m), key=costs.__getitem__)[:m - n]:
+                    kept[row, column + i] = False
+            if not kept[row, column]:
+                expected[row] = refit(expected[row], column, inputs)[0]
+    hessian = (inputs.T @ inputs).float()
+    updated, mask = sparsegpt.solve(weight.float(), hessian, (n, m), percdamp=0, blocksize=blocksize)
+    assert torch.equal(mask, kept)
+    assert torch.allclose(updated, expected.float(), atol=1e-4)
+
+
 def test_unstructured_takes_the_share_asked_for(layer):
     weight, inputs = layer
     updated, mask = sparsegpt.solve(weight, inputs.T @ inputs, None, sparsity=0.7, blocksize=8)

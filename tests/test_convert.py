@@ -1,0 +1,168 @@
+"""get_mask.py --convert between the three formats, and apply_mask: the mask's way to whoever has the base model."""
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import make_gpt2, make_llama, write_corpus
+from transformers import AutoModelForCausalLM
+
+import evaluate
+import get_mask
+import mask_files
+import prune
+import train
+from layers import find_layers, weight_matrix
+from utils import UserError, apply_mask, model_fingerprint
+
+PLACE = "--dtype float32 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def w(tmp_path_factory):
+    """A Llama, a Llama of other weights, and a GPT-2, pruned 2:4 by magnitude, with their masks."""
+    w = tmp_path_factory.mktemp("convert")
+    write_corpus(w / "text.jsonl", 12)
+    make_llama(w / "llama")
+    make_gpt2(w / "gpt2")
+    shutil.copytree(w / "llama", w / "other")
+    other = AutoModelForCausalLM.from_pretrained(w / "llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.neg_()
+    other.save_pretrained(w / "other")
+    for kind in ("llama", "gpt2", "other"):
+        prune.main(f"--model {w}/{kind} {PLACE} --prune_method magnitude --save_model {w}/sparse_{kind}".split())
+        get_mask.main(f"--model {w}/sparse_{kind} --save {w}/{kind}.safetensors".split())
+    return w
+
+
+def dense(w, kind):
+    return AutoModelForCausalLM.from_pretrained(w / kind)
+
+
+def convert(source, target, *arguments):
+    get_mask.main(["--convert", str(source), "--save", str(target), *map(str, arguments)])
+    return target
+
+
+def same_masks(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_bits(model, other):
+    """Every parameter equal bit by bit: +0.0 is not -0.0."""
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32))
+               for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- convert
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_round_trip_through_the_three_formats(w, tmp_path, kind):
+    first = w / f"{kind}.safetensors"
+    folder = convert(first, tmp_path / "folder")
+    npz = convert(folder, tmp_path / "mask.npz")
+    back = convert(npz, tmp_path / "back.safetensors", "--model", w / kind)
+    wanted, found = mask_files.load(first), mask_files.load(back)
+    assert sorted(file.stem for file in folder.iterdir()) == sorted(wanted.masks)
+    assert same_masks(found.masks, wanted.masks)
+    assert (found.n, found.m, found.fingerprint, found.model) == (2, 4, wanted.fingerprint, str(w / kind))
+
+
+def test_extraction_writes_any_format(w, tmp_path):
+    wanted = mask_files.load(w / "llama.safetensors").masks
+    shapes = {name: tuple(mask.shape) for name, mask in wanted.items()}
+    for name in ("folder", "mask.npz"):
+        get_mask.main(f"--model {w}/sparse_llama --save {tmp_path}/{name}".split())
+        assert same_masks(mask_files.load(tmp_path / name, shapes=shapes).masks, wanted)
+
+
+def test_a_copy_keeps_model_and_fingerprint(w, tmp_path, capsys):
+    found = mask_files.load(convert(w / "llama.safetensors", tmp_path / "copy.safetensors"))
+    wanted = mask_files.load(w / "llama.safetensors")
+    assert (found.model, found.fingerprint) == (wanted.model, wanted.fingerprint)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_without_a_model_a_foreign_mask_gets_no_fingerprint_and_a_warning(w, tmp_path, capsys):
+    folder = convert(w / "llama.safetensors", tmp_path / "folder")
+    bare = convert(folder, tmp_path / "bare.safetensors")
+    assert "no fingerprint" in capsys.readouterr().err
+    assert mask_files.load(bare).fingerprint == ""
+    full = convert(folder, tmp_path / "full.safetensors", "--model", w / "llama")
+    assert mask_files.load(full).fingerprint == model_fingerprint(dense(w, "llama"))
+
+
+def test_a_pattern_of_ones_own(w, tmp_path):
+    """1:2 masks look like 2:4 ones; they are read as what was asked for."""
+    mask = torch.eye(2, dtype=torch.bool).repeat(8, 16)
+    mask_files.save_folder(tmp_path / "folder", {"a": mask})
+    assert mask_files.load(convert(tmp_path / "folder", tmp_path / "a.safetensors")).m == 4
+    found = mask_files.load(convert(tmp_path / "folder", tmp_path / "b.safetensors", "--sparsity_type", "1:2"))
+    assert (found.n, found.m) == (1, 2) and torch.equal(found.masks["a"], mask)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--convert {w}/gpt2.safetensors --model {w}/llama", "another model: it has transformer.h.0"),
+    ("--convert {w}/llama.safetensors --model {w}/other", "of another model: .* the input embeddings differ"),
+    ("--convert {t}/mask.npz --model {w}/gpt2", "not one of the model's"),
+    ("--convert {t}/mask.npz", "does not hold the shapes .* --model"),
+    ("--convert {w}/llama.safetensors --sparsity_type 4:8", "2:4, not 4:8"),
+    ("--convert {t}/absent", "no such mask"),
+    ("--convert {w}/llama.safetensors --save {t}/new.bin", "new.bin must end in .safetensors, in .npz"),
+    ("--convert {w}/llama.safetensors --save {t}/mask.npz", "mask.npz exists already")])
+def test_refusals(w, tmp_path, arguments, words):
+    convert(w / "llama.safetensors", tmp_path / "mask.npz")
+    with pytest.raises(UserError, match=words):
+        get_mask.main(f"--save {tmp_path}/new {arguments}".format(w=w, t=tmp_path).split())
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.npz"]
+
+
+def test_targets_do_not_go_with_it(w, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        convert(w / "llama.safetensors", tmp_path / "new", "--targets", "q_proj")
+    assert "--targets" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- apply_mask
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_apply_mask_is_what_pruning_did(w, tmp_path, kind):
+    model = dense(w, kind)
+    assert apply_mask(model, w / f"{kind}.safetensors") is model
+    assert same_bits(model, dense(w, f"sparse_{kind}"))
+    for name, module in find_layers(model).items():
+        pruned = weight_matrix(module)[~mask_files.load(w / f"{kind}.safetensors").masks[name]]
+        assert (pruned == 0).all() and not torch.signbit(pruned).any()
+    npz = convert(w / f"{kind}.safetensors", tmp_path / "mask.npz")
+    assert same_bits(apply_mask(dense(w, kind), npz), model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_apply_mask_is_what_train_saves_and_evaluate_judges(w, tmp_path, kind):
+    train.main(f"--model {w}/{kind} {PLACE} --mask {w}/{kind}.safetensors --dataset {w}/text.jsonl --dataset_size 8 "
+               f"--batchsize 4 --sqlen 32 --baseline online --init random --max_step 2 --step eager "
+               f"--out {tmp_path}/run".split())
+    learned = tmp_path / "run" / "mask.safetensors"
+    model = apply_mask(dense(w, kind), learned)
+    assert not same_bits(model, dense(w, f"sparse_{kind}"))  # another mask than that
+    assert same_bits(model, AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint"))
+    model.save_pretrained(tmp_path / "applied")
+    for file in (w / kind).glob("*token*"):
+        shutil.copy(file, tmp_path / "applied")
+    judge = f"{PLACE} --ppl {w}/text.jsonl --seqlen 64 --nwindows 4"
+    evaluate.main(f"--model {tmp_path}/applied {judge} --sparsity_type 2:4 --save {tmp_path}/a.json".split())
+    evaluate.main(f"--model {w}/{kind} --mask {learned} {judge} --save {tmp_path}/b.json".split())
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    assert first["ppl"] == second["ppl"] and first["density"] == second["density"]
+
+
+@pytest.mark.parametrize("mask, words", [("gpt2", "another model: it has transformer.h.0"), ("other", "embeddings")])
+def test_apply_mask_refuses_another_models(w, mask, words):
+    model = dense(w, "llama")
+    with pytest.raises(UserError, match=words):
+        apply_mask(model, w / f"{mask}.safetensors")
+    assert same_bits(model, dense(w, "llama"))
