@@ -85,6 +85,35 @@ def minibatches(tokenizer, dataset: str, dataset_size: int, batchsize: int, sqle
     return torch.stack(samples).view(-1, batchsize, sqlen)
 
 
+def token_rows(tokenizer, dataset: str, tokens: int, batchsize: int, sqlen: int, seed: int) -> torch.Tensor:
+    """Minibatches of about so many tokens of running text, shuffled: int64 [minibatches, batchsize, sqlen].
+
+    Documents are read in file order, joined with the end-of-text token if there is one, and cut into rows without a
+    remainder, so that no text is lost; reading stops when there are enough. A dataset of less gives what it has.
+
+    Errors: UserError for a dataset of less than one minibatch, and those of `documents`.
+    """
+    if sqlen < 2:
+        raise UserError(f"--sqlen is {sqlen}: it must be at least 2 tokens, one to predict the next from")
+    wanted = max(1, tokens // (batchsize * sqlen)) * batchsize * sqlen
+    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces, found = [], 0
+    with tqdm(total=wanted, desc="reading tokens", disable=None, leave=False) as bar:
+        for text in documents(dataset):
+            pieces.append(torch.cat([_tokens(tokenizer, text), torch.tensor(between, dtype=torch.int64)]))
+            found += len(pieces[-1])
+            bar.update(len(pieces[-1]))
+            if found >= wanted:
+                break
+    minibatches = min(wanted, found) // (batchsize * sqlen)
+    if not minibatches:
+        raise UserError(f"{dataset} has only {found} tokens, fewer than one minibatch of {batchsize} x {sqlen}: lower "
+                        "--batchsize or --sqlen or use a longer text")
+    rows = torch.cat(pieces)[:minibatches * batchsize * sqlen].view(-1, sqlen)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order].view(minibatches, batchsize, sqlen)
+
+
 def calibration_samples(tokenizer, dataset: str, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """Random crops of random documents to calibrate pruning on: int64 [nsamples, seqlen].
 
@@ -128,6 +157,11 @@ def perplexity_windows(tokenizer, dataset: str, seqlen: int, limit: int | None =
 
     Errors: UserError for seqlen < 2, limit < 1, a text shorter than one window, and those of `documents`.
     """
+    return windows_and_tokens(tokenizer, dataset, seqlen, limit)[0]
+
+
+def windows_and_tokens(tokenizer, dataset: str, seqlen: int, limit: int | None = None) -> tuple[torch.Tensor, int]:
+    """`perplexity_windows`, and the number of tokens that the whole text has, the remainder included."""
     if seqlen < 2 or (limit is not None and limit < 1):
         raise UserError(f"--seqlen is {seqlen} and the limit {limit}: needs at least 2 tokens and 1 window")
     with _explained(dataset):
@@ -145,7 +179,7 @@ def perplexity_windows(tokenizer, dataset: str, seqlen: int, limit: int | None =
     if windows == 0:
         raise UserError(f"{dataset} has only {len(tokens)} tokens, fewer than one window of {seqlen}: "
                         "lower --seqlen or use a longer text")
-    return tokens[: windows * seqlen].view(windows, seqlen)[:limit]
+    return tokens[: windows * seqlen].view(windows, seqlen)[:limit], len(tokens)
 
 
 def fingerprint(batches: torch.Tensor) -> str:

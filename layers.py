@@ -6,13 +6,18 @@ seen transposed. Only whole-model forwards are used, so any decoder works whose 
 import re
 from collections import Counter
 from contextlib import contextmanager
+from math import comb
 
 import torch
 from torch import Tensor, nn
 
 import mask_files
+import pge
 import step
+from planes import most_probable
 from utils import UserError, model_fingerprint
+
+SAMPLE = 4096  # blocks of a layer that `census` looks at, at least, where it has so many
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -128,6 +133,8 @@ class MaskedLayer:
         self.bits = step.mask_to_bits(mask.reshape(-1, space.m).to(self.weight.device))  # [blocks], m_t
         self.logits = logits  # `width` planes [blocks]
         self.scratch = scratch[:self.weight.numel()]
+        self.stride = max(1, len(self.bits) // SAMPLE)
+        self.started = self.bits[::self.stride].clone()  # of m0, the blocks that `census` looks at
         self.pending = None  # (coefficient, key) of the step to be taken when the next forward gets here
         view = self.scratch.view_as(self.weight)
         module.weight = nn.Parameter(view.T if is_transposed(module) else view, requires_grad=False)
@@ -155,7 +162,8 @@ class MaskedModel:
         match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
         apply_masks(modules, {name: mask for name, mask in masks.items() if name not in learned})
-        self._step, self._write = step.step_function(space, mode), step.write_function(mode)
+        self._step, self._draw = step.step_function(space, mode), step.draw_function(space, mode)
+        self._write = step.write_function(mode)
         self.initial = None  # bits of m0, kept only where the online baseline needs them
         sizes = Counter()
         for name in learned:
@@ -184,23 +192,43 @@ class MaskedModel:
             if layer.pending is not None and not self._showing:
                 self._take_step(layer)
             else:
-                write = self._write if self.steps else step.write_masked  # one pass is not worth a compilation
-                write(layer.weight.view(-1), self._showing.get(id(layer), layer.bits), layer.scratch, layer.m)
+                self.write(layer)
         return hook
 
+    def write(self, layer: MaskedLayer) -> None:
+        """Write the layer's masked weight into the scratch buffer."""
+        write = self._write if self.steps else step.write_masked  # one pass is not worth a compilation
+        write(layer.weight.view(-1), self._showing.get(id(layer), layer.bits), layer.scratch, layer.m)
+
     def _take_step(self, layer: MaskedLayer) -> None:
-        self._step(layer.logits, layer.bits, layer.weight.view(-1), layer.scratch, *layer.pending)
+        coefficient, key = layer.pending
         layer.pending = None
+        if coefficient is None:
+            self._draw(layer.logits, layer.bits, layer.weight.view(-1), layer.scratch, key)
+        else:
+            self._step(layer.logits, layer.bits, layer.weight.view(-1), layer.scratch, coefficient, key)
+
+    def keys(self) -> dict[int, Tensor]:
+        """The step's random key of each layer, int32 `[2]` beside its weight, by the layer's id."""
+        keys = step.layer_keys(self.seed, self.steps, len(self.layers))
+        keys = {device: keys.to(device) for device in {layer.weight.device for layer in self.layers.values()}}
+        return {id(layer): keys[layer.weight.device][index] for index, layer in enumerate(self.layers.values())}
 
     def update(self, coefficient: float) -> None:
         """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer."""
         self.flush()
-        keys = step.layer_keys(self.seed, self.steps, len(self.layers))
-        devices = {layer.weight.device for layer in self.layers.values()}
-        keys = {device: keys.to(device) for device in devices}
-        coefficients = {device: torch.tensor(coefficient, dtype=torch.float32, device=device) for device in devices}
-        for index, layer in enumerate(self.layers.values()):
-            layer.pending = coefficients[layer.weight.device], keys[layer.weight.device][index]
+        keys = self.keys()
+        coefficients = {device: torch.tensor(coefficient, dtype=torch.float32, device=device)
+                        for device in {layer.weight.device for layer in self.layers.values()}}
+        for layer in self.layers.values():
+            layer.pending = coefficients[layer.weight.device], keys[id(layer)]
+        self.steps += 1
+
+    def redraw(self) -> None:
+        """m_{t+1} ~ p(pi), the logits as they are: due in the next forward, layer by layer."""
+        keys = self.keys()
+        for layer in self.layers.values():
+            layer.pending = None, keys[id(layer)]
         self.steps += 1
 
     def flush(self) -> None:
@@ -217,26 +245,56 @@ class MaskedModel:
     @contextmanager
     def showing_initial(self):
         """Inside, the model wears m0 (see `keep_initial`); the masks drawn are back afterwards."""
+        with self.showing(self.initial):
+            yield
+
+    @contextmanager
+    def showing(self, bits: dict[int, Tensor]):
+        """Inside, the model wears the masks of these `bits` `[blocks]`, by the layer's id, and none is drawn."""
         self.flush()
-        self._showing = self.initial
+        self._showing = bits
         try:
             yield
         finally:
             self._showing = {}
 
+    def mode_bits(self) -> dict[int, Tensor]:
+        """The most probable mask of each learned layer, as bits `[blocks]`, by the layer's id."""
+        self.flush()
+        return {id(layer): torch.cat([self._mode(chunk) for chunk in zip(*(plane.split(step.CHUNK)
+                                                                          for plane in layer.logits))])
+                for layer in self.layers.values()}
+
+    def _mode(self, planes: tuple[Tensor, ...]) -> Tensor:
+        if isinstance(self.space, pge.LinearSpace):
+            return most_probable([plane.float() for plane in planes], self.space.n).to(step.bits_dtype(self.space.m))
+        return step.mask_to_bits(self.space.mode(torch.stack(planes, 1).float()))
+
+    def census(self) -> dict[str, dict[str, float]]:
+        """By layer name: `changed`, the share of blocks whose most probable mask is not the one they started from;
+        `entropy` of their distributions, nats a block; `blocks`. From a sample of SAMPLE blocks a layer, evenly spaced.
+        """
+        self.flush()
+        found = {"changed": {}, "entropy": {}, "blocks": {}}
+        for name, layer in self.layers.items():
+            planes = [plane[::layer.stride] for plane in layer.logits]
+            found["changed"][name] = float((self._mode(planes) != layer.started).float().mean())
+            probs = self.space.pattern_probs(torch.stack(planes, 1)[:2**22 // comb(self.space.m, self.space.n)].float())
+            found["entropy"][name] = float(torch.special.entr(probs).sum(1).mean())
+            found["blocks"][name] = len(layer.bits)
+        return found
+
+    def masks_of(self, bits: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Masks bool `[out, in]` on the CPU, by the layer's name."""
+        return {name: layer.mask_of(bits[id(layer)]).cpu() for name, layer in self.layers.items()}
+
     def mode_masks(self) -> dict[str, Tensor]:
         """The most probable mask of each learned layer, bool `[out, in]` on the CPU."""
-        self.flush()
-        masks = {}
-        for name, layer in self.layers.items():
-            chunks = zip(*(plane.split(step.CHUNK) for plane in layer.logits))
-            modes = [self.space.mode(torch.stack(chunk, 1).float()) for chunk in chunks]
-            masks[name] = torch.cat(modes).view_as(layer.weight).cpu()
-        return masks
+        return self.masks_of(self.mode_bits())
 
-    def finish(self) -> dict[str, Tensor]:
-        """Give the modules back their own weights, masked by the mode; returns those masks."""
-        masks = self.mode_masks()
+    def finish(self, bits: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
+        """Give the modules back their own weights, masked by these `bits` (default: the mode); returns those masks."""
+        masks = self.masks_of(bits or self.mode_bits())
         for hook in self._hooks:
             hook.remove()
         for name, layer in self.layers.items():

@@ -169,6 +169,12 @@ class LinearSpace:
     def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
         return log_prob(logits, mask)
 
+    def inclusion(self, logits: Tensor) -> Tensor:
+        return inclusion(logits, self.n)
+
+    def pattern_probs(self, logits: Tensor) -> Tensor:
+        return pattern_probs(logits, self.n)
+
 
 class PatternSpace:
     """MaskLLM's space behind the same interface: C(M,N) logits a block, one pattern drawn."""
@@ -201,6 +207,12 @@ class PatternSpace:
     def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
         return logits.log_softmax(1).gather(1, self._index(mask)[:, None])[:, 0]
 
+    def inclusion(self, logits: Tensor) -> Tensor:
+        return logits.softmax(1) @ patterns(self.n, self.m).to(logits.device, logits.dtype)
+
+    def pattern_probs(self, logits: Tensor) -> Tensor:
+        return logits.softmax(1)
+
 
 SPACES = {"linear": LinearSpace, "pattern": PatternSpace}
 
@@ -209,7 +221,7 @@ class Vanilla:
     """A = f_t: plain policy gradient (paper, eq. of section 4.1)."""
     needs_baseline = False
 
-    def advantage(self, loss: float, baseline: float | None = None) -> float:
+    def advantage(self, loss: float, baseline: float | None = None, minibatch: int = 0) -> float:
         return loss
 
 
@@ -217,7 +229,7 @@ class Residual:
     """A = f_t - f(m0 * w, batch): the loss residual takes the minibatch's own difficulty out."""
     needs_baseline = True
 
-    def advantage(self, loss: float, baseline: float) -> float:
+    def advantage(self, loss: float, baseline: float, minibatch: int = 0) -> float:
         return loss - baseline
 
 
@@ -233,9 +245,45 @@ class MaskPro:
         self.alpha, self.debias = alpha, debias
         self.delta, self.steps = 0.0, 0
 
-    def advantage(self, loss: float, baseline: float) -> float:
+    def advantage(self, loss: float, baseline: float, minibatch: int = 0) -> float:
         residual = loss - baseline
         self.steps += 1
         self.delta = self.alpha * self.delta + (1 - self.alpha) * residual
         correction = 1 - self.alpha**self.steps if self.debias else 1.0
         return residual - self.delta / correction
+
+
+class Running:
+    """A = f_t - b, b <- keep b + (1 - keep) f_t: a baseline for each minibatch that follows the loss down, where m0's
+    stays behind. b is used before it is updated, so A is unbiased; a minibatch's first visit only starts it.
+
+    This project's addition; the paper suggests that m0 be replaced as the loss falls.
+    """
+    needs_baseline = False
+
+    def __init__(self, keep: float = 0.8):
+        self.keep, self.means = keep, {}
+
+    def advantage(self, loss: float, baseline: float | None = None, minibatch: int = 0) -> float:
+        before = self.means.get(minibatch, loss)
+        self.means[minibatch] = self.keep * before + (1 - self.keep) * loss
+        return loss - before
+
+
+class Normalized:
+    """Another estimator's A divided by its root mean square, a running mean of 0.99 a step without the start's bias.
+
+    Then eta is in logits, whatever the size of the model and of its losses. This project's addition.
+    """
+
+    def __init__(self, estimator, decay: float = 0.99):
+        self.estimator, self.decay = estimator, decay
+        self.mean_square, self.steps = 0.0, 0
+        self.needs_baseline = estimator.needs_baseline
+
+    def advantage(self, loss: float, baseline: float | None = None, minibatch: int = 0) -> float:
+        advantage = self.estimator.advantage(loss, baseline, minibatch)
+        if advantage:
+            self.steps += 1
+            self.mean_square = self.decay * self.mean_square + (1 - self.decay) * advantage**2
+        return advantage and advantage / (self.mean_square / (1 - self.decay**self.steps)) ** 0.5

@@ -12,12 +12,12 @@ Random numbers are a hash of (seed, step, layer, block): the same on any device 
 """
 import sys
 from functools import lru_cache
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
 import pge
+from planes import draw, draws, pullback, score, sum_of, weights
 
 FUSED_MAX_N, FUSED_MAX_M = 4, 8  # beyond, the 2^N subsets make the fused code long: the exact routines of pge.py run
 CHUNK = 2**18  # blocks at a time where temporaries exist (reference and eager paths), so that they stay small
@@ -87,132 +87,6 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the mathematics of pge.py on lists of M planes, float32
-
-def _sum(planes):
-    total = planes[0]
-    for plane in planes[1:]:
-        total = total + plane
-    return total
-
-
-def _others(planes):
-    """The sum of all but each, added up from both ends: no difference, so nothing cancels."""
-    before, after = [torch.zeros_like(planes[0])], [torch.zeros_like(planes[0])]
-    for plane in planes[:-1]:
-        before.append(before[-1] + plane)
-    for plane in planes[:0:-1]:
-        after.append(after[-1] + plane)
-    return [x + y for x, y in zip(before, reversed(after))]
-
-
-def _weights(logits, n: int):
-    """exp(logits - the n-th largest), cut off at e^24: the last place is contested at scale 1, and logits far above it,
-    which are kept whatever they are, neither overflow nor drown the others."""
-    largest = []
-    for plane in logits:
-        for k in range(len(largest)):
-            largest[k], plane = torch.maximum(largest[k], plane), torch.minimum(largest[k], plane)
-        if len(largest) < n:
-            largest.append(plane)
-    return [torch.exp((plane - largest[-1]).clamp(max=24.0)) for plane in logits]
-
-
-def _score(w, kept, n: int):
-    """d log p / d logits. `kept` are planes of 0. and 1.; equal to `pge.score` up to float32.
-
-    With r the weight of the rest, and for n = 2, S = {a, b}, Q_a = w_b + r, Z = w_a + Q_a (no difference is taken):
-        g_a = Q_a r (Z + r + w_a) / (Z Q_b (Q_a + Q_b)),   g_i = -(w_i / r) (g_a + g_b) for i not in S.
-    For n > 2 the draws are followed over the subsets of S: reach[T] and then win[T], the probability to get to the
-    drawn set T and from there to S; g_i = [i in S] - w_i sum_{T not holding i} reach[T] win[T] / (rest[T] win[0]).
-    """
-    m = len(w)
-    if n == 1:
-        total = _sum(w)
-        return [k - x / total for k, x in zip(kept, w)]
-    inside = [x * k for x, k in zip(w, kept)]
-    rest = _sum([x - y for x, y in zip(w, inside)]).clamp(min=1e-30)  # float32 exp ends at a gap of 87
-    if n == 2:
-        total = _sum(w)
-        double = _sum(inside) + 2 * rest
-        common = rest / total / double
-        g = [torch.where(k > 0, (partner + rest) / (x + rest) * (double + x) * common, 0.0)
-             for x, partner, k in zip(inside, _others(inside), kept)]
-        slope = _sum(g) / rest
-        return [x - y * (1 - k) * slope for x, y, k in zip(g, w, kept)]
-    rank, ranks, seats = torch.zeros_like(rest), [], []  # seat k: the (k+1)-th kept weight, so that subsets are static
-    for k in kept:
-        ranks.append(torch.where(k > 0, rank, -1.0))
-        rank = rank + k
-    for seat in range(n):
-        seats.append(_sum([torch.where(r == seat, x, 0.0) for r, x in zip(ranks, w)]))
-    full = 2**n - 1
-    inverse_rest = [None] * full
-    for drawn in range(full):
-        inverse_rest[drawn] = 1 / (_sum([s for j, s in enumerate(seats) if not drawn >> j & 1]) + rest)
-    reach, win = [torch.ones_like(rest)] + [None] * full, [None] * full + [torch.ones_like(rest)]
-    for drawn in range(1, full):
-        reach[drawn] = _sum([reach[drawn ^ 1 << j] * inverse_rest[drawn ^ 1 << j] * s
-                             for j, s in enumerate(seats) if drawn >> j & 1])
-    for drawn in reversed(range(full)):
-        win[drawn] = _sum([win[drawn | 1 << j] * s for j, s in enumerate(seats) if not drawn >> j & 1]
-                          ) * inverse_rest[drawn]
-    visit = [reach[t] * win[t] * inverse_rest[t] for t in range(full)]
-    probability = win[0].clamp(min=1e-37)  # less than that is never drawn
-    always = _sum(visit) / probability
-    slopes = [_sum([visit[t] for t in range(full) if not t >> seat & 1]) / probability for seat in range(n)]
-    g = []
-    for i in range(m):
-        slope = always
-        for seat in range(n):
-            slope = torch.where(ranks[i] == seat, slopes[seat], slope)
-        g.append(kept[i] - w[i] * slope)
-    return g
-
-
-def _draw_by_table(w, n: int, u: Tensor) -> Tensor:
-    """One uniform number and the cumulative sum over the patterns, the most probable put last.
-
-    So the rare patterns share the small u, whose resolution is 2^-32, instead of the large, whose it is 2^-24.
-    n = 1: p(i) ~ w_i; n = 2: p(a, b) ~ w_a w_b (1/Q_a + 1/Q_b), Q_a = sum of all but w_a.
-    """
-    m = len(w)
-    if n == 1:
-        table = [(1 << i, w[i]) for i in range(m)]
-    else:
-        inverse = [1 / q for q in _others(w)]
-        table = [(1 << a | 1 << b, w[a] * w[b] * (inverse[a] + inverse[b])) for a, b in combinations(range(m), 2)]
-    top = table[0][1]
-    for _, p in table[1:]:
-        top = torch.maximum(top, p)
-    target = u * _sum([p for _, p in table])
-    below = torch.zeros_like(u)
-    mode = drawn = torch.zeros_like(u, dtype=torch.int32)
-    for bits, p in table:
-        is_mode = (p >= top) & (mode == 0)
-        below = below + torch.where(is_mode, 0.0, p)
-        drawn = torch.where((drawn == 0) & (target < below) & ~is_mode, bits, drawn)
-        mode = torch.where(is_mode, bits, mode)
-    return torch.where(drawn == 0, mode, drawn)
-
-
-def _draw_by_race(w, n: int, u) -> Tensor:
-    """Keep the n smallest E_i / w_i, E = -log(1 - u): a rank by M(M-1)/2 comparisons, a tie to the lower index."""
-    m = len(w)
-    arrival = [-torch.log1p(-x) / y for x, y in zip(u, w)]
-    earlier = [torch.zeros_like(arrival[0], dtype=torch.int32) for _ in range(m)]
-    for i in range(m):
-        for j in range(i + 1, m):
-            beats = (arrival[j] < arrival[i]).int()
-            earlier[i] = earlier[i] + beats
-            earlier[j] = earlier[j] + (1 - beats)
-    bits = torch.zeros_like(earlier[0])
-    for i in range(m):
-        bits = bits | (earlier[i] < n).int() << i
-    return bits
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the pass
 
 def as_words(weight: Tensor, m: int) -> Tensor:
@@ -243,46 +117,75 @@ def write_masked(weight: Tensor, bits: Tensor, out: Tensor, m: int) -> None:
     out.copy_(weight & keep)
 
 
-def fused_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
-               coefficient: Tensor, key: Tensor, n: int, m: int, first: int = 0) -> None:
-    """The whole step, in place. logits: M planes `[blocks]` float32/float16/bfloat16, bits `[blocks]`, weight and out
-    `[blocks * M]` or as words, coefficient float32 `[]`, key int32 `[2]`; `first` is the number of the first block in
-    its layer. N <= 4, M <= 8."""
-    dtype = logits[0].dtype
-    planes = [plane.float() for plane in logits]
-    code = bits.int()
-    kept = [(code >> i & 1).float() for i in range(m)]
-    score = _score(_weights(planes, n), kept, n)
-    planes = [plane - coefficient * g for plane, g in zip(planes, score)]
+def _counter(bits: Tensor, n: int, m: int, start: int) -> Tensor:
+    """Each block's first random number, `[blocks]` int32; it has `draws(n, m)` for drawing, then some for rounding."""
+    lanes = draws(n, m) + (m + 1) // 2
+    return (torch.arange(bits.shape[0], device=bits.device, dtype=torch.int32) + start) * lanes
 
-    by_table = n == 1 or (n == 2 and m <= 4)
-    draws = 1 if by_table else m
-    lanes = draws + (m + 1) // 2  # a block's own counters: its draws, then its rounding
-    counter = (torch.arange(bits.shape[0], device=bits.device, dtype=torch.int32) + first) * lanes
+
+def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Tensor, n: int) -> None:
+    """Write float32 planes into the logits, rounded stochastically where these have 16 bits."""
+    m, dtype = len(planes), logits[0].dtype
     if dtype != torch.float32:
-        pairs = [random_bits(counter + draws + k, key) for k in range((m + 1) // 2)]  # two planes share 32 bits
+        pairs = [random_bits(counter + draws(n, m) + k, key) for k in range((m + 1) // 2)]  # two planes share 32 bits
         planes = [round_stochastically(plane, dtype, pairs[i // 2] if i % 2 == 0 else pairs[i // 2] >> 16)
                   for i, plane in enumerate(planes)]
     for stored, plane in zip(logits, planes):
         stored.copy_(plane)
 
-    w = _weights([plane.float() for plane in planes], n)
-    u = [uniform(random_bits(counter + k, key)) for k in range(draws)]
-    drawn = _draw_by_table(w, n, u[0]) if by_table else _draw_by_race(w, n, u)
+
+def draw_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, n: int, m: int,
+              start: int = 0) -> None:
+    """Draw the next mask and write the masked weight, the logits left as they are; arguments as `fused_step`."""
+    counter = _counter(bits, n, m, start)
+    u = [uniform(random_bits(counter + k, key)) for k in range(draws(n, m))]
+    drawn = draw(weights([plane.float() for plane in logits], n), n, u)
     bits.copy_(drawn.to(bits.dtype))
     write_masked(weight, drawn, out, m)
 
 
+def fused_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
+               coefficient: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> None:
+    """The whole step, in place. logits: M planes `[blocks]` float32/float16/bfloat16, bits `[blocks]`, weight and out
+    `[blocks * M]` or as words, coefficient float32 `[]`, key int32 `[2]`; `start` is the number of the first block in
+    its layer. N <= 4, M <= 8."""
+    planes = [plane.float() for plane in logits]
+    code = bits.int()
+    kept = [(code >> i & 1).float() for i in range(m)]
+    gradient = score(weights(planes, n), kept, n)
+    planes = [plane - coefficient * g for plane, g in zip(planes, gradient)]
+    _store(logits, planes, _counter(bits, n, m, start), key, n)
+    draw_step(logits, bits, weight, out, key, n, m, start)
+
+
+def gradient_step(logits: list[Tensor], weight: Tensor, gradient: Tensor, scale: Tensor, key: Tensor, n: int, m: int,
+                  start: int = 0) -> Tensor:
+    """pi <- pi - clipped J^T G, G = weight * gradient, in place; returns the sum of squares of J^T G, float32.
+
+    J is the Jacobian of the inclusion probabilities. weight and gradient `[blocks * M]` of any float dtype; scale
+    float32 `[2]`: what J^T G is multiplied with before it is clipped to +-1, and after.
+    """
+    weight, gradient = weight.view(-1, m), gradient.view(-1, m)
+    gain = [weight[:, i].float() * gradient[:, i].float() for i in range(m)]
+    planes = [plane.float() for plane in logits]
+    slope = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in pullback(planes, gain, n)]  # float16 gradients may overflow
+    planes = [plane - (g * scale[0]).clamp(-1, 1) * scale[1] for plane, g in zip(planes, slope)]
+    _store(logits, planes, _counter(logits[0], n, m, start), key, n)
+    return sum_of([(g * g).sum() for g in slope])
+
+
 def reference_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
                    coefficient: Tensor, key: Tensor, space, chunk: int = CHUNK) -> None:
-    """The same step by the exact routines of `pge.py`, for any space and N:M; logits: `width` planes."""
+    """The same step by the exact routines of `pge.py`, for any space and N:M; logits: `width` planes; without a
+    coefficient they are only drawn from."""
     dtype = logits[0].dtype
     generator = torch.Generator(bits.device).manual_seed(int(key.cpu().view(torch.int64)))
     for start in range(0, len(bits), chunk):
         part = slice(start, start + chunk)
         block_logits = torch.stack([plane[part] for plane in logits], 1).float()
         mask = bits_to_mask(bits[part], space.m)
-        block_logits = block_logits - coefficient * space.score(block_logits, mask)
+        if coefficient is not None:
+            block_logits = block_logits - coefficient * space.score(block_logits, mask)
         if dtype != torch.float32:
             noise = torch.randint(2**16, block_logits.shape, generator=generator, device=bits.device)
             block_logits = round_stochastically(block_logits, dtype, noise.int())
@@ -299,6 +202,40 @@ def eager_step(logits, bits, weight, out, coefficient, key, n, m, chunk: int = C
         part = slice(start, start + chunk)
         planes = [plane[part] for plane in logits]
         fused_step(planes, bits[part], weight[part], out[part], coefficient, key, n, m, start)
+
+
+def eager_draw(logits, bits, weight, out, key, n, m, chunk: int = CHUNK) -> None:
+    """`draw_step` without a compiler."""
+    weight, out = as_words(weight, m), as_words(out, m)
+    for start in range(0, len(bits), chunk):
+        part = slice(start, start + chunk)
+        draw_step([plane[part] for plane in logits], bits[part], weight[part], out[part], key, n, m, start)
+
+
+def eager_gradient(logits, weight, gradient, scale, key, n, m, chunk: int = CHUNK) -> Tensor:
+    """`gradient_step` without a compiler."""
+    total = 0.0
+    for start in range(0, len(logits[0]), chunk):
+        planes = [plane[start:start + chunk] for plane in logits]
+        part = slice(start * m, (start + chunk) * m)
+        total = total + gradient_step(planes, weight[part], gradient[part], scale, key, n, m, start)
+    return total
+
+
+def reference_gradient(logits, weight, gradient, scale, key, space, chunk: int = CHUNK // 8) -> Tensor:
+    """`gradient_step` by autograd of the exact inclusion probabilities, for any space; rounds to the nearest."""
+    gain, total = (weight.double() * gradient.double()).view(-1, space.m), 0.0
+    for start in range(0, len(gain), chunk):
+        part = slice(start, start + chunk)
+        block_logits = torch.stack([plane[part] for plane in logits], 1).double().requires_grad_()
+        with torch.enable_grad():
+            expected = (space.inclusion(block_logits) * gain[part]).sum()
+        slope, = torch.autograd.grad(expected, block_logits)
+        moved = block_logits.detach() - (slope * scale[0]).clamp(-1, 1) * scale[1]
+        for plane, column in zip(logits, moved.unbind(1)):
+            plane[part] = column
+        total = total + slope.square().sum().float()
+    return total
 
 
 @lru_cache
@@ -331,6 +268,10 @@ def write_function(mode: str = "compiled"):
     return lambda weight, bits, out, m: run(as_words(weight, m), bits, as_words(out, m), m)
 
 
+def _fused(space, mode: str) -> bool:
+    return mode != "exact" and isinstance(space, pge.LinearSpace)
+
+
 def step_function(space, mode: str = "compiled"):
     """The step of a space, (logits, bits, weight, out, coefficient, key) -> None. Fused, compiled or eager, where the
     space and its N:M have a fused form; `exact`, and elsewhere always, by `pge.py`.
@@ -338,8 +279,27 @@ def step_function(space, mode: str = "compiled"):
     Planes must not share a storage, and words are viewed outside: a compiler copies what might overlap.
     """
     n, m = space.n, space.m
-    if mode == "exact" or isinstance(space, pge.PatternSpace) or n > FUSED_MAX_N or m > FUSED_MAX_M:
+    if not _fused(space, mode) or n > FUSED_MAX_N or m > FUSED_MAX_M:
         return lambda *args: reference_step(*args, space)
     run = compiled(fused_step, eager_step) if mode == "compiled" else eager_step
     return lambda logits, bits, weight, out, coefficient, key: run(
         list(logits), bits, as_words(weight, m), as_words(out, m), coefficient, key, n, m)
+
+
+def draw_function(space, mode: str = "compiled"):
+    """`draw_step` of a space, (logits, bits, weight, out, key) -> None; any N:M has a fused form."""
+    n, m = space.n, space.m
+    if not _fused(space, mode):
+        return lambda logits, bits, weight, out, key: reference_step(logits, bits, weight, out, None, key, space)
+    run = compiled(draw_step, eager_draw) if mode == "compiled" else eager_draw
+    return lambda logits, bits, weight, out, key: run(
+        list(logits), bits, as_words(weight, m), as_words(out, m), key, n, m)
+
+
+def gradient_function(space, mode: str = "compiled"):
+    """`gradient_step` of a space, (logits, weight, gradient, scale, key) -> squares; any N:M has a fused form."""
+    n, m = space.n, space.m
+    if not _fused(space, mode):
+        return lambda *args: reference_gradient(*args, space)
+    run = compiled(gradient_step, eager_gradient) if mode == "compiled" else eager_gradient
+    return lambda logits, weight, gradient, scale, key: run(list(logits), weight, gradient, scale, key, n, m)

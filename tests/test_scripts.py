@@ -243,8 +243,8 @@ def test_masks_of_the_other_formats(made, tmp_path, monkeypatch, kind):
 
 def test_a_run_folder_is_complete(made):
     run = made.folder / "run"
-    assert sorted(os.listdir(run)) == ["checkpoint", "curve.png", "logits.safetensors", "mask.safetensors",
-                                       "metrics.jsonl", "run.json"]
+    assert sorted(os.listdir(run)) == ["checkpoint", "curve.png", "layers.jsonl", "logits.safetensors",
+                                       "mask.safetensors", "metrics.jsonl", "run.json"]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((run / "run.json").read_text())
     assert record["arguments"]["lr"] == 20 and record["summary"]["steps"] == STEPS
@@ -408,8 +408,8 @@ def test_without_save_or_checkpoint_there_is_none(llama, tmp_path, monkeypatch):
                f"--sqlen 16 --mask {llama}/initial_mask.safetensors --baseline online --epoch 1 --targets k_proj "
                "--step eager --skip_checkpoint".split())
     assert os.listdir(folder) == ["results"] and os.listdir("results") == ["lr50_epoch1_logits10_size4"]
-    assert sorted(os.listdir("results/lr50_epoch1_logits10_size4")) == ["curve.png", "mask.safetensors",
-                                                                      "metrics.jsonl", "run.json"]
+    assert sorted(os.listdir("results/lr50_epoch1_logits10_size4")) == [
+        "curve.png", "layers.jsonl", "mask.safetensors", "metrics.jsonl", "run.json"]
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluate
@@ -478,12 +478,12 @@ def test_the_authors_commands_parse_to_the_papers_settings():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_explains_every_flag(name, monkeypatch, capsys):
-    script, parsers, parse_args = SCRIPTS[name], [], argparse.ArgumentParser.parse_args
+    script, parsers, parse_args = SCRIPTS[name], [], argparse.ArgumentParser.parse_known_args
 
     def noting(parser, *arguments):
         parsers.append(parser)
         return parse_args(parser, *arguments)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", noting)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", noting)
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
     said = capsys.readouterr().out

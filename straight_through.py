@@ -1,0 +1,134 @@
+"""Learning masks from gradients: straight-through, in MaskPro's linear space. This project's addition to the paper.
+
+The paper's estimator gets one scalar a step for all blocks. One backward pass at the sampled masked weight gives, for
+every weight i, kept or pruned, G_i = w_i * df/d(m*w)_i: what keeping i adds to the loss, to first order. The loss
+expected under the masks' distribution then has, to first order around the sample, the gradient
+
+    d E[f] / d pi  ~  J^T G,    J = d mu / d pi,    mu_i = P(i is kept)
+
+It is biased where f is not linear in the mask (exact where it is), and its variance is that of the minibatch alone.
+
+No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's weight gradient to
+that layer's logits and frees it. All layers share the scratch buffer of `MaskedModel`, so a layer's masked weight is
+written again before its backward.
+"""
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import step
+from layers import MaskedModel
+from utils import input_device
+
+CLIP = 0.1  # root mean squares beyond which J^T G counts no more
+
+
+class MaskedLinear(torch.autograd.Function):
+    """x -> x W^T + bias, W the masked weight; its backward moves the layer's logits instead of returning dW."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, layer, learner):
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.learner = layer, learner
+        return nn.functional.linear(x, layer.scratch.view_as(layer.weight), layer.module.bias)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        layer, (x,) = ctx.layer, ctx.saved_tensors
+        input_gradient = None
+        if ctx.needs_input_grad[0]:
+            ctx.learner.masked.write(layer)  # other layers have used the buffer since
+            input_gradient = upstream @ layer.scratch.view_as(layer.weight)
+        ctx.learner.consume(layer, upstream.flatten(0, -2).T @ x.flatten(0, -2))
+        return input_gradient, None, None, None
+
+
+class StraightThrough:
+    """Moves the logits of a MaskedModel by J^T G in each backward pass, and draws the next masks.
+
+    A step is clipped where J^T G exceeds CLIP of its root mean square over the layer, a running mean of earlier
+    minibatches: pi <- pi - rate * clip(J^T G / (CLIP rms), +-1). So `rate` is the furthest that a logit goes in a step,
+    whatever the model's size and the loss's scale. The first minibatch only measures.
+
+    J^T G has heavy tails: a few weights that matter enormously, in all models, make most of its mean square. With CLIP
+    well below 1 they go no faster than the many that matter a little.
+    """
+
+    def __init__(self, masked: MaskedModel, mode: str = "compiled", checkpointing: bool = False, decay: float = 0.9):
+        self.masked, self.decay, self.rate, self.keys = masked, decay, 0.0, {}
+        self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
+        self._gradient_step = step.gradient_function(masked.space, mode)
+        self.mean_squares: dict[int, Tensor] = {}
+        for layer in masked.layers.values():
+            layer.module.forward = partial(self._forward, layer)
+        if checkpointing:
+            enable_checkpointing(masked.model)
+
+    def _forward(self, layer, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return nn.functional.linear(x, layer.scratch.view_as(layer.weight), layer.module.bias)
+        return MaskedLinear.apply(x, self.anchor, layer, self)
+
+    def consume(self, layer, gradient: Tensor) -> None:
+        """One layer's step, from df/dW `[out, in]` in any unit: it is measured by the layer's own mean square."""
+        before = self.mean_squares.get(id(layer))
+        scale = torch.zeros(2, device=gradient.device)
+        if before is not None:
+            scale[0], scale[1] = before.clamp(min=1e-30).rsqrt() / CLIP, self.rate
+        squares = self._gradient_step(layer.logits, layer.weight.view(-1), gradient.reshape(-1), scale,
+                                      self.keys[id(layer)])
+        now = squares / gradient.numel()
+        self.mean_squares[id(layer)] = now if before is None else self.decay * before + (1 - self.decay) * now
+
+    def step(self, batch: Tensor, rate: float, microbatch: int = 32) -> float:
+        """Forward and backward of the masked model on int64 `[rows, tokens]`; returns the loss, f(m_t * w) in nats.
+
+        The logits have moved when it returns, by `rate` in all, and the next masks are due in the next forward pass.
+        A loss that is not finite moves nothing.
+        """
+        parts = batch.to(input_device(self.masked.model)).split(microbatch)
+        self.rate, self.keys = rate / len(parts), self.masked.keys()
+        total = 0.0
+        for rows in parts:
+            logits = self.masked.model(input_ids=rows, use_cache=False).logits
+            loss, gradient = summed_loss(logits.detach(), rows.to(logits.device))
+            total += loss
+            if math.isfinite(loss):
+                logits.backward(gradient)
+        self.masked.redraw()
+        return total / (batch.shape[0] * (batch.shape[1] - 1))
+
+    def detach(self) -> None:
+        """Give the modules their own forward back."""
+        for layer in self.masked.layers.values():
+            del layer.module.forward
+
+
+def summed_loss(logits: Tensor, rows: Tensor) -> tuple[float, Tensor]:
+    """Next-token cross entropy summed over tokens, nats, and its gradient in the logits `[rows, tokens, vocabulary]`.
+
+    Taken to float32 a row at a time, so that no such copy of all logits exists. The sum rather than the mean, so that
+    float16 gradients stay clear of its smallest numbers.
+    """
+    gradient, total = torch.zeros_like(logits), 0.0
+    for row_logits, row, row_gradient in zip(logits, rows, gradient):
+        log_probs = row_logits[:-1].float().log_softmax(-1)
+        chosen = row[1:, None]
+        total -= float(log_probs.gather(1, chosen).sum())
+        row_gradient[:-1] = log_probs.exp().scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=torch.float32))
+    return total, gradient
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Keep only each decoder layer's input for backward and run the layer again there. The libraries do so in training
+    mode alone, so dropout is taken out first: masks are learned on the model as it is used."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
