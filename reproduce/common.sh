@@ -1,0 +1,123 @@
+# Sourced by the scripts of this folder: the settings, the paper's or with DEMO=1 the demo's, and the steps.
+#
+# A script says for which pattern, names the rows of its table with `dense`, `pruned`, `learned` and `fast`, and ends
+# with `table`. What a row needs is made first, if it is not there yet: all scripts of a mode share $OUT, so nothing is
+# computed twice, and a script that was interrupted goes on where it stopped. DRY=1 prints the commands left to run.
+# Every setting can be given in the environment, MODEL=... STEPS=... bash reproduce/estimators.sh; paths in it are
+# relative to the root of the repository.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+: "${PYTHON:=python}" "${DRY:=0}" "${DEMO:=0}" "${LR:=50}" "${LOGITS:=10}" "${SQLEN:=128}"
+if [ "$DEMO" = 1 ]; then  # what `make demo` leaves in demo/, in minutes on a CPU
+    : "${OUT:=results/reproduce-demo}" "${MODEL:=demo/model}" "${DTYPE:=auto}"
+    : "${TRAIN_TEXT:=demo/train.jsonl}" "${NSAMPLES:=64}" "${CALIBRATION_SEQLEN:=256}"
+    : "${SIZE:=128}" "${BATCHSIZE:=8}" "${STEPS:=48}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=512}"
+    protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=32}")
+    preset=(--preset fast --tokens "${TOKENS:=50000}" --looks 4)
+else
+    : "${OUT:=results/reproduce}" "${MODEL:=meta-llama/Llama-2-7b-hf}" "${DTYPE:=float16}"
+    : "${TRAIN_TEXT:=allenai/c4}" "${NSAMPLES:=128}" "${CALIBRATION_SEQLEN:=2048}"
+    : "${SIZE:=512}" "${BATCHSIZE:=32}" "${STEPS:=10000}" "${HELDOUT:=wikitext2}" "${SEQLEN:=4096}"
+    : "${TASKS:=hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa}"
+    protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --tasks "$TASKS" --tasks_no_bos)  # no BOS, as in older figures
+    preset=(--preset fast)
+fi
+# the sequential pass: later layers are calibrated on the pruned earlier ones, as in Wanda's and SparseGPT's own code
+calibration=(--dataset "$TRAIN_TEXT" --nsamples "$NSAMPLES" --seqlen "$CALIBRATION_SEQLEN" --true_sequential)
+rows=() planned=" "  # the table's records; outputs made or, with DRY=1, printed by now
+
+stop() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+if [ "$DEMO" = 1 ] && [ ! -e "$MODEL" ]; then
+    stop "there is no $MODEL; \`make demo DEMO_FLAGS=--quick\` makes it"
+fi
+# one $OUT, one protocol; what its files are named by, such as STEPS, may vary
+settings="$MODEL $DTYPE; ${calibration[*]}; batchsize $BATCHSIZE, sqlen $SQLEN; ${protocol[*]}; ${preset[*]}"
+if [ "$DRY" = 0 ]; then
+    mkdir -p "$OUT"
+    [ -e "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
+fi
+if [ -e "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
+    stop "what is in $OUT was made with other settings, see $OUT/settings; give another OUT="
+fi
+
+once() {  # once OUTPUT SCRIPT FLAGS...: run a script of the repository unless its output is there
+    local output=$1
+    shift
+    if [ -e "$output" ] || [[ $planned == *" $output "* ]]; then return; fi
+    planned="$planned$output "
+    echo "\$ python $*"
+    [ "$DRY" = 1 ] || "$PYTHON" "$@"
+}
+
+judged() {  # judged NAME FLAGS...: a row of the table, the numbers in NAME.json
+    local name=$1
+    shift
+    once "$name.json" evaluate.py "$@" --dtype "$DTYPE" "${protocol[@]}" --save "$name.json"
+    rows+=("$name.json")
+}
+
+sparsity_type() {  # sparsity_type N:M: of the rows that follow
+    n_m=$1 folder=$OUT/${1/:/of}
+}
+
+dense() {
+    judged "$OUT/dense" --model "$MODEL"
+}
+
+prune() {  # prune METHOD
+    once "$folder/$1" prune.py --model "$MODEL" --dtype "$DTYPE" --prune_method "$1" --sparsity_type "$n_m" \
+        "${calibration[@]}" --save_model "$folder/$1"
+}
+
+pruned() {  # pruned METHOD
+    prune "$1"
+    judged "$folder/$1" --model "$folder/$1" --sparsity_type "$n_m"
+}
+
+initial_mask() {  # Wanda's, where all learning starts
+    prune wanda
+    once "$folder/initial_mask.safetensors" get_mask.py --model "$folder/wanda" --sparsity_type "$n_m" \
+        --save "$folder/initial_mask.safetensors"
+}
+
+train() {  # train RUN FLAGS...: to RUN/mask.safetensors, judged on the original weights
+    local run=$1
+    shift
+    if [ -e "$run" ] && [ ! -e "$run/mask.safetensors" ]; then
+        stop "$run has no mask.safetensors: it was interrupted or ran away, or is learning still; remove it to learn" \
+            "anew, or leave it out with VALUES="
+    fi
+    once "$run/mask.safetensors" train.py --model "$MODEL" --dtype "$DTYPE" --sparsity_type "$n_m" \
+        --mask "$folder/initial_mask.safetensors" --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" --max_step "$STEPS" "$@" \
+        --skip_checkpoint --out "$run"
+    judged "$run" --model "$MODEL" --mask "$run/mask.safetensors"
+}
+
+learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS
+    local minibatches=(--dataset_size "$2" --batchsize "$(($2 < BATCHSIZE ? $2 : BATCHSIZE))")
+    local baseline=$folder/baseline-size$2.npz
+    initial_mask
+    once "$baseline" inference_loss.py --model "$MODEL" --dtype "$DTYPE" --mask "$folder/initial_mask.safetensors" \
+        --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" "${minibatches[@]}" --save "$baseline"
+    train "$folder/$1-size$2-lr$3-logits$4-steps$STEPS" --estimator "$1" "${minibatches[@]}" --lr "$3" --logits "$4" \
+        --epoch "$STEPS" --baseline_file "$baseline"
+}
+
+fast() {  # not the paper's but this project's way to learn, by gradients
+    initial_mask
+    train "$folder/ours-preset_fast-max_step$STEPS" "${preset[@]}"
+}
+
+table() {  # table NAME: of the rows so far, to NAME/table.md
+    echo "\$ python evaluate.py --compare ${rows[*]}"
+    [ "$DRY" = 0 ] || return 0
+    mkdir -p "$OUT/$1"
+    "$PYTHON" evaluate.py --compare "${rows[@]}" > "$OUT/$1/.table.md.partial"
+    mv "$OUT/$1/.table.md.partial" "$OUT/$1/table.md"
+    cat "$OUT/$1/table.md"
+}

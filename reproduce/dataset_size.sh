@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# How many rows of text learning needs, from one to the paper's 512; minibatches of 32 rows, or of all where there are
+# fewer. VALUES="1 512" for other sizes, each a multiple of the minibatch.
+. "$(dirname "$0")/common.sh"
+sparsity_type 2:4
+if [ "$DEMO" = 1 ]; then sizes="1 8 32 80 128"; else sizes="1 32 128 320 512"; fi
+dense
+pruned wanda
+for size in ${VALUES:-$sizes}; do
+    learned maskpro "$size" "$LR" "$LOGITS"
+done
+table dataset_size

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The initial logit C of a kept weight: how far the first distributions are from m0. VALUES="5 10" for other values.
+. "$(dirname "$0")/common.sh"
+sparsity_type 2:4
+dense
+pruned wanda
+for logits in ${VALUES:-1 2 5 10 20}; do
+    learned maskpro "$SIZE" "$LR" "$logits"
+done
+table logits

@@ -1,0 +1,161 @@
+"""The scripts of reproduce/: what they would run is parsed by the scripts it names, and at the demo's scale run, tiny.
+
+Their commands, printed by DRY=1, run in this process, which saves them a process each; what that left out, and a
+finished script, run as a user runs them.
+"""
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny import make_llama, write_corpus
+
+import data
+import evaluate
+import get_mask
+import inference_loss
+import mask_files
+import prune
+import train
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
+            "evaluate.py": evaluate}
+SCRIPTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
+VALUES = {"dataset_size": "1 4 8", "logits": "1 10", "learning_rate": "10 50", "other_patterns": "1:4"}
+SETTINGS = dict(DEMO="1", DTYPE="float32", NSAMPLES="4", CALIBRATION_SEQLEN="48", SEQLEN="64", NWINDOWS="4", SQLEN="32",
+                SIZE="8", BATCHSIZE="4", STEPS="2", TOKENS="1500")
+
+
+def bash(script: str, settings: dict, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script of reproduce/ from `folder` under these settings."""
+    known = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "TMPDIR")}
+    return subprocess.run(["bash", ROOT / f"reproduce/{script}.sh"], cwd=folder, capture_output=True, text=True,
+                          env={**known, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                               "TORCHDYNAMO_DISABLE": "1", **settings})
+
+
+def printed(said: str) -> list[list[str]]:
+    """The commands that a script shows, each a list: script and flags."""
+    return [shlex.split(line.removeprefix("$ python ")) for line in said.splitlines() if line.startswith("$ python ")]
+
+
+def planned(script: str, settings: dict, folder: Path = ROOT) -> list[list[str]]:
+    done = bash(script, {**settings, "DRY": "1"}, folder)
+    assert done.returncode == 0, done.stderr
+    assert len(printed(done.stdout)) == len(done.stdout.splitlines())
+    return printed(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Settings for a tiny model, and the folder of their outputs."""
+    root = tmp_path_factory.mktemp("reproduce")
+    make_llama(root / "dense")
+    write_corpus(root / "text.jsonl", 16)
+    (root / "held_out.txt").write_text("\n\n".join(data.documents(write_corpus(root / "other.jsonl", 4, seed=7))))
+    paths = dict(MODEL="dense", TRAIN_TEXT="text.jsonl", HELDOUT="held_out.txt", OUT="out")
+    return SimpleNamespace(settings={**SETTINGS, **{key: str(root / name) for key, name in paths.items()}},
+                           out=root / "out", root=root)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny):
+    """Script -> the commands it planned; all but the last, which prints the table, have run, and left their outputs."""
+    plans = {}
+    for script in SCRIPTS:
+        plans[script] = planned(script, {**tiny.settings, "VALUES": VALUES.get(script, "")})
+        for name, *flags in plans[script][:-1]:
+            COMMANDS[name].main([*flags, *(["--step", "eager"] if name == "train.py" else [])])
+    return plans
+
+
+@pytest.mark.parametrize("mode", [{}, {"DEMO": "1"}], ids=["paper", "demo"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_take_the_commands(script, mode, tmp_path):
+    plan = planned(script, {**mode, "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path)}, folder=tmp_path)
+    parsed = [(name, COMMANDS[name].parse_args(flags)) for name, *flags in plan]
+    assert not (tmp_path / "out").exists()
+    outputs = [vars(args).get("save_model") or vars(args).get("out") or args.save for _, args in parsed[:-1]]
+    assert len(set(outputs)) == len(outputs)  # nothing twice
+    assert parsed[-1][1].compare == [args.save for name, args in parsed[:-1] if name == "evaluate.py"]
+
+
+def test_the_papers_settings(tmp_path):
+    plan = planned("llama2_7b_2of4", {"OUT": str(tmp_path / "out")})
+    runs = [train.parse_args(flags) for name, *flags in plan if name == "train.py"]
+    paper, fast = runs
+    assert paper.model == "meta-llama/Llama-2-7b-hf" and paper.dtype == "float16" and paper.dataset == "allenai/c4"
+    assert (paper.estimator, paper.dataset_size, paper.batchsize, paper.sqlen, paper.lr, paper.logits) == (
+        "maskpro", 512, 32, 128, 50, 10)
+    assert min(paper.max_step, paper.epoch * 512 // 32) == 10000
+    assert fast.preset == "fast" and all(getattr(fast, key) == value for key, value in train.PRESETS["fast"].items())
+    judged = [evaluate.parse_args(flags) for name, *flags in plan[:-1] if name == "evaluate.py"]
+    assert all((args.ppl, args.seqlen, len(args.tasks.split(","))) == ("wikitext2", 4096, 7) for args in judged)
+    assert len(judged) == 6  # dense, three one-shot methods, the paper's and this project's
+
+
+def test_steps_go_before_both_modes(tmp_path):
+    for mode in {}, {"DEMO": "1", "MODEL": str(tmp_path)}:
+        plan = planned("estimators", {**mode, "STEPS": "7", "OUT": str(tmp_path / "out")})
+        assert {train.parse_args(flags).max_step for name, *flags in plan if name == "train.py"} == {7}
+
+
+def test_scripts_share_their_steps(tiny, finished):
+    made = {script: [next(part for flag, part in zip(command, command[1:])
+                          if flag in ("--save", "--save_model", "--out")) for command in plan[:-1]]
+            for script, plan in finished.items()}
+    assert len(set(sum(made.values(), []))) == sum(map(len, made.values()))
+    masks = sorted(mask.parent.name for mask in tiny.out.glob("2of4/*/mask.safetensors"))
+    assert masks == sorted([*(f"maskpro-size{size}-lr50-logits10-steps2" for size in (1, 4, 8)),
+                            *(f"{estimator}-size8-lr50-logits10-steps2" for estimator in ("residual", "vanilla")),
+                            "maskpro-size8-lr10-logits10-steps2", "maskpro-size8-lr50-logits1-steps2",
+                            "ours-preset_fast-max_step2"])
+    assert [path.name for path in tiny.out.glob("2of4/*.npz")].count("baseline-size8.npz") == 1
+    found = mask_files.load(tiny.out / "1of4/maskpro-size8-lr50-logits10-steps2/mask.safetensors")
+    assert (found.n, found.m) == (1, 4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_of_a_finished_script_the_table_is_left(script, tiny, finished):
+    plan = planned(script, {**tiny.settings, "VALUES": VALUES.get(script, "")})
+    assert plan == [finished[script][-1]] and plan[0][:2] == ["evaluate.py", "--compare"]
+    assert all(Path(record).is_file() for record in plan[0][2:])
+
+
+def test_an_interrupted_script_goes_on(tiny, finished):
+    settings = {**tiny.settings, "VALUES": VALUES["learning_rate"]}
+    record, run = tiny.out / "2of4/maskpro-size8-lr10-logits10-steps2.json", "maskpro-size8-lr10-logits10-steps2"
+    before = {path: path.stat().st_mtime_ns for path in tiny.out.rglob("*") if path.is_file() and path != record}
+    record.unlink()
+    done = bash("learning_rate", settings, folder=tiny.root)
+    assert done.returncode == 0, done.stderr
+    assert [command[0] for command in printed(done.stdout)] == ["evaluate.py"] * 2 and record.is_file()
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    table = (tiny.out / "learning_rate/table.md").read_text()
+    assert done.stdout.endswith(table) and table.count("\n") == 2 + 4 and f"2of4/{run} | 2:4 | 0.5" in table
+    assert not list(tiny.out.rglob("*.partial"))
+
+
+def test_a_run_without_its_mask_stops(tiny, finished):
+    run = tiny.out / "2of4/maskpro-size8-lr77-logits10-steps2"
+    run.mkdir()
+    done = bash("learning_rate", {**tiny.settings, "VALUES": "77"})
+    run.rmdir()
+    assert done.returncode == 2 and "maskpro-size8-lr77-logits10-steps2 has no mask.safetensors" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not printed(done.stdout)
+
+
+def test_outputs_of_other_settings_are_refused(tiny, finished):
+    (tiny.out / "settings").unlink(missing_ok=True)
+    assert bash("learning_rate", {**tiny.settings, "VALUES": "77", "PYTHON": "false"}).returncode == 1
+    other = bash("learning_rate", {**tiny.settings, "SEQLEN": "32"})
+    assert other.returncode == 2 and "other settings" in other.stderr and len(other.stderr.splitlines()) == 1
+
+
+def test_without_the_demos_model_it_says_how_to_make_it(tmp_path):
+    done = bash("logits", {"DEMO": "1", "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path / "none")})
+    assert done.returncode == 2 and "make demo" in done.stderr and not (tmp_path / "out").exists()
