@@ -158,20 +158,18 @@ def fused_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
     draw_step(logits, bits, weight, out, key, n, m, start)
 
 
-def gradient_step(logits: list[Tensor], weight: Tensor, gradient: Tensor, scale: Tensor, key: Tensor, n: int, m: int,
+def gradient_step(logits: list[Tensor], gain: Tensor, scale: Tensor, key: Tensor, n: int, m: int,
                   start: int = 0) -> Tensor:
-    """pi <- pi - clipped J^T G, G = weight * gradient, in place; returns the sum of squares of J^T G, float32.
+    """pi <- pi - clipped J^T gain, in place; returns the sum of squares of each block's J^T gain, float32 `[blocks]`.
 
-    J is the Jacobian of the inclusion probabilities. weight and gradient `[blocks * M]` of any float dtype; scale
-    float32 `[2]`: what J^T G is multiplied with before it is clipped to +-1, and after.
+    J is the Jacobian of the inclusion probabilities; gain float32 `[M, blocks]`; scale float32 `[2]`: what J^T gain is
+    multiplied with before it is clipped to +-1, and after.
     """
-    weight, gradient = weight.view(-1, m), gradient.view(-1, m)
-    gain = [weight[:, i].float() * gradient[:, i].float() for i in range(m)]
     planes = [plane.float() for plane in logits]
-    slope = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in pullback(planes, gain, n)]  # float16 gradients may overflow
+    slope = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in pullback(planes, list(gain), n)]  # float16 may overflow
     planes = [plane - (g * scale[0]).clamp(-1, 1) * scale[1] for plane, g in zip(planes, slope)]
     _store(logits, planes, _counter(logits[0], n, m, start), key, n)
-    return sum_of([(g * g).sum() for g in slope])
+    return sum_of([g * g for g in slope])
 
 
 def reference_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
@@ -212,30 +210,28 @@ def eager_draw(logits, bits, weight, out, key, n, m, chunk: int = CHUNK) -> None
         draw_step([plane[part] for plane in logits], bits[part], weight[part], out[part], key, n, m, start)
 
 
-def eager_gradient(logits, weight, gradient, scale, key, n, m, chunk: int = CHUNK) -> Tensor:
+def eager_gradient(logits, gain, scale, key, n, m, chunk: int = CHUNK) -> Tensor:
     """`gradient_step` without a compiler."""
-    total = 0.0
-    for start in range(0, len(logits[0]), chunk):
-        planes = [plane[start:start + chunk] for plane in logits]
-        part = slice(start * m, (start + chunk) * m)
-        total = total + gradient_step(planes, weight[part], gradient[part], scale, key, n, m, start)
-    return total
+    squares = [gradient_step([plane[start:start + chunk] for plane in logits], gain[:, start:start + chunk], scale, key,
+                             n, m, start)
+               for start in range(0, len(logits[0]), chunk)]
+    return torch.cat(squares)
 
 
-def reference_gradient(logits, weight, gradient, scale, key, space, chunk: int = CHUNK // 8) -> Tensor:
+def reference_gradient(logits, gain, scale, key, space, chunk: int = CHUNK // 8) -> Tensor:
     """`gradient_step` by autograd of the exact inclusion probabilities, for any space; rounds to the nearest."""
-    gain, total = (weight.double() * gradient.double()).view(-1, space.m), 0.0
-    for start in range(0, len(gain), chunk):
+    squares = []
+    for start in range(0, gain.shape[1], chunk):
         part = slice(start, start + chunk)
         block_logits = torch.stack([plane[part] for plane in logits], 1).double().requires_grad_()
         with torch.enable_grad():
-            expected = (space.inclusion(block_logits) * gain[part]).sum()
+            expected = (space.inclusion(block_logits) * gain[:, part].T).sum()
         slope, = torch.autograd.grad(expected, block_logits)
         moved = block_logits.detach() - (slope * scale[0]).clamp(-1, 1) * scale[1]
         for plane, column in zip(logits, moved.unbind(1)):
             plane[part] = column
-        total = total + slope.square().sum().float()
-    return total
+        squares.append(slope.square().sum(1).float())
+    return torch.cat(squares)
 
 
 @lru_cache
@@ -297,9 +293,9 @@ def draw_function(space, mode: str = "compiled"):
 
 
 def gradient_function(space, mode: str = "compiled"):
-    """`gradient_step` of a space, (logits, weight, gradient, scale, key) -> squares; any N:M has a fused form."""
+    """`gradient_step` of a space, (logits, gain, scale, key) -> squares; any N:M has a fused form."""
     n, m = space.n, space.m
     if not _fused(space, mode):
         return lambda *args: reference_gradient(*args, space)
     run = compiled(gradient_step, eager_gradient) if mode == "compiled" else eager_gradient
-    return lambda logits, weight, gradient, scale, key: run(list(logits), weight, gradient, scale, key, n, m)
+    return lambda logits, gain, scale, key: run(list(logits), gain, scale, key, n, m)
