@@ -79,7 +79,7 @@ class StraightThrough:
             scale[0], scale[1] = before.clamp(min=1e-30).rsqrt() / CLIP, self.rate
         blocks = layer.logits[0].numel()
         gain = torch.empty(layer.m, blocks, device=gradient.device).copy_(layer.weight.view(blocks, -1).T)
-        gain.mul_(gradient.reshape(blocks, -1).T)  # planes, as the logits are: read as blocks they are three times slower
+        gain.mul_(gradient.reshape(blocks, -1).T)  # as planes: blocks are read three times slower
         now = self._gradient_step(layer.logits, gain, scale, self.keys[id(layer)]).sum() / gradient.numel()
         self.mean_squares[id(layer)] = now if before is None else self.decay * before + (1 - self.decay) * now
 
