@@ -35,8 +35,8 @@ import data
 import pge
 import sparsegpt
 from layers import apply_masks, check_divisible, find_layers, weight_matrix
+from metrics import METRICS, check_finite, input_norms
 from utils import (
-    UserError,
     add_model_arguments,
     check_length,
     environment,
@@ -94,41 +94,6 @@ def parse_args(argv=None):
     return args
 
 
-@torch.no_grad()
-def input_norms(model, layers: dict, samples: torch.Tensor) -> dict[str, torch.Tensor]:
-    """||x_j|| of every layer's input features over the tokens of samples `[rows, tokens]`; float32 `[in]` each."""
-    squares = {name: torch.zeros(weight_matrix(module).shape[1], device=module.weight.device)
-               for name, module in layers.items()}
-
-    def watch(name):
-        def hook(module, inputs):
-            squares[name] += inputs[0].detach().float().flatten(0, -2).square().sum(0)
-        return hook
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
-    for row in tqdm(samples, desc="calibrating", unit="row", disable=None):
-        model(input_ids=row[None].to(input_device(model)), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return {name: square.sqrt() for name, square in squares.items()}
-
-
-def magnitude(weight: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
-    return weight.abs()
-
-
-def wanda(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    return weight.abs() * norms
-
-
-def ria(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    size = weight.abs()
-    relative = size / size.sum(0, keepdim=True).clamp(min=1e-30) + size / size.sum(1, keepdim=True).clamp(min=1e-30)
-    return relative * norms.sqrt()
-
-
-METRICS = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
-
-
 def best_mask(metric: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Keep the n largest of every m along a row, ties to the lower index; float `[out, in]` -> bool `[out, in]`."""
     return pge.mode(metric.reshape(-1, m), n).view(metric.shape)
@@ -154,12 +119,6 @@ def pruned_weight(weight: torch.Tensor, inputs: torch.Tensor, args) -> torch.Ten
                                args.blocksize)[0]
     norms = sum(part.float().square().sum(0) for part in inputs.split(8192)).sqrt()
     return weight.masked_fill(~mask_of(weight, norms, args), 0.0)
-
-
-def check_finite(inputs: torch.Tensor, name: str, model) -> None:
-    if not inputs.isfinite().all():
-        raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype bfloat16 "
-                        "or float32")
 
 
 @torch.no_grad()
@@ -203,8 +162,6 @@ def prune_model(model, layers: dict, samples: torch.Tensor | None, args) -> None
         return
     norms = {} if samples is None else input_norms(model, layers, samples)
     for name, module in tqdm(layers.items(), desc="pruning", unit="layer", disable=None):
-        if name in norms:
-            check_finite(norms[name], name, model)
         apply_masks(layers, {name: mask_of(weight_matrix(module).float(), norms.get(name), args)})
 
 

@@ -1,0 +1,52 @@
+"""What one-shot pruning goes by: a score for each weight, and the norms of the inputs that it takes."""
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from layers import weight_matrix
+from utils import UserError, input_device
+
+
+def check_finite(inputs: Tensor, name: str, model) -> None:
+    """UserError naming the layer unless its inputs are finite."""
+    if not inputs.isfinite().all():
+        raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype bfloat16 "
+                        "or float32")
+
+
+@torch.no_grad()
+def input_norms(model, layers: dict, samples: Tensor) -> dict[str, Tensor]:
+    """||x_j|| of every layer's input features over the tokens of samples `[rows, tokens]`; float32 `[in]` each.
+    UserError where they are not finite."""
+    squares = {name: torch.zeros(weight_matrix(module).shape[1], device=module.weight.device)
+               for name, module in layers.items()}
+
+    def watch(name):
+        def hook(module, inputs):
+            squares[name] += inputs[0].detach().float().flatten(0, -2).square().sum(0)
+        return hook
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+    for row in tqdm(samples, desc="calibrating", unit="row", disable=None):
+        model(input_ids=row[None].to(input_device(model)), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for name, square in squares.items():
+        check_finite(square, name, model)
+    return {name: square.sqrt() for name, square in squares.items()}
+
+
+def magnitude(weight: Tensor, norms: Tensor | None) -> Tensor:
+    return weight.abs()
+
+
+def wanda(weight: Tensor, norms: Tensor) -> Tensor:
+    return weight.abs() * norms
+
+
+def ria(weight: Tensor, norms: Tensor) -> Tensor:
+    size = weight.abs()
+    relative = size / size.sum(0, keepdim=True).clamp(min=1e-30) + size / size.sum(1, keepdim=True).clamp(min=1e-30)
+    return relative * norms.sqrt()
+
+
+METRICS = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
