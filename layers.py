@@ -5,6 +5,7 @@ seen transposed. Only whole-model forwards are used, so any decoder works whose 
 """
 import re
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from math import comb
 
@@ -152,11 +153,14 @@ class MaskedModel:
     scratch buffer as large as the largest layer, into which a layer's masked weight is written when the forward pass
     reaches it. That write is one pass together with the update of the layer's logits and the drawing of its next mask,
     so `update` only notes the coefficient and the following `forward` carries it out.
+
+    init: logits from the `mask`, from it and the weights' `scores` (name, weight `[out, in]` -> score `[out, in]`), or
+    `random`; see the spaces' `init`.
     """
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], space, magnitude: float = 10.0, init: str = "mask",
                  logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
-                 mode: str = "compiled"):
+                 mode: str = "compiled", scores: Callable[[str, Tensor], Tensor] | None = None):
         self.model, self.space, self.seed, self.steps = model, space, seed, 0
         modules = find_layers(model, targets=[""])
         match_masks(modules, masks)
@@ -180,6 +184,9 @@ class MaskedModel:
             if init == "random":
                 started = [torch.randn(len(chunk), space.width, generator=generator) * magnitude for chunk in chunks]
                 mask = torch.cat([space.mode(part) for part in started]).view_as(mask)
+            elif init == "scores":
+                parts = scores(name, weight_matrix(module).float()).cpu().reshape(-1, space.m).split(step.CHUNK)
+                started = [space.init(chunk, magnitude, part) for chunk, part in zip(chunks, parts)]
             else:
                 started = [space.init(chunk, magnitude) for chunk in chunks]
             logits = [torch.cat([part[:, i].to(device, logits_dtype) for part in started]) for i in range(space.width)]

@@ -18,6 +18,8 @@ from math import comb
 import torch
 from torch import Tensor
 
+MARGIN, LIMIT = 1.0, 12.0  # of `graded`: in logits, what m0 has ahead of the scores, and the most that these say
+
 
 @lru_cache
 def patterns(n: int, m: int) -> Tensor:
@@ -147,15 +149,27 @@ def mode(logits: Tensor, n: int) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
 
 
+def graded(mask: Tensor, magnitude: float, score: Tensor) -> Tensor:
+    """Logits as sure of `mask` as the scores are, float32 `[blocks, M]`: C log(score / score of the weakest kept), so
+    that a pruned weight takes a kept one's place with odds near (their scores' ratio)^C. Close calls are then tried
+    often and clear ones hardly ever. Where score and mask differ the logits are equal; a kept weight has MARGIN more.
+    """
+    log_score = score.float().clamp(min=1e-30).log()
+    weakest = log_score.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    gap = magnitude * (log_score - weakest)
+    return torch.where(mask, gap.clamp(0, LIMIT) + MARGIN, gap.clamp(-LIMIT, 0))
+
+
 class LinearSpace:
     """MaskPro's space: M logits a block, N drawn without replacement."""
 
     def __init__(self, n: int, m: int):
         self.n, self.m, self.width = n, m, m
 
-    def init(self, mask: Tensor, magnitude: float) -> Tensor:
-        """Logits that prefer `mask`: magnitude C where it keeps, 0 elsewhere; float32 `[blocks, width]`."""
-        return mask.float() * magnitude
+    def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
+        """Logits that prefer `mask`: magnitude C where it keeps, 0 elsewhere; float32 `[blocks, width]`. With the
+        weights' scores `[blocks, M]`, see `graded`."""
+        return mask.float() * magnitude if score is None else graded(mask, magnitude, score)
 
     def sample(self, logits: Tensor, generator=None) -> Tensor:
         return sample(logits, self.n, generator)
@@ -187,8 +201,11 @@ class PatternSpace:
         codes, order = (patterns(self.n, self.m).to(mask.device) * powers).sum(1).sort()
         return order[torch.searchsorted(codes, (mask * powers).sum(1))]
 
-    def init(self, mask: Tensor, magnitude: float) -> Tensor:
-        return torch.zeros(len(mask), self.width, device=mask.device).scatter_(1, self._index(mask)[:, None], magnitude)
+    def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
+        if score is None:
+            zeros = torch.zeros(len(mask), self.width, device=mask.device)
+            return zeros.scatter_(1, self._index(mask)[:, None], magnitude)
+        return graded(mask, magnitude, score) @ patterns(self.n, self.m).to(mask.device, torch.float32).T
 
     def sample(self, logits: Tensor, generator=None) -> Tensor:
         return self._patterns(sample(logits, 1, generator))

@@ -30,6 +30,7 @@ import baseline
 import data
 import figures
 import mask_files
+import metrics
 import pge
 import step
 import tracking
@@ -56,6 +57,7 @@ from utils import (
     write_json,
 )
 
+ROWS = 64  # of text that --init scores measures the layers' inputs on
 PRESETS = {"fast": dict(estimator="straight_through", lr=0.3, logits=5.0, schedule="linear", val_fraction=0.05,
                        tokens=500_000, batchsize=16, epoch=1)}
 
@@ -74,8 +76,9 @@ def parse_args(argv=None):
                         help="learn the layers whose names contain one of these; the others keep m0")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M of the mask")
     parser.add_argument("--mask", default="initial_mask.safetensors", help="m0: mask file or folder of .pt masks")
-    parser.add_argument("--init", choices=["mask", "random"], default="mask",
-                        help="logits start at C * m0, or at C * normal random numbers")
+    parser.add_argument("--init", choices=["mask", "scores", "random"], default="mask",
+                        help="logits start at C * m0; at C * log of the weights' |w| ||x||, which makes close calls "
+                             "the least sure; or at C * normal random numbers")
     parser.add_argument("--space", choices=list(pge.SPACES), default="linear",
                         help="linear: M logits a block (MaskPro); pattern: C(M,N) of them (MaskLLM)")
     parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro", "running", "straight_through"],
@@ -130,6 +133,13 @@ def make_estimator(args):
     estimator = {"vanilla": pge.Vanilla, "residual": pge.Residual, "running": pge.Running,
                  "maskpro": lambda: pge.MaskPro(args.alpha, args.debias_tracker)}[args.estimator]()
     return pge.Normalized(estimator) if args.normalize_advantage else estimator
+
+
+def wanda_scores(model, learned: list[str], batches):
+    """name, weight -> |w| ||x||, x the layer's inputs in the dense model on the first ROWS rows of the minibatches."""
+    layers = find_layers(model, [""])
+    norms = metrics.input_norms(model, {name: layers[name] for name in learned}, batches.flatten(0, 1)[:ROWS])
+    return lambda name, weight: metrics.wanda(weight, norms[name])
 
 
 def rate_at(schedule: str, progress: float) -> float:
@@ -191,8 +201,9 @@ def main(argv=None):
     if heldout_size == len(batches):
         raise UserError(f"--val_fraction {args.val_fraction} of {len(batches)} minibatches leaves none to learn from")
     batches, heldout = batches[:len(batches) - heldout_size], batches[len(batches) - heldout_size:]
+    scores = wanda_scores(model, learned, batches) if args.init == "scores" else None
     masked = MaskedModel(model, mask_file.masks, pge.SPACES[args.space](n, m), args.logits, args.init,
-                         DTYPES[args.logits_dtype], learned, args.seed, args.step)
+                         DTYPES[args.logits_dtype], learned, args.seed, args.step, scores)
     if online:
         masked.keep_initial(mask_file.masks)
     learner = None if estimator else StraightThrough(masked, args.step, args.gradient_checkpointing)
