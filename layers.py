@@ -204,8 +204,12 @@ class MaskedModel:
 
     def write(self, layer: MaskedLayer) -> None:
         """Write the layer's masked weight into the scratch buffer."""
+        bits = self._showing.get(id(layer), layer.bits)
+        if bits is None:
+            layer.scratch.copy_(layer.weight.view(-1))
+            return
         write = self._write if self.steps else step.write_masked  # one pass is not worth a compilation
-        write(layer.weight.view(-1), self._showing.get(id(layer), layer.bits), layer.scratch, layer.m)
+        write(layer.weight.view(-1), bits, layer.scratch, layer.m)
 
     def _take_step(self, layer: MaskedLayer) -> None:
         coefficient, key = layer.pending
@@ -231,11 +235,12 @@ class MaskedModel:
             layer.pending = coefficients[layer.weight.device], keys[id(layer)]
         self.steps += 1
 
-    def redraw(self) -> None:
-        """m_{t+1} ~ p(pi), the logits as they are: due in the next forward, layer by layer."""
-        keys = self.keys()
-        for layer in self.layers.values():
-            layer.pending = None, keys[id(layer)]
+    def next_step(self, redraw: bool) -> None:
+        """Count a step whose logits have moved by themselves; `redraw`: m_{t+1} ~ p(pi), due in the next forward."""
+        if redraw:
+            keys = self.keys()
+            for layer in self.layers.values():
+                layer.pending = None, keys[id(layer)]
         self.steps += 1
 
     def flush(self) -> None:
@@ -256,8 +261,15 @@ class MaskedModel:
             yield
 
     @contextmanager
-    def showing(self, bits: dict[int, Tensor]):
-        """Inside, the model wears the masks of these `bits` `[blocks]`, by the layer's id, and none is drawn."""
+    def showing_dense(self):
+        """Inside, the learned layers wear no mask."""
+        with self.showing(dict.fromkeys(map(id, self.layers.values()))):
+            yield
+
+    @contextmanager
+    def showing(self, bits: dict[int, Tensor | None]):
+        """Inside, the model wears the masks of these `bits` `[blocks]` (None: dense), by the layer's id, and none is
+        drawn."""
         self.flush()
         self._showing = bits
         try:

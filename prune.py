@@ -34,8 +34,8 @@ from tqdm import tqdm
 import data
 import pge
 import sparsegpt
+from importance import METRICS, check_finite, input_norms
 from layers import apply_masks, check_divisible, find_layers, weight_matrix
-from metrics import METRICS, check_finite, input_norms
 from utils import (
     add_model_arguments,
     check_length,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import pge
-from planes import draw, draws, pullback, score, sum_of, weights
+from planes import draw, draws, most_probable, pullback, score, sum_of, weights
 
 FUSED_MAX_N, FUSED_MAX_M = 4, 8  # beyond, the 2^N subsets make the fused code long: the exact routines of pge.py run
 CHUNK = 2**18  # blocks at a time where temporaries exist (reference and eager paths), so that they stay small
@@ -123,8 +123,8 @@ def _counter(bits: Tensor, n: int, m: int, start: int) -> Tensor:
     return (torch.arange(bits.shape[0], device=bits.device, dtype=torch.int32) + start) * lanes
 
 
-def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Tensor, n: int) -> None:
-    """Write float32 planes into the logits, rounded stochastically where these have 16 bits."""
+def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Tensor, n: int) -> list[Tensor]:
+    """Write float32 planes into the logits, rounded stochastically where these have 16 bits; returns what is stored."""
     m, dtype = len(planes), logits[0].dtype
     if dtype != torch.float32:
         pairs = [random_bits(counter + draws(n, m) + k, key) for k in range((m + 1) // 2)]  # two planes share 32 bits
@@ -132,6 +132,7 @@ def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Ten
                   for i, plane in enumerate(planes)]
     for stored, plane in zip(logits, planes):
         stored.copy_(plane)
+    return [plane.float() for plane in planes]
 
 
 def draw_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, n: int, m: int,
@@ -158,9 +159,10 @@ def fused_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
     draw_step(logits, bits, weight, out, key, n, m, start)
 
 
-def gradient_step(logits: list[Tensor], gain: Tensor, scale: Tensor, key: Tensor, n: int, m: int,
+def gradient_step(logits: list[Tensor], bits: Tensor | None, gain: Tensor, scale: Tensor, key: Tensor, n: int, m: int,
                   start: int = 0) -> Tensor:
-    """pi <- pi - clipped J^T gain, in place; returns the sum of squares of each block's J^T gain, float32 `[blocks]`.
+    """pi <- pi - clipped J^T gain and, where there are bits, m <- the most probable mask, in place; returns the sum of
+    squares of each block's J^T gain, float32 `[blocks]`.
 
     J is the Jacobian of the inclusion probabilities; gain float32 `[M, blocks]`; scale float32 `[2]`: what J^T gain is
     multiplied with before it is clipped to +-1, and after.
@@ -168,7 +170,9 @@ def gradient_step(logits: list[Tensor], gain: Tensor, scale: Tensor, key: Tensor
     planes = [plane.float() for plane in logits]
     slope = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in pullback(planes, list(gain), n)]  # float16 may overflow
     planes = [plane - (g * scale[0]).clamp(-1, 1) * scale[1] for plane, g in zip(planes, slope)]
-    _store(logits, planes, _counter(logits[0], n, m, start), key, n)
+    planes = _store(logits, planes, _counter(logits[0], n, m, start), key, n)
+    if bits is not None:
+        bits.copy_(most_probable(planes, n).to(bits.dtype))
     return sum_of([g * g for g in slope])
 
 
@@ -210,15 +214,17 @@ def eager_draw(logits, bits, weight, out, key, n, m, chunk: int = CHUNK) -> None
         draw_step([plane[part] for plane in logits], bits[part], weight[part], out[part], key, n, m, start)
 
 
-def eager_gradient(logits, gain, scale, key, n, m, chunk: int = CHUNK) -> Tensor:
+def eager_gradient(logits, bits, gain, scale, key, n, m, chunk: int = CHUNK) -> Tensor:
     """`gradient_step` without a compiler."""
-    squares = [gradient_step([plane[start:start + chunk] for plane in logits], gain[:, start:start + chunk], scale, key,
-                             n, m, start)
-               for start in range(0, len(logits[0]), chunk)]
+    squares = []
+    for start in range(0, len(logits[0]), chunk):
+        part = slice(start, start + chunk)
+        squares.append(gradient_step([plane[part] for plane in logits], None if bits is None else bits[part],
+                                     gain[:, part], scale, key, n, m, start))
     return torch.cat(squares)
 
 
-def reference_gradient(logits, gain, scale, key, space, chunk: int = CHUNK // 8) -> Tensor:
+def reference_gradient(logits, bits, gain, scale, key, space, chunk: int = CHUNK // 8) -> Tensor:
     """`gradient_step` by autograd of the exact inclusion probabilities, for any space; rounds to the nearest."""
     squares = []
     for start in range(0, gain.shape[1], chunk):
@@ -227,9 +233,11 @@ def reference_gradient(logits, gain, scale, key, space, chunk: int = CHUNK // 8)
         with torch.enable_grad():
             expected = (space.inclusion(block_logits) * gain[:, part].T).sum()
         slope, = torch.autograd.grad(expected, block_logits)
-        moved = block_logits.detach() - (slope * scale[0]).clamp(-1, 1) * scale[1]
+        moved = (block_logits.detach() - (slope * scale[0]).clamp(-1, 1) * scale[1]).to(logits[0].dtype)
         for plane, column in zip(logits, moved.unbind(1)):
             plane[part] = column
+        if bits is not None:
+            bits[part] = mask_to_bits(space.mode(moved.float()))
         squares.append(slope.square().sum(1).float())
     return torch.cat(squares)
 
@@ -293,9 +301,9 @@ def draw_function(space, mode: str = "compiled"):
 
 
 def gradient_function(space, mode: str = "compiled"):
-    """`gradient_step` of a space, (logits, gain, scale, key) -> squares; any N:M has a fused form."""
+    """`gradient_step` of a space, (logits, bits, gain, scale, key) -> squares; any N:M has a fused form."""
     n, m = space.n, space.m
     if not _fused(space, mode):
         return lambda *args: reference_gradient(*args, space)
     run = compiled(gradient_step, eager_gradient) if mode == "compiled" else eager_gradient
-    return lambda logits, gain, scale, key: run(list(logits), gain, scale, key, n, m)
+    return lambda logits, bits, gain, scale, key: run(list(logits), bits, gain, scale, key, n, m)

@@ -1,12 +1,14 @@
 """Learning masks from gradients: straight-through, in MaskPro's linear space. This project's addition to the paper.
 
-The paper's estimator gets one scalar a step for all blocks. One backward pass at the sampled masked weight gives, for
-every weight i, kept or pruned, G_i = w_i * df/d(m*w)_i: what keeping i adds to the loss, to first order. The loss
-expected under the masks' distribution then has, to first order around the sample, the gradient
+The paper's estimator gets one scalar a step for all blocks. One backward pass at a masked weight gives, for every
+weight i, kept or pruned, G_i = w_i * df/d(m*w)_i: what keeping i adds to the loss, to first order. The loss expected
+under the masks' distribution then has, to first order around m, the gradient
 
     d E[f] / d pi  ~  J^T G,    J = d mu / d pi,    mu_i = P(i is kept)
 
-It is biased where f is not linear in the mask (exact where it is), and its variance is that of the minibatch alone.
+It is biased where f is not linear in the mask (exact where it is). m is the most probable mask, which is what will be
+delivered, or, `sample`, drawn: an average over the distribution then, but noisier, and of a model that wears a worse
+mask than it needs to.
 
 No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's weight gradient to
 that layer's logits and frees it. All layers share the scratch buffer of `MaskedModel`, so a layer's masked weight is
@@ -56,8 +58,10 @@ class StraightThrough:
     well below 1 they go no faster than the many that matter a little.
     """
 
-    def __init__(self, masked: MaskedModel, mode: str = "compiled", checkpointing: bool = False, decay: float = 0.9):
-        self.masked, self.decay, self.rate, self.keys = masked, decay, 0.0, {}
+    def __init__(self, masked: MaskedModel, mode: str = "compiled", checkpointing: bool = False, sample: bool = False,
+                 distill: float = 0.0, decay: float = 0.9):
+        self.masked, self.sample, self.distill, self.decay = masked, sample, distill, decay
+        self.rate, self.keys = 0.0, {}
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
         self._gradient_step = step.gradient_function(masked.space, mode)
         self.mean_squares: dict[int, Tensor] = {}
@@ -80,7 +84,8 @@ class StraightThrough:
         blocks = layer.logits[0].numel()
         gain = torch.empty(layer.m, blocks, device=gradient.device).copy_(layer.weight.view(blocks, -1).T)
         gain.mul_(gradient.reshape(blocks, -1).T)  # as planes: blocks are read three times slower
-        now = self._gradient_step(layer.logits, gain, scale, self.keys[id(layer)]).sum() / gradient.numel()
+        bits = None if self.sample else layer.bits
+        now = self._gradient_step(layer.logits, bits, gain, scale, self.keys[id(layer)]).sum() / gradient.numel()
         self.mean_squares[id(layer)] = now if before is None else self.decay * before + (1 - self.decay) * now
 
     def step(self, batch: Tensor, rate: float, microbatch: int = 32) -> float:
@@ -93,12 +98,16 @@ class StraightThrough:
         self.rate, self.keys = rate / len(parts), self.masked.keys()
         total = 0.0
         for rows in parts:
+            teacher = None
+            if self.distill:
+                with torch.no_grad(), self.masked.showing_dense():
+                    teacher = self.masked.model(input_ids=rows, use_cache=False).logits
             logits = self.masked.model(input_ids=rows, use_cache=False).logits
-            loss, gradient = summed_loss(logits.detach(), rows.to(logits.device))
+            loss, gradient = summed_loss(logits.detach(), rows.to(logits.device), teacher, self.distill)
             total += loss
             if math.isfinite(loss):
                 logits.backward(gradient)
-        self.masked.redraw()
+        self.masked.next_step(redraw=self.sample)
         return total / (batch.shape[0] * (batch.shape[1] - 1))
 
     def detach(self) -> None:
@@ -107,18 +116,23 @@ class StraightThrough:
             del layer.module.forward
 
 
-def summed_loss(logits: Tensor, rows: Tensor) -> tuple[float, Tensor]:
-    """Next-token cross entropy summed over tokens, nats, and its gradient in the logits `[rows, tokens, vocabulary]`.
+def summed_loss(logits: Tensor, rows: Tensor, teacher: Tensor | None = None,
+                distill: float = 0.0) -> tuple[float, Tensor]:
+    """Next-token cross entropy summed over tokens, nats, and a gradient in the logits `[rows, tokens, vocabulary]`: of
+    it or, in the share `distill`, of the cross entropy with the teacher's predictions in place of the text.
 
     Taken to float32 a row at a time, so that no such copy of all logits exists. The sum rather than the mean, so that
     float16 gradients stay clear of its smallest numbers.
     """
     gradient, total = torch.zeros_like(logits), 0.0
-    for row_logits, row, row_gradient in zip(logits, rows, gradient):
-        log_probs = row_logits[:-1].float().log_softmax(-1)
+    for index, row in enumerate(rows):
+        log_probs = logits[index, :-1].float().log_softmax(-1)
         chosen = row[1:, None]
         total -= float(log_probs.gather(1, chosen).sum())
-        row_gradient[:-1] = log_probs.exp().scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=torch.float32))
+        slope = log_probs.exp().scatter_add_(1, chosen, torch.full_like(chosen, distill - 1, dtype=torch.float32))
+        if teacher is not None:
+            slope -= distill * teacher[index, :-1].float().softmax(-1)
+        gradient[index, :-1] = slope
     return total, gradient
 
 

@@ -13,9 +13,9 @@ A step:  f_t = f(m_t * w, minibatch);  A = f_t - f(m0 * w, minibatch) - delta;
 pi <- pi - lr * A * grad log p(m_t | pi);  m_{t+1} ~ p(pi).
 The first mask is m0 itself, the final one keeps the N largest logits of each block.
 
---estimator straight_through takes the gradient from a backward pass instead (straight_through.py), and lr is then the
-logits' step where the gradient is of its usual size. --preset fast is that with settings that fit any model; flags that
-are given besides go before the preset's. With --val_fraction the best mask on held-out minibatches is delivered.
+--estimator straight_through takes gradients from backward passes instead (straight_through.py). --preset fast is that
+with settings that fit any model; flags that are given besides go before the preset's. With --val_fraction the best mask
+on held-out minibatches is delivered.
 """
 import json
 import math
@@ -29,8 +29,8 @@ from tqdm import tqdm
 import baseline
 import data
 import figures
+import importance
 import mask_files
-import metrics
 import pge
 import step
 import tracking
@@ -58,15 +58,17 @@ from utils import (
 )
 
 ROWS = 64  # of text that --init scores measures the layers' inputs on
-PRESETS = {"fast": dict(estimator="straight_through", lr=0.3, logits=5.0, schedule="linear", val_fraction=0.05,
-                       tokens=500_000, batchsize=16, epoch=1)}
+PRESETS = {"fast": dict(estimator="straight_through", init="scores", logits=4.0, distill=1.0, lr=0.4, schedule="linear",
+                        tokens=400_000, batchsize=8, epoch=1, val_fraction=0.02, looks=10)}
 
 
 def parse_args(argv=None):
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("--lr", type=finite(0), default=50.0, help="eta, in logits per nat of advantage")
+    parser.add_argument("--lr", type=finite(0), default=50.0,
+                        help="eta, in logits per nat of advantage; straight_through: how far, in logits, a run of "
+                             "gradients that are mere noise moves one")
     parser.add_argument("--logits", type=finite(0), default=10.0, help="C: initial logit of a kept weight (pruned: 0)")
     parser.add_argument("--epoch", type=positive_int, default=10000, help="passes through the minibatches, at most")
     parser.add_argument("--max_step", type=positive_int, default=10000, help="steps in all, at most")
@@ -99,6 +101,11 @@ def parse_args(argv=None):
                         help="of the minibatches, held out to choose the best mask by (default: 0, the last mask)")
     parser.add_argument("--looks", type=positive_int, default=20,
                         help="times a run's layers, and the held-out minibatches, are looked at")
+    parser.add_argument("--forward", choices=["mode", "sample"], default="mode",
+                        help="straight_through: take gradients at the most probable mask, or at one drawn")
+    parser.add_argument("--distill", type=float, default=0.0,
+                        help="straight_through: the share, 0 to 1, of the loss that compares with the dense model's "
+                             "predictions instead of the text; a third more time")
     parser.add_argument("--gradient_checkpointing", action="store_true",
                         help="straight_through: less memory, a third more time")
     parser.add_argument("--preset", choices=list(PRESETS), default=None, help="settings as one: " + "; ".join(
@@ -118,6 +125,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.alpha < 1:
         parser.error(f"--alpha {args.alpha} is not in [0, 1)")
+    if not 0 <= args.distill <= 1:
+        parser.error(f"--distill {args.distill} is not in [0, 1]")
     if not 0 <= args.val_fraction < 1:
         parser.error(f"--val_fraction {args.val_fraction} is not in [0, 1)")
     if args.tokens and args.baseline == "cached" and args.estimator in ("residual", "maskpro"):
@@ -138,8 +147,16 @@ def make_estimator(args):
 def wanda_scores(model, learned: list[str], batches):
     """name, weight -> |w| ||x||, x the layer's inputs in the dense model on the first ROWS rows of the minibatches."""
     layers = find_layers(model, [""])
-    norms = metrics.input_norms(model, {name: layers[name] for name in learned}, batches.flatten(0, 1)[:ROWS])
-    return lambda name, weight: metrics.wanda(weight, norms[name])
+    norms = importance.input_norms(model, {name: layers[name] for name in learned}, batches.flatten(0, 1)[:ROWS])
+    return lambda name, weight: importance.wanda(weight, norms[name])
+
+
+def logit_step(wander: float, steps: float) -> float:
+    """The step by which a random walk of so many, decaying linearly, gets as far as `wander`: sum of (1 - t/T)^2 = T/3.
+
+    A logit whose gradient is all noise then comes as far in a long run as in a short one, and one whose gradient is
+    true comes further."""
+    return wander * math.sqrt(3 / steps)
 
 
 def rate_at(schedule: str, progress: float) -> float:
@@ -206,7 +223,8 @@ def main(argv=None):
                          DTYPES[args.logits_dtype], learned, args.seed, args.step, scores)
     if online:
         masked.keep_initial(mask_file.masks)
-    learner = None if estimator else StraightThrough(masked, args.step, args.gradient_checkpointing)
+    learner = None if estimator else StraightThrough(masked, args.step, args.gradient_checkpointing,
+                                                     args.forward == "sample", args.distill)
     best = Best(masked, lambda: statistics.mean(batch_loss(model, batch, args.microbatch) for batch in heldout))
 
     if len(heldout):
@@ -223,7 +241,7 @@ def main(argv=None):
         batch, rate = batches[t % len(batches)], args.lr * rate_at(args.schedule, done)
         reference = advantage = None
         if learner:
-            loss = learner.step(batch, rate, args.microbatch)
+            loss = learner.step(batch, logit_step(rate, round(t / done) if done else steps), args.microbatch)
         else:
             loss = batch_loss(model, batch, args.microbatch)  # f(m_t * w, minibatch)
             reference = baselines[t % len(batches)] if baselines else None

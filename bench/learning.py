@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 import data
+import importance
 import layers
-import metrics
 import pge
 from utils import UserError, batch_loss, run
 
@@ -32,8 +32,8 @@ def wanda_masks(model, samples, n=2, m=4):
     """The initial mask, computed as prune.py does."""
     import prune
     found = layers.find_layers(model)
-    norms = metrics.input_norms(model, found, samples)
-    return {name: prune.best_mask(metrics.wanda(layers.weight_matrix(module).float(), norms[name]), n, m)
+    norms = importance.input_norms(model, found, samples)
+    return {name: prune.best_mask(importance.wanda(layers.weight_matrix(module).float(), norms[name]), n, m)
             for name, module in found.items()}
 
 

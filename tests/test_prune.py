@@ -4,7 +4,7 @@ import torch
 from tiny import make_gpt2, make_llama, make_opt, write_corpus
 from transformers import AutoModelForCausalLM
 
-import metrics
+import importance
 import prune
 from layers import check_sparsity, find_layers, weight_matrix
 
@@ -48,7 +48,7 @@ def test_true_sequential_differs_only_after_the_first_layers(folder, tmp_path):
 def test_ria_follows_its_formula():
     generator = torch.Generator().manual_seed(0)
     weight, norms = torch.randn(6, 8, generator=generator), torch.rand(8, generator=generator)
-    found = metrics.ria(weight, norms)
+    found = importance.ria(weight, norms)
     for i in range(6):
         for j in range(8):
             size = abs(float(weight[i, j]))
