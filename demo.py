@@ -1,4 +1,4 @@
-"""The whole pipeline on a real language model, without a hub: prune, extract, baseline, learn, judge.
+"""The whole pipeline on a real language model, without a hub: prune, extract, baseline, learn, judge, draw.
 
     make demo                    # sets up .venv, then this
     python demo.py --quick       # a few steps only: does everything run?
@@ -17,13 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 from utils import UserError, environment, fast_dtype, run, written_beside
 
 ROOT = Path(__file__).parent
 DEMO = ROOT / "demo"
 RUN = DEMO / "run"
+LABELS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "paper": "learned, paper's settings",
+          "fast": "learned, `--preset fast`"}
 
 
 def package_folder(name: str) -> Path:
@@ -104,29 +104,30 @@ def main(argv=None):
     script("get_mask.py", "--model", work / "wanda", "--save", work / "mask.safetensors")
     script("inference_loss.py", *base, *minibatches, "--mask", work / "mask.safetensors",
            "--save", work / "wanda.npz")
-    script("train.py", *base, *minibatches, "--mask", work / "mask.safetensors", "--baseline_file", work / "wanda.npz",
-           "--max_step", 3 if quick else 48, "--out", work / "learned")
-    sparse = ["--sparsity_type", "2:4"]
+    learn = ["train.py", *base, "--mask", work / "mask.safetensors"]
+    script(*learn, "--preset", "fast", "--dataset", train_text, "--tokens", 3000 if quick else 40000, "--looks", 4,
+           "--out", work / "fast")
+    seconds = json.loads((RUN / "fast/run.json").read_text())["summary"]["seconds"]
+    script(*learn, *minibatches, "--baseline_file", work / "wanda.npz", "--max_minutes", f"{seconds / 60:.2f}",
+           "--out", work / "paper")  # the authors' settings are the defaults
     folders = {"dense": model, "magnitude": work / "magnitude", "wanda": work / "wanda",
-               "learned": work / "learned/checkpoint"}
+               "paper": work / "paper/checkpoint", "fast": work / "fast/checkpoint"}
     for name, folder in folders.items():
-        judged = ["--model", folder, "--dtype", "auto"]
-        script("evaluate.py", *judged, *judge, *(sparse if name != "dense" else []), "--save", work / f"{name}.json")
-        if name != "wanda":
-            script("inference_loss.py", *judged, *minibatches, "--mask", "none", "--save", work / f"{name}.npz")
+        script("evaluate.py", "--model", folder, "--dtype", "auto", *judge,
+               *(["--sparsity_type", "2:4"] if name != "dense" else []), "--save", work / f"{name}.json")
+    script("plot.py", work / "fast", work / "paper", "--out", work / "learning")
 
     print(f"\nSmolLM2-135M, 2:4, {str(fast_dtype('cpu')).removeprefix('torch.')} on {environment()['hardware']}; "
           f"{time.time() - started:.0f} s in all\n")
-    print("| mask | held-out perplexity | training minibatches (nats) | seconds to make | peak memory (GiB) |")
+    print("| mask | held-out perplexity | steps | seconds to make | peak memory (GiB) |")
     print("|---|---|---|---|---|")
-    for name, folder in folders.items():
+    for name, label in LABELS.items():
         judged = json.loads((RUN / f"{name}.json").read_text())
-        loss = np.load(RUN / f"{name}.npz")["losses"].mean()
-        record = ROOT / folder / "prune.json" if name != "learned" else RUN / "learned/run.json"
-        made = json.loads(record.read_text())["summary"] if record.exists() else None
+        record = next((RUN / name / file for file in ("prune.json", "run.json") if (RUN / name / file).exists()), None)
+        made = json.loads(record.read_text())["summary"] if record else None
         cost = f"{made['seconds']:.0f} | {made['peak_memory_bytes'] / 2**30:.2f}" if made else " | "
-        print(f"| {name} | {judged['ppl']:.2f} | {loss:.4f} | {cost} |")
-    print(f"\nlearning curve: {work / 'learned/curve.png'}")
+        print(f"| {label} | {judged['ppl']:.2f} | {made.get('steps', '') if made else ''} | {cost} |")
+    print(f"\nlearning curves: {work / 'learning.png'}")
 
 
 if __name__ == "__main__":

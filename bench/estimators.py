@@ -1,13 +1,14 @@
 """Estimators compared on the small model: the same forward passes, the same time, several seeds.
 
     python bench/small_model.py --steps 1200             # first: the model, two minutes
-    python bench/estimators.py [--quick] [--json FILE] [--passes 960] [--seeds 3] [--rows paper,straight] [--figure PNG]
+    python bench/estimators.py [--quick] [--json FILE] [--passes 960] [--seeds 3] [--rows paper,preset] [--figure PNG]
 
 All rows start from the same Wanda mask and are judged by their most probable mask on held-out text. A forward pass is
-one of 32 x 128 bytes; a backward counts as two. Printed are the losses after all passes, after a tenth of them, and at
-the time that the slowest row took to its first tenth; --figure draws the curves over passes and over seconds.
+one of 32 x 128 bytes; a backward counts as two. Printed are the losses after all passes, after a tenth of them, and
+after the time that the fastest row took; --figure draws the curves over passes and over seconds.
 
-`paper` rows are the authors' estimator, with their settings or others; the rest are this project's additions.
+`paper` rows are the authors' estimator, with their settings or others; the rest are this project's additions, from the
+plain straight-through estimator to the preset, one change a row.
 """
 import statistics
 import time
@@ -21,30 +22,36 @@ import data
 import layers
 import pge
 from straight_through import StraightThrough
-from train import rate_at
+from train import PRESETS, logit_step, rate_at, wanda_scores
 from utils import UserError, batch_loss, run
 
 FITTED = dict(lr=10, logits=5)  # what fits this model, in the paper's terms
+FAST = dict(PRESETS["fast"], scores=True, distill=0.0)
 ROWS = {
-    "paper: vanilla": dict(estimator=lambda: pge.Vanilla(), lr=0.03, logits=5),
-    "paper: residual": dict(estimator=lambda: pge.Residual(), **FITTED),
-    "paper: maskpro, authors' settings (eta 50, C 10)": dict(estimator=lambda: pge.MaskPro(), lr=50, logits=10),
-    "paper: maskpro (eta 10, C 5)": dict(estimator=lambda: pge.MaskPro(), **FITTED),
+    "paper: vanilla": dict(estimator=pge.Vanilla, lr=0.03, logits=5),
+    "paper: residual": dict(estimator=pge.Residual, **FITTED),
+    "paper: maskpro, authors' settings (eta 50, C 10)": dict(estimator=pge.MaskPro, lr=50, logits=10),
+    "paper: maskpro (eta 10, C 5)": dict(estimator=pge.MaskPro, **FITTED),
     "maskpro, debiased tracker": dict(estimator=lambda: pge.MaskPro(debias=True), **FITTED),
-    "running baseline": dict(estimator=lambda: pge.Running(), **FITTED),
+    "running baseline": dict(estimator=pge.Running, **FITTED),
     "running baseline, normalized": dict(estimator=lambda: pge.Normalized(pge.Running()), lr=0.1, logits=5),
-    "straight-through, 512 rows": dict(lr=0.3, logits=5),
-    "straight-through, fresh rows": dict(lr=0.3, logits=5, fresh=True),
+    "straight-through, sampled": dict(lr=3.0, logits=5, sample=True),
+    "+ logits from scores": dict(FAST, sample=True),
+    "+ at the most probable mask": FAST,
+    "+ distillation": dict(FAST, distill=1.0),
+    "+ fresh rows: the preset": dict(FAST, distill=1.0, fresh=True),
 }
 
 
-def learn(setting: dict, load, masks, fixed, fresh, baselines, heldout, passes: int, seed: int, looks: int = 20):
+def learn(setting: dict, model, masks, scores, fixed, fresh, baselines, heldout, passes: int, seed: int,
+          looks: int = 20):
     """One run: points (passes, seconds of learning, held-out loss of the most probable mask), from m0 on."""
-    model = load()
-    masked = layers.MaskedModel(model, masks, pge.LinearSpace(2, 4), setting["logits"], seed=seed, mode="eager")
-    estimator = setting["estimator"]() if "estimator" in setting else None
-    learner = None if estimator else StraightThrough(masked, mode="eager")
-    batches, cost = (fresh if setting.get("fresh") else fixed), 1 if estimator else 3
+    masked = layers.MaskedModel(model, masks, pge.LinearSpace(2, 4), setting["logits"],
+                                "scores" if setting.get("scores") else "mask", seed=seed, mode="eager", scores=scores)
+    estimator = setting["estimator"]() if callable(setting.get("estimator")) else None
+    distill = setting.get("distill", 0.0)
+    learner = None if estimator else StraightThrough(masked, "eager", sample="sample" in setting, distill=distill)
+    batches, cost = (fresh if "fresh" in setting else fixed), 1 if estimator else 4 if distill else 3
     steps, seconds, points = passes // cost, 0.0, []
 
     def look(t):
@@ -53,13 +60,12 @@ def learn(setting: dict, load, masks, fixed, fresh, baselines, heldout, passes: 
     look(0)
     due = {round(steps * (i + 1) / looks) for i in range(looks)}
     for t in tqdm(range(steps), desc=f"seed {seed}", unit="step", disable=None, leave=False):
-        start, batch = time.perf_counter(), batches[t % len(batches)]
+        start, batch = time.perf_counter(), batches[(t + seed * steps) % len(batches)]
         if learner:
-            learner.step(batch, setting["lr"] * rate_at("linear", t / steps))
+            learner.step(batch, logit_step(setting["lr"] * rate_at("linear", t / steps), steps))
         else:
-            loss = batch_loss(model, batch)
-            advantage = estimator.advantage(loss, baselines[t % len(batches)], t % len(batches))
-            masked.update(setting["lr"] * advantage)
+            number = (t + seed * steps) % len(batches)
+            masked.update(setting["lr"] * estimator.advantage(batch_loss(model, batch), baselines[number], number))
         seconds += time.perf_counter() - start
         if t + 1 in due:
             look(t + 1)
@@ -111,16 +117,17 @@ def main():
     def load():
         return AutoModelForCausalLM.from_pretrained(args.model).to(args.device).requires_grad_(False).eval()
     fixed = data.minibatches(tokenizer, "demo/train.jsonl", 512, 32, 128)
-    fresh = data.token_rows(tokenizer, "demo/train.jsonl", passes * 32 * 128, 32, 128, args.seed)
+    fresh = [data.token_rows(tokenizer, "demo/train.jsonl", passes * 32 * 128, 32, 128, seed) for seed in range(seeds)]
     heldout = data.perplexity_windows(tokenizer, "demo/heldout.txt", 128, 512)
-    masks = wanda_masks(load(), data.calibration_samples(tokenizer, "demo/train.jsonl", 128, 128, 0))
     model = load()
+    masks = wanda_masks(model, data.calibration_samples(tokenizer, "demo/train.jsonl", 128, 128, 0))
+    scores = wanda_scores(model, list(masks), fixed)
     dense = batch_loss(model, heldout, 64)
     layers.apply_masks(layers.find_layers(model), masks)
     start, baselines = batch_loss(model, heldout, 64), [batch_loss(model, batch) for batch in fixed]
 
     wanted = [part for part in args.rows.split(",") if part]
-    curves = {name: [learn(setting, load, masks, fixed, fresh, baselines, heldout, passes, seed)
+    curves = {name: [learn(setting, load(), masks, scores, fixed, fresh[seed], baselines, heldout, passes, seed)
                      for seed in range(seeds)]
               for name, setting in ROWS.items() if not wanted or any(part in name for part in wanted)}
     limit_s = min(points[-1][1] for runs in curves.values() for points in runs)
