@@ -28,6 +28,7 @@ from utils import (
     UserError,
     add_model_arguments,
     batch_loss,
+    check_disk,
     check_length,
     environment,
     load_model,
@@ -119,6 +120,8 @@ def main(argv=None):
         return
     started = time.time()
     out, unsaved = output_file(args)
+    if out:
+        check_disk(out.parent, 2**20)
     files = {Path(path).stem: read_items(path)[:args.task_limit] for path in args.task_file}
     harness = load_harness(args.tasks.split(",")) if args.tasks else {}
     if len(files) < len(args.task_file) or files.keys() & harness.keys():

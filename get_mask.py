@@ -24,6 +24,7 @@ from layers import check_divisible, find_layers, read_masks, weight_matrix
 from utils import (
     UserError,
     add_model_arguments,
+    check_disk,
     load_model,
     model_fingerprint,
     refuse_existing,
@@ -108,6 +109,7 @@ def main(argv=None):
     if out.suffix not in (".safetensors", ".npz", ""):
         raise UserError(f"--save {out} must end in .safetensors, in .npz, or have no suffix, for a folder of .pt")
     found = convert(args) if args.convert else extract(args)
+    check_disk(out, mask_files.most_bytes(found.masks, out.suffix))
     mask_files.save_as(out, found)
     if out.suffix == ".safetensors" and not found.fingerprint:
         print(f"warning: {out} can be checked against no model later, it has no fingerprint; give --model for one",

@@ -18,6 +18,7 @@ from utils import (
     add_data_arguments,
     add_model_arguments,
     batch_loss,
+    check_disk,
     check_length,
     load_model,
     peak_memory_bytes,
@@ -41,6 +42,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     out = refuse_existing(args.save or baseline.default_path(args), "choose another --save or remove it")
+    check_disk(out.parent, 2**20)
     set_seed(args.seed)
     model, tokenizer = load_model(args)
     check_length(model, args.sqlen, "--sqlen")

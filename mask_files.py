@@ -13,21 +13,19 @@ import io
 import json
 import os
 import re
-import shutil
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from masks import check, pack, unpack
 from pge import patterns
-from utils import UserError
+from utils import UserError, refuse_existing, written_beside
 
 NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # a module's name may become a file's: no separators
 
@@ -43,33 +41,11 @@ class MaskFile:
     fingerprint: str = ""
 
 
-@contextmanager
-def _beside(path, suffix):
-    """Yield a hidden name beside `path`; on success sync what was written there and rename it to `path`."""
-    path = Path(path)
-    if not path.name.endswith(suffix):
+def _new(path, suffix):
+    """`written_beside` for a new file of this suffix."""
+    if not Path(path).name.endswith(suffix):
         raise UserError(f"{path} must end in {suffix}")
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists already: choose another name or remove it first")
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        for written in [*tmp.glob("*"), tmp]:
-            os.fsync(handle := os.open(written, os.O_RDONLY))
-            os.close(handle)
-        if tmp.is_file():  # safetensors writes files that only their owner can read
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(tmp, 0o666 & ~umask)
-        os.replace(tmp, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"cannot write {path}: {error}") from error
-    finally:
-        if tmp.is_dir():
-            shutil.rmtree(tmp)
-        elif os.path.lexists(tmp):
-            tmp.unlink()
+    return written_beside(refuse_existing(path, "choose another name or remove it first"))
 
 
 def _writable(masks):
@@ -99,24 +75,32 @@ def save(path, masks, n, m, model_name, fingerprint):
     packed = {name: pack(mask, n, m) for name, mask in masks.items()}
     metadata = {"format": "maskpro-mask", "version": "1", "sparsity": f"{n}:{m}", "model": model_name}
     metadata |= {"fingerprint": fingerprint, "shapes": json.dumps({k: [*v.shape] for k, v in masks.items()})}
-    with _beside(path, ".safetensors") as tmp:
+    with _new(path, ".safetensors") as tmp:
         save_file(packed, tmp, metadata | {"checksum": _digest(metadata, packed)})
 
 
 def save_folder(path, masks):
     """Write `masks` (name -> bool [out, in]) as the MaskPro authors' folder of `<name>.pt`; errors as `save`."""
     masks = _writable(masks)
-    with _beside(path, "") as tmp:
+    with _new(path, "") as tmp:
         tmp.mkdir()
         for name, mask in masks.items():
-            torch.save(mask.clone(memory_format=torch.contiguous_format), tmp / f"{name}.pt")  # not a view's storage
+            buffer = io.BytesIO()  # torch.save itself would report a full disk as RuntimeError
+            torch.save(mask.clone(memory_format=torch.contiguous_format), buffer)  # not a view's storage
+            (tmp / f"{name}.pt").write_bytes(buffer.getbuffer())
 
 
 def save_npz(path, masks):
     """Write `masks` (name -> bool [out, in]) as MaskLLM's .npz, `<name>.weight.mask`; errors as `save`."""
     masks = _writable(masks)
-    with _beside(path, ".npz") as tmp, open(tmp, "wb") as file:
+    with _new(path, ".npz") as tmp, open(tmp, "wb") as file:
         np.savez_compressed(file, **{f"{name}.weight.mask": np.packbits(mask.numpy()) for name, mask in masks.items()})
+
+
+def most_bytes(masks, suffix):
+    """Bytes that masks (name -> bool [out, in]) take in the format of this suffix, at most."""
+    bits = sum(mask.numel() for mask in masks.values())
+    return (bits if suffix == "" else bits // 8 + len(masks)) + 2048 * len(masks) + 4096
 
 
 def save_as(path, found):

@@ -38,6 +38,7 @@ from importance import METRICS, check_finite, input_norms
 from layers import apply_masks, check_divisible, find_layers, weight_matrix
 from utils import (
     add_model_arguments,
+    check_disk,
     check_length,
     environment,
     finite,
@@ -174,6 +175,7 @@ def main(argv=None):
     layers = find_layers(model, args.targets)
     if args.sparsity_type:
         check_divisible(layers, args.sparsity_type[1])
+    check_disk(out, sum(parameter.nbytes for parameter in model.parameters()) + 2**24)  # 16 MiB for the tokenizer
     samples = None
     if args.prune_method != "magnitude":
         check_length(model, args.seqlen, "--seqlen")

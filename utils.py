@@ -1,6 +1,7 @@
 """What the scripts share: errors for people, arguments, loading a model, its loss, fingerprints, files that last."""
 import argparse
 import ctypes
+import glob
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
@@ -30,7 +32,7 @@ def run(main) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0][:120]}); lower --microbatch or use 16-bit dtypes",
@@ -39,6 +41,13 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def printable(error: Exception) -> str:
+    """Its message in one line; what a file put into it can move no cursor and is cut where it is endless."""
+    line = " ".join(str(error).split())
+    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line)
+    return line if len(line) <= 2000 else line[:2000] + " ..."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,22 +266,78 @@ def refuse_existing(path: str | Path, remedy: str) -> Path:
     return path
 
 
+def check_disk(folder: str | Path, needed_bytes: float) -> None:
+    """UserError where fewer bytes than needed are free on the disk of a folder, which need not exist yet."""
+    above = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(above).free
+    if free < needed_bytes:
+        raise UserError(f"{folder} needs {needed_bytes / 2**20:,.1f} MiB, but its disk has {free / 2**20:,.1f} MiB "
+                        "left; free some space, or choose a place on another disk")
+
+
 @contextmanager
 def written_beside(path: str | Path):
-    """A path to write a file or folder at; it takes its real name only when the block ends well."""
+    """A path to write a file or folder at; only when the block ends well is it synced and takes its real name.
+
+    Whatever interrupts, `path` is either as it was or whole. What a killed process left beside it is removed first.
+    UserError where the disk is full or cannot be written to.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    if beside.is_dir():
-        shutil.rmtree(beside)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         yield beside
+        for written in [*beside.rglob("*"), beside]:
+            if written.is_file():  # safetensors writes files that only their owner can read
+                written.chmod(0o666 & ~_umask())
+            _sync(written)
         os.replace(beside, path)
+        _sync(path.parent)  # the rename itself
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}); free some space, or choose another place") from error
     finally:
-        if beside.is_file():
-            beside.unlink()
-        elif beside.is_dir():
-            shutil.rmtree(beside)
+        _remove(beside)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what this process, or one that is no more, began to write of `path`."""
+    for beside in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = beside.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not is_alive(int(pid))):
+            _remove(beside)
+
+
+def is_alive(pid: int) -> bool:
+    """Is there a process of this number on this machine?"""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_json(path: str | Path, value) -> None:

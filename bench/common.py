@@ -1,6 +1,5 @@
 """What the benches share: flags, timing, models by shape, and one Markdown table out."""
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils import default_device, environment, fast_dtype  # noqa: E402
+from utils import default_device, environment, fast_dtype, write_json  # noqa: E402
 
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "smollm2-135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -82,7 +81,7 @@ def report(rows: list[dict], args, note: str = "") -> None:
     if note:
         print("\n" + note)
     if args.json:
-        Path(args.json).write_text(json.dumps([{**row, **conditions} for row in rows], indent=1) + "\n")
+        write_json(args.json, [{**row, **conditions} for row in rows])
 
 
 __all__ = ["SHAPES", "fast_dtype", "magnitude_masks", "median_s", "parser", "random_llama", "report"]

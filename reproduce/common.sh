@@ -117,6 +117,7 @@ table() {  # table NAME: of the rows so far, to NAME/table.md
     echo "\$ python evaluate.py --compare ${rows[*]}"
     [ "$DRY" = 0 ] || return 0
     mkdir -p "$OUT/$1"
+    trap 'rm -f "$OUT"/*/.table.md.partial' EXIT  # of a comparison that failed
     "$PYTHON" evaluate.py --compare "${rows[@]}" > "$OUT/$1/.table.md.partial"
     mv "$OUT/$1/.table.md.partial" "$OUT/$1/table.md"
     cat "$OUT/$1/table.md"

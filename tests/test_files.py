@@ -1,0 +1,113 @@
+"""Files are written whole or not at all, and what a killed process left behind goes with the next write."""
+import os
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+import utils
+from utils import UserError, check_disk, written_beside
+
+
+def write(path, text="new"):
+    with written_beside(path) as beside:
+        beside.write_text(text)
+
+
+def dead_pid() -> int:
+    done = subprocess.Popen(["true"])
+    done.wait()
+    return done.pid
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    write(path, "old")
+    write(path)
+    assert path.read_text() == "new" and os.listdir(path.parent) == ["file.json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("mine"), OSError(28, "No space left on device"),
+                                   SafetensorError("I/O error: No space left on device")])
+def test_a_block_that_fails_changes_nothing(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    told = UserError if isinstance(error, (OSError, SafetensorError)) else type(error)
+    with pytest.raises(told) as raised:
+        with written_beside(path) as beside:
+            beside.mkdir()
+            (beside / "half").write_text("half")
+            raise error
+    assert told is not UserError or "No space left" in str(raised.value) and "free some space" in str(raised.value)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_takes_its_name_with_all_its_files_readable(tmp_path):
+    with written_beside(tmp_path / "folder") as beside:
+        (beside / "in").mkdir(parents=True)
+        (beside / "in" / "file").touch(mode=0o600)
+    assert os.listdir(tmp_path) == ["folder"]
+    assert (tmp_path / "folder" / "in" / "file").stat().st_mode & 0o777 == 0o666 & ~utils._umask()
+
+
+def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, monkeypatch):
+    events, path, fsync, replace = [], tmp_path / "folder", os.fsync, os.replace
+
+    def record_sync(handle):
+        events.append(os.readlink(f"/proc/self/fd/{handle}") if Path("/proc/self/fd").exists() else "?")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", lambda source, target: (events.append("rename"), replace(source, target)))
+    with written_beside(path) as beside:
+        beside.mkdir()
+        (beside / "a").touch()
+    if "?" in events:
+        pytest.skip("needs /proc")
+    assert events == [f"{beside}/a", str(beside), "rename", str(tmp_path)]
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    dead = dead_pid()
+    gone, stays = [f".[a]*.{dead}.tmp", f".[a]*.{2**70}.tmp"], [f".[a]*.{os.getppid()}.tmp", f".b.{dead}.tmp",
+                                                                f".[a]*.x.{dead}.tmp", ".[a]*.notes.tmp"]
+    for name in [*gone, *stays]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    write(tmp_path / "[a]*")
+    assert sorted(os.listdir(tmp_path)) == sorted([*stays, "[a]*"])
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    code = ("import sys, time\nfrom utils import written_beside\nwith written_beside(sys.argv[1]) as beside:\n"
+            "    beside.write_text('half')\n    print('half', flush=True)\n    time.sleep(60)")
+    writer = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, cwd=utils.__file__[:-8])
+    assert writer.stdout.readline() == b"half\n"
+    write(tmp_path / "other")
+    assert len(os.listdir(tmp_path)) == 3 and utils.is_alive(writer.pid)
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    assert path.read_text() == "old" and len(os.listdir(tmp_path)) == 3
+    write(path)
+    assert path.read_text() == "new" and sorted(os.listdir(tmp_path)) == ["file", "other"]
+
+
+def test_check_disk(tmp_path, monkeypatch):
+    asked, usage = [], namedtuple("usage", "free")
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: (asked.append(path), usage(5 * 2**20))[1])
+    check_disk(tmp_path / "not" / "there" / "yet", 5 * 2**20)
+    with pytest.raises(UserError, match="there needs 5.0 MiB, but its disk has 5.0 MiB left; free some space"):
+        check_disk(tmp_path / "not" / "there", 5 * 2**20 + 1)
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_messages_are_one_printable_line():
+    error = UserError("a\x1b[2Jb\n c\u202e\x07" + "d" * 5000)
+    assert utils.printable(error).startswith("a\ufffd[2Jb c\ufffd\ufffdddd") and len(utils.printable(error)) < 2100
+    assert utils.printable(error).isprintable()
