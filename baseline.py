@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor
 
 import data
+import npz
 from utils import UserError, mask_fingerprint, model_fingerprint, refuse_existing, written_beside
 
-MAX_BYTES = 2**28  # a baseline is one number a minibatch: anything larger is not one
+MOST_BYTES = {"losses": 8 * 2**22, "depends_on": 4 * 2**16}  # four million minibatches, and as JSON what they are of
 
 
 def default_path(args) -> str:
@@ -41,15 +42,15 @@ def load(path: str | Path, wanted: dict[str, str]) -> list[float]:
         raise UserError(f"{path}: there is no such baseline; run inference_loss.py with the same --model, --mask and "
                         "data flags first, or train with --baseline online")
     try:
-        if os.path.getsize(path) > MAX_BYTES:
-            raise ValueError("too large")
-        with np.load(path, allow_pickle=False) as file:
-            losses, found = file["losses"], json.loads(str(file["depends_on"]))
+        arrays = dict(npz.read(path, lambda name: MOST_BYTES[name]))
+        losses, found = arrays["losses"], json.loads(str(arrays["depends_on"]))
         if losses.ndim != 1 or losses.dtype != np.float64 or not isinstance(found, dict):
             raise ValueError("not losses with their conditions")
     except Exception as error:  # a hostile or torn file fails in many ways, all of them the file's
-        raise UserError(f"{path} is not a baseline file ({type(error).__name__}); make it anew with inference_loss.py")
-    stale = [f"{key} {found.get(key)} there, {value} here" for key, value in wanted.items() if found.get(key) != value]
+        raise UserError(f"{path} is not a baseline file ({type(error).__name__}: {str(error)[:200]}); make it "
+                        "anew with inference_loss.py")
+    stale = [f"{key} {str(found.get(key))[:80]} there, {value} here"
+             for key, value in wanted.items() if found.get(key) != value]
     minibatches = int(wanted["dataset_size"]) // int(wanted["batchsize"])
     if not stale and len(losses) != minibatches:
         stale = [f"{len(losses)} minibatches there, {minibatches} here"]

@@ -10,7 +10,6 @@ A document is the string in column `text`, or else in the only column of strings
 Hub ids need the network the first time. What a user can mend is raised as UserError, a one-line message.
 """
 
-import glob
 import hashlib
 import itertools
 import random
@@ -22,10 +21,11 @@ import datasets
 import torch
 from tqdm import tqdm
 
+import local_text
 from utils import UserError
 
-READERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json",
-           ".parquet": "parquet", ".txt": "paragraphs"}
+READERS = {".jsonl": local_text.json_rows, ".json": local_text.json_rows, ".jsonl.gz": local_text.json_rows,
+           ".json.gz": local_text.json_rows, ".parquet": local_text.parquet_rows, ".txt": local_text.paragraphs}
 C4_TRAIN = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
 C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
                  "split": "validation"}
@@ -41,15 +41,12 @@ def documents(dataset: str) -> Iterator[str]:
         if not _is_local(dataset):
             yield from _texts(_load(**_hub_arguments(dataset), streaming=True), dataset)
         elif any(Path(dataset, mark).is_file() for mark in ("state.json", "dataset_dict.json")):  # save_to_disk's
-            yield from _texts(_load_from_disk(dataset), dataset)
+            yield from _texts(local_text.saved_rows(Path(dataset)), dataset)
         else:
             for file in _files(dataset):
-                if _reader(file) == "paragraphs":
-                    yield from _paragraphs(file)
-                else:
-                    pattern = glob.escape(str(file))  # datasets takes paths for patterns
-                    rows = _load(_reader(file), data_files=pattern, split="train", streaming=True)
-                    yield from _texts(rows, str(file))
+                kind = next(suffix for suffix in READERS if file.name.endswith(suffix))
+                documents_or_rows = READERS[kind](file)
+                yield from documents_or_rows if kind == ".txt" else _texts(documents_or_rows, str(file))
 
 
 def minibatches(tokenizer, dataset: str, dataset_size: int, batchsize: int, sqlen: int) -> torch.Tensor:
@@ -197,8 +194,8 @@ def _is_local(dataset: str) -> bool:
     return Path(dataset).exists() or dataset.startswith((".", "/")) or dataset.endswith(tuple(READERS))
 
 
-def _reader(file: Path) -> str | None:
-    return next((reader for suffix, reader in READERS.items() if file.name.endswith(suffix)), None)
+def _is_readable(file: Path) -> bool:
+    return file.name.endswith(tuple(READERS))
 
 
 def _files(dataset: str) -> list[Path]:
@@ -206,19 +203,13 @@ def _files(dataset: str) -> list[Path]:
     path, kinds = Path(dataset), ", ".join(READERS)
     if not path.exists():
         raise UserError(f"dataset {dataset}: no such file or folder, check the path")
-    if path.is_file() and _reader(path) is None:
+    if path.is_file() and not _is_readable(path):
         raise UserError(f"dataset {dataset}: unknown kind of file, give one that ends with {kinds}")
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir()
+                                                 if file.is_file() and _is_readable(file))
     if not files:
         raise UserError(f"dataset {dataset}: the folder holds no file that ends with {kinds}")
     return files
-
-
-def _paragraphs(file: Path) -> Iterator[str]:
-    with open(file, encoding="utf-8") as lines:
-        for is_text, paragraph in itertools.groupby(lines, key=lambda line: bool(line.strip())):
-            if is_text:
-                yield "".join(paragraph).rstrip("\n")
 
 
 def _hub_arguments(dataset: str) -> dict:
@@ -227,16 +218,8 @@ def _hub_arguments(dataset: str) -> dict:
 
 
 def _load(path: str, **arguments):
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # local files would wait seconds for a network that is not there
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
     return datasets.load_dataset(path, verification_mode="no_checks", **arguments)  # one shard is not all a card lists
-
-
-def _load_from_disk(folder: str):
-    saved = datasets.load_from_disk(folder)
-    if isinstance(saved, dict) and "train" not in saved:
-        raise UserError(f"dataset {folder} has no split train but {', '.join(saved)}: give the subfolder of one")
-    return saved["train"] if isinstance(saved, dict) else saved
 
 
 def _text_column(row: dict, dataset: str) -> str:
@@ -254,7 +237,9 @@ def _texts(rows, dataset: str) -> Iterator[str]:
     column = None
     for row in rows:
         column = column or _text_column(row, dataset)
-        yield row[column] or ""
+        text = row.get(column) or ""
+        text.encode()  # half a surrogate pair, which JSON can spell, no tokenizer takes
+        yield text
 
 
 def _indexable(dataset: str):

@@ -110,7 +110,7 @@ def judge_tasks(args, model, tokenizer, files, harness) -> dict:
 def percent(task: dict, metric: str) -> str:
     """'56.40 ± 0.31', without the error where a single item has none."""
     stderr = task[f"{metric}_stderr"]
-    return f"{100 * task[metric]:.2f}" + (f" ± {100 * stderr:.2f}" if stderr is not None else "")
+    return f"{100 * number(task[metric]):.2f}" + (f" ± {100 * number(stderr):.2f}" if stderr is not None else "")
 
 
 def main(argv=None):
@@ -123,7 +123,7 @@ def main(argv=None):
     if out:
         check_disk(out.parent, 2**20)
     files = {Path(path).stem: read_items(path)[:args.task_limit] for path in args.task_file}
-    harness = load_harness(args.tasks.split(",")) if args.tasks else {}
+    harness = load_harness(args.tasks.split(","), args.trust_remote_code) if args.tasks else {}
     if len(files) < len(args.task_file) or files.keys() & harness.keys():
         raise UserError("two tasks have one name; rename a file of --task_file, or name it once")
     model, tokenizer = load_model(args)
@@ -168,14 +168,26 @@ def cells(record: dict) -> dict[tuple, str]:
     row, tasks = {}, record.get("tasks", {})
     if "ppl" in record:
         heading = f"perplexity, {Path(record['text']).name}, {record['windows']} windows of {record['seqlen']} tokens"
-        row[0, heading, record.get("fingerprint")] = f"{record['ppl']:.3f}"
+        row[0, heading, str(record.get("fingerprint"))] = f"{number(record['ppl']):.3f}"
     for name, task in tasks.items():
-        row |= {(1, f"{name} {metric} (%, {task['items']} items)", task["source"]): percent(task, metric)
+        row |= {(1, f"{name} {metric} (%, {task['items']} items)", str(task["source"])): percent(task, metric)
                 for metric in ("acc", "acc_norm") if metric in task}
     if len(tasks) > 1:
-        same = sorted((name, task["items"], task["source"]) for name, task in tasks.items())
-        row[2, f"mean acc (%, {len(tasks)} tasks)", str(same)] = f"{100 * record['mean_acc']:.2f}"
+        same = sorted((name, str(task["items"]), str(task["source"])) for name, task in tasks.items())
+        row[2, f"mean acc (%, {len(tasks)} tasks)", str(same)] = f"{100 * number(record['mean_acc']):.2f}"
     return row
+
+
+def number(value) -> float:
+    """A number that a record holds; ValueError for what is none."""
+    if type(value) not in (int, float) or not abs(value) < 1e9:
+        raise ValueError(f"{str(value)[:40]} is no result")
+    return value
+
+
+def plain(cell: str) -> str:
+    """What ends neither a cell nor a line of a Markdown table."""
+    return " ".join(cell.replace("|", "/").split())
 
 
 def read_row(path: str) -> tuple[list[str], dict]:
@@ -184,11 +196,11 @@ def read_row(path: str) -> tuple[list[str], dict]:
     name = file.parent if file.name == "evaluation.json" else file
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        return [str(name).removesuffix(".json").removesuffix(".evaluation"), record["sparsity_type"] or "",
-                f"{record['density']:.6f}"], cells(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--compare {path}: {file} is no record of evaluate.py ({type(error).__name__}: {error}); "
-                        "make it with evaluate.py")
+        return [str(name).removesuffix(".json").removesuffix(".evaluation"), str(record["sparsity_type"] or ""),
+                f"{number(record['density']):.6f}"], cells(record)
+    except Exception as error:  # a damaged record fails in many ways, all of them the record's
+        raise UserError(f"--compare {path}: {file} is no record of evaluate.py ({type(error).__name__}: "
+                        f"{str(error)[:200]}); make it with evaluate.py")
 
 
 def comparison(paths: list[str]) -> str:
@@ -200,7 +212,7 @@ def comparison(paths: list[str]) -> str:
              for i, heading in enumerate(headings)]
     lines = [["model", "sparsity", "density", *shown], ["---"] * (3 + len(shown)),
              *([*head, *(row.get(key, "") for key in columns)] for head, row in zip(heads, rows))]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(map(plain, line))} |" for line in lines)
     if all(len(row) == len(columns) for row in rows):
         return table
     return (f"{table}\n\nNot all were measured alike: numbers compare within a column only. Where headings differ in "

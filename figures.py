@@ -148,6 +148,9 @@ def layer_grid(line: dict) -> tuple[list[str], list[int | None], list[list[float
         changed[kind, depth] = changed.get((kind, depth), 0) + share * line["blocks"][name]
     kinds = list(dict.fromkeys(kind for kind, _ in blocks))
     depths = sorted({depth for _, depth in blocks}, key=lambda depth: (depth is None, depth))
+    if len(kinds) > 300 or len(depths) > 10_000:
+        raise UserError(f"layers.jsonl has {len(kinds)} kinds of layers at {len(depths)} depths, too many to draw; "
+                        "remove it to draw the other curves")
     shares = [[100 * changed[kind, depth] / blocks[kind, depth] if (kind, depth) in blocks else nan
                for depth in depths] for kind in kinds]
     return kinds, depths, shares

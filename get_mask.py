@@ -66,8 +66,10 @@ def base_model(model: str) -> str:
     """The model that a folder was pruned from, by the prune.json that prune.py left in it; else the model itself."""
     record = Path(model) / "prune.json"
     try:
-        return json.loads(record.read_text())["arguments"]["model"] if record.is_file() else model
-    except (ValueError, KeyError, TypeError):
+        name = json.loads(record.read_text())["arguments"]["model"] if record.is_file() else model
+        name.encode()  # a string, then, and one that can be written to a file
+        return name
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{record} is damaged; remove it, or prune anew with prune.py")
 
 

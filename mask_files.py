@@ -11,7 +11,7 @@ taken. A file that fails raises UserError with its name and what is wrong.
 import hashlib
 import io
 import json
-import os
+import pickletools
 import re
 import zipfile
 from dataclasses import dataclass
@@ -23,11 +23,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import npz
 from masks import check, pack, unpack
 from pge import patterns
 from utils import UserError, refuse_existing, written_beside
 
 NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # a module's name may become a file's: no separators
+MOST_PICKLE_BYTES = 4096  # a tensor's description takes a tenth
+PICKLE_GLOBALS = {"torch._utils _rebuild_tensor_v2", "torch BoolStorage", "collections OrderedDict"}
+PICKLE_OPCODES = {"PROTO", "GLOBAL", "BINPUT", "LONG_BINPUT", "BINGET", "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+                  "EMPTY_TUPLE", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "NEWTRUE", "NEWFALSE",
+                  "BINPERSID", "REDUCE", "STOP"}
 
 
 @dataclass
@@ -197,9 +203,12 @@ def _read_folder(path, shapes):
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             data = [member for member in members if "/data/" in member.filename]
+            pickles = [member for member in members if member.filename.endswith(".pkl")]
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-            if len(data) != 1 or not stored or sum(member.file_size for member in members) > file.stat().st_size:
+            size = sum(member.file_size for member in members)
+            if (len(data), len(pickles)) != (1, 1) or not stored or size > file.stat().st_size:
                 raise UserError(f"{file.name} is not one tensor as torch.save writes it")
+            _check_pickle(file.name, archive.open(pickles[0]).read(MOST_PICKLE_BYTES + 1))
             # Only the description comes from torch.load: it would trust the pickle's size over that of the data.
             tensor = torch.load(file, map_location="meta", weights_only=True)
             whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() == data[0].file_size
@@ -213,28 +222,30 @@ def _read_folder(path, shapes):
     return MaskFile(masks)
 
 
+def _check_pickle(name, pickled):
+    """UserError for more than describes a tensor: weights_only still lets a pickle take memory or time without end."""
+    if len(pickled) > MOST_PICKLE_BYTES:
+        raise UserError(f"{name} is not one tensor as torch.save writes it")
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name not in PICKLE_OPCODES or opcode.name == "GLOBAL" and argument not in PICKLE_GLOBALS:
+            raise UserError(f"{name} does not hold one contiguous bool tensor but asks for {argument or opcode.name}")
+
+
 def _read_npz(path, shapes):
     if shapes is None:
         raise UserError("an .npz does not hold the shapes of its masks: give its --model (shapes=) as well")
+
+    def layer(member):
+        return member.removesuffix(".mask").removesuffix(".weight")
+
+    def size(member):
+        return -(-prod(_shape(layer(member), shapes.get(layer(member), ()), shapes)) // 8)
+
     masks = {}
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        file.seek(-12, os.SEEK_END)  # the count in the end record: zipfile overlooks entries lost to a wrong length
-        if int.from_bytes(file.read(2), "little") != len(archive.infolist()):
-            raise UserError("its directory has lost layers, the file is damaged: restore it or make it anew")
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy").removesuffix(".mask").removesuffix(".weight")
-            shape = _shape(name, shapes.get(name, ()), shapes)
-            size, known = -(-prod(shape) // 8), member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            if name in masks or not known or not size < member.file_size < size + 1024:  # the bits and an .npy header
-                raise UserError(f"layer {name} appears twice or is not the bits of a mask {[*shape]}")
-            with archive.open(member) as content:
-                raw = content.read(member.file_size)  # a bare read() inflates a bomb past the size it claims
-            header = io.BytesIO(raw)
-            np.lib.format.read_magic(header)
-            found, _, dtype = np.lib.format.read_array_header_1_0(header)
-            bits = raw[header.tell() :]
-            if found != (size,) or dtype != np.uint8 or len(bits) != size:
-                raise UserError(f"layer {name}: {found} of {dtype} are not the bits of a mask {[*shape]}")
-            mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=prod(shape))
-            masks[name] = torch.from_numpy(mask).view(torch.bool).view(shape)
+    for member, bits in npz.read(path, size):
+        name = layer(member)
+        if name in masks or bits.shape != (size(member),) or bits.dtype != np.uint8:
+            raise UserError(f"layer {name} appears twice or is not the bits of a mask {[*shapes[name]]}")
+        mask = np.unpackbits(bits, count=prod(shapes[name]))
+        masks[name] = torch.from_numpy(mask).view(torch.bool).view(tuple(shapes[name]))
     return MaskFile(masks)

@@ -26,7 +26,7 @@ def parse_args(argv=None):
 
 
 def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e30  # more is no result, and too much to draw
 
 
 def is_step(line) -> bool:
@@ -41,6 +41,7 @@ def is_state(line) -> bool:
         return False
     tables = [line.get(key) for key in ("blocks", "changed", "entropy")]
     return (all(isinstance(table, dict) and table and table.keys() == tables[0].keys() for table in tables)
+            and all(len(name) < 1000 for name in tables[0])
             and all(is_number(value) for table in tables for value in table.values())
             and all(count > 0 for count in tables[0].values()))
 
@@ -55,7 +56,7 @@ def read_lines(path: Path, fits) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             found.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
             found.append(None)
@@ -68,10 +69,12 @@ def most_nats(path: Path) -> float:
     """log C(M,N), the greatest entropy of a block, by the arguments in run.json."""
     try:
         n, m = json.loads(path.read_text(encoding="utf-8"))["arguments"]["sparsity_type"]
+        if not 1 <= n < m <= 16:
+            raise ValueError
         return math.log(math.comb(m, n))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give run folders that train.py wrote")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: its arguments have no sparsity_type [N, M]; give another run")
 
 

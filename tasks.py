@@ -37,8 +37,8 @@ def read_items(path: str) -> list[dict]:
             try:
                 item = json.loads(line)
                 flaw = _flaw(item)
-            except ValueError as error:
-                flaw = f"it is not JSON ({error})"
+            except (ValueError, RecursionError) as error:
+                flaw = f"it is not JSON ({str(error)[:200]})"
             if flaw:
                 raise UserError(f"--task_file {path}, line {number}: {flaw}; a line looks like "
                                 '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}')
@@ -62,6 +62,8 @@ def _flaw(item) -> str | None:
         return "choices is not a list of two or more"
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         return "a choice is blank or not a string"
+    if any("\ud800" <= sign <= "\udfff" for text in (context, *choices) for sign in text):
+        return "it has half a surrogate pair, which is no character"
     if type(gold) is not int or not 0 <= gold < len(choices):
         return f"gold is {json.dumps(gold)[:40]}, not the index of a choice, 0 to {len(choices) - 1}"
     return None
@@ -152,11 +154,19 @@ def _task_manager():
     return TaskManager()
 
 
-def load_harness(names: list[str]) -> dict:
+def load_harness(names: list[str], trusted: bool = False) -> dict:
     """Task name -> lm_eval's task object, its data fetched, of names, tags or YAML files.
 
-    UserError without lm_eval, for a name it has not, data that cannot be had, and tasks that have no acc.
+    trusted: a YAML file may name Python functions, or other files. UserError for one that does and is not, without
+    lm_eval, for a name it has not, data that cannot be had, and tasks that have no acc.
     """
+    for name in names:
+        if Path(name).is_file() and not trusted:
+            text = Path(name).read_text(encoding="utf-8", errors="replace")
+            mark = next((mark for mark in ("!function", "include:") if mark in text), None)
+            if mark:
+                raise UserError(f"--tasks {name} has {mark!r} in it, by which a task runs code from other files; read "
+                                "it, and give --trust_remote_code if you trust it")
     manager, found = _task_manager(), {}
     for name in names:
         if name not in manager.all_tasks and not Path(name).is_file():

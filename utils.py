@@ -151,6 +151,8 @@ def load_model(args):
     """The frozen causal LM that the arguments name, in eval mode, and its tokenizer; UserError if it cannot be had."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import model_folder  # it imports utils
     if any(args.model.startswith(mark) for mark in (".", "/", "~")) and not Path(args.model).expanduser().is_dir():
         raise UserError(f"--model {args.model}: there is no such folder")
     device = args.device or default_device()
@@ -161,18 +163,26 @@ def load_model(args):
     dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[args.dtype]
     keyword = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     placement = {"device_map": args.device_map} if args.device_map else {}
-    source = Path(args.model).expanduser() if Path(args.model).expanduser().is_dir() else args.model
+    source = args.model
+    if Path(args.model).expanduser().is_dir():
+        source = Path(args.model).expanduser()
+        model_folder.check(source, args.trust_remote_code)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     print(f"loading {args.model} ({str(dtype).removeprefix('torch.')}, {args.device_map or device})", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=args.trust_remote_code, low_cpu_mem_usage=True, **{keyword: dtype}, **placement)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=args.trust_remote_code, low_cpu_mem_usage=True, output_loading_info=True,
+            **{keyword: dtype}, **placement)
     except Exception as error:  # tokenizers and safetensors raise classes of their own for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {args.model} cannot be loaded: {reason[:300]} (a folder or hub id of a causal LM is "
                         "wanted; a gated one needs `huggingface-cli login`)")
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"--model {args.model} has no weights for {', '.join(missing[:3])} ({len(missing)} are missing): "
+                        "restore it, or give the folder of a whole causal LM")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{args.model} does not fit the devices of --device_map {args.device_map}, and masks cannot "
                         "be learned on weights that are offloaded; use more or larger GPUs, or --device cpu")

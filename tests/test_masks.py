@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import struct
 import zipfile
@@ -194,7 +195,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, layers, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mask_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     for kind in ("safetensors", "npz", "pt"):
         with pytest.raises(UserError, match="No space left"):
             write(kind, tmp_path, layers)
