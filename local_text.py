@@ -15,8 +15,8 @@ from pyarrow import parquet
 
 from utils import UserError
 
-MOST_BYTES = 2**27  # of one document, or of a JSON file that is one array
-MOST_RATIO, FREE_BYTES = 100, 2**28  # unpacked to packed bytes, and from where on that is looked at
+MOST_BYTES = 2**25  # of one document
+MOST_RATIO, FREE_BYTES = 100, 2**22  # unpacked to packed bytes, and up to where that is not looked at
 
 
 def paragraphs(file: Path) -> Iterator[str]:
@@ -29,16 +29,17 @@ def paragraphs(file: Path) -> Iterator[str]:
 
 def json_rows(file: Path) -> Iterator[dict]:
     """The objects of a JSON file, packed or not, that has one a line or is one array of them."""
+    most = max(FREE_BYTES, MOST_RATIO * os.path.getsize(file))
     with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
         if lines.peek(1).lstrip().startswith(b"["):
-            for number, row in enumerate(json.loads(_up_to(MOST_BYTES, lines.read, "the array")), start=1):
+            for number, row in enumerate(json.loads(_up_to(most, lines.read, "the array")), start=1):
                 yield _object(row, f"item {number}")
             return
         for number in itertools.count(1):
             line = _up_to(MOST_BYTES, lines.readline, f"line {number}")
             if not line:
                 return
-            if lines.tell() > FREE_BYTES and lines.tell() > MOST_RATIO * os.path.getsize(file):
+            if lines.tell() > most:
                 raise UserError(f"{file} unpacks to over {MOST_RATIO} times its size, which no text does; unpack it "
                                 "and see what is in it")
             if line.strip():

@@ -181,7 +181,7 @@ def load_model(args):
                         "wanted; a gated one needs `huggingface-cli login`)")
     if found["missing_keys"]:  # transformers would go on with random numbers
         missing = sorted(found["missing_keys"])
-        raise UserError(f"--model {args.model} has no weights for {', '.join(missing[:3])} ({len(missing)} are missing): "
+        raise UserError(f"--model {args.model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
                         "restore it, or give the folder of a whole causal LM")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{args.model} does not fit the devices of --device_map {args.device_map}, and masks cannot "
