@@ -4,6 +4,7 @@ No name in a file is followed out of its folder, no column is decoded to anythin
 far more than it is, is refused.
 """
 import gzip
+import io
 import itertools
 import json
 import os
@@ -16,7 +17,8 @@ from pyarrow import parquet
 from utils import UserError
 
 MOST_BYTES = 2**25  # of one document
-MOST_RATIO, FREE_BYTES = 100, 2**22  # unpacked to packed bytes, and up to where that is not looked at
+MOST_RATIO, FREE_BYTES = 100, 2**20  # unpacked to packed bytes, and up to where that is not looked at
+BOMB = f"it unpacks to over {MOST_RATIO} times its size, which no text does"
 
 
 def paragraphs(file: Path) -> Iterator[str]:
@@ -30,27 +32,23 @@ def paragraphs(file: Path) -> Iterator[str]:
 def json_rows(file: Path) -> Iterator[dict]:
     """The objects of a JSON file, packed or not, that has one a line or is one array of them."""
     most = max(FREE_BYTES, MOST_RATIO * os.path.getsize(file))
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+    with io.BufferedReader((gzip.open if file.suffix == ".gz" else io.FileIO)(file)) as lines:
         if lines.peek(1).lstrip().startswith(b"["):
-            for number, row in enumerate(json.loads(_up_to(most, lines.read, "the array")), start=1):
-                yield _object(row, f"item {number}")
+            array = lines.read(most + 1)
+            if len(array) > most:
+                raise ValueError(BOMB)
+            rows = json.loads(array)
+            yield from (_object(row, f"item {number}") for number, row in enumerate(rows, start=1))
             return
-        for number in itertools.count(1):
-            line = _up_to(MOST_BYTES, lines.readline, f"line {number}")
-            if not line:
-                return
-            if lines.tell() > most:
-                raise UserError(f"{file} unpacks to over {MOST_RATIO} times its size, which no text does; unpack it "
-                                "and see what is in it")
-            if line.strip():
+        number = read = 0
+        while line := lines.readline(MOST_BYTES + 1):
+            number, read = number + 1, read + len(line)
+            if len(line) > MOST_BYTES:
+                raise ValueError(f"line {number} is longer than {MOST_BYTES} bytes")
+            if read > most:
+                raise ValueError(BOMB)
+            if not line.isspace():
                 yield _object(_parsed(line, number), f"line {number}")
-
-
-def _up_to(most: int, read, what: str) -> bytes:
-    found = read(most + 1)
-    if len(found) > most:
-        raise ValueError(f"{what} is longer than {most} bytes")
-    return found
 
 
 def _parsed(line: bytes, number: int):

@@ -231,11 +231,11 @@ PICKLE = (other_pickle, other_pickle)
 
 @lru_cache
 def _packed_zeros(sign: bytes) -> bytes:
-    return gzip.compress(sign * (64 << 20), 6)
+    return gzip.compress(sign * (64 << 20 if sign == b" " else 8 << 20))
 
 
 def gzip_bomb(raw, rng):
-    """64 MiB without an end of line, or of nothing but ends of lines."""
+    """64 MiB without an end of line, or 8 MiB of ends of lines."""
     return _packed_zeros(rng.choice((b" ", b"\n")))
 
 

@@ -31,7 +31,9 @@ from pathlib import Path
 import common
 import damage
 import numpy as np
+import pyarrow
 import torch
+from pyarrow import parquet
 
 import baseline
 import data
@@ -146,14 +148,14 @@ def text_txt(folder: Path) -> Reader:
 
 
 def text_parquet(folder: Path) -> Reader:
-    import datasets
     path = folder / "text.parquet"
-    datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(len(TEXTS)))}).to_parquet(path)
+    parquet.write_table(pyarrow.table({"text": TEXTS, "n": list(range(len(TEXTS)))}), path)
     return _text_reader("text .parquet", [path], path, damage.BYTES)
 
 
 def text_saved(folder: Path) -> Reader:
     import datasets
+    datasets.disable_progress_bars()
     path = folder / "saved"
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(path)
     files = [path / "dataset_dict.json", path / "train" / "state.json", path / "train" / "data-00000-of-00001.arrow"]
