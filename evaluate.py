@@ -180,7 +180,7 @@ def cells(record: dict) -> dict[tuple, str]:
 
 def number(value) -> float:
     """A number that a record holds; ValueError for what is none."""
-    if type(value) not in (int, float) or not abs(value) < 1e9:
+    if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{str(value)[:40]} is no result")
     return value
 

@@ -5,16 +5,20 @@ a subprocess of each script proves that the exit code and the single line reach 
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,12 +28,15 @@ import evaluate
 import get_mask
 import inference_loss
 import mask_files
+import plot
 import prune
 import train
 import utils
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
+ALL = list(SCRIPTS)
+SCRIPTS |= {"convert": get_mask, "compare": evaluate, "plot": plot}  # what needs no model
 PLACE = "--model {w}/llama --dtype float32 --device cpu"
 DATA = "--dataset {w}/text.jsonl --dataset_size 8 --batchsize 4 --sqlen 32"
 COMMANDS = {
@@ -38,8 +45,11 @@ COMMANDS = {
     "inference_loss": f"{PLACE} {DATA} --mask {{w}}/mask.safetensors --save new.npz",
     "train": f"{PLACE} {DATA} --mask {{w}}/mask.safetensors --baseline_file {{w}}/baseline.npz --max_step 2 "
              "--targets q_proj --step eager --out new",
-    "evaluate": f"{PLACE} --ppl {{w}}/held_out.txt --seqlen 32 --nwindows 2 --save new.json"}
-ALL, MASKED, TRAINING = list(SCRIPTS), ["inference_loss", "train", "evaluate"], ["prune", "inference_loss", "train"]
+    "evaluate": f"{PLACE} --ppl {{w}}/held_out.txt --seqlen 32 --nwindows 2 --save new.json",
+    "convert": "--convert {w}/mask.safetensors --save new.safetensors",
+    "compare": "--compare {w}/record.json {w}/record.json",
+    "plot": "--out new {w}/run"}
+MASKED, TRAINING = ["inference_loss", "train", "evaluate"], ["prune", "inference_loss", "train"]
 
 
 def edited(source: Path, target: Path, change) -> None:
@@ -110,12 +120,65 @@ def w(tmp_path_factory):
     for whole in ("mask.safetensors", "baseline.npz"):
         (w / f"garbage_{whole}").write_bytes(b"nonsense" * 100)
         (w / f"torn_{whole}").write_bytes((w / whole).read_bytes()[:-100])
+    hostile_files(w)
     (w / "standing.json").write_text("stands")
     (w / "standing.npz").write_text("stands")
     (w / "standing.safetensors").write_text("stands")
+    (w / "standing.png").write_text("stands")
     (w / "standing").mkdir()
     (w / "standing" / "file").write_text("stands")
     return w
+
+
+def hostile_files(w: Path) -> None:
+    """Files that ask for more than is theirs, and damaged records."""
+    elsewhere = {"weight_map": {"a": "../llama/x.safetensors"}}
+    for name, file, content in [("escaping", "model.safetensors.index.json", elsewhere),
+                                ("adapter", "adapter_config.json", {"base_model_name_or_path": "elsewhere"})]:
+        shutil.copytree(w / "llama", w / name)
+        (w / name / file).write_text(json.dumps(content))
+    for name, change in [("kernels", {"attn_implementation": "somebody/attention"}),
+                         ("many_layers", {"num_hidden_layers": 10**9})]:
+        shutil.copytree(w / "llama", w / name)
+        config = json.loads((w / name / "config.json").read_text())
+        (w / name / "config.json").write_text(json.dumps(config | change))
+    edited(w / "llama", w / "few_weights", lambda tensors: tensors.pop("model.norm.weight"))
+
+    mask_files.save_folder(w / "evil", {"a": torch.eye(2, dtype=torch.bool).repeat(2, 2)})
+    torch.save(subprocess.Popen, w / "evil" / "a.pt")
+    with zipfile.ZipFile(w / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.layers.0.self_attn.q_proj.weight.mask.npy", bytes(2**24))
+        archive.writestr("losses.npy", bytes(2**26))
+    (w / "bomb.json.gz").write_bytes(gzip.compress(b"\n" * 2**22))
+    table = pyarrow.table({"text": ["a document"] * 9})
+    for name, file in [("saved", "data.arrow"), ("saved_escaping", "../saved/data.arrow")]:
+        (w / name).mkdir()
+        (w / name / "state.json").write_text(json.dumps({"_data_files": [{"filename": file}]}))
+        with pyarrow.OSFile(str(w / name / "data.arrow"), "wb") as out, pyarrow.ipc.new_stream(out, table.schema) as to:
+            to.write_table(table)
+    saved = w / "saved" / "data.arrow"
+    saved.write_bytes(saved.read_bytes().replace(b"a document", b"\xff" * 10))
+    (w / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n' * 9)
+    (w / "mixed.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
+    (w / "list.jsonl").write_text('{"text": "a"}\n["a"]\n')
+
+    (w / "record.json").write_text(json.dumps({"sparsity_type": "2:4", "density": 0.5}))
+    for name, content in [("not_json", "{"), ("deep", "[" * 10**5),
+                          ("word", '{"sparsity_type": "2:4", "density": "half"}'),
+                          ("endless", '{"sparsity_type": "2:4", "density": 1%s}' % ("0" * 400))]:
+        (w / f"{name}.record.json").write_text(content)
+    for name, line in [("deep", "[" * 10**5), ("gold", '{"context": "a", "choices": [" b", " c"], "gold": 2}')]:
+        (w / f"{name}.quiz.jsonl").write_text(line + "\n")
+    (w / "code.yaml").write_text("task: a\nprocess_docs: !function code.run\n")
+
+    step = json.dumps({"step": 1, "loss": 3.5, "baseline": 3.6, "delta": None})
+    for name, metrics, pattern in [("run", step, [2, 4]), ("no_step", "", [2, 4]),
+                                   ("no_pattern", step, [9**99, 9**999]), ("torn_step", f"{{\n{step}", [2, 4]),
+                                   ("deep_step", f"{'[' * 10**5}\n{step}", [2, 4]),
+                                   ("huge_step", f"{step.replace('3.5', '1' + '0' * 400)}\n{step}", [2, 4])]:
+        (w / name).mkdir()
+        (w / name / "metrics.jsonl").write_text(metrics + "\n")
+        (w / name / "run.json").write_text(json.dumps({"arguments": {"sparsity_type": pattern}}))
 
 
 def snapshot(*folders: Path) -> dict:
@@ -181,12 +244,12 @@ def test_an_unknown_hub_id_in_a_shell(shells, script):
     assert not left
 
 
-@pytest.mark.parametrize("script", ALL)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
     """Else the refusals below could be of something else than they say."""
     monkeypatch.chdir(tmp_path)
     quietly(script, COMMANDS[script].format(w=w))
-    assert [name.split(".")[0] for name in os.listdir(tmp_path)] == ["new"]
+    assert {name.split(".")[0] for name in os.listdir(tmp_path)} == (set() if script == "compare" else {"new"})
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -202,6 +265,11 @@ def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
        ("inference_loss", "--model {w}/bad_tokenizer", "--model", "bad_tokenizer cannot be loaded"),
        ("inference_loss", "--model {w}/no_weights", "--model", "no_weights cannot be loaded"),
        ("inference_loss", "--model {w}/bad_weights", "--model", "bad_weights cannot be loaded"),
+       ("inference_loss", "--model {w}/few_weights", "few_weights has no weights for model.norm.weight", "restore it"),
+       (ALL, "--model {w}/escaping", "escaping", "'../llama/x.safetensors'", "not a file of its folder", "restore"),
+       (ALL, "--model {w}/many_layers", "many_layers", "claims num_hidden_layers 1000000000", "restore"),
+       ("evaluate", "--model {w}/adapter", "is an adapter", "merge it"),
+       ("evaluate", "--model {w}/kernels", "'somebody/attention' of the Hub", "--trust_remote_code"),
        ("inference_loss", "--device_map nonsense", "nonsense", "device_map"),
        (ALL, "--device nonsense", "--device nonsense cannot be used", "--device cpu"),
        (ALL, "--device cuda:99", "--device cuda:99 cannot be used", "--device cpu"))
@@ -242,6 +310,19 @@ REMEDY = ("--mask", "get_mask.py", "--model")
        (MASKED, "--mask {w}/empty", "empty", "holds no masks"),
        (MASKED, "--mask {w}/garbage_mask.safetensors", "garbage_mask.safetensors", "damaged", "make it anew"),
        (MASKED, "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors", "damaged", "make it anew"),
+       (MASKED, "--mask {w}/evil", "evil", "a.pt is not one tensor as torch.save writes it"),
+       (MASKED, "--mask {w}/bomb.npz", "bomb.npz", "would take 16777216 bytes", "make it anew"),
+       ("convert", "--convert {w}/absent", "absent", "no such mask", "get_mask.py"),
+       ("convert", "--convert {w}/empty", "empty", "holds no masks"),
+       ("convert", "--convert {w}/garbage_mask.safetensors", "garbage_mask.safetensors is damaged", "make it anew"),
+       ("convert", "--convert {w}/torn_mask.safetensors", "torn_mask.safetensors is damaged", "make it anew"),
+       ("convert", "--convert {w}/evil", "evil", "a.pt is not one tensor as torch.save writes it"),
+       ("convert", "--convert {w}/bomb.npz", "bomb.npz", "does not hold the shapes", "--model"),
+       ("convert", "--convert {w}/bomb.npz --model {w}/llama", "bomb.npz", "would take 16777216 bytes"),
+       ("convert", "--model {w}/gpt2", "another model", "get_mask.py"),
+       ("convert", "--model {w}/absent", "--model", "no such folder"),
+       ("convert", "--sparsity_type 4:8", "2:4, not 4:8"),
+       ("convert", "--targets q_proj", "--targets does not go with --convert"),
        (MASKED, "--mask {w}/llama/model.safetensors", "model.safetensors", "no maskpro-mask", "give a mask file"),
        ("train", "--mask {w}/mask8.safetensors", "mask8", "4:8, not 2:4"),
        ("train", "--sparsity_type 1:4", "2:4, not 1:4"),
@@ -284,6 +365,12 @@ def test_layers_and_patterns(refused, script, flags, words):
        (["inference_loss", "train"], "--sqlen 5000", ("only 0 of the 12 documents", "256 positions"), "--sqlen"),
        (["inference_loss", "train"], "--batchsize 3", "--batchsize 3 does not divide --dataset_size 8", "use 2 or 4"),
        (["inference_loss", "train"], "--sqlen 1", "--sqlen is 1", "at least 2"),
+       (TRAINING, "--dataset {w}/bomb.json.gz", "bomb.json.gz", "over 100 times its size", "intact"),
+       (TRAINING, "--dataset {w}/saved", "saved", "cannot read", "intact"),
+       (TRAINING, "--dataset {w}/saved_escaping", "saved_escaping", "'../saved/data.arrow'", "restore it"),
+       (TRAINING, "--dataset {w}/surrogate.jsonl", "surrogate.jsonl", "surrogates not allowed", "intact"),
+       (TRAINING, "--dataset {w}/mixed.jsonl", "mixed.jsonl", "'int'", "intact"),
+       (TRAINING, "--dataset {w}/list.jsonl", "list.jsonl", "line 2 is not a JSON object", "intact"),
        ("prune", "--seqlen 5000", ("none of the 12 documents", "256 positions"), "lower --seqlen"),
        ("evaluate", "--ppl {w}/absent.txt", "absent.txt", "no such file", "check the path"),
        ("evaluate", "--ppl {w}/torn.jsonl", "torn.jsonl", ("cannot read", "fewer than one window")),
@@ -314,6 +401,7 @@ AGAIN = "inference_loss.py"
        ("train", "--baseline_file {w}/torn_baseline.npz", "torn_baseline.npz", "not a baseline file", AGAIN),
        ("train", "--baseline_file {w}/mask.safetensors", "mask.safetensors", "not a baseline file", AGAIN),
        ("train", "--baseline_file {w}/empty", "empty", "not a baseline file", AGAIN),
+       ("train", "--baseline_file {w}/bomb.npz", "bomb.npz", "not a baseline file", AGAIN),
        ("train", "--baseline_file {w}/nan.npz", "nan.npz", "not finite", AGAIN),
        ("train", "--mask {w}/flipped.safetensors", "baseline.npz is stale: mask", AGAIN),
        ("train", "--dataset {w}/other.jsonl", "baseline.npz is stale: tokens", AGAIN),
@@ -340,6 +428,11 @@ def test_the_default_baseline_is_missing(refused, monkeypatch):
        ("train", "--out {w}/standing", "standing exists already", "another --out"),
        ("train", "--out {w}/empty", "empty exists already", "another --out"),
        ("evaluate", "--save {w}/standing.json", "standing.json exists already", "another --save"),
+       ("convert", "--save {w}/standing.safetensors", "standing.safetensors exists already", "another --save"),
+       ("convert", "--save {w}/standing.json/new.safetensors", "standing.json"),
+       ("convert", "--save new.bin", "new.bin", ".safetensors"),
+       ("plot", "--out {w}/standing", "standing.png exists already", "another --out"),
+       ("plot", "--out {w}/standing.json/new", "standing.json"),
        ("get_mask", "--save new.bin", "new.bin", ".safetensors"),
        ("prune", "--save_model {w}/standing.json/new", "standing.json"),
        ("get_mask", "--save {w}/standing.json/new.safetensors", "standing.json"),
@@ -386,9 +479,60 @@ def test_the_default_outputs_exist(refused, monkeypatch, tmp_path, script, name)
        ("prune", "--nsamples -1", "--nsamples", "at least 1"),
        (["prune", "evaluate"], "--seqlen -1", "--seqlen", "at least 1"),
        ("evaluate", "--nwindows 0", "--nwindows", "at least 1"),
+       ("train", "--epoch nonsense", "--epoch", "at least 1"),
+       ("train", "--looks 0", "--looks", "at least 1"),
+       ("train", "--tokens 0", "--tokens", "at least 1"),
+       ("train", "--tokens 500", "--tokens", "--baseline online"),
+       ("train", "--max_minutes -1", "--max_minutes", "-1"),
+       ("train", "--val_fraction 1", "--val_fraction", "[0, 1)"),
+       ("train", "--val_fraction 0.99", "--val_fraction 0.99 of 2 minibatches leaves none"),
+       ("train", "--distill 2", "--distill", "[0, 1]"),
+       ("train", "--distill nonsense", "--distill", "nonsense"),
+       *[("train", f"--{name} nonsense", f"--{name}", word) for name, word in [
+           ("schedule", "cosine"), ("forward", "sample"), ("preset", "fast"), ("logits_dtype", "float16"),
+           ("step", "eager")]],
+       ("prune", "--percdamp -1", "--percdamp", "at least 0"),
+       ("prune", "--blocksize 0", "--blocksize", "at least 1"),
+       ("prune", "--sparsity_ratio 1", "--sparsity_ratio", "between 0 and 1"),
+       ("prune", "--sparsity_ratio 0.25", "--sparsity_ratio 0.25", "--sparsity_type unstructured"),
+       ("evaluate", "--task_limit 0", "--task_limit", "at least 1"),
+       ("evaluate", "--tasks_batchsize 0", "--tasks_batchsize", "at least 1"),
+       (list(SCRIPTS)[5:], "--nonsense", "--nonsense"),
        (ALL, "--dtype int8", "--dtype", "float32"),
        (ALL, "--seed 1.5", "--seed", "1.5"),
        (TRAINING, f"--seed {10**30}", "--seed"),
        (ALL, "--nonsense", "--nonsense"))
 def test_arguments(refused, script, flags, words):
     refused(script, flags, *words)
+
+
+# ---------------------------------------------------------------------------------------------- tasks, records and runs
+
+
+@cases(("evaluate", "--task_file {w}/absent.jsonl", "absent.jsonl cannot be read", "one JSON object a line"),
+       ("evaluate", "--task_file {w}/empty", "empty cannot be read", "one JSON object a line"),
+       ("evaluate", "--task_file {w}/nothing.jsonl", "nothing.jsonl has no items", "one JSON object a line"),
+       ("evaluate", "--task_file {w}/deep.quiz.jsonl", "line 1: it is not JSON", "a line looks like"),
+       ("evaluate", "--task_file {w}/gold.quiz.jsonl", "line 1: gold is 2", "a line looks like"),
+       ("evaluate", "--task_file {w}/picture.png", "picture.png", "one JSON object a line"),
+       ("evaluate", "--tasks {w}/code.yaml", "code.yaml has '!function' in it", "--trust_remote_code"),
+       ("compare", "--compare {w}/absent.json", "absent.json is no record", "make it with evaluate.py"),
+       ("compare", "--compare {w}/empty", "empty/evaluation.json is no record", "make it with evaluate.py"),
+       *[("compare", f"--compare {{w}}/record.json {{w}}/{name}.record.json", f"{name}.record.json is no record",
+          "make it with evaluate.py") for name in ("not_json", "deep", "word", "endless")],
+       ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders"),
+       ("plot", "{w}/no_step", "holds no step yet", "give another run"),
+       *[("plot", f"{{w}}/{name}", f"{name}/metrics.jsonl: line 1 is damaged", "delete it")
+         for name in ("torn_step", "deep_step", "huge_step")],
+       ("plot", "{w}/no_pattern", "no_pattern/run.json is damaged", "give another run"))
+def test_tasks_records_and_runs(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
+# ------------------------------------------------------------------------------------------------------------- the disk
+
+
+@pytest.mark.parametrize("script", ["prune", "get_mask", "inference_loss", "evaluate", "convert"])
+def test_a_disk_that_is_full(refused, monkeypatch, script):
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
+    refused(script, "", "0.0 MiB left", "free some space")

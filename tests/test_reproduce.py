@@ -140,6 +140,16 @@ def test_an_interrupted_script_goes_on(tiny, finished):
     assert not list(tiny.out.rglob("*.partial"))
 
 
+def test_a_damaged_record_leaves_no_half_table(tiny, finished):
+    record = tiny.out / "2of4/wanda.json"
+    whole = record.read_text()
+    record.write_text("{")
+    done = bash("logits", {**tiny.settings, "VALUES": VALUES["logits"]})
+    record.write_text(whole)
+    assert done.returncode == 2 and "wanda.json is no record of evaluate.py" in done.stderr
+    assert not list(tiny.out.rglob("*.partial")) and not (tiny.out / "logits/table.md").exists()
+
+
 def test_a_run_without_its_mask_stops(tiny, finished):
     run = tiny.out / "2of4/maskpro-size8-lr77-logits10-steps2"
     run.mkdir()

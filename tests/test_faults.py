@@ -1,0 +1,94 @@
+"""The campaigns of bench/faults.py in short: every reader against damaged and hostile files; the campaign itself."""
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import damage
+import fuzz
+
+from utils import UserError
+
+
+@pytest.mark.parametrize("make", fuzz.READERS, ids=lambda make: make.__name__)
+def test_damaged_files_are_refused_or_read_right(make):
+    with np.errstate(all="ignore"):
+        rows, wrong = fuzz.campaign(25, 3, [make])
+    assert not wrong, "\n".join(wrong)
+    assert sum(rows[0][key] for key in ("refused", "right", "other")) == rows[0]["files"] >= 3
+    if make is fuzz.mask_safetensors:
+        assert rows[0]["other"] == 0 and rows[0]["refused"] == 25
+
+
+# ---------------------------------------------------------------------- the campaign notices what it is there to notice
+
+def never_ends():
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("read, told", [
+    (lambda path: [][1], "IndexError"),
+    (lambda path: sys.exit(3), "SystemExit"),
+    (lambda path: ctypes.string_at(0), "SIGSEGV"),
+    (lambda path: os.abort(), "SIGABRT"),
+    (lambda path: os._exit(5), "exit code 5"),
+    (lambda path: never_ends(), "processor time"),
+    (lambda path: len(bytearray(os.urandom(1)) * 2**27) * 0, "more memory"),
+    (lambda path: Path(path).read_text(), "reads"),
+    (lambda path: raise_user_error("a line that does not say which file"), "names no file")],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_a_reader_that_is_wrong_is_found_out(tmp_path, monkeypatch, read, told):
+    monkeypatch.setattr(fuzz, "MOST_SECONDS", 0.2)
+    path = tmp_path / "file"
+    path.write_text("good")
+    reader = fuzz.Reader("a reader", [path], lambda: "good" if path.read_bytes() == b"good" else read(path),
+                         (lambda raw, rng: b"bad",), None)
+    counts, wrong = fuzz.read_damaged(reader, 2, 0, tmp_path / "kept")
+    assert counts == {"refused": 0, "right": 0, "other": 0, "wrong": 2}
+    assert all(told in line and "file 0" in wrong[0] for line in wrong), wrong
+    assert path.read_text() == "good" and len(os.listdir(tmp_path / "kept")) == 2
+
+
+def raise_user_error(text):
+    raise UserError(text)
+
+
+def test_sound_reads_and_refusals_are_no_faults(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("good")
+
+    def read():
+        text = path.read_text()
+        return raise_user_error(f"{path}: make it anew") if text == "refuse" else text
+    damages = (lambda raw, rng: rng.choice((b"refuse", b"else", b"good")),)
+    reader = fuzz.Reader("a reader", [path], read, damages, str.isalpha)
+    counts, wrong = fuzz.read_damaged(reader, 120, 0)
+    assert not wrong and min(counts["refused"], counts["right"], counts["other"]) > 20 and sum(counts.values()) == 120
+
+
+def test_every_damage_damages():
+    """Each changes a file it fits, within so many tries, and the same again for the same random state."""
+    import random
+    record = json.dumps({"a": [1, 2], "b": {"c": "d"}}).encode()
+    archive = damage._zipped([("a.npy", fuzz_npy(3)), ("x/data.pkl", b"\x80\x02K\x01."), ("b.npy", fuzz_npy(5))])
+    fits = {**dict.fromkeys(damage.BYTES, record), **dict.fromkeys(damage.JSON, record),
+            **dict.fromkeys(damage.ZIP, archive), damage.other_pickle: archive,
+            damage.edited_npy: damage._zipped([("a.npy", fuzz_npy(3))]),
+            damage.other_text: damage.gzip.compress(record)}
+    for change, raw in fits.items():
+        found = [change(raw, random.Random(seed)) for seed in range(20)]
+        assert sum(one != raw for one in found) >= 10, change
+        assert found == [change(raw, random.Random(seed)) for seed in range(20)] or change is damage.other_text
+
+
+def fuzz_npy(size):
+    import io
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(size, dtype=np.uint8))
+    return buffer.getvalue()
