@@ -15,7 +15,7 @@ DEEP = "a hundred thousand brackets"  # stands for them until the JSON is writte
 VALUES = (None, True, -1, 0, 0.5, 1e308, float("nan"), float("inf"), 10**30, 10**400, 2**62, "", "a", [], {}, DEEP,
           [1, 2], ["../x", "y"], {"a": 1}, {"__class__": "os.system"}, "../../../etc/passwd", "/etc/passwd",
           "x" * 100_000, "\x1b[2J\x07\u202e", "\ud800", "a\nb | c", [2**40, 2**40], [[0, 2**60]])
-NAMES = ("../../escape", "/tmp/escape", "..", "", "a/../../b", "C:\\escape", "\ud800", "x" * 5000, "\x00")
+NAMES = ("../../escape", "/tmp/escape", "..", "", "a/../../b", "C:\\escape", "\ud800", "x" * 5000, "a\x00b")
 
 
 # ------------------------------------------------------------------------------------------------------------ any bytes

@@ -14,6 +14,7 @@ For each reader a good file is written, then damaged (bench/damage.py) and read,
 
 Files are read in a process of their own for each hundred, so that a crash is counted and the rest goes on.
 """
+import faulthandler
 import json
 import math
 import os
@@ -268,6 +269,7 @@ def _child(reader: Reader, indices: range, seed: int, originals, original, pipe:
     address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (address_space + 2**32,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
     for index in indices:
@@ -275,14 +277,20 @@ def _child(reader: Reader, indices: range, seed: int, originals, original, pipe:
         path.write_bytes(content)
         os.write(pipe, f"{json.dumps([index, kind, path.name, None])}\n".encode())
         signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)  # not caught: it ends the process, in C code too
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = _peak_mib()
         result = outcome(reader, original)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        grown = _peak_mib() - before
         signal.setitimer(signal.ITIMER_PROF, 0)
         if grown > MOST_MIB:
             result = f"wrong: {grown:.0f} MiB more memory; {result}"
         os.write(pipe, f"{json.dumps([index, kind, path.name, result])}\n".encode())
         path.write_bytes(originals[path])
+
+
+def _peak_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def read_damaged(reader: Reader, inputs: int, seed: int, keep: Path | None = None) -> tuple[dict[str, int], list[str]]:
