@@ -303,6 +303,26 @@ class MaskedModel:
             found["blocks"][name] = len(layer.bits)
         return found
 
+    def by_name(self, bits: dict[int, Tensor]) -> dict[str, Tensor]:
+        """What is known by the layer's id, by the layer's name."""
+        return {name: bits[id(layer)] for name, layer in self.layers.items()}
+
+    def _moving(self) -> dict[str, Tensor]:
+        """The tensors that learning moves: each layer's logits, plane by plane, and the mask it wears."""
+        moving = {f"logits.{i}.{name}": plane for name, layer in self.layers.items()
+                  for i, plane in enumerate(layer.logits)}
+        return {**moving, **{f"bits.{name}": layer.bits for name, layer in self.layers.items()}}
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """For a checkpoint: the count that random numbers are made from, and the tensors themselves, no copies."""
+        self.flush()
+        return {"steps": self.steps}, self._moving()
+
+    def restore(self, scalars: dict, read) -> None:
+        self.steps = scalars["steps"]
+        for name, tensor in self._moving().items():
+            tensor.copy_(read(name, tensor))
+
     def masks_of(self, bits: dict[int, Tensor]) -> dict[str, Tensor]:
         """Masks bool `[out, in]` on the CPU, by the layer's name."""
         return {name: layer.mask_of(bits[id(layer)]).cpu() for name, layer in self.layers.items()}

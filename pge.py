@@ -234,7 +234,20 @@ class PatternSpace:
 SPACES = {"linear": LinearSpace, "pattern": PatternSpace}
 
 
-class Vanilla:
+class Estimator:
+    """Turns a step's loss into an advantage. `carried`: its attributes that a step hands to the next, plain numbers."""
+    carried = ()
+
+    def state(self) -> tuple[dict, dict]:
+        """For a checkpoint: numbers by name, and no tensors."""
+        return {name: getattr(self, name) for name in self.carried}, {}
+
+    def restore(self, scalars: dict, read=None) -> None:
+        for name in self.carried:
+            setattr(self, name, scalars[name])
+
+
+class Vanilla(Estimator):
     """A = f_t: plain policy gradient (paper, eq. of section 4.1)."""
     needs_baseline = False
 
@@ -242,7 +255,7 @@ class Vanilla:
         return loss
 
 
-class Residual:
+class Residual(Estimator):
     """A = f_t - f(m0 * w, batch): the loss residual takes the minibatch's own difficulty out."""
     needs_baseline = True
 
@@ -250,13 +263,14 @@ class Residual:
         return loss - baseline
 
 
-class MaskPro:
+class MaskPro(Estimator):
     """A = residual - delta, with delta <- alpha delta + (1 - alpha) residual: the moving-average tracker.
 
     The authors update delta first and then use it, which scales the gradient by alpha; this order is kept. From
     delta = 0 the first advantages all carry the sign of the mean residual; `debias` divides delta by 1 - alpha^t.
     """
     needs_baseline = True
+    carried = ("delta", "steps")
 
     def __init__(self, alpha: float = 0.99, debias: bool = False):
         self.alpha, self.debias = alpha, debias
@@ -270,7 +284,7 @@ class MaskPro:
         return residual - self.delta / correction
 
 
-class Running:
+class Running(Estimator):
     """A = f_t - b, b <- keep b + (1 - keep) f_t: a baseline for each minibatch that follows the loss down, where m0's
     stays behind. b is used before it is updated, so A is unbiased; a minibatch's first visit only starts it.
 
@@ -286,14 +300,22 @@ class Running:
         self.means[minibatch] = self.keep * before + (1 - self.keep) * loss
         return loss - before
 
+    def state(self) -> tuple[dict, dict]:
+        return {"means": list(self.means.items())}, {}  # JSON has no numbers for keys
 
-class Normalized:
+    def restore(self, scalars: dict, read=None) -> None:
+        self.means = dict(scalars["means"])
+
+
+class Normalized(Estimator):
     """Another estimator's A divided by its root mean square, a running mean of 0.99 a step without the start's bias.
 
     Then eta is in logits, whatever the size of the model and of its losses. This project's addition.
     """
 
-    def __init__(self, estimator, decay: float = 0.99):
+    carried = ("mean_square", "steps")
+
+    def __init__(self, estimator: Estimator, decay: float = 0.99):
         self.estimator, self.decay = estimator, decay
         self.mean_square, self.steps = 0.0, 0
         self.needs_baseline = estimator.needs_baseline
@@ -304,3 +326,10 @@ class Normalized:
             self.steps += 1
             self.mean_square = self.decay * self.mean_square + (1 - self.decay) * advantage**2
         return advantage and advantage / (self.mean_square / (1 - self.decay**self.steps)) ** 0.5
+
+    def state(self) -> tuple[dict, dict]:
+        return {**super().state()[0], "estimator": self.estimator.state()[0]}, {}
+
+    def restore(self, scalars: dict, read=None) -> None:
+        super().restore(scalars)
+        self.estimator.restore(scalars["estimator"])

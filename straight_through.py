@@ -86,13 +86,16 @@ class StraightThrough:
         gain.mul_(gradient.reshape(blocks, -1).T)  # as planes: blocks are read three times slower
         bits = None if self.sample else layer.bits
         now = self._gradient_step(layer.logits, bits, gain, scale, self.keys[id(layer)]).sum() / gradient.numel()
-        self.mean_squares[id(layer)] = now if before is None else self.decay * before + (1 - self.decay) * now
+        if before is not None:  # one that overflows, or follows one that did, is left out
+            mean = torch.where(before.isfinite(), self.decay * before + (1 - self.decay) * now, now)
+            now = torch.where(now.isfinite(), mean, before)
+        self.mean_squares[id(layer)] = now
 
     def step(self, batch: Tensor, rate: float, microbatch: int = 32) -> float:
         """Forward and backward of the masked model on int64 `[rows, tokens]`; returns the loss, f(m_t * w) in nats.
 
         The logits have moved when it returns, by `rate` in all, and the next masks are due in the next forward pass.
-        A loss that is not finite moves nothing.
+        A loss that is not finite moves nothing; of several microbatches, the finite ones before it have moved.
         """
         parts = batch.to(input_device(self.masked.model)).split(microbatch)
         self.rate, self.keys = rate / len(parts), self.masked.keys()
@@ -109,6 +112,17 @@ class StraightThrough:
                 logits.backward(gradient)
         self.masked.next_step(redraw=self.sample)
         return total / (batch.shape[0] * (batch.shape[1] - 1))
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """The running mean squares, float32 `[layers]`, of those layers that have one."""
+        means = {name: self.mean_squares[id(layer)] for name, layer in self.masked.layers.items()
+                 if id(layer) in self.mean_squares}
+        return {"layers": list(means)}, {"mean_squares": torch.tensor([float(mean) for mean in means.values()])}
+
+    def restore(self, scalars: dict, read) -> None:
+        means = read("mean_squares", torch.empty(len(scalars["layers"])))
+        layers = [self.masked.layers[name] for name in scalars["layers"]]
+        self.mean_squares = {id(layer): mean.to(layer.weight.device) for layer, mean in zip(layers, means)}
 
     def detach(self) -> None:
         """Give the modules their own forward back."""

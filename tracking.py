@@ -1,4 +1,7 @@
-"""Experiment trackers, each optional: a run's numbers to TensorBoard or Weights & Biases besides metrics.jsonl."""
+"""Experiment trackers, each optional: a run's numbers to TensorBoard or Weights & Biases besides metrics.jsonl.
+
+Each goes on where `step` steps are done: what a killed run had told of later ones is taken back or said again.
+"""
 from importlib import import_module
 from pathlib import Path
 from statistics import mean
@@ -9,9 +12,9 @@ from utils import UserError
 class TensorBoard:
     """Writes event files to RUN/tensorboard."""
 
-    def __init__(self, folder: Path, arguments: dict):
+    def __init__(self, folder: Path, arguments: dict, name: str, step: int):
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self.writer.add_text("arguments", "\n".join(f"    {name}: {value}" for name, value in arguments.items()))
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -23,11 +26,12 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of the project `maskpro`, named as its folder."""
+    """A run of the project `maskpro`, named as its folder; `name` is the one by which it is found again."""
 
-    def __init__(self, folder: Path, arguments: dict):
+    def __init__(self, folder: Path, arguments: dict, name: str, step: int):
         import wandb
-        self.run = wandb.init(project="maskpro", name=folder.name, dir=str(folder), config=arguments)
+        self.run = wandb.init(project="maskpro", name=folder.name, dir=str(folder), config=arguments, id=name,
+                              resume="allow")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -4,6 +4,7 @@
     python train.py --model MODEL --dataset text.jsonl --dtype auto --lr 10 --logits 5 --debias_tracker --max_step 1000
     python train.py --model MODEL --dataset text.jsonl --baseline online      # without inference_loss.py
     python train.py --model MODEL --dataset text.jsonl --preset fast          # beyond the paper: by gradients
+    python train.py --resume results/RUN                                      # goes on with a run that was stopped
 
 Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses (inference_loss.py). Writes a new folder
 results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), metrics.jsonl (one line a step),
@@ -16,15 +17,16 @@ The first mask is m0 itself, the final one keeps the N largest logits of each bl
 --estimator straight_through takes gradients from backward passes instead (straight_through.py). --preset fast is that
 with settings that fit any model; flags that are given besides go before the preset's. With --val_fraction the best mask
 on held-out minibatches is delivered.
+
+A run can be stopped at any time, by Ctrl-C, a signal or the power's failure: --resume makes the same mask as if it had
+not been. --repeat RUN does a run again, from its run.json.
 """
-import json
 import math
 import statistics
 import sys
-import time
 
 import torch
-from tqdm import tqdm
+from safetensors.torch import save_file
 
 import baseline
 import data
@@ -32,107 +34,33 @@ import figures
 import importance
 import mask_files
 import pge
-import step
+import runs
+import settings
 import tracking
+from best import Best, diverging
 from layers import MaskedModel, check_divisible, find_layers, read_masks
+from settings import PRESETS  # noqa: F401
 from straight_through import StraightThrough
 from utils import (
     DTYPES,
     UserError,
-    add_data_arguments,
-    add_model_arguments,
     batch_loss,
+    be_deterministic,
     check_length,
-    environment,
-    finite,
     load_model,
+    mask_fingerprint,
     model_fingerprint,
     peak_memory_bytes,
-    positive_int,
-    refuse_existing,
     run,
-    script_parser,
     set_seed,
-    sparsity_type,
-    write_json,
+    written_beside,
 )
 
 ROWS = 64  # of text that --init scores measures the layers' inputs on
-PRESETS = {"fast": dict(estimator="straight_through", init="scores", logits=4.0, distill=1.0, lr=0.4, schedule="linear",
-                        tokens=400_000, batchsize=8, epoch=1, val_fraction=0.02, looks=10)}
 
 
 def parse_args(argv=None):
-    parser = script_parser(__doc__)
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    parser.add_argument("--lr", type=finite(0), default=50.0,
-                        help="eta, in logits per nat of advantage; straight_through: how far, in logits, a run of "
-                             "gradients that are mere noise moves one")
-    parser.add_argument("--logits", type=finite(0), default=10.0, help="C: initial logit of a kept weight (pruned: 0)")
-    parser.add_argument("--epoch", type=positive_int, default=10000, help="passes through the minibatches, at most")
-    parser.add_argument("--max_step", type=positive_int, default=10000, help="steps in all, at most")
-    parser.add_argument("--max_minutes", type=finite(0), default=math.inf,
-                        help="end the loop and its schedule after so long; the mask then depends on the machine")
-    parser.add_argument("--targets", nargs="+", default=None,
-                        help="learn the layers whose names contain one of these; the others keep m0")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M of the mask")
-    parser.add_argument("--mask", default="initial_mask.safetensors", help="m0: mask file or folder of .pt masks")
-    parser.add_argument("--init", choices=["mask", "scores", "random"], default="mask",
-                        help="logits start at C * m0; at C * log of the weights' |w| ||x||, which makes close calls "
-                             "the least sure; or at C * normal random numbers")
-    parser.add_argument("--space", choices=list(pge.SPACES), default="linear",
-                        help="linear: M logits a block (MaskPro); pattern: C(M,N) of them (MaskLLM)")
-    parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro", "running", "straight_through"],
-                        default="maskpro", help="the advantage: loss; loss - baseline; loss - baseline - delta; loss - "
-                                                "the minibatch's own running mean; or gradients instead")
-    parser.add_argument("--baseline", choices=["cached", "online"], default="cached",
-                        help="f(m0): from inference_loss.py, or by a second forward each step")
-    parser.add_argument("--baseline_file", default=None, help="from inference_loss.py (default: named by the data)")
-    parser.add_argument("--alpha", type=float, default=0.99, help="decay of delta a step")
-    parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
-    parser.add_argument("--normalize_advantage", action="store_true",
-                        help="divide the advantage by its running root mean square; --lr is then in logits")
-    parser.add_argument("--schedule", choices=["constant", "linear", "cosine"], default="constant",
-                        help="of --lr over the run; the decaying ones warm up for its first fiftieth")
-    parser.add_argument("--tokens", type=positive_int, default=None,
-                        help="learn from so many tokens of running text, shuffled, instead of --dataset_size documents")
-    parser.add_argument("--val_fraction", type=float, default=0.0,
-                        help="of the minibatches, held out to choose the best mask by (default: 0, the last mask)")
-    parser.add_argument("--looks", type=positive_int, default=20,
-                        help="times a run's layers, and the held-out minibatches, are looked at")
-    parser.add_argument("--forward", choices=["mode", "sample"], default="mode",
-                        help="straight_through: take gradients at the most probable mask, or at one drawn")
-    parser.add_argument("--distill", type=float, default=0.0,
-                        help="straight_through: the share, 0 to 1, of the loss that compares with the dense model's "
-                             "predictions instead of the text; a third more time")
-    parser.add_argument("--gradient_checkpointing", action="store_true",
-                        help="straight_through: less memory, a third more time")
-    parser.add_argument("--preset", choices=list(PRESETS), default=None, help="settings as one: " + "; ".join(
-        name + " is " + " ".join(f"--{key} {value}" for key, value in preset.items())
-        for name, preset in PRESETS.items()))
-    parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float32",
-                        help="of the logits; 16 bits are rounded stochastically")
-    parser.add_argument("--step", choices=step.MODES, default="compiled",
-                        help="the mask step: fused by torch.compile; fused, eager; exact: float64, slow")
-    parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard in the run folder too")
-    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    parser.add_argument("--save", action="store_true", help="save the logits too")
-    parser.add_argument("--skip_checkpoint", action="store_true", help="write the mask but no sparse checkpoint")
-    parser.add_argument("--out", default=None, help="run folder, must be new (default: results/<settings>)")
-    preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
-    args = parser.parse_args(argv)
-    if not 0 <= args.alpha < 1:
-        parser.error(f"--alpha {args.alpha} is not in [0, 1)")
-    if not 0 <= args.distill <= 1:
-        parser.error(f"--distill {args.distill} is not in [0, 1]")
-    if not 0 <= args.val_fraction < 1:
-        parser.error(f"--val_fraction {args.val_fraction} is not in [0, 1)")
-    if args.tokens and args.baseline == "cached" and args.estimator in ("residual", "maskpro"):
-        parser.error("--tokens makes minibatches that no cached baseline knows: add --baseline online, or choose "
-                     "--estimator running or straight_through")
-    return args
+    return settings.parse(__doc__, argv)
 
 
 def make_estimator(args):
@@ -167,30 +95,23 @@ def rate_at(schedule: str, progress: float) -> float:
     return decay * min(1.0, (progress + 1e-3) / 0.02)
 
 
-class Best:
-    """The most probable mask with the lowest loss on held-out minibatches; m0, looked at first, is one of them."""
-
-    def __init__(self, masked: MaskedModel, judge):
-        self.masked, self.judge = masked, judge
-        self.bits, self.loss = None, math.inf
-
-    def look(self) -> float:
-        """The held-out loss of the present mask."""
-        bits = self.masked.mode_bits()
-        with self.masked.showing(bits):
-            loss = self.judge()
-        if loss < self.loss:
-            self.bits, self.loss = bits, loss
-        return loss
-
-
 def main(argv=None):
     args = parse_args(argv)
-    n, m = args.sparsity_type
-    out = refuse_existing(args.out or f"results/lr{args.lr:g}_epoch{args.epoch}_logits{args.logits:g}_"
-                                      f"size{args.dataset_size}", "choose another --out or remove it")
+    if args.resume and runs.is_finished(args.resume):
+        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
+        return
     tracker_classes = tracking.chosen(args.tensorboard, args.wandb)
+    args.out = args.out or (f"results/lr{args.lr:g}_epoch{args.epoch}_logits{args.logits:g}_size{args.dataset_size}")
+    with runs.RunFolder(args) as folder:
+        learn(args, folder, tracker_classes)
+
+
+def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
+    """The run from its start, or from where it was stopped, to its results."""
+    n, m = args.sparsity_type
     set_seed(args.seed)
+    if args.deterministic:
+        be_deterministic()
 
     # text -> minibatches, model and m0
     model, tokenizer = load_model(args)
@@ -206,6 +127,7 @@ def main(argv=None):
         batches = data.token_rows(tokenizer, args.dataset, args.tokens, args.batchsize, args.sqlen, args.seed)
     else:
         batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.sqlen)
+    folder.confirm({"model": fingerprint, "mask": mask_fingerprint(mask_file.masks), "text": data.fingerprint(batches)})
 
     # m0 -> baseline losses
     estimator = make_estimator(args)
@@ -227,89 +149,104 @@ def main(argv=None):
                                                      args.forward == "sample", args.distill)
     best = Best(masked, lambda: statistics.mean(batch_loss(model, batch, args.microbatch) for batch in heldout))
 
-    if len(heldout):
-        heldout_m0 = best.look()
-
-    # the loop
+    # the start, or where the run was stopped
+    restored = folder.restore({"masked": masked, "estimator": estimator, "learner": learner, "best": best})
+    if len(heldout) and not restored:
+        best.look(0)
+    steps = min(args.max_step, args.epoch * len(batches))
+    folder.check_disk(results_bytes(args, masked, steps))
+    at = folder.position
+    trackers = [tracker(folder.path, vars(args), folder.record["id"], at.step) for tracker in tracker_classes]
     if args.step == "compiled":
         print("the first steps compile the mask step for each shape of layer: half a minute or more, once",
               file=sys.stderr)
-    steps = min(args.max_step, args.epoch * len(batches))
-    metrics, started, log, trackers, done, looked = [], time.time(), None, [], 0.0, 0
-    progress = tqdm(range(steps), desc="learning", unit="step", disable=None)
-    for t in progress:
-        batch, rate = batches[t % len(batches)], args.lr * rate_at(args.schedule, done)
-        reference = advantage = None
+
+    # the loop
+    for progress in folder.steps(steps):
+        minibatch, rate = at.step % len(batches), args.lr * rate_at(args.schedule, at.done)
+        batch, reference, advantage, census = batches[minibatch], None, None, None
         if learner:
-            loss = learner.step(batch, logit_step(rate, round(t / done) if done else steps), args.microbatch)
+            length = round(at.step / at.done) if at.done else steps
+            loss = learner.step(batch, logit_step(rate, length), args.microbatch)
         else:
             loss = batch_loss(model, batch, args.microbatch)  # f(m_t * w, minibatch)
-            reference = baselines[t % len(batches)] if baselines else None
+            reference = baselines[minibatch] if baselines else None
             if online:
                 with masked.showing_initial():
                     reference = batch_loss(model, batch, args.microbatch)
+        at.step += 1
+        at.done = min(1.0, max(at.step / steps, folder.seconds() / (60 * args.max_minutes)))
         if not math.isfinite(loss + (reference or 0)):
-            raise UserError(f"the loss is {loss + (reference or 0)} at step {t + 1}; lower --lr, or use --dtype "
-                            f"bfloat16 if the model overflows in {model.dtype}"
-                            + (f" (metrics so far: {out}/metrics.jsonl)" if log else ""))
+            if estimator:
+                masked.next_step(redraw=True)  # another mask may do better
+            folder.skip(loss + (reference or 0), f"lower --lr, or use --dtype bfloat16 if the model overflows in "
+                                                 f"{model.dtype}")
+            continue
+        at.skipped_in_a_row = 0
         if estimator:
-            advantage = estimator.advantage(loss, reference, t % len(batches))
+            advantage = estimator.advantage(loss, reference, minibatch)
             masked.update(rate * advantage)
 
-        metrics.append({"step": t + 1, "loss": loss, "baseline": reference, "advantage": advantage,
-                        "delta": getattr(estimator, "delta", None), "seconds": round(time.time() - started, 3)})
-        if log is None:
-            out.mkdir(parents=True)
-            record = {"arguments": vars(args), "model_fingerprint": fingerprint, "environment": environment()}
-            write_json(out / "run.json", record)
-            log = open(out / "metrics.jsonl", "w", buffering=1)
-            trackers = [tracker(out, vars(args)) for tracker in tracker_classes]
-        done = min(1.0, max((t + 1) / steps, (time.time() - started) / (60 * args.max_minutes)))
-        census = None
-        if int(done * args.looks) > looked:
-            looked = int(done * args.looks)
-            census = masked.census()
-            with open(out / "layers.jsonl", "a") as file:
-                file.write(json.dumps({"step": t + 1, **census}) + "\n")
+        line = {"step": at.step, "loss": loss, "baseline": reference, "advantage": advantage,
+                "delta": getattr(estimator, "delta", None), "seconds": round(folder.seconds(), 3)}
+        if int(at.done * args.looks) > at.looks:
+            at.looks, census = int(at.done * args.looks), masked.census()
             if len(heldout):
-                metrics[-1]["heldout"] = best.look()
-        log.write(json.dumps(metrics[-1]) + "\n")
+                line["heldout"] = best.look(at.step)
+        folder.log(line, census and {"step": at.step, **census})
         for tracker in trackers:
-            tracker.log(t + 1, tracking.scalars(metrics[-1], census))
+            tracker.log(at.step, tracking.scalars(line, census))
         improvement = "" if reference is None else f" ({reference - loss:+.4f} against m0)"
         progress.set_postfix_str(f"loss {loss:.4f}{improvement}", refresh=False)
-        if done == 1.0:
-            break
-    for opened in (log, *trackers):
-        opened.close()
+        if census and at.diverged is None and (reason := diverging(folder.metrics, len(batches), best.first)):
+            at.diverged = at.step
+            remedy = f"the mask of step {best.step} will be delivered" if len(heldout) else "see --val_fraction"
+            print(f"\nat step {at.step} {reason}: the run diverges ({remedy}; a lower --lr may help)", file=sys.stderr)
+    for tracker in trackers:
+        tracker.close()
 
     # results
     masked.flush()
     if args.save:
-        from safetensors.torch import save_file
         logits = {name: torch.stack(layer.logits) for name, layer in masked.layers.items()}  # [width, blocks]
-        save_file(logits, out / "logits.safetensors")
+        with written_beside(folder.path / "logits.safetensors") as beside:
+            save_file(logits, beside)
     initial = {name: mask_file.masks[name] for name in learned}
     if learner:
         learner.detach()
     final = masked.finish(best.bits)
     changed = sum(int((final[name] != initial[name]).reshape(-1, m).any(1).sum()) for name in learned)
     blocks = sum(mask.numel() // m for mask in initial.values())
-    mask_files.save(out / "mask.safetensors", {**mask_file.masks, **final}, n, m, args.model, fingerprint)
+    masks = {**mask_file.masks, **final}
+    mask_files.save(folder.path / "mask.safetensors", masks, n, m, args.model, fingerprint)
     if not args.skip_checkpoint:
-        model.save_pretrained(out / "checkpoint")
-        tokenizer.save_pretrained(out / "checkpoint")
-    figures.learning_curve({out.name: metrics}, out / "curve.png")
-    tail = [line["loss"] for line in metrics[-len(batches):]]
-    seconds = time.time() - started
-    if len(heldout):
-        print(f"held-out loss of the mask delivered {best.loss:.4f} nats, of m0 {heldout_m0:.4f}")
-    summary = {"steps": len(metrics), "seconds": round(seconds, 1), "peak_memory_bytes": peak_memory_bytes(),
-               "blocks": blocks, "blocks_changed": changed, "mean_loss_last_epoch": sum(tail) / len(tail)}
-    write_json(out / "run.json", {**record, "summary": summary})
-    print(f"{len(metrics)} steps in {seconds:.0f} s, last epoch's mean loss {summary['mean_loss_last_epoch']:.4f} "
-          f"nats, {changed / blocks:.2%} of {blocks} blocks changed, peak {peak_memory_bytes() / 2**30:.2f} GiB "
-          f"-> {out}")
+        with written_beside(folder.path / "checkpoint") as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+    figures.learning_curve({folder.path.name: folder.metrics}, folder.path / "curve.png")
+    tail = [line["loss"] for line in folder.metrics[-len(batches):]]
+    summary = {"steps": at.step, "seconds": round(folder.seconds(), 1), "peak_memory_bytes": peak_memory_bytes(),
+               "blocks": blocks, "blocks_changed": changed, "mean_loss_last_epoch": sum(tail) / len(tail),
+               "mask_of_step": best.step if best.bits else at.step, "mask_fingerprint": mask_fingerprint(masks),
+               "steps_skipped": at.skipped, "diverged_at_step": at.diverged}
+    if best.bits:
+        summary.update(heldout_loss=best.loss, heldout_loss_of_m0=best.first)
+        print(f"held-out loss of the mask delivered, that of step {best.step}, {best.loss:.4f} nats, of m0 "
+              f"{best.first:.4f}")
+    folder.finish(summary)
+    skipped = f", {at.skipped} skipped for a loss that was not finite" if at.skipped else ""
+    print(f"{at.step} steps in {summary['seconds']:.0f} s{skipped}, last epoch's mean loss "
+          f"{summary['mean_loss_last_epoch']:.4f} nats, {changed / blocks:.2%} of {blocks} blocks changed, peak "
+          f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB -> {folder.path}")
+
+
+def results_bytes(args, masked: MaskedModel, steps: int) -> int:
+    """What the run will write beside its states, at most: masks at a bit a weight, logits, the model, a line a step."""
+    weights = sum(layer.weight.numel() for layer in masked.layers.values())
+    logits = sum(plane.nbytes for layer in masked.layers.values() for plane in layer.logits)
+    model = sum(parameter.nbytes for parameter in masked.model.parameters())
+    lines = 200 * steps + 150 * args.looks * len(masked.layers)
+    return weights // 8 + args.save * logits + (not args.skip_checkpoint) * model + lines
 
 
 if __name__ == "__main__":

@@ -144,6 +144,12 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def be_deterministic() -> None:
+    """Only algorithms that give the same bits every time, from here on; call it before a GPU is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # model
 

@@ -21,8 +21,9 @@ from tqdm import tqdm
 import data
 import layers
 import pge
+from settings import PRESETS
 from straight_through import StraightThrough
-from train import PRESETS, logit_step, rate_at, wanda_scores
+from train import logit_step, rate_at, wanda_scores
 from utils import UserError, batch_loss, run
 
 FITTED = dict(lr=10, logits=5)  # what fits this model, in the paper's terms

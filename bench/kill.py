@@ -1,0 +1,195 @@
+"""Kill runs at random moments, resume them, and compare every bit with the run that was left alone.
+
+    python bench/kill.py [--quick] [--kills 24] [--seed 0] [--json FILE]
+
+Every row is one way of learning on a model of two layers (tests/tiny.py, made on the spot). A run is killed by SIGKILL,
+SIGTERM or SIGINT inside a random module's forward pass, or by SIGKILL inside a random write: between two chunks of a
+state, before a sync, before a rename, before a removal. After some of the kills the newest state is torn or a bit of it
+flipped, as a power failure may do. Then it is resumed, and maybe killed again, until it ends. `same` counts the runs
+whose masks, logits, metrics, layers and curve are those of the uninterrupted run, bit for bit (all but the seconds).
+
+The killers are put into the process from here; the scripts know nothing of them.
+"""
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import common
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+import tiny  # noqa: E402
+
+import checkpoint  # noqa: E402
+import train  # noqa: E402
+import utils  # noqa: E402
+
+COMMON = "--dtype float32 --device cpu --sqlen 24 --step eager --save --checkpoint_every 2 --looks 5 --max_step 8"
+TEXT = "--dataset_size 8 --batchsize 2 --logits 1"
+SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+RUNS = {
+    "maskpro": f"{TEXT} --lr 5 --baseline online --skip_checkpoint",
+    "preset fast": "--preset fast --tokens 480 --batchsize 2 --val_fraction 0.2",
+    "pattern space": f"{TEXT} --lr 5 --space pattern --baseline online --skip_checkpoint",
+    "running, normalized, float16 logits": f"{TEXT} --lr 0.3 --estimator running --normalize_advantage --logits_dtype "
+                                           "float16 --val_fraction 0.25 --skip_checkpoint",
+    "straight-through, sampled": f"{TEXT} --lr 3 --estimator straight_through --forward sample --skip_checkpoint",
+}
+
+
+def workshop(folder: Path) -> None:
+    """A model, a text and m0, made once."""
+    import layers
+    import mask_files
+    tiny.make_llama(folder / "dense")
+    tiny.write_corpus(folder / "text.jsonl", 12)
+    model = utils.load_model(train.parse_args(f"--model {folder}/dense --dtype float32 --device cpu".split()))[0]
+    masks = common.magnitude_masks(model, 2, 4)
+    assert masks.keys() == layers.find_layers(model).keys()
+    mask_files.save(folder / "mask.safetensors", masks, 2, 4, "dense", utils.model_fingerprint(model))
+
+
+class Killer:
+    """Counts moments of this process, and at the one that `kind` and `number` name sends it a signal."""
+
+    def __init__(self, kind: str, number: int, sent: int):
+        self.kind, self.number, self.sent, self.counts = kind, number, sent, Counter()
+        torch.nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: self.moment("forward"))
+        for name in ("fsync", "replace", "unlink"):
+            setattr(os, name, self.before(getattr(os, name)))
+        checkpoint.CHUNK_BYTES = 4096
+        checkpoint.hashlib = SimpleNamespace(sha256=lambda start: self.counting(hashlib.sha256(start)))
+
+    def moment(self, kind: str) -> None:
+        self.counts[kind] += 1
+        if kind == self.kind and self.counts[kind] == self.number:
+            os.kill(os.getpid(), self.sent)
+
+    def before(self, function):
+        def called(*arguments, **names):
+            self.moment("write")
+            return function(*arguments, **names)
+        return called
+
+    def counting(self, digest):
+        return SimpleNamespace(update=self.before(digest.update), hexdigest=digest.hexdigest)
+
+
+def in_process(folder: Path, arguments: list[str], kind: str = "", number: int = 0, sent: int = 0) -> tuple[int, str]:
+    """train.py with a killer in a process of its own; its exit code (-9: SIGKILL), and what it said."""
+    sys.stdout.flush(), sys.stderr.flush()
+    log = folder / "said.txt"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1), os.dup2(handle, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            torch.set_num_threads(1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            killer = Killer(kind, number, sent)
+            utils.run(lambda: train.main(arguments))
+            code = 0
+            (folder / "counts.json").write_text(json.dumps(killer.counts))
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text()
+
+
+def contents(run: Path) -> dict:
+    """What a finished run made: everything but times and places."""
+    record = json.loads((run / "run.json").read_text())
+    assert not list(run.glob(".*")) and not (run / "state").exists() and not (run / "lock").exists()
+    found = {path.relative_to(run): path.read_bytes() for path in run.rglob("*")
+             if path.is_file() and path.suffix != ".safetensors" and path.name not in ("run.json", "metrics.jsonl")}
+    for path in run.rglob("*.safetensors"):  # whose metadata come in any order
+        found.update({f"{path.name} {name}": (tensor.dtype, tensor.shape, tensor.view(torch.uint8).numpy().tobytes())
+                      for name, tensor in load_file(path).items()})
+    found["metrics"] = [{**json.loads(line), "seconds": 0} for line in (run / "metrics.jsonl").open()]
+    found["summary"] = {**record["summary"], "seconds": 0, "peak_memory_bytes": 0}
+    return found
+
+
+def tear(state: Path, generator: random.Random) -> None:
+    """Cut the file, or flip one bit."""
+    data = bytearray(state.read_bytes())
+    place = generator.randrange(len(data))
+    if generator.random() < 0.5:
+        data[place] ^= 1 << generator.randrange(8)
+    else:
+        del data[place:]
+    state.write_bytes(data)
+
+
+def campaign(folder: Path, flags: str, kills: int, generator: random.Random) -> dict:
+    """So many kills of one kind of run; counts of them, of torn states, of runs compared and of runs the same."""
+    arguments = f"--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl".split()
+    arguments += f"{COMMON} {flags}".split()
+    for name in ("whole", "killed"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    code, said = in_process(folder, [*arguments, "--out", f"{folder}/whole/run"])
+    assert code == 0, said
+    expected, moments = contents(folder / "whole/run"), json.loads((folder / "counts.json").read_text())
+    counts, run = Counter(kills=0, SIGKILL=0, SIGTERM=0, SIGINT=0, in_writes=0, torn=0, runs=0, same=0), None
+    while counts["kills"] < kills or run:
+        if run is None:
+            run = folder / "killed/run"
+            shutil.rmtree(run, ignore_errors=True)
+        kind = generator.choice(["forward", "write"]) if counts["kills"] < kills else ""
+        sent = generator.choice(SIGNALS) if kind == "forward" else signal.SIGKILL
+        number = generator.randint(1, moments[kind]) if kind else 0
+        going_on = (run / "run.json").exists()
+        code, said = in_process(folder, ["--resume", str(run)] if going_on else [*arguments, "--out", str(run)],
+                                kind, number, sent)
+        if code == 0:
+            counts["runs"] += 1
+            counts["same"] += contents(run) == expected
+            run = None
+            continue
+        wanted = -sent if sent == signal.SIGKILL else 128 + sent
+        assert code == wanted, f"exit code {code} instead of {wanted}:\n{said}"
+        counts["kills"] += 1
+        counts[sent.name] += 1
+        counts["in_writes"] += kind == "write"
+        if sent == signal.SIGKILL and not (run / "run.json").exists():
+            shutil.rmtree(run, ignore_errors=True)  # killed before it was a run
+        states = sorted((run / "state").glob("step*"))
+        if states and generator.random() < 0.3:
+            tear(states[-1], generator)
+            counts["torn"] += 1
+    return counts
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--kills", type=int, default=24, help="of each kind of run")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    generator, rows = random.Random(args.seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        workshop(Path(folder))
+        for name, flags in tqdm(RUNS.items(), desc="kinds of run", disable=None):
+            rows.append({"run": name, **campaign(Path(folder), flags, 3 if args.quick else args.kills, generator)})
+    lost = sum(row["runs"] - row["same"] for row in rows)
+    common.report(rows, args, f"lost: {lost}")
+    if lost:
+        raise utils.UserError(f"{lost} runs are not what the uninterrupted run is; see `same`")
+
+
+if __name__ == "__main__":
+    utils.run(main)

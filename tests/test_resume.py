@@ -1,0 +1,385 @@
+"""Runs that are stopped, killed, starved of disk or of finite numbers, and what `train.py` makes of them.
+
+The short version of bench/kill.py, and each refusal and promise by itself.
+"""
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import best
+import checkpoint
+import mask_files
+import pge
+import runs
+import train
+import utils
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "bench"))
+import kill  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def w(tmp_path_factory):
+    """The workshop of bench/kill.py."""
+    folder = tmp_path_factory.mktemp("workshop")
+    kill.workshop(folder)
+    return folder
+
+
+def arguments(w: Path, out: Path, flags: str = "") -> list[str]:
+    return (f"--model {w}/dense --mask {w}/mask.safetensors --dataset {w}/text.jsonl --dtype float32 --device cpu "
+            "--dataset_size 8 --batchsize 2 --sqlen 24 --step eager --logits 1 --lr 5 --baseline online --max_step 6 "
+            f"--targets q_proj --skip_checkpoint --checkpoint_every 1 --out {out} {flags}").split()
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """step -> what the loss of that step is instead (a function of no argument); counts train.py's own forward
+    passes, of which --estimator vanilla makes one a step."""
+    said, count = {}, [0]
+    true = utils.batch_loss
+
+    def loss(*given):
+        count[0] += 1
+        return said[count[0]]() if count[0] in said else true(*given)
+    monkeypatch.setattr(train, "batch_loss", loss)
+    return said
+
+
+def raises(error):
+    def function():
+        raise error
+    return function
+
+
+VANILLA = "--estimator vanilla --lr 0.1"
+
+
+def steps_of(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def states_of(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "state").iterdir())
+
+
+# --------------------------------------------------------------------------------------------------- killed and resumed
+
+
+@pytest.mark.parametrize("name", ["maskpro", "preset fast", "pattern space"])
+def test_killed_runs_end_as_if_they_had_not_been(w, name):
+    counts = kill.campaign(w, kill.RUNS[name], 2, random.Random(len(name)))
+    assert counts["kills"] >= 2 and counts["runs"] == counts["same"] >= 1
+
+
+@pytest.mark.parametrize("number", [60, 61, 64])
+def test_killed_inside_the_write_of_a_state(w, tmp_path, number):
+    """The state being written is lost, the one before it is not."""
+    flags = arguments(w, tmp_path / "run", VANILLA)
+    code, said = kill.in_process(w, flags, "write", number, 9)
+    states = list((tmp_path / "run/state").iterdir())
+    assert code == -9, said
+    assert sum(path.name.startswith(".step") for path in states) == 1 and sum(map(checkpoint.is_whole, states)) >= 1
+    train.main(["--resume", str(tmp_path / "run")])
+    train.main([*flags, "--out", str(tmp_path / "whole/run")])
+    assert kill.contents(tmp_path / "run") == kill.contents(tmp_path / "whole/run")
+
+
+def test_torn_states_are_passed_over(w, tmp_path, losses, capsys):
+    losses[6] = raises(MemoryError())
+    with pytest.raises(MemoryError):
+        train.main(arguments(w, tmp_path / "run", VANILLA))
+    assert states_of(tmp_path / "run") == ["step00000004.safetensors", "step00000005.safetensors"]
+    assert f"python train.py --resume {tmp_path}/run" in capsys.readouterr().err
+    newest = tmp_path / "run/state/step00000005.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    train.main(["--resume", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "step00000005.safetensors is torn or damaged" in said and "going on after step 4" in said
+    train.main(arguments(w, tmp_path / "whole/run", VANILLA))
+    assert kill.contents(tmp_path / "run") == kill.contents(tmp_path / "whole/run")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_no_cut_and_no_flipped_bit_goes_unnoticed(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("state") / "step00000001.safetensors"
+    tensors = {"b": torch.arange(5, dtype=torch.uint8), "a": torch.randn(2, 3), "h": torch.randn(3).half()}
+    checkpoint.save(path, {"x": [0.1, None]}, tensors)
+    assert checkpoint.is_whole(path)
+    saved = checkpoint.Saved(path)
+    assert saved.scalars == {"x": [0.1, None]} and all(torch.equal(saved.read(k, v), v) for k, v in tensors.items())
+    whole = path.read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    path.write_bytes(whole[:place])
+    assert not checkpoint.is_whole(path)
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << data.draw(st.integers(0, 7))]) + whole[place + 1:])
+    assert not checkpoint.is_whole(path)
+
+
+def test_a_state_of_another_shape_or_dtype_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "s", {}, {"a": torch.zeros(4)})
+    saved = checkpoint.Saved(tmp_path / "s")
+    for name, like in [("a", torch.zeros(5)), ("a", torch.zeros(4).half()), ("b", torch.zeros(4))]:
+        with pytest.raises(UserError, match="the state of another run"):
+            saved.read(name, like)
+
+
+@pytest.mark.parametrize("make", [pge.Vanilla, pge.Residual, lambda: pge.MaskPro(0.9, True), pge.Running,
+                                  lambda: pge.Normalized(pge.Running()), lambda: pge.Normalized(pge.MaskPro())])
+def test_estimators_go_on_from_their_state(make):
+    whole, first, second = make(), make(), make()
+    given = [(math.sin(t), math.cos(t), t % 3) for t in range(12)]
+    expected = [whole.advantage(*step) for step in given]
+    found = [first.advantage(*step) for step in given[:5]]
+    second.restore(json.loads(json.dumps(first.state()[0])))
+    assert found + [second.advantage(*step) for step in given[5:]] == expected
+
+
+def test_when_a_state_is_due(tmp_path):
+    by_steps, by_time = (checkpoint.Checkpoints(tmp_path, every, 2) for every in ("5", "0.5m"))
+    assert [step for step in range(1, 21) if by_steps.due(step, 0.0)] == [5, 10, 15, 20]
+    assert not by_time.due(9, 29) and by_time.due(9, 31) and not by_time.due(9, 29, last=True)
+    by_time.step, by_time.saved_at, by_time.cost = 9, 31, 2.0
+    assert not by_time.due(20, 31 + 99) and by_time.due(20, 31 + 101)  # two seconds are 2 % of a hundred
+    by_time.cost = 0.1
+    assert by_time.due(20, 31 + 6, last=True) and not by_time.due(20, 31 + 4, last=True)
+
+
+@pytest.mark.parametrize("every", ["0", "0m", "-1", "5s", "m", "", "1.5", "nan"])
+def test_intervals_that_are_none(every, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--checkpoint_every", every])
+    assert stop.value.code == 2 and "such as 10m" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- refused and repeated
+
+
+@pytest.fixture
+def stopped(w, tmp_path, losses):
+    """A run that stopped after three steps."""
+    losses[4] = raises(MemoryError())
+    with pytest.raises(MemoryError):
+        train.main(arguments(w, tmp_path / "run", VANILLA))
+    return tmp_path / "run"
+
+
+def test_changed_settings_are_refused_by_name(stopped):
+    with pytest.raises(UserError, match="--lr 0.1 there, 0.2 here; --seed 0 there, 1 here; leave them out"):
+        train.main(["--resume", str(stopped), "--lr", "0.2", "--seed", "1", "--max_step", "6"])
+    with pytest.raises(UserError, match="--out"):
+        train.main(["--resume", str(stopped), "--out", "elsewhere"])
+    record = json.loads((stopped / "run.json").read_text())
+    record["arguments"]["lr"] = 0.3
+    (stopped / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="--lr 0.1 there, 0.3 here"):
+        train.main(["--resume", str(stopped)])
+
+
+def test_other_texts_and_masks_are_refused_by_name(w, stopped):
+    record = json.loads((stopped / "run.json").read_text())
+    for name in ("model", "mask", "text"):
+        changed = {**record, "fingerprints": {**record["fingerprints"], name: "0" * 16}}
+        (stopped / "run.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=rf"made from another {name} \(0000000000000000 there"):
+            train.main(["--resume", str(stopped)])
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda record: "{", "it is damaged"), (lambda record: "[]", "it is damaged"),
+    (lambda record: json.dumps({**record, "arguments": {"lr": {}}}), "argument --lr"),
+    (lambda record: json.dumps({**record, "arguments": {"lrr": 1}}), "there is no --lrr"),
+    (lambda record: json.dumps({**record, "arguments": {"alpha": 7}}), "--alpha 7"),
+    (lambda record: json.dumps({**record, "arguments": {"trust_remote_code": True}}), "add the flag if you still")])
+def test_records_that_are_none(stopped, change, words):
+    (stopped / "run.json").write_text(change(json.loads((stopped / "run.json").read_text())))
+    with pytest.raises(UserError, match=words):
+        train.main(["--resume", str(stopped)])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    for flag in ("--resume", "--repeat"):
+        with pytest.raises(UserError, match="run.json cannot be read .*; give the folder of a run"):
+            train.main([flag, str(tmp_path)])
+
+
+def test_lost_lines_are_noticed(stopped):
+    (stopped / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="metrics.jsonl is not as the run left it"):
+        train.main(["--resume", str(stopped)])
+
+
+def test_a_finished_run_says_so(w, tmp_path, capsys):
+    train.main(arguments(w, tmp_path / "run", "--max_step 1"))
+    train.main(["--resume", str(tmp_path / "run")])
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_repeated_in_a_fresh_process_the_mask_is_the_same(w, tmp_path):
+    """Another process, with another hash seed; and --deterministic runs."""
+    code, said = kill.in_process(w, arguments(w, tmp_path / "run", "--deterministic --save"))
+    assert code == 0, said
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--repeat", tmp_path / "run"], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7"})
+    assert done.returncode == 0, done.stderr
+    first, again = kill.contents(tmp_path / "run"), kill.contents(tmp_path / "run_repeat")
+    curve = Path("curve.png")  # names the run
+    assert first.pop(curve) and again.pop(curve) and first == again
+    there, here = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("run", "run_repeat"))
+    assert there["environment"] == here["environment"] and there["fingerprints"] == here["fingerprints"]
+
+
+# ---------------------------------------------------------------------------------------------------------- two at once
+
+
+def test_the_second_run_in_a_folder_is_refused(stopped, capsys):
+    with runs.lock(stopped):
+        with pytest.raises(UserError, match=rf"another run \(process {os.getpid()} on .*\); wait for its end"):
+            train.main(["--resume", str(stopped)])
+    assert (stopped / "state").exists()
+    with open(stopped / "lock", "a") as file:  # of a process that is no more
+        file.write("process 1 on another machine")
+    train.main(["--resume", str(stopped)])
+
+
+def test_a_stopped_runs_folder_says_how_to_go_on(w, stopped):
+    with pytest.raises(UserError, match="exists already; go on with it: python train.py --resume .*or choose another"):
+        train.main(arguments(w, stopped))
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(w, tmp_path, losses):
+    losses[1] = raises(MemoryError())
+    with pytest.raises(MemoryError):
+        train.main(arguments(w, tmp_path / "a/b/run", VANILLA))
+    assert not (tmp_path / "a").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- not finite numbers
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(w, tmp_path, losses, capsys):
+    losses[2] = losses[3] = losses[5] = lambda: math.nan
+    train.main(arguments(w, tmp_path / "run", VANILLA))
+    assert steps_of(tmp_path / "run") == [1, 4, 6]
+    assert json.loads((tmp_path / "run/run.json").read_text())["summary"]["steps_skipped"] == 3
+    assert "3 skipped" in capsys.readouterr().out
+
+
+def test_three_in_a_row_stop_the_run_with_its_last_good_state(w, tmp_path, losses):
+    losses.update(dict.fromkeys([3, 4, 5], lambda: math.inf))
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="the loss is inf at step 3 and at all up to step 5; lower --lr.*--resume"):
+        train.main(arguments(w, run, VANILLA))
+    before, after = (checkpoint.Saved(run / f"state/step0000000{step}.safetensors") for step in (4, 5))
+    assert after.scalars["position"]["skipped"] == 3 and steps_of(run) == [1, 2]
+    for name in after.names:
+        if "logits" in name:
+            assert torch.equal(after.file.get_tensor(name), before.file.get_tensor(name))
+            assert after.file.get_tensor(name).isfinite().all()
+    train.main(["--resume", str(run)])
+    assert steps_of(run) == [1, 2, 6]
+
+
+def test_a_straight_through_step_that_is_not_finite_moves_nothing(w, tmp_path, monkeypatch):
+    seen = []
+
+    def step(learner, *given):
+        seen.append({name: tensor.clone() for name, tensor in learner.masked.state()[1].items()})
+        if len(seen) in (3, 4):
+            monkeypatch.setattr("straight_through.summed_loss", lambda logits, *_: (math.nan, logits))
+        else:
+            monkeypatch.setattr("straight_through.summed_loss", true)
+        return original(learner, *given)
+    import straight_through
+    original, true = straight_through.StraightThrough.step, straight_through.summed_loss
+    monkeypatch.setattr(straight_through.StraightThrough, "step", step)
+    train.main(arguments(w, tmp_path / "run", "--estimator straight_through --lr 1"))
+    assert steps_of(tmp_path / "run") == [1, 2, 5, 6]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(seen, seen[1:])]
+    assert same == [True, False, True, True, False]  # the first step only measures
+
+
+# ---------------------------------------------------------------------------------------------------------- divergence
+
+
+def lines(losses, heldout=()):
+    return [{"step": t + 1, "loss": loss, **({"heldout": heldout[t]} if t < len(heldout) else {})}
+            for t, loss in enumerate(losses)]
+
+
+def test_divergence_is_above_the_start_for_long():
+    noise = random.Random(0)
+    flat = [3 + noise.gauss(0, 0.1) for _ in range(128)]
+    rising = [loss + t / 300 for t, loss in enumerate(flat)]
+    assert best.diverging(lines(flat), 4, math.inf) is None
+    assert best.diverging(lines(flat[:96] + [9.0] * 32), 4, math.inf) is None  # not for long
+    assert best.diverging(lines(rising[:127]), 4, math.inf) is None  # the fourth window is not full
+    assert "the training loss is" in best.diverging(lines(rising), 4, math.inf)
+    assert best.diverging(lines(flat, [3.1, 3.2]), 4, 3.0) is None
+    assert best.diverging(lines(flat, [3.1, 3.2, 2.9]), 4, 3.0) is None
+    assert "above the 3.0000 of m0" in best.diverging(lines(flat, [2.9, 3.1, 3.2, 3.1]), 4, 3.0)
+
+
+def test_divergence_is_announced_once_and_the_best_mask_delivered(w, tmp_path, losses, capsys):
+    heldout = dict(zip([1, 3, 5, 7, 9, 11, 13], [3.0, 2.0, 3.1, 3.2, 3.3, 3.4, 3.5]))  # m0, then after each step
+    losses.update({count: lambda value=value: value for count, value in heldout.items()})
+    train.main(arguments(w, tmp_path / "run", f"{VANILLA} --val_fraction 0.2 --save --lr 3"))
+    said, summary = capsys.readouterr(), json.loads((tmp_path / "run/run.json").read_text())["summary"]
+    assert said.err.count("diverges") == 1 and "the mask of step 1 will be delivered" in said.err
+    assert summary["diverged_at_step"] == 4 and summary["mask_of_step"] == 1 and summary["heldout_loss"] == 2.0
+    losses.clear()
+    train.main(arguments(w, tmp_path / "one", f"{VANILLA} --val_fraction 0.2 --lr 3 --max_step 1"))
+    one, delivered = (mask_files.load(tmp_path / name / "mask.safetensors").masks for name in ("one", "run"))
+    assert all(torch.equal(one[name], mask) for name, mask in delivered.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------- disk
+
+
+def test_too_little_disk_is_said_before_the_first_step(w, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(UserError, match="run needs 0.[0-9]+ MiB and its disk has 0.1 MiB free"):
+        train.main(arguments(w, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["state", "metrics"])
+def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(w, tmp_path, monkeypatch, place):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    save, log = checkpoint.save, runs.RunFolder.log
+
+    def failing_save(path, scalars, tensors):
+        if "step00000003" in path.name:
+            raise UserError(f"{path} cannot be written ({full}); free some space") from full
+        save(path, scalars, tensors)
+
+    def failing_log(folder, line, layers=None):
+        if line["step"] == 3:
+            raise full
+        log(folder, line, layers)
+    with monkeypatch.context() as patch:
+        if place == "state":
+            patch.setattr(checkpoint, "save", failing_save)
+        else:
+            patch.setattr(runs.RunFolder, "log", failing_log)
+        with pytest.raises(UserError, match="cannot be written.*No space left.*go on with: python train.py --resume"):
+            train.main(arguments(w, tmp_path / "run"))
+    assert states_of(tmp_path / "run") == ["step00000001.safetensors", "step00000002.safetensors"]
+    train.main(["--resume", str(tmp_path / "run")])
+    train.main(arguments(w, tmp_path / "whole/run"))
+    assert kill.contents(tmp_path / "run") == kill.contents(tmp_path / "whole/run")
