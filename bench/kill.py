@@ -3,8 +3,8 @@
     python bench/kill.py [--quick] [--kills 24] [--seed 0] [--json FILE]
 
 Every row is one way of learning on a model of two layers (tests/tiny.py, made on the spot). A run is killed by SIGKILL,
-SIGTERM or SIGINT inside a random module's forward pass, or by SIGKILL inside a random write: between two chunks of a
-state, before a sync, before a rename, before a removal. After some of the kills the newest state is torn or a bit of it
+SIGTERM or SIGINT inside a random module's forward pass, or by SIGKILL between two chunks of a state that is being
+written, or before a sync, a rename or a removal. After some of the kills the newest state is torn or a bit of it
 flipped, as a power failure may do. Then it is resumed, and maybe killed again, until it ends. `same` counts the runs
 whose masks, logits, metrics, layers and curve are those of the uninterrupted run, bit for bit (all but the seconds).
 
@@ -66,7 +66,7 @@ class Killer:
         self.kind, self.number, self.sent, self.counts = kind, number, sent, Counter()
         torch.nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: self.moment("forward"))
         for name in ("fsync", "replace", "unlink"):
-            setattr(os, name, self.before(getattr(os, name)))
+            setattr(os, name, self.before(getattr(os, name), "file"))
         checkpoint.CHUNK_BYTES = 4096
         checkpoint.hashlib = SimpleNamespace(sha256=lambda start: self.counting(hashlib.sha256(start)))
 
@@ -75,14 +75,14 @@ class Killer:
         if kind == self.kind and self.counts[kind] == self.number:
             os.kill(os.getpid(), self.sent)
 
-    def before(self, function):
+    def before(self, function, kind: str):
         def called(*arguments, **names):
-            self.moment("write")
+            self.moment(kind)
             return function(*arguments, **names)
         return called
 
     def counting(self, digest):
-        return SimpleNamespace(update=self.before(digest.update), hexdigest=digest.hexdigest)
+        return SimpleNamespace(update=self.before(digest.update, "chunk"), hexdigest=digest.hexdigest)
 
 
 def in_process(folder: Path, arguments: list[str], kind: str = "", number: int = 0, sent: int = 0) -> tuple[int, str]:
@@ -145,12 +145,13 @@ def campaign(folder: Path, flags: str, kills: int, generator: random.Random) -> 
     code, said = in_process(folder, [*arguments, "--out", f"{folder}/whole/run"])
     assert code == 0, said
     expected, moments = contents(folder / "whole/run"), json.loads((folder / "counts.json").read_text())
-    counts, run = Counter(kills=0, SIGKILL=0, SIGTERM=0, SIGINT=0, in_writes=0, torn=0, runs=0, same=0), None
+    columns = ["kills", "SIGKILL", "SIGTERM", "SIGINT", "forward", "chunk", "file", "torn", "runs", "same"]
+    counts, run = Counter(dict.fromkeys(columns, 0)), None
     while counts["kills"] < kills or run:
         if run is None:
             run = folder / "killed/run"
             shutil.rmtree(run, ignore_errors=True)
-        kind = generator.choice(["forward", "write"]) if counts["kills"] < kills else ""
+        kind = generator.choice(["forward", "chunk", "file"]) if counts["kills"] < kills else ""
         sent = generator.choice(SIGNALS) if kind == "forward" else signal.SIGKILL
         number = generator.randint(1, moments[kind]) if kind else 0
         going_on = (run / "run.json").exists()
@@ -165,7 +166,7 @@ def campaign(folder: Path, flags: str, kills: int, generator: random.Random) -> 
         assert code == wanted, f"exit code {code} instead of {wanted}:\n{said}"
         counts["kills"] += 1
         counts[sent.name] += 1
-        counts["in_writes"] += kind == "write"
+        counts[kind] += 1
         if sent == signal.SIGKILL and not (run / "run.json").exists():
             shutil.rmtree(run, ignore_errors=True)  # killed before it was a run
         states = sorted((run / "state").glob("step*"))
