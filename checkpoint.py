@@ -97,7 +97,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self.steps = None if every.endswith("m") else int(every)
         self.minutes = float(every[:-1]) if every.endswith("m") else None
-        self.step, self.saved_at, self.cost, self.spent = None, 0.0, 0.0, 0.0  # of the last one; of all
+        self.step, self.saved_at, self.cost = None, 0.0, 0.0  # of the last one; the cost in seconds
 
     def due(self, step: int, seconds: float, last: bool = False) -> bool:
         """Is it time, after so many steps and seconds of the run? `last`: there will be no later time, so only the cost
@@ -118,7 +118,6 @@ class Checkpoints:
         for path in self.paths()[:-self.keep]:
             path.unlink()
         self.step, self.saved_at, self.cost = step, seconds, time.monotonic() - started
-        self.spent += self.cost
 
     def newest(self) -> Saved | None:
         """The newest state that is whole, None if there is none; damaged ones are named and set aside."""

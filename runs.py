@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import tracking
 from checkpoint import Checkpoints
 from settings import read_record
-from utils import UserError, check_disk, environment, refuse_existing, write_json
+from utils import UserError, check_disk, environment, refuse_existing, sync, write_json
 
 try:
     import fcntl
@@ -50,6 +51,7 @@ class Position:
     skipped_in_a_row: int = 0
     diverged: int | None = None  # the step at which that was announced
     seconds: float = 0.0
+    seconds_saving: float = 0.0  # of them, for states
     metrics_bytes: int = 0
     layers_bytes: int = 0
 
@@ -69,7 +71,7 @@ class RunFolder:
 
     def __init__(self, args):
         self.args, self.path = args, Path(args.out)
-        self.position, self.metrics, self.parts = Position(), [], {}
+        self.position, self.metrics, self.parts, self.trackers = Position(), [], {}, []
         self.stopped_by, self.stepped, self._stepping = None, False, False
         self._lock, self._logs, self._handlers, self._made = None, [], {}, []
         self.checkpoints = Checkpoints(self.path / "state", args.checkpoint_every, args.keep_checkpoints)
@@ -107,11 +109,13 @@ class RunFolder:
         except FileExistsError:
             raise UserError(f"{self.path} exists already; choose another --out")
         self._made = [self.path, *above]
+        for made in self._made:
+            sync(made.parent)
 
     def __exit__(self, kind, error, traceback) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        for opened in self._logs:
+        for opened in (*self._logs, *self.trackers):
             with suppress(OSError):  # of a full disk, said already
                 opened.close()
         if self._lock is None:
@@ -181,7 +185,10 @@ class RunFolder:
         write_json(self.path / "run.json", self.record)
 
     def finish(self, summary: dict) -> None:
-        """The last of a run's files, which says that all others are whole."""
+        """The last of a run's files, which says that all others are whole; a repeated run is compared."""
+        if self.args.repeat and "summary" in (before := read_record(Path(self.args.repeat))):
+            same = before["summary"].get("mask_fingerprint") == summary["mask_fingerprint"]
+            print(f"the mask is {'the same as' if same else 'not the same as'} that of {self.args.repeat}")
         self.record["summary"] = summary
         write_json(self.path / "run.json", self.record)
 
@@ -248,11 +255,13 @@ class RunFolder:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def log(self, line: dict, layers: dict | None = None) -> None:
-        """A line for metrics.jsonl and, if there is one, for layers.jsonl."""
+        """A line for metrics.jsonl and the trackers and, where the layers were looked at, for layers.jsonl."""
         self.metrics.append(line)
-        for log, value in zip(self._logs, (line, layers)):
+        for log, value in zip(self._logs, (line, layers and {"step": line["step"], **layers})):
             if value is not None:
                 log.write(json.dumps(value) + "\n")
+        for tracker in self.trackers:
+            tracker.log(line["step"], tracking.scalars(line, layers))
 
     def skip(self, loss: float, advice: str) -> None:
         """Count a step whose loss is not finite. UserError after BAD_LOSSES in a row, with the state saved."""
@@ -269,8 +278,11 @@ class RunFolder:
 
     def save(self) -> None:
         """Save the state. The logs are synced first: a state that is there has its lines there."""
+        for tracker in self.trackers:
+            tracker.flush()
         for log in self._logs:
             os.fsync(log.fileno())
+        sync(self.path)
         self.position.metrics_bytes, self.position.layers_bytes = (log.tell() for log in self._logs)
         self.position.seconds = self.seconds()
         scalars, tensors = {"position": asdict(self.position), "arguments": self._settings()}, {}
@@ -279,6 +291,7 @@ class RunFolder:
             tensors.update({f"{name}.{key}": tensor for key, tensor in found.items()})
         tensors["random"] = torch.get_rng_state()
         self.checkpoints.save(self.position.step, self.position.seconds, scalars, tensors)
+        self.position.seconds_saving += self.checkpoints.cost
 
 
 def lock(folder: Path):

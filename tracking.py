@@ -21,6 +21,9 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
@@ -35,6 +38,9 @@ class WandB:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
+
+    def flush(self) -> None:
+        pass  # its own process has the numbers and outlives this one
 
     def close(self) -> None:
         self.run.finish()

@@ -156,7 +156,7 @@ def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
     steps = min(args.max_step, args.epoch * len(batches))
     folder.check_disk(results_bytes(args, masked, steps))
     at = folder.position
-    trackers = [tracker(folder.path, vars(args), folder.record["id"], at.step) for tracker in tracker_classes]
+    folder.trackers = [tracker(folder.path, vars(args), folder.record["id"], at.step) for tracker in tracker_classes]
     if args.step == "compiled":
         print("the first steps compile the mask step for each shape of layer: half a minute or more, once",
               file=sys.stderr)
@@ -193,17 +193,13 @@ def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
             at.looks, census = int(at.done * args.looks), masked.census()
             if len(heldout):
                 line["heldout"] = best.look(at.step)
-        folder.log(line, census and {"step": at.step, **census})
-        for tracker in trackers:
-            tracker.log(at.step, tracking.scalars(line, census))
+        folder.log(line, census)
         improvement = "" if reference is None else f" ({reference - loss:+.4f} against m0)"
         progress.set_postfix_str(f"loss {loss:.4f}{improvement}", refresh=False)
         if census and at.diverged is None and (reason := diverging(folder.metrics, len(batches), best.first)):
             at.diverged = at.step
             remedy = f"the mask of step {best.step} will be delivered" if len(heldout) else "see --val_fraction"
             print(f"\nat step {at.step} {reason}: the run diverges ({remedy}; a lower --lr may help)", file=sys.stderr)
-    for tracker in trackers:
-        tracker.close()
 
     # results
     masked.flush()
@@ -225,7 +221,8 @@ def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
             tokenizer.save_pretrained(beside)
     figures.learning_curve({folder.path.name: folder.metrics}, folder.path / "curve.png")
     tail = [line["loss"] for line in folder.metrics[-len(batches):]]
-    summary = {"steps": at.step, "seconds": round(folder.seconds(), 1), "peak_memory_bytes": peak_memory_bytes(),
+    summary = {"steps": at.step, "seconds": round(folder.seconds(), 1), "seconds_saving": round(at.seconds_saving, 2),
+               "peak_memory_bytes": peak_memory_bytes(),
                "blocks": blocks, "blocks_changed": changed, "mean_loss_last_epoch": sum(tail) / len(tail),
                "mask_of_step": best.step if best.bits else at.step, "mask_fingerprint": mask_fingerprint(masks),
                "steps_skipped": at.skipped, "diverged_at_step": at.diverged}

@@ -307,16 +307,17 @@ def written_beside(path: str | Path):
         for written in [*beside.rglob("*"), beside]:
             if written.is_file():  # safetensors writes files that only their owner can read
                 written.chmod(0o666 & ~_umask())
-            _sync(written)
+            sync(written)
         os.replace(beside, path)
-        _sync(path.parent)  # the rename itself
+        sync(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}); free some space, or choose another place") from error
     finally:
         _remove(beside)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or a folder's list of names, before anything else is done."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -89,13 +90,50 @@ def test_killed_runs_end_as_if_they_had_not_been(w, name):
 def test_killed_inside_the_write_of_a_state(w, tmp_path, number):
     """The state being written is lost, the one before it is not."""
     flags = arguments(w, tmp_path / "run", VANILLA)
-    code, said = kill.in_process(w, flags, "chunk", number, 9)
+    code, said = kill.in_process(w, flags, "chunk", number, signal.SIGKILL)
     states = list((tmp_path / "run/state").iterdir())
     assert code == -9, said
     assert sum(path.name.startswith(".step") for path in states) == 1 and sum(map(checkpoint.is_whole, states)) >= 1
     train.main(["--resume", str(tmp_path / "run")])
     train.main([*flags, "--out", str(tmp_path / "whole/run")])
     assert kill.contents(tmp_path / "run") == kill.contents(tmp_path / "whole/run")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(w, tmp_path, sent):
+    code, said = kill.in_process(w, arguments(w, tmp_path / "run", f"{VANILLA} --checkpoint_every 10m"), "forward",
+                                 100, sent)
+    assert code == 128 + sent
+    assert f"go on with: python train.py --resume {tmp_path}/run" in said and "Traceback" not in said
+    done = steps_of(tmp_path / "run")[-1]
+    assert f"stopped after step {done}, with its state saved" in said
+    assert states_of(tmp_path / "run") == [f"step{done:08d}.safetensors"]
+
+
+def test_trackers_go_on_at_the_step_after_the_state(w, tmp_path, losses, monkeypatch):
+    told = []
+
+    class Tracker:
+        def __init__(self, folder, arguments, name, step):
+            told.append(("start", name, step))
+
+        def log(self, step, values):
+            told.append(step)
+
+        def flush(self):
+            told.append("flush")
+
+        def close(self):
+            told.append("close")
+    monkeypatch.setattr("tracking.chosen", lambda *_: [Tracker])
+    losses[4] = raises(MemoryError())
+    with pytest.raises(MemoryError):
+        train.main(arguments(w, tmp_path / "run", f"{VANILLA} --checkpoint_every 2"))
+    name = json.loads((tmp_path / "run/run.json").read_text())["id"]
+    assert told == [("start", name, 0), 1, 2, "flush", 3, "close"]
+    told.clear()
+    train.main(["--resume", str(tmp_path / "run")])
+    assert told == [("start", name, 2), 3, 4, "flush", 5, 6, "flush", "close"]
 
 
 def test_torn_states_are_passed_over(w, tmp_path, losses, capsys):
