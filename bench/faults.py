@@ -9,9 +9,10 @@ import sys
 
 import common
 import fuzz
+import kill
 import torch
 
-CAMPAIGNS = [fuzz]  # modules with add_arguments(parser) and run(args) -> rows of counts, what went wrong
+CAMPAIGNS = [fuzz, kill]  # modules with add_arguments(parser) and run(args) -> rows of counts, what went wrong
 
 if __name__ == "__main__":
     parser = common.parser(__doc__)
