@@ -1,8 +1,25 @@
 import pytest
+import tiny
 import torch
+import transformers
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Small tensors: threads would only wait for each other, most of all on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of the tiny Llama, GPT-2 and OPT, by kind: to be read or copied, never written to."""
+    root = tmp_path_factory.mktemp("models")
+    return {kind: make(root / kind) for kind, make in tiny.MODELS.items()}
+
+
+@pytest.fixture
+def load(models):
+    """(kind, dtype) -> a fresh model in eval mode."""
+    def fresh(kind="llama", dtype=torch.float32):
+        return transformers.AutoModelForCausalLM.from_pretrained(models[kind]).to(dtype).eval()
+    return fresh

@@ -83,3 +83,27 @@ def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
         expected = torch.cat([expected[:rare].sum(0, keepdim=True), expected[rare:]])
     statistic = ((observed - expected) ** 2 / expected).sum()
     return float(torch.special.gammaincc(torch.tensor((len(observed) - 1) / 2, dtype=torch.float64), statistic / 2))
+
+
+def drawings(logits: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All ways to draw n of a block's M weights one after the other, from the definition in float64: their
+    probabilities `[M!/(M-n)!]`, differentiable in the logits `[M]`, and the drawn indices `[M!/(M-n)!, n]`."""
+    m = len(logits)
+    order = torch.tensor(list(permutations(range(m), n)))
+    left = torch.ones(len(order), m, dtype=torch.bool)
+    log_chance = torch.zeros(len(order), dtype=torch.float64)
+    for drawn in order.T:
+        log_chance = log_chance + logits.double()[drawn] - logits.double().masked_fill(~left, -torch.inf).logsumexp(1)
+        left = left.scatter(1, drawn[:, None], False)
+    return log_chance.exp(), order
+
+
+def inclusion_by_drawings(logits: torch.Tensor, n: int) -> torch.Tensor:
+    """P(i is kept), float64 `[M]`, differentiable: `drawings` added up."""
+    chance, order = drawings(logits, n)
+    return chance @ torch.nn.functional.one_hot(order, len(logits)).sum(1).double()
+
+
+def jacobian(inclusion, logits: torch.Tensor) -> torch.Tensor:
+    """d inclusion_i / d logits_j of one block, float64 `[M, width]`, by autograd."""
+    return torch.autograd.functional.jacobian(inclusion, logits.double())

@@ -127,3 +127,6 @@ def make_moe(folder) -> str:
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2, num_local_experts=4,
         num_experts_per_tok=2, max_position_embeddings=POSITIONS, initializer_range=SPREAD, bos_token_id=1,
         eos_token_id=2))
+
+
+MODELS = {"llama": make_llama, "gpt2": make_gpt2, "opt": make_opt}

@@ -1,0 +1,65 @@
+"""Tiny models under masks: made, run, and looked into."""
+import torch
+
+import pge
+from layers import MaskedModel, find_layers, weight_matrix
+
+TOKENS = torch.arange(40).view(2, 20) % 32
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def forward(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def magnitude_masks(layers, n=2, m=4):
+    masks = {}
+    for name, module in layers.items():
+        weight = weight_matrix(module).float().abs()
+        masks[name] = pge.mode(weight.reshape(-1, m), n).view_as(weight)
+    return masks
+
+
+def make(model, n=2, m=4, space="linear", **kwargs):
+    """(MaskedModel under its magnitude masks, those masks, its dense weights [out, in])."""
+    layers = find_layers(model)
+    dense = {name: weight_matrix(module).clone() for name, module in layers.items()}
+    masks = magnitude_masks(layers, n, m)
+    return MaskedModel(model, masks, pge.SPACES[space](n, m), **({"mode": "eager"} | kwargs)), masks, dense
+
+
+def used_weights(model):
+    """One forward; the weights [out, in] its layers multiplied with."""
+    used, hooks = {}, []
+    for name, module in find_layers(model).items():
+        def record(module, inputs, output, name=name):
+            used[name] = weight_matrix(module).clone()
+
+        hooks.append(module.register_forward_hook(record))
+    forward(model)
+    for hook in hooks:
+        hook.remove()
+    return used
+
+
+def drawn_masks(masked):
+    return {name: layer.mask_of(layer.bits).clone() for name, layer in masked.layers.items()}
+
+
+def logits_of(layer):
+    """[blocks, width], a copy of the planes."""
+    return torch.stack(list(layer.logits), 1)
+
+
+def assert_masked(weight, dense, mask):
+    """weight is dense where mask keeps, and +0.0 elsewhere."""
+    assert torch.equal(weight, torch.where(mask, dense, torch.zeros_like(dense)))
+    assert not torch.signbit(weight[~mask]).any()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
