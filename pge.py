@@ -111,19 +111,30 @@ def score(logits: Tensor, mask: Tensor) -> Tensor:
     return pruned.scatter(1, kept_indices(mask), kept).to(logits.dtype)
 
 
+@lru_cache
+def _lattice(n: int, m: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each size k to n of the sets T drawn so far, in lexicographic order: what the sets of one less leave over,
+    bool `[C(m, k - 1), m]`; and for each place in T, the number of the set T - i and i itself, int64 `[k, C(m, k)]`."""
+    levels, number, left = [], {(): 0}, torch.ones(1, m, dtype=torch.bool)
+    for k in range(1, n + 1):
+        sets = list(combinations(range(m), k))
+        before = torch.tensor([[number[t[:place] + t[place + 1:]] for t in sets] for place in range(k)])
+        levels.append((left, before, torch.tensor(sets).T))
+        number, left = {t: index for index, t in enumerate(sets)}, ~patterns(k, m)
+    return levels
+
+
 def pattern_probs(logits: Tensor, n: int) -> Tensor:
     """p(S) of every pattern, `[blocks, C(M, n)]` in the order of `patterns(n, M)`, in the dtype of the logits.
 
-    One pass up the lattice of sets drawn so far: f(T) = sum_{i in T} f(T - i) w_i / w(all but T - i).
+    One pass up the lattice of sets drawn so far, a size at a time: f(T) = sum_{i in T} f(T - i) w_i / w(all but T - i).
     """
-    m = logits.shape[1]
     w = (logits.double() - logits.double().amax(1, keepdim=True)).exp()
-    drawn = {(): torch.ones_like(w[:, 0])}
-    for size in range(1, n + 1):
-        hazard = {t: f / w[:, [j for j in range(m) if j not in t]].sum(1) for t, f in drawn.items()}
-        drawn = {t: sum(hazard[t[:k] + t[k + 1:]] * w[:, i] for k, i in enumerate(t))
-                 for t in combinations(range(m), size)}
-    return torch.stack(list(drawn.values()), 1).to(logits.dtype)
+    drawn = torch.ones_like(w[:, :1])
+    for left, before, last in _lattice(n, logits.shape[1]):
+        hazard = drawn / (w @ left.to(w).T)
+        drawn = sum(hazard[:, b] * w[:, i] for b, i in zip(before.to(w.device), last.to(w.device)))
+    return drawn.to(logits.dtype)
 
 
 def inclusion(logits: Tensor, n: int) -> Tensor:
