@@ -12,6 +12,7 @@ Random numbers are a hash of (seed, step, layer, block): the same on any device 
 """
 import sys
 from functools import lru_cache
+from math import comb
 
 import torch
 from torch import Tensor
@@ -176,24 +177,34 @@ def gradient_step(logits: list[Tensor], bits: Tensor | None, gain: Tensor, scale
     return sum_of([g * g for g in slope])
 
 
+def _generator(key: Tensor) -> torch.Generator:
+    return torch.Generator(key.device).manual_seed(int(key.cpu().view(torch.int64)))
+
+
+def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: torch.Generator) -> Tensor:
+    """`_store` of float32 blocks `[part, width]`; returns what is stored, float32."""
+    dtype = logits[0].dtype
+    if dtype != torch.float32:
+        noise = torch.randint(2**16, blocks.shape, generator=generator, device=blocks.device)
+        blocks = round_stochastically(blocks.contiguous(), dtype, noise.int())
+    for plane, column in zip(logits, blocks.unbind(1)):
+        plane[part] = column
+    return blocks.float()
+
+
 def reference_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
                    coefficient: Tensor, key: Tensor, space, chunk: int = CHUNK) -> None:
     """The same step by the exact routines of `pge.py`, for any space and N:M; logits: `width` planes; without a
     coefficient they are only drawn from."""
-    dtype = logits[0].dtype
-    generator = torch.Generator(bits.device).manual_seed(int(key.cpu().view(torch.int64)))
+    generator = _generator(key)
     for start in range(0, len(bits), chunk):
         part = slice(start, start + chunk)
         block_logits = torch.stack([plane[part] for plane in logits], 1).float()
         mask = bits_to_mask(bits[part], space.m)
         if coefficient is not None:
             block_logits = block_logits - coefficient * space.score(block_logits, mask)
-        if dtype != torch.float32:
-            noise = torch.randint(2**16, block_logits.shape, generator=generator, device=bits.device)
-            block_logits = round_stochastically(block_logits, dtype, noise.int())
-        for plane, column in zip(logits, block_logits.unbind(1)):
-            plane[part] = column
-        bits[part] = mask_to_bits(space.sample(block_logits.float(), generator))
+        stored = _store_blocks(logits, block_logits, part, generator)
+        bits[part] = mask_to_bits(space.sample(stored, generator))
     write_masked(weight, bits, out, space.m)
 
 
@@ -224,20 +235,20 @@ def eager_gradient(logits, bits, gain, scale, key, n, m, chunk: int = CHUNK) -> 
     return torch.cat(squares)
 
 
-def reference_gradient(logits, bits, gain, scale, key, space, chunk: int = CHUNK // 8) -> Tensor:
-    """`gradient_step` by autograd of the exact inclusion probabilities, for any space; rounds to the nearest."""
-    squares = []
+def reference_gradient(logits, bits, gain, scale, key, space) -> Tensor:
+    """`gradient_step` by autograd of the exact inclusion probabilities, for any space."""
+    squares, generator = [], _generator(~key)  # masks may be drawn under the same key
+    chunk = max(1, 2**20 // comb(space.m, space.n))
     for start in range(0, gain.shape[1], chunk):
         part = slice(start, start + chunk)
         block_logits = torch.stack([plane[part] for plane in logits], 1).double().requires_grad_()
         with torch.enable_grad():
             expected = (space.inclusion(block_logits) * gain[:, part].T).sum()
-        slope, = torch.autograd.grad(expected, block_logits)
-        moved = (block_logits.detach() - (slope * scale[0]).clamp(-1, 1) * scale[1]).to(logits[0].dtype)
-        for plane, column in zip(logits, moved.unbind(1)):
-            plane[part] = column
+        slope = torch.nan_to_num(torch.autograd.grad(expected, block_logits)[0], 0.0, 0.0, 0.0)
+        moved = block_logits.detach() - (slope * scale[0]).clamp(-1, 1) * scale[1]
+        stored = _store_blocks(logits, moved.float(), part, generator)
         if bits is not None:
-            bits[part] = mask_to_bits(space.mode(moved.float()))
+            bits[part] = mask_to_bits(space.mode(stored))
         squares.append(slope.square().sum(1).float())
     return torch.cat(squares)
 
