@@ -15,6 +15,7 @@ that layer's logits and frees it. All layers share the scratch buffer of `Masked
 written again before its backward.
 """
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -67,8 +68,7 @@ class StraightThrough:
         self.mean_squares: dict[int, Tensor] = {}
         for layer in masked.layers.values():
             layer.module.forward = partial(self._forward, layer)
-        if checkpointing:
-            enable_checkpointing(masked.model)
+        self._restore = enable_checkpointing(masked.model) if checkpointing else lambda: None
 
     def _forward(self, layer, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -125,9 +125,10 @@ class StraightThrough:
         self.mean_squares = {id(layer): mean.to(layer.weight.device) for layer, mean in zip(layers, means)}
 
     def detach(self) -> None:
-        """Give the modules their own forward back."""
+        """Give the modules their own forward back, and the model the state it was in without checkpointing."""
         for layer in self.masked.layers.values():
             del layer.module.forward
+        self._restore()
 
 
 def summed_loss(logits: Tensor, rows: Tensor, teacher: Tensor | None = None,
@@ -150,14 +151,22 @@ def summed_loss(logits: Tensor, rows: Tensor, teacher: Tensor | None = None,
     return total, gradient
 
 
-def enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: nn.Module) -> Callable[[], None]:
     """Keep only each decoder layer's input for backward and run the layer again there. The libraries do so in training
-    mode alone, so dropout is taken out first: masks are learned on the model as it is used."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    mode alone, so dropout and layerdrop are taken out first: masks are learned on the model as it is used. Returns a
+    function that puts everything back, the model into eval mode."""
+    chances = [(module, name, value) for module in model.modules() for name, value in vars(module).items()
+               if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout) and name == "p")]
+    for module, name, _ in chances:
+        setattr(module, name, 0.0)
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "_require_grads_hook"):  # what the libraries do for embeddings, `anchor` does already
+        model.disable_input_require_grads()
+
+    def restore() -> None:
+        model.gradient_checkpointing_disable()
+        model.eval()
+        for module, name, value in chances:
+            setattr(module, name, value)
+    return restore
