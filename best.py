@@ -18,8 +18,8 @@ class Best:
         self.bits: dict[int, Tensor] | None = None
         self.loss, self.step, self.first = math.inf, None, math.inf  # of the best; held-out loss of m0
 
-    def look(self, step: int) -> float:
-        """The held-out loss of the present mask, that after so many steps."""
+    def look(self, step: int) -> float | None:
+        """The held-out loss of the present mask, that after so many steps; None where it is not finite."""
         bits = self.masked.mode_bits()
         with self.masked.showing(bits):
             loss = self.judge()
@@ -27,7 +27,7 @@ class Best:
             self.first = loss
         if loss < self.loss:
             self.bits, self.loss, self.step = bits, loss, step
-        return loss
+        return loss if math.isfinite(loss) else None
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         bits = self.masked.by_name(self.bits) if self.bits else {}

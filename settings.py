@@ -1,7 +1,6 @@
 """train.py's arguments: what they are, presets of them, and the ones a recorded run had."""
 import argparse
 import json
-import math
 import re
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from utils import (
     add_data_arguments,
     add_model_arguments,
     finite,
+    positive_float,
     positive_int,
     script_parser,
     sparsity_type,
@@ -40,7 +40,7 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
     parser.add_argument("--logits", type=finite(0), default=10.0, help="C: initial logit of a kept weight (pruned: 0)")
     parser.add_argument("--epoch", type=positive_int, default=10000, help="passes through the minibatches, at most")
     parser.add_argument("--max_step", type=positive_int, default=10000, help="steps in all, at most")
-    parser.add_argument("--max_minutes", type=finite(1e-3), default=math.inf,
+    parser.add_argument("--max_minutes", type=positive_float, default=None,
                         help="end the loop and its schedule after so long; the mask then depends on the machine")
     parser.add_argument("--targets", nargs="+", default=None,
                         help="learn the layers whose names contain one of these; the others keep m0")
@@ -182,6 +182,6 @@ def as_flags(parser: argparse.ArgumentParser, arguments: dict, refuse) -> list[s
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         elif isinstance(value, list):
             flags.append(f"--{name}={':'.join(map(str, value))}")
-        elif (name, value) != ("max_minutes", math.inf):
+        else:
             flags.append(f"--{name}={value}")
     return flags

@@ -88,7 +88,7 @@ def logit_step(wander: float, steps: float) -> float:
 
 
 def rate_at(schedule: str, progress: float) -> float:
-    """The share of --lr in force after this share of the steps; a tenth of a decaying schedule warms up."""
+    """The share of --lr in force after this share of the steps; a decaying schedule warms up in its first fiftieth."""
     if schedule == "constant":
         return 1.0
     decay = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
@@ -151,8 +151,9 @@ def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
 
     # the start, or where the run was stopped
     restored = folder.restore({"masked": masked, "estimator": estimator, "learner": learner, "best": best})
-    if len(heldout) and not restored:
-        best.look(0)
+    if len(heldout) and not restored and best.look(0) is None:
+        raise UserError(f"the held-out loss of m0 is not finite; use --dtype bfloat16 if the model overflows in "
+                        f"{model.dtype}")
     steps = min(args.max_step, args.epoch * len(batches))
     folder.check_disk(results_bytes(args, masked, steps))
     at = folder.position
@@ -175,7 +176,7 @@ def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
                 with masked.showing_initial():
                     reference = batch_loss(model, batch, args.microbatch)
         at.step += 1
-        at.done = min(1.0, max(at.step / steps, folder.seconds() / (60 * args.max_minutes)))
+        at.done = min(1.0, max(at.step / steps, folder.seconds() / (60 * (args.max_minutes or math.inf))))
         if not math.isfinite(loss + (reference or 0)):
             if estimator:
                 masked.next_step(redraw=True)  # another mask may do better

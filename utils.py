@@ -83,6 +83,13 @@ def finite(lowest: float):
     return number
 
 
+def positive_float(text: str) -> float:
+    value = finite(0)(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of more than 0")
+    return value
+
+
 def seed_number(text: str) -> int:
     if not text.isdigit() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^63 - 1")
