@@ -382,11 +382,23 @@ def test_texts(refused, script, flags, words):
     refused(script, flags, *words)
 
 
+@cases(("train", "--val_fraction 0.6", "--val_fraction 0.6 of 2 minibatches leaves none to learn from"),
+       ("train", "--tokens 4000 --estimator running --batchsize 2000", "text.jsonl has only",
+        "fewer than one minibatch of 2000 x 32", "lower --batchsize"),
+       ("train", "--tokens 256 --estimator running --sqlen 1", "--sqlen is 1", "at least 2"))
+def test_minibatches_of_train(refused, script, flags, words):
+    refused(script, flags, *words)
+
+
 @cases((["inference_loss", "evaluate"], "--model {w}/nan", "not finite", "--dtype"),
        (["prune", "inference_loss", "evaluate"], "--model {w}/inf", "not finite", "--dtype"),
        ("train", "--model {w}/nan", "the loss is nan at step 1", "--dtype bfloat16"),
        ("train", "--model {w}/nan --baseline online", "the loss is nan at step 1", "--dtype bfloat16"),
-       ("train", "--model {w}/inf --estimator vanilla", "the loss is nan at step 1", "--dtype bfloat16"))
+       ("train", "--model {w}/inf --estimator vanilla", "the loss is nan at step 1", "--dtype bfloat16"),
+       ("train", "--model {w}/nan --estimator straight_through", "the loss is nan at step 1", "--dtype bfloat16"),
+       ("train", "--model {w}/inf --preset fast --tokens 512", "inputs of", "not finite", "--dtype bfloat16"),
+       ("train", "--model {w}/nan --estimator straight_through --val_fraction 0.3", "held-out loss of m0 is not finite",
+        "--dtype bfloat16"))
 def test_numbers_that_are_not_finite(refused, script, flags, words):
     refused(script, flags, *words)
 
@@ -471,7 +483,17 @@ def test_the_default_outputs_exist(refused, monkeypatch, tmp_path, script, name)
        ("train", "--alpha -0.5", "--alpha", "-0.5", "[0, 1)"),
        ("train", "--alpha 1", "--alpha", "1.0", "[0, 1)"),
        ("train", "--alpha nan", "--alpha", "nan", "[0, 1)"),
-       ("train", "--estimator nonsense", "--estimator", "maskpro"),
+       *[("train", f"--max_minutes {value}", "--max_minutes", value) for value in ("0", "-1", "nan", "inf", "soon")],
+       *[("train", f"--{name} {value}", f"--{name}", value, "[0, 1") for name, values in
+         (("distill", ("-0.1", "1.5", "nan")), ("val_fraction", ("-0.1", "1.0", "nan"))) for value in values],
+       *[("train", f"--{name} {value}", f"--{name}", value, "at least 1")
+         for name in ("tokens", "looks") for value in ("0", "-5", "1e6")],
+       ("train", "--tokens 256", "--tokens", "--baseline online", "--estimator running"),
+       ("train", "--tokens 256 --estimator residual", "--tokens", "--baseline online"),
+       ("train", "--preset nonsense", "--preset", "fast"),
+       ("train", "--schedule nonsense", "--schedule", "cosine"),
+       ("train", "--forward nonsense", "--forward", "sample"),
+       ("train", "--estimator nonsense", "--estimator", "straight_through"),
        ("train", "--space nonsense", "--space", "pattern"),
        ("train", "--init nonsense", "--init", "random"),
        ("train", "--baseline nonsense", "--baseline", "online"),

@@ -196,6 +196,66 @@ def test_minibatches_refuse(sizes, message, tokenizers, corpus):
     assert "\n" not in str(caught.value)
 
 
+# ---- rows of running text
+
+class WordsWithEnd(Words):
+    eos_token_id = 99
+
+
+def numbered(tmp_path, counts):
+    """A corpus whose i-th document has so many words, each of i + 2 letters."""
+    return write(tmp_path / "numbered.jsonl", [{"text": " ".join(["w" * (i + 2)] * n)} for i, n in enumerate(counts)])
+
+
+@pytest.mark.parametrize("tokenizer, between", [(WordsWithEnd(), [99]), (Words(), [])])
+def test_token_rows_are_the_running_text_shuffled(tmp_path, tokenizer, between):
+    """Every token of every document once, in order within a row; only what does not fill a minibatch is cut off."""
+    tokenizer.eos_token_id = between[0] if between else None
+    counts = [5, 0, 3, 11, 7, 2]
+    stream = [token for i, n in enumerate(counts) for token in [0] + [i + 2] * n + [1] + between]
+    batches = data.token_rows(tokenizer, numbered(tmp_path, counts), 10**6, batchsize=2, sqlen=4, seed=0)
+    assert batches.dtype == torch.int64 and batches.shape == (len(stream) // 8, 2, 4)
+    rows = [stream[i:i + 4] for i in range(0, len(stream) // 8 * 8, 4)]
+    found = batches.flatten(0, 1).tolist()
+    assert sorted(found) == sorted(rows) and found != rows
+    again = data.token_rows(tokenizer, numbered(tmp_path, counts), 10**6, 2, 4, seed=0)
+    other = data.token_rows(tokenizer, numbered(tmp_path, counts), 10**6, 2, 4, seed=1)
+    assert torch.equal(batches, again) and not torch.equal(batches, other)
+
+
+@pytest.mark.parametrize("tokens, minibatches", [(1, 1), (8, 1), (15, 1), (16, 2), (25, 3)])
+def test_token_rows_stop_reading_at_the_budget(monkeypatch, tokens, minibatches):
+    """Down to whole minibatches of 8 tokens, one at least; a document has 4 tokens."""
+    opened = []
+
+    def source(dataset):
+        for i in range(10**9):
+            opened.append(i)
+            yield "w w"
+    monkeypatch.setattr(data, "documents", source)
+    tokenizer = Words()
+    tokenizer.eos_token_id = None
+    assert data.token_rows(tokenizer, "endless", tokens, 2, 4, 0).shape == (minibatches, 2, 4)
+    assert len(opened) == 2 * minibatches
+
+
+def test_token_rows_of_real_tokenizers(tokenizer, corpus):
+    """All of a corpus: each document with the special tokens it has alone, and the end token after it if there is."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream = [token for text in read(corpus) for token in tokenizer(text).input_ids + end]
+    rows = data.token_rows(tokenizer, corpus, 10**9, 1, 32, 0).flatten(0, 1).tolist()
+    assert sorted(rows) == sorted(stream[i:i + 32] for i in range(0, len(stream) // 32 * 32, 32))
+
+
+def test_token_rows_refuse(tmp_path):
+    tokenizer = WordsWithEnd()
+    path = numbered(tmp_path, [4])  # 7 tokens with the special ones
+    with pytest.raises(UserError, match="has only 7 tokens, fewer than one minibatch of 2 x 4: lower --batchsize"):
+        data.token_rows(tokenizer, path, 100, 2, 4, 0)
+    with pytest.raises(UserError, match="--sqlen is 1: it must be at least 2"):
+        data.token_rows(tokenizer, path, 100, 2, 1, 0)
+
+
 # ---- calibration samples
 
 def get_c4(tokenizer, texts, nsamples, seqlen, seed):

@@ -268,6 +268,62 @@ def test_initial_logits_prefer_the_initial_mask(name):
     assert torch.equal(space.mode(logits), mask)
 
 
+@st.composite
+def scored_masks(draw):
+    """A space, a mask [4, M] of its N:M, scores [4, M] that may be 0, equal, or far apart, and C."""
+    m = draw(st.integers(2, 8))
+    n = draw(st.integers(1, m - 1))
+    generator = seeded(draw(st.integers(0, 2**31)))
+    spread = draw(st.sampled_from([0.0, 0.1, 1.0, 15.0]))
+    score = (torch.randn(4, m, generator=generator) * spread).exp()
+    score[torch.rand(4, m, generator=generator) < draw(st.sampled_from([0.0, 0.3]))] = 0.0
+    mask = pge.mode(draw(st.sampled_from([score, torch.rand(4, m, generator=generator)])), n)  # theirs, or any
+    return n, m, mask, score, draw(st.sampled_from([0.0, 0.5, 4.0, 30.0]))
+
+
+@pytest.mark.parametrize("name", pge.SPACES)
+@settings(max_examples=60, deadline=None)
+@given(drawn=scored_masks())
+def test_graded_logits_prefer_the_mask_and_by_the_margin(name, drawn):
+    n, m, mask, score, magnitude = drawn
+    space = pge.SPACES[name](n, m)
+    logits = space.init(mask, magnitude, score)
+    assert logits.shape == (4, space.width) and logits.dtype == torch.float32 and logits.isfinite().all()
+    assert torch.equal(space.mode(logits), mask)
+    best, second = logits.topk(2, dim=1).values.unbind(1) if name == "pattern" else (
+        logits.masked_fill(~mask, torch.inf).amin(1), logits.masked_fill(mask, -torch.inf).amax(1))
+    assert (best - second >= pge.MARGIN - 1e-4).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(scored_masks())
+def test_graded_logits_follow_the_formula(drawn):
+    """C log(score / weakest kept score), cut off at the limit, a kept weight the margin more; 0 where they disagree."""
+    n, m, mask, score, magnitude = drawn
+    logits = pge.graded(mask, magnitude, score)
+    for kept, x, row in zip(mask.tolist(), score.double().clamp(min=1e-30).tolist(), logits.tolist()):
+        weakest = min(value for value, k in zip(x, kept) if k)
+        for value, k, logit in zip(x, kept, row):
+            gap = magnitude * float(torch.tensor(value / weakest).double().log())
+            expected = pge.MARGIN + min(max(gap, 0), pge.LIMIT) if k else max(min(gap, 0), -pge.LIMIT)
+            assert logit == pytest.approx(expected, abs=1e-3)
+
+
+def test_graded_patterns_add_up_what_they_keep():
+    mask, score = mask_of([0, 2], 4)[None], torch.tensor([[4.0, 1.0, 2.0, 0.5]])
+    linear, pattern = (pge.SPACES[name](2, 4).init(mask, 2.0, score)[0] for name in ("linear", "pattern"))
+    assert linear.tolist() == pytest.approx([1 + 2 * log(Decimal(2)), -2 * log(Decimal(2)), 1, -4 * log(Decimal(2))])
+    assert pattern.tolist() == pytest.approx([float(linear[a] + linear[b]) for a, b in combinations(range(4), 2)])
+
+
+def test_graded_8_16():
+    score = torch.rand(50, 16, generator=seeded(0)) + 0.1
+    mask = pge.mode(score, 8)
+    for name in pge.SPACES:
+        space = pge.SPACES[name](8, 16)
+        assert torch.equal(space.mode(space.init(mask, 4.0, score)), mask)
+
+
 def test_a_block_of_2_4_leaves_its_mask_once_in_7000_draws():
     """The rare flips the method learns from: 1 - p(m0) at C = 10."""
     left = -pge.log_prob(torch.tensor([[10.0, 10, 0, 0]]), torch.tensor([[True, True, False, False]])).expm1()
@@ -363,6 +419,45 @@ def test_a_constant_residual_is_taken_out_at_once_by_the_debiased_tracker():
     assert all(abs(estimator.advantage(2.5, 2.0)) < 1e-12 for _ in range(50))
 
 
+def test_running_baselines_by_hand():
+    """keep 0.8. Minibatch 0: 3, 2, 4 against nothing, 3, 0.8 * 3 + 0.2 * 2 = 2.8; minibatch 1 has a mean of its own."""
+    estimator = pge.Running()
+    losses = [(3.0, 0), (7.0, 1), (2.0, 0), (7.5, 1), (4.0, 0)]
+    assert [estimator.advantage(loss, None, b) for loss, b in losses] == pytest.approx([0, 0, -1, 0.5, 1.2])
+    assert estimator.means == pytest.approx({0: 0.8 * 2.8 + 0.2 * 4, 1: 7.1})
+
+
+def test_running_is_unbiased_for_any_mean(gradient):
+    def visited():
+        estimator = pge.Running()
+        estimator.means[0] = 1.7
+        return estimator
+    assert torch.allclose(mean_estimate(visited), gradient, atol=1e-12)
+
+
+def test_normalized_by_hand():
+    """decay 0.9: mean squares 4; (0.9 * 0.4 + 0.1 * 1) / 0.19; 0 does not count; (0.9 * 0.46 + 0.1 * 9) / 0.271."""
+    estimator = pge.Normalized(pge.Residual(), decay=0.9)
+    advantages = [estimator.advantage(loss, 5.0) for loss in (7.0, 4.0, 5.0, 8.0)]
+    assert advantages == pytest.approx([1, -1 / (0.46 / 0.19) ** 0.5, 0, 3 / (1.314 / 0.271) ** 0.5])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3).filter(lambda x: abs(x) > 1e-6), min_size=1, max_size=30), st.floats(1e-6, 1e6))
+def test_normalized_advantages_have_no_unit(losses, unit):
+    one, other = (pge.Normalized(pge.Vanilla()) for _ in range(2))
+    for loss in losses:
+        assert other.advantage(loss * unit) == pytest.approx(one.advantage(loss), rel=1e-6)
+
+
+def test_normalized_asks_for_what_it_wraps():
+    """And hands the minibatch on."""
+    assert pge.Normalized(pge.Residual()).needs_baseline and not pge.Normalized(pge.Vanilla()).needs_baseline
+    estimator = pge.Normalized(pge.Running())
+    assert [estimator.advantage(loss, None, b) for loss, b in ((3.0, 0), (9.0, 1), (4.0, 0))] == [0, 0, 1]
+
+
 def test_which_estimators_need_a_baseline():
     assert [e.needs_baseline for e in (pge.Vanilla, pge.Residual, pge.MaskPro)] == [False, True, True]
+    assert not pge.Running.needs_baseline
     assert pge.MaskPro().alpha == 0.99 and not pge.MaskPro().debias

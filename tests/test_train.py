@@ -1,0 +1,386 @@
+"""train.py's flags beyond the paper, run on the tiny Llama: what they do, held against formulas and the HF model."""
+import json
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from masked import forward, logits_of, magnitude_masks, make, same
+from safetensors.torch import load_file
+from tiny import write_corpus
+
+import data
+import mask_files
+import pge
+import step
+import tracking
+import train
+from layers import apply_masks, find_layers
+from straight_through import StraightThrough
+from utils import batch_loss, model_fingerprint
+
+COMMAND = ("--model {llama} --dtype float32 --device cpu --dataset {w}/text.jsonl --batchsize 4 --sqlen 32 "
+           "--step eager --skip_checkpoint --save --mask {w}/2_4.safetensors")
+GRADIENTS = "--estimator straight_through --logits 1 --lr 0.3 --tokens 768 --epoch 1"  # six minibatches
+
+
+@pytest.fixture(scope="module")
+def w(tmp_path_factory, models):
+    """A text, and the Llama's magnitude masks of several N:M."""
+    w = tmp_path_factory.mktemp("train")
+    write_corpus(w / "text.jsonl", 12)
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"])
+    for n, m in ((1, 4), (2, 4), (4, 8), (8, 16)):
+        masks = magnitude_masks(find_layers(model), n, m)
+        mask_files.save(w / f"{n}_{m}.safetensors", masks, n, m, "llama", model_fingerprint(model))
+    return w
+
+
+@pytest.fixture
+def learn(w, models, tmp_path):
+    """Flags -> a run: its metrics, layers.jsonl, run.json, masks and logits."""
+    runs = []
+
+    def run(flags):
+        out = tmp_path / f"run{len(runs)}"
+        runs.append(out)
+        train.main((COMMAND.format(w=w, llama=models["llama"]) + f" --out {out} {flags}").split())
+        return SimpleNamespace(
+            folder=out, metrics=[strict(line) for line in (out / "metrics.jsonl").read_text().splitlines()],
+            layers=[strict(line) for line in (out / "layers.jsonl").read_text().splitlines()],
+            record=strict((out / "run.json").read_text()), masks=mask_files.load(out / "mask.safetensors").masks,
+            logits={name: planes.T for name, planes in load_file(out / "logits.safetensors").items()})
+    return run
+
+
+def strict(text):
+    """JSON as the standard has it: no NaN, no Infinity."""
+    def refuse(constant):
+        raise ValueError(f"{constant} in {text[:200]}")
+    return json.loads(text, parse_constant=refuse)
+
+
+def column(run, key):
+    return [line[key] for line in run.metrics]
+
+
+def rows_of(w, models, tokens, seed=0):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models["llama"])
+    return data.token_rows(tokenizer, str(w / "text.jsonl"), tokens, 4, 32, seed)
+
+
+def loss_under(models, masks, rows):
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
+    apply_masks(find_layers(model), masks)
+    return batch_loss(model, rows)
+
+
+def rates(monkeypatch, clock=None):
+    """A list that gets the rate of each gradient step; with a clock, each step takes 12 seconds of it."""
+    seen, step = [], StraightThrough.step
+
+    def record(self, batch, rate, microbatch):
+        seen.append(rate)
+        if clock:
+            clock.now += 12
+        return step(self, batch, rate, microbatch)
+    monkeypatch.setattr(StraightThrough, "step", record)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------------- the preset
+
+
+@pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (4, 8), (8, 16)])
+def test_the_preset_learns_any_pattern(learn, w, models, n, m):
+    """The delivered mask is strictly N:M, learned, and no worse than m0 on what was held out."""
+    run = learn(f"--preset fast --tokens 2560 --val_fraction 0.2 --looks 2 --targets k_proj v_proj "
+                f"--sparsity_type {n}:{m} --mask {w}/{n}_{m}.safetensors")
+    arguments = run.record["arguments"]
+    assert (arguments["estimator"], arguments["init"], arguments["distill"]) == ("straight_through", "scores", 1.0)
+    assert (arguments["tokens"], arguments["lr"], arguments["schedule"]) == (2560, 0.4, "linear")  # a flag goes first
+    m0 = mask_files.load(w / f"{n}_{m}.safetensors").masks
+    assert len(run.metrics) == 16 and run.masks.keys() == m0.keys()
+    assert all((mask.view(-1, m).sum(1) == n).all() for mask in run.masks.values())
+    learned = {name for name in m0 if not torch.equal(m0[name], run.masks[name])}
+    assert learned and all("k_proj" in name or "v_proj" in name for name in learned)
+    heldout = rows_of(w, models, 2560)[16:].flatten(0, 1)
+    assert loss_under(models, run.masks, heldout) <= loss_under(models, m0, heldout)
+    assert all(0 <= share <= 1 for line in run.layers for share in line["changed"].values())
+
+
+def test_the_preset_is_its_flags():
+    spelled = " ".join(f"--{key} {value}" for key, value in train.PRESETS["fast"].items())
+    plain, preset = train.parse_args(spelled.split()), train.parse_args(["--preset", "fast"])
+    assert vars(preset) == {**vars(plain), "preset": "fast"}
+    assert train.parse_args("--lr 3 --preset fast --batchsize 5".split()).lr == 3
+    assert train.parse_args("--lr 3 --preset fast --batchsize 5".split()).batchsize == 5
+
+
+# ------------------------------------------------------------------------------------------ its parts, flag by flag
+
+
+def test_scores_start_the_logits(learn, w, models):
+    """C log(|w| ||x|| / the weakest kept), the norms taken on the dense model; --lr 0 leaves them as they were."""
+    run = learn(f"{GRADIENTS} --init scores --logits 4 --lr 0 --targets layers.1.mlp.down_proj")
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
+    name, inputs = "model.layers.1.mlp.down_proj", []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=rows_of(w, models, 768).flatten(0, 1))
+    score = model.get_submodule(name).weight.abs().double() * inputs[0].flatten(0, 1).double().norm(dim=0)
+    m0 = mask_files.load(w / "2_4.safetensors").masks[name].view(-1, 4)
+    score = score.detach().view(-1, 4)
+    gap = 4 * (score / score.masked_fill(~m0, torch.inf).amin(1, keepdim=True)).log()
+    expected = torch.where(m0, gap.clamp(0, 12) + 1, gap.clamp(-12, 0))
+    assert torch.allclose(run.logits[name].double(), expected, atol=1e-3)
+    assert torch.equal(run.masks[name].view(-1, 4), m0)
+
+
+def test_tokens_are_the_minibatches(learn, w, models):
+    run = learn(f"{GRADIENTS} --epoch 2 --lr 0 --targets k_proj")
+    masks = mask_files.load(w / "2_4.safetensors").masks
+    expected = [loss_under(models, masks, rows) for rows in rows_of(w, models, 768)]
+    assert column(run, "loss") == pytest.approx(2 * expected, rel=1e-5)
+    assert {key for line in run.metrics for key in ("baseline", "advantage", "delta") if line[key] is not None} == set()
+
+
+def test_targets_are_learned_and_nothing_else(learn, w):
+    run = learn(f"{GRADIENTS} --targets q_proj layers.0.mlp.up")
+    named = {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
+    m0 = mask_files.load(w / "2_4.safetensors").masks
+    assert run.logits.keys() == named == {name for name in m0 if not torch.equal(m0[name], run.masks[name])}
+
+
+def test_ways_to_take_the_gradient(learn):
+    """Each flag changes the run, but for checkpointing and microbatches of the whole batch, which do not."""
+    runs = {flags: learn(f"{GRADIENTS} --targets q_proj up_proj {flags}") for flags in (
+        "", "--gradient_checkpointing", "--microbatch 4", "--microbatch 2", "--forward sample", "--distill 1",
+        "--distill 0.5", "--space pattern", "--logits_dtype bfloat16", "--dtype bfloat16")}
+    plain = runs[""]
+    for flags, run in runs.items():
+        assert all((mask.view(-1, 4).sum(1) == 2).all() for mask in run.masks.values())
+        assert run.metrics[0]["loss"] == pytest.approx(plain.metrics[0]["loss"], rel=0.02)  # at m0 all
+        if flags in ("", "--gradient_checkpointing", "--microbatch 4"):
+            assert column(run, "loss") == pytest.approx(column(plain, "loss"), rel=1e-5)
+        else:
+            assert column(run, "loss")[2:] != pytest.approx(column(plain, "loss")[2:], rel=1e-5), flags
+    for flags in set(runs) - {"--space pattern"}:
+        assert runs[flags].logits.keys() == plain.logits.keys()
+        for name, logits in runs[flags].logits.items():
+            assert torch.equal(runs[flags].masks[name].view(-1, 4), pge.mode(logits.float(), 2))
+    assert next(iter(runs["--space pattern"].logits.values())).shape[1] == 6
+    assert next(iter(runs["--logits_dtype bfloat16"].logits.values())).dtype == torch.bfloat16
+
+
+def test_running_and_normalized_advantages(learn):
+    run = learn("--estimator running --normalize_advantage --logits 1 --lr 0.05 --tokens 384 --max_step 9")
+    means, square, t = {}, 0.0, 0
+    for index, line in enumerate(run.metrics):
+        before = means.get(index % 3, line["loss"])
+        means[index % 3] = 0.8 * before + 0.2 * line["loss"]
+        advantage = line["loss"] - before
+        if advantage:
+            t += 1
+            square = 0.99 * square + 0.01 * advantage**2
+            advantage /= (square / (1 - 0.99**t)) ** 0.5
+        assert line["advantage"] == pytest.approx(advantage)
+    assert t == 6
+
+
+# ------------------------------------------------------------------------------------------------ schedules and clocks
+
+
+@given(st.floats(0, 1))
+def test_rate_at(progress):
+    warm = min(1, (progress + 0.001) / 0.02)
+    assert train.rate_at("constant", progress) == 1
+    assert train.rate_at("linear", progress) == pytest.approx((1 - progress) * warm)
+    assert train.rate_at("cosine", progress) == pytest.approx(math.cos(math.pi * progress / 2) ** 2 * warm, abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [100, 1000])
+def test_logit_step_lets_noise_wander_as_far_in_any_run(steps):
+    """Random walks of linearly decaying steps, 20,000 of them: their standard deviation is what was asked for."""
+    size = train.logit_step(0.4, steps) * (1 - torch.arange(steps) / steps)
+    signs = torch.randint(2, (20_000, steps), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert float((signs * size).sum(1).std()) == pytest.approx(0.4, rel=0.03)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_schedule_is_in_force(learn, monkeypatch, schedule):
+    seen = rates(monkeypatch)
+    learn(f"{GRADIENTS} --schedule {schedule} --epoch 2 --max_step 10 --targets k_proj")
+    assert seen == pytest.approx([0.3 * (3 / 10) ** 0.5 * train.rate_at(schedule, t / 10) for t in range(10)])
+
+
+def test_the_schedule_is_in_force_for_advantages(learn, monkeypatch):
+    seen, update = [], train.MaskedModel.update
+
+    def record(self, coefficient):
+        seen.append(coefficient)
+        update(self, coefficient)
+    monkeypatch.setattr(train.MaskedModel, "update", record)
+    run = learn("--estimator vanilla --logits 1 --lr 0.5 --tokens 768 --max_step 8 --schedule linear --targets k_proj")
+    expected = [0.5 * train.rate_at("linear", t / 8) * line["loss"] for t, line in enumerate(run.metrics)]
+    assert seen == pytest.approx(expected)
+
+
+def test_minutes_end_a_run_and_its_schedule(learn, monkeypatch):
+    """Steps of 12 seconds by a clock of our own: of one minute, five, the rate falling with the clock."""
+    clock = SimpleNamespace(now=1e9, time=lambda: clock.now)
+    monkeypatch.setattr(train, "time", clock)
+    seen = rates(monkeypatch, clock)
+    run = learn(f"{GRADIENTS} --schedule linear --epoch 100 --max_minutes 1 --targets k_proj --val_fraction 0.2 "
+                "--looks 5")
+    assert len(run.metrics) == 5 and column(run, "seconds") == [12, 24, 36, 48, 60]
+    assert [line["step"] for line in run.layers] == [1, 2, 3, 4, 5]
+    expected = [0.3 * train.rate_at("linear", t / 5) * (3 / 5) ** 0.5 for t in range(1, 5)]
+    assert seen[1:] == pytest.approx(expected)
+    assert run.record["arguments"]["max_minutes"] == 1
+
+
+# ----------------------------------------------------------------------------------------------------- the best mask
+
+
+def test_best_keeps_the_mask_with_the_lowest_loss(load):
+    """Planted divergence: the losses of five looks; nan and inf are never best; the mask of the lowest is delivered."""
+    masked = make(load(), magnitude=1.0)[0]
+    losses = iter([3.0, math.inf, 2.5, math.nan, 2.7])
+    looked = []
+
+    def judge():
+        looked.append(forward(masked.model))
+        return next(losses)
+    best = train.Best(masked, judge)
+    masks, found = [], []
+    for t in range(5):
+        masks.append(masked.mode_masks())
+        found.append(best.look())
+        for layer in masked.layers.values():
+            layer.logits[t % 4].add_(3.0)
+    assert found == [3.0, None, 2.5, None, 2.7] and best.loss == 2.5
+    assert not any(same(masks[2], masks[t]) for t in (0, 1, 3, 4))
+    assert same(masked.finish(best.bits), masks[2])
+    assert torch.equal(forward(masked.model), looked[2]) and not torch.equal(looked[2], looked[3])
+
+
+def test_the_best_of_held_out_minibatches_is_delivered(learn, w, models):
+    """A rate far too large: the losses on the last minibatches, which are not learned from, by the HF model."""
+    run = learn(f"{GRADIENTS} --lr 40 --epoch 2 --val_fraction 0.3 --looks 4")
+    batches = rows_of(w, models, 768)
+    assert len(run.metrics) == 8  # four of six minibatches, twice
+    looks = [line["heldout"] for line in run.metrics if "heldout" in line]
+    m0 = mask_files.load(w / "2_4.safetensors").masks
+    started = loss_under(models, m0, batches[4:].flatten(0, 1))
+    delivered = loss_under(models, run.masks, batches[4:].flatten(0, 1))
+    assert len(looks) == 4 and delivered == pytest.approx(min(started, *looks), rel=1e-5)
+    assert max(looks) > delivered + 0.01
+    first = [loss_under(models, m0, batches[b]) for b in range(4)]
+    assert run.metrics[0]["loss"] == pytest.approx(first[0], rel=1e-5)
+
+
+def test_without_held_out_minibatches_the_last_mask_is_delivered(learn):
+    run = learn(f"{GRADIENTS} --targets k_proj")
+    assert not any("heldout" in line for line in run.metrics)
+    for name, logits in run.logits.items():
+        assert torch.equal(run.masks[name].view(-1, 4), pge.mode(logits, 2))
+
+
+# -------------------------------------------------------------------------------------------------------- what is told
+
+
+@pytest.fixture
+def trackers(monkeypatch):
+    """Stand-ins for both libraries, which note what they are told."""
+    told = SimpleNamespace(scalars=[], text=[], logs=[], init=None, closed=[])
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            told.folder = folder
+
+        def add_text(self, tag, text):
+            told.text.append((tag, text))
+
+        def add_scalar(self, name, value, step):
+            told.scalars.append((step, name, value))
+
+        def close(self):
+            told.closed.append("tensorboard")
+
+    def init(**kwargs):
+        told.init = kwargs
+        return SimpleNamespace(log=lambda values, step: told.logs.append((step, values)),
+                               finish=lambda: told.closed.append("wandb"))
+    for name, content in (("tensorboard", {}), ("torch.utils.tensorboard", {"SummaryWriter": SummaryWriter}),
+                          ("wandb", {"init": init})):
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return told
+
+
+def test_both_trackers_are_told_every_step(learn, trackers):
+    run = learn(f"{GRADIENTS} --targets k_proj --val_fraction 0.2 --looks 2 --tensorboard --wandb")
+    assert trackers.folder == str(run.folder / "tensorboard") and trackers.closed == ["tensorboard", "wandb"]
+    assert trackers.init["project"] == "maskpro" and trackers.init["config"]["lr"] == 0.3
+    assert "lr: 0.3" in trackers.text[0][1]
+    assert [number for number, _ in trackers.logs] == column(run, "step") == [1, 2, 3, 4]
+    for line, (number, values) in zip(run.metrics, trackers.logs):
+        expected = {key: line[key] for key in ("loss", "seconds", "heldout") if key in line}
+        for layers in (layers for layers in run.layers if layers["step"] == number):
+            expected |= {key: pytest.approx(sum(layers[key].values()) / 2) for key in ("changed", "entropy")}
+        assert values == expected
+    assert trackers.scalars == [(number, *item) for number, values in trackers.logs for item in values.items()]
+    assert sum("heldout" in values for _, values in trackers.logs) == 2
+
+
+@pytest.mark.parametrize("library", ["tensorboard", "wandb"])
+def test_a_missing_library_is_named_before_anything_runs(monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)  # import fails
+    with pytest.raises(tracking.UserError, match=f"{library} is missing; install it with: pip install {library}"):
+        train.main(f"--model nowhere --{library} --out never".split())
+
+
+# ------------------------------------------------------------------------------------------- what a masked model shows
+
+
+def test_a_model_shows_others_masks_or_none_and_comes_back(load):
+    masked, m0, _ = make(load(), magnitude=1.0)
+    first = forward(masked.model)
+    plain = forward(load())
+    masked.update(0.5)
+    masked.flush()
+    learned = forward(masked.model)
+    assert not torch.equal(learned, first)
+    with masked.showing_dense():
+        assert torch.equal(forward(masked.model), plain)
+    assert torch.equal(forward(masked.model), learned)
+    flipped = {id(masked.layers[name]): step.mask_to_bits(~mask.view(-1, 4)) for name, mask in m0.items()}
+    with pytest.raises(KeyboardInterrupt), masked.showing(flipped):
+        shown = forward(masked.model)
+        raise KeyboardInterrupt
+    other = load()
+    apply_masks(find_layers(other), {name: ~mask for name, mask in m0.items()})
+    assert torch.equal(shown, forward(other)) and torch.equal(forward(masked.model), learned)
+
+
+@pytest.mark.parametrize("n, m, space", [(2, 4, "linear"), (2, 4, "pattern"), (8, 16, "linear")])
+def test_census(load, n, m, space):
+    """Shares and entropies by the definition, on a layer small enough to be looked at whole."""
+    masked, m0, _ = make(load(), n, m, space, magnitude=1.0, learned=["model.layers.0.self_attn.k_proj"])
+    layer, = masked.layers.values()
+    for plane in layer.logits[::3]:
+        plane.add_(torch.randn(len(plane), generator=torch.Generator().manual_seed(1)))
+    found = masked.census()
+    logits, name = logits_of(layer), "model.layers.0.self_attn.k_proj"
+    changed = (masked.space.mode(logits) != m0[name].view(-1, m)).any(1).float().mean()
+    assert found["changed"][name] == pytest.approx(float(changed)) and 0 < changed < 1
+    if m == 4:
+        probs = masked.space.pattern_probs(logits.double())
+        assert found["entropy"][name] == pytest.approx(float(-(probs * probs.log()).sum(1).mean()), rel=1e-4)
+    assert 0 < found["entropy"][name] < math.log(math.comb(m, n)) and found["blocks"][name] == 32 * 64 // m
