@@ -19,7 +19,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def load(models):
-    """(kind, dtype) -> a fresh model in eval mode."""
+    """(kind, dtype) -> a fresh model, frozen and in eval mode."""
     def fresh(kind="llama", dtype=torch.float32):
-        return transformers.AutoModelForCausalLM.from_pretrained(models[kind]).to(dtype).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(models[kind]).to(dtype).eval().requires_grad_(False)
     return fresh

@@ -168,15 +168,15 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, distill):
     plain, dense = load(kind), load(kind)
     layers = find_layers(plain)
     apply_masks(layers, magnitude_masks(layers))
-    plain.requires_grad_(False)
     parameters = [module.weight.requires_grad_() for module in layers.values()]
     log_probs = plain(input_ids=TOKENS).logits[:, :-1].log_softmax(-1)
     text = -log_probs.gather(2, TOKENS[:, 1:, None])
+    nats = float(text.detach().mean())
     with torch.no_grad():
         teacher = dense(input_ids=TOKENS).logits[:, :-1].softmax(-1)
     objective = (1 - distill) * text.sum() - distill * (teacher * log_probs).sum()
     expected = dict(zip(layers, torch.autograd.grad(objective, parameters)))
-    assert loss == pytest.approx(float(text.mean()), rel=1e-5)
+    assert loss == pytest.approx(nats, rel=1e-5)
     names = {id(layer): name for name, layer in masked.layers.items()}
     assert sorted(names[id(layer)] for layer, *_ in seen) == sorted(layers)
     for layer, gradient, _ in seen:
@@ -339,7 +339,7 @@ def peak_of_autograd(depth, tokens):
 def test_the_peak_does_not_grow_by_the_weight_gradients():
     """A layer more adds its activations, where ordinary backward adds its weights' gradients to them."""
     tokens = TOKENS[:1, :4]
-    assert growth(lambda depth: peak_of_autograd(depth, tokens)) > WEIGHTS
+    assert growth(lambda depth: peak_of_autograd(depth, tokens)) >= WEIGHTS
     assert growth(lambda depth: peak_of_learning(depth, tokens)) < WEIGHTS / 4
 
 
@@ -450,30 +450,37 @@ def test_weights_of_16_bits(kind, load, dtype):
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"distill": 1.0}, {"sample": True}, {"space": "pattern"},
-                                    {"logits_dtype": torch.float16, "checkpointing": True}],
-                         ids=["mode", "distill", "sample", "pattern", "float16"])
-def test_it_learns(load, kwargs):
-    """Text that the dense model wrote itself, under a mask that keeps the smaller half: on other text of its own, the
-    learned mask closes a good part of the gap to the dense model."""
-    model = load()
-    torch.manual_seed(0)
-    rows = model.generate(torch.full((96, 1), 1), do_sample=True, min_new_tokens=23, max_new_tokens=23, top_k=0)
-    heldout, batches = rows[:32], rows[32:].split(16)
+@pytest.fixture(scope="module")
+def own_text(models):
+    """Rows that the dense Llama wrote itself, drawn from its own predictions: 640 to learn from, 32 to judge by."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        rows, length = torch.full((672, 1), 1), {"min_new_tokens": 23, "max_new_tokens": 23}
+        rows = model.generate(rows, attention_mask=torch.ones_like(rows), do_sample=True, top_k=0, **length)
+    return rows[:640].split(16), rows[640:]
+
+
+@pytest.mark.parametrize("space, of_masked, of_learner", [
+    ("linear", {}, {}), ("linear", {}, {"distill": 1.0}), ("linear", {}, {"sample": True}), ("pattern", {}, {}),
+    ("linear", {"logits_dtype": torch.float16}, {"checkpointing": True})],
+    ids=["mode", "distill", "sample", "pattern", "float16"])
+def test_it_learns(load, own_text, space, of_masked, of_learner):
+    """From a mask that keeps the smaller half of each block to one better than magnitude's, on rows it did not see."""
+    batches, heldout = own_text
+    model, larger = load(), load()
     layers = find_layers(model)
-    m0 = {name: ~mask for name, mask in magnitude_masks(layers).items()}
-    dense = batch_loss(model, heldout)
-    of_masked = {key: kwargs[key] for key in kwargs if key == "logits_dtype"}
-    of_learner = {key: kwargs[key] for key in kwargs if key in ("distill", "sample", "checkpointing")}
-    space = pge.SPACES[kwargs.get("space", "linear")](2, 4)
-    masked = MaskedModel(model, m0, space, magnitude=1.0, mode="eager", **of_masked)
-    start = batch_loss(model, heldout)
+    kept = magnitude_masks(layers)
+    apply_masks(find_layers(larger), kept)
+    masked = MaskedModel(model, {name: ~mask for name, mask in kept.items()}, pge.SPACES[space](2, 4), magnitude=1.0,
+                         mode="eager", **of_masked)
+    start, target = batch_loss(model, heldout), batch_loss(larger, heldout)
     learner = StraightThrough(masked, "eager", **of_learner)
-    for t in range(40):
-        learner.step(batches[t % len(batches)], 0.1)
+    for t, batch in enumerate(batches):
+        learner.step(batch, 0.2 * (1 - t / len(batches)))
     learner.detach()
     masks = masked.finish()
     end = batch_loss(model, heldout)
-    assert dense < start - 0.5 and end < start - 0.4 * (start - dense), (dense, start, end)
+    assert end < target < start - 0.5, (end, target, start)
     assert all((mask.view(-1, 4).sum(1) == 2).all() for mask in masks.values())
     assert all((weight_matrix(layer) != 0).equal(masks[name]) for name, layer in layers.items())
