@@ -22,7 +22,7 @@ import pyarrow
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_gpt2, make_llama, make_moe, write_corpus
+from tiny import make_moe, write_corpus
 
 import evaluate
 import get_mask
@@ -67,11 +67,11 @@ def quietly(script: str, arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def w(tmp_path_factory):
+def w(tmp_path_factory, models):
     """Workshop of whole and broken models, masks, texts and baselines."""
     w = tmp_path_factory.mktemp("workshop")
-    make_llama(w / "llama")
-    make_gpt2(w / "gpt2")
+    for kind in ("llama", "gpt2"):
+        shutil.copytree(models[kind], w / kind)
     write_corpus(w / "text.jsonl", 12)
     write_corpus(w / "other.jsonl", 12, seed=5)
     write_corpus(w / "few.jsonl", 3)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import make_gpt2, make_llama, write_corpus
+from tiny import write_corpus
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -19,12 +19,12 @@ PLACE = "--dtype float32 --device cpu"
 
 
 @pytest.fixture(scope="module")
-def w(tmp_path_factory):
+def w(tmp_path_factory, models):
     """A Llama, a Llama of other weights, and a GPT-2, pruned 2:4 by magnitude, with their masks."""
     w = tmp_path_factory.mktemp("convert")
     write_corpus(w / "text.jsonl", 12)
-    make_llama(w / "llama")
-    make_gpt2(w / "gpt2")
+    for kind in ("llama", "gpt2"):
+        shutil.copytree(models[kind], w / kind)
     shutil.copytree(w / "llama", w / "other")
     other = AutoModelForCausalLM.from_pretrained(w / "llama")
     with torch.no_grad():

@@ -3,6 +3,7 @@ verified and refused, where the numbers go, and the table they make."""
 
 import json
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import POSITIONS, make_gpt2, make_llama, make_opt, training_text
+from tiny import MODELS, POSITIONS, training_text
 
 import data
 import evaluate
@@ -21,7 +22,6 @@ import utils
 from layers import find_layers
 from utils import UserError
 
-MODELS = {"llama": make_llama, "gpt2": make_gpt2, "opt": make_opt}
 PLACE = "--dtype float32 --device cpu"
 
 
@@ -50,11 +50,11 @@ def quiz() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, models):
     """The three models, a text, and the quiz as a file."""
     folder = tmp_path_factory.mktemp("judge")
-    for name, make in MODELS.items():
-        make(folder / name)
+    for name, path in models.items():
+        shutil.copytree(path, folder / name)
     (folder / "text.txt").write_text(" ".join(training_text()[:60]))
     write_lines(folder / "quiz.jsonl", quiz())
     return folder
@@ -411,9 +411,8 @@ def test_one_weight_breaks_the_pattern(folder, tmp_path, value, words):
 
 
 @pytest.fixture
-def model_copy(folder, tmp_path):
-    make_llama(tmp_path / "model")
-    return tmp_path / "model"
+def model_copy(models, tmp_path):
+    return shutil.copytree(models["llama"], tmp_path / "model")
 
 
 @pytest.fixture

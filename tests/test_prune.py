@@ -1,7 +1,9 @@
 """prune.py in process: the one-pass solver on real modules, and RIA's formula."""
+import shutil
+
 import pytest
 import torch
-from tiny import make_gpt2, make_llama, make_opt, write_corpus
+from tiny import write_corpus
 from transformers import AutoModelForCausalLM
 
 import importance
@@ -10,11 +12,11 @@ from layers import check_sparsity, find_layers, weight_matrix
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, models):
     folder = tmp_path_factory.mktemp("prune")
     write_corpus(folder / "text.jsonl")
-    for kind, make in (("llama", make_llama), ("gpt2", make_gpt2), ("opt", make_opt)):
-        make(folder / kind)
+    for kind, path in models.items():
+        shutil.copytree(path, folder / kind)
     return folder
 
 

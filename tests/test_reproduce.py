@@ -5,13 +5,14 @@ finished script, run as a user runs them.
 """
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import make_llama, write_corpus
+from tiny import write_corpus
 
 import data
 import evaluate
@@ -51,10 +52,10 @@ def planned(script: str, settings: dict, folder: Path = ROOT) -> list[list[str]]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory, models):
     """Settings for a tiny model, and the folder of their outputs."""
     root = tmp_path_factory.mktemp("reproduce")
-    make_llama(root / "dense")
+    shutil.copytree(models["llama"], root / "dense")
     write_corpus(root / "text.jsonl", 16)
     (root / "held_out.txt").write_text("\n\n".join(data.documents(write_corpus(root / "other.jsonl", 4, seed=7))))
     paths = dict(MODEL="dense", TRAIN_TEXT="text.jsonl", HELDOUT="held_out.txt", OUT="out")

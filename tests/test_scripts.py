@@ -7,6 +7,7 @@ variations of a script run in this process, on the Llama.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import make_gpt2, make_llama, make_opt, write_corpus
+from tiny import write_corpus
 
 import data
 import evaluate
@@ -32,10 +33,9 @@ import train
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
-MODELS = {  # name -> maker, maskable layers, a late one whose inputs have been through most of the model
-    "llama": (make_llama, 14, "model.layers.1.mlp.down_proj"),
-    "gpt2": (make_gpt2, 8, "transformer.h.1.mlp.c_proj"),
-    "opt": (make_opt, 12, "model.decoder.layers.1.fc2")}
+MODELS = {  # name -> maskable layers, a late one whose inputs have been through most of the model
+    "llama": (14, "model.layers.1.mlp.down_proj"), "gpt2": (8, "transformer.h.1.mlp.c_proj"),
+    "opt": (12, "model.decoder.layers.1.fc2")}
 SIZE, BATCH, SQLEN, STEPS = 8, 4, 32, 5
 NSAMPLES, CALIBRATION_LENGTH, WINDOW = 6, 48, 64
 PLACE = "--dtype float32 --device cpu"
@@ -59,19 +59,19 @@ def shell(command: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
+def pipelines(tmp_path_factory, models):
     """Model name -> folder in which all five commands have run."""
     root = tmp_path_factory.mktemp("pipelines")
     write_corpus(root / "text.jsonl", 16)
     (root / "held_out.txt").write_text("\n\n".join(data.documents(write_corpus(root / "other.jsonl", 2, seed=7))))
 
     def all_commands(name):
-        MODELS[name][0](root / name / "dense")
+        shutil.copytree(models[name], root / name / "dense")
         return [shell(command, root / name) for command in COMMANDS]
     with ThreadPoolExecutor(2) as pool:
         said = list(pool.map(all_commands, MODELS))
-    return {name: SimpleNamespace(name=name, folder=root / name, said=lines, layers=MODELS[name][1],
-                                  watched=MODELS[name][2]) for name, lines in zip(MODELS, said)}
+    return {name: SimpleNamespace(name=name, folder=root / name, said=lines, layers=MODELS[name][0],
+                                  watched=MODELS[name][1]) for name, lines in zip(MODELS, said)}
 
 
 @pytest.fixture(params=list(MODELS))

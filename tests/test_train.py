@@ -97,7 +97,8 @@ def rates(monkeypatch, clock=None):
 
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (4, 8), (8, 16)])
 def test_the_preset_learns_any_pattern(learn, w, models, n, m):
-    """The delivered mask is strictly N:M, learned, and no worse than m0 on what was held out."""
+    """Every layer's most probable mask moves; the delivered one is strictly N:M and no worse than m0 on what was held
+    out. (The text means nothing to a random model: that the learned mask is better is not to be expected of it.)"""
     run = learn(f"--preset fast --tokens 2560 --val_fraction 0.2 --looks 2 --targets k_proj v_proj "
                 f"--sparsity_type {n}:{m} --mask {w}/{n}_{m}.safetensors")
     arguments = run.record["arguments"]
@@ -106,8 +107,8 @@ def test_the_preset_learns_any_pattern(learn, w, models, n, m):
     m0 = mask_files.load(w / f"{n}_{m}.safetensors").masks
     assert len(run.metrics) == 16 and run.masks.keys() == m0.keys()
     assert all((mask.view(-1, m).sum(1) == n).all() for mask in run.masks.values())
-    learned = {name for name in m0 if not torch.equal(m0[name], run.masks[name])}
-    assert learned and all("k_proj" in name or "v_proj" in name for name in learned)
+    assert run.logits.keys() == {name for name in m0 if "k_proj" in name or "v_proj" in name}
+    assert not any(torch.equal(pge.mode(logits, n), m0[name].view(-1, m)) for name, logits in run.logits.items())
     heldout = rows_of(w, models, 2560)[16:].flatten(0, 1)
     assert loss_under(models, run.masks, heldout) <= loss_under(models, m0, heldout)
     assert all(0 <= share <= 1 for line in run.layers for share in line["changed"].values())
