@@ -129,12 +129,12 @@ def pattern_probs(logits: Tensor, n: int) -> Tensor:
 
     One pass up the lattice of sets drawn so far, a size at a time: f(T) = sum_{i in T} f(T - i) w_i / w(all but T - i).
     """
-    w = (logits.double() - logits.double().amax(1, keepdim=True)).exp()
-    drawn = torch.ones_like(w[:, :1])
+    w = (logits.double() - logits.double().amax(1, keepdim=True)).exp().T
+    drawn = torch.ones_like(w[:1])  # [sets, blocks]
     for left, before, last in _lattice(n, logits.shape[1]):
-        hazard = drawn / (w @ left.to(w).T)
-        drawn = sum(hazard[:, b] * w[:, i] for b, i in zip(before.to(w.device), last.to(w.device)))
-    return drawn.to(logits.dtype)
+        hazard = drawn / (left.to(w) @ w)
+        drawn = sum(hazard[b] * w[i] for b, i in zip(before.to(w.device), last.to(w.device)))
+    return drawn.T.to(logits.dtype)
 
 
 def inclusion(logits: Tensor, n: int) -> Tensor:
