@@ -1,0 +1,134 @@
+"""Estimators that train.py has not, tried in bench/estimators.py: each is an option that has to earn its place.
+
+Forward-only: `LeaveOneOut`, several masks a step. With gradients: `ControlVariate`, unbiased; `Momentum` and `Sign`,
+straight-through with another rule for the step; `sharpen`, to let C grow during a run.
+"""
+import torch
+from torch import Tensor
+
+import pge
+from planes import pullback, score, weights
+from straight_through import StraightThrough
+from utils import batch_loss
+
+
+def kept_planes(bits: Tensor, m: int) -> list[Tensor]:
+    """Bits `[blocks]` -> M planes `[blocks]` float32 of 0 and 1."""
+    return [(bits.int() >> i & 1).float() for i in range(m)]
+
+
+def score_planes(layer, bits: Tensor, n: int) -> Tensor:
+    """d log p(bits) / d logits of a MaskedLayer, float32 `[M, blocks]`."""
+    return torch.stack(score(weights([plane.float() for plane in layer.logits], n), kept_planes(bits, layer.m), n))
+
+
+def move(layer, slope: Tensor) -> None:
+    """Take a slope `[M, blocks]` off a layer's logits."""
+    for plane, part in zip(layer.logits, slope):
+        plane.sub_(part)
+
+
+def sharpen(masked, factor: float) -> None:
+    """Multiply all logits: the distribution decides more, the most probable mask stays."""
+    masked.flush()
+    for layer in masked.layers.values():
+        for plane in layer.logits:
+            plane.mul_(factor)
+
+
+class LeaveOneOut:
+    """K masks a step on one minibatch, A_k = f_k - the mean of the other f: unbiased, and needs no baseline.
+
+    `estimator` may scale A_k, as pge.Normalized(pge.Vanilla()) does. Beside the logits a step keeps K masks' bits.
+    """
+
+    def __init__(self, masked, samples: int, estimator=None):
+        self.masked, self.samples, self.estimator = masked, samples, estimator or pge.Vanilla()
+
+    def step(self, batch: Tensor, lr: float) -> float:
+        """Move the logits by K forward passes over int64 `[rows, tokens]`; the mean loss, nats."""
+        losses, drawn = [], []
+        for _ in range(self.samples):
+            self.masked.next_step(redraw=True)
+            losses.append(batch_loss(self.masked.model, batch))
+            drawn.append([layer.bits.clone() for layer in self.masked.layers.values()])
+        mean = sum(losses) / self.samples
+        advantages = [self.estimator.advantage((loss - mean) * self.samples / (self.samples - 1)) for loss in losses]
+        for layer, masks in zip(self.masked.layers.values(), zip(*drawn)):
+            scores = [score_planes(layer, bits, self.masked.space.n) for bits in masks]
+            move(layer, lr / self.samples * sum(a * s for a, s in zip(advantages, scores)))
+        return mean
+
+
+class ControlVariate(StraightThrough):
+    """pi <- pi - lr [(f(m) - b - G'.(m - mu)) score(m) + J^T G'], m drawn from p(pi).
+
+    G' `[M, blocks]` bfloat16 is the mean of the gradients df/dm of earlier minibatches, that of the newest weighing
+    1 - decay, and b what the bracket was in them: both are independent of m, so the mean of the step is the gradient
+    of E f whatever they are, and the better G' predicts f the smaller its variance. `consume` only collects gradients.
+    """
+
+    def __init__(self, masked, decay: float = 0.9):
+        super().__init__(masked, "eager", sample=True, decay=decay)
+        self.gains, self.collected, self.residual, self.steps = {}, {}, 0.0, 0
+        masked.next_step(redraw=True)  # m0 was not drawn
+
+    def consume(self, layer, gradient: Tensor) -> None:
+        gain = (layer.weight.float() * gradient).view(-1, layer.m).T.contiguous()
+        self.collected[id(layer)] = self.collected.get(id(layer), 0) + gain
+
+    def step(self, batch: Tensor, lr: float, baseline: float = 0.0) -> float:
+        """One forward and one backward over int64 `[rows, tokens]`; returns the loss, nats. baseline: any number that
+        does not depend on m, such as m0's loss on this minibatch."""
+        loss = super().step(batch, 0.0)
+        n, linear, known = self.masked.space.n, 0.0, bool(self.gains)
+        mean = self.residual / (1 - self.decay**self.steps) if self.steps else 0.0
+        if known:
+            for layer in self.masked.layers.values():
+                centred = torch.stack(kept_planes(layer.bits, layer.m)) - self._inclusion(layer, n)
+                linear += float((self.gains[id(layer)] * centred).sum())
+        residual = loss - baseline - linear
+        for layer in self.masked.layers.values():
+            slope = (residual - mean) * score_planes(layer, layer.bits, n)
+            if known:
+                gain = list(self.gains[id(layer)].float())
+                slope += torch.stack(pullback([plane.float() for plane in layer.logits], gain, n))
+            move(layer, lr * slope)
+        self._learn(residual, batch.shape[0] * (batch.shape[1] - 1))
+        return loss
+
+    def _inclusion(self, layer, n: int) -> Tensor:
+        return pge.inclusion(torch.stack(layer.logits, 1).float(), n).T
+
+    def _learn(self, residual: float, predictions: int) -> None:
+        """Take this minibatch's residual and gradients, of the loss summed over its predictions, into b and G'."""
+        self.steps += 1
+        self.residual = self.decay * self.residual + (1 - self.decay) * residual
+        for key, gain in self.collected.items():
+            before = self.gains.get(key)
+            gain = gain / predictions
+            mixed = gain if before is None else self.decay * before.float() + (1 - self.decay) * gain
+            self.gains[key] = mixed.bfloat16()
+        self.collected = {}
+
+
+class Momentum(StraightThrough):
+    """Straight-through on a running mean of the weights' gradients, kept in bfloat16: 2 more bytes a weight."""
+
+    def __init__(self, *args, momentum: float = 0.9, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.momentum, self.means = momentum, {}
+
+    def consume(self, layer, gradient: Tensor) -> None:
+        before = self.means.get(id(layer))
+        mean = gradient if before is None else self.momentum * before.float() + (1 - self.momentum) * gradient
+        self.means[id(layer)] = mean.bfloat16()
+        super().consume(layer, mean)
+
+
+class Sign(StraightThrough):
+    """Straight-through whose logits all move by the whole rate, in the direction of their slope's sign."""
+
+    def consume(self, layer, gradient: Tensor) -> None:
+        self.mean_squares[id(layer)] = torch.tensor(1e-30, device=gradient.device)  # so that any slope is clipped
+        super().consume(layer, gradient)
