@@ -59,7 +59,7 @@ ROWS = {
     "the preset, C from 2 to 8": dict(PRESET, logits=2.0, sharpen=4.0),
 }
 LONG = {  # with --long: (row, its share of the passes)
-    "long, paper: maskpro (eta 10, C 5)": (ROWS["paper: maskpro (eta 10, C 5)"], 1),
+    "long, paper: maskpro (eta 10, C 5)": (dict(ROWS["paper: maskpro (eta 10, C 5)"], stop=0.5), 1),
     "long, running baseline, normalized": (ROWS["running baseline, normalized"], 1 / 5),
     "long, the preset": (PRESET, 1 / 50),
 }
@@ -121,6 +121,8 @@ class Bench:
             seconds += time.process_time() - start
             if t + 1 in due:
                 look(t + 1)
+                if points[-1][2] > self.start + setting.get("stop", float("inf")):
+                    break  # it has run away
         return points
 
 

@@ -45,8 +45,8 @@ LOGITS = torch.tensor([[0.3, -0.5, 1.0, 0.1], [-0.2, 0.8, 0.0, 0.6]])
 
 
 def masked_toy():
-    """The toy under LOGITS, its m0 whatever."""
-    masked = layers.MaskedModel(Toy(), {"inner": MASKS[0]}, pge.LinearSpace(2, 4), mode="eager")
+    """The toy under LOGITS and their most probable mask."""
+    masked = layers.MaskedModel(Toy(), {"inner": pge.mode(LOGITS, 2)}, pge.LinearSpace(2, 4), mode="eager")
     layer = masked.layers["inner"]
     for plane, column in zip(layer.logits, LOGITS.T):
         plane.copy_(column)
@@ -127,7 +127,7 @@ def test_leave_one_out_is_unbiased(gradient):
 
 def test_sign_moves_every_logit_by_the_rate_down_its_slope():
     masked, layer = masked_toy()
-    plain, other = masked_toy()  # both under m0
+    plain, other = masked_toy()
     variants.Sign(masked, "eager").step(ROWS, LR)
     learner = variants.StraightThrough(plain, "eager")
     learner.mean_squares[id(other)] = torch.tensor(1e8)  # far from the clip
