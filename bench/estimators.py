@@ -32,7 +32,7 @@ import pge
 from settings import PRESETS
 from straight_through import StraightThrough
 from train import logit_step, rate_at, wanda_scores
-from utils import UserError, batch_loss, model_fingerprint, run
+from utils import UserError, batch_loss, model_fingerprint, reuse_freed_memory, run
 
 FITTED = dict(lr=10, logits=5)  # what fits this model, in the paper's terms
 UNIT = dict(lr=0.1, logits=5, normalize=True)  # lr in logits
@@ -77,7 +77,9 @@ class Bench:
             self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         except OSError:
             raise UserError(f"{args.model} is missing; run bench/small_model.py first")
-        self.load = lambda: AutoModelForCausalLM.from_pretrained(args.model).to(args.device).requires_grad_(False)
+        self.dtype = common.fast_dtype(args.device)
+        self.load = lambda: AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=self.dtype).to(args.device).requires_grad_(False)
         self.pattern, self.looks = pattern, args.looks
         self.fixed = data.minibatches(self.tokenizer, "demo/train.jsonl", 512, 32, 128)
         self.heldout = data.perplexity_windows(self.tokenizer, "demo/heldout.txt", 128, args.windows)
@@ -163,8 +165,8 @@ class Runs:
     def get(self, bench: Bench, name: str, setting: dict, passes: int, seed: int):
         """The points of this run, from the file or learned now."""
         depends_on = {"model": bench.fingerprint, "m0": round(bench.start, 4), "pattern": bench.pattern,
-                      "windows": len(bench.heldout), "looks": bench.looks, "setting": setting, "passes": passes,
-                      "seed": seed}
+                      "dtype": str(bench.dtype), "windows": len(bench.heldout), "looks": bench.looks,
+                      "setting": setting, "passes": passes, "seed": seed}
         key = json.dumps(depends_on, sort_keys=True)
         if key not in self.known:
             self.known[key] = bench.learn(setting, passes, seed)
@@ -277,9 +279,10 @@ def main():
     parser.add_argument("--runs", default=None, help="file that keeps the runs done, .jsonl")
     parser.add_argument("--figure", default=None, help="draw the curves to this .png or .svg")
     args = parser.parse_args()
-    passes, seeds = (24, 1) if args.quick else (args.passes, args.seeds)
+    passes, seeds = (12, 1) if args.quick else (args.passes, args.seeds)
     if args.quick:
         args.looks, args.windows = 2, 32
+    reuse_freed_memory()
     compare = compare_patterns if args.patterns else compare_estimators
     common.report(compare(args, Runs(args.runs), passes, seeds), args,
                   "held-out loss of the most probable mask, nats a byte, mean ± deviation over seeds")
