@@ -94,7 +94,7 @@ class RunFolder:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, or a shell's background
                     self._handlers[number] = signal.signal(number, self._on_signal)
         except BaseException:
-            self.__exit__(*sys.exc_info())
+            self.__exit__(*sys.exc_info())  # which python calls for what is inside alone
             raise
         return self
 
@@ -129,13 +129,13 @@ class RunFolder:
             shutil.rmtree(self.path / "state", ignore_errors=True)
             (self.path / "lock").unlink(missing_ok=True)
         self._lock.close()
-        resume = f"go on with: {self.resume_command}"
+        then = f"; go on with: {self.resume_command}" if self.stepped and self.path.exists() else ""
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); free some space; {resume}") from error
-        if self.stepped and self.path.exists() and isinstance(error, UserError):
-            raise UserError(f"{error}; {resume}") from error
-        if self.stepped and self.path.exists() and error is not None:
-            print(resume, file=sys.stderr)
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); free some space{then}") from error
+        if isinstance(error, UserError) and then:
+            raise UserError(f"{error}{then}") from error
+        if error is not None and then:
+            print(then.removeprefix("; "), file=sys.stderr)
 
     def _on_signal(self, number: int, frame) -> None:
         if self._stepping and self.stopped_by is None:

@@ -99,6 +99,7 @@ def in_process(folder: Path, arguments: list[str], kind: str = "", number: int =
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             killer = Killer(kind, number, sent)
             utils.run(lambda: train.main(arguments))
             code = 0
