@@ -1,13 +1,14 @@
 """Which one-shot mask is the best start? Every method of prune.py on the demo's model, 2:4 and 4:8, on held-out text.
 
-    python bench/methods.py [--quick] [--json FILE] [--ppl FILE] [--nwindows 32] [--nsamples 64] [--dtype auto]
+    python bench/methods.py [--quick] [--json FILE] [--ppl FILE ...] [--nwindows 32] [--nsamples 64] [--dtype auto]
 
 Needs what `make demo DEMO_FLAGS=--quick` leaves in demo/. Calibrated as the demo is, on --nsamples rows of 256 tokens
-of demo/train.jsonl; perplexity of --nwindows windows of 512 tokens. Frozen: the method's mask on the original weights,
-where MaskPro starts from. Updated: SparseGPT's own weights, which make up for the pruned. Seconds are those of pruning
-to 2:4, calibration included, loading not. --quick prunes the first of 30 blocks only.
+of demo/train.jsonl; perplexity of --nwindows windows of 512 tokens of each text. Frozen: the method's mask on the
+original weights, where MaskPro starts from. Updated: SparseGPT's own weights, which make up for the pruned. Seconds are
+those of pruning to 2:4, calibration included, loading not. --quick prunes the first of 30 blocks only.
 """
 import time
+from pathlib import Path
 
 import common
 from tqdm import tqdm
@@ -27,26 +28,28 @@ METHODS = {
 PATTERNS = ["2:4", "4:8"]
 
 
-def judge(model, windows) -> float:
-    return perplexity([batch_loss(model, window[None])
-                       for window in tqdm(windows, desc="perplexity", unit="window", disable=None, leave=False)])
+def judge(model, texts: dict) -> dict[str, float]:
+    """Perplexity by text; texts: name -> windows int64 `[windows, tokens]`."""
+    return {name: perplexity([batch_loss(model, window[None]) for window in
+                              tqdm(windows, desc=f"perplexity, {name}", unit="window", disable=None, leave=False)])
+            for name, windows in texts.items()}
 
 
-def measure(samples, windows, args) -> tuple[float, float | None, float]:
-    """(perplexity of the mask on frozen weights, that of the weights as the method left them, seconds to prune)."""
+def measure(samples, texts, args) -> tuple[dict, dict | None, float]:
+    """(perplexities of the mask on frozen weights, those of the weights as the method left them, seconds to prune)."""
     model, _ = load_model(args)
     layers = find_layers(model, args.targets)
     start = time.perf_counter()
     prune.prune_model(model, layers, samples if args.prune_method != "magnitude" else None, args)
     seconds = time.perf_counter() - start
     check_sparsity(layers, args.sparsity_type)
-    found = judge(model, windows)
+    found = judge(model, texts)
     if args.prune_method != "sparsegpt":
         return found, None, seconds
     masks = {name: nonzero_mask(weight_matrix(module), *args.sparsity_type)[0] for name, module in layers.items()}
     model, _ = load_model(args)
     apply_masks(find_layers(model, args.targets), masks)
-    return judge(model, windows), found, seconds
+    return judge(model, texts), found, seconds
 
 
 def main():
@@ -54,8 +57,8 @@ def main():
     parser.add_argument("--model", default="demo/model", help="folder of a causal LM")
     parser.add_argument("--dtype", default="auto", help="of the weights, see prune.py")
     parser.add_argument("--nsamples", type=int, default=64, help="calibration rows of 256 tokens")
-    parser.add_argument("--ppl", default="demo/heldout.txt", help="held-out text: wikitext2, c4, or a file")
-    parser.add_argument("--nwindows", type=int, default=32, help="windows of 512 tokens")
+    parser.add_argument("--ppl", nargs="+", default=["demo/heldout.txt"], help="held-out texts: wikitext2, c4, files")
+    parser.add_argument("--nwindows", type=int, default=32, help="windows of 512 tokens of each text")
     args = parser.parse_args()
     shared = ["--model", args.model, "--dtype", args.dtype, "--device", args.device, "--seed", str(args.seed),
               *(["--targets", "layers.0."] if args.quick else [])]
@@ -65,19 +68,25 @@ def main():
     except UserError as error:
         raise UserError(f"{error}; `make demo DEMO_FLAGS=--quick` leaves the model and the texts in demo/")
     samples = data.calibration_samples(tokenizer, "demo/train.jsonl", nsamples, 256, args.seed)
-    windows = data.perplexity_windows(tokenizer, args.ppl, 512, nwindows)
-    columns = {pattern: f"{pattern} perplexity" for pattern in patterns}
-    rows = [{"method": "dense", "weights": "", **dict.fromkeys(columns.values(), judge(model, windows))}]
+    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, 512, nwindows) for text in args.ppl}
+
+    def cells(pattern: str, found: dict | None) -> dict:
+        return {f"{pattern}, {text}": ppl for text, ppl in (found or {}).items()}
+    rows, found = [{"method": "dense", "weights": ""}], judge(model, texts)
+    for pattern in patterns:
+        rows[0] |= cells(pattern, found)
     for name, arguments in METHODS.items():
         frozen, updated = {"method": name, "weights": "frozen"}, {"method": name, "weights": "updated"}
-        for pattern, column in columns.items():
+        for pattern in patterns:
             parsed = prune.parse_args([*shared, *arguments, "--sparsity_type", pattern])
-            frozen[column], updated[column], seconds = measure(samples, windows, parsed)
+            on_frozen, on_updated, seconds = measure(samples, texts, parsed)
+            frozen |= cells(pattern, on_frozen)
+            updated |= cells(pattern, on_updated)
             frozen.setdefault("seconds", seconds)
         rows += [frozen, updated] if parsed.prune_method == "sparsegpt" else [frozen]
     dtype = str(model.dtype).removeprefix("torch.")
-    common.report(rows, args, f"{args.model}, {dtype}, calibrated on {nsamples} x 256 tokens; {args.ppl}, {nwindows} "
-                              "windows of 512 tokens")
+    common.report(rows, args, f"perplexity; {args.model}, {dtype}, calibrated on {nsamples} x 256 tokens; {nwindows} "
+                              "windows of 512 tokens of each text")
 
 
 if __name__ == "__main__":
