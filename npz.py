@@ -68,4 +68,6 @@ def _array(name: str, raw: bytes) -> np.ndarray:
     if dtype.hasobject or len(shape) > 1 or prod(shape) * dtype.itemsize != len(content):
         raise UserError(f"{name} is no row of {dtype} in {len(content)} bytes but {[*shape]}: restore the file or make "
                         "it anew")
+    if dtype.kind == "U":  # numpy would make strings of numbers that are no characters
+        bytes(content).decode("utf-32-be" if dtype.str[0] == ">" else "utf-32-le")
     return np.ndarray(shape, dtype, content)

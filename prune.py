@@ -40,6 +40,7 @@ from utils import (
     add_model_arguments,
     check_disk,
     check_length,
+    check_tokens,
     environment,
     finite,
     input_device,
@@ -180,6 +181,7 @@ def main(argv=None):
     if args.prune_method != "magnitude":
         check_length(model, args.seqlen, "--seqlen")
         samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
+        check_tokens(model, samples)
     prune_model(model, layers, samples, args)
     with written_beside(out) as beside:
         model.save_pretrained(beside)

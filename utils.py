@@ -185,6 +185,7 @@ def load_model(args):
     print(f"loading {args.model} ({str(dtype).removeprefix('torch.')}, {args.device_map or device})", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        tokenizer("Does it take a text?")  # a damaged one fails here rather than far from its name
         model, found = AutoModelForCausalLM.from_pretrained(
             source, trust_remote_code=args.trust_remote_code, low_cpu_mem_usage=True, output_loading_info=True,
             **{keyword: dtype}, **placement)
@@ -218,6 +219,7 @@ def batch_loss(model: nn.Module, batch: Tensor, microbatch: int = 32) -> float:
     `microbatch` rows go through one whole-model forward; the head's logits are taken to float32 a few rows at a time,
     so that no [rows, tokens, vocabulary] float32 copy is made.
     """
+    check_tokens(model, batch)
     total, count = 0.0, batch.shape[0] * (batch.shape[1] - 1)
     for rows in batch.to(input_device(model)).split(microbatch):
         logits = model(input_ids=rows, use_cache=False).logits
@@ -277,6 +279,14 @@ def check_length(model: nn.Module, tokens: int, flag: str) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and tokens > longest:
         raise UserError(f"{flag} {tokens} is more than the {longest} positions of the model; lower {flag}")
+
+
+def check_tokens(model: nn.Module, tokens: Tensor) -> None:
+    """UserError where the model has no embedding for a token."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens.max() >= rows:
+        raise UserError(f"the tokenizer makes token {int(tokens.max())} and the model has {rows} embeddings; give a "
+                        "--model whose tokenizer is its own")
 
 
 def refuse_existing(path: str | Path, remedy: str) -> Path:

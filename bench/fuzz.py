@@ -238,7 +238,10 @@ def outcome(reader: Reader, original) -> str:
     try:
         found = reader.read()
     except UserError as error:
-        line = printable(error)
+        try:
+            line = printable(error)
+        except BaseException as flaw:  # of a text that is none
+            return f"wrong: its error cannot be printed, {type(flaw).__name__}: {flaw}"
         named = str(reader.files[0].parent) in line
         return "refused" if named else f"wrong: the error names no file: {line[:200]}"
     except BaseException as error:
@@ -305,8 +308,9 @@ def read_damaged(reader: Reader, inputs: int, seed: int, keep: Path | None = Non
             try:
                 os.close(out)
                 _child(reader, range(index, min(index + BATCH, inputs)), seed, originals, original, pipe)
-            finally:
                 os._exit(0)
+            except BaseException:
+                os._exit(1)
         os.close(pipe)
         with os.fdopen(out) as lines:
             reports = [json.loads(line) for line in lines]

@@ -142,6 +142,13 @@ def hostile_files(w: Path) -> None:
         shutil.copytree(w / "llama", w / name)
         config = json.loads((w / name / "config.json").read_text())
         (w / name / "config.json").write_text(json.dumps(config | change))
+    shutil.copytree(w / "llama", w / "bad_length")
+    settings = json.loads((w / "llama" / "tokenizer_config.json").read_text())
+    (w / "bad_length" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": {}}))
+    edited(w / "llama", w / "few_rows", lambda tensors: tensors.update(
+        {name: tensors[name][:32] for name in ("model.embed_tokens.weight", "lm_head.weight")}))
+    config = json.loads((w / "llama" / "config.json").read_text())
+    (w / "few_rows" / "config.json").write_text(json.dumps(config | {"vocab_size": 32}))
     edited(w / "llama", w / "few_weights", lambda tensors: tensors.pop("model.norm.weight"))
 
     mask_files.save_folder(w / "evil", {"a": torch.eye(2, dtype=torch.bool).repeat(2, 2)})
@@ -266,6 +273,9 @@ def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
        ("inference_loss", "--model {w}/no_weights", "--model", "no_weights cannot be loaded"),
        ("inference_loss", "--model {w}/bad_weights", "--model", "bad_weights cannot be loaded"),
        ("inference_loss", "--model {w}/few_weights", "few_weights has no weights for model.norm.weight", "restore it"),
+       ("inference_loss", "--model {w}/bad_length", "bad_length cannot be loaded"),
+       ("inference_loss", "--model {w}/few_rows --mask none", "the tokenizer makes token", "32 embeddings", "its own"),
+       (["prune", "evaluate"], "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
        (ALL, "--model {w}/escaping", "escaping", "'../llama/x.safetensors'", "not a file of its folder", "restore"),
        (ALL, "--model {w}/many_layers", "many_layers", "claims num_hidden_layers 1000000000", "restore"),
        ("evaluate", "--model {w}/adapter", "is an adapter", "merge it"),

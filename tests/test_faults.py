@@ -51,12 +51,22 @@ def test_a_reader_that_is_wrong_is_found_out(tmp_path, monkeypatch, read, told):
                          (lambda raw, rng: b"bad",), None)
     counts, wrong = fuzz.read_damaged(reader, 2, 0, tmp_path / "kept")
     assert counts == {"refused": 0, "right": 0, "other": 0, "wrong": 2}
-    assert all(told in line and "file 0" in wrong[0] for line in wrong), wrong
+    assert told in wrong[0] and "file 0" in wrong[0] and "file 1" in wrong[1], wrong
     assert path.read_text() == "good" and len(os.listdir(tmp_path / "kept")) == 2
 
 
 def raise_user_error(text):
     raise UserError(text)
+
+
+def test_text_that_is_none_in_an_npz(tmp_path):
+    """numpy makes a broken string of a number beyond the last character."""
+    reader = fuzz.baseline_npz(tmp_path)
+    members = damage._members(reader.files[0].read_bytes())
+    broken = [(name, raw[:-4] + b"\x00\x00\x11\x00" if "depends_on" in name else raw) for name, raw in members]
+    reader.files[0].write_bytes(damage._zipped(broken))
+    with pytest.raises(UserError, match="not a baseline file .UnicodeDecodeError"):
+        reader.read()
 
 
 def test_sound_reads_and_refusals_are_no_faults(tmp_path):
