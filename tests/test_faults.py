@@ -1,6 +1,7 @@
 """The campaigns of bench/faults.py in short: every reader against damaged and hostile files; the campaign itself."""
 import ctypes
 import json
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def never_ends():
     (lambda path: os.abort(), "SIGABRT"),
     (lambda path: os._exit(5), "exit code 5"),
     (lambda path: never_ends(), "processor time"),
-    (lambda path: len(bytearray(os.urandom(1)) * 2**27) * 0, "more memory"),
+    (lambda path: mmap.mmap(-1, 2**27).write(b"1" * 2**27) * 0, "more memory"),
     (lambda path: Path(path).read_text(), "reads"),
     (lambda path: raise_user_error("a line that does not say which file"), "names no file")],
     ids=lambda value: value if isinstance(value, str) else "")

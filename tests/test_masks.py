@@ -331,7 +331,7 @@ def test_an_npz_that_lost_a_layer_from_its_directory(tmp_path, layers):
     path.write_bytes(raw)  # the first entry's comment now swallows the second entry
     with zipfile.ZipFile(path) as archive:
         assert len(archive.infolist()) == 1
-    with pytest.raises(UserError, match="lost layers"):
+    with pytest.raises(UserError, match="lost members"):
         mask_files.load(path, shapes=SHAPES)
 
 

@@ -263,7 +263,7 @@ def test_best_keeps_the_mask_with_the_lowest_loss(load):
     masks, found = [], []
     for t in range(5):
         masks.append(masked.mode_masks())
-        found.append(best.look())
+        found.append(best.look(t))
         for layer in masked.layers.values():
             layer.logits[t % 4].add_(3.0)
     assert found == [3.0, None, 2.5, None, 2.7] and best.loss == 2.5
