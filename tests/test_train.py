@@ -272,9 +272,12 @@ def test_best_keeps_the_mask_with_the_lowest_loss(load):
     assert torch.equal(forward(masked.model), looked[2]) and not torch.equal(looked[2], looked[3])
 
 
-def test_the_best_of_held_out_minibatches_is_delivered(learn, w, models):
-    """A rate far too large: the losses on the last minibatches, which are not learned from, by the HF model."""
-    run = learn(f"{GRADIENTS} --lr 40 --epoch 2 --val_fraction 0.3 --looks 4")
+def test_the_best_of_held_out_minibatches_is_delivered(learn, w, models, monkeypatch):
+    """Planted divergence: the second half of the steps climbs. Losses on the last minibatches, which are not learned
+    from, by the HF model."""
+    learner_step, planted = StraightThrough.step, iter([0.4] * 4 + [-0.8] * 4)
+    monkeypatch.setattr(StraightThrough, "step", lambda self, batch, *_: learner_step(self, batch, next(planted)))
+    run = learn(f"{GRADIENTS} --epoch 2 --val_fraction 0.3 --looks 4")
     batches = rows_of(w, models, 768)
     assert len(run.metrics) == 8  # four of six minibatches, twice
     looks = [line["heldout"] for line in run.metrics if "heldout" in line]
@@ -282,9 +285,8 @@ def test_the_best_of_held_out_minibatches_is_delivered(learn, w, models):
     started = loss_under(models, m0, batches[4:].flatten(0, 1))
     delivered = loss_under(models, run.masks, batches[4:].flatten(0, 1))
     assert len(looks) == 4 and delivered == pytest.approx(min(started, *looks), rel=1e-5)
-    assert max(looks) > delivered + 0.01
-    first = [loss_under(models, m0, batches[b]) for b in range(4)]
-    assert run.metrics[0]["loss"] == pytest.approx(first[0], rel=1e-5)
+    assert looks[-1] > delivered + 0.05
+    assert run.metrics[0]["loss"] == pytest.approx(loss_under(models, m0, batches[0]), rel=1e-5)
 
 
 def test_without_held_out_minibatches_the_last_mask_is_delivered(learn):
