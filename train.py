@@ -39,7 +39,6 @@ import settings
 import tracking
 from best import Best, diverging
 from layers import MaskedModel, check_divisible, find_layers, read_masks
-from settings import PRESETS  # noqa: F401
 from straight_through import StraightThrough
 from utils import (
     DTYPES,

@@ -20,6 +20,7 @@ import get_mask
 import inference_loss
 import mask_files
 import prune
+import settings
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,7 @@ def test_the_papers_settings(tmp_path):
     assert (paper.estimator, paper.dataset_size, paper.batchsize, paper.sqlen, paper.lr, paper.logits) == (
         "maskpro", 512, 32, 128, 50, 10)
     assert min(paper.max_step, paper.epoch * 512 // 32) == 10000
-    assert fast.preset == "fast" and all(getattr(fast, key) == value for key, value in train.PRESETS["fast"].items())
+    assert fast.preset == "fast" and all(getattr(fast, key) == value for key, value in settings.PRESETS["fast"].items())
     judged = [evaluate.parse_args(flags) for name, *flags in plan[:-1] if name == "evaluate.py"]
     assert all((args.ppl, args.seqlen, len(args.tasks.split(","))) == ("wikitext2", 4096, 7) for args in judged)
     assert len(judged) == 6  # dense, three one-shot methods, the paper's and this project's

@@ -17,6 +17,7 @@ from tiny import write_corpus
 import data
 import mask_files
 import pge
+import settings
 import step
 import tracking
 import train
@@ -116,7 +117,7 @@ def test_the_preset_learns_any_pattern(learn, w, models, n, m):
 
 
 def test_the_preset_is_its_flags():
-    spelled = " ".join(f"--{key} {value}" for key, value in train.PRESETS["fast"].items())
+    spelled = " ".join(f"--{key} {value}" for key, value in settings.PRESETS["fast"].items())
     plain, preset = train.parse_args(spelled.split()), train.parse_args(["--preset", "fast"])
     assert vars(preset) == {**vars(plain), "preset": "fast"}
     assert train.parse_args("--lr 3 --preset fast --batchsize 5".split()).lr == 3
