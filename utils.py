@@ -193,11 +193,12 @@ def load_model(args):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {args.model} cannot be loaded: {reason[:300]} (a folder or hub id of a causal LM is "
                         "wanted; a gated one needs `huggingface-cli login`)")
-    if found["missing_keys"]:  # transformers would go on with random numbers
-        missing = sorted(found["missing_keys"])
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    missing = sorted({*found["missing_keys"], *([] if args.device_map else offloaded)})
+    if missing:  # transformers would go on with random numbers, or with none
         raise UserError(f"--model {args.model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
                         "restore it, or give the folder of a whole causal LM")
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if offloaded:
         raise UserError(f"{args.model} does not fit the devices of --device_map {args.device_map}, and masks cannot "
                         "be learned on weights that are offloaded; use more or larger GPUs, or --device cpu")
     if not args.device_map:

@@ -304,7 +304,7 @@ def test_graded_logits_follow_the_formula(drawn):
     for kept, x, row in zip(mask.tolist(), score.double().clamp(min=1e-30).tolist(), logits.tolist()):
         weakest = min(value for value, k in zip(x, kept) if k)
         for value, k, logit in zip(x, kept, row):
-            gap = magnitude * float(torch.tensor(value / weakest).double().log())
+            gap = magnitude * float(torch.tensor(value / weakest, dtype=torch.float64).log())
             expected = pge.MARGIN + min(max(gap, 0), pge.LIMIT) if k else max(min(gap, 0), -pge.LIMIT)
             assert logit == pytest.approx(expected, abs=1e-3)
 
