@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from utils import UserError
+from utils import UserError, check_name
 
 MOST_BYTES = 2**25  # of one document
 MOST_RATIO, FREE_BYTES = 100, 2**20  # unpacked to packed bytes, and up to where that is not looked at
@@ -80,8 +80,7 @@ def saved_rows(folder: Path) -> Iterator[dict]:
         folder = folder / "train"
     for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]:
         name = entry["filename"]
-        if Path(name).name != name or name == "..":
-            raise UserError(f"{folder / 'state.json'} names {name!r}, which is not a file of its folder: restore it")
+        check_name(name, folder / "state.json")
         with pyarrow.memory_map(str(folder / name)) as file, pyarrow.ipc.open_stream(file) as batches:
             for batch in batches:
                 batch.validate(full=True)  # Arrow itself trusts the offsets in a file

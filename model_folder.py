@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from utils import UserError
+from utils import UserError, check_name
 
 MOST_MODULES = 4096  # layers or experts, of a model that has not as many tensors
 COUNTS = re.compile(r"n_?layers?|num_.*(layers|experts)|n_.*experts")
@@ -19,8 +19,7 @@ def check(folder: Path, trust_remote_code: bool) -> None:
     for index in folder.glob("*.index.json"):
         files = (_json(index) or {}).get("weight_map")
         for name in sorted(set(map(str, files.values()))) if isinstance(files, dict) else []:
-            if Path(name).name != name or name == "..":
-                raise UserError(f"{index} names {name!r}, which is not a file of its folder: restore the folder")
+            check_name(name, index)
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} is an adapter, which would bring a model from elsewhere along; merge it into its "
                         "model, save that and give its folder, or remove adapter_config.json")

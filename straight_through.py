@@ -53,7 +53,7 @@ class StraightThrough:
 
     A step is clipped where J^T G exceeds CLIP of its root mean square over the layer, a running mean of earlier
     minibatches: pi <- pi - rate * clip(J^T G / (CLIP rms), +-1). So `rate` is the furthest that a logit goes in a step,
-    whatever the model's size and the loss's scale. The first minibatch only measures.
+    whatever the model's size and the loss's scale. The first microbatch only measures.
 
     J^T G has heavy tails: a few weights that matter enormously, in all models, make most of its mean square. With CLIP
     well below 1 they go no faster than the many that matter a little.

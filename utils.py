@@ -300,6 +300,12 @@ def refuse_existing(path: str | Path, remedy: str) -> Path:
     return path
 
 
+def check_name(name: str, source: Path) -> None:
+    """UserError unless a name that the file `source` holds is that of a file in its own folder."""
+    if Path(name).name != name or name == "..":
+        raise UserError(f"{source} names {name!r}, which is not a file of its folder: restore it")
+
+
 def check_disk(folder: str | Path, needed_bytes: float) -> None:
     """UserError where fewer bytes than needed are free on the disk of a folder, which need not exist yet."""
     above = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.is_dir())

@@ -156,15 +156,20 @@ def test_every_start_token_is_counted(tokenizers, tmp_path):
             data.minibatches(tokenizers[name], path, 1, 1, plain + extra)
 
 
-def test_reading_stops_when_enough(tmp_path, monkeypatch):
-    read_so_far = []
+def endless(monkeypatch, text: str) -> list[int]:
+    """Have data.documents yield this text without end; a list that grows with every document read."""
+    opened = []
 
     def source(dataset):
         for i in range(10**9):
-            read_so_far.append(i)
-            yield "w w w w"
-
+            opened.append(i)
+            yield text
     monkeypatch.setattr(data, "documents", source)
+    return opened
+
+
+def test_reading_stops_when_enough(tmp_path, monkeypatch):
+    read_so_far = endless(monkeypatch, "w w w w")
     assert data.minibatches(Words(), "endless", 6, 3, 4).shape == (2, 3, 4)
     assert len(read_so_far) == 6
 
@@ -226,13 +231,7 @@ def test_token_rows_are_the_running_text_shuffled(tmp_path, tokenizer, between):
 @pytest.mark.parametrize("tokens, minibatches", [(1, 1), (8, 1), (15, 1), (16, 2), (25, 3)])
 def test_token_rows_stop_reading_at_the_budget(monkeypatch, tokens, minibatches):
     """Down to whole minibatches of 8 tokens, one at least; a document has 4 tokens."""
-    opened = []
-
-    def source(dataset):
-        for i in range(10**9):
-            opened.append(i)
-            yield "w w"
-    monkeypatch.setattr(data, "documents", source)
+    opened = endless(monkeypatch, "w w")
     tokenizer = Words()
     tokenizer.eos_token_id = None
     assert data.token_rows(tokenizer, "endless", tokens, 2, 4, 0).shape == (minibatches, 2, 4)
