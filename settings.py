@@ -18,7 +18,7 @@ from utils import (
     sparsity_type,
 )
 
-PRESETS = {"fast": dict(estimator="straight_through", init="scores", logits=4.0, distill=1.0, lr=0.4, schedule="linear",
+PRESETS = {"fast": dict(estimator="straight_through", init="scores", logits=4.0, distill=1.0, lr=0.7, schedule="linear",
                         tokens=400_000, batchsize=8, epoch=1, val_fraction=0.02, looks=10)}
 
 
@@ -110,7 +110,10 @@ def parse(docstring: str, argv=None, error=None) -> argparse.Namespace:
         parser.error("--resume goes on with a run and --repeat does it again: give one of them")
     if first.resume or first.repeat:
         return parse_again(docstring, argv, Path(first.resume or first.repeat), bool(first.resume))
-    parser.set_defaults(**PRESETS.get(first.preset, {}))
+    preset, given = PRESETS.get(first.preset, {}), given_flags(docstring, argv)
+    if "dataset_size" in given:  # documents instead of the preset's running text
+        preset = {name: value for name, value in preset.items() if name != "tokens"}
+    parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     if not 0 <= args.alpha < 1:
         parser.error(f"--alpha {args.alpha} is not in [0, 1)")
@@ -124,12 +127,17 @@ def parse(docstring: str, argv=None, error=None) -> argparse.Namespace:
     return args
 
 
+def given_flags(docstring: str, argv) -> dict:
+    """The arguments that the command line itself gives."""
+    parser = make_parser(docstring)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))
+
+
 def parse_again(docstring: str, argv, run: Path, resume: bool) -> argparse.Namespace:
     """The arguments that a run has recorded. UserError for a flag given besides that says otherwise."""
-    given = make_parser(docstring)
-    for action in given._actions:
-        action.default = argparse.SUPPRESS
-    given = vars(given.parse_args(argv))
+    given = given_flags(docstring, argv)
     given.update({name: str(Path(given[name])) for name in ("out", "resume", "repeat") if name in given})
     record = read_record(run)
 

@@ -59,9 +59,10 @@ ROWS = {
     "the preset, C from 2 to 8": dict(PRESET, logits=2.0, sharpen=4.0),
 }
 LONG = {  # with --long: (row, its share of the passes)
-    "long, paper: maskpro (eta 10, C 5)": (dict(ROWS["paper: maskpro (eta 10, C 5)"], stop=0.5), 1),
-    "long, running baseline, normalized": (ROWS["running baseline, normalized"], 1 / 5),
-    "long, the preset": (PRESET, 1 / 50),
+    "long: paper, maskpro (eta 10, C 5)": (dict(ROWS["paper: maskpro (eta 10, C 5)"], stop=0.5), 1),
+    "long: paper, maskpro but with a debiased tracker": (dict(ROWS["maskpro, debiased tracker"], stop=0.5), 1),
+    "long: running baseline, normalized": (ROWS["running baseline, normalized"], 1 / 5),
+    "long: the preset": (PRESET, 1 / 50),
 }
 PATTERNS = ((1, 4), (2, 4), (4, 8), (8, 16))
 FORWARD_ONLY = {"vanilla": pge.Vanilla, "residual": pge.Residual, "maskpro": pge.MaskPro, "running": pge.Running}
@@ -246,7 +247,7 @@ def compare_estimators(args, runs: Runs, passes: int, seeds: int) -> list[dict]:
     curves = {name: [runs.get(bench, name, *plan, seed) for seed in range(seeds)] for name, plan in planned.items()}
     short = {name: curves[name] for name, (_, length) in planned.items() if length == passes} or curves
     limit_s = min(points[-1][1] for runs in short.values() for points in runs)
-    goals = [statistics.mean(map(lowest, curves[name])) for name in curves if name.startswith("long, paper")]
+    goals = [statistics.mean(map(lowest, curves[name])) for name in curves if name.startswith("long: paper")]
     rows = [{"estimator": name, "all passes": f"{loss:.4f}"} for name, loss in
             (("dense", bench.dense), ("m0", bench.start))]
     for name, found in curves.items():

@@ -122,6 +122,10 @@ def test_the_preset_is_its_flags():
     assert vars(preset) == {**vars(plain), "preset": "fast"}
     assert train.parse_args("--lr 3 --preset fast --batchsize 5".split()).lr == 3
     assert train.parse_args("--lr 3 --preset fast --batchsize 5".split()).batchsize == 5
+    documents = train.parse_args("--preset fast --dataset_size 64".split())
+    assert documents.tokens is None and documents.dataset_size == 64  # a flag of the user's is not passed over
+    both = train.parse_args("--preset fast --dataset_size 64 --tokens 900".split())
+    assert both.tokens == 900
 
 
 # ------------------------------------------------------------------------------------------ its parts, flag by flag
