@@ -42,14 +42,15 @@ def bits_to_mask(bits: Tensor, m: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # random numbers
 
-def layer_keys(seed: int, step: int, layers: int) -> Tensor:
-    """Two int32 keys a layer, `[layers, 2]`: SplitMix64 of (seed, step, layer)."""
+def layer_keys(seed: int, step: int, layers: int, sample: int = 0) -> Tensor:
+    """Two int32 keys a layer, `[layers, 2]`: SplitMix64 of (seed, step, layer), and of which of the step's masks."""
     def splitmix(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
     base = splitmix(splitmix(seed) ^ step)
+    base = splitmix(base ^ sample) if sample else base
     words = torch.tensor([splitmix(base ^ layer) - 2**63 for layer in range(layers)], dtype=torch.int64)
     return words.view(torch.int32).view(layers, 2)
 
@@ -124,6 +125,16 @@ def _counter(bits: Tensor, n: int, m: int, start: int) -> Tensor:
     return (torch.arange(bits.shape[0], device=bits.device, dtype=torch.int32) + start) * lanes
 
 
+def _kept(bits: Tensor, m: int) -> list[Tensor]:
+    """Bits `[blocks]` int32 as M planes of 0. and 1."""
+    return [(bits >> i & 1).float() for i in range(m)]
+
+
+def _drawn(w: list[Tensor], counter: Tensor, key: Tensor, n: int) -> Tensor:
+    """The mask that a key draws, bits `[blocks]` int32."""
+    return draw(w, n, [uniform(random_bits(counter + k, key)) for k in range(draws(n, len(w)))])
+
+
 def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Tensor, n: int) -> list[Tensor]:
     """Write float32 planes into the logits, rounded stochastically where these have 16 bits; returns what is stored."""
     m, dtype = len(planes), logits[0].dtype
@@ -139,9 +150,7 @@ def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Ten
 def draw_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, n: int, m: int,
               start: int = 0) -> None:
     """Draw the next mask and write the masked weight, the logits left as they are; arguments as `fused_step`."""
-    counter = _counter(bits, n, m, start)
-    u = [uniform(random_bits(counter + k, key)) for k in range(draws(n, m))]
-    drawn = draw(weights([plane.float() for plane in logits], n), n, u)
+    drawn = _drawn(weights([plane.float() for plane in logits], n), _counter(bits, n, m, start), key, n)
     bits.copy_(drawn.to(bits.dtype))
     write_masked(weight, drawn, out, m)
 
@@ -152,12 +161,24 @@ def fused_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
     `[blocks * M]` or as words, coefficient float32 `[]`, key int32 `[2]`; `start` is the number of the first block in
     its layer. N <= 4, M <= 8."""
     planes = [plane.float() for plane in logits]
-    code = bits.int()
-    kept = [(code >> i & 1).float() for i in range(m)]
-    gradient = score(weights(planes, n), kept, n)
+    gradient = score(weights(planes, n), _kept(bits.int(), m), n)
     planes = [plane - coefficient * g for plane, g in zip(planes, gradient)]
     _store(logits, planes, _counter(bits, n, m, start), key, n)
     draw_step(logits, bits, weight, out, key, n, m, start)
+
+
+def samples_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
+                 coefficients: Tensor, keys: Tensor, n: int, m: int, start: int = 0) -> None:
+    """The step from K masks of one distribution, pi <- pi - sum_k coefficient_k d log p(m_k | pi) / d pi. None of them
+    is kept: each is drawn again by its key. Arguments as `fused_step`; coefficients float32 `[K]`; keys int32
+    `[K + 2, 2]`: of the K masks, of the rounding, of the next mask."""
+    planes = [plane.float() for plane in logits]
+    w, counter = weights(planes, n), _counter(bits, n, m, start)
+    for k in range(coefficients.shape[0]):
+        gradient = score(w, _kept(_drawn(w, counter, keys[k], n), m), n)
+        planes = [plane - coefficients[k] * g for plane, g in zip(planes, gradient)]
+    _store(logits, planes, counter, keys[-2], n)
+    draw_step(logits, bits, weight, out, keys[-1], n, m, start)
 
 
 def gradient_step(logits: list[Tensor], bits: Tensor | None, gain: Tensor, scale: Tensor, key: Tensor, n: int, m: int,
@@ -192,37 +213,55 @@ def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: 
     return blocks.float()
 
 
-def reference_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
-                   coefficient: Tensor, key: Tensor, space, chunk: int = CHUNK) -> None:
-    """The same step by the exact routines of `pge.py`, for any space and N:M; logits: `width` planes; without a
-    coefficient they are only drawn from."""
-    generator = _generator(key)
-    for start in range(0, len(bits), chunk):
+def _reference_move(logits: list[Tensor], masks: list[Tensor], coefficients, key: Tensor, space, chunk: int) -> None:
+    """The update from these masks (bits `[blocks]`), rounded by the key."""
+    generator = _generator(~key)  # other numbers than this key's draws
+    for start in range(0, len(logits[0]), chunk):
         part = slice(start, start + chunk)
-        block_logits = torch.stack([plane[part] for plane in logits], 1).float()
-        mask = bits_to_mask(bits[part], space.m)
-        if coefficient is not None:
-            block_logits = block_logits - coefficient * space.score(block_logits, mask)
-        stored = _store_blocks(logits, block_logits, part, generator)
-        bits[part] = mask_to_bits(space.sample(stored, generator))
+        before = torch.stack([plane[part] for plane in logits], 1).float()
+        moved = before
+        for bits, coefficient in zip(masks, coefficients):
+            moved = moved - coefficient * space.score(before, bits_to_mask(bits[part], space.m))
+        _store_blocks(logits, moved, part, generator)
+
+
+def _reference_drawn(logits: list[Tensor], key: Tensor, space, chunk: int) -> Tensor:
+    """The mask that a key draws, bits `[blocks]`."""
+    generator = _generator(key)
+    chunks = zip(*(plane.split(chunk) for plane in logits))
+    return torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks])
+
+
+def reference_draw(logits, bits, weight, out, key, space, chunk: int = CHUNK) -> None:
+    """`draw_step` by the exact routines of `pge.py`, for any space and N:M; logits: `width` planes."""
+    bits.copy_(_reference_drawn(logits, key, space, chunk))
     write_masked(weight, bits, out, space.m)
 
 
-def eager_step(logits, bits, weight, out, coefficient, key, n, m, chunk: int = CHUNK) -> None:
-    """`fused_step` without a compiler, a slice at a time; the same numbers."""
-    weight, out = as_words(weight, m), as_words(out, m)
-    for start in range(0, len(bits), chunk):
-        part = slice(start, start + chunk)
-        planes = [plane[part] for plane in logits]
-        fused_step(planes, bits[part], weight[part], out[part], coefficient, key, n, m, start)
+def reference_step(logits, bits, weight, out, coefficient, key, space, chunk: int = CHUNK) -> None:
+    """`fused_step` by the exact routines."""
+    _reference_move(logits, [bits], [coefficient], key, space, chunk)
+    reference_draw(logits, bits, weight, out, key, space, chunk)
 
 
-def eager_draw(logits, bits, weight, out, key, n, m, chunk: int = CHUNK) -> None:
-    """`draw_step` without a compiler."""
-    weight, out = as_words(weight, m), as_words(out, m)
-    for start in range(0, len(bits), chunk):
-        part = slice(start, start + chunk)
-        draw_step([plane[part] for plane in logits], bits[part], weight[part], out[part], key, n, m, start)
+def reference_samples(logits, bits, weight, out, coefficients, keys, space, chunk: int = CHUNK) -> None:
+    """`samples_step` by the exact routines."""
+    masks = [_reference_drawn(logits, key, space, chunk) for key in keys[:-2]]
+    _reference_move(logits, masks, coefficients, keys[-2], space, chunk)
+    reference_draw(logits, bits, weight, out, keys[-1], space, chunk)
+
+
+def _sliced(function):
+    """A step without a compiler, a slice of the blocks at a time; the same numbers."""
+    def run(logits, bits, weight, out, *rest, chunk: int = CHUNK) -> None:  # rest ends with n, m
+        weight, out = as_words(weight, rest[-1]), as_words(out, rest[-1])
+        for start in range(0, len(bits), chunk):
+            part = slice(start, start + chunk)
+            function([plane[part] for plane in logits], bits[part], weight[part], out[part], *rest, start)
+    return run
+
+
+eager_step, eager_samples, eager_draw = _sliced(fused_step), _sliced(samples_step), _sliced(draw_step)
 
 
 def eager_gradient(logits, bits, gain, scale, key, n, m, chunk: int = CHUNK) -> Tensor:
@@ -287,28 +326,32 @@ def _fused(space, mode: str) -> bool:
     return mode != "exact" and isinstance(space, pge.LinearSpace)
 
 
+def _wrapped(fused, sliced, reference, space, mode: str, limited: bool):
+    n, m = space.n, space.m
+    if not _fused(space, mode) or limited and (n > FUSED_MAX_N or m > FUSED_MAX_M):
+        return lambda *args: reference(*args, space)
+    run = compiled(fused, sliced) if mode == "compiled" else sliced
+    return lambda logits, bits, weight, out, *rest: run(
+        list(logits), bits, as_words(weight, m), as_words(out, m), *rest, n, m)
+
+
 def step_function(space, mode: str = "compiled"):
     """The step of a space, (logits, bits, weight, out, coefficient, key) -> None. Fused, compiled or eager, where the
     space and its N:M have a fused form; `exact`, and elsewhere always, by `pge.py`.
 
     Planes must not share a storage, and words are viewed outside: a compiler copies what might overlap.
     """
-    n, m = space.n, space.m
-    if not _fused(space, mode) or n > FUSED_MAX_N or m > FUSED_MAX_M:
-        return lambda *args: reference_step(*args, space)
-    run = compiled(fused_step, eager_step) if mode == "compiled" else eager_step
-    return lambda logits, bits, weight, out, coefficient, key: run(
-        list(logits), bits, as_words(weight, m), as_words(out, m), coefficient, key, n, m)
+    return _wrapped(fused_step, eager_step, reference_step, space, mode, limited=True)
+
+
+def samples_function(space, mode: str = "compiled"):
+    """`samples_step` of a space, (logits, bits, weight, out, coefficients, keys) -> None, as `step_function`."""
+    return _wrapped(samples_step, eager_samples, reference_samples, space, mode, limited=True)
 
 
 def draw_function(space, mode: str = "compiled"):
     """`draw_step` of a space, (logits, bits, weight, out, key) -> None; any N:M has a fused form."""
-    n, m = space.n, space.m
-    if not _fused(space, mode):
-        return lambda logits, bits, weight, out, key: reference_step(logits, bits, weight, out, None, key, space)
-    run = compiled(draw_step, eager_draw) if mode == "compiled" else eager_draw
-    return lambda logits, bits, weight, out, key: run(
-        list(logits), bits, as_words(weight, m), as_words(out, m), key, n, m)
+    return _wrapped(draw_step, eager_draw, reference_draw, space, mode, limited=False)
 
 
 def gradient_function(space, mode: str = "compiled"):

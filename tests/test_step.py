@@ -1,6 +1,7 @@
 """step.py: the fused, the compiled and the exact step against pge.py, its random numbers, and what it learns."""
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -250,8 +251,39 @@ def test_slices_give_the_numbers_of_one_piece(n, m, dtype):
     logits = torch.randn(1000, m, generator=seeded(0)) * 2
     mask = pge.sample(logits, n, seeded(1))
     weight = torch.randn(mask.numel(), generator=seeded(2))
-    whole, parts = (take(step.eager_step, logits, mask, 0.3, dtype, weight, args=(n, m, chunk)) for chunk in (4096, 96))
+    whole, parts = (take(partial(step.eager_step, chunk=chunk), logits, mask, 0.3, dtype, weight)
+                    for chunk in (4096, 96))
     assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+
+
+@pytest.mark.parametrize("mode", ["eager", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_from_several_masks_draws_them_again_and_adds_their_scores(mode, dtype):
+    space, coefficients = pge.LinearSpace(2, 4), torch.tensor([0.5, -0.25, 2.0])
+    logits = planes_of(torch.randn(3000, 4, generator=seeded(0)) * 2, dtype)
+    weight, out = torch.randn(12000, generator=seeded(1)), torch.empty(12000)
+    bits = torch.zeros(3000, dtype=torch.uint8)
+    keys = torch.cat([step.layer_keys(0, 5, 1, sample) for sample in (0, 1, 2, 7, 8)])
+    masks = []
+    for key in keys[:3]:
+        step.draw_function(space, mode)(logits, bits, weight, out, key)
+        masks.append(step.bits_to_mask(bits, 4))
+    before = torch.stack(logits, 1).float()
+    expected = before - sum(c * pge.score(before.double(), mask) for c, mask in zip(coefficients, masks))
+    step.samples_function(space, mode)(logits, bits, weight, out, coefficients, keys)
+    after = torch.stack(logits, 1)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # rounded stochastically
+    assert (after - expected).abs().max() < tolerance
+    drawn, written = bits.clone(), out.clone()
+    step.draw_function(space, mode)(logits, bits, weight, out, keys[-1])  # the next mask is the last key's
+    assert torch.equal(bits, drawn) and torch.equal(out, written)
+    assert len({mask.numpy().tobytes() for mask in (*masks, step.bits_to_mask(bits, 4))}) == 4
+
+
+def test_the_masks_of_a_step_have_keys_of_their_own():
+    keys = torch.cat([step.layer_keys(0, t, 50, sample) for t in range(10) for sample in range(10)])
+    assert len({tuple(key) for key in keys.tolist()}) == 5000
+    assert torch.equal(step.layer_keys(3, 4, 5), step.layer_keys(3, 4, 5, 0))
 
 
 @pytest.mark.parametrize("dtype, value", [(torch.float16, 3.0), (torch.bfloat16, 3.0), (torch.float16, 0.0)])
