@@ -18,12 +18,12 @@ def check_finite(inputs: Tensor, name: str, model) -> None:
 def input_norms(model, layers: dict, samples: Tensor) -> dict[str, Tensor]:
     """||x_j|| of every layer's input features over the tokens of samples `[rows, tokens]`; float32 `[in]` each.
     UserError where they are not finite."""
-    squares = {name: torch.zeros(weight_matrix(module).shape[1], device=module.weight.device)
+    squares = {name: torch.zeros(weight_matrix(module).shape[1], device=weight_matrix(module).device)
                for name, module in layers.items()}
 
     def watch(name):
         def hook(module, inputs):
-            squares[name] += inputs[0].detach().float().flatten(0, -2).square().sum(0)
+            squares[name] += inputs[0].detach().float().flatten(0, -2).square().sum(0).to(squares[name].device)
         return hook
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
     for row in tqdm(samples, desc="calibrating", unit="row", disable=None):

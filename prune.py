@@ -135,7 +135,8 @@ def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
             if name in settled:
                 return
             check_finite(inputs[0], name, model)
-            settled[name] = pruned_weight(weight_matrix(module), inputs[0].flatten(0, -2), args).to(module.weight.dtype)
+            weight, features = weight_matrix(module), inputs[0].flatten(0, -2)
+            settled[name] = pruned_weight(weight.to(features.device), features, args).to(weight)
             if args.true_sequential:
                 write(name)
             progress.update()

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import offload
+
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -107,7 +109,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
     parser.add_argument("--dtype", default="float16", choices=["auto", "checkpoint", *DTYPES],
                         help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    parser.add_argument("--device_map", default=None, help="spread the layers over several GPUs: auto, balanced ...")
+    parser.add_argument("--device_map", default=None,
+                        help="spread the layers over several GPUs and the host's memory: auto, balanced ...")
     parser.add_argument("--seed", type=seed_number, default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
 
@@ -123,7 +126,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """A GPU if there is one; of several processes each takes its own."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def fast_dtype(device: str) -> torch.dtype:
@@ -182,7 +188,9 @@ def load_model(args):
         model_folder.check(source, args.trust_remote_code)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    print(f"loading {args.model} ({str(dtype).removeprefix('torch.')}, {args.device_map or device})", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"loading {args.model} ({str(dtype).removeprefix('torch.')}, {args.device_map or device})",
+              file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         tokenizer("Does it take a text?")  # a damaged one fails here rather than far from its name
@@ -193,14 +201,14 @@ def load_model(args):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {args.model} cannot be loaded: {reason[:300]} (a folder or hub id of a causal LM is "
                         "wanted; a gated one needs `huggingface-cli login`)")
-    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    missing = sorted({*found["missing_keys"], *([] if args.device_map else offloaded)})
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    missing = sorted({*found["missing_keys"], *([] if args.device_map else empty)})
     if missing:  # transformers would go on with random numbers, or with none
         raise UserError(f"--model {args.model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
                         "restore it, or give the folder of a whole causal LM")
-    if offloaded:
-        raise UserError(f"{args.model} does not fit the devices of --device_map {args.device_map}, and masks cannot "
-                        "be learned on weights that are offloaded; use more or larger GPUs, or --device cpu")
+    if any(offload.is_on_disk(module) for module in model.modules() if isinstance(module, nn.Linear)):
+        raise UserError(f"{args.model} does not fit the devices of --device_map {args.device_map} and the host's "
+                        "memory, and weights on the disk cannot be masked; use more or larger GPUs, or a larger host")
     if not args.device_map:
         model.to(device)
     if device.startswith("cpu"):
@@ -210,7 +218,7 @@ def load_model(args):
 
 
 def input_device(model: nn.Module) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    return offload.device_of(model.get_input_embeddings())
 
 
 @torch.no_grad()
@@ -257,7 +265,7 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 2 and not name.startswith("lm_head"):
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
-    signs = torch.signbit(model.get_input_embeddings().weight.detach().flatten()[:2**22])
+    signs = torch.signbit(offload.weight_of(model.get_input_embeddings()).flatten()[:2**22])
     digest.update(signs.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

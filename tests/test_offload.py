@@ -1,0 +1,123 @@
+"""Models whose weights accelerate keeps in the host's memory: every script makes of them what it makes of others."""
+import json
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+import transformers
+from masked import forward, make, same
+from tiny import write_corpus
+
+import evaluate
+import get_mask
+import inference_loss
+import offload
+import prune
+import train
+import utils
+from layers import find_layers, weight_matrix
+from utils import UserError
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+import kill  # noqa: E402
+
+
+@pytest.fixture
+def lent(monkeypatch):
+    """A function after which --device_map loads models offloaded: run on the CPU, their weights kept apart."""
+    def patch():
+        load = transformers.AutoModelForCausalLM.from_pretrained
+
+        def offloaded(*given, **names):
+            if names.pop("device_map", None) is None:
+                return load(*given, **names)
+            model, found = load(*given, **names)
+            model.hf_device_map = {"": "cpu"}  # as after --device_map; saving looks for it
+            return accelerate.cpu_offload(model.eval(), execution_device="cpu"), found
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", offloaded)
+    return patch
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_masks_are_learned_on_lent_weights(load, kind):
+    """The logits and masks after a few steps are those of a model of its own weights, and so is the finished model."""
+    models = load(kind), accelerate.cpu_offload(load(kind), execution_device="cpu")
+    assert torch.equal(forward(models[0]), forward(models[1]))
+    masked = [make(model)[0] for model in models]
+    for step in range(4):
+        losses = [forward(model) for model in models]
+        assert torch.equal(*losses)
+        for one in masked:
+            one.update(0.3 * step)
+    assert masked[0].checksum() == masked[1].checksum()
+    assert same(*(one.finish() for one in masked))
+    assert torch.equal(forward(models[0]), forward(models[1]))
+    for module in find_layers(models[1]).values():
+        assert module.weight.is_meta and (weight_matrix(module) == 0).float().mean() >= 0.5
+
+
+def test_where_weights_are_kept(load):
+    plain, model = load("llama"), accelerate.cpu_offload(load("llama"), execution_device="cpu")
+    assert utils.input_device(model) == torch.device("cpu")
+    assert utils.model_fingerprint(model) == utils.model_fingerprint(plain)
+    for mine, lent in zip(find_layers(plain).values(), find_layers(model).values()):
+        assert lent.weight.is_meta and torch.equal(weight_matrix(lent), weight_matrix(mine))
+        assert not offload.is_on_disk(lent) and not offload.is_on_disk(mine)
+
+
+def test_the_whole_pipeline(models, tmp_path, lent):
+    """prune, get_mask, inference_loss, train and evaluate, offloaded and not: the same files, the same numbers."""
+    write_corpus(tmp_path / "text.jsonl", 16)
+    for name in ("plain", "lent"):
+        if name == "lent":
+            lent()
+        w = tmp_path / name
+        w.mkdir()
+        placed = "--dtype float32 --device cpu" + (" --device_map auto" if name == "lent" else "")
+        text = f"--dataset {tmp_path}/text.jsonl"
+        for method in ("wanda", "sparsegpt", "magnitude"):
+            prune.main(f"--model {models['llama']} {placed} {text} --prune_method {method} --nsamples 4 --seqlen 32 "
+                       f"--save_model {w}/{method}".split())
+        get_mask.main(f"--model {w}/wanda --save {w}/mask.safetensors".split())
+        data = f"{text} --dataset_size 8 --batchsize 4 --sqlen 32 --mask {w}/mask.safetensors"
+        inference_loss.main(f"--model {models['llama']} {placed} {data} --save {w}/losses.json".split())
+        train.main(f"--model {models['llama']} {placed} {data} --baseline_file {w}/losses.json --step eager --save "
+                   f"--logits 1 --lr 5 --epoch 4 --out {w}/run".split())
+        evaluate.main(f"--model {w}/run/checkpoint {placed} --ppl {tmp_path}/text.jsonl --seqlen 64".split())
+    for method in ("wanda", "sparsegpt", "magnitude"):
+        first, second = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / method).state_dict()
+                         if name == "plain" else _weights(tmp_path / name / method) for name in ("plain", "lent"))
+        assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+    plain, other = (kill.contents(tmp_path / name / "run") for name in ("plain", "lent"))
+    assert plain["summary"] == other["summary"] and plain["metrics"] == other["metrics"]
+    assert all(plain[key] == other[key] for key in plain if isinstance(plain[key], tuple))
+    found = [json.loads((tmp_path / name / "run/checkpoint/evaluation.json").read_text()) for name in ("plain", "lent")]
+    found = [{key: one[key] for key in ("ppl", "density", "fingerprint", "tokens")} for one in found]
+    assert found[0] == found[1]
+
+
+def _weights(folder):
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+def test_weights_on_the_disk_are_refused(models, tmp_path, monkeypatch):
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def to_disk(*given, **names):
+        names.pop("device_map", None)
+        model, found = load(*given, **names)
+        return accelerate.disk_offload(model.eval(), str(tmp_path / "disk"), execution_device="cpu"), found
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", to_disk)
+    args = prune.parse_args(f"--model {models['llama']} --dtype float32 --device cpu --device_map auto".split())
+    with pytest.raises(UserError, match="weights on the disk cannot be masked"):
+        utils.load_model(args)
+
+
+def test_gradients_are_not_taken_on_lent_weights(load):
+    from straight_through import StraightThrough
+    masked = make(accelerate.cpu_offload(load("llama"), execution_device="cpu"))[0]
+    with pytest.raises(UserError, match="straight_through needs all weights on GPUs"):
+        StraightThrough(masked, "eager")
