@@ -20,6 +20,7 @@ from torch import Tensor
 from utils import UserError, written_beside
 
 START = b'{"__metadata__": {"checksum": "'
+VERSION = "2"
 CHUNK_BYTES = 2**24
 SHARE = 0.02  # of a run's time that saving may take where --checkpoint_every is in minutes
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.uint8: "U8"}
@@ -31,7 +32,7 @@ def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
     UserError where it cannot be written; then nothing is left of it.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # safetensors wants them aligned
-    header, end = {"__metadata__": {"checksum": "0" * 64, "format": "maskpro-state", "version": "1",
+    header, end = {"__metadata__": {"checksum": "0" * 64, "format": "maskpro-state", "version": VERSION,
                                     "scalars": json.dumps(scalars)}}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -72,8 +73,8 @@ class Saved:
         try:
             self.file = safe_open(path, framework="pt")
             metadata = self.file.metadata() or {}
-            if (metadata.get("format"), metadata.get("version")) != ("maskpro-state", "1"):
-                raise ValueError("no maskpro-state of version 1")
+            if (metadata.get("format"), metadata.get("version")) != ("maskpro-state", VERSION):
+                raise ValueError(f"no maskpro-state of version {VERSION}")
             self.scalars, self.names = json.loads(metadata["scalars"]), set(self.file.keys())
         except Exception as error:  # its checksum fits, so another version or hand made it
             raise UserError(f"{path} is no state that this version can read ({error}); remove it to use the one before")

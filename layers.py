@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mask_files
+import offload
 import pge
 import step
 from planes import most_probable
@@ -26,8 +27,9 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight as `[out, in]` (a view)."""
-    return module.weight.data.T if is_transposed(module) else module.weight.data
+    """The weight as `[out, in]` (a view), where it is kept: with offloading in the host's memory."""
+    weight = offload.weight_of(module)
+    return weight.T if is_transposed(module) else weight
 
 
 def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Module]:
@@ -136,9 +138,9 @@ class MaskedLayer:
         self.scratch = scratch[:self.weight.numel()]
         self.stride = max(1, len(self.bits) // SAMPLE)
         self.started = self.bits[::self.stride].clone()  # of m0, the blocks that `census` looks at
-        self.pending = None  # (coefficient, key) of the step to be taken when the next forward gets here
+        self.pending = None  # (step, its last arguments) to be taken when the next forward gets here
         view = self.scratch.view_as(self.weight)
-        module.weight = nn.Parameter(view.T if is_transposed(module) else view, requires_grad=False)
+        offload.set_weight(module, view.T if is_transposed(module) else view)
 
     def mask_of(self, bits: Tensor) -> Tensor:
         """The mask that `bits` `[blocks]` stand for, bool `[out, in]`."""
@@ -167,11 +169,13 @@ class MaskedModel:
         learned = list(masks) if learned is None else learned
         apply_masks(modules, {name: mask for name, mask in masks.items() if name not in learned})
         self._step, self._draw = step.step_function(space, mode), step.draw_function(space, mode)
+        self._samples_step = step.samples_function(space, mode)
         self._write = step.write_function(mode)
+        self._drawn, self._first_drawn = None, None  # (step, number) of what `draw` drew; the step's first number
         self.initial = None  # bits of m0, kept only where the online baseline needs them
         sizes = Counter()
         for name in learned:
-            weight = modules[name].weight
+            weight = offload.weight_of(modules[name])
             sizes[weight.device, weight.dtype] = max(sizes[weight.device, weight.dtype], weight.numel())
         scratch = {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in sizes.items()}
         generator = torch.Generator().manual_seed(seed)
@@ -179,7 +183,7 @@ class MaskedModel:
         self._hooks = []
         for name in learned:
             module, mask = modules[name], masks[name]
-            device = module.weight.device
+            device, dtype = weight_matrix(module).device, weight_matrix(module).dtype
             chunks = mask.reshape(-1, space.m).split(step.CHUNK)
             if init == "random":
                 started = [torch.randn(len(chunk), space.width, generator=generator) * magnitude for chunk in chunks]
@@ -190,7 +194,7 @@ class MaskedModel:
             else:
                 started = [space.init(chunk, magnitude) for chunk in chunks]
             logits = [torch.cat([part[:, i].to(device, logits_dtype) for part in started]) for i in range(space.width)]
-            self.layers[name] = MaskedLayer(module, mask, space, logits, scratch[device, module.weight.dtype])
+            self.layers[name] = MaskedLayer(module, mask, space, logits, scratch[device, dtype])
             self._hooks.append(module.register_forward_pre_hook(self._before_forward(self.layers[name])))
         self._showing = {}  # layer -> bits shown instead of those drawn
 
@@ -212,35 +216,66 @@ class MaskedModel:
         write(layer.weight.view(-1), bits, layer.scratch, layer.m)
 
     def _take_step(self, layer: MaskedLayer) -> None:
-        coefficient, key = layer.pending
-        layer.pending = None
-        if coefficient is None:
-            self._draw(layer.logits, layer.bits, layer.weight.view(-1), layer.scratch, key)
-        else:
-            self._step(layer.logits, layer.bits, layer.weight.view(-1), layer.scratch, coefficient, key)
+        (take, *arguments), layer.pending = layer.pending, None
+        take(layer.logits, layer.bits, layer.weight.view(-1), layer.scratch, *arguments)
 
-    def keys(self) -> dict[int, Tensor]:
-        """The step's random key of each layer, int32 `[2]` beside its weight, by the layer's id."""
-        keys = step.layer_keys(self.seed, self.steps, len(self.layers))
+    def keys(self, steps: int | None = None, samples: list[int] = (0,)) -> dict[int, Tensor]:
+        """Random keys of a step (default: this one) for its masks of these numbers, by the layer's id: int32
+        `[samples, 2]` beside its weight."""
+        steps = self.steps if steps is None else steps
+        keys = torch.stack([step.layer_keys(self.seed, steps, len(self.layers), sample) for sample in samples], 1)
         keys = {device: keys.to(device) for device in {layer.weight.device for layer in self.layers.values()}}
         return {id(layer): keys[layer.weight.device][index] for index, layer in enumerate(self.layers.values())}
 
-    def update(self, coefficient: float) -> None:
-        """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer."""
+    def update(self, coefficient: float | list[float]) -> None:
+        """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer. A
+        list is for the step's masks 0, 1, ..., as `draw` draws them."""
+        if isinstance(coefficient, list):
+            self._update_samples(coefficient)
+            return
         self.flush()
-        keys = self.keys()
-        coefficients = {device: torch.tensor(coefficient, dtype=torch.float32, device=device)
-                        for device in {layer.weight.device for layer in self.layers.values()}}
+        keys, coefficients = self.keys(), self._on_devices(coefficient)
         for layer in self.layers.values():
-            layer.pending = coefficients[layer.weight.device], keys[id(layer)]
+            layer.pending = self._step, coefficients[layer.weight.device], keys[id(layer)][0]
         self.steps += 1
+
+    def _on_devices(self, values) -> dict[torch.device, Tensor]:
+        devices = {layer.weight.device for layer in self.layers.values()}
+        return {device: torch.tensor(values, dtype=torch.float32, device=device) for device in devices}
+
+    def draw(self, sample: int | None) -> None:
+        """The next forward wears this step's mask of that number, drawn from the logits as they are: any process can
+        draw any of them. None: the mask that `update` has drawn."""
+        if sample is None or self._drawn == (self.steps, sample):
+            return
+        if self._drawn is None or self._drawn[0] != self.steps:
+            self._first_drawn = sample
+        self.flush()
+        keys = self.keys(samples=[sample])
+        for layer in self.layers.values():
+            layer.pending = self._draw, keys[id(layer)][0]
+        self._drawn = self.steps, sample
+
+    def _update_samples(self, coefficients: list[float]) -> None:
+        """pi <- pi - sum_k coefficient_k * score(pi, m_k) over the step's masks 0, 1, ... as `draw` draws them. The
+        next forward wears that mask of the next step that this process drew first in this one."""
+        self.flush()
+        following = self._first_drawn or 0
+        drawn = self.keys(samples=range(len(coefficients)))
+        after = self.keys(self.steps + 1, [0, following])  # 0: they must round alike in all processes
+        values = self._on_devices(coefficients)
+        for layer in self.layers.values():
+            keys = torch.cat([drawn[id(layer)], after[id(layer)]])
+            layer.pending = self._samples_step, values[layer.weight.device], keys
+        self.steps += 1
+        self._drawn = self.steps, following
 
     def next_step(self, redraw: bool) -> None:
         """Count a step whose logits have moved by themselves; `redraw`: m_{t+1} ~ p(pi), due in the next forward."""
         if redraw:
             keys = self.keys()
             for layer in self.layers.values():
-                layer.pending = None, keys[id(layer)]
+                layer.pending = self._draw, keys[id(layer)][0]
         self.steps += 1
 
     def flush(self) -> None:
@@ -304,6 +339,13 @@ class MaskedModel:
             found["blocks"][name] = len(layer.bits)
         return found
 
+    def checksum(self) -> str:
+        """A number that any change of the logits would change, in all likelihood: to compare processes by."""
+        self.flush()
+        sums = [plane.view(torch.int16 if plane.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
+                for layer in self.layers.values() for plane in layer.logits]
+        return str([int(total) for total in sums])
+
     def by_name(self, bits: dict[int, Tensor]) -> dict[str, Tensor]:
         """What is known by the layer's id, by the layer's name."""
         return {name: bits[id(layer)] for name, layer in self.layers.items()}
@@ -339,6 +381,5 @@ class MaskedModel:
             hook.remove()
         for name, layer in self.layers.items():
             weight = layer.weight.masked_fill_(~masks[name].to(layer.weight.device), 0.0)
-            weight = weight.T.contiguous() if is_transposed(layer.module) else weight
-            layer.module.weight = nn.Parameter(weight, requires_grad=False)
+            offload.set_weight(layer.module, weight.T.contiguous() if is_transposed(layer.module) else weight)
         return masks

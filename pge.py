@@ -246,8 +246,16 @@ SPACES = {"linear": LinearSpace, "pattern": PatternSpace}
 
 
 class Estimator:
-    """Turns a step's loss into an advantage. `carried`: its attributes that a step hands to the next, plain numbers."""
+    """Turns a step's losses into advantages. `carried`: its attributes that a step hands to the next, plain numbers."""
     carried = ()
+
+    def advantages(self, losses: list[float], baselines: list[float | None], minibatches: list[int]) -> list[float]:
+        """Those of one step, whose masks were scored on these minibatches, several masks or several minibatches."""
+        raise NotImplementedError
+
+    def advantage(self, loss: float, baseline: float | None = None, minibatch: int = 0) -> float:
+        """That of a step of one mask and one minibatch."""
+        return self.advantages([loss], [baseline], [minibatch])[0]
 
     def state(self) -> tuple[dict, dict]:
         """For a checkpoint: numbers by name, and no tensors."""
@@ -262,16 +270,16 @@ class Vanilla(Estimator):
     """A = f_t: plain policy gradient (paper, eq. of section 4.1)."""
     needs_baseline = False
 
-    def advantage(self, loss: float, baseline: float | None = None, minibatch: int = 0) -> float:
-        return loss
+    def advantages(self, losses, baselines, minibatches):
+        return list(losses)
 
 
 class Residual(Estimator):
     """A = f_t - f(m0 * w, batch): the loss residual takes the minibatch's own difficulty out."""
     needs_baseline = True
 
-    def advantage(self, loss: float, baseline: float, minibatch: int = 0) -> float:
-        return loss - baseline
+    def advantages(self, losses, baselines, minibatches):
+        return [loss - baseline for loss, baseline in zip(losses, baselines)]
 
 
 class MaskPro(Estimator):
@@ -287,12 +295,12 @@ class MaskPro(Estimator):
         self.alpha, self.debias = alpha, debias
         self.delta, self.steps = 0.0, 0
 
-    def advantage(self, loss: float, baseline: float, minibatch: int = 0) -> float:
-        residual = loss - baseline
+    def advantages(self, losses, baselines, minibatches):
+        residuals = [loss - baseline for loss, baseline in zip(losses, baselines)]
         self.steps += 1
-        self.delta = self.alpha * self.delta + (1 - self.alpha) * residual
+        self.delta = self.alpha * self.delta + (1 - self.alpha) * sum(residuals) / len(residuals)
         correction = 1 - self.alpha**self.steps if self.debias else 1.0
-        return residual - self.delta / correction
+        return [residual - self.delta / correction for residual in residuals]
 
 
 class Running(Estimator):
@@ -306,10 +314,15 @@ class Running(Estimator):
     def __init__(self, keep: float = 0.8):
         self.keep, self.means = keep, {}
 
-    def advantage(self, loss: float, baseline: float | None = None, minibatch: int = 0) -> float:
-        before = self.means.get(minibatch, loss)
-        self.means[minibatch] = self.keep * before + (1 - self.keep) * loss
-        return loss - before
+    def advantages(self, losses, baselines, minibatches):
+        found, before = {}, {}
+        for loss, minibatch in zip(losses, minibatches):
+            found.setdefault(minibatch, []).append(loss)
+        for minibatch, here in found.items():
+            now = sum(here) / len(here)
+            before[minibatch] = self.means.get(minibatch, now)
+            self.means[minibatch] = self.keep * before[minibatch] + (1 - self.keep) * now
+        return [loss - before[minibatch] for loss, minibatch in zip(losses, minibatches)]
 
     def state(self) -> tuple[dict, dict]:
         return {"means": list(self.means.items())}, {}  # JSON has no numbers for keys
@@ -331,12 +344,14 @@ class Normalized(Estimator):
         self.mean_square, self.steps = 0.0, 0
         self.needs_baseline = estimator.needs_baseline
 
-    def advantage(self, loss: float, baseline: float | None = None, minibatch: int = 0) -> float:
-        advantage = self.estimator.advantage(loss, baseline, minibatch)
-        if advantage:
-            self.steps += 1
-            self.mean_square = self.decay * self.mean_square + (1 - self.decay) * advantage**2
-        return advantage and advantage / (self.mean_square / (1 - self.decay**self.steps)) ** 0.5
+    def advantages(self, losses, baselines, minibatches):
+        found = self.estimator.advantages(losses, baselines, minibatches)
+        if not any(found):
+            return found
+        self.steps += 1
+        square = sum(advantage**2 for advantage in found) / len(found)
+        self.mean_square = self.decay * self.mean_square + (1 - self.decay) * square
+        return [advantage / (self.mean_square / (1 - self.decay**self.steps)) ** 0.5 for advantage in found]
 
     def state(self) -> tuple[dict, dict]:
         return {**super().state()[0], "estimator": self.estimator.state()[0]}, {}

@@ -5,6 +5,8 @@
     state/           checkpoints, until the run is finished
     lock             held by the process that writes here; the system frees that of a dead one
 
+Of several processes (parallel.py) the first one writes; the others read.
+
 A run that ends before its first step leaves nothing. SIGTERM, SIGHUP and Ctrl-C end a run after the step it is at, with
 its state saved; a second one ends it at once.
 """
@@ -27,6 +29,7 @@ from tqdm import tqdm
 
 import tracking
 from checkpoint import Checkpoints
+from parallel import Ranks
 from settings import read_record
 from utils import UserError, check_disk, environment, refuse_existing, sync, write_json
 
@@ -45,6 +48,7 @@ ASIDE = ("out", "resume", "repeat")  # arguments that say where a run is, not wh
 class Position:
     """Where a run is. Saved with every state."""
     step: int = 0  # steps done
+    minibatches: int = 0  # that the run has gone through
     done: float = 0.0  # share of the run, 0 to 1
     looks: int = 0  # at the layers and the held-out minibatches
     skipped: int = 0  # steps whose loss was not finite
@@ -67,12 +71,12 @@ def is_finished(run: str | Path) -> bool:
 
 class RunFolder:
     """The folder that `args.out` names, new or, with --resume, one that a run has left. A context manager: inside, the
-    folder is this process's own."""
+    folder is this process's own, or that of the first of several `ranks`."""
 
-    def __init__(self, args):
-        self.args, self.path = args, Path(args.out)
+    def __init__(self, args, ranks: Ranks):
+        self.args, self.path, self.ranks = args, Path(args.out), ranks
         self.position, self.metrics, self.parts, self.trackers = Position(), [], {}, []
-        self.stopped_by, self.stepped, self._stepping = None, False, False
+        self.signalled, self.stopped_by, self.stepped, self._stepping = 0, 0, False, False
         self._lock, self._logs, self._handlers, self._made = None, [], {}, []
         self.checkpoints = Checkpoints(self.path / "state", args.checkpoint_every, args.keep_checkpoints)
         self.resume_command = f"python train.py --resume {self.path}" + (
@@ -81,15 +85,16 @@ class RunFolder:
     # ------------------------------------------------------------------------------------------- claimed and locked
 
     def __enter__(self):
-        if not self.args.resume:
+        if not self.args.resume and self.ranks.first:
             self._make()
         try:
-            self._lock = lock(self.path)
+            if self.ranks.first:
+                self._lock = lock(self.path)
             arguments = {**vars(self.args), "resume": None}
             self.record = (read_record(self.path) if self.args.resume else
-                           {"id": secrets.token_hex(4), "arguments": arguments, "environment": here()})
+                           {"id": secrets.token_hex(4), "arguments": arguments, "environment": self.here()})
             if not self.args.resume:
-                write_json(self.path / "run.json", self.record)
+                self._write_record()
             for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, or a shell's background
                     self._handlers[number] = signal.signal(number, self._on_signal)
@@ -138,28 +143,37 @@ class RunFolder:
             print(then.removeprefix("; "), file=sys.stderr)
 
     def _on_signal(self, number: int, frame) -> None:
-        if self._stepping and self.stopped_by is None:
-            self.stopped_by = number  # `steps` sees it when the step is done
+        if self._stepping and not self.signalled:
+            self.signalled = number  # `agree` tells the others, and `steps` sees it when the step is done
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
             sys.exit(128 + number)
+
+    def agree(self, losses: list[float], reference: float | None) -> tuple[list[float], list[float | None], float]:
+        """The losses of all processes in this step and what each is to be compared with, in their order, and the time
+        in seconds that all take as theirs. Here they also learn of a signal that one of them got."""
+        found = self.ranks.gather([self.seconds(), float(self.signalled), reference or 0.0, *losses])
+        self.stopped_by = int(max(row[1] for row in found))
+        references = [None if reference is None else row[2] for row in found for _ in losses]
+        return [loss for row in found for loss in row[3:]], references, found[0][0]
 
     def steps(self, total: int):
         """Yield the progress bar for each step there is still to do. When a step is done its state is saved if that is
         due, or if a signal came, which then ends the process as it would have at once."""
         self._stepping, self.stepped = True, True
         self.started = time.monotonic() - self.position.seconds
-        progress = tqdm(total=total, initial=self.position.step, desc="learning", unit="step", disable=None)
+        progress = tqdm(total=total, initial=self.position.step, desc="learning", unit="step",
+                        disable=None if self.ranks.first else True)
         with progress:
             while self.position.done < 1:
                 yield progress
                 progress.update()
                 due = self.checkpoints.due(self.position.step, self.seconds(), last=self.position.done == 1.0)
-                if due or self.stopped_by is not None:
+                if due or self.stopped_by:
                     self.save()
-                if self.stopped_by is not None:
-                    print(f"stopped after step {self.position.step}, with its state saved", file=sys.stderr)
+                if self.stopped_by:
+                    self.say(f"stopped after step {self.position.step}, with its state saved")
                     sys.exit(128 + self.stopped_by)
         self._stepping = False
 
@@ -178,11 +192,13 @@ class RunFolder:
                             "new run")
         if self.args.resume or self.args.repeat:
             there = before.get("environment") or {}
-            for name, value in here().items():
+            for name, value in self.here().items():
                 if there.get(name) != value:
-                    print(f"note: {name} was {there.get(name)} and is {value}: the bits may differ", file=sys.stderr)
+                    self.say(f"note: {name} was {there.get(name)} and is {value}: the bits may differ")
+        self.ranks.check_same(json.dumps([fingerprints, self._settings(), environment()], sort_keys=True),
+                              "model, mask, text, flags or versions")
         self.record["fingerprints"] = fingerprints
-        write_json(self.path / "run.json", self.record)
+        self._write_record()
 
     def finish(self, summary: dict) -> None:
         """The last of a run's files, which says that all others are whole; a repeated run is compared."""
@@ -190,7 +206,20 @@ class RunFolder:
             same = before["summary"].get("mask_fingerprint") == summary["mask_fingerprint"]
             print(f"the mask is {'the same as' if same else 'not the same as'} that of {self.args.repeat}")
         self.record["summary"] = summary
-        write_json(self.path / "run.json", self.record)
+        self._write_record()
+
+    def _write_record(self) -> None:
+        if self.ranks.first:
+            write_json(self.path / "run.json", self.record)
+
+    def here(self) -> dict:
+        """The environment, and what else decides the bits."""
+        return {**environment(), "threads": torch.get_num_threads(), "processes": self.ranks.count}
+
+    def say(self, message: str) -> None:
+        """To stderr, once however many processes there are."""
+        if self.ranks.first:
+            print(message, file=sys.stderr)
 
     # -------------------------------------------------------------------------------------------- logged and resumed
 
@@ -204,9 +233,14 @@ class RunFolder:
         parts: name -> what has `state()`, (scalars, tensors), and `restore(scalars, read)`.
         """
         self.parts = {name: part for name, part in parts.items() if part is not None}
+        with self.ranks.first_before_others():
+            return self._restore()
+
+    def _restore(self) -> bool:
         saved = None
         if self.args.resume:
-            self._tidy()
+            if self.ranks.first:
+                self._tidy()
             saved = self.checkpoints.newest()
         if saved:
             self._check_settings(saved)
@@ -219,11 +253,13 @@ class RunFolder:
                 reason = f"{type(error).__name__}: {error}"
                 raise UserError(f"{saved.path} is a state of another version ({reason}); start a new run")
         self.checkpoints.saved_at = self.position.seconds
-        self.metrics = cut(self.path / "metrics.jsonl", self.position.metrics_bytes)
-        cut(self.path / "layers.jsonl", self.position.layers_bytes)
-        self._logs = [open(self.path / name, "a", buffering=1) for name in ("metrics.jsonl", "layers.jsonl")]
+        self.metrics = lines_up_to(self.path / "metrics.jsonl", self.position.metrics_bytes)
+        if self.ranks.first:
+            cut(self.path / "metrics.jsonl", self.position.metrics_bytes)
+            cut(self.path / "layers.jsonl", self.position.layers_bytes)
+            self._logs = [open(self.path / name, "a", buffering=1) for name in ("metrics.jsonl", "layers.jsonl")]
         if self.args.resume:
-            print(f"going on after step {self.position.step} of {self.path}", file=sys.stderr)
+            self.say(f"going on after step {self.position.step} of {self.path}")
         return bool(saved)
 
     def check_disk(self, results_bytes: float) -> None:
@@ -268,7 +304,7 @@ class RunFolder:
         at = self.position
         at.skipped, at.skipped_in_a_row = at.skipped + 1, at.skipped_in_a_row + 1
         if at.skipped_in_a_row < BAD_LOSSES and (self.metrics or at.done < 1):
-            print(f"the loss is {loss} at step {at.step}: skipped", file=sys.stderr)
+            self.say(f"the loss is {loss} at step {at.step}: skipped")
             return
         first, at.skipped_in_a_row = at.step - at.skipped_in_a_row + 1, 0  # resumed, the run goes on after them
         if self.metrics:
@@ -278,6 +314,8 @@ class RunFolder:
 
     def save(self) -> None:
         """Save the state. The logs are synced first: a state that is there has its lines there."""
+        if not self.ranks.first:
+            return
         for tracker in self.trackers:
             tracker.flush()
         for log in self._logs:
@@ -316,22 +354,24 @@ def lock(folder: Path):
         file.close()  # the run that held it has finished just now and removed the file
 
 
-def cut(path: Path, size: int) -> list[dict]:
-    """Shorten a .jsonl to the bytes that a state knows of; its lines. UserError where it is not whole up to there."""
+def lines_up_to(path: Path, size: int) -> list[dict]:
+    """The lines of a .jsonl up to the bytes that a state knows of. UserError where it is not whole up to there."""
     if not size:
-        path.unlink(missing_ok=True)
         return []
     try:
-        with open(path, "r+b") as file:
+        with open(path, "rb") as file:
             found = file.read(size)
-            if len(found) < size:
-                raise ValueError("lines are missing")
-            file.truncate(size)
+        if len(found) < size:
+            raise ValueError("lines are missing")
         return [json.loads(line) for line in found.decode().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not as the run left it ({error}): bring it back, or start a new run")
 
 
-def here() -> dict:
-    """The environment, and what else decides the bits."""
-    return {**environment(), "threads": torch.get_num_threads()}
+def cut(path: Path, size: int) -> None:
+    """Shorten a .jsonl to the bytes that a state knows of; UserError as `lines_up_to`."""
+    lines_up_to(path, size)
+    if size:
+        os.truncate(path, size)
+    else:
+        path.unlink(missing_ok=True)

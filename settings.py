@@ -79,6 +79,9 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=list(PRESETS), default=None, help="settings as one: " + "; ".join(
         name + " is " + " ".join(f"--{key} {value}" for key, value in preset.items())
         for name, preset in PRESETS.items()))
+    parser.add_argument("--samples", type=positive_int, default=1,
+                        help="masks a step, all scored on its minibatch and shared out to the processes; with one mask "
+                             "each process takes a minibatch of its own")
     parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float32",
                         help="of the logits; 16 bits are rounded stochastically")
     parser.add_argument("--step", choices=step.MODES, default="compiled",
@@ -89,6 +92,8 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
                         help="steps, as 500, or minutes, as 10m, between two states saved for --resume; minutes are "
                              "stretched where saving would take more than 2%% of the run")
     parser.add_argument("--keep_checkpoints", type=positive_int, default=2, help="states kept, the newest ones")
+    parser.add_argument("--timeout_s", type=positive_float, default=600.0,
+                        help="how long a process that does not answer is waited for, in seconds")
     parser.add_argument("--tensorboard", action="store_true", help="log to tensorboard in the run folder too")
     parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     parser.add_argument("--save", action="store_true", help="save the logits too")
@@ -121,6 +126,8 @@ def parse(docstring: str, argv=None, error=None) -> argparse.Namespace:
         parser.error(f"--distill {args.distill} is not in [0, 1]")
     if not 0 <= args.val_fraction < 1:
         parser.error(f"--val_fraction {args.val_fraction} is not in [0, 1)")
+    if args.samples > 1 and args.estimator == "straight_through":
+        parser.error("--samples is for the forward-only estimators: straight_through takes one mask a step")
     if args.tokens and args.baseline == "cached" and args.estimator in ("residual", "maskpro"):
         parser.error("--tokens makes minibatches that no cached baseline knows: add --baseline online, or choose "
                      "--estimator running or straight_through")

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import step
 from layers import MaskedModel
-from utils import input_device
+from parallel import Ranks
+from utils import UserError, input_device
 
 CLIP = 0.1  # root mean squares beyond which J^T G counts no more
 
@@ -60,12 +61,16 @@ class StraightThrough:
     """
 
     def __init__(self, masked: MaskedModel, mode: str = "compiled", checkpointing: bool = False, sample: bool = False,
-                 distill: float = 0.0, decay: float = 0.9):
+                 distill: float = 0.0, decay: float = 0.9, ranks: Ranks | None = None):
         self.masked, self.sample, self.distill, self.decay = masked, sample, distill, decay
-        self.rate, self.keys = 0.0, {}
+        self.ranks = ranks or Ranks()
+        self.rate, self.keys, self.reducing = 0.0, {}, None
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
         self._gradient_step = step.gradient_function(masked.space, mode)
         self.mean_squares: dict[int, Tensor] = {}
+        if any(layer.module.weight.is_meta for layer in masked.layers.values()):
+            raise UserError("straight_through needs all weights on GPUs: the model does not fit them, use more, or a "
+                            "forward-only estimator")
         for layer in masked.layers.values():
             layer.module.forward = partial(self._forward, layer)
         self._restore = enable_checkpointing(masked.model) if checkpointing else lambda: None
@@ -76,7 +81,22 @@ class StraightThrough:
         return MaskedLinear.apply(x, self.anchor, layer, self)
 
     def consume(self, layer, gradient: Tensor) -> None:
-        """One layer's step, from df/dW `[out, in]` in any unit: it is measured by the layer's own mean square."""
+        """One layer's step, from df/dW `[out, in]` in any unit: it is measured by the layer's own mean square. With
+        several processes it is taken when the next layer's gradient is there: their mean is formed meanwhile."""
+        if self.ranks.count == 1:
+            self._move(layer, gradient)
+            return
+        waiting = gradient, self.ranks.begin_mean(gradient)
+        self._finish()
+        self.reducing = layer, *waiting
+
+    def _finish(self) -> None:
+        if self.reducing:
+            (layer, gradient, wait), self.reducing = self.reducing, None
+            wait()
+            self._move(layer, gradient)
+
+    def _move(self, layer, gradient: Tensor) -> None:
         before = self.mean_squares.get(id(layer))
         scale = torch.zeros(2, device=gradient.device)
         if before is not None:
@@ -85,7 +105,7 @@ class StraightThrough:
         gain = torch.empty(layer.m, blocks, device=gradient.device).copy_(layer.weight.view(blocks, -1).T)
         gain.mul_(gradient.reshape(blocks, -1).T)  # as planes: blocks are read three times slower
         bits = None if self.sample else layer.bits
-        now = self._gradient_step(layer.logits, bits, gain, scale, self.keys[id(layer)]).sum() / gradient.numel()
+        now = self._gradient_step(layer.logits, bits, gain, scale, self.keys[id(layer)][0]).sum() / gradient.numel()
         if before is not None:  # one that overflows, or follows one that did, is left out
             mean = torch.where(before.isfinite(), self.decay * before + (1 - self.decay) * now, now)
             now = torch.where(now.isfinite(), mean, before)
@@ -108,8 +128,9 @@ class StraightThrough:
             logits = self.masked.model(input_ids=rows, use_cache=False).logits
             loss, gradient = summed_loss(logits.detach(), rows.to(logits.device), teacher, self.distill)
             total += loss
-            if math.isfinite(loss):
+            if math.isfinite(self.ranks.mean([loss])):
                 logits.backward(gradient)
+                self._finish()
         self.masked.next_step(redraw=self.sample)
         return total / (batch.shape[0] * (batch.shape[1] - 1))
 

@@ -18,12 +18,14 @@ The first mask is m0 itself, the final one keeps the N largest logits of each bl
 with settings that fit any model; flags that are given besides go before the preset's. With --val_fraction the best mask
 on held-out minibatches is delivered.
 
+torchrun --nproc_per_node R train.py ... learns with R processes (parallel.py): each scores another minibatch with the
+same mask, or with --samples K its share of K masks a step on the same minibatch.
+
 A run can be stopped at any time, by Ctrl-C, a signal or the power's failure: --resume makes the same mask as if it had
 not been. --repeat RUN does a run again, from its run.json.
 """
 import math
-import statistics
-import sys
+from statistics import fmean as mean
 
 import torch
 from safetensors.torch import save_file
@@ -39,6 +41,7 @@ import settings
 import tracking
 from best import Best, diverging
 from layers import MaskedModel, check_divisible, find_layers, read_masks
+from parallel import Ranks
 from straight_through import StraightThrough
 from utils import (
     DTYPES,
@@ -101,11 +104,16 @@ def main(argv=None):
         return
     tracker_classes = tracking.chosen(args.tensorboard, args.wandb)
     args.out = args.out or (f"results/lr{args.lr:g}_epoch{args.epoch}_logits{args.logits:g}_size{args.dataset_size}")
-    with runs.RunFolder(args) as folder:
-        learn(args, folder, tracker_classes)
+    ranks = Ranks(args.device, args.timeout_s)
+    if args.samples % ranks.count and args.samples > 1:
+        raise UserError(f"--samples {args.samples} cannot be shared by {ranks.count} processes: choose a multiple")
+    if args.device_map and ranks.count > 1:
+        raise UserError("--device_map gives all GPUs to one process: leave it out, or start one process")
+    with ranks, runs.RunFolder(args, ranks) as folder:
+        learn(args, folder, ranks, tracker_classes)
 
 
-def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
+def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type]) -> None:
     """The run from its start, or from where it was stopped, to its results."""
     n, m = args.sparsity_type
     set_seed(args.seed)
@@ -145,37 +153,44 @@ def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
     if online:
         masked.keep_initial(mask_file.masks)
     learner = None if estimator else StraightThrough(masked, args.step, args.gradient_checkpointing,
-                                                     args.forward == "sample", args.distill)
-    best = Best(masked, lambda: statistics.mean(batch_loss(model, batch, args.microbatch) for batch in heldout))
+                                                     args.forward == "sample", args.distill, ranks=ranks)
+    best = Best(masked, lambda: ranks.mean([batch_loss(model, batch, args.microbatch)
+                                            for batch in ranks.share(heldout)]))
 
     # the start, or where the run was stopped
     restored = folder.restore({"masked": masked, "estimator": estimator, "learner": learner, "best": best})
     if len(heldout) and not restored and best.look(0) is None:
         raise UserError(f"the held-out loss of m0 is not finite; use --dtype bfloat16 if the model overflows in "
                         f"{model.dtype}")
-    steps = min(args.max_step, args.epoch * len(batches))
+    at, passes, several = folder.position, args.epoch * len(batches), args.samples > 1
+    width = 1 if several else ranks.count  # minibatches a step
+    steps = min(args.max_step, at.step + math.ceil((passes - at.minibatches) / width))
     folder.check_disk(results_bytes(args, masked, steps))
-    at = folder.position
     folder.trackers = [tracker(folder.path, vars(args), folder.record["id"], at.step) for tracker in tracker_classes]
     if args.step == "compiled":
-        print("the first steps compile the mask step for each shape of layer: half a minute or more, once",
-              file=sys.stderr)
+        folder.say("the first steps compile the mask step for each shape of layer: half a minute or more, once")
 
     # the loop
     for progress in folder.steps(steps):
-        minibatch, rate = at.step % len(batches), args.lr * rate_at(args.schedule, at.done)
-        batch, reference, advantage, census = batches[minibatch], None, None, None
+        rate, length = args.lr * rate_at(args.schedule, at.done), round(at.step / at.done) if at.done else steps
+        minibatches = [(at.minibatches + i) % len(batches) for i in range(width)]
+        own, reference, advantage, census = minibatches[ranks.rank % width], None, None, None
         if learner:
-            length = round(at.step / at.done) if at.done else steps
-            loss = learner.step(batch, logit_step(rate, length), args.microbatch)
+            losses = [learner.step(batches[own], logit_step(rate, length), args.microbatch)]
         else:
-            loss = batch_loss(model, batch, args.microbatch)  # f(m_t * w, minibatch)
-            reference = baselines[minibatch] if baselines else None
+            losses = []
+            for sample in ranks.share(range(args.samples)) if several else [None]:
+                masked.draw(sample)
+                losses.append(batch_loss(model, batches[own], args.microbatch))  # f(m_t * w, minibatch)
+            reference = baselines[own] if baselines else None
             if online:
                 with masked.showing_initial():
-                    reference = batch_loss(model, batch, args.microbatch)
-        at.step += 1
-        at.done = min(1.0, max(at.step / steps, folder.seconds() / (60 * (args.max_minutes or math.inf))))
+                    reference = batch_loss(model, batches[own], args.microbatch)
+        losses, references, seconds = folder.agree(losses, reference)
+        loss, reference = mean(losses), None if reference is None else mean(references)
+        at.step, at.minibatches = at.step + 1, at.minibatches + width
+        at.done = min(1.0, max(at.step / args.max_step, at.minibatches / passes,
+                               seconds / (60 * (args.max_minutes or math.inf))))
         if not math.isfinite(loss + (reference or 0)):
             if estimator:
                 masked.next_step(redraw=True)  # another mask may do better
@@ -184,13 +199,16 @@ def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
             continue
         at.skipped_in_a_row = 0
         if estimator:
-            advantage = estimator.advantage(loss, reference, minibatch)
-            masked.update(rate * advantage)
+            advantages = estimator.advantages(losses, references, minibatches * args.samples)
+            advantage = mean(advantages)
+            masked.update([rate * each / args.samples for each in advantages] if several else rate * advantage)
 
         line = {"step": at.step, "loss": loss, "baseline": reference, "advantage": advantage,
-                "delta": getattr(estimator, "delta", None), "seconds": round(folder.seconds(), 3)}
+                "delta": getattr(estimator, "delta", None), "seconds": round(seconds, 3)}
         if int(at.done * args.looks) > at.looks:
             at.looks, census = int(at.done * args.looks), masked.census()
+            if ranks.count > 1:
+                ranks.check_same(masked.checksum(), "the logits")
             if len(heldout):
                 line["heldout"] = best.look(at.step)
         folder.log(line, census)
@@ -199,9 +217,11 @@ def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
         if census and at.diverged is None and (reason := diverging(folder.metrics, len(batches), best.first)):
             at.diverged = at.step
             remedy = f"the mask of step {best.step} will be delivered" if len(heldout) else "see --val_fraction"
-            print(f"\nat step {at.step} {reason}: the run diverges ({remedy}; a lower --lr may help)", file=sys.stderr)
+            folder.say(f"\nat step {at.step} {reason}: the run diverges ({remedy}; a lower --lr may help)")
 
     # results
+    if not ranks.first:
+        return
     masked.flush()
     if args.save:
         logits = {name: torch.stack(layer.logits) for name, layer in masked.layers.items()}  # [width, blocks]
@@ -222,7 +242,7 @@ def learn(args, folder: runs.RunFolder, tracker_classes: list[type]) -> None:
     figures.learning_curve({folder.path.name: folder.metrics}, folder.path / "curve.png")
     tail = [line["loss"] for line in folder.metrics[-len(batches):]]
     summary = {"steps": at.step, "seconds": round(folder.seconds(), 1), "seconds_saving": round(at.seconds_saving, 2),
-               "peak_memory_bytes": peak_memory_bytes(),
+               "peak_memory_bytes": peak_memory_bytes(), "processes": ranks.count, "sent_bytes": ranks.sent_bytes,
                "blocks": blocks, "blocks_changed": changed, "mean_loss_last_epoch": sum(tail) / len(tail),
                "mask_of_step": best.step if best.bits else at.step, "mask_fingerprint": mask_fingerprint(masks),
                "steps_skipped": at.skipped, "diverged_at_step": at.diverged}

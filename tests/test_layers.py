@@ -467,3 +467,22 @@ def test_a_plain_stack_of_linears_is_a_model_too():
     expected = nn.functional.linear(x, dense["0"] * masks["0"]).relu()
     expected = nn.functional.linear(expected, dense["2"] * masks["2"], model[2].bias)
     assert torch.allclose(model(x), expected, atol=1e-6) and list(masked.layers) == ["0", "2"]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_masks_of_a_step_are_drawn_in_any_order(load, order):
+    """What is drawn, worn and learned does not depend on which of a step's masks a process scores, and in which order."""
+    one, other = (make(load("llama"), magnitude=1.0)[0] for _ in range(2))
+    for coefficients in ([0.5, -0.2, 0.1], [0.3, 0.3, -0.6]):
+        worn = {}
+        for sample in order:
+            one.draw(sample)
+            forward(one.model)
+            worn[sample] = drawn_masks(one)
+        other.draw(1)
+        forward(other.model)
+        assert same(drawn_masks(other), worn[1]) and not same(worn[0], worn[1]) and not same(worn[1], worn[2])
+        one.update(coefficients)
+        other.update(coefficients)
+        assert one.checksum() == other.checksum()
+    assert one.checksum() != make(load("llama"), magnitude=1.0)[0].checksum()

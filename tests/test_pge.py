@@ -461,3 +461,27 @@ def test_which_estimators_need_a_baseline():
     assert [e.needs_baseline for e in (pge.Vanilla, pge.Residual, pge.MaskPro)] == [False, True, True]
     assert not pge.Running.needs_baseline
     assert pge.MaskPro().alpha == 0.99 and not pge.MaskPro().debias
+
+
+def test_several_evaluations_of_a_step_by_hand():
+    """One delta for all, moved by the mean residual; a minibatch's running mean moved by the mean of its losses; one
+    scale from the mean square."""
+    tracker = pge.MaskPro(0.9)
+    assert tracker.advantages([4.0, 2.0], [3.0, 3.5], [0, 1]) == pytest.approx([1 + 0.025, -1.5 + 0.025])
+    assert tracker.delta == pytest.approx(0.1 * -0.25)
+    running = pge.Running()
+    assert running.advantages([3.0, 5.0, 7.0], [None] * 3, [0, 0, 1]) == pytest.approx([-1, 1, 0])
+    assert running.means == pytest.approx({0: 4, 1: 7})
+    assert running.advantages([3.0, 2.0], [None] * 2, [0, 0]) == pytest.approx([-1, -2])
+    assert running.means == pytest.approx({0: 0.8 * 4 + 0.2 * 2.5, 1: 7})
+    normalized = pge.Normalized(pge.Residual(), decay=0.9)
+    assert normalized.advantages([4.0, 2.0], [3.0, 5.0], [0, 0]) == pytest.approx([1 / 5**0.5, -3 / 5**0.5])
+
+
+@pytest.mark.parametrize("make_estimator", [pge.Vanilla, pge.Residual, pge.MaskPro, pge.Running,
+                                            lambda: pge.Normalized(pge.MaskPro(debias=True))])
+def test_one_evaluation_a_step_is_a_list_of_one(make_estimator):
+    one, other = make_estimator(), make_estimator()
+    for loss, baseline, minibatch in ((3.0, 2.5, 0), (2.0, 2.25, 1), (2.5, 2.5, 0), (4.0, 3.0, 1)):
+        assert [one.advantage(loss, baseline, minibatch)] == other.advantages([loss], [baseline], [minibatch])
+    assert one.state() == other.state()

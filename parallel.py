@@ -1,0 +1,117 @@
+"""Several processes that learn one mask: what they exchange, and that they stay the same.
+
+    torchrun --nproc_per_node 4 train.py ...         or, on GPUs, accelerate launch --num_processes 4 train.py ...
+
+Forward-only learning needs three numbers a process and step: its loss, its baseline, the time. From these every process
+computes the same advantages and moves its own copy of all logits alike, to the bit: masks are drawn by numbers that any
+process can compute again. straight_through averages each layer's gradient over the processes while backward goes on.
+
+The processes are started by torchrun or accelerate and talk through torch.distributed: gloo on CPUs, nccl on GPUs.
+"""
+import hashlib
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from statistics import fmean
+
+import torch
+from torch import Tensor, distributed
+
+from utils import UserError
+
+
+class Ranks:
+    """This process, number `rank` of `count`; alone (0 of 1) where no launcher started it.
+
+    device: the run's --device, None where it is left to the machine. timeout_s: how long a process that does not answer
+    is waited for before the run ends with an error.
+    """
+
+    def __init__(self, device: str | None = None, timeout_s: float = 600.0):
+        self.rank, self.count, self.device = 0, 1, None
+        self.sent_bytes = 0  # handed to torch.distributed by this process
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import PartialState
+            on_cpu = not torch.cuda.is_available() or str(device).startswith("cpu")
+            with self._reported():
+                state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
+            self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    @contextmanager
+    def first_before_others(self):
+        """Inside, the first process goes first; all leave together."""
+        if not self.first:
+            self.gather([0.0])
+        yield
+        if self.first:
+            self.gather([0.0])
+        self.gather([0.0])
+
+    def share(self, items):
+        """This process's part of a sequence that all of them have: the parts follow one another in their order."""
+        size = len(items)
+        return items[size * self.rank // self.count : size * (self.rank + 1) // self.count]
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The numbers of all processes, in their order; each process gives as many, float64."""
+        if self.count == 1:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.count)]
+        with self._reported():
+            distributed.all_gather(everyone, mine)
+        self.sent_bytes += mine.nbytes
+        return [row.tolist() for row in everyone]
+
+    def mean(self, values: list[float]) -> float:
+        """The mean of all numbers of all processes, which may give different numbers of them. It is rounded once, so
+        that it does not depend on who gives which."""
+        counts = [int(count) for count, in self.gather([len(values)])]
+        rows = self.gather([*values, *[0.0] * (max(counts) - len(values))])
+        return fmean([value for row, count in zip(rows, counts) for value in row[:count]])
+
+    def begin_mean(self, tensor: Tensor):
+        """Start to replace a tensor by its mean over the processes; call what is returned to wait for it."""
+        if self.count == 1:
+            return lambda: None
+        self.sent_bytes += tensor.nbytes
+        tensor /= self.count
+        with self._reported():
+            work = distributed.all_reduce(tensor, async_op=True)
+
+        def wait():
+            with self._reported():
+                work.wait()
+        return wait
+
+    def check_same(self, text: str, what: str) -> None:
+        """UserError unless this text is the same in all processes."""
+        digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # 48 bits are exact in float64
+        found = self.gather([float(digest)])
+        odd = [str(rank) for rank, row in enumerate(found) if row != found[0]]
+        if odd:
+            raise UserError(f"{what} of process {', '.join(odd)} differ from those of process 0; start all processes "
+                            "with the same files, flags, library versions and kind of device")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self.count > 1 and error is None:
+            distributed.destroy_process_group()
+
+    @contextmanager
+    def _reported(self):
+        """Turns a process that has gone or hangs into one line; the launcher ends the others."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(f"process {self.rank} has lost another, which has ended or hangs "
+                            f"({str(error).strip().splitlines()[0][:160]})") from error

@@ -1,0 +1,237 @@
+"""train.py in several processes, started by torchrun as a user would: the bits of one process, and no run is lost.
+
+What the processes exchange is held against one process that does the same work alone.
+"""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import train
+from parallel import Ranks
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "bench"))
+import kill  # noqa: E402
+
+FORWARD_ONLY = "--baseline online --logits 1 --lr 5 --debias_tracker --dataset_size 16 --epoch 4"
+GRADIENTS = "--estimator straight_through --logits 1 --lr 3 --dataset_size 16 --epoch 3 --distill 0.5"
+
+
+@pytest.fixture(scope="module")
+def w(tmp_path_factory):
+    """A model, a text and m0."""
+    folder = tmp_path_factory.mktemp("parallel")
+    kill.workshop(folder)
+    tiny.write_corpus(folder / "text.jsonl", 16)
+    return folder
+
+
+def arguments(w: Path, out: Path, flags: str) -> list[str]:
+    return (f"--model {w}/dense --mask {w}/mask.safetensors --dataset {w}/text.jsonl --dtype float32 --device cpu "
+            f"--sqlen 24 --step eager --skip_checkpoint --save --looks 3 --out {out} {flags}").split()
+
+
+class Launched:
+    """A command in so many processes, under torchrun."""
+
+    def __init__(self, processes: int, command: list[str], log: Path):
+        self.log = log
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+                 *map(str, command)], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(timeout=120)
+        finally:
+            self.process.kill()
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def pid_of(self, rank: int) -> int:
+        """The process that torchrun has started as that rank."""
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                if f"PPid:\t{self.process.pid}\n" in status.read_text():
+                    if f"\0RANK={rank}\0" in (status.parent / "environ").read_text():
+                        return int(status.parent.name)
+            except OSError:
+                pass  # ended meanwhile
+        raise AssertionError(f"no process of rank {rank}: {self.said}")
+
+
+def learn(processes: int, w: Path, out: Path, flags: str) -> Path:
+    launched = Launched(processes, [ROOT / "train.py", *arguments(w, out, flags)], w / "said.txt")
+    assert launched.wait() == 0, launched.said
+    return out
+
+
+def wait_for(condition, launched: Launched) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        assert launched.process.poll() is None, launched.said
+        time.sleep(0.1)
+    raise AssertionError(launched.said)
+
+
+def steps_of(out: Path) -> int:
+    log = out / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+SCRIPT = """
+import sys, torch
+from parallel import Ranks
+from utils import UserError
+ranks = Ranks("cpu", 30)
+assert ranks.count == int(sys.argv[1])
+everyone = range(ranks.count)
+assert ranks.gather([ranks.rank, 1 / 3]) == [[r, 1 / 3] for r in everyone]
+assert [item for row in ranks.gather([float(len(ranks.share(range(9))))]) for item in row] in ([4, 5], [2, 2, 2, 3])
+assert ranks.share("abcdefghi")[0] == "abcdefghi"[9 * ranks.rank // ranks.count]
+assert ranks.mean([1.0] * ranks.rank + [3.0]) == sum(r + 3 for r in everyone) / sum(r + 1 for r in everyone)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    tensor = torch.arange(6, dtype=dtype).view(2, 3) * ranks.rank
+    ranks.begin_mean(tensor)()
+    assert torch.equal(tensor, torch.arange(6, dtype=dtype).view(2, 3) * (sum(everyone) / ranks.count)), tensor
+order = open(sys.argv[2], "a", buffering=1)
+with ranks.first_before_others():
+    order.write(f"{ranks.rank}\\n")
+ranks.check_same("equal", "the letters")
+try:
+    ranks.check_same("odd" if ranks.rank == 1 else "even", "the letters")
+except UserError as error:
+    assert str(error).startswith("the letters of process 1 differ from those of process 0"), error
+else:
+    raise AssertionError
+ranks.__exit__(None, None, None)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_processes_exchange(tmp_path, processes):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launched = Launched(processes, [tmp_path / "script.py", processes, tmp_path / "order"], tmp_path / "said.txt")
+    assert launched.wait() == 0, launched.said
+    order = (tmp_path / "order").read_text().split()
+    assert order[0] == "0" and sorted(order) == [str(rank) for rank in range(processes)]
+
+
+def test_alone_nothing_is_exchanged():
+    ranks = Ranks()
+    tensor = torch.ones(3)
+    ranks.begin_mean(tensor)()
+    assert ranks.gather([1.0, 2.0]) == [[1.0, 2.0]] and ranks.mean([1.0, 2.0]) == 1.5 and ranks.share([1, 2]) == [1, 2]
+    assert ranks.first and torch.equal(tensor, torch.ones(3)) and ranks.sent_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_masks_shared_out_are_the_masks_of_one_process(w, tmp_path, dtype):
+    """K masks a step give the same bits whoever scores them, resumed by another number of processes included."""
+    flags = f"{FORWARD_ONLY} --batchsize 4 --samples 4 --logits_dtype {dtype} --val_fraction 0.25"
+    train.main(arguments(w, tmp_path / "alone/run", flags))
+    expected = kill.contents(tmp_path / "alone/run")
+    processes = 4 if dtype == "float32" else 2
+    assert kill.contents(learn(processes, w, tmp_path / "several/run", flags)) == expected
+    moved = load_file(tmp_path / "alone/run/logits.safetensors").values()
+    assert any(not torch.equal(planes, planes.round()) for planes in moved)  # they started at 0 and 1
+
+
+@pytest.mark.parametrize("flags", [FORWARD_ONLY, f"{GRADIENTS} --gradient_checkpointing"])
+def test_minibatches_shared_out_are_larger_minibatches(w, tmp_path, flags):
+    """Two processes with 4 rows each learn what one learns from 8, but for rounding."""
+    train.main(arguments(w, tmp_path / "alone", f"{flags} --batchsize 8"))
+    learn(2, w, tmp_path / "two", f"{flags} --batchsize 4")
+    alone, two = (load_file(tmp_path / name / "logits.safetensors") for name in ("alone", "two"))
+    for name, planes in alone.items():
+        assert (planes - two[name]).abs().max() < 1e-3, name
+        start = planes.round().clamp(0, 1)
+        assert (planes - start).abs().max() > 1e-2, name  # far more than that
+
+
+def test_a_killed_process_ends_the_run_and_another_number_goes_on(w, tmp_path):
+    flags = f"{FORWARD_ONLY} --batchsize 2 --samples 2 --max_step 60 --epoch 100 --checkpoint_every 1"
+    run = tmp_path / "killed/run"
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, run, flags)], tmp_path / "said.txt")
+    wait_for(lambda: steps_of(run) > 3, launched)
+    os.kill(launched.pid_of(1), signal.SIGKILL)
+    assert launched.wait() != 0
+    assert steps_of(run) < 60 and f'File "{ROOT}/train.py"' not in launched.said, launched.said  # no traceback of ours
+    train.main(["--resume", str(run)])
+    train.main(arguments(w, tmp_path / "whole/run", flags))
+    assert kill.contents(run) == kill.contents(tmp_path / "whole/run")
+
+
+def test_a_process_that_hangs_is_reported(w, tmp_path):
+    flags = f"{FORWARD_ONLY} --batchsize 2 --max_step 100000 --epoch 100000 --checkpoint_every 1 --timeout_s 4"
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, tmp_path / "run", flags)], tmp_path / "said.txt")
+    wait_for(lambda: steps_of(tmp_path / "run") > 3, launched)
+    hanging = launched.pid_of(1)
+    os.kill(hanging, signal.SIGSTOP)
+    wait_for(lambda: "error: process 0 has lost another, which has ended or hangs" in launched.said, launched)
+    os.kill(hanging, signal.SIGKILL)
+    assert launched.wait() != 0
+    assert f"go on with: python train.py --resume {tmp_path}/run" in launched.said
+
+
+def test_a_signal_ends_all_processes_after_the_same_step(w, tmp_path):
+    flags = f"{GRADIENTS} --batchsize 2 --max_step 40 --epoch 100 --checkpoint_every 10m"
+    run = tmp_path / "stopped/run"
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, run, flags)], tmp_path / "said.txt")
+    wait_for(lambda: steps_of(run) > 3, launched)
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait() != 0
+    assert f"stopped after step {steps_of(run)}, with its state saved" in launched.said
+    resumed = Launched(2, [ROOT / "train.py", "--resume", run], tmp_path / "said.txt")
+    assert resumed.wait() == 0, resumed.said
+    learn(2, w, tmp_path / "whole/run", flags)
+    assert kill.contents(run) == kill.contents(tmp_path / "whole/run")
+
+
+def test_masks_that_cannot_be_shared_out_are_refused(w, tmp_path):
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --samples 3")],
+                        tmp_path / "said.txt")
+    assert launched.wait() != 0
+    assert "error: --samples 3 cannot be shared by 2 processes: choose a multiple" in launched.said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_reads_other_files_is_named(w, tmp_path):
+    """Each process takes a text of its own."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys\nsys.path.append(sys.argv.pop(1))\nimport train, utils\nimport tiny\n"
+        "text = sys.argv.pop(1) + os.environ['RANK'] + '.jsonl'\n"
+        "tiny.write_corpus(text, 16, seed=int(os.environ['RANK']))\n"
+        "utils.run(lambda: train.main([*sys.argv[1:], '--dataset', text]))\n")
+    command = [tmp_path / "script.py", ROOT / "tests", tmp_path / "text",
+               *arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --batchsize 4")]
+    launched = Launched(2, command, tmp_path / "said.txt")
+    assert launched.wait() != 0
+    assert "model, mask, text, flags or versions of process 1 differ from those of process 0" in launched.said
+
+
+def test_samples_are_for_forward_only_estimators(w, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(arguments(w, tmp_path / "run", f"{GRADIENTS} --samples 2"))
+    assert "--samples is for the forward-only estimators" in capsys.readouterr().err
+
+
+def test_logits_that_differ_stop_the_run():
+    with pytest.raises(UserError, match="the logits of process 1"):
+        ranks = Ranks()
+        ranks.gather = lambda values: [values, [values[0] + 1]]
+        ranks.check_same("1 2 3", "the logits")
