@@ -13,8 +13,16 @@ from utils import default_device, environment, fast_dtype, write_json  # noqa: E
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "smollm2-135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                          num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+    "llama3.2-1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
     "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                       num_key_value_heads=32, vocab_size=32000, tie_word_embeddings=False),
+    "llama2-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+                       num_key_value_heads=40, vocab_size=32000, tie_word_embeddings=False),
+    "llama2-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                       num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False),
+    "llama3.1-405b": dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
+                          num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
 }
 
 
@@ -65,8 +73,9 @@ def magnitude_masks(model, n: int, m: int) -> dict[str, torch.Tensor]:
             for name, module in find_layers(model).items()}
 
 
-def report(rows: list[dict], args, note: str = "") -> None:
-    """Print rows as one Markdown table under a line of conditions; with --json write them with those conditions."""
+def report(rows: list[dict], args, note: str = "", before: list[dict] = ()) -> None:
+    """Print rows as one Markdown table under a line of conditions; with --json write them with those conditions, those
+    of a table `before` it first."""
     conditions = {**environment(), "device": args.device, "seed": args.seed,
                   "command": " ".join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name,
                                        *sys.argv[1:]])}
@@ -81,7 +90,7 @@ def report(rows: list[dict], args, note: str = "") -> None:
     if note:
         print("\n" + note)
     if args.json:
-        write_json(args.json, [{**row, **conditions} for row in rows])
+        write_json(args.json, [{**row, **conditions} for row in (*before, *rows)])
 
 
 __all__ = ["SHAPES", "fast_dtype", "magnitude_masks", "median_s", "parser", "random_llama", "report"]
