@@ -8,8 +8,10 @@ process can compute again. straight_through averages each layer's gradient over 
 
 The processes are started by torchrun or accelerate and talk through torch.distributed: gloo on CPUs, nccl on GPUs.
 """
+import atexit
 import hashlib
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from statistics import fmean
@@ -30,12 +32,14 @@ class Ranks:
     def __init__(self, device: str | None = None, timeout_s: float = 600.0):
         self.rank, self.count, self.device = 0, 1, None
         self.sent_bytes = 0  # handed to torch.distributed by this process
+        self._finished = False
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import PartialState
             on_cpu = not torch.cuda.is_available() or str(device).startswith("cpu")
             with self._reported():
                 state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
             self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+            atexit.register(self._leave)
 
     @property
     def first(self) -> bool:
@@ -103,7 +107,16 @@ class Ranks:
 
     def __exit__(self, kind, error, traceback) -> None:
         if self.count > 1 and error is None:
+            self.gather([0.0])  # no process is the last that writes
             distributed.destroy_process_group()
+            self._finished = True
+
+    def _leave(self) -> None:
+        """At the process's very end: torch's threads abort one process in twenty while C++ is torn down, and the
+        launcher would call the run failed."""
+        if self._finished:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(0)
 
     @contextmanager
     def _reported(self):

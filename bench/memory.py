@@ -63,8 +63,8 @@ def storage_bytes(tensors) -> int:
 
 def used_bytes(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype) -> int:
     """What a way of learning takes in this process, see the top."""
-    def steps(shape, depth=None, rows=8):
-        model = common.random_llama(shape, device, dtype, 0, depth)
+    def steps(shape):
+        model = common.random_llama(shape, device, dtype)
         masks = {name: torch.arange(4).lt(2).expand(layers.weight_matrix(module).numel() // 4, 4)
                  .reshape(layers.weight_matrix(module).shape) for name, module in layers.find_layers(model).items()}
         masked = layers.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype],
@@ -74,7 +74,7 @@ def used_bytes(shape: str, way: str, logits_dtype: str, device: str, dtype: torc
 
         def run_steps():
             for _ in range(3):
-                batch = torch.randint(0, 1000, (rows, 128))
+                batch = torch.randint(0, 256, (8, 128))
                 if learner:
                     learner.step(batch, 0.01)
                 else:
@@ -83,7 +83,7 @@ def used_bytes(shape: str, way: str, logits_dtype: str, device: str, dtype: torc
         return run_steps
     if device == "cpu":
         reuse_freed_memory()
-    steps("smollm2-135m", 1, 1)()  # loads what is loaded at first use
+    steps("tiny")()  # loads what is loaded at first use
     base = present_bytes(device)
     return most_bytes(steps(shape), device) - base
 
