@@ -70,9 +70,8 @@ def used_bytes(shape: str, way: str, logits_dtype: str, device: str, dtype: torc
         masked = layers.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype],
                                     mode="eager")
         learner = WAYS[way] and StraightThrough(masked, "eager", WAYS[way][0], distill=WAYS[way][1])
-        del masks
 
-        def run_steps():
+        def run_steps(masks=masks):  # m0 stays in the host's memory, as in train.py
             for _ in range(3):
                 batch = torch.randint(0, 256, (8, 128))
                 if learner:

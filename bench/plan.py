@@ -47,15 +47,17 @@ def memory_bytes(size, args, gradients: bool) -> dict[str, float]:
     rows, tokens = min(args.microbatch, args.batchsize), min(args.microbatch, args.batchsize) * args.sqlen
     logits, width = DTYPES[args.logits_dtype].itemsize, 1 if args.m <= 8 else 4
     wide, head = tokens * size.itemsize, tokens * size.vocabulary * size.itemsize
+    packed = size.vocabulary * size.hidden * size.itemsize  # the head's weight, laid out anew by the CPU's library
+    row = args.sqlen * size.vocabulary
     body = wide * (4 * size.hidden + 4 * size.inner)  # what one decoder layer has at a time
-    chunk = min(4, rows) * args.sqlen * size.vocabulary  # batch_loss: 4 rows in 16 bits, then twice in float32
-    activations = max(body, head + wide * size.hidden + chunk * (8 if size.itemsize == 4 else size.itemsize + 8))
     found = {"weights": size.weights * size.itemsize, "logits": size.learned * logits,
              "masks": size.learned / args.m * width, "scratch": size.largest * size.itemsize}
-    if gradients:  # with checkpointing: each layer's input, one layer's own, predictions of student, teacher and slope
+    if gradients:  # each layer's input; predictions of student and teacher, their slope; its copy, or rows of them
         kept = size.layers * wide * size.hidden
-        once = wide * (12 * size.hidden + 6 * size.inner) + size.largest * (size.itemsize + 4 + 4)
-        activations = kept + max(once, 3 * head + args.sqlen * size.vocabulary * 12)
+        once = 3 * body + size.largest * (size.itemsize + 8)  # a layer again, and the gradient of its weight
+        activations = kept + max(once, 3 * head + max(row * 16, head + packed))
+    else:  # predictions; of 4 rows at a time in float32, with their log-probabilities
+        activations = max(body, head + wide * size.hidden + max(min(4, rows) * row * 8, packed))
     return {**found, "activations": activations}
 
 
@@ -90,7 +92,7 @@ def plan(size, device: dict, args) -> list[dict]:
             seconds = compute + step + wire / link
             rows.append({"learning": "straight_through" if gradients else "forward-only", "layout": layout,
                          "GiB a GPU": here / GIB, "fits": "yes" if here < 0.92 * device["memory"] else "no",
-                         "host GiB": (sum(parts.values()) - here) / GIB if layout == "offload" else "",
+                         "host GiB": (size.learned + (sum(parts.values()) - here) * (layout == "offload")) / GIB,
                          "wire a step": _size(wire), "forward and backward (s)": compute, "mask step (s)": step,
                          "step (s)": seconds, "rows a second": masks * args.batchsize / seconds})
     return rows
@@ -121,7 +123,8 @@ def check(args) -> list[dict]:
     for shape in ("smollm2-135m",) if args.quick else ("smollm2-135m", "llama3.2-1b"):
         size = measures(described(shape), 2)
         for way, gradients in (("forward-only", False), ("straight_through, checkpointing, distillation", True)):
-            said, used = sum(memory_bytes(size, args, gradients).values()), memory.measured_bytes(shape, way)
+            said = sum(memory_bytes(size, args, gradients).values()) + size.learned  # m0, a byte a weight
+            used = memory.measured_bytes(shape, way)
             rows.append({"model": shape, "learning": way, "predicted (MiB)": said / 2**20, "used (MiB)": used / 2**20,
                          "predicted / used": said / used})
     return rows
