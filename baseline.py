@@ -11,7 +11,8 @@ from torch import Tensor
 
 import data
 import npz
-from utils import UserError, mask_fingerprint, model_fingerprint, refuse_existing, written_beside
+from files import refuse_existing, written_beside
+from utils import UserError, mask_fingerprint, model_fingerprint
 
 MOST_BYTES = {"losses": 8 * 2**22, "depends_on": 4 * 2**16}  # four million minibatches, and as JSON what they are of
 

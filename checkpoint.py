@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from utils import UserError, written_beside
+from files import written_beside
+from utils import UserError
 
 START = b'{"__metadata__": {"checksum": "'
 VERSION = "2"

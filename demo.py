@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from utils import UserError, environment, fast_dtype, run, written_beside
+from files import written_beside
+from utils import UserError, environment, fast_dtype, run
 
 ROOT = Path(__file__).parent
 DEMO = ROOT / "demo"

@@ -22,24 +22,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
+from files import check_disk, refuse_existing, write_json
 from layers import apply_masks, check_divisible, check_sparsity, find_layers, read_masks
 from tasks import load_harness, read_items, run_harness, score_items
 from utils import (
     UserError,
     add_model_arguments,
     batch_loss,
-    check_disk,
     check_length,
     environment,
     load_model,
     peak_memory_bytes,
     perplexity,
     positive_int,
-    refuse_existing,
     run,
     script_parser,
     sparsity_type,
-    write_json,
 )
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from math import isnan, nan
 from pathlib import Path
 
-from utils import UserError, written_beside
+from files import written_beside
+from utils import UserError
 
 WINDOW = 32  # steps that a running mean goes over
 LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]

@@ -20,18 +20,9 @@ from pathlib import Path
 import torch
 
 import mask_files
+from files import check_disk, refuse_existing
 from layers import check_divisible, find_layers, read_masks, weight_matrix
-from utils import (
-    UserError,
-    add_model_arguments,
-    check_disk,
-    load_model,
-    model_fingerprint,
-    refuse_existing,
-    run,
-    script_parser,
-    sparsity_type,
-)
+from utils import UserError, add_model_arguments, load_model, model_fingerprint, run, script_parser, sparsity_type
 
 
 def parse_args(argv=None):

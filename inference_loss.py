@@ -12,17 +12,16 @@ from tqdm import tqdm
 
 import baseline
 import data
+from files import check_disk, refuse_existing
 from layers import apply_masks, find_layers, read_masks
 from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
     batch_loss,
-    check_disk,
     check_length,
     load_model,
     peak_memory_bytes,
-    refuse_existing,
     run,
     script_parser,
     set_seed,

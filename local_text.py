@@ -14,7 +14,8 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from utils import UserError, check_name
+from files import check_name
+from utils import UserError
 
 MOST_BYTES = 2**25  # of one document
 MOST_RATIO, FREE_BYTES = 100, 2**20  # unpacked to packed bytes, and up to where that is not looked at

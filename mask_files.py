@@ -24,9 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import npz
+from files import refuse_existing, written_beside
 from masks import check, pack, unpack
 from pge import patterns
-from utils import UserError, refuse_existing, written_beside
+from utils import UserError
 
 NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # a module's name may become a file's: no separators
 MOST_PICKLE_BYTES = 4096  # a tensor's description takes a tenth

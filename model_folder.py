@@ -6,7 +6,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from utils import UserError, check_name
+from files import check_name
+from utils import UserError
 
 MOST_MODULES = 4096  # layers or experts, of a model that has not as many tensors
 COUNTS = re.compile(r"n_?layers?|num_.*(layers|experts)|n_.*experts")

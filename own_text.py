@@ -13,19 +13,17 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from files import check_disk, refuse_existing, written_beside
 from utils import (
     UserError,
     add_model_arguments,
-    check_disk,
     check_length,
     input_device,
     load_model,
     positive_int,
-    refuse_existing,
     run,
     script_parser,
     set_seed,
-    written_beside,
 )
 
 
@@ -62,7 +60,7 @@ class Draw(LogitsProcessor):
 @torch.no_grad()
 def write(model, tokenizer, documents: int, length: int) -> list[list[int]]:
     """Token ids of so many documents, each of up to `length` tokens, the first one and the end of text left out."""
-    if input_device(model).type == "cpu":
+    if input_device(model).type == "cpu" and hasattr(model, "set_attn_implementation"):  # older libraries cannot
         model.set_attn_implementation("eager")  # for one query at a time a third faster than the fused kernel
     start, end = start_of_text(tokenizer), tokenizer.eos_token_id
     greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=end,

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import figures
-from utils import UserError, refuse_existing, run, script_parser
+from files import refuse_existing
+from utils import UserError, run, script_parser
 
 
 def parse_args(argv=None):

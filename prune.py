@@ -34,11 +34,11 @@ from tqdm import tqdm
 import data
 import pge
 import sparsegpt
+from files import check_disk, refuse_existing, write_json, written_beside
 from importance import METRICS, check_finite, input_norms
 from layers import apply_masks, check_divisible, find_layers, weight_matrix
 from utils import (
     add_model_arguments,
-    check_disk,
     check_length,
     check_tokens,
     environment,
@@ -47,13 +47,10 @@ from utils import (
     load_model,
     peak_memory_bytes,
     positive_int,
-    refuse_existing,
     run,
     script_parser,
     set_seed,
     sparsity_type,
-    write_json,
-    written_beside,
 )
 
 

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 import tracking
 from checkpoint import Checkpoints
+from files import check_disk, refuse_existing, sync, write_json
 from parallel import Ranks
 from settings import read_record
-from utils import UserError, check_disk, environment, refuse_existing, sync, write_json
+from utils import UserError, environment
 
 try:
     import fcntl

@@ -40,6 +40,7 @@ import runs
 import settings
 import tracking
 from best import Best, diverging
+from files import written_beside
 from layers import MaskedModel, check_divisible, find_layers, read_masks
 from parallel import Ranks
 from straight_through import StraightThrough
@@ -55,7 +56,6 @@ from utils import (
     peak_memory_bytes,
     run,
     set_seed,
-    written_beside,
 )
 
 ROWS = 64  # of text that --init scores measures the layers' inputs on

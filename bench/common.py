@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils import default_device, environment, fast_dtype, write_json  # noqa: E402
+from files import write_json  # noqa: E402
+from utils import default_device, environment, fast_dtype  # noqa: E402
 
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from utils import UserError, batch_loss, refuse_existing, run, written_beside
+from files import refuse_existing, written_beside
+from utils import UserError, batch_loss, run
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_moe, write_corpus
 
 import evaluate
+import files
 import get_mask
 import inference_loss
 import mask_files
@@ -566,5 +567,5 @@ def test_tasks_records_and_runs(refused, script, flags, words):
 
 @pytest.mark.parametrize("script", ["prune", "get_mask", "inference_loss", "evaluate", "convert"])
 def test_a_disk_that_is_full(refused, monkeypatch, script):
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
     refused(script, "", "0.0 MiB left", "free some space")

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+import files
 import utils
-from utils import UserError, check_disk, written_beside
+from files import check_disk, written_beside
+from utils import UserError
 
 
 def write(path, text="new"):
@@ -51,7 +53,7 @@ def test_a_folder_takes_its_name_with_all_its_files_readable(tmp_path):
         (beside / "in").mkdir(parents=True)
         (beside / "in" / "file").touch(mode=0o600)
     assert os.listdir(tmp_path) == ["folder"]
-    assert (tmp_path / "folder" / "in" / "file").stat().st_mode & 0o777 == 0o666 & ~utils._umask()
+    assert (tmp_path / "folder" / "in" / "file").stat().st_mode & 0o777 == 0o666 & ~files._umask()
 
 
 def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, monkeypatch):
@@ -85,12 +87,12 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    code = ("import sys, time\nfrom utils import written_beside\nwith written_beside(sys.argv[1]) as beside:\n"
+    code = ("import sys, time\nfrom files import written_beside\nwith written_beside(sys.argv[1]) as beside:\n"
             "    beside.write_text('half')\n    print('half', flush=True)\n    time.sleep(60)")
-    writer = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, cwd=utils.__file__[:-8])
+    writer = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, cwd=files.__file__[:-8])
     assert writer.stdout.readline() == b"half\n"
     write(tmp_path / "other")
-    assert len(os.listdir(tmp_path)) == 3 and utils.is_alive(writer.pid)
+    assert len(os.listdir(tmp_path)) == 3 and files.is_alive(writer.pid)
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
     assert path.read_text() == "old" and len(os.listdir(tmp_path)) == 3
@@ -100,7 +102,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
 
 def test_check_disk(tmp_path, monkeypatch):
     asked, usage = [], namedtuple("usage", "free")
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: (asked.append(path), usage(5 * 2**20))[1])
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: (asked.append(path), usage(5 * 2**20))[1])
     check_disk(tmp_path / "not" / "there" / "yet", 5 * 2**20)
     with pytest.raises(UserError, match="there needs 5.0 MiB, but its disk has 5.0 MiB left; free some space"):
         check_disk(tmp_path / "not" / "there", 5 * 2**20 + 1)

@@ -471,7 +471,7 @@ def test_a_plain_stack_of_linears_is_a_model_too():
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
 def test_masks_of_a_step_are_drawn_in_any_order(load, order):
-    """What is drawn, worn and learned does not depend on which of a step's masks a process scores, and in which order."""
+    """What is drawn, worn and learned does not depend on which of a step's masks a process scores, and when."""
     one, other = (make(load("llama"), magnitude=1.0)[0] for _ in range(2))
     for coefficients in ([0.5, -0.2, 0.1], [0.3, 0.3, -0.6]):
         worn = {}
