@@ -34,7 +34,7 @@ def lent(monkeypatch):
             if names.pop("device_map", None) is None:
                 return load(*given, **names)
             model, found = load(*given, **names)
-            model.hf_device_map = {"": "cpu"}  # as after --device_map; saving looks for it
+            model.hf_device_map = {"model": "cpu", "lm_head": 0}  # as --device_map leaves; saving looks for it
             return accelerate.cpu_offload(model.eval(), execution_device="cpu"), found
         monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", offloaded)
     return patch
