@@ -125,9 +125,9 @@ def _counter(bits: Tensor, n: int, m: int, start: int) -> Tensor:
     return (torch.arange(bits.shape[0], device=bits.device, dtype=torch.int32) + start) * lanes
 
 
-def _kept(bits: Tensor, m: int) -> list[Tensor]:
-    """Bits `[blocks]` int32 as M planes of 0. and 1."""
-    return [(bits >> i & 1).float() for i in range(m)]
+def kept_planes(bits: Tensor, m: int) -> list[Tensor]:
+    """Bits `[blocks]` -> M planes `[blocks]` float32 of 0 and 1."""
+    return [(bits.int() >> i & 1).float() for i in range(m)]
 
 
 def _drawn(w: list[Tensor], counter: Tensor, key: Tensor, n: int) -> Tensor:
@@ -161,7 +161,7 @@ def fused_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
     `[blocks * M]` or as words, coefficient float32 `[]`, key int32 `[2]`; `start` is the number of the first block in
     its layer. N <= 4, M <= 8."""
     planes = [plane.float() for plane in logits]
-    gradient = score(weights(planes, n), _kept(bits.int(), m), n)
+    gradient = score(weights(planes, n), kept_planes(bits, m), n)
     planes = [plane - coefficient * g for plane, g in zip(planes, gradient)]
     _store(logits, planes, _counter(bits, n, m, start), key, n)
     draw_step(logits, bits, weight, out, key, n, m, start)
@@ -175,7 +175,7 @@ def samples_step(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor
     planes = [plane.float() for plane in logits]
     w, counter = weights(planes, n), _counter(bits, n, m, start)
     for k in range(coefficients.shape[0]):
-        gradient = score(w, _kept(_drawn(w, counter, keys[k], n), m), n)
+        gradient = score(w, kept_planes(_drawn(w, counter, keys[k], n), m), n)
         planes = [plane - coefficients[k] * g for plane, g in zip(planes, gradient)]
     _store(logits, planes, counter, keys[-2], n)
     draw_step(logits, bits, weight, out, keys[-1], n, m, start)

@@ -38,7 +38,6 @@ def measures(model, itemsize: int) -> SimpleNamespace:
     return SimpleNamespace(
         weights=sum(parameter.numel() for parameter in model.parameters()), learned=sum(learned), largest=max(learned),
         layers=config.num_hidden_layers, hidden=config.hidden_size, vocabulary=config.vocab_size, itemsize=itemsize,
-        heads=config.num_attention_heads,
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
 
 

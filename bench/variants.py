@@ -8,13 +8,9 @@ from torch import Tensor
 
 import pge
 from planes import pullback, score, weights
+from step import kept_planes
 from straight_through import StraightThrough
 from utils import batch_loss
-
-
-def kept_planes(bits: Tensor, m: int) -> list[Tensor]:
-    """Bits `[blocks]` -> M planes `[blocks]` float32 of 0 and 1."""
-    return [(bits.int() >> i & 1).float() for i in range(m)]
 
 
 def score_planes(layer, bits: Tensor, n: int) -> Tensor:
