@@ -35,6 +35,20 @@ def input_norms(model, layers: dict, samples: Tensor) -> dict[str, Tensor]:
     return {name: square.sqrt() for name, square in squares.items()}
 
 
+class Hessians:
+    """H = X X^T, float32 `[in, in]`, of one layer's inputs after another: layers that read the same tensor, as q, k and
+    v do, share it."""
+
+    def __init__(self):
+        self.inputs, self.hessian = None, None
+
+    def of(self, inputs: Tensor) -> Tensor:
+        if inputs is not self.inputs:
+            parts = inputs.flatten(0, -2).split(8192)
+            self.inputs, self.hessian = inputs, sum(part.float().T @ part.float() for part in parts)
+        return self.hessian
+
+
 def magnitude(weight: Tensor, norms: Tensor | None) -> Tensor:
     return weight.abs()
 

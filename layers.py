@@ -215,6 +215,15 @@ class MaskedModel:
         write = self._write if self.steps else step.write_masked  # one pass is not worth a compilation
         write(layer.weight.view(-1), bits, layer.scratch, layer.m)
 
+    def begin_at(self, layer: MaskedLayer, mask: Tensor, magnitude: float, score: Tensor) -> None:
+        """Start a layer again from this mask and these scores `[blocks, M]`; its masked weight is written at once."""
+        layer.bits.copy_(step.mask_to_bits(mask))
+        for start in range(0, len(mask), step.CHUNK):
+            part = slice(start, start + step.CHUNK)
+            for plane, column in zip(layer.logits, self.space.init(mask[part], magnitude, score[part]).unbind(1)):
+                plane[part] = column
+        self.write(layer)
+
     def _take_step(self, layer: MaskedLayer) -> None:
         (take, *arguments), layer.pending = layer.pending, None
         take(layer.logits, layer.bits, layer.weight.view(-1), layer.scratch, *arguments)

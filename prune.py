@@ -4,6 +4,7 @@
     python prune.py --model MODEL --prune_method wanda --dataset text.jsonl --nsamples 128 --seqlen 512
     python prune.py --model MODEL --prune_method magnitude --sparsity_type 4:8 --dtype auto
     python prune.py --model MODEL --prune_method sparsegpt --true_sequential --dataset text.jsonl --seqlen 512
+    python prune.py --model MODEL --prune_method wanda --exchange 6 --true_sequential --dataset text.jsonl --seqlen 512
     python prune.py --model MODEL --prune_method wanda --sparsity_type unstructured --sparsity_ratio 0.5
 
 Of every M consecutive weights of a row the N with the largest metric are kept, unchanged:
@@ -18,8 +19,11 @@ each output row (wanda, ria) or of each --blocksize columns (sparsegpt).
 sparsegpt (see sparsegpt.py) also changes the kept weights, to make up for the pruned; its mask alone, for the original
 weights, is what get_mask.py takes from its model.
 
+--exchange goes on from the metric's mask, weights still unchanged: weights of a block change places as long as the
+layer's output comes closer to the dense one's (exchange.py). It does most with --true_sequential.
+
 Calibration is the field's `get_c4`: --nsamples random crops of --seqlen tokens. The input norms of all layers come from
-passes through the dense model, a row at a time. sparsegpt, and --true_sequential of any method, instead send all rows
+passes through the dense model, a row at a time. sparsegpt, --exchange and --true_sequential instead send all rows
 through the decoder in one pass and settle a layer when the pass reaches it: one Hessian in memory at a time, and with
 --true_sequential the later layers see the pruned earlier ones. Lower --nsamples or --seqlen if that pass is too large.
 
@@ -32,10 +36,11 @@ import torch
 from tqdm import tqdm
 
 import data
+import exchange
 import pge
 import sparsegpt
 from files import check_disk, refuse_existing, write_json, written_beside
-from importance import METRICS, check_finite, input_norms
+from importance import METRICS, Hessians, check_finite, input_norms
 from layers import apply_masks, check_divisible, find_layers, weight_matrix
 from utils import (
     add_model_arguments,
@@ -79,6 +84,8 @@ def parse_args(argv=None):
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration rows")
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a calibration row")
     parser.add_argument("--true_sequential", action="store_true", help="later layers see the earlier ones pruned")
+    parser.add_argument("--exchange", type=positive_int, default=0, metavar="SWEEPS",
+                        help="better the metric's mask by exchanges within blocks, so many sweeps at most")
     parser.add_argument("--percdamp", type=finite(0), default=0.01,
                         help="sparsegpt: damping, as a share of the Hessian's mean diagonal")
     parser.add_argument("--blocksize", type=positive_int, default=128, help="sparsegpt: columns settled in one run")
@@ -89,6 +96,9 @@ def parse_args(argv=None):
     if implied and args.sparsity_ratio not in (None, implied):
         parser.error(f"--sparsity_ratio {args.sparsity_ratio:g} is not that of the --sparsity_type; leave it out, or "
                      "give --sparsity_type unstructured")
+    if args.exchange and (args.prune_method == "sparsegpt" or not args.sparsity_type):
+        parser.error("--exchange betters an N:M mask of unchanged weights: choose another --prune_method than "
+                     "sparsegpt, and N:M as --sparsity_type")
     args.sparsity_ratio = args.sparsity_ratio or implied or 0.5
     return args
 
@@ -109,22 +119,24 @@ def mask_of(weight: torch.Tensor, norms: torch.Tensor | None, args) -> torch.Ten
     return best_mask(metric, n, m)
 
 
-def pruned_weight(weight: torch.Tensor, inputs: torch.Tensor, args) -> torch.Tensor:
-    """A layer's sparse weight, float32 `[out, in]`, from its inputs on the calibration tokens `[tokens, in]`."""
+def pruned_weight(weight: torch.Tensor, inputs: torch.Tensor, hessians: Hessians, args) -> torch.Tensor:
+    """A layer's sparse weight, float32 `[out, in]`, from its inputs on the calibration tokens `[rows, tokens, in]`."""
     weight = weight.float()
     if args.prune_method == "sparsegpt":
-        hessian = sum(part.float().T @ part.float() for part in inputs.split(8192))
-        return sparsegpt.solve(weight, hessian, args.sparsity_type, args.sparsity_ratio, args.percdamp,
+        return sparsegpt.solve(weight, hessians.of(inputs), args.sparsity_type, args.sparsity_ratio, args.percdamp,
                                args.blocksize)[0]
-    norms = sum(part.float().square().sum(0) for part in inputs.split(8192)).sqrt()
-    return weight.masked_fill(~mask_of(weight, norms, args), 0.0)
+    norms = sum(part.float().square().sum(0) for part in inputs.flatten(0, -2).split(8192)).sqrt()
+    mask = mask_of(weight, norms, args)
+    if args.exchange:
+        mask = exchange.improve(weight, mask, hessians.of(inputs), args.sparsity_type[1], args.exchange)
+    return weight.masked_fill(~mask, 0.0)
 
 
 @torch.no_grad()
 def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
     """Prune each layer when the pass of all samples `[rows, tokens]` through the decoder, without its head, gets there;
     with --true_sequential before the layer runs, else when the pass is over."""
-    settled = {}
+    settled, hessians = {}, Hessians()
     progress = tqdm(total=len(layers), desc="pruning", unit="layer", disable=None)
 
     def reach(name):
@@ -132,8 +144,8 @@ def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
             if name in settled:
                 return
             check_finite(inputs[0], name, model)
-            weight, features = weight_matrix(module), inputs[0].flatten(0, -2)
-            settled[name] = pruned_weight(weight.to(features.device), features, args).to(weight)
+            weight = weight_matrix(module)
+            settled[name] = pruned_weight(weight.to(inputs[0].device), inputs[0], hessians, args).to(weight)
             if args.true_sequential:
                 write(name)
             progress.update()
@@ -157,7 +169,7 @@ def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
 @torch.no_grad()
 def prune_model(model, layers: dict, samples: torch.Tensor | None, args) -> None:
     """Prune these layers in place as the arguments say; samples int64 `[rows, tokens]`, None for magnitude."""
-    if samples is not None and (args.prune_method == "sparsegpt" or args.true_sequential):
+    if samples is not None and (args.prune_method == "sparsegpt" or args.true_sequential or args.exchange):
         prune_in_one_pass(model, layers, samples, args)
         return
     norms = {} if samples is None else input_norms(model, layers, samples)
@@ -176,7 +188,7 @@ def main(argv=None):
         check_divisible(layers, args.sparsity_type[1])
     check_disk(out, sum(parameter.nbytes for parameter in model.parameters()) + 2**24)  # 16 MiB for the tokenizer
     samples = None
-    if args.prune_method != "magnitude":
+    if args.prune_method != "magnitude" or args.exchange:
         check_length(model, args.seqlen, "--seqlen")
         samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
         check_tokens(model, samples)

@@ -18,8 +18,8 @@ from utils import (
     sparsity_type,
 )
 
-PRESETS = {"fast": dict(estimator="straight_through", init="scores", logits=4.0, distill=1.0, lr=0.7, schedule="linear",
-                        tokens=400_000, batchsize=8, epoch=1, val_fraction=0.02, looks=10)}
+PRESETS = {"fast": dict(estimator="straight_through", init="exchange", logits=4.0, distill=1.0, lr=0.7,
+                        schedule="linear", tokens=400_000, batchsize=8, epoch=1, val_fraction=0.02, looks=10)}
 
 
 def interval(text: str) -> str:
@@ -46,9 +46,10 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
                         help="learn the layers whose names contain one of these; the others keep m0")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M of the mask")
     parser.add_argument("--mask", default="initial_mask.safetensors", help="m0: mask file or folder of .pt masks")
-    parser.add_argument("--init", choices=["mask", "scores", "random"], default="mask",
+    parser.add_argument("--init", choices=["mask", "scores", "exchange", "random"], default="mask",
                         help="logits start at C * m0; at C * log of the weights' |w| ||x||, which makes close calls "
-                             "the least sure; or at C * normal random numbers")
+                             "the least sure; as sure as exchanges are dear, of m0 bettered by them (exchange.py); or "
+                             "at C * normal random numbers")
     parser.add_argument("--space", choices=list(pge.SPACES), default="linear",
                         help="linear: M logits a block (MaskPro); pattern: C(M,N) of them (MaskLLM)")
     parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro", "running", "straight_through"],

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 import baseline
 import data
+import exchange
 import figures
 import importance
 import mask_files
@@ -59,6 +60,7 @@ from utils import (
 )
 
 ROWS = 64  # of text that --init scores measures the layers' inputs on
+EXCHANGE_TOKENS = 2**15  # of text that --init exchange does
 
 
 def parse_args(argv=None):
@@ -148,7 +150,8 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
         raise UserError(f"--val_fraction {args.val_fraction} of {len(batches)} minibatches leaves none to learn from")
     batches, heldout = batches[:len(batches) - heldout_size], batches[len(batches) - heldout_size:]
     scores = wanda_scores(model, learned, batches) if args.init == "scores" else None
-    masked = MaskedModel(model, mask_file.masks, pge.SPACES[args.space](n, m), args.logits, args.init,
+    init = "mask" if args.init == "exchange" else args.init
+    masked = MaskedModel(model, mask_file.masks, pge.SPACES[args.space](n, m), args.logits, init,
                          DTYPES[args.logits_dtype], learned, args.seed, args.step, scores)
     if online:
         masked.keep_initial(mask_file.masks)
@@ -162,6 +165,9 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
     if len(heldout) and not restored and best.look(0) is None:
         raise UserError(f"the held-out loss of m0 is not finite; use --dtype bfloat16 if the model overflows in "
                         f"{model.dtype}")
+    if args.init == "exchange" and not restored:
+        exchange.settle(masked, batches.flatten(0, 1)[:-(-EXCHANGE_TOKENS // args.sqlen)], args.logits)
+        ranks.check_same(masked.checksum(), "the logits at the start")
     at, passes, several = folder.position, args.epoch * len(batches), args.samples > 1
     width = 1 if several else ranks.count  # minibatches a step
     steps = min(args.max_step, at.step + math.ceil((passes - at.minibatches) / width))

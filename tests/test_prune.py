@@ -4,8 +4,9 @@ import shutil
 import pytest
 import torch
 from tiny import write_corpus
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import data
 import importance
 import prune
 from layers import check_sparsity, find_layers, weight_matrix
@@ -102,3 +103,33 @@ def test_the_ratio_and_the_pattern_must_agree(capsys):
 def test_blocks_of_other_sizes(folder, tmp_path):
     model = pruned(folder, tmp_path / "out", "llama", "--prune_method", "ria", "--sparsity_type", "4:8")
     assert check_sparsity(find_layers(model), (4, 8)) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("flags", [[], ["--true_sequential"]])
+def test_exchanges_bring_the_first_layer_closer_and_change_no_weight(folder, tmp_path, kind, flags):
+    flags = ["--prune_method", "wanda", "--sparsity_type", "4:8", *flags]
+    plain = find_layers(pruned(folder, tmp_path / "a", kind, *flags))
+    better = find_layers(pruned(folder, tmp_path / "b", kind, *flags, "--exchange", "5"))
+    model = AutoModelForCausalLM.from_pretrained(folder / kind)
+    dense = find_layers(model)
+    assert check_sparsity(better, (4, 8)) == pytest.approx(0.5, abs=1e-3)
+    for name, module in better.items():
+        weight, kept = weight_matrix(module), weight_matrix(module) != 0
+        assert torch.equal(weight[kept], weight_matrix(dense[name])[kept])
+    name, inputs = next(iter(dense)), []
+    dense[name].register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, -2)))
+    rows = data.calibration_samples(AutoTokenizer.from_pretrained(folder / kind), str(folder / "text.jsonl"), 8, 64, 0)
+    with torch.no_grad():
+        model(input_ids=rows)
+
+    def error(layers):
+        return float(((weight_matrix(layers[name]) - weight_matrix(dense[name])) @ inputs[0].T).square().sum())
+    assert error(better) < 0.98 * error(plain)
+
+
+@pytest.mark.parametrize("flags", ["--prune_method sparsegpt", "--sparsity_type unstructured"])
+def test_exchanges_are_for_masks_of_unchanged_weights(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        prune.parse_args(f"{flags} --exchange 3".split())
+    assert stop.value.code == 2 and "--exchange betters an N:M mask" in capsys.readouterr().err

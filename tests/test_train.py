@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import write_corpus
 
 import data
+import exchange
 import mask_files
 import pge
 import settings
@@ -104,7 +105,7 @@ def test_the_preset_learns_any_pattern(learn, w, models, n, m):
     run = learn(f"--preset fast --tokens 2560 --val_fraction 0.2 --looks 2 --targets k_proj v_proj "
                 f"--sparsity_type {n}:{m} --mask {w}/{n}_{m}.safetensors")
     arguments = run.record["arguments"]
-    assert (arguments["estimator"], arguments["init"], arguments["distill"]) == ("straight_through", "scores", 1.0)
+    assert (arguments["estimator"], arguments["init"], arguments["distill"]) == ("straight_through", "exchange", 1.0)
     assert (arguments["tokens"], arguments["lr"], arguments["schedule"]) == (2560, 0.7, "linear")  # a flag goes first
     m0 = mask_files.load(w / f"{n}_{m}.safetensors").masks
     assert len(run.metrics) == 16 and run.masks.keys() == m0.keys()
@@ -146,6 +147,27 @@ def test_scores_start_the_logits(learn, w, models):
     expected = torch.where(m0, gap.clamp(0, 12) + 1, gap.clamp(-12, 0))
     assert torch.allclose(run.logits[name].double(), expected, atol=1e-3)
     assert torch.equal(run.masks[name].view(-1, 4), m0)
+
+
+@pytest.mark.parametrize("targets", ["layers.1.mlp.down_proj", "layers.1.mlp.down_proj layers.0.mlp.down_proj"])
+def test_exchanges_start_the_mask_and_the_logits(learn, w, models, targets):
+    """Of the last layer: its inputs are those of a model whose earlier layers wear m0, or what exchanges made of it."""
+    run = learn(f"{GRADIENTS} --init exchange --logits 4 --lr 0 --targets {targets}")
+    m0 = mask_files.load(w / "2_4.safetensors").masks
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
+    name, inputs = "model.layers.1.mlp.down_proj", []
+    weight = model.get_submodule(name).weight.detach().clone()
+    apply_masks(find_layers(model), {**m0, "model.layers.0.mlp.down_proj": run.masks["model.layers.0.mlp.down_proj"]})
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(input_ids=rows_of(w, models, 768).flatten(0, 1))
+    hessian = inputs[0].T @ inputs[0]
+    mask = exchange.improve(weight, m0[name], hessian, 4)
+    assert torch.equal(run.masks[name], mask) and not torch.equal(mask, m0[name])
+    score = exchange.scores(weight, mask, hessian, 4)
+    assert torch.allclose(run.logits[name], pge.graded(mask.view(-1, 4), 4, score.view(-1, 4)), atol=1e-3)
+    assert len(run.logits) == len(targets.split())
+    assert all(torch.equal(run.masks[other], m0[other]) for other in m0 if other not in run.logits)
 
 
 def test_tokens_are_the_minibatches(learn, w, models):
