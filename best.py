@@ -4,7 +4,7 @@ from statistics import mean, stdev
 
 from torch import Tensor
 
-from layers import MaskedModel
+from masked_model import MaskedModel
 
 WINDOW = 32  # steps at least, whose mean loss is compared with that of the first so many
 PATIENCE = 3  # windows, or looks, in a row above where the run started: it diverges

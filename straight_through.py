@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import step
-from layers import MaskedModel
+from masked_model import MaskedModel
 from parallel import Ranks
 from utils import UserError, input_device
 

@@ -42,7 +42,8 @@ import settings
 import tracking
 from best import Best, diverging
 from files import written_beside
-from layers import MaskedModel, check_divisible, find_layers, read_masks
+from layers import check_divisible, find_layers, read_masks
+from masked_model import MaskedModel
 from parallel import Ranks
 from straight_through import StraightThrough
 from utils import (

@@ -28,6 +28,7 @@ from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
 
 import data
 import layers
+import masked_model
 import pge
 from settings import PRESETS
 from straight_through import StraightThrough
@@ -101,7 +102,7 @@ class Bench:
 
     def learn(self, setting: dict, passes: int, seed: int) -> list[tuple[float, float, float]]:
         """One run: points (passes, seconds of learning, held-out loss of the most probable mask), from m0 on."""
-        masked = layers.MaskedModel(self.load(), self.masks, pge.LinearSpace(*self.pattern), setting["logits"],
+        masked = masked_model.MaskedModel(self.load(), self.masks, pge.LinearSpace(*self.pattern), setting["logits"],
                                     "scores" if setting.get("scores") else "mask", seed=seed, mode="eager",
                                     scores=self.scores)
         take, cost = stepper(setting, masked, self.baselines[5 * seed % 16:] + self.baselines[:5 * seed % 16])

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import data
 import importance
 import layers
+import masked_model
 import pge
 from utils import UserError, batch_loss, run
 
@@ -41,7 +42,7 @@ def learn(load, masks, batches, baselines, heldout, steps, seed, lr, logits, deb
           logits_dtype=torch.float32, mode="eager"):
     """One run; (mean loss of the sampled masks in the last epoch, final mask on the minibatches, and held out)."""
     model = load()
-    masked = layers.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits, logits_dtype=logits_dtype, seed=seed,
+    masked = masked_model.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits, logits_dtype=logits_dtype, seed=seed,
                                 mode=mode)
     estimator = pge.MaskPro(debias=debias)
     losses = []

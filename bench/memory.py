@@ -19,6 +19,7 @@ import common
 import torch
 
 import layers
+import masked_model
 import pge
 from straight_through import StraightThrough
 from utils import DTYPES, UserError, batch_loss, reuse_freed_memory, run
@@ -67,7 +68,7 @@ def used_bytes(shape: str, way: str, logits_dtype: str, device: str, dtype: torc
         model = common.random_llama(shape, device, dtype)
         masks = {name: torch.arange(4).lt(2).expand(layers.weight_matrix(module).numel() // 4, 4)
                  .reshape(layers.weight_matrix(module).shape) for name, module in layers.find_layers(model).items()}
-        masked = layers.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype],
+        masked = masked_model.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype],
                                     mode="eager")
         learner = WAYS[way] and StraightThrough(masked, "eager", WAYS[way][0], distill=WAYS[way][1])
 
@@ -109,7 +110,7 @@ def static_rows(shape: str, args, dtype: torch.dtype) -> list[dict]:
             model(input_ids=tokens, use_cache=False)
         forward()
         plain = growth_bytes(forward, args.device)
-        masked = layers.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits_dtype=logits_dtype)
+        masked = masked_model.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits_dtype=logits_dtype)
         kept = list(masked.layers.values())
         weights = sum(layer.weight.numel() for layer in kept)
         static = storage_bytes([tensor for layer in kept for tensor in (layer.weight, *layer.logits, layer.bits)])

@@ -12,6 +12,7 @@ import textbook
 import torch
 
 import layers
+import masked_model
 import pge
 import step
 
@@ -75,7 +76,7 @@ textbook_s = sum(shapes.count(one) * sum(textbook.layer_times(one, dtype, args.d
 if gpu:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-masked = layers.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits_dtype=torch.float16)
+masked = masked_model.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits_dtype=torch.float16)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 import torch
 
 import pge
-from layers import MaskedModel, find_layers, weight_matrix
+from layers import find_layers, weight_matrix
+from masked_model import MaskedModel
 
 TOKENS = torch.arange(40).view(2, 20) % 32
 

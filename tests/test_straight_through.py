@@ -14,7 +14,8 @@ from torch import nn
 import pge
 import step
 import straight_through
-from layers import MaskedModel, apply_masks, find_layers, is_transposed, weight_matrix
+from layers import apply_masks, find_layers, is_transposed, weight_matrix
+from masked_model import MaskedModel
 from straight_through import CLIP, StraightThrough, summed_loss
 from utils import batch_loss
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import layers
+import masked_model
 import pge
 import step
 from utils import batch_loss
@@ -46,7 +46,7 @@ LOGITS = torch.tensor([[0.3, -0.5, 1.0, 0.1], [-0.2, 0.8, 0.0, 0.6]])
 
 def masked_toy():
     """The toy under LOGITS and their most probable mask."""
-    masked = layers.MaskedModel(Toy(), {"inner": pge.mode(LOGITS, 2)}, pge.LinearSpace(2, 4), mode="eager")
+    masked = masked_model.MaskedModel(Toy(), {"inner": pge.mode(LOGITS, 2)}, pge.LinearSpace(2, 4), mode="eager")
     layer = masked.layers["inner"]
     for plane, column in zip(layer.logits, LOGITS.T):
         plane.copy_(column)
