@@ -30,13 +30,14 @@ class Best:
         return loss if math.isfinite(loss) else None
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        bits = self.masked.by_name(self.bits) if self.bits else {}
-        return {"loss": self.loss, "step": self.step, "first": self.first}, bits
+        layers = self.masked.layers.items() if self.bits else ()
+        return ({"loss": self.loss, "step": self.step, "first": self.first},
+                {name: layer.part(self.bits[id(layer)]) for name, layer in layers})
 
     def restore(self, scalars: dict, read) -> None:
         self.loss, self.step, self.first = scalars["loss"], scalars["step"], scalars["first"]
         if self.step is not None:
-            self.bits = {id(layer): read(name, layer.bits).to(layer.bits.device)
+            self.bits = {id(layer): read(name, layer.part(layer.bits)).to(layer.bits.device)
                          for name, layer in self.masked.layers.items()}
 
 

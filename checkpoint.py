@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from files import written_beside
+from parallel import Part
 from utils import UserError
 
 START = b'{"__metadata__": {"checksum": "'
@@ -27,12 +28,24 @@ SHARE = 0.02  # of a run's time that saving may take where --checkpoint_every is
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.uint8: "U8"}
 
 
-def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
+def aligned(tensors: dict[str, Tensor | Part]) -> dict[str, Tensor | Part]:
+    """In the order in which they are written: safetensors wants them aligned."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+
+
+def join(tensors: dict[str, Tensor | Part]) -> None:
+    """What the other processes do while one saves: give their parts."""
+    for tensor in aligned(tensors).values():
+        if isinstance(tensor, Part):
+            tensor.whole()
+
+
+def save(path: Path, scalars: dict, tensors: dict[str, Tensor | Part]) -> None:
     """Write one .safetensors of contiguous tensors, each streamed from where it is: no second copy of them all.
 
     UserError where it cannot be written; then nothing is left of it.
     """
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # safetensors wants them aligned
+    tensors = aligned(tensors)
     header, end = {"__metadata__": {"checksum": "0" * 64, "format": "maskpro-state", "version": VERSION,
                                     "scalars": json.dumps(scalars)}}, 0
     for name, tensor in tensors.items():
@@ -45,6 +58,7 @@ def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
     with written_beside(path) as beside, open(beside, "wb") as file:
         file.write(head)
         for tensor in tensors.values():
+            tensor = tensor.whole() if isinstance(tensor, Part) else tensor
             for chunk in tensor.detach().reshape(-1).view(torch.uint8).split(CHUNK_BYTES):
                 data = chunk.cpu().numpy().data
                 digest.update(data)
@@ -80,12 +94,13 @@ class Saved:
         except Exception as error:  # its checksum fits, so another version or hand made it
             raise UserError(f"{path} is no state that this version can read ({error}); remove it to use the one before")
 
-    def read(self, name: str, like: Tensor) -> Tensor:
-        """The tensor of this name, on the CPU; UserError unless its shape and dtype are those of `like`."""
+    def read(self, name: str, like: Tensor | Part) -> Tensor:
+        """The tensor of this name, or this process's part of it, on the CPU; UserError unless its shape and dtype are
+        those of `like`."""
         if name in self.names:
             found = self.file.get_slice(name)
             if (found.get_dtype(), found.get_shape()) == (NAMES[like.dtype], list(like.shape)):
-                return self.file.get_tensor(name)
+                return like.read(found) if isinstance(like, Part) else self.file.get_tensor(name)
         raise UserError(f"{self.path} is the state of another run: its {name} is not of this model and these settings")
 
 
@@ -113,7 +128,7 @@ class Checkpoints:
         """The state files there are, oldest first."""
         return sorted(self.folder.glob("step*.safetensors"))
 
-    def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor]) -> None:
+    def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor | Part]) -> None:
         """Save the state after so many steps and seconds; then remove the oldest beyond `keep`."""
         started = time.monotonic()
         save(self.folder / f"step{step:08d}.safetensors", scalars, tensors)

@@ -9,6 +9,8 @@ and keeping b in place of a changes it, with g = H (m*w - w), by
 
     cost(a, b) = -w_a g_a + 1/2 w_a^2 H_aa  +  w_b g_b + 1/2 w_b^2 H_bb  -  w_a w_b H_ab
 
+H comes from few tokens, which know pairs of inputs less well than single ones: its off-diagonal counts 1 - SHRINK.
+
 `improve` goes through the blocks and makes the exchange that lowers the error most, until none does or enough sweeps
 are made: coordinate descent, rows independent of one another. N:M stays what it was and no weight changes.
 """
@@ -20,6 +22,7 @@ from importance import Hessians, check_finite
 from utils import input_device
 
 RUN = 64  # columns, at least, whose changes are carried to the other columns at once
+SHRINK = 0.3
 
 
 def _costs(weight: Tensor, kept: Tensor, slope: Tensor, hessian: Tensor) -> Tensor:
@@ -33,10 +36,14 @@ def _costs(weight: Tensor, kept: Tensor, slope: Tensor, hessian: Tensor) -> Tens
     return dropping[:, None] + adding - together
 
 
+def _shrunk(hessian: Tensor) -> Tensor:
+    return hessian.lerp(hessian.diagonal().diag(), SHRINK)
+
+
 def improve(weight: Tensor, mask: Tensor, hessian: Tensor, m: int, sweeps: int = 6) -> Tensor:
     """A mask of lower e(m), bool `[out, in]`. weight and mask `[out, in]`, hessian float32 `[in, in]`, M divides `in`;
     a mask that no exchange betters comes back as it was."""
-    columns = weight.shape[1]
+    columns, hessian = weight.shape[1], _shrunk(hessian)
     weight, kept = weight.T.float().contiguous(), mask.T.contiguous().clone()  # a block's columns lie together
     slope = -(hessian @ weight.masked_fill(kept, 0.0))
     run = max(m, RUN // m * m)
@@ -71,7 +78,7 @@ def scores(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
     Were H diagonal, cost(a, b) would be (s_a^2 - s_b^2) / 2 with Wanda's scores s, and log(s_a / s_b) what `graded`
     asks for. So an exchange counts as the ratio of scores that would make it as dear: 1/2 log(1 + 2 cost / s_b^2).
     """
-    out, columns = weight.shape
+    columns, hessian = weight.shape[1], _shrunk(hessian)
     weight, kept = weight.T.float().contiguous(), mask.T.contiguous()
     slope = -(hessian @ weight.masked_fill(kept, 0.0))
     found = torch.empty_like(weight)

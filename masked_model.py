@@ -11,29 +11,55 @@ import offload
 import pge
 import step
 from layers import apply_masks, find_layers, is_transposed, match_masks, weight_matrix
+from parallel import Part, Ranks
 from planes import most_probable
 
 SAMPLE = 4096  # blocks of a layer that `census` looks at, at least, where it has so many
 
 
 class MaskedLayer:
-    """One layer's weight, logits and mask. Its module's weight is a view of `scratch`, filled before each forward."""
+    """One layer's weight, logits and mask. Its module's weight is a view of `scratch`, filled before each forward.
 
-    def __init__(self, module: nn.Module, mask: Tensor, space, logits: list[Tensor], scratch: Tensor):
-        self.module, self.m = module, space.m
-        self.weight = weight_matrix(module).contiguous()  # [out, in], dense and frozen
-        self.bits = step.mask_to_bits(mask.reshape(-1, space.m).to(self.weight.device))  # [blocks], m_t
+    With `ranks` the layer is shared out: its weight, logits, bits and all that is made of them are this process's rows
+    of it, and `scratch` is gathered from all processes'.
+    """
+
+    def __init__(self, module: nn.Module, mask: Tensor, space, logits: list[Tensor], scratch: Tensor,
+                 ranks: Ranks | None):
+        self.module, self.m, self.ranks = module, space.m, ranks
+        whole = weight_matrix(module)
+        self.weight = own_rows(whole, ranks).to(scratch.device, copy=bool(ranks)).contiguous()  # [out, in], dense
+        self.bits = step.mask_to_bits(own_rows(mask, ranks).reshape(-1, space.m).to(scratch.device))  # [blocks], m_t
+        self.start = len(self.bits) * ranks.rank if ranks else 0  # the first block's number in the layer
         self.logits = logits  # `width` planes [blocks]
-        self.scratch = scratch[:self.weight.numel()]
+        self.scratch = scratch[:whole.numel()].view(whole.shape)
+        self.written = own_rows(self.scratch, ranks).view(-1)  # of the scratch, what this process writes
         self.stride = max(1, len(self.bits) // SAMPLE)
         self.started = self.bits[::self.stride].clone()  # of m0, the blocks that `census` looks at
         self.pending = None  # (step, its last arguments) to be taken when the next forward gets here
-        view = self.scratch.view_as(self.weight)
-        offload.set_weight(module, view.T if is_transposed(module) else view)
+        offload.set_weight(module, self.scratch.T if is_transposed(module) else self.scratch)
 
     def mask_of(self, bits: Tensor) -> Tensor:
         """The mask that `bits` `[blocks]` stand for, bool `[out, in]`."""
-        return step.bits_to_mask(bits, self.m).view_as(self.weight)
+        return step.bits_to_mask(bits, self.m).view(-1, self.scratch.shape[1])
+
+    def gather(self) -> None:
+        """Have the others' rows in the scratch buffer beside one's own."""
+        if self.ranks:
+            self.ranks.join(self.written, self.scratch.view(-1))
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A 1-D tensor of all rows, from one of this process's rows; all processes have to ask at once."""
+        return self.ranks.join(tensor) if self.ranks else tensor
+
+    def part(self, tensor: Tensor) -> Tensor | Part:
+        """A 1-D tensor of this process's rows, as a state is saved and read."""
+        return Part(tensor, self.ranks) if self.ranks else tensor
+
+
+def own_rows(matrix: Tensor, ranks: Ranks | None) -> Tensor:
+    """This process's rows of a layer's matrix; all of them where it is not shared out."""
+    return matrix.chunk(ranks.count)[ranks.rank] if ranks else matrix
 
 
 class MaskedModel:
@@ -45,18 +71,23 @@ class MaskedModel:
     reaches it. That write is one pass together with the update of the layer's logits and the drawing of its next mask,
     so `update` only notes the coefficient and the following `forward` carries it out.
 
+    ranks: shares each layer's rows out to these processes (those layers whose rows they divide), which then must run
+    every forward and backward together: only one layer at a time is whole on any of them, in the scratch buffer.
+
     init: logits from the `mask`, from it and the weights' `scores` (name, weight `[out, in]` -> score `[out, in]`), or
     `random`; see the spaces' `init`.
     """
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], space, magnitude: float = 10.0, init: str = "mask",
                  logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
-                 mode: str = "compiled", scores: Callable[[str, Tensor], Tensor] | None = None):
+                 mode: str = "compiled", scores: Callable[[str, Tensor], Tensor] | None = None,
+                 ranks: Ranks | None = None):
         self.model, self.space, self.seed, self.steps = model, space, seed, 0
         modules = find_layers(model, targets=[""])
         match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
         apply_masks(modules, {name: mask for name, mask in masks.items() if name not in learned})
+        ranks = ranks if ranks and ranks.count > 1 else None
         self._step, self._draw = step.step_function(space, mode), step.draw_function(space, mode)
         self._samples_step = step.samples_function(space, mode)
         self._write = step.write_function(mode)
@@ -65,25 +96,29 @@ class MaskedModel:
         sizes = Counter()
         for name in learned:
             weight = offload.weight_of(modules[name])
-            sizes[weight.device, weight.dtype] = max(sizes[weight.device, weight.dtype], weight.numel())
+            device = ranks.device if ranks else weight.device
+            sizes[device, weight.dtype] = max(sizes[device, weight.dtype], weight.numel())
         scratch = {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in sizes.items()}
         generator = torch.Generator().manual_seed(seed)
         self.layers: dict[str, MaskedLayer] = {}
         self._hooks = []
         for name in learned:
             module, mask = modules[name], masks[name]
-            device, dtype = weight_matrix(module).device, weight_matrix(module).dtype
+            weight, sharing = weight_matrix(module), ranks if ranks and len(mask) % ranks.count == 0 else None
+            device = ranks.device if ranks else weight.device
             chunks = mask.reshape(-1, space.m).split(step.CHUNK)
             if init == "random":
                 started = [torch.randn(len(chunk), space.width, generator=generator) * magnitude for chunk in chunks]
                 mask = torch.cat([space.mode(part) for part in started]).view_as(mask)
             elif init == "scores":
-                parts = scores(name, weight_matrix(module).float()).cpu().reshape(-1, space.m).split(step.CHUNK)
+                parts = scores(name, weight.float()).cpu().reshape(-1, space.m).split(step.CHUNK)
                 started = [space.init(chunk, magnitude, part) for chunk, part in zip(chunks, parts)]
             else:
                 started = [space.init(chunk, magnitude) for chunk in chunks]
             logits = [torch.cat([part[:, i].to(device, logits_dtype) for part in started]) for i in range(space.width)]
-            self.layers[name] = MaskedLayer(module, mask, space, logits, scratch[device, dtype])
+            logits = [own_rows(plane.view(len(mask), -1), sharing).reshape(-1).clone() if sharing else plane
+                      for plane in logits]
+            self.layers[name] = MaskedLayer(module, mask, space, logits, scratch[device, weight.dtype], sharing)
             self._hooks.append(module.register_forward_pre_hook(self._before_forward(self.layers[name])))
         self._showing = {}  # layer -> bits shown instead of those drawn
 
@@ -99,10 +134,11 @@ class MaskedModel:
         """Write the layer's masked weight into the scratch buffer."""
         bits = self._showing.get(id(layer), layer.bits)
         if bits is None:
-            layer.scratch.copy_(layer.weight.view(-1))
-            return
-        write = self._write if self.steps else step.write_masked  # one pass is not worth a compilation
-        write(layer.weight.view(-1), bits, layer.scratch, layer.m)
+            layer.written.copy_(layer.weight.view(-1))
+        else:
+            write = self._write if self.steps else step.write_masked  # one pass is not worth a compilation
+            write(layer.weight.view(-1), bits, layer.written, layer.m)
+        layer.gather()
 
     def begin_at(self, layer: MaskedLayer, mask: Tensor, magnitude: float, score: Tensor) -> None:
         """Start a layer again from this mask and these scores `[blocks, M]`; its masked weight is written at once."""
@@ -115,7 +151,8 @@ class MaskedModel:
 
     def _take_step(self, layer: MaskedLayer) -> None:
         (take, *arguments), layer.pending = layer.pending, None
-        take(layer.logits, layer.bits, layer.weight.view(-1), layer.scratch, *arguments)
+        take(layer.logits, layer.bits, layer.weight.view(-1), layer.written, *arguments, start=layer.start)
+        layer.gather()
 
     def keys(self, steps: int | None = None, samples: list[int] = (0,)) -> dict[int, Tensor]:
         """Random keys of a step (default: this one) for its masks of these numbers, by the layer's id: int32
@@ -184,7 +221,8 @@ class MaskedModel:
 
     def keep_initial(self, masks: dict[str, Tensor]) -> None:
         """Remember m0 for `showing_initial`: a quarter of a byte a weight at M = 4."""
-        self.initial = {id(layer): step.mask_to_bits(masks[name].reshape(-1, layer.m).to(layer.weight.device))
+        self.initial = {id(layer): step.mask_to_bits(own_rows(masks[name], layer.ranks).reshape(-1, layer.m)
+                                                     .to(layer.weight.device))
                         for name, layer in self.layers.items()}
 
     @contextmanager
@@ -224,8 +262,8 @@ class MaskedModel:
 
     def census(self) -> dict[str, dict[str, float]]:
         """By layer name: `changed`, the share of blocks whose most probable mask is not the one they started from;
-        `entropy` of their distributions, nats a block; `blocks`. From a sample of SAMPLE blocks a layer, evenly spaced.
-        """
+        `entropy` of their distributions, nats a block; `blocks`. From a sample of SAMPLE blocks a layer, evenly spaced
+        over this process's rows."""
         self.flush()
         found = {"changed": {}, "entropy": {}, "blocks": {}}
         for name, layer in self.layers.items():
@@ -234,39 +272,43 @@ class MaskedModel:
             every = -(-len(planes[0]) * comb(self.space.m, self.space.n) // 2**19)  # fewer blocks of many patterns
             probs = self.space.pattern_probs(torch.stack([plane[::every] for plane in planes], 1).float())
             found["entropy"][name] = float(torch.special.entr(probs).sum(1).mean())
-            found["blocks"][name] = len(layer.bits)
+            found["blocks"][name] = layer.scratch.numel() // layer.m
         return found
 
     def checksum(self) -> str:
-        """A number that any change of the logits would change, in all likelihood: to compare processes by."""
+        """A number that any change of the logits would change, in all likelihood: to compare processes by. Layers that
+        are shared out have only one copy."""
         self.flush()
         sums = [plane.view(torch.int16 if plane.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
-                for layer in self.layers.values() for plane in layer.logits]
+                for layer in self.layers.values() for plane in layer.logits if not layer.ranks]
         return str([int(total) for total in sums])
 
-    def by_name(self, bits: dict[int, Tensor]) -> dict[str, Tensor]:
-        """What is known by the layer's id, by the layer's name."""
-        return {name: bits[id(layer)] for name, layer in self.layers.items()}
+    def _moving(self):
+        """(name, layer, tensor) of what learning moves: each layer's logits, plane by plane, and the mask it wears."""
+        for name, layer in self.layers.items():
+            for i, plane in enumerate(layer.logits):
+                yield f"logits.{i}.{name}", layer, plane
+            yield f"bits.{name}", layer, layer.bits
 
-    def _moving(self) -> dict[str, Tensor]:
-        """The tensors that learning moves: each layer's logits, plane by plane, and the mask it wears."""
-        moving = {f"logits.{i}.{name}": plane for name, layer in self.layers.items()
-                  for i, plane in enumerate(layer.logits)}
-        return {**moving, **{f"bits.{name}": layer.bits for name, layer in self.layers.items()}}
-
-    def state(self) -> tuple[dict, dict[str, Tensor]]:
+    def state(self) -> tuple[dict, dict[str, Tensor | Part]]:
         """For a checkpoint: the count that random numbers are made from, and the tensors themselves, no copies."""
         self.flush()
-        return {"steps": self.steps}, self._moving()
+        return {"steps": self.steps}, {name: layer.part(tensor) for name, layer, tensor in self._moving()}
 
     def restore(self, scalars: dict, read) -> None:
         self.steps = scalars["steps"]
-        for name, tensor in self._moving().items():
-            tensor.copy_(read(name, tensor))
+        for name, layer, tensor in self._moving():
+            tensor.copy_(read(name, layer.part(tensor)))
 
     def masks_of(self, bits: dict[int, Tensor]) -> dict[str, Tensor]:
         """Masks bool `[out, in]` on the CPU, by the layer's name."""
-        return {name: layer.mask_of(bits[id(layer)]).cpu() for name, layer in self.layers.items()}
+        return {name: layer.mask_of(layer.whole(bits[id(layer)])).cpu() for name, layer in self.layers.items()}
+
+    def logits_by_name(self) -> dict[str, Tensor]:
+        """`[width, blocks]` on the CPU, by the layer's name."""
+        self.flush()
+        return {name: torch.stack([layer.whole(plane).cpu() for plane in layer.logits])
+                for name, layer in self.layers.items()}
 
     def mode_masks(self) -> dict[str, Tensor]:
         """The most probable mask of each learned layer, bool `[out, in]` on the CPU."""
@@ -278,6 +320,9 @@ class MaskedModel:
         for hook in self._hooks:
             hook.remove()
         for name, layer in self.layers.items():
-            weight = layer.weight.masked_fill_(~masks[name].to(layer.weight.device), 0.0)
+            weight = layer.weight.masked_fill_(~own_rows(masks[name], layer.ranks).to(layer.weight.device), 0.0)
+            weight = layer.whole(weight.view(-1)).view(layer.scratch.shape)
+            if layer.ranks:  # nowhere but in the first process's host memory is there room for all layers
+                weight = weight.cpu() if layer.ranks.first else weight.new_zeros(1).expand(weight.shape)
             offload.set_weight(layer.module, weight.T.contiguous() if is_transposed(layer.module) else weight)
         return masks

@@ -21,6 +21,27 @@ from torch import Tensor, distributed
 
 from utils import UserError
 
+# by their names in torch 2.13, or before
+all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
+
+class Part:
+    """One process's part of a 1-D tensor that all processes together have, as a state is saved and read."""
+
+    def __init__(self, part: Tensor, ranks: "Ranks"):
+        self.part, self.ranks = part, ranks
+        self.dtype, self.itemsize = part.dtype, part.itemsize
+        self.shape, self.nbytes = [len(part) * ranks.count], part.nbytes * ranks.count
+
+    def whole(self) -> Tensor:
+        """Gathered; all processes have to ask at once."""
+        return self.ranks.join(self.part)
+
+    def read(self, stored) -> Tensor:
+        """This process's part of what is stored of the whole."""
+        return stored[len(self.part) * self.ranks.rank:len(self.part) * (self.ranks.rank + 1)]
+
 
 class Ranks:
     """This process, number `rank` of `count`; alone (0 of 1) where no launcher started it.
@@ -39,6 +60,8 @@ class Ranks:
             with self._reported():
                 state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
             self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+            if self.device.type == "cpu":  # cpu:0 would be another device than cpu, to which everything is copied
+                self.device = torch.device("cpu")
             atexit.register(self._leave)
 
     @property
@@ -55,6 +78,15 @@ class Ranks:
         if self.first:
             self.gather([0.0])
         self.gather([0.0])
+
+    def await_turn(self) -> None:
+        """From here on one process at a time, in their order, until each has called `pass_turn`; all leave together."""
+        for _ in range(self.rank):
+            self.gather([0.0])
+
+    def pass_turn(self) -> None:
+        for _ in range(self.count - self.rank):
+            self.gather([0.0])
 
     def share(self, items):
         """This process's part of a sequence that all of them have: the parts follow one another in their order."""
@@ -79,19 +111,32 @@ class Ranks:
         rows = self.gather([*values, *[0.0] * (max(counts) - len(values))])
         return fmean([value for row, count in zip(rows, counts) for value in row[:count]])
 
-    def begin_mean(self, tensor: Tensor):
-        """Start to replace a tensor by its mean over the processes; call what is returned to wait for it."""
+    def begin_mean(self, tensor: Tensor, of_part: bool = False):
+        """Start to form a tensor's mean over the processes, in its place; call what is returned to wait for it and have
+        it. `of_part`: only of this process's part, the tensor divided evenly along its first dimension."""
         if self.count == 1:
-            return lambda: None
+            return lambda: tensor
         self.sent_bytes += tensor.nbytes
         tensor /= self.count
+        mean = torch.empty_like(tensor[:len(tensor) // self.count]) if of_part else tensor
         with self._reported():
-            work = distributed.all_reduce(tensor, async_op=True)
+            work = (reduce_scatter(mean, tensor, async_op=True) if of_part else
+                    distributed.all_reduce(mean, async_op=True))
 
         def wait():
             with self._reported():
                 work.wait()
+            return mean
         return wait
+
+    def join(self, part: Tensor, whole: Tensor | None = None) -> Tensor:
+        """All processes' parts, which are of one size, one after another, 1-D: in `whole`, of which this process's part
+        may be a view, or in a new tensor."""
+        whole = part.new_empty(part.numel() * self.count) if whole is None else whole
+        self.sent_bytes += part.nbytes
+        with self._reported():  # as bytes: not every backend knows every dtype
+            all_gather(whole.view(torch.uint8), part.reshape(-1).view(torch.uint8))
+        return whole
 
     def check_same(self, text: str, what: str) -> None:
         """UserError unless this text is the same in all processes."""

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import tracking
-from checkpoint import Checkpoints
+from checkpoint import Checkpoints, join
 from files import check_disk, refuse_existing, sync, write_json
 from parallel import Ranks
 from settings import read_record
@@ -171,6 +171,8 @@ class RunFolder:
                 yield progress
                 progress.update()
                 due = self.checkpoints.due(self.position.step, self.seconds(), last=self.position.done == 1.0)
+                if self.args.shard:  # all give their parts of the state
+                    due = self.ranks.gather([float(bool(due))])[0][0]
                 if due or self.stopped_by:
                     self.save()
                 if self.stopped_by:
@@ -196,10 +198,13 @@ class RunFolder:
             for name, value in self.here().items():
                 if there.get(name) != value:
                     self.say(f"note: {name} was {there.get(name)} and is {value}: the bits may differ")
-        self.ranks.check_same(json.dumps([fingerprints, self._settings(), environment()], sort_keys=True),
-                              "model, mask, text, flags or versions")
         self.record["fingerprints"] = fingerprints
         self._write_record()
+
+    def compare(self) -> None:
+        """UserError unless all processes have read and been told the same."""
+        self.ranks.check_same(json.dumps([self.record["fingerprints"], self._settings(), environment()],
+                                         sort_keys=True), "model, mask, text, flags or versions")
 
     def finish(self, summary: dict) -> None:
         """The last of a run's files, which says that all others are whole; a repeated run is compared."""
@@ -315,7 +320,10 @@ class RunFolder:
 
     def save(self) -> None:
         """Save the state. The logs are synced first: a state that is there has its lines there."""
+        states = {name: part.state() for name, part in self.parts.items()}
+        tensors = {f"{name}.{key}": tensor for name, (_, found) in states.items() for key, tensor in found.items()}
         if not self.ranks.first:
+            join(tensors)
             return
         for tracker in self.trackers:
             tracker.flush()
@@ -324,10 +332,8 @@ class RunFolder:
         sync(self.path)
         self.position.metrics_bytes, self.position.layers_bytes = (log.tell() for log in self._logs)
         self.position.seconds = self.seconds()
-        scalars, tensors = {"position": asdict(self.position), "arguments": self._settings()}, {}
-        for name, part in self.parts.items():
-            scalars[name], found = part.state()
-            tensors.update({f"{name}.{key}": tensor for key, tensor in found.items()})
+        scalars = {"position": asdict(self.position), "arguments": self._settings(),
+                   **{name: found for name, (found, _) in states.items()}}
         tensors["random"] = torch.get_rng_state()
         self.checkpoints.save(self.position.step, self.position.seconds, scalars, tensors)
         self.position.seconds_saving += self.checkpoints.cost

@@ -83,6 +83,9 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=positive_int, default=1,
                         help="masks a step, all scored on its minibatch and shared out to the processes; with one mask "
                              "each process takes a minibatch of its own")
+    parser.add_argument("--shard", action="store_true",
+                        help="share each learned layer's rows out to the processes, for a model that one device cannot "
+                             "hold: a layer is whole only while it computes")
     parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float32",
                         help="of the logits; 16 bits are rounded stochastically")
     parser.add_argument("--step", choices=step.MODES, default="compiled",

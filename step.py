@@ -198,8 +198,8 @@ def gradient_step(logits: list[Tensor], bits: Tensor | None, gain: Tensor, scale
     return sum_of([g * g for g in slope])
 
 
-def _generator(key: Tensor) -> torch.Generator:
-    return torch.Generator(key.device).manual_seed(int(key.cpu().view(torch.int64)))
+def _generator(key: Tensor, start: int) -> torch.Generator:
+    return torch.Generator(key.device).manual_seed(int(key.cpu().view(torch.int64)) ^ start)
 
 
 def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: torch.Generator) -> Tensor:
@@ -213,11 +213,12 @@ def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: 
     return blocks.float()
 
 
-def _reference_move(logits: list[Tensor], masks: list[Tensor], coefficients, key: Tensor, space, chunk: int) -> None:
+def _reference_move(logits: list[Tensor], masks: list[Tensor], coefficients, key: Tensor, space, start: int,
+                    chunk: int) -> None:
     """The update from these masks (bits `[blocks]`), rounded by the key."""
-    generator = _generator(~key)  # other numbers than this key's draws
-    for start in range(0, len(logits[0]), chunk):
-        part = slice(start, start + chunk)
+    generator = _generator(~key, start)  # other numbers than this key's draws
+    for first in range(0, len(logits[0]), chunk):
+        part = slice(first, first + chunk)
         before = torch.stack([plane[part] for plane in logits], 1).float()
         moved = before
         for bits, coefficient in zip(masks, coefficients):
@@ -225,61 +226,62 @@ def _reference_move(logits: list[Tensor], masks: list[Tensor], coefficients, key
         _store_blocks(logits, moved, part, generator)
 
 
-def _reference_drawn(logits: list[Tensor], key: Tensor, space, chunk: int) -> Tensor:
-    """The mask that a key draws, bits `[blocks]`."""
-    generator = _generator(key)
+def _reference_drawn(logits: list[Tensor], key: Tensor, space, start: int, chunk: int) -> Tensor:
+    """The mask that a key draws, bits `[blocks]`: another for the same blocks if they start elsewhere in the layer."""
+    generator = _generator(key, start)
     chunks = zip(*(plane.split(chunk) for plane in logits))
     return torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks])
 
 
-def reference_draw(logits, bits, weight, out, key, space, chunk: int = CHUNK) -> None:
+def reference_draw(logits, bits, weight, out, key, space, start: int = 0, chunk: int = CHUNK) -> None:
     """`draw_step` by the exact routines of `pge.py`, for any space and N:M; logits: `width` planes."""
-    bits.copy_(_reference_drawn(logits, key, space, chunk))
+    bits.copy_(_reference_drawn(logits, key, space, start, chunk))
     write_masked(weight, bits, out, space.m)
 
 
-def reference_step(logits, bits, weight, out, coefficient, key, space, chunk: int = CHUNK) -> None:
+def reference_step(logits, bits, weight, out, coefficient, key, space, start: int = 0, chunk: int = CHUNK) -> None:
     """`fused_step` by the exact routines."""
-    _reference_move(logits, [bits], [coefficient], key, space, chunk)
-    reference_draw(logits, bits, weight, out, key, space, chunk)
+    _reference_move(logits, [bits], [coefficient], key, space, start, chunk)
+    reference_draw(logits, bits, weight, out, key, space, start, chunk)
 
 
-def reference_samples(logits, bits, weight, out, coefficients, keys, space, chunk: int = CHUNK) -> None:
+def reference_samples(logits, bits, weight, out, coefficients, keys, space, start: int = 0,
+                      chunk: int = CHUNK) -> None:
     """`samples_step` by the exact routines."""
-    masks = [_reference_drawn(logits, key, space, chunk) for key in keys[:-2]]
-    _reference_move(logits, masks, coefficients, keys[-2], space, chunk)
-    reference_draw(logits, bits, weight, out, keys[-1], space, chunk)
+    masks = [_reference_drawn(logits, key, space, start, chunk) for key in keys[:-2]]
+    _reference_move(logits, masks, coefficients, keys[-2], space, start, chunk)
+    reference_draw(logits, bits, weight, out, keys[-1], space, start, chunk)
 
 
 def _sliced(function):
     """A step without a compiler, a slice of the blocks at a time; the same numbers."""
-    def run(logits, bits, weight, out, *rest, chunk: int = CHUNK) -> None:  # rest ends with n, m
+    def run(logits, bits, weight, out, *rest, start: int = 0, chunk: int = CHUNK) -> None:  # rest ends with n, m
         weight, out = as_words(weight, rest[-1]), as_words(out, rest[-1])
-        for start in range(0, len(bits), chunk):
-            part = slice(start, start + chunk)
-            function([plane[part] for plane in logits], bits[part], weight[part], out[part], *rest, start)
+        for first in range(0, len(bits), chunk):
+            part = slice(first, first + chunk)
+            function([plane[part] for plane in logits], bits[part], weight[part], out[part], *rest, start + first)
     return run
 
 
 eager_step, eager_samples, eager_draw = _sliced(fused_step), _sliced(samples_step), _sliced(draw_step)
 
 
-def eager_gradient(logits, bits, gain, scale, key, n, m, chunk: int = CHUNK) -> Tensor:
+def eager_gradient(logits, bits, gain, scale, key, n, m, start: int = 0, chunk: int = CHUNK) -> Tensor:
     """`gradient_step` without a compiler."""
     squares = []
-    for start in range(0, len(logits[0]), chunk):
-        part = slice(start, start + chunk)
+    for first in range(0, len(logits[0]), chunk):
+        part = slice(first, first + chunk)
         squares.append(gradient_step([plane[part] for plane in logits], None if bits is None else bits[part],
-                                     gain[:, part], scale, key, n, m, start))
+                                     gain[:, part], scale, key, n, m, start + first))
     return torch.cat(squares)
 
 
-def reference_gradient(logits, bits, gain, scale, key, space) -> Tensor:
+def reference_gradient(logits, bits, gain, scale, key, space, start: int = 0) -> Tensor:
     """`gradient_step` by autograd of the exact inclusion probabilities, for any space."""
-    squares, generator = [], _generator(~key)  # masks may be drawn under the same key
+    squares, generator = [], _generator(~key, start)  # masks may be drawn under the same key
     chunk = max(1, 2**20 // comb(space.m, space.n))
-    for start in range(0, gain.shape[1], chunk):
-        part = slice(start, start + chunk)
+    for first in range(0, gain.shape[1], chunk):
+        part = slice(first, first + chunk)
         block_logits = torch.stack([plane[part] for plane in logits], 1).double().requires_grad_()
         with torch.enable_grad():
             expected = (space.inclusion(block_logits) * gain[:, part].T).sum()
@@ -299,17 +301,17 @@ def compiled(function, eager):
     fast = torch.compile(function, dynamic=False, options={"max_fusion_size": 10_000})  # one loop, no temporaries
     broken = []
 
-    def run(*args):
+    def run(*args, **names):
         if not broken:
             try:
-                return fast(*args)
+                return fast(*args, **names)
             except Exception as error:  # a missing compiler comes in several classes, by version and backend
                 if "compil" not in f"{type(error).__name__} {error}".lower():
                     raise
                 broken.append(error)
                 print("note: no working compiler for torch.compile: the mask step runs eagerly, several times slower",
                       file=sys.stderr)
-        return eager(*args)
+        return eager(*args, **names)
     return run
 
 
@@ -329,10 +331,10 @@ def _fused(space, mode: str) -> bool:
 def _wrapped(fused, sliced, reference, space, mode: str, limited: bool):
     n, m = space.n, space.m
     if not _fused(space, mode) or limited and (n > FUSED_MAX_N or m > FUSED_MAX_M):
-        return lambda *args: reference(*args, space)
+        return lambda *args, start=0: reference(*args, space, start=start)
     run = compiled(fused, sliced) if mode == "compiled" else sliced
-    return lambda logits, bits, weight, out, *rest: run(
-        list(logits), bits, as_words(weight, m), as_words(out, m), *rest, n, m)
+    return lambda logits, bits, weight, out, *rest, start=0: run(
+        list(logits), bits, as_words(weight, m), as_words(out, m), *rest, n, m, start=start)
 
 
 def step_function(space, mode: str = "compiled"):
@@ -358,6 +360,7 @@ def gradient_function(space, mode: str = "compiled"):
     """`gradient_step` of a space, (logits, bits, gain, scale, key) -> squares; any N:M has a fused form."""
     n, m = space.n, space.m
     if not _fused(space, mode):
-        return lambda *args: reference_gradient(*args, space)
+        return lambda *args, start=0: reference_gradient(*args, space, start=start)
     run = compiled(gradient_step, eager_gradient) if mode == "compiled" else eager_gradient
-    return lambda logits, bits, gain, scale, key: run(list(logits), bits, gain, scale, key, n, m)
+    return lambda logits, bits, gain, scale, key, start=0: run(
+        list(logits), bits, gain, scale, key, n, m, start=start)

@@ -36,7 +36,7 @@ class MaskedLinear(torch.autograd.Function):
     def forward(ctx, x, anchor, layer, learner):
         ctx.save_for_backward(x)
         ctx.layer, ctx.learner = layer, learner
-        return nn.functional.linear(x, layer.scratch.view_as(layer.weight), layer.module.bias)
+        return nn.functional.linear(x, layer.scratch, layer.module.bias)
 
     @staticmethod
     def backward(ctx, upstream):
@@ -44,7 +44,7 @@ class MaskedLinear(torch.autograd.Function):
         input_gradient = None
         if ctx.needs_input_grad[0]:
             ctx.learner.masked.write(layer)  # other layers have used the buffer since
-            input_gradient = upstream @ layer.scratch.view_as(layer.weight)
+            input_gradient = upstream @ layer.scratch
         ctx.learner.consume(layer, upstream.flatten(0, -2).T @ x.flatten(0, -2))
         return input_gradient, None, None, None
 
@@ -68,6 +68,7 @@ class StraightThrough:
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
         self._gradient_step = step.gradient_function(masked.space, mode)
         self.mean_squares: dict[int, Tensor] = {}
+        self._squares: list[tuple] = []  # (layer, sum over the rows that are here), of this backward pass
         if any(layer.module.weight.is_meta for layer in masked.layers.values()):
             raise UserError("straight_through needs all weights on GPUs: the model does not fit them, use more, or a "
                             "forward-only estimator")
@@ -77,7 +78,7 @@ class StraightThrough:
 
     def _forward(self, layer, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return nn.functional.linear(x, layer.scratch.view_as(layer.weight), layer.module.bias)
+            return nn.functional.linear(x, layer.scratch, layer.module.bias)
         return MaskedLinear.apply(x, self.anchor, layer, self)
 
     def consume(self, layer, gradient: Tensor) -> None:
@@ -86,15 +87,14 @@ class StraightThrough:
         if self.ranks.count == 1:
             self._move(layer, gradient)
             return
-        waiting = gradient, self.ranks.begin_mean(gradient)
-        self._finish()
-        self.reducing = layer, *waiting
+        reducing = layer, self.ranks.begin_mean(gradient, of_part=bool(layer.ranks))
+        self._move_last()
+        self.reducing = reducing
 
-    def _finish(self) -> None:
+    def _move_last(self) -> None:
         if self.reducing:
-            (layer, gradient, wait), self.reducing = self.reducing, None
-            wait()
-            self._move(layer, gradient)
+            (layer, wait), self.reducing = self.reducing, None
+            self._move(layer, wait())
 
     def _move(self, layer, gradient: Tensor) -> None:
         before = self.mean_squares.get(id(layer))
@@ -105,11 +105,26 @@ class StraightThrough:
         gain = torch.empty(layer.m, blocks, device=gradient.device).copy_(layer.weight.view(blocks, -1).T)
         gain.mul_(gradient.reshape(blocks, -1).T)  # as planes: blocks are read three times slower
         bits = None if self.sample else layer.bits
-        now = self._gradient_step(layer.logits, bits, gain, scale, self.keys[id(layer)][0]).sum() / gradient.numel()
+        squares = self._gradient_step(layer.logits, bits, gain, scale, self.keys[id(layer)][0], start=layer.start).sum()
+        if layer.ranks:
+            self._squares.append((layer, squares))
+        else:
+            self._measure(layer, squares)
+
+    def _measure(self, layer, squares: Tensor) -> None:
+        before, now = self.mean_squares.get(id(layer)), squares / layer.scratch.numel()
         if before is not None:  # one that overflows, or follows one that did, is left out
             mean = torch.where(before.isfinite(), self.decay * before + (1 - self.decay) * now, now)
             now = torch.where(now.isfinite(), mean, before)
         self.mean_squares[id(layer)] = now
+
+    def _measure_shared(self) -> None:
+        """After a backward pass, for the layers that are shared out: over all their rows, at once."""
+        if self._squares:
+            sums = self.ranks.begin_mean(torch.stack([squares for _, squares in self._squares]))() * self.ranks.count
+            for (layer, _), squares in zip(self._squares, sums):
+                self._measure(layer, squares)
+            self._squares = []
 
     def step(self, batch: Tensor, rate: float, microbatch: int = 32) -> float:
         """Forward and backward of the masked model on int64 `[rows, tokens]`; returns the loss, f(m_t * w) in nats.
@@ -130,7 +145,8 @@ class StraightThrough:
             total += loss
             if math.isfinite(self.ranks.mean([loss])):
                 logits.backward(gradient)
-                self._finish()
+                self._move_last()
+                self._measure_shared()
         self.masked.next_step(redraw=self.sample)
         return total / (batch.shape[0] * (batch.shape[1] - 1))
 

@@ -27,7 +27,6 @@ not been. --repeat RUN does a run again, from its run.json.
 import math
 from statistics import fmean as mean
 
-import torch
 from safetensors.torch import save_file
 
 import baseline
@@ -110,6 +109,9 @@ def main(argv=None):
     ranks = Ranks(args.device, args.timeout_s)
     if args.samples % ranks.count and args.samples > 1:
         raise UserError(f"--samples {args.samples} cannot be shared by {ranks.count} processes: choose a multiple")
+    if args.shard and (args.samples > 1 or args.init == "scores"):
+        raise UserError("with --shard all processes wear one mask, and none has the dense model whole: leave out "
+                        "--samples, and --init scores")
     if args.device_map and ranks.count > 1:
         raise UserError("--device_map gives all GPUs to one process: leave it out, or start one process")
     with ranks, runs.RunFolder(args, ranks) as folder:
@@ -124,7 +126,10 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
         be_deterministic()
 
     # text -> minibatches, model and m0
-    model, tokenizer = load_model(args)
+    sharing = args.shard and ranks.count > 1
+    if sharing:
+        ranks.await_turn()  # the host holds one whole model at a time
+    model, tokenizer = load_model(args, on_host=sharing)
     check_length(model, args.sqlen, "--sqlen")
     mask_file = read_masks(args.mask, model, n, m)
     learned = find_layers(model, args.targets or [""])
@@ -133,6 +138,9 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
     learned = [name for name in mask_file.masks if name in learned]
     if not learned:
         raise UserError(f"{args.mask} has no mask for the layers that --targets name")
+    if ranks.count > 1 and (args.shard or not make_estimator(args)) and any("expert" in name for name in learned):
+        raise UserError("experts that one process's text does not reach would keep the other processes waiting: name "
+                        "other layers with --targets, or start one process")
     if args.tokens:
         batches = data.token_rows(tokenizer, args.dataset, args.tokens, args.batchsize, args.sqlen, args.seed)
     else:
@@ -153,13 +161,19 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
     scores = wanda_scores(model, learned, batches) if args.init == "scores" else None
     init = "mask" if args.init == "exchange" else args.init
     masked = MaskedModel(model, mask_file.masks, pge.SPACES[args.space](n, m), args.logits, init,
-                         DTYPES[args.logits_dtype], learned, args.seed, args.step, scores)
+                         DTYPES[args.logits_dtype], learned, args.seed, args.step, scores,
+                         ranks if args.shard else None)
     if online:
         masked.keep_initial(mask_file.masks)
+    if sharing:
+        model.to(ranks.device)  # what is not shared out
+        mask_file = mask_file if ranks.first else None  # a byte a weight
+        ranks.pass_turn()
+    folder.compare()
     learner = None if estimator else StraightThrough(masked, args.step, args.gradient_checkpointing,
                                                      args.forward == "sample", args.distill, ranks=ranks)
     best = Best(masked, lambda: ranks.mean([batch_loss(model, batch, args.microbatch)
-                                            for batch in ranks.share(heldout)]))
+                                            for batch in (heldout if args.shard else ranks.share(heldout))]))
 
     # the start, or where the run was stopped
     restored = folder.restore({"masked": masked, "estimator": estimator, "learner": learner, "best": best})
@@ -227,17 +241,16 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
             folder.say(f"\nat step {at.step} {reason}: the run diverges ({remedy}; a lower --lr may help)")
 
     # results
-    if not ranks.first:
-        return
-    masked.flush()
-    if args.save:
-        logits = {name: torch.stack(layer.logits) for name, layer in masked.layers.items()}  # [width, blocks]
-        with written_beside(folder.path / "logits.safetensors") as beside:
-            save_file(logits, beside)
-    initial = {name: mask_file.masks[name] for name in learned}
+    logits = masked.logits_by_name() if args.save else None
     if learner:
         learner.detach()
     final = masked.finish(best.bits)
+    if not ranks.first:
+        return
+    if logits:
+        with written_beside(folder.path / "logits.safetensors") as beside:
+            save_file(logits, beside)
+    initial = {name: mask_file.masks[name] for name in learned}
     changed = sum(int((final[name] != initial[name]).reshape(-1, m).any(1).sum()) for name in learned)
     blocks = sum(mask.numel() // m for mask in initial.values())
     masks = {**mask_file.masks, **final}
@@ -266,8 +279,8 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
 
 def results_bytes(args, masked: MaskedModel, steps: int) -> int:
     """What the run will write beside its states, at most: masks at a bit a weight, logits, the model, a line a step."""
-    weights = sum(layer.weight.numel() for layer in masked.layers.values())
-    logits = sum(plane.nbytes for layer in masked.layers.values() for plane in layer.logits)
+    weights = sum(layer.scratch.numel() for layer in masked.layers.values())
+    logits = sum(layer.part(plane).nbytes for layer in masked.layers.values() for plane in layer.logits)
     model = sum(parameter.nbytes for parameter in masked.model.parameters())
     lines = 200 * steps + 150 * args.looks * len(masked.layers)
     return weights // 8 + args.save * logits + (not args.skip_checkpoint) * model + lines

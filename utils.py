@@ -161,8 +161,9 @@ def be_deterministic() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # model
 
-def load_model(args):
-    """The frozen causal LM that the arguments name, in eval mode, and its tokenizer; UserError if it cannot be had."""
+def load_model(args, on_host: bool = False):
+    """The frozen causal LM that the arguments name, in eval mode, and its tokenizer; UserError if it cannot be had.
+    `on_host`: left in the host's memory, though of the dtype for --device."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -204,7 +205,7 @@ def load_model(args):
     if any(offload.is_on_disk(module) for module in model.modules() if isinstance(module, nn.Linear)):
         raise UserError(f"{args.model} does not fit the devices of --device_map {args.device_map} and the host's "
                         "memory, and weights on the disk cannot be masked; use more or larger GPUs, or a larger host")
-    if not args.device_map:
+    if not args.device_map and not on_host:
         model.to(device)
     if device.startswith("cpu"):
         reuse_freed_memory()

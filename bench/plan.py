@@ -7,6 +7,7 @@
 --model names a shape (see common.SHAPES) or a folder with a config.json. Layouts:
 
     replicas      every GPU has the whole model and all logits; --samples or minibatches are shared out
+    sharded       --shard: as replicas, but the learned layers' rows are shared out; a layer is gathered to compute
     device_map    one process, the layers spread over the GPUs, which work one after another
     offload       the learned layers' weights, logits and masks in the host's memory, one masked layer sent at a time
 
@@ -72,13 +73,20 @@ def plan(size, device: dict, args) -> list[dict]:
         spread = parts["weights"] + parts["logits"] + parts["masks"]
         passes = 5 if gradients else 1  # teacher, forward, that again, and backward for two
         compute = passes * forward
-        step = step_bytes / (args.bandwidth * device["bandwidth"]) * (1.5 if gradients else 1)
-        for layout in ("replicas", "device_map", "offload"):
-            if layout == "device_map" and count == 1 or gradients and layout == "offload":
+        whole_step = step_bytes / (args.bandwidth * device["bandwidth"]) * (1.5 if gradients else 1)
+        for layout in ("replicas", "sharded", "device_map", "offload"):
+            if layout in ("sharded", "device_map") and count == 1 or gradients and layout == "offload":
                 continue
-            here, wire, masks = sum(parts.values()), 0.0, count
+            here, wire, masks, step = sum(parts.values()), 0.0, count, whole_step
+            host = size.learned + size.weights * size.itemsize  # m0, a byte a weight, and the model while it is loaded
             if layout == "replicas":
+                host *= count
                 wire = (2 * (count - 1) / count * size.learned * size.itemsize if gradients else 32.0) * (count > 1)
+            elif layout == "sharded":  # gathered for each pass, and gradients go to the rows' owners
+                step /= count
+                owned = size.learned * size.itemsize + parts["logits"] + parts["masks"]
+                here -= owned * (count - 1) / count
+                wire = (5 if gradients else 1) * (count - 1) / count * size.learned * size.itemsize
             elif layout == "device_map":
                 here, masks = spread / count + sum(parts.values()) - spread, 1
                 wire = passes * (count - 1) * tokens * size.hidden * size.itemsize
@@ -86,12 +94,13 @@ def plan(size, device: dict, args) -> list[dict]:
                 masks = 1
                 here -= parts["logits"] + parts["masks"] + size.learned * size.itemsize
                 wire = size.learned * size.itemsize
+                host = size.learned + sum(parts.values()) - here
                 step = step_bytes / args.host_bandwidth
             link = device["host"] if layout == "offload" else device["link"]
             seconds = compute + step + wire / link
             rows.append({"learning": "straight_through" if gradients else "forward-only", "layout": layout,
                          "GiB a GPU": here / GIB, "fits": "yes" if here < 0.92 * device["memory"] else "no",
-                         "host GiB": (size.learned + (sum(parts.values()) - here) * (layout == "offload")) / GIB,
+                         "host GiB": host / GIB,
                          "wire a step": _size(wire), "forward and backward (s)": compute, "mask step (s)": step,
                          "step (s)": seconds, "rows a second": masks * args.batchsize / seconds})
     return rows

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 WAYS = {
     "forward-only, --samples 4": "--baseline online --debias_tracker --lr 5 --samples 4 --batchsize 8",
     "forward-only, minibatches": "--baseline online --debias_tracker --lr 5 --batchsize {rows}",
+    "forward-only, minibatches, --shard": "--baseline online --debias_tracker --lr 5 --batchsize {rows} --shard",
+    "straight_through, --shard": "--estimator straight_through --distill 1 --lr 3 --batchsize {rows} --shard",
     "straight_through": "--estimator straight_through --distill 1 --lr 3 --batchsize {rows}"}
 
 

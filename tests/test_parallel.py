@@ -2,7 +2,9 @@
 
 What the processes exchange is held against one process that does the same work alone.
 """
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file
 
+import mask_files
 import train
+from layers import apply_masks, find_layers
 from parallel import Ranks
 from utils import UserError
 
@@ -73,8 +78,9 @@ class Launched:
         raise AssertionError(f"no process of rank {rank}: {self.said}")
 
 
-def learn(processes: int, w: Path, out: Path, flags: str) -> Path:
-    launched = Launched(processes, [ROOT / "train.py", *arguments(w, out, flags)], w / "said.txt")
+def learn(processes: int, w: Path, out: Path, flags: str, without: str = "") -> Path:
+    given = [flag for flag in arguments(w, out, flags) if flag != without]
+    launched = Launched(processes, [ROOT / "train.py", *given], w / "said.txt")
     assert launched.wait() == 0, launched.said
     return out
 
@@ -108,9 +114,21 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     tensor = torch.arange(6, dtype=dtype).view(2, 3) * ranks.rank
     ranks.begin_mean(tensor)()
     assert torch.equal(tensor, torch.arange(6, dtype=dtype).view(2, 3) * (sum(everyone) / ranks.count)), tensor
+    wait = ranks.begin_mean((torch.arange(12, dtype=dtype) + ranks.rank).view(ranks.count, -1), of_part=True)
+    own = torch.arange(12, dtype=dtype).view(ranks.count, -1)[ranks.rank:][:1] + (ranks.count - 1) / 2
+    assert torch.equal(wait(), own), (wait(), own)
+    part = torch.full((3,), ranks.rank, dtype=dtype)
+    assert ranks.join(part).tolist() == [r for r in everyone for _ in range(3)]
+    whole = torch.zeros(3 * ranks.count, dtype=dtype)
+    whole[3 * ranks.rank:][:3] = part
+    assert ranks.join(whole[3 * ranks.rank:][:3], whole) is whole and torch.equal(whole, ranks.join(part))
 order = open(sys.argv[2], "a", buffering=1)
 with ranks.first_before_others():
     order.write(f"{ranks.rank}\\n")
+ranks.await_turn()
+order.write(f"in turn {ranks.rank}, ")
+order.write("out\\n")
+ranks.pass_turn()
 ranks.check_same("equal", "the letters")
 try:
     ranks.check_same("odd" if ranks.rank == 1 else "even", "the letters")
@@ -127,8 +145,9 @@ def test_what_processes_exchange(tmp_path, processes):
     (tmp_path / "script.py").write_text(SCRIPT)
     launched = Launched(processes, [tmp_path / "script.py", processes, tmp_path / "order"], tmp_path / "said.txt")
     assert launched.wait() == 0, launched.said
-    order = (tmp_path / "order").read_text().split()
-    assert order[0] == "0" and sorted(order) == [str(rank) for rank in range(processes)]
+    order = (tmp_path / "order").read_text().splitlines()
+    assert order[0] == "0" and sorted(order[:processes]) == [str(rank) for rank in range(processes)]
+    assert order[processes:] == [f"in turn {rank}, out" for rank in range(processes)]
 
 
 def test_alone_nothing_is_exchanged():
@@ -235,3 +254,53 @@ def test_logits_that_differ_stop_the_run():
         ranks = Ranks()
         ranks.gather = lambda values: [values, [values[0] + 1]]
         ranks.check_same("1 2 3", "the logits")
+
+
+# ---------------------------------------------------------------------------------------------------- layers shared out
+
+
+@pytest.mark.parametrize("flags", [f"{FORWARD_ONLY} --logits_dtype float16 --val_fraction 0.3 --init exchange",
+                                   f"{GRADIENTS} --gradient_checkpointing --val_fraction 0.2"])
+def test_layers_shared_out_learn_what_copies_learn(w, tmp_path, flags):
+    """To the bit without gradients; with them but for the order in which squares are added up. The checkpoint, which
+    one process gathers, is the model under its mask."""
+    copies = learn(2, w, tmp_path / "copies", f"{flags} --batchsize 2")
+    shared = learn(2, w, tmp_path / "shared", f"{flags} --batchsize 2 --shard", "--skip_checkpoint")
+    same = 0 if flags.startswith(FORWARD_ONLY) else 1e-4
+    for line, other in zip(*(map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+                             for run in (copies, shared))):
+        assert (line["loss"], line.get("heldout")) == pytest.approx((other["loss"], other.get("heldout")), abs=same)
+    found, expected = (load_file(run / "logits.safetensors") for run in (shared, copies))
+    assert found.keys() == expected.keys()
+    assert all((planes - expected[name]).abs().max() <= 10 * same for name, planes in found.items())
+    found, expected = (mask_files.load(run / "mask.safetensors").masks for run in (shared, copies))
+    assert sum(int((mask != expected[name]).sum()) for name, mask in found.items()) <= (4 if same else 0)
+    saved, dense = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (shared / "checkpoint",
+                                                                                         w / "dense"))
+    apply_masks(find_layers(dense), found)
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in saved.state_dict().items())
+
+
+def test_a_run_of_layers_shared_out_goes_on_with_any_number_of_processes(w, tmp_path):
+    """Three processes divide some layers' rows and not others'."""
+    flags = f"{FORWARD_ONLY} --batchsize 2 --max_step 16 --epoch 100 --checkpoint_every 1 --shard"
+    run = tmp_path / "killed/run"
+    launched = Launched(3, [ROOT / "train.py", *arguments(w, run, flags)], tmp_path / "said.txt")
+    wait_for(lambda: steps_of(run) > 3, launched)
+    os.kill(launched.pid_of(1), signal.SIGKILL)
+    assert launched.wait() != 0
+    assert 3 < steps_of(run) < 16
+    shutil.copytree(run, tmp_path / "alone")
+    again = Launched(3, [ROOT / "train.py", "--resume", str(run)], tmp_path / "again.txt")
+    assert again.wait() == 0, again.said
+    assert kill.contents(run) == kill.contents(learn(3, w, tmp_path / "whole/run", flags))
+    train.main(["--resume", str(tmp_path / "alone")])
+    masks = mask_files.load(tmp_path / "alone/mask.safetensors").masks
+    assert all((mask.view(-1, 4).sum(1) == 2).all() for mask in masks.values())
+
+
+@pytest.mark.parametrize("flags", ["--samples 2", "--init scores"])
+def test_what_layers_shared_out_cannot_do_is_refused(w, tmp_path, flags):
+    with pytest.raises(UserError, match="with --shard all processes wear one mask"):
+        train.main(arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --shard {flags}"))
+    assert not (tmp_path / "run").exists()
