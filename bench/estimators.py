@@ -6,10 +6,10 @@
     python bench/estimators.py --patterns                # the preset at 1:4, 2:4, 4:8 and 8:16
 
 All rows start from the same Wanda mask and are judged by their most probable mask on held-out text. A forward pass is
-one of 32 x 128 bytes; a backward counts as two. Printed are the losses after all passes, after a tenth of them, after
-the time that the fastest row took, and the lowest on the way. Seconds are the processor's, so that a busy machine does
-not matter. --figure draws the curves over passes and over seconds. --runs FILE keeps each run as it ends, and takes the
-runs from there that it has: what was cut off goes on.
+one of 32 x 128 bytes; a backward counts as two, and exchanges as a pass of their text. Printed are the losses after all
+passes, after a tenth of them, after the time that the fastest row took, and the lowest on the way. Seconds are the
+processor's, so that a busy machine does not matter. --figure draws the curves over passes and over seconds. --runs FILE
+keeps each run as it ends, and takes the runs from there that it has: what was cut off goes on.
 
 `paper` rows are the authors' estimator, with their settings or others; the rest are this project's additions: forward
 only, then with gradients, from the plain straight-through estimator to the preset, one change a row, and at last what
@@ -27,18 +27,20 @@ from tqdm import tqdm
 from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
 
 import data
+import exchange
 import layers
 import masked_model
 import pge
 from settings import PRESETS
 from straight_through import StraightThrough
-from train import logit_step, rate_at, wanda_scores
+from train import EXCHANGE_TOKENS, logit_step, rate_at, wanda_scores
 from utils import UserError, batch_loss, model_fingerprint, reuse_freed_memory, run
 
 FITTED = dict(lr=10, logits=5)  # what fits this model, in the paper's terms
 UNIT = dict(lr=0.1, logits=5, normalize=True)  # lr in logits
 FAST = dict(learner="straight_through", lr=PRESETS["fast"]["lr"], logits=PRESETS["fast"]["logits"], scores=True)
-PRESET = dict(FAST, distill=PRESETS["fast"]["distill"], batchsize=PRESETS["fast"]["batchsize"], fresh=True)
+FRESH = dict(FAST, distill=PRESETS["fast"]["distill"], batchsize=PRESETS["fast"]["batchsize"], fresh=True)
+PRESET = {name: value for name, value in FRESH.items() if name != "scores"} | {"exchange": True}
 ROWS = {
     "paper: vanilla (eta 0.03, C 5)": dict(learner="vanilla", lr=0.03, logits=5),
     "paper: residual (eta 10, C 5)": dict(learner="residual", **FITTED),
@@ -54,7 +56,8 @@ ROWS = {
     "+ logits from scores": dict(FAST, sample=True),
     "+ at the most probable mask": FAST,
     "+ distillation": dict(FAST, distill=1.0),
-    "+ fresh rows, 8 a minibatch: the preset": PRESET,
+    "+ fresh rows, 8 a minibatch": FRESH,
+    "+ exchanges instead of scores: the preset": PRESET,
     "the preset, momentum 0.9": dict(PRESET, learner="momentum"),
     "the preset, sign": dict(PRESET, learner="sign"),
     "the preset, C from 2 to 8": dict(PRESET, logits=2.0, sharpen=4.0),
@@ -63,6 +66,7 @@ LONG = {  # with --long: (row, its share of the passes)
     "long: paper, maskpro (eta 10, C 5)": (dict(ROWS["paper: maskpro (eta 10, C 5)"], stop=0.5), 1),
     "long: paper, maskpro but with a debiased tracker": (dict(ROWS["maskpro, debiased tracker"], stop=0.5), 1),
     "long: running baseline, normalized": (ROWS["running baseline, normalized"], 1 / 5),
+    "long: the same from exchanges": (dict(ROWS["running baseline, normalized"], exchange=True), 1 / 5),
     "long: the preset": (PRESET, 1 / 50),
 }
 PATTERNS = ((1, 4), (2, 4), (4, 8), (8, 16))
@@ -103,19 +107,25 @@ class Bench:
     def learn(self, setting: dict, passes: int, seed: int) -> list[tuple[float, float, float]]:
         """One run: points (passes, seconds of learning, held-out loss of the most probable mask), from m0 on."""
         masked = masked_model.MaskedModel(self.load(), self.masks, pge.LinearSpace(*self.pattern), setting["logits"],
-                                    "scores" if setting.get("scores") else "mask", seed=seed, mode="eager",
-                                    scores=self.scores)
+                                          "scores" if setting.get("scores") else "mask", seed=seed, mode="eager",
+                                          scores=self.scores)
         take, cost = stepper(setting, masked, self.baselines[5 * seed % 16:] + self.baselines[:5 * seed % 16])
         batches = self.batches(setting, passes, seed)
         cost *= batches.shape[1] / 32
-        steps, seconds, points = round(passes / cost), 0.0, []
+        samples = batches.flatten(0, 1)[:EXCHANGE_TOKENS // 128] if setting.get("exchange") else []
+        spent = min(len(samples) / 32, passes - 1)
+        steps, seconds, points = round((passes - spent) / cost), 0.0, []
         growth = setting.get("sharpen", 1.0) ** (1 / steps)
         looks = max(self.looks, passes // 250)
         due = {round(steps * (i + 1) / looks) for i in range(looks)}
 
         def look(t):
             with masked.showing(masked.mode_bits()):
-                points.append((t * cost, seconds, batch_loss(masked.model, self.heldout)))
+                points.append((spent + t * cost, seconds, batch_loss(masked.model, self.heldout)))
+        if len(samples):
+            start = time.process_time()
+            exchange.settle(masked, samples, setting["logits"])
+            seconds = time.process_time() - start
         look(0)
         for t in tqdm(range(steps), desc=f"seed {seed}", unit="step", disable=None, leave=False):
             start = time.process_time()

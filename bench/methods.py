@@ -22,6 +22,8 @@ from utils import UserError, batch_loss, load_model, perplexity, run
 METHODS = {
     "magnitude": ["--prune_method", "magnitude"],
     "Wanda": ["--prune_method", "wanda"],
+    "Wanda, exchanges": ["--prune_method", "wanda", "--exchange", "6"],
+    "Wanda, exchanges, true sequential": ["--prune_method", "wanda", "--exchange", "6", "--true_sequential"],
     "RIA": ["--prune_method", "ria"],
     "SparseGPT": ["--prune_method", "sparsegpt"],
     "SparseGPT, true sequential": ["--prune_method", "sparsegpt", "--true_sequential"]}
@@ -59,6 +61,7 @@ def main():
     parser.add_argument("--nsamples", type=int, default=64, help="calibration rows of 256 tokens")
     parser.add_argument("--ppl", nargs="+", default=["demo/heldout.txt"], help="held-out texts: wikitext2, c4, files")
     parser.add_argument("--nwindows", type=int, default=32, help="windows of 512 tokens of each text")
+    parser.add_argument("--methods", default="", help="only those whose names contain one of these, by commas")
     args = parser.parse_args()
     shared = ["--model", args.model, "--dtype", args.dtype, "--device", args.device, "--seed", str(args.seed),
               *(["--targets", "layers.0."] if args.quick else [])]
@@ -75,7 +78,10 @@ def main():
     rows, found = [{"method": "dense", "weights": ""}], judge(model, texts)
     for pattern in patterns:
         rows[0] |= cells(pattern, found)
+    wanted = [part for part in args.methods.split(",") if part]
     for name, arguments in METHODS.items():
+        if wanted and not any(part in name for part in wanted):
+            continue
         frozen, updated = {"method": name, "weights": "frozen"}, {"method": name, "weights": "updated"}
         for pattern in patterns:
             parsed = prune.parse_args([*shared, *arguments, "--sparsity_type", pattern])
