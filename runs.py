@@ -55,7 +55,8 @@ class Position:
     skipped: int = 0  # steps whose loss was not finite
     skipped_in_a_row: int = 0
     diverged: int | None = None  # the step at which that was announced
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the loop
+    seconds_exchanging: float = 0.0  # before it
     seconds_saving: float = 0.0  # of them, for states
     metrics_bytes: int = 0
     layers_bytes: int = 0

@@ -25,6 +25,7 @@ A run can be stopped at any time, by Ctrl-C, a signal or the power's failure: --
 not been. --repeat RUN does a run again, from its run.json.
 """
 import math
+import time
 from statistics import fmean as mean
 
 from safetensors.torch import save_file
@@ -180,10 +181,13 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
     if len(heldout) and not restored and best.look(0) is None:
         raise UserError(f"the held-out loss of m0 is not finite; use --dtype bfloat16 if the model overflows in "
                         f"{model.dtype}")
+    at = folder.position
     if args.init == "exchange" and not restored:
+        began = time.monotonic()
         exchange.settle(masked, batches.flatten(0, 1)[:-(-EXCHANGE_TOKENS // args.sqlen)], args.logits)
         ranks.check_same(masked.checksum(), "the logits at the start")
-    at, passes, several = folder.position, args.epoch * len(batches), args.samples > 1
+        at.seconds_exchanging = time.monotonic() - began
+    passes, several = args.epoch * len(batches), args.samples > 1
     width = 1 if several else ranks.count  # minibatches a step
     steps = min(args.max_step, at.step + math.ceil((passes - at.minibatches) / width))
     folder.check_disk(results_bytes(args, masked, steps))
@@ -261,7 +265,8 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
             tokenizer.save_pretrained(beside)
     figures.learning_curve({folder.path.name: folder.metrics}, folder.path / "curve.png")
     tail = [line["loss"] for line in folder.metrics[-len(batches):]]
-    summary = {"steps": at.step, "seconds": round(folder.seconds(), 1), "seconds_saving": round(at.seconds_saving, 2),
+    summary = {"steps": at.step, "seconds": round(folder.seconds() + at.seconds_exchanging, 1),
+               "seconds_exchanging": round(at.seconds_exchanging, 1), "seconds_saving": round(at.seconds_saving, 2),
                "peak_memory_bytes": peak_memory_bytes(), "processes": ranks.count, "sent_bytes": ranks.sent_bytes,
                "blocks": blocks, "blocks_changed": changed, "mean_loss_last_epoch": sum(tail) / len(tail),
                "mask_of_step": best.step if best.bits else at.step, "mask_fingerprint": mask_fingerprint(masks),

@@ -122,8 +122,8 @@ def contents(run: Path) -> dict:
         found.update({f"{path.name} {name}": (tensor.dtype, tensor.shape, tensor.view(torch.uint8).numpy().tobytes())
                       for name, tensor in load_file(path).items()})
     found["metrics"] = [{**json.loads(line), "seconds": 0} for line in (run / "metrics.jsonl").open()]
-    found["summary"] = {**record["summary"], "seconds": 0, "seconds_saving": 0, "peak_memory_bytes": 0, "sent_bytes": 0,
-                        "processes": 0}
+    varying = ("seconds", "seconds_exchanging", "seconds_saving", "peak_memory_bytes", "sent_bytes", "processes")
+    found["summary"] = {**record["summary"], **dict.fromkeys(varying, 0)}
     return found
 
 
