@@ -9,6 +9,9 @@ and keeping b in place of a changes it, with g = H (m*w - w), by
 
     cost(a, b) = -w_a g_a + 1/2 w_a^2 H_aa  +  w_b g_b + 1/2 w_b^2 H_bb  -  w_a w_b H_ab
 
+This is the 1-swap of SparseSwaps (Zimmer et al., arXiv 2512.10922), within N:M blocks. Of our own: masks are bettered
+layer after layer on the inputs that the better ones make, and an exchange's cost says how sure its logits start.
+
 H comes from few tokens, which know pairs of inputs less well than single ones: its off-diagonal counts 1 - SHRINK.
 
 `improve` goes through the blocks and makes the exchange that lowers the error most, until none does or enough sweeps

@@ -300,29 +300,39 @@ class MaskedModel:
         for name, layer, tensor in self._moving():
             tensor.copy_(read(name, layer.part(tensor)))
 
-    def masks_of(self, bits: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Masks bool `[out, in]` on the CPU, by the layer's name."""
-        return {name: layer.mask_of(layer.whole(bits[id(layer)])).cpu() for name, layer in self.layers.items()}
+    def _collected(self, tensor_of) -> dict[str, Tensor]:
+        """What a function makes of each layer, all processes together, on the CPU by the layer's name; of layers that
+        are shared out, in the first process only: no other needs to have room for it."""
+        found = {}
+        for name, layer in self.layers.items():
+            tensor = tensor_of(layer)
+            if not layer.ranks or layer.ranks.first:
+                found[name] = tensor.cpu()
+        return found
 
-    def logits_by_name(self) -> dict[str, Tensor]:
-        """`[width, blocks]` on the CPU, by the layer's name."""
-        self.flush()
-        return {name: torch.stack([layer.whole(plane).cpu() for plane in layer.logits])
-                for name, layer in self.layers.items()}
+    def masks_of(self, bits: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Masks bool `[out, in]`, as `_collected`."""
+        return self._collected(lambda layer: layer.mask_of(layer.whole(bits[id(layer)])))
 
     def mode_masks(self) -> dict[str, Tensor]:
-        """The most probable mask of each learned layer, bool `[out, in]` on the CPU."""
+        """The most probable mask of each learned layer, bool `[out, in]`, as `_collected`."""
         return self.masks_of(self.mode_bits())
 
+    def whole_logits(self) -> dict[str, Tensor]:
+        """`[width, blocks]`, as `_collected`."""
+        self.flush()
+        return self._collected(lambda layer: torch.stack([layer.whole(plane) for plane in layer.logits]))
+
     def finish(self, bits: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
-        """Give the modules back their own weights, masked by these `bits` (default: the mode); returns those masks."""
-        masks = self.masks_of(bits or self.mode_bits())
+        """Give the modules back their own weights, masked by these `bits` (default: the mode); returns those masks. The
+        weights of layers that are shared out are given back in the first process, on the CPU."""
+        bits = bits or self.mode_bits()
         for hook in self._hooks:
             hook.remove()
-        for name, layer in self.layers.items():
-            weight = layer.weight.masked_fill_(~own_rows(masks[name], layer.ranks).to(layer.weight.device), 0.0)
-            weight = layer.whole(weight.view(-1)).view(layer.scratch.shape)
-            if layer.ranks:  # nowhere but in the first process's host memory is there room for all layers
+        for layer in self.layers.values():
+            weight = layer.weight.masked_fill_(~layer.mask_of(bits[id(layer)]), 0.0)
+            if layer.ranks:
+                weight = layer.whole(weight.view(-1)).view(layer.scratch.shape)
                 weight = weight.cpu() if layer.ranks.first else weight.new_zeros(1).expand(weight.shape)
             offload.set_weight(layer.module, weight.T.contiguous() if is_transposed(layer.module) else weight)
-        return masks
+        return self.masks_of(bits)

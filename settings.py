@@ -18,7 +18,7 @@ from utils import (
     sparsity_type,
 )
 
-PRESETS = {"fast": dict(estimator="straight_through", init="exchange", logits=4.0, distill=1.0, lr=0.7,
+PRESETS = {"fast": dict(estimator="straight_through", init="exchange", logits=4.0, distill=1.0, lr=0.8,
                         schedule="linear", tokens=400_000, batchsize=8, epoch=1, val_fraction=0.02, looks=10)}
 
 

@@ -245,7 +245,7 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
             folder.say(f"\nat step {at.step} {reason}: the run diverges ({remedy}; a lower --lr may help)")
 
     # results
-    logits = masked.logits_by_name() if args.save else None
+    logits = masked.whole_logits() if args.save else None
     if learner:
         learner.detach()
     final = masked.finish(best.bits)
