@@ -26,6 +26,7 @@ from utils import input_device
 
 RUN = 64  # columns, at least, whose changes are carried to the other columns at once
 SHRINK = 0.3
+TOKENS = 2**15  # of text, at most, that `settle` measures the layers' inputs on
 
 
 def _costs(weight: Tensor, kept: Tensor, slope: Tensor, hessian: Tensor) -> Tensor:
@@ -100,9 +101,11 @@ def scores(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
 def settle(masked, samples: Tensor, magnitude: float, sweeps: int = 6) -> None:
     """Have a MaskedModel start from better masks, and from logits as sure of them as exchanges are dear (`scores`).
 
-    One pass of the samples, int64 `[rows, tokens]`, through the decoder without its head; a layer is settled when the
-    pass reaches it, so that it sees what the better masks before it make of its inputs. One Hessian is kept at a time.
+    One pass of the samples, int64 `[rows, tokens]`, the first TOKENS of them, through the decoder without its head; a
+    layer is settled when the pass reaches it, so that it sees what the better masks before it make of its inputs. One
+    Hessian is kept at a time.
     """
+    samples = samples[:-(-TOKENS // samples.shape[1])]
     hessians, settled = Hessians(), set()
     progress = tqdm(total=len(masked.layers), desc="exchanging", unit="layer", disable=None)
 

@@ -61,7 +61,6 @@ from utils import (
 )
 
 ROWS = 64  # of text that --init scores measures the layers' inputs on
-EXCHANGE_TOKENS = 2**15  # of text that --init exchange does
 
 
 def parse_args(argv=None):
@@ -184,7 +183,7 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
     at = folder.position
     if args.init == "exchange" and not restored:
         began = time.monotonic()
-        exchange.settle(masked, batches.flatten(0, 1)[:-(-EXCHANGE_TOKENS // args.sqlen)], args.logits)
+        exchange.settle(masked, batches.flatten(0, 1), args.logits)
         ranks.check_same(masked.checksum(), "the logits at the start")
         at.seconds_exchanging = time.monotonic() - began
     passes, several = args.epoch * len(batches), args.samples > 1

@@ -33,7 +33,7 @@ import masked_model
 import pge
 from settings import PRESETS
 from straight_through import StraightThrough
-from train import EXCHANGE_TOKENS, logit_step, rate_at, wanda_scores
+from train import logit_step, rate_at, wanda_scores
 from utils import UserError, batch_loss, model_fingerprint, reuse_freed_memory, run
 
 FITTED = dict(lr=10, logits=5)  # what fits this model, in the paper's terms
@@ -112,7 +112,7 @@ class Bench:
         take, cost = stepper(setting, masked, self.baselines[5 * seed % 16:] + self.baselines[:5 * seed % 16])
         batches = self.batches(setting, passes, seed)
         cost *= batches.shape[1] / 32
-        samples = batches.flatten(0, 1)[:EXCHANGE_TOKENS // 128] if setting.get("exchange") else []
+        samples = batches.flatten(0, 1)[:exchange.TOKENS // 128] if setting.get("exchange") else []
         spent = min(len(samples) / 32, passes - 1)
         steps, seconds, points = round((passes - spent) / cost), 0.0, []
         growth = setting.get("sharpen", 1.0) ** (1 / steps)

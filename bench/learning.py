@@ -43,7 +43,7 @@ def learn(load, masks, batches, baselines, heldout, steps, seed, lr, logits, deb
     """One run; (mean loss of the sampled masks in the last epoch, final mask on the minibatches, and held out)."""
     model = load()
     masked = masked_model.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits, logits_dtype=logits_dtype, seed=seed,
-                                mode=mode)
+                                      mode=mode)
     estimator = pge.MaskPro(debias=debias)
     losses = []
     for t in tqdm(range(steps), desc=f"seed {seed}", unit="step", disable=None, leave=False):

@@ -18,6 +18,7 @@ from pathlib import Path
 import common
 import torch
 
+import exchange
 import layers
 import masked_model
 import pge
@@ -26,7 +27,8 @@ from utils import DTYPES, UserError, batch_loss, reuse_freed_memory, run
 
 WAYS = {  # checkpointing, distillation; None: forward passes only
     "forward-only": None, "straight_through, checkpointing": (True, 0.0),
-    "straight_through, checkpointing, distillation": (True, 1.0), "straight_through, distillation": (False, 1.0)}
+    "straight_through, checkpointing, distillation": (True, 1.0),
+    "the same from exchanges": (True, 1.0), "straight_through, distillation": (False, 1.0)}
 
 
 def status(field: str) -> int:
@@ -69,7 +71,9 @@ def used_bytes(shape: str, way: str, logits_dtype: str, device: str, dtype: torc
         masks = {name: torch.arange(4).lt(2).expand(layers.weight_matrix(module).numel() // 4, 4)
                  .reshape(layers.weight_matrix(module).shape) for name, module in layers.find_layers(model).items()}
         masked = masked_model.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype],
-                                    mode="eager")
+                                          mode="eager")
+        if way.endswith("from exchanges"):
+            exchange.settle(masked, torch.randint(0, 256, (exchange.TOKENS // 128, 128)), 4.0)
         learner = WAYS[way] and StraightThrough(masked, "eager", WAYS[way][0], distill=WAYS[way][1])
 
         def run_steps(masks=masks):  # m0 stays in the host's memory, as in train.py

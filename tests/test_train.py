@@ -106,7 +106,7 @@ def test_the_preset_learns_any_pattern(learn, w, models, n, m):
                 f"--sparsity_type {n}:{m} --mask {w}/{n}_{m}.safetensors")
     arguments = run.record["arguments"]
     assert (arguments["estimator"], arguments["init"], arguments["distill"]) == ("straight_through", "exchange", 1.0)
-    assert (arguments["tokens"], arguments["lr"], arguments["schedule"]) == (2560, 0.7, "linear")  # a flag goes first
+    assert (arguments["tokens"], arguments["lr"], arguments["schedule"]) == (2560, 0.8, "linear")  # a flag goes first
     m0 = mask_files.load(w / f"{n}_{m}.safetensors").masks
     assert len(run.metrics) == 16 and run.masks.keys() == m0.keys()
     assert all((mask.view(-1, m).sum(1) == n).all() for mask in run.masks.values())
