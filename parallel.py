@@ -5,6 +5,7 @@
 Forward-only learning needs three numbers a process and step: its loss, its baseline, the time. From these every process
 computes the same advantages and moves its own copy of all logits alike, to the bit: masks are drawn by numbers that any
 process can compute again. straight_through averages each layer's gradient over the processes while backward goes on.
+With --shard a process has its part of each layer's rows only, and the masked rows of all are gathered when it computes.
 
 The processes are started by torchrun or accelerate and talk through torch.distributed: gloo on CPUs, nccl on GPUs.
 """

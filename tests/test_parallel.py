@@ -100,8 +100,9 @@ def steps_of(out: Path) -> int:
 
 
 SCRIPT = """
-import sys, torch
-from parallel import Ranks
+import sys, torch, pge
+from masked_model import MaskedModel
+from parallel import Part, Ranks
 from utils import UserError
 ranks = Ranks("cpu", 30)
 assert ranks.count == int(sys.argv[1])
@@ -136,12 +137,42 @@ except UserError as error:
     assert str(error).startswith("the letters of process 1 differ from those of process 0"), error
 else:
     raise AssertionError
+
+class Model(torch.nn.Sequential):
+    get_output_embeddings = lambda self: None
+    get_input_embeddings = lambda self: torch.nn.Embedding(1, 1)
+
+torch.manual_seed(0)
+model = Model(torch.nn.Linear(16, 24), torch.nn.Linear(24, 8), torch.nn.Linear(8, 7)).requires_grad_(False)
+dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+masks = {str(i): pge.mode(model[i].weight.abs().view(-1, 4), 2).view_as(model[i].weight) for i in range(3)}
+expected = x = torch.randn(5, 16)
+for i in range(3):
+    expected = torch.nn.functional.linear(expected, dense[f"{i}.weight"] * masks[str(i)], dense[f"{i}.bias"])
+masked = MaskedModel(model, masks, pge.LinearSpace(2, 4), mode="eager", ranks=ranks)
+assert torch.equal(model(x), expected)
+shared, odd = [masked.layers["0"], masked.layers["1"]], masked.layers["2"]
+for layer in shared:  # no storage but the scratch buffer has more than this process's rows
+    blocks = layer.scratch.numel() // 4 // ranks.count
+    assert all(t.untyped_storage().nbytes() == 4 * blocks for t in layer.logits) and len(layer.bits) == blocks
+    assert layer.weight.untyped_storage().nbytes() == 4 * 4 * blocks
+assert len({layer.scratch.untyped_storage().data_ptr() for layer in masked.layers.values()}) == 1
+assert odd.ranks is None and odd.weight.shape == (7, 8)
+for name, tensor in masked.state()[1].items():
+    whole = tensor.whole() if isinstance(tensor, Part) else tensor
+    assert list(whole.shape) == list(tensor.shape) == [dense[name.split(".")[-1] + ".weight"].numel() // 4]
+masked.update(0.5)
+model(x)
+found = masked.finish()
+assert list(found) == (["0", "1", "2"] if ranks.first else ["2"])
+if ranks.first:
+    assert all(torch.equal(model[int(i)].weight, dense[f"{i}.weight"] * mask) for i, mask in found.items())
 ranks.__exit__(None, None, None)
 """
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_what_processes_exchange(tmp_path, processes):
+def test_what_processes_exchange_and_hold(tmp_path, processes):
     (tmp_path / "script.py").write_text(SCRIPT)
     launched = Launched(processes, [tmp_path / "script.py", processes, tmp_path / "order"], tmp_path / "said.txt")
     assert launched.wait() == 0, launched.said
