@@ -25,7 +25,7 @@ from importance import Hessians, check_finite
 from utils import input_device
 
 RUN = 64  # columns, at least, whose changes are carried to the other columns at once
-SHRINK = 0.3
+SHRINK = 0.3  # of H's off-diagonal
 TOKENS = 2**15  # of text, at most, that `settle` measures the layers' inputs on
 
 

@@ -12,14 +12,16 @@ layers.jsonl, curve.png, run.json.
 
 A step:  f_t = f(m_t * w, minibatch);  A = f_t - f(m0 * w, minibatch) - delta;
 pi <- pi - lr * A * grad log p(m_t | pi);  m_{t+1} ~ p(pi).
-The first mask is m0 itself, the final one keeps the N largest logits of each block.
+The first mask is m0 itself, or with --init exchange what exchanges make of it (exchange.py); the final one keeps the N
+largest logits of each block.
 
 --estimator straight_through takes gradients from backward passes instead (straight_through.py). --preset fast is that
 with settings that fit any model; flags that are given besides go before the preset's. With --val_fraction the best mask
 on held-out minibatches is delivered.
 
 torchrun --nproc_per_node R train.py ... learns with R processes (parallel.py): each scores another minibatch with the
-same mask, or with --samples K its share of K masks a step on the same minibatch.
+same mask, or with --samples K its share of K masks a step on the same minibatch. --shard shares each layer's rows out to
+them, for a model that none could hold.
 
 A run can be stopped at any time, by Ctrl-C, a signal or the power's failure: --resume makes the same mask as if it had
 not been. --repeat RUN does a run again, from its run.json.
