@@ -20,8 +20,8 @@ with settings that fit any model; flags that are given besides go before the pre
 on held-out minibatches is delivered.
 
 torchrun --nproc_per_node R train.py ... learns with R processes (parallel.py): each scores another minibatch with the
-same mask, or with --samples K its share of K masks a step on the same minibatch. --shard shares each layer's rows out to
-them, for a model that none could hold.
+same mask, or with --samples K its share of K masks a step on the same minibatch. --shard shares each layer's rows out
+to them, for a model that none could hold.
 
 A run can be stopped at any time, by Ctrl-C, a signal or the power's failure: --resume makes the same mask as if it had
 not been. --repeat RUN does a run again, from its run.json.
