@@ -26,7 +26,7 @@ from utils import input_device
 
 RUN = 64  # columns, at least, whose changes are carried to the other columns at once
 SHRINK = 0.3  # of H's off-diagonal
-TOKENS = 2**15  # of text, at most, that `settle` measures the layers' inputs on
+TOKENS = 30_000  # of text, at most, that `settle` measures the layers' inputs on
 
 
 def _costs(weight: Tensor, kept: Tensor, slope: Tensor, hessian: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def drawing(masked, masks):
     """Let the model draw these masks one after the other instead of by chance."""
     coming = iter(masks)
 
-    def draw(logits, bits, weight, out, key):
+    def draw(logits, bits, weight, out, key, start):
         bits.copy_(step.mask_to_bits(next(coming)))
         step.write_masked(weight, bits, out, 4)
     masked._draw = draw
