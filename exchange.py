@@ -19,10 +19,8 @@ are made: coordinate descent, rows independent of one another. N:M stays what it
 """
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from importance import Hessians, check_finite
-from utils import input_device
+from importance import Hessians, reach_in_order
 
 RUN = 64  # columns, at least, whose changes are carried to the other columns at once
 SHRINK = 0.3  # of H's off-diagonal
@@ -105,26 +103,13 @@ def settle(masked, samples: Tensor, magnitude: float, sweeps: int = 6) -> None:
     layer is settled when the pass reaches it, so that it sees what the better masks before it make of its inputs. One
     Hessian is kept at a time.
     """
-    samples = samples[:-(-TOKENS // samples.shape[1])]
-    hessians, settled = Hessians(), set()
-    progress = tqdm(total=len(masked.layers), desc="exchanging", unit="layer", disable=None)
+    samples, hessians = samples[:-(-TOKENS // samples.shape[1])], Hessians()
 
-    def reach(name, layer):
-        def hook(module, inputs):
-            if name in settled:
-                return
-            check_finite(inputs[0], name, masked.model)
-            m, hessian = layer.m, hessians.of(inputs[0]).to(layer.weight.device)
-            mask = improve(layer.weight, layer.mask_of(layer.bits), hessian, m, sweeps)
-            score = scores(layer.weight, mask, hessian, m)
-            masked.begin_at(layer, mask.view(-1, m), magnitude, score.view(-1, m))
-            settled.add(name)
-            progress.update()
-        return hook
-    hooks = [layer.module.register_forward_pre_hook(reach(name, layer)) for name, layer in masked.layers.items()]
-    try:
-        masked.model.base_model(input_ids=samples.to(input_device(masked.model)), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        progress.close()
+    def settle_layer(name, inputs):
+        layer = masked.layers[name]
+        m, hessian = layer.m, hessians.of(inputs).to(layer.weight.device)
+        mask = improve(layer.weight, layer.mask_of(layer.bits), hessian, m, sweeps)
+        score = scores(layer.weight, mask, hessian, m)
+        masked.begin_at(layer, mask.view(-1, m), magnitude, score.view(-1, m))
+    modules = {name: layer.module for name, layer in masked.layers.items()}
+    reach_in_order(masked.model, modules, samples, settle_layer, "exchanging")

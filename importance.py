@@ -35,6 +35,32 @@ def input_norms(model, layers: dict, samples: Tensor) -> dict[str, Tensor]:
     return {name: square.sqrt() for name, square in squares.items()}
 
 
+@torch.no_grad()
+def reach_in_order(model, layers: dict, samples: Tensor, reach, doing: str) -> None:
+    """One pass of samples, int64 `[rows, tokens]`, through the decoder without its head: `reach(name, inputs)` is
+    called when the pass first gets to a layer, before that computes. `doing`: for the progress bar. UserError where
+    inputs are not finite."""
+    reached = set()
+    progress = tqdm(total=len(layers), desc=doing, unit="layer", disable=None)
+
+    def hook_of(name):
+        def hook(module, inputs):
+            if name in reached:
+                return
+            check_finite(inputs[0], name, model)
+            reach(name, inputs[0])
+            reached.add(name)
+            progress.update()
+        return hook
+    hooks = [module.register_forward_pre_hook(hook_of(name)) for name, module in layers.items()]
+    try:
+        model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        progress.close()
+
+
 class Hessians:
     """H = X X^T, float32 `[in, in]`, of one layer's inputs after another: layers that read the same tensor, as q, k and
     v do, share it."""

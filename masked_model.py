@@ -87,7 +87,6 @@ class MaskedModel:
         match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
         apply_masks(modules, {name: mask for name, mask in masks.items() if name not in learned})
-        ranks = ranks if ranks and ranks.count > 1 else None
         self._step, self._draw = step.step_function(space, mode), step.draw_function(space, mode)
         self._samples_step = step.samples_function(space, mode)
         self._write = step.write_function(mode)

@@ -40,7 +40,7 @@ import exchange
 import pge
 import sparsegpt
 from files import check_disk, refuse_existing, write_json, written_beside
-from importance import METRICS, Hessians, check_finite, input_norms
+from importance import METRICS, Hessians, input_norms, reach_in_order
 from layers import apply_masks, check_divisible, find_layers, weight_matrix
 from utils import (
     add_model_arguments,
@@ -48,7 +48,6 @@ from utils import (
     check_tokens,
     environment,
     finite,
-    input_device,
     load_model,
     peak_memory_bytes,
     positive_int,
@@ -137,30 +136,17 @@ def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
     """Prune each layer when the pass of all samples `[rows, tokens]` through the decoder, without its head, gets there;
     with --true_sequential before the layer runs, else when the pass is over."""
     settled, hessians = {}, Hessians()
-    progress = tqdm(total=len(layers), desc="pruning", unit="layer", disable=None)
 
-    def reach(name):
-        def hook(module, inputs):
-            if name in settled:
-                return
-            check_finite(inputs[0], name, model)
-            weight = weight_matrix(module)
-            settled[name] = pruned_weight(weight.to(inputs[0].device), inputs[0], hessians, args).to(weight)
-            if args.true_sequential:
-                write(name)
-            progress.update()
-        return hook
+    def settle(name, inputs):
+        weight = weight_matrix(layers[name])
+        settled[name] = pruned_weight(weight.to(inputs.device), inputs, hessians, args).to(weight)
+        if args.true_sequential:
+            write(name)
 
     def write(name):
         weight_matrix(layers[name]).copy_(settled[name]).add_(0.0)  # a kept weight that rounds to -0.0 becomes +0.0
         settled[name] = None
-    hooks = [module.register_forward_pre_hook(reach(name)) for name, module in layers.items()]
-    try:
-        model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        progress.close()
+    reach_in_order(model, layers, samples, settle, "pruning")
     for name in layers:
         if settled.get(name) is not None:
             write(name)

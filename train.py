@@ -164,7 +164,7 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
     init = "mask" if args.init == "exchange" else args.init
     masked = MaskedModel(model, mask_file.masks, pge.SPACES[args.space](n, m), args.logits, init,
                          DTYPES[args.logits_dtype], learned, args.seed, args.step, scores,
-                         ranks if args.shard else None)
+                         ranks if sharing else None)
     if online:
         masked.keep_initial(mask_file.masks)
     if sharing:
@@ -175,7 +175,7 @@ def learn(args, folder: runs.RunFolder, ranks: Ranks, tracker_classes: list[type
     learner = None if estimator else StraightThrough(masked, args.step, args.gradient_checkpointing,
                                                      args.forward == "sample", args.distill, ranks=ranks)
     best = Best(masked, lambda: ranks.mean([batch_loss(model, batch, args.microbatch)
-                                            for batch in (heldout if args.shard else ranks.share(heldout))]))
+                                            for batch in (heldout if sharing else ranks.share(heldout))]))
 
     # the start, or where the run was stopped
     restored = folder.restore({"masked": masked, "estimator": estimator, "learner": learner, "best": best})

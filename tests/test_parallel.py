@@ -99,6 +99,15 @@ def steps_of(out: Path) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
+def killed(w: Path, run: Path, flags: str) -> Launched:
+    """A run of two processes, the second of which was killed at work."""
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, run, flags)], w / "said.txt")
+    wait_for(lambda: steps_of(run) > 3, launched)
+    os.kill(launched.pid_of(1), signal.SIGKILL)
+    assert launched.wait() != 0
+    return launched
+
+
 SCRIPT = """
 import sys, torch, pge
 from masked_model import MaskedModel
@@ -216,10 +225,7 @@ def test_minibatches_shared_out_are_larger_minibatches(w, tmp_path, flags):
 def test_a_killed_process_ends_the_run_and_another_number_goes_on(w, tmp_path):
     flags = f"{FORWARD_ONLY} --batchsize 2 --samples 2 --max_step 60 --epoch 100 --checkpoint_every 1"
     run = tmp_path / "killed/run"
-    launched = Launched(2, [ROOT / "train.py", *arguments(w, run, flags)], tmp_path / "said.txt")
-    wait_for(lambda: steps_of(run) > 3, launched)
-    os.kill(launched.pid_of(1), signal.SIGKILL)
-    assert launched.wait() != 0
+    launched = killed(w, run, flags)
     assert steps_of(run) < 60 and f'File "{ROOT}/train.py"' not in launched.said, launched.said  # no traceback of ours
     train.main(["--resume", str(run)])
     train.main(arguments(w, tmp_path / "whole/run", flags))
@@ -315,10 +321,7 @@ def test_layers_shared_out_learn_what_copies_learn(w, tmp_path, flags):
 def test_a_run_of_layers_shared_out_goes_on_with_any_number_of_processes(w, tmp_path):
     flags = f"{FORWARD_ONLY} --batchsize 2 --max_step 16 --epoch 100 --checkpoint_every 1 --shard"
     run = tmp_path / "killed/run"
-    launched = Launched(2, [ROOT / "train.py", *arguments(w, run, flags)], tmp_path / "said.txt")
-    wait_for(lambda: steps_of(run) > 3, launched)
-    os.kill(launched.pid_of(1), signal.SIGKILL)
-    assert launched.wait() != 0
+    killed(w, run, flags)
     assert 3 < steps_of(run) < 16
     shutil.copytree(run, tmp_path / "alone")
     again = Launched(2, [ROOT / "train.py", "--resume", str(run)], tmp_path / "again.txt")
