@@ -1,5 +1,5 @@
 """straight_through.py: its gradient against autograd and enumeration, its update by an independent formula, its memory
-as the allocator saw it, and what it learns."""
+as operators allocate it, and what it learns."""
 import copy
 import weakref
 from itertools import combinations
@@ -10,6 +10,8 @@ import transformers
 from exact import by_orderings, inclusion_by_drawings, jacobian
 from masked import TOKENS, drawn_masks, forward, logits_of, magnitude_masks, make, same, seeded, used_weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pge
 import step
@@ -304,16 +306,39 @@ def deep_llama(layers):
     return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
+def storages(values):
+    """The storages of all tensors in a nest of values."""
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+class Allocated(TorchDispatchMode):
+    """Follows what operators allocate inside: the bytes that are alive now, and the most there were at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        given = storages((args, kwargs))
+        for storage in storages(result):
+            key = id(storage)
+            if key not in self.alive and all(storage is not one for one in given):  # neither a view nor in place
+                self.alive[key] = weakref.ref(storage, lambda _, key=key, size=storage.nbytes(): self.free(key, size))
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def free(self, key, size):
+        del self.alive[key]
+        self.now -= size
+
+
 def peak_bytes(function):
-    """The most memory that the CPU allocator had given out at once inside, over what there was before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    """The most memory that tensors made inside had taken at once."""
+    with Allocated() as allocated:
         function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return allocated.peak
 
 
 def growth(peak_of_depth):
