@@ -322,16 +322,20 @@ class Allocated(TorchDispatchMode):
         result = operator(*args, **(kwargs or {}))
         given = storages((args, kwargs))
         for storage in storages(result):
-            key = id(storage)
-            if key not in self.alive and all(storage is not one for one in given):  # neither a view nor in place
-                self.alive[key] = weakref.ref(storage, lambda _, key=key, size=storage.nbytes(): self.free(key, size))
-                self.now += storage.nbytes()
+            if all(storage is not one for one in given):  # neither a view nor in place
+                self.add(storage)
         self.peak = max(self.peak, self.now)
         return result
 
-    def free(self, key, size):
-        del self.alive[key]
-        self.now -= size
+    def add(self, storage):
+        key, size = id(storage), storage.nbytes()
+
+        def free(_):
+            del self.alive[key]
+            self.now -= size
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, free)
+            self.now += size
 
 
 def peak_bytes(function):
