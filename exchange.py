@@ -95,7 +95,6 @@ def scores(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
     return found.T.contiguous()
 
 
-@torch.no_grad()
 def settle(masked, samples: Tensor, magnitude: float, sweeps: int = 6) -> None:
     """Have a MaskedModel start from better masks, and from logits as sure of them as exchanges are dear (`scores`).
 

@@ -1,4 +1,6 @@
 """What one-shot pruning goes by: a score for each weight, and the norms of the inputs that it takes."""
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,6 +16,18 @@ def check_finite(inputs: Tensor, name: str, model) -> None:
                         "or float32")
 
 
+@contextmanager
+def watching(layers: dict, watch):
+    """Inside, `watch(name, inputs)` is called each time that a layer is about to compute."""
+    hooks = [module.register_forward_pre_hook(lambda module, inputs, name=name: watch(name, inputs[0]))
+             for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def input_norms(model, layers: dict, samples: Tensor) -> dict[str, Tensor]:
     """||x_j|| of every layer's input features over the tokens of samples `[rows, tokens]`; float32 `[in]` each.
@@ -21,15 +35,11 @@ def input_norms(model, layers: dict, samples: Tensor) -> dict[str, Tensor]:
     squares = {name: torch.zeros(weight_matrix(module).shape[1], device=weight_matrix(module).device)
                for name, module in layers.items()}
 
-    def watch(name):
-        def hook(module, inputs):
-            squares[name] += inputs[0].detach().float().flatten(0, -2).square().sum(0).to(squares[name].device)
-        return hook
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
-    for row in tqdm(samples, desc="calibrating", unit="row", disable=None):
-        model(input_ids=row[None].to(input_device(model)), use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    def add(name, inputs):
+        squares[name] += inputs.float().flatten(0, -2).square().sum(0).to(squares[name].device)
+    with watching(layers, add):
+        for row in tqdm(samples, desc="calibrating", unit="row", disable=None):
+            model(input_ids=row[None].to(input_device(model)), use_cache=False)
     for name, square in squares.items():
         check_finite(square, name, model)
     return {name: square.sqrt() for name, square in squares.items()}
@@ -41,24 +51,15 @@ def reach_in_order(model, layers: dict, samples: Tensor, reach, doing: str) -> N
     called when the pass first gets to a layer, before that computes. `doing`: for the progress bar. UserError where
     inputs are not finite."""
     reached = set()
-    progress = tqdm(total=len(layers), desc=doing, unit="layer", disable=None)
 
-    def hook_of(name):
-        def hook(module, inputs):
-            if name in reached:
-                return
-            check_finite(inputs[0], name, model)
-            reach(name, inputs[0])
+    def reach_once(name, inputs):
+        if name not in reached:
+            check_finite(inputs, name, model)
+            reach(name, inputs)
             reached.add(name)
             progress.update()
-        return hook
-    hooks = [module.register_forward_pre_hook(hook_of(name)) for name, module in layers.items()]
-    try:
+    with tqdm(total=len(layers), desc=doing, unit="layer", disable=None) as progress, watching(layers, reach_once):
         model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        progress.close()
 
 
 class Hessians:

@@ -131,7 +131,6 @@ def pruned_weight(weight: torch.Tensor, inputs: torch.Tensor, hessians: Hessians
     return weight.masked_fill(~mask, 0.0)
 
 
-@torch.no_grad()
 def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
     """Prune each layer when the pass of all samples `[rows, tokens]` through the decoder, without its head, gets there;
     with --true_sequential before the layer runs, else when the pass is over."""

@@ -312,30 +312,21 @@ def storages(values):
 
 
 class Allocated(TorchDispatchMode):
-    """Follows what operators allocate inside: the bytes that are alive now, and the most there were at once."""
+    """Follows what operators allocate inside: the bytes of the storages that are alive, and the most at once."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.alive, self.peak = {}, 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
         given = storages((args, kwargs))
         for storage in storages(result):
-            if all(storage is not one for one in given):  # neither a view nor in place
-                self.add(storage)
-        self.peak = max(self.peak, self.now)
+            if id(storage) not in self.alive and all(storage is not one for one in given):  # no view, not in place
+                self.alive[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, id(storage))
+        self.peak = max(self.peak, sum(self.alive.values()))
         return result
-
-    def add(self, storage):
-        key, size = id(storage), storage.nbytes()
-
-        def free(_):
-            del self.alive[key]
-            self.now -= size
-        if key not in self.alive:
-            self.alive[key] = weakref.ref(storage, free)
-            self.now += size
 
 
 def peak_bytes(function):
