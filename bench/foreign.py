@@ -26,8 +26,9 @@ import torch
 
 import data
 import prune
+from importance import Hessians, reach_in_order
 from layers import find_layers, weight_matrix
-from utils import UserError, batch_loss, input_device, load_model, perplexity, run
+from utils import UserError, batch_loss, load_model, perplexity, run
 
 WAYS = (  # our flags; the arguments of theirs for each row that they are compared with
     ([], {"dense": dict(pipeline="basic")}),
@@ -55,16 +56,13 @@ def weights_of(model, targets) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def ours_on_their_inputs(model, theirs: dict, samples, args) -> dict[str, torch.Tensor]:
     """Our weights of each layer of the dense `model`, `[out, in]`, the layers before it pruned as in `theirs`."""
-    ours, layers = {}, find_layers(model, args.targets)
+    ours, layers, hessians = {}, find_layers(model, args.targets), Hessians()
 
-    def reach(name):
-        def hook(module, inputs):
-            ours[name] = prune.pruned_weight(weight_matrix(module), inputs[0].flatten(0, -2), args)
-            weight_matrix(module).copy_(theirs[name])
-        return hook
-    for name, module in layers.items():
-        module.register_forward_pre_hook(reach(name))
-    model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
+    def reach(name, inputs):
+        weight = weight_matrix(layers[name])
+        ours[name] = prune.pruned_weight(weight, inputs, hessians, args)
+        weight.copy_(theirs[name])
+    reach_in_order(model, layers, samples, reach, "comparing")
     return ours
 
 
