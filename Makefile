@@ -1,4 +1,4 @@
-# make test | make demo | make lint: each sets itself up in .venv.
+# make test | make demo | make lint: each sets itself up in .venv. make reproduce-env: the exact versions, in .venv-lock.
 # Without a GPU, TORCH_INDEX=<index of torch's CPU builds> saves 3 GB where pip would fetch the CUDA build.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,15 +7,24 @@ TORCH_INDEX ?=
 DEMO_FLAGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test demo lint clean
+.PHONY: test demo lint reproduce-env clean
 test: $(VENV)/.test-ready
 	$(VENV)/bin/python -m pytest -q
 
 demo: $(VENV)/.demo-ready
-	$(VENV)/bin/python demo.py $(DEMO_FLAGS)
+	$(VENV)/bin/python reproduce/demo.py $(DEMO_FLAGS)
 
 lint: $(VENV)/.test-ready
 	$(VENV)/bin/ruff check .
+
+# What reproduce/ takes where it is there: the versions that a number was made with.
+reproduce-env: .venv-lock/.ready
+
+.venv-lock/.ready: requirements-lock.txt
+	$(PYTHON) -m venv .venv-lock
+	$(if $(TORCH_INDEX),.venv-lock/bin/python -m pip install --quiet --index-url $(TORCH_INDEX) torch)
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lock.txt
+	touch $@
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

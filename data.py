@@ -13,19 +13,22 @@ Hub ids need the network the first time. What a user can mend is raised as UserE
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 import torch
+import transformers
 from tqdm import tqdm
 
-import local_text
+from files import text_files
 from utils import UserError
 
-READERS = {".jsonl": local_text.json_rows, ".json": local_text.json_rows, ".jsonl.gz": local_text.json_rows,
-           ".json.gz": local_text.json_rows, ".parquet": local_text.parquet_rows, ".txt": local_text.paragraphs}
+Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
+READERS = {".jsonl": text_files.json_rows, ".json": text_files.json_rows, ".jsonl.gz": text_files.json_rows,
+           ".json.gz": text_files.json_rows, ".parquet": text_files.parquet_rows, ".txt": text_files.paragraphs}
 C4_TRAIN = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
 C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
                  "split": "validation"}
@@ -41,7 +44,7 @@ def documents(dataset: str) -> Iterator[str]:
         if not _is_local(dataset):
             yield from _texts(_load(**_hub_arguments(dataset), streaming=True), dataset)
         elif any(Path(dataset, mark).is_file() for mark in ("state.json", "dataset_dict.json")):  # save_to_disk's
-            yield from _texts(local_text.saved_rows(Path(dataset)), dataset)
+            yield from _texts(text_files.saved_rows(Path(dataset)), dataset)
         else:
             for file in _files(dataset):
                 kind = next(suffix for suffix in READERS if file.name.endswith(suffix))
@@ -49,7 +52,7 @@ def documents(dataset: str) -> Iterator[str]:
                 yield from documents_or_rows if kind == ".txt" else _texts(documents_or_rows, str(file))
 
 
-def minibatches(tokenizer, dataset: str, dataset_size: int, batchsize: int, sqlen: int) -> torch.Tensor:
+def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize: int, sqlen: int) -> torch.Tensor:
     """The fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize, batchsize, sqlen].
 
     The first dataset_size documents, in file order, with more than sqlen tokens (special tokens included), cut to
@@ -82,11 +85,12 @@ def minibatches(tokenizer, dataset: str, dataset_size: int, batchsize: int, sqle
     return torch.stack(samples).view(-1, batchsize, sqlen)
 
 
-def token_rows(tokenizer, dataset: str, tokens: int, batchsize: int, sqlen: int, seed: int) -> torch.Tensor:
+def token_sequences(tokenizer: Tokenizer, dataset: str, tokens: int, batchsize: int, sqlen: int,
+                    seed: int) -> torch.Tensor:
     """Minibatches of about so many tokens of running text, shuffled: int64 [minibatches, batchsize, sqlen].
 
-    Documents are read in file order, joined with the end-of-text token if there is one, and cut into rows without a
-    remainder, so that no text is lost; reading stops when there are enough. A dataset of less gives what it has.
+    Documents are read in file order, joined with the end-of-text token if there is one, and cut into sequences without
+    a remainder, so that no text is lost; reading stops when there are enough. A dataset of less gives what it has.
 
     Errors: UserError for a dataset of less than one minibatch, and those of `documents`.
     """
@@ -106,12 +110,12 @@ def token_rows(tokenizer, dataset: str, tokens: int, batchsize: int, sqlen: int,
     if not minibatches:
         raise UserError(f"{dataset} has only {found} tokens, fewer than one minibatch of {batchsize} x {sqlen}: lower "
                         "--batchsize or --sqlen or use a longer text")
-    rows = torch.cat(pieces)[:minibatches * batchsize * sqlen].view(-1, sqlen)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return rows[order].view(minibatches, batchsize, sqlen)
+    sequences = torch.cat(pieces)[:minibatches * batchsize * sqlen].view(-1, sqlen)
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
+    return sequences[order].view(minibatches, batchsize, sqlen)
 
 
-def calibration_samples(tokenizer, dataset: str, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
+def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """Random crops of random documents to calibrate pruning on: int64 [nsamples, seqlen].
 
     `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more than seqlen tokens
@@ -142,7 +146,7 @@ def calibration_samples(tokenizer, dataset: str, nsamples: int, seqlen: int, see
     return torch.stack(samples)
 
 
-def perplexity_windows(tokenizer, dataset: str, seqlen: int, limit: int | None = None) -> torch.Tensor:
+def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int, limit: int | None = None) -> torch.Tensor:
     """Disjoint windows of one long text to measure perplexity on: int64 [windows, seqlen].
 
     The text is tokenised in one call, cut into windows of seqlen tokens, the remainder dropped; `limit` keeps the first
@@ -157,7 +161,8 @@ def perplexity_windows(tokenizer, dataset: str, seqlen: int, limit: int | None =
     return windows_and_tokens(tokenizer, dataset, seqlen, limit)[0]
 
 
-def windows_and_tokens(tokenizer, dataset: str, seqlen: int, limit: int | None = None) -> tuple[torch.Tensor, int]:
+def windows_and_tokens(tokenizer: Tokenizer, dataset: str, seqlen: int,
+                       limit: int | None = None) -> tuple[torch.Tensor, int]:
     """`perplexity_windows`, and the number of tokens that the whole text has, the remainder included."""
     if seqlen < 2 or (limit is not None and limit < 1):
         raise UserError(f"--seqlen is {seqlen} and the limit {limit}: needs at least 2 tokens and 1 window")
@@ -185,7 +190,7 @@ def fingerprint(batches: torch.Tensor) -> str:
     return hashlib.sha256(str(tuple(batches.shape)).encode() + tokens).hexdigest()[:16]
 
 
-def _tokens(tokenizer, text: str) -> torch.Tensor:
+def _tokens(tokenizer: Tokenizer, text: str) -> torch.Tensor:
     """int64 [tokens], special tokens included, of any length: verbose=False drops the warning about long inputs."""
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
 
@@ -232,7 +237,7 @@ def _text_column(row: dict, dataset: str) -> str:
     return strings[0]
 
 
-def _texts(rows, dataset: str) -> Iterator[str]:
+def _texts(rows: Iterable[dict], dataset: str) -> Iterator[str]:
     """The text of each row; a missing one counts as empty."""
     column = None
     for row in rows:

@@ -1,9 +1,9 @@
-"""Judge a model: perplexity on held-out text, zero-shot accuracy, and that its layers are N:M sparse.
+"""Evaluate a model: perplexity on held-out text, zero-shot accuracy, and that its layers are N:M sparse.
 
     python evaluate.py --model results/RUN/checkpoint --sparsity_type 2:4 --ppl wikitext2 --seqlen 2048
     python evaluate.py --model BASE --mask results/RUN/mask.safetensors --ppl text.txt --seqlen 512
     python evaluate.py --model BASE --ppl none --tasks hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa
-    python evaluate.py --model BASE --ppl none --task_file quiz.jsonl       # zero-shot without the Hub, see tasks.py
+    python evaluate.py --model BASE --ppl none --task_file quiz.jsonl       # zero-shot without the Hub
     python evaluate.py --compare BASE results/RUN/checkpoint other.json     # one table of what was written before
 
 Perplexity is the field's (SparseGPT, Wanda, MaskLLM): the text in one tokenizer call, disjoint windows of --seqlen
@@ -13,35 +13,36 @@ are not +0.0, is an error. Mean acc is the plain mean over the tasks of acc, not
 
 The numbers go to evaluation.json in the folder of the model, or to NAME.evaluation.json beside the mask NAME.
 """
-import json
+import argparse
 import math
 import os
 import time
 from pathlib import Path
 
+from torch import nn
 from tqdm import tqdm
 
 import data
-from files import check_disk, refuse_existing, write_json
-from layers import apply_masks, check_divisible, check_sparsity, find_layers, read_masks
-from tasks import load_harness, read_items, run_harness, score_items
+from evaluation.comparison import comparison, percent
+from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
+from files.atomic import check_disk, refuse_existing
+from files.records import write_json
+from masking.layers import apply_masks, check_divisible, check_sparsity, find_layers, read_masks
+from masking.loading import Tokenizer, batch_loss, check_length, load_model, perplexity
 from utils import (
     UserError,
     add_model_arguments,
-    batch_loss,
-    check_length,
+    arguments_of,
     environment,
-    load_model,
     peak_memory_bytes,
-    perplexity,
     positive_int,
-    run,
+    run_script,
     script_parser,
     sparsity_type,
 )
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument("--mask", default=None, help="mask file or folder of .pt masks to put on --model")
@@ -52,7 +53,8 @@ def parse_args(argv=None):
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a window")
     parser.add_argument("--nwindows", type=positive_int, default=None, help="windows, at most (default: all)")
     parser.add_argument("--tasks", default=None, help="tasks of lm-evaluation-harness, names or YAML files, by commas")
-    parser.add_argument("--task_file", nargs="+", default=[], help="files of multiple-choice items, see tasks.py")
+    parser.add_argument("--task_file", nargs="+", default=[],
+                        help="files of multiple-choice items, see evaluation/zero_shot.py")
     parser.add_argument("--task_limit", type=positive_int, default=None, help="the first items of each task only")
     parser.add_argument("--tasks_batchsize", type=positive_int, default=16, help="choices in one forward pass")
     parser.add_argument("--tasks_no_bos", action="store_true",
@@ -64,7 +66,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def output_file(args) -> tuple[Path | None, str]:
+def output_file(args: argparse.Namespace) -> tuple[Path | None, str]:
     """Where the numbers go, refused if it exists, or None and why they are only printed."""
     if args.save:
         return refuse_existing(args.save, "choose another --save or remove it"), ""
@@ -80,38 +82,33 @@ def output_file(args) -> tuple[Path | None, str]:
     return refuse_existing(out, "choose another file with --save, or remove it"), ""
 
 
-def judge_text(args, model, tokenizer) -> dict:
+def evaluate_text(model: nn.Module, tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None) -> dict:
     """Perplexity, mean loss in nats, and what they were measured on; UserError where they are not finite."""
-    windows, text_tokens = data.windows_and_tokens(tokenizer, args.ppl, args.seqlen, args.nwindows)
+    windows, text_tokens = data.windows_and_tokens(tokenizer, ppl, seqlen, nwindows)
     losses = [batch_loss(model, window[None])
               for window in tqdm(windows, desc="perplexity", unit="window", disable=None)]
     if not math.isfinite(perplexity(losses)):
         raise UserError(f"the perplexity is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
-    return {"ppl": perplexity(losses), "nats": sum(losses) / len(losses), "text": args.ppl, "seqlen": args.seqlen,
+    return {"ppl": perplexity(losses), "nats": sum(losses) / len(losses), "text": ppl, "seqlen": seqlen,
             "windows": len(losses), "tokens": windows.numel(), "text_tokens": text_tokens,
             "fingerprint": data.fingerprint(windows)}
 
 
-def judge_tasks(args, model, tokenizer, files, harness) -> dict:
+def evaluate_tasks(model: nn.Module, tokenizer: Tokenizer, files: dict, harness: dict,
+                   tasks_batchsize: int, tasks_no_bos: bool, task_limit: int | None) -> dict:
     """The results of `files` (name -> items) and `harness` (name -> lm_eval's task) by task, printed, and mean acc."""
-    how = {"batchsize": args.tasks_batchsize, "bos": not args.tasks_no_bos}
+    how = {"batchsize": tasks_batchsize, "bos": not tasks_no_bos}
     tasks = {name: score_items(model, tokenizer, items, **how) for name, items in files.items()}
     if harness:
-        tasks |= run_harness(model, tokenizer, harness, limit=args.task_limit, **how)
+        tasks |= run_harness(model, tokenizer, harness, limit=task_limit, **how)
     for name, task in tasks.items():
         metrics = [f"{metric} {percent(task, metric)} %" for metric in ("acc", "acc_norm") if metric in task]
-        print(f"{name}: {', '.join(metrics)} ({'first ' if args.task_limit else ''}{task['items']} items)")
+        print(f"{name}: {', '.join(metrics)} ({'first ' if task_limit else ''}{task['items']} items)")
     return {"tasks": tasks, "mean_acc": sum(task["acc"] for task in tasks.values()) / len(tasks),
-            "task_limit": args.task_limit}
+            "task_limit": task_limit}
 
 
-def percent(task: dict, metric: str) -> str:
-    """'56.40 ± 0.31', without the error where a single item has none."""
-    stderr = task[f"{metric}_stderr"]
-    return f"{100 * number(task[metric]):.2f}" + (f" ± {100 * number(stderr):.2f}" if stderr is not None else "")
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
         print(comparison(args.compare))
@@ -124,7 +121,7 @@ def main(argv=None):
     harness = load_harness(args.tasks.split(","), args.trust_remote_code) if args.tasks else {}
     if len(files) < len(args.task_file) or files.keys() & harness.keys():
         raise UserError("two tasks have one name; rename a file of --task_file, or name it once")
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(**arguments_of(load_model, args))
     if args.ppl != "none":
         check_length(model, args.seqlen, "--seqlen")
     layers = find_layers(model, targets=args.targets or [""])
@@ -146,11 +143,12 @@ def main(argv=None):
     if args.ppl == "none":
         print(checked)
     else:
-        result |= judge_text(args, model, tokenizer)
+        result |= evaluate_text(model, tokenizer, args.ppl, args.seqlen, args.nwindows)
         print(f"perplexity {result['ppl']:.3f} on {args.ppl} ({result['windows']} windows of {args.seqlen} tokens); "
               f"{checked}\n{result['tokens']:,} tokens in the windows, {result['text_tokens']:,} in the text")
     if files or harness:
-        result |= judge_tasks(args, model, tokenizer, files, harness)
+        result |= evaluate_tasks(model, tokenizer, files, harness, args.tasks_batchsize, args.tasks_no_bos,
+                                 args.task_limit)
         print(f"mean acc {100 * result['mean_acc']:.2f} % (acc, not acc_norm; tasks: {len(result['tasks'])})")
     result |= {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak_memory_bytes()}
     if out:
@@ -158,64 +156,5 @@ def main(argv=None):
     print(f"written to {out}" if out else f"not written: {unsaved}; --save FILE keeps the numbers")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --compare
-
-def cells(record: dict) -> dict[tuple, str]:
-    """(order, heading, what else must be equal for numbers to compare) -> cell."""
-    row, tasks = {}, record.get("tasks", {})
-    if "ppl" in record:
-        heading = f"perplexity, {Path(record['text']).name}, {record['windows']} windows of {record['seqlen']} tokens"
-        row[0, heading, str(record.get("fingerprint"))] = f"{number(record['ppl']):.3f}"
-    for name, task in tasks.items():
-        row |= {(1, f"{name} {metric} (%, {task['items']} items)", str(task["source"])): percent(task, metric)
-                for metric in ("acc", "acc_norm") if metric in task}
-    if len(tasks) > 1:
-        same = sorted((name, str(task["items"]), str(task["source"])) for name, task in tasks.items())
-        row[2, f"mean acc (%, {len(tasks)} tasks)", str(same)] = f"{100 * number(record['mean_acc']):.2f}"
-    return row
-
-
-def number(value) -> float:
-    """A number that a record holds; ValueError for what is none."""
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:40]} is no result")
-    return value
-
-
-def plain(cell: str) -> str:
-    """What ends neither a cell nor a line of a Markdown table."""
-    return " ".join(cell.replace("|", "/").split())
-
-
-def read_row(path: str) -> tuple[list[str], dict]:
-    """Name, sparsity and density, and the `cells`, of a record; UserError where there is none."""
-    file = Path(path) / "evaluation.json" if Path(path).is_dir() else Path(path)
-    name = file.parent if file.name == "evaluation.json" else file
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return [str(name).removesuffix(".json").removesuffix(".evaluation"), str(record["sparsity_type"] or ""),
-                f"{number(record['density']):.6f}"], cells(record)
-    except Exception as error:  # a damaged record fails in many ways, all of them the record's
-        raise UserError(f"--compare {path}: {file} is no record of evaluate.py ({type(error).__name__}: "
-                        f"{str(error)[:200]}); make it with evaluate.py")
-
-
-def comparison(paths: list[str]) -> str:
-    """Records as one Markdown table; what is in one column was measured on the same tokens or items."""
-    heads, rows = zip(*map(read_row, paths))
-    columns = sorted({key: None for row in rows for key in row}, key=lambda key: key[0])
-    headings = [heading for _, heading, _ in columns]
-    shown = [f"{heading} [{headings[:i + 1].count(heading)}]" if headings.count(heading) > 1 else heading
-             for i, heading in enumerate(headings)]
-    lines = [["model", "sparsity", "density", *shown], ["---"] * (3 + len(shown)),
-             *([*head, *(row.get(key, "") for key in columns)] for head, row in zip(heads, rows))]
-    table = "\n".join(f"| {' | '.join(map(plain, line))} |" for line in lines)
-    if all(len(row) == len(columns) for row in rows):
-        return table
-    return (f"{table}\n\nNot all were measured alike: numbers compare within a column only. Where headings differ in "
-            "[1] and [2] alone, the tokens, the items, BOS or the version of the harness do.")
-
-
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

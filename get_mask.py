@@ -13,19 +13,18 @@ The name given to --save decides the format: .safetensors (packed, with the mode
 against that model; an .npz, which has no shapes, cannot be read without, and only with it does a .safetensors made from
 a foreign format get the fingerprint by which a mask of another model is refused later.
 """
-import json
+import argparse
 import sys
-from pathlib import Path
 
-import torch
+from files import mask_files
+from files.atomic import check_disk, refuse_existing
+from files.model_folder import base_model
+from masking.layers import check_divisible, find_layers, nonzero_mask, read_masks, weight_matrix
+from masking.loading import load_model, model_fingerprint
+from utils import UserError, add_model_arguments, arguments_of, run_script, script_parser, sparsity_type
 
-import mask_files
-from files import check_disk, refuse_existing
-from layers import check_divisible, find_layers, read_masks, weight_matrix
-from utils import UserError, add_model_arguments, load_model, model_fingerprint, run, script_parser, sparsity_type
 
-
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser, model_default="out")
     parser.set_defaults(dtype="checkpoint", device="cpu")
@@ -43,31 +42,10 @@ def parse_args(argv=None):
     return args
 
 
-def nonzero_mask(weight: torch.Tensor, n: int, m: int) -> tuple[torch.Tensor, int, int]:
-    """Mask of the weights that are not zero, bool `[out, in]`; the number of blocks with more, and with fewer."""
-    kept = (weight != 0).reshape(-1, m)
-    counts = kept.sum(1)
-    short = counts < n
-    missing = (n - counts[short])[:, None]
-    kept[short] |= ~kept[short] & ((~kept[short]).cumsum(1) <= missing)
-    return kept.view(weight.shape), int((counts > n).sum()), int(short.sum())
-
-
-def base_model(model: str) -> str:
-    """The model that a folder was pruned from, by the prune.json that prune.py left in it; else the model itself."""
-    record = Path(model) / "prune.json"
-    try:
-        name = json.loads(record.read_text())["arguments"]["model"] if record.is_file() else model
-        name.encode()  # a string, then, and one that can be written to a file
-        return name
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{record} is damaged; remove it, or prune anew with prune.py")
-
-
-def extract(args) -> mask_files.MaskFile:
+def extract(args: argparse.Namespace) -> mask_files.MaskFile:
     """The mask of the weights of --model that are not zero."""
     n, m = args.sparsity_type
-    model, _ = load_model(args)
+    model, _ = load_model(**arguments_of(load_model, args))
     layers = find_layers(model, args.targets)
     check_divisible(layers, m)
     masks, broken, filled = {}, {}, 0
@@ -86,17 +64,17 @@ def extract(args) -> mask_files.MaskFile:
     return mask_files.MaskFile(masks, n, m, base_model(args.model), model_fingerprint(model))
 
 
-def convert(args) -> mask_files.MaskFile:
-    """The mask in --convert, held against --model if there is one."""
+def convert(args: argparse.Namespace) -> mask_files.MaskFile:
+    """The mask in --convert, checked against --model if there is one."""
     n, m = args.sparsity_type or (None, None)
     if not args.model:
         return mask_files.load(args.convert, n, m)
-    model, _ = load_model(args)
+    model, _ = load_model(**arguments_of(load_model, args))
     found = read_masks(args.convert, model, n, m)
     return mask_files.MaskFile(found.masks, found.n, found.m, base_model(args.model), model_fingerprint(model))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = refuse_existing(args.save, "choose another --save or remove it")
     if out.suffix not in (".safetensors", ".npz", ""):
@@ -114,4 +92,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

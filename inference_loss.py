@@ -6,29 +6,29 @@
 
 One forward pass a minibatch. Use the same --model, --mask and data flags for train.py; the file remembers them.
 """
+import argparse
 import math
 
 from tqdm import tqdm
 
-import baseline
 import data
-from files import check_disk, refuse_existing
-from layers import apply_masks, find_layers, read_masks
+from files.atomic import check_disk, refuse_existing
+from masking.layers import apply_masks, find_layers, read_masks
+from masking.loading import batch_loss, check_length, load_model
+from training import baselines
 from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
-    batch_loss,
-    check_length,
-    load_model,
+    arguments_of,
     peak_memory_bytes,
-    run,
+    run_script,
     script_parser,
     set_seed,
 )
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     add_data_arguments(parser)
@@ -38,27 +38,28 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    out = refuse_existing(args.save or baseline.default_path(args), "choose another --save or remove it")
+    path = args.save or baselines.default_path(args.dataset_size, args.batchsize, args.sqlen)
+    out = refuse_existing(path, "choose another --save or remove it")
     check_disk(out.parent, 2**20)
     set_seed(args.seed)
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(**arguments_of(load_model, args))
     check_length(model, args.sqlen, "--sqlen")
     layers = find_layers(model, targets=[""])
     masks = {} if args.mask == "none" else read_masks(args.mask, model).masks
-    batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.sqlen)
-    depends_on = baseline.conditions(args, model, masks, batches)
+    batches = data.minibatches(tokenizer, **arguments_of(data.minibatches, args))
+    depends_on = baselines.conditions(model, masks, batches, args.dataset)
     apply_masks(layers, masks)
     losses = [batch_loss(model, batch, args.microbatch)
               for batch in tqdm(batches, desc="baseline", unit="minibatch", disable=None)]
     if not all(map(math.isfinite, losses)):
         raise UserError(f"the loss of minibatch {[math.isfinite(loss) for loss in losses].index(False)} is not finite; "
                         f"{model.dtype} may overflow here: try --dtype bfloat16 or float32")
-    baseline.save(out, losses, depends_on)
+    baselines.save(out, losses, depends_on)
     print(f"{len(losses)} minibatches, mean loss {sum(losses) / len(losses):.4f} nats -> {out}  "
           f"(peak {peak_memory_bytes() / 2**30:.2f} GiB)")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -5,20 +5,19 @@ gives a block M logits; S is the unordered outcome of drawing N of M items witho
 
     p(S) = sum over orderings s of S of  prod_k  p[s_k] / (1 - p[s_1] - ... - p[s_k-1])
 
-Pattern space (MaskLLM) gives a block C(M,N) logits, one for each pattern, and draws one of them.
+The equation is `log_prob`, its gradient `score`, the sampler `sample`, the tracker `MaskPro`; the update that joins
+them is `PolicyGradient.step` in train.py.
 
 Everything here takes logits `[blocks, M]` and bool masks `[blocks, M]`, and is exact and plain: the arithmetic is done
 in float64 on recursions whose every term is positive, so that nothing cancels however saturated a block is.
-The training loop runs the same mathematics fused, in float32, from `step.py`; the tests hold the two together.
+The training loop runs the same mathematics fused, in float32 (masking/fused_ops.py); the tests hold the two together.
 """
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
-from math import comb
 
 import torch
 from torch import Tensor
-
-MARGIN, LIMIT = 1.0, 12.0  # of `graded`: in logits, what m0 has ahead of the scores, and the most that these say
 
 
 @lru_cache
@@ -43,8 +42,9 @@ def kept_indices(mask: Tensor) -> Tensor:
 def _race(logits: Tensor, mask: Tensor):
     """The drawing seen from S: what `log_prob` and `score` share.
 
-    Drawing without replacement is a race with rates w = exp(logits): S wins if all of it arrives before any of the
-    rest, whose joint rate is r. For a subset R of S still to arrive (a bit set over the N kept positions),
+    Drawing without replacement (Plackett-Luce, Gumbel top-k) is a race with rates w = exp(logits): S wins if all of it
+    arrives before any of the rest, whose joint rate is r. For a subset R of S still to arrive (a bit set over the N
+    kept positions),
 
         log_win[R] = log P(R arrives before the rest),  win(R) = sum_{j in R} w_j win(R - j) / total(R)
         log_total[R] = log(w(R) + r), summed from its own terms
@@ -146,12 +146,12 @@ def inclusion(logits: Tensor, n: int) -> Tensor:
 def sample(logits: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw one mask a block, bool `[blocks, M]`: the exponential race, keep the n smallest E_i / w_i, E_i ~ Exp(1).
 
-    The same distribution as `torch.multinomial(softmax(logits), n, replacement=False)`. E is drawn in float64: rare
-    flips are the learning signal, and 24-bit uniform numbers have none below 6e-8.
+    The same distribution as `torch.multinomial(softmax(logits), n, replacement=False)` and as Gumbel top-n. E is drawn
+    in float64: rare flips are the learning signal, and 24-bit uniform numbers have none below 6e-8.
     """
     arrival = torch.empty(logits.shape, dtype=torch.float64, device=logits.device).exponential_(generator=generator)
-    first = (arrival.log_() - logits).topk(n, dim=1, largest=False, sorted=False).indices
-    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, first, True)
+    kept = (arrival.log_() - logits).topk(n, dim=1, largest=False, sorted=False).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, kept, True)
 
 
 def mode(logits: Tensor, n: int) -> Tensor:
@@ -160,96 +160,21 @@ def mode(logits: Tensor, n: int) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
 
 
-def graded(mask: Tensor, magnitude: float, score: Tensor) -> Tensor:
-    """Logits as sure of `mask` as the scores are, float32 `[blocks, M]`: C log(score / score of the weakest kept), so
-    that a pruned weight takes a kept one's place with odds near (their scores' ratio)^C. Close calls are then tried
-    often and clear ones hardly ever. Where score and mask differ the logits are equal; a kept weight has MARGIN more.
-    """
-    log_score = score.float().clamp(min=1e-30).log()
-    weakest = log_score.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
-    gap = magnitude * (log_score - weakest)
-    return torch.where(mask, gap.clamp(0, LIMIT) + MARGIN, gap.clamp(-LIMIT, 0))
+# ---------------------------------------------------------------------------------------------------------------------
+# estimators: from losses to advantages
 
-
-class LinearSpace:
-    """MaskPro's space: M logits a block, N drawn without replacement."""
-
-    def __init__(self, n: int, m: int):
-        self.n, self.m, self.width = n, m, m
-
-    def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
-        """Logits that prefer `mask`: magnitude C where it keeps, 0 elsewhere; float32 `[blocks, width]`. With the
-        weights' scores `[blocks, M]`, see `graded`."""
-        return mask.float() * magnitude if score is None else graded(mask, magnitude, score)
-
-    def sample(self, logits: Tensor, generator=None) -> Tensor:
-        return sample(logits, self.n, generator)
-
-    def mode(self, logits: Tensor) -> Tensor:
-        return mode(logits, self.n)
-
-    def score(self, logits: Tensor, mask: Tensor) -> Tensor:
-        return score(logits, mask)
-
-    def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
-        return log_prob(logits, mask)
-
-    def inclusion(self, logits: Tensor) -> Tensor:
-        return inclusion(logits, self.n)
-
-    def pattern_probs(self, logits: Tensor) -> Tensor:
-        return pattern_probs(logits, self.n)
-
-
-class PatternSpace:
-    """MaskLLM's space behind the same interface: C(M,N) logits a block, one pattern drawn."""
-
-    def __init__(self, n: int, m: int):
-        self.n, self.m, self.width = n, m, comb(m, n)
-
-    def _index(self, mask: Tensor) -> Tensor:
-        powers = 2 ** torch.arange(self.m, device=mask.device)
-        codes, order = (patterns(self.n, self.m).to(mask.device) * powers).sum(1).sort()
-        return order[torch.searchsorted(codes, (mask * powers).sum(1))]
-
-    def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
-        if score is None:
-            zeros = torch.zeros(len(mask), self.width, device=mask.device)
-            return zeros.scatter_(1, self._index(mask)[:, None], magnitude)
-        return graded(mask, magnitude, score) @ patterns(self.n, self.m).to(mask.device, torch.float32).T
-
-    def sample(self, logits: Tensor, generator=None) -> Tensor:
-        return self._patterns(sample(logits, 1, generator))
-
-    def mode(self, logits: Tensor) -> Tensor:
-        return self._patterns(mode(logits, 1))
-
-    def _patterns(self, one_hot: Tensor) -> Tensor:
-        return patterns(self.n, self.m).to(one_hot.device)[one_hot.int().argmax(1)]
-
-    def score(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Categorical score: one_hot(S) - softmax(logits)."""
-        return -torch.softmax(logits, 1).scatter_add(
-            1, self._index(mask)[:, None], logits.new_full((len(mask), 1), -1.0))
-
-    def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
-        return logits.log_softmax(1).gather(1, self._index(mask)[:, None])[:, 0]
-
-    def inclusion(self, logits: Tensor) -> Tensor:
-        return logits.softmax(1) @ patterns(self.n, self.m).to(logits.device, logits.dtype)
-
-    def pattern_probs(self, logits: Tensor) -> Tensor:
-        return logits.softmax(1)
-
-
-SPACES = {"linear": LinearSpace, "pattern": PatternSpace}
+Losses = Sequence[float]  # nats
+Baselines = Sequence[float | None]  # f(m0 * w, the same minibatch), nats; None: not wanted
 
 
 class Estimator:
-    """Turns a step's losses into advantages. `carried`: its attributes that a step hands to the next, plain numbers."""
-    carried = ()
+    """Turns a step's losses into advantages. `carried`: its attributes that a step hands to the next, plain numbers;
+    `delta`: its tracker, nats, where it has one."""
+    carried: tuple[str, ...] = ()
+    needs_baseline = False
+    delta: float | None = None
 
-    def advantages(self, losses: list[float], baselines: list[float | None], minibatches: list[int]) -> list[float]:
+    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
         """Those of one step, whose masks were scored on these minibatches, several masks or several minibatches."""
         raise NotImplementedError
 
@@ -261,16 +186,16 @@ class Estimator:
         """For a checkpoint: numbers by name, and no tensors."""
         return {name: getattr(self, name) for name in self.carried}, {}
 
-    def restore(self, scalars: dict, read=None) -> None:
+    def restore(self, scalars: dict, read: object = None) -> None:
+        """From `state`; there are no tensors to read."""
         for name in self.carried:
             setattr(self, name, scalars[name])
 
 
 class Vanilla(Estimator):
     """A = f_t: plain policy gradient (paper, eq. of section 4.1)."""
-    needs_baseline = False
 
-    def advantages(self, losses, baselines, minibatches):
+    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
         return list(losses)
 
 
@@ -278,7 +203,7 @@ class Residual(Estimator):
     """A = f_t - f(m0 * w, batch): the loss residual takes the minibatch's own difficulty out."""
     needs_baseline = True
 
-    def advantages(self, losses, baselines, minibatches):
+    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
         return [loss - baseline for loss, baseline in zip(losses, baselines)]
 
 
@@ -295,7 +220,7 @@ class MaskPro(Estimator):
         self.alpha, self.debias = alpha, debias
         self.delta, self.steps = 0.0, 0
 
-    def advantages(self, losses, baselines, minibatches):
+    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
         residuals = [loss - baseline for loss, baseline in zip(losses, baselines)]
         self.steps += 1
         self.delta = self.alpha * self.delta + (1 - self.alpha) * sum(residuals) / len(residuals)
@@ -309,12 +234,11 @@ class Running(Estimator):
 
     This project's addition; the paper suggests that m0 be replaced as the loss falls.
     """
-    needs_baseline = False
 
     def __init__(self, keep: float = 0.8):
         self.keep, self.means = keep, {}
 
-    def advantages(self, losses, baselines, minibatches):
+    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
         found, before = {}, {}
         for loss, minibatch in zip(losses, minibatches):
             found.setdefault(minibatch, []).append(loss)
@@ -327,7 +251,7 @@ class Running(Estimator):
     def state(self) -> tuple[dict, dict]:
         return {"means": list(self.means.items())}, {}  # JSON has no numbers for keys
 
-    def restore(self, scalars: dict, read=None) -> None:
+    def restore(self, scalars: dict, read: object = None) -> None:
         self.means = dict(scalars["means"])
 
 
@@ -344,7 +268,11 @@ class Normalized(Estimator):
         self.mean_square, self.steps = 0.0, 0
         self.needs_baseline = estimator.needs_baseline
 
-    def advantages(self, losses, baselines, minibatches):
+    @property
+    def delta(self) -> float | None:
+        return self.estimator.delta
+
+    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
         found = self.estimator.advantages(losses, baselines, minibatches)
         if not any(found):
             return found
@@ -356,6 +284,13 @@ class Normalized(Estimator):
     def state(self) -> tuple[dict, dict]:
         return {**super().state()[0], "estimator": self.estimator.state()[0]}, {}
 
-    def restore(self, scalars: dict, read=None) -> None:
+    def restore(self, scalars: dict, read: object = None) -> None:
         super().restore(scalars)
         self.estimator.restore(scalars["estimator"])
+
+
+def make_estimator(name: str, alpha: float = 0.99, debias: bool = False, normalize: bool = False) -> Estimator:
+    """The estimator of this name; `alpha` and `debias` are maskpro's."""
+    estimator = {"vanilla": Vanilla, "residual": Residual, "running": Running,
+                 "maskpro": lambda: MaskPro(alpha, debias)}[name]()
+    return Normalized(estimator) if normalize else estimator

@@ -8,17 +8,19 @@ blocks that changed from m0, the entropy of the distributions, and the held-out 
 other maps the changes, kind of layer by depth. Reads metrics.jsonl, run.json and, where there is one, layers.jsonl. A
 run may be going on still: a torn last line is left out.
 """
+import argparse
 import json
 import math
 import sys
 from pathlib import Path
 
-import figures
-from files import refuse_existing
-from utils import UserError, run, script_parser
+from files.atomic import refuse_existing
+from files.records import read_lines
+from training import figures
+from utils import UserError, run_script, script_parser
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders that train.py wrote")
     parser.add_argument("--out", default=None, metavar="PREFIX",
@@ -26,17 +28,18 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
+    """Is this a number that can be drawn?"""
     return type(value) in (int, float) and abs(value) < 1e30  # more is no result, and too much to draw
 
 
-def is_step(line) -> bool:
+def is_step(line: object) -> bool:
     """Is this a line of metrics.jsonl?"""
     return (isinstance(line, dict) and is_number(line.get("step")) and is_number(line.get("loss"))
             and all(line.get(key) is None or is_number(line[key]) for key in ("baseline", "delta", "heldout")))
 
 
-def is_state(line) -> bool:
+def is_state(line: object) -> bool:
     """Is this a line of layers.jsonl?"""
     if not isinstance(line, dict) or not is_number(line.get("step")):
         return False
@@ -45,25 +48,6 @@ def is_state(line) -> bool:
             and all(len(name) < 1000 for name in tables[0])
             and all(is_number(value) for table in tables for value in table.values())
             and all(count > 0 for count in tables[0].values()))
-
-
-def read_lines(path: Path, fits) -> list[dict]:
-    """The objects of a .jsonl file, each of which must fit; without the last line where it is torn."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give run folders that train.py wrote")
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break
-            found.append(None)
-        if not fits(found[-1]):
-            raise UserError(f"{path}: line {number} is damaged; delete it to draw the others")
-    return found
 
 
 def most_nats(path: Path) -> float:
@@ -79,7 +63,7 @@ def most_nats(path: Path) -> float:
         raise UserError(f"{path} is damaged: its arguments have no sparsity_type [N, M]; give another run")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     folders = {Path(folder).resolve().name: Path(folder) for folder in args.runs}
     if len(folders) < len(args.runs):  # of one name in several places
@@ -107,4 +91,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -4,10 +4,10 @@
     python prune.py --model MODEL --prune_method wanda --dataset text.jsonl --nsamples 128 --seqlen 512
     python prune.py --model MODEL --prune_method magnitude --sparsity_type 4:8 --dtype auto
     python prune.py --model MODEL --prune_method sparsegpt --true_sequential --dataset text.jsonl --seqlen 512
-    python prune.py --model MODEL --prune_method wanda --exchange 6 --true_sequential --dataset text.jsonl --seqlen 512
+    python prune.py --model MODEL --prune_method wanda --swaps 6 --true_sequential --dataset text.jsonl --seqlen 512
     python prune.py --model MODEL --prune_method wanda --sparsity_type unstructured --sparsity_ratio 0.5
 
-Of every M consecutive weights of a row the N with the largest metric are kept, unchanged:
+Of every M consecutive weights of a row the N with the largest score are kept, unchanged (pruning/one_shot.py):
 
     magnitude   |w_ij|
     wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens (arXiv 2306.11695)
@@ -16,42 +16,38 @@ Of every M consecutive weights of a row the N with the largest metric are kept, 
 With `--sparsity_type unstructured` the smallest go instead, the share --sparsity_ratio of a whole layer (magnitude), of
 each output row (wanda, ria) or of each --blocksize columns (sparsegpt).
 
-sparsegpt (see sparsegpt.py) also changes the kept weights, to make up for the pruned; its mask alone, for the original
-weights, is what get_mask.py takes from its model.
+sparsegpt (pruning/sparsegpt.py) also changes the kept weights, to make up for the pruned; its mask alone, for the
+original weights, is what get_mask.py takes from its model.
 
---exchange goes on from the metric's mask, weights still unchanged: weights of a block change places as long as the
-layer's output comes closer to the dense one's (exchange.py). It does most with --true_sequential.
+--swaps goes on from the score's mask, weights still unchanged: weights of a block change places as long as the layer's
+output comes closer to the dense one's (pruning/swaps.py). It does most with --true_sequential.
 
 Calibration is the field's `get_c4`: --nsamples random crops of --seqlen tokens. The input norms of all layers come from
-passes through the dense model, a row at a time. sparsegpt, --exchange and --true_sequential instead send all rows
-through the decoder in one pass and settle a layer when the pass reaches it: one Hessian in memory at a time, and with
---true_sequential the later layers see the pruned earlier ones. Lower --nsamples or --seqlen if that pass is too large.
+passes through the dense model, a sequence at a time. sparsegpt, --swaps and --true_sequential instead send all
+sequences through the decoder in one pass and prune a layer when the pass reaches it: one Hessian in memory at a time,
+and with --true_sequential the later layers see the pruned earlier ones. Lower --nsamples or --seqlen if that pass is
+too large.
 
 Writes a plain Hugging Face folder with zeros in it, and prune.json beside the weights; next: `python get_mask.py`.
 """
 import argparse
 import time
 
-import torch
-from tqdm import tqdm
-
 import data
-import exchange
-import pge
-import sparsegpt
-from files import check_disk, refuse_existing, write_json, written_beside
-from importance import METRICS, Hessians, input_norms, reach_in_order
-from layers import apply_masks, check_divisible, find_layers, weight_matrix
+from files.atomic import atomic_write, check_disk, refuse_existing
+from files.records import write_json
+from masking.layers import check_divisible, find_layers
+from masking.loading import check_length, check_tokens, load_model
+from pruning.one_shot import METHODS, OneShot, prune_model
 from utils import (
     add_model_arguments,
-    check_length,
-    check_tokens,
+    add_old_name,
+    arguments_of,
     environment,
     finite,
-    load_model,
     peak_memory_bytes,
     positive_int,
-    run,
+    run_script,
     script_parser,
     set_seed,
     sparsity_type,
@@ -70,115 +66,57 @@ def share(text: str) -> float:
     return value
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--prune_method", choices=[*METRICS, "sparsegpt"], default="wanda",
+    parser.add_argument("--prune_method", choices=METHODS, default="wanda",
                         help="what decides which weights stay")
     parser.add_argument("--sparsity_type", type=pattern, default=(2, 4),
                         help="N:M, keep N of every M weights; or unstructured")
     parser.add_argument("--sparsity_ratio", type=share, default=None,
                         help="unstructured: share of the weights to prune (default: 0.5)")
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
-    parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration rows")
-    parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a calibration row")
+    parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
+    parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a calibration sequence")
     parser.add_argument("--true_sequential", action="store_true", help="later layers see the earlier ones pruned")
-    parser.add_argument("--exchange", type=positive_int, default=0, metavar="SWEEPS",
-                        help="better the metric's mask by exchanges within blocks, so many sweeps at most")
+    parser.add_argument("--swaps", type=positive_int, default=0, metavar="SWEEPS",
+                        help="improve the score's mask by swaps within blocks, so many sweeps at most")
     parser.add_argument("--percdamp", type=finite(0), default=0.01,
                         help="sparsegpt: damping, as a share of the Hessian's mean diagonal")
-    parser.add_argument("--blocksize", type=positive_int, default=128, help="sparsegpt: columns settled in one run")
+    parser.add_argument("--blocksize", type=positive_int, default=128, help="sparsegpt: columns decided in one run")
     parser.add_argument("--targets", nargs="+", default=None, help="prune the layers whose names contain one of these")
     parser.add_argument("--save_model", default="out", help="folder of the sparse model, must be new")
+    add_old_name(parser, "exchange", "swaps")
     args = parser.parse_args(argv)
     implied = 1 - args.sparsity_type[0] / args.sparsity_type[1] if args.sparsity_type else None
     if implied and args.sparsity_ratio not in (None, implied):
         parser.error(f"--sparsity_ratio {args.sparsity_ratio:g} is not that of the --sparsity_type; leave it out, or "
                      "give --sparsity_type unstructured")
-    if args.exchange and (args.prune_method == "sparsegpt" or not args.sparsity_type):
-        parser.error("--exchange betters an N:M mask of unchanged weights: choose another --prune_method than "
-                     "sparsegpt, and N:M as --sparsity_type")
+    if args.swaps and (args.prune_method == "sparsegpt" or not args.sparsity_type):
+        parser.error("--swaps improves an N:M mask of unchanged weights: choose another --prune_method than sparsegpt, "
+                     "and N:M as --sparsity_type")
     args.sparsity_ratio = args.sparsity_ratio or implied or 0.5
     return args
 
 
-def best_mask(metric: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Keep the n largest of every m along a row, ties to the lower index; float `[out, in]` -> bool `[out, in]`."""
-    return pge.mode(metric.reshape(-1, m), n).view(metric.shape)
-
-
-def mask_of(weight: torch.Tensor, norms: torch.Tensor | None, args) -> torch.Tensor:
-    """A layer's mask by the method's metric, bool `[out, in]`; unstructured is N:M with the layer or a row for M."""
-    metric = METRICS[args.prune_method](weight, norms)
-    if args.sparsity_type:
-        n, m = args.sparsity_type
-    else:
-        m = metric.numel() if args.prune_method == "magnitude" else metric.shape[1]
-        n = m - int(args.sparsity_ratio * m)
-    return best_mask(metric, n, m)
-
-
-def pruned_weight(weight: torch.Tensor, inputs: torch.Tensor, hessians: Hessians, args) -> torch.Tensor:
-    """A layer's sparse weight, float32 `[out, in]`, from its inputs on the calibration tokens `[rows, tokens, in]`."""
-    weight = weight.float()
-    if args.prune_method == "sparsegpt":
-        return sparsegpt.solve(weight, hessians.of(inputs), args.sparsity_type, args.sparsity_ratio, args.percdamp,
-                               args.blocksize)[0]
-    norms = sum(part.float().square().sum(0) for part in inputs.flatten(0, -2).split(8192)).sqrt()
-    mask = mask_of(weight, norms, args)
-    if args.exchange:
-        mask = exchange.improve(weight, mask, hessians.of(inputs), args.sparsity_type[1], args.exchange)
-    return weight.masked_fill(~mask, 0.0)
-
-
-def prune_in_one_pass(model, layers: dict, samples: torch.Tensor, args) -> None:
-    """Prune each layer when the pass of all samples `[rows, tokens]` through the decoder, without its head, gets there;
-    with --true_sequential before the layer runs, else when the pass is over."""
-    settled, hessians = {}, Hessians()
-
-    def settle(name, inputs):
-        weight = weight_matrix(layers[name])
-        settled[name] = pruned_weight(weight.to(inputs.device), inputs, hessians, args).to(weight)
-        if args.true_sequential:
-            write(name)
-
-    def write(name):
-        weight_matrix(layers[name]).copy_(settled[name]).add_(0.0)  # a kept weight that rounds to -0.0 becomes +0.0
-        settled[name] = None
-    reach_in_order(model, layers, samples, settle, "pruning")
-    for name in layers:
-        if settled.get(name) is not None:
-            write(name)
-
-
-@torch.no_grad()
-def prune_model(model, layers: dict, samples: torch.Tensor | None, args) -> None:
-    """Prune these layers in place as the arguments say; samples int64 `[rows, tokens]`, None for magnitude."""
-    if samples is not None and (args.prune_method == "sparsegpt" or args.true_sequential or args.exchange):
-        prune_in_one_pass(model, layers, samples, args)
-        return
-    norms = {} if samples is None else input_norms(model, layers, samples)
-    for name, module in tqdm(layers.items(), desc="pruning", unit="layer", disable=None):
-        apply_masks(layers, {name: mask_of(weight_matrix(module).float(), norms.get(name), args)})
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = refuse_existing(args.save_model, "choose another --save_model or remove it")
     set_seed(args.seed)
     started = time.time()
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(**arguments_of(load_model, args))
+    way = OneShot(**arguments_of(OneShot, args))
     layers = find_layers(model, args.targets)
     if args.sparsity_type:
         check_divisible(layers, args.sparsity_type[1])
     check_disk(out, sum(parameter.nbytes for parameter in model.parameters()) + 2**24)  # 16 MiB for the tokenizer
     samples = None
-    if args.prune_method != "magnitude" or args.exchange:
+    if way.needs_text:
         check_length(model, args.seqlen, "--seqlen")
         samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
         check_tokens(model, samples)
-    prune_model(model, layers, samples, args)
-    with written_beside(out) as beside:
+    prune_model(model, layers, samples, way)
+    with atomic_write(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         summary = {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak_memory_bytes()}
@@ -190,4 +128,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,15 +1,21 @@
-"""What the benches share: flags, timing, models by shape, and one Markdown table out."""
+"""What the benches share: flags, timing, models by shape, one-shot masks, and one Markdown table out."""
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from files import write_json  # noqa: E402
-from utils import default_device, environment, fast_dtype  # noqa: E402
+from files.records import write_json
+from masking.layers import find_layers, weight_matrix
+from pruning.calibration import input_norms
+from pruning.one_shot import OneShot
+from utils import UserError, default_device, environment
 
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
@@ -30,31 +36,43 @@ SHAPES = {  # Llama configurations, weights random: enough for time and memory
 
 
 def parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every bench, its docstring as the manual."""
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller measurement, 50 s at most on 2 cores")
-    parser.add_argument("--json", default=None, help="write the rows to this file too")
+    parser.add_argument("--json", default=None, help="write the table's rows to this file too")
     parser.add_argument("--device", default=default_device(), help="cpu, cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     return parser
 
 
-def random_llama(shape: str, device: str, dtype: torch.dtype, seed: int = 0, layers: int | None = None):
-    """A frozen Llama of a named shape with random weights, made in its dtype on its device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = dict(SHAPES[shape])
+def chosen(names: Iterable[str], parts: str) -> list[str]:
+    """The names that contain one of the parts, which are separated by commas; all of them if there is no part.
+    UserError where a name is wanted and none is found."""
+    wanted = [part for part in parts.split(",") if part]
+    found = [name for name in names if not wanted or any(part in name for part in wanted)]
+    if not found:
+        raise UserError(f"no row's name contains {parts}")
+    return found
+
+
+def random_llama(shape: str, device: str, dtype: torch.dtype, seed: int = 0, layers: int | None = None,
+                 **config) -> LlamaForCausalLM:
+    """A frozen Llama of a named shape with random weights, made in its dtype on its device. layers: how many decoder
+    layers, if not the shape's; config: further fields of its LlamaConfig."""
+    config = {"max_position_embeddings": 4096, **SHAPES[shape], **config}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=4096, **config))
+            model = LlamaForCausalLM(LlamaConfig(**config))
     finally:
         torch.set_default_dtype(default)
     return model.requires_grad_(False).eval()
 
 
-def median_s(function, device: str, repeats: int = 5, warm_up: int = 1) -> float:
+def median_s(function: Callable[[], object], device: str, repeats: int = 5, warm_up: int = 1) -> float:
     """Median seconds of a call, the device waited for."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     times = []
@@ -68,17 +86,23 @@ def median_s(function, device: str, repeats: int = 5, warm_up: int = 1) -> float
     return statistics.median(times)
 
 
-def magnitude_masks(model, n: int, m: int) -> dict[str, torch.Tensor]:
-    """N:M masks of all its layers by weight magnitude, on the CPU."""
-    import pge
-    from layers import find_layers, weight_matrix
-    return {name: pge.mode(weight_matrix(module).float().abs().reshape(-1, m), n).view(module.weight.shape).cpu()
-            for name, module in find_layers(model).items()}
+def magnitude_masks(model: nn.Module, n: int, m: int) -> dict[str, Tensor]:
+    """N:M masks of all its layers by weight magnitude: layer name -> bool `[out, in]`, on the CPU."""
+    way = OneShot("magnitude", (n, m))
+    return {name: way.mask(weight_matrix(module).float(), None).cpu() for name, module in find_layers(model).items()}
 
 
-def report(rows: list[dict], args, note: str = "", before: list[dict] = ()) -> None:
-    """Print rows as one Markdown table under a line of conditions; with --json write them with those conditions, those
-    of a table `before` it first."""
+def wanda_masks(model: nn.Module, samples: Tensor, n: int = 2, m: int = 4) -> dict[str, Tensor]:
+    """N:M masks of all its layers as prune.py computes them: layer name -> bool `[out, in]`. samples: calibration text,
+    int64 `[sequences, tokens]`."""
+    found, way = find_layers(model), OneShot("wanda", (n, m))
+    norms = input_norms(model, found, samples)
+    return {name: way.mask(weight_matrix(module).float(), norms[name]) for name, module in found.items()}
+
+
+def report(rows: list[dict], args: argparse.Namespace, note: str = "", before: Iterable[dict] = ()) -> None:
+    """Print rows, column -> cell, as one Markdown table under a line of conditions and over a note; with --json write
+    them with those conditions, the rows of a table `before` this one first."""
     conditions = {**environment(), "device": args.device, "seed": args.seed,
                   "command": " ".join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name,
                                        *sys.argv[1:]])}
@@ -94,6 +118,3 @@ def report(rows: list[dict], args, note: str = "", before: list[dict] = ()) -> N
         print("\n" + note)
     if args.json:
         write_json(args.json, [{**row, **conditions} for row in (*before, *rows)])
-
-
-__all__ = ["SHAPES", "fast_dtype", "magnitude_masks", "median_s", "parser", "random_llama", "report"]

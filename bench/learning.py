@@ -7,18 +7,23 @@ Every row is one setting, run over --seeds seeds on 512 x 128 bytes from the sam
 loss of the sampled masks over the last epoch, and of the final mask (the mode) on the training minibatches and on
 held-out text. `m0` is where all of them start.
 """
+import argparse
+import copy
 import statistics
 
 import common
 import torch
+from small_model import HELDOUT, TEXT, load_small
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import importance
-import layers
-import masked_model
 import pge
-from utils import UserError, batch_loss, run
+from masking.layers import apply_masks, find_layers
+from masking.loading import batch_loss
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
+from utils import run_script
 
 ROWS = {  # what is varied: eta, C, the tracker, the step
     "authors' defaults: eta 50, C 10": dict(lr=50, logits=10),
@@ -27,71 +32,60 @@ ROWS = {  # what is varied: eta, C, the tracker, the step
     "fused, float16 logits": dict(lr=30, logits=5, debias=True, logits_dtype=torch.float16),
     "exact: eta 30, C 5, debiased": dict(lr=30, logits=5, debias=True, mode="exact"),
 }
+COLUMNS = ("sampled masks, last epoch", "final mask, minibatches", "held out")
 
 
-def wanda_masks(model, samples, n=2, m=4):
-    """The initial mask, computed as prune.py does."""
-    import prune
-    found = layers.find_layers(model)
-    norms = importance.input_norms(model, found, samples)
-    return {name: prune.best_mask(importance.wanda(layers.weight_matrix(module).float(), norms[name]), n, m)
-            for name, module in found.items()}
-
-
-def learn(load, masks, batches, baselines, heldout, steps, seed, lr, logits, debias=False,
-          logits_dtype=torch.float32, mode="eager"):
-    """One run; (mean loss of the sampled masks in the last epoch, final mask on the minibatches, and held out)."""
-    model = load()
-    masked = masked_model.MaskedModel(model, masks, pge.LinearSpace(2, 4), logits, logits_dtype=logits_dtype, seed=seed,
-                                      mode=mode)
-    estimator = pge.MaskPro(debias=debias)
-    losses = []
-    for t in tqdm(range(steps), desc=f"seed {seed}", unit="step", disable=None, leave=False):
-        loss = batch_loss(model, batches[t % len(batches)])
-        masked.update(lr * estimator.advantage(loss, baselines[t % len(batches)]))
-        losses.append(loss)
-    masked.finish()
-    final = statistics.mean(batch_loss(model, batch) for batch in batches)
-    return statistics.mean(losses[-len(batches):]), final, batch_loss(model, heldout, 64)
-
-
-def main():
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--model", default="demo/small", help="folder that bench/small_model.py wrote")
     parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", default="", help="only the rows whose names contain one of these, by commas")
-    args = parser.parse_args()
-    steps, seeds = (32, 1) if args.quick else (args.steps, args.seeds)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except OSError:
-        raise UserError(f"{args.model} is missing; run bench/small_model.py first")
+    return parser.parse_args(argv)
 
-    def load():
-        return AutoModelForCausalLM.from_pretrained(args.model).to(args.device).requires_grad_(False).eval()
-    batches = data.minibatches(tokenizer, "demo/train.jsonl", 512, 32, 128)
-    heldout = data.perplexity_windows(tokenizer, "demo/heldout.txt", 128, 512)
-    masks = wanda_masks(load(), data.calibration_samples(tokenizer, "demo/train.jsonl", 128, 128, 0))
-    model = load()
-    dense = statistics.mean(batch_loss(model, batch) for batch in batches), batch_loss(model, heldout, 64)
-    layers.apply_masks(layers.find_layers(model), masks)
-    baselines = [batch_loss(model, batch) for batch in batches]
-    start = statistics.mean(baselines), batch_loss(model, heldout, 64)
-    rows = [{"setting": name, "final mask, minibatches": pair[0], "held out": pair[1]}
-            for name, pair in (("dense", dense), ("m0 (Wanda)", start))]
-    wanted = [part for part in args.rows.split(",") if part]
-    for name, setting in ROWS.items():
-        if wanted and not any(part in name for part in wanted):
-            continue
-        runs = [learn(load, masks, batches, baselines, heldout, steps, seed, **setting) for seed in range(seeds)]
-        columns = ["sampled masks, last epoch", "final mask, minibatches", "held out"]
+
+def losses(model: nn.Module, batches: Tensor, heldout: Tensor) -> tuple[float, float]:
+    """The mean loss over the minibatches `[minibatches, sequences, tokens]`, and that held out `[windows, tokens]`."""
+    return statistics.mean(batch_loss(model, batch) for batch in batches), batch_loss(model, heldout, 64)
+
+
+def learn(model: nn.Module, masks: dict[str, Tensor], batches: Tensor, baselines: list[float], heldout: Tensor,
+          steps: int, seed: int, lr: float, logits: float, debias: bool = False,
+          logits_dtype: torch.dtype = torch.float32, mode: str = "eager") -> tuple[float, float, float]:
+    """One run of a dense model, which is masked for good: the mean loss of the sampled masks in the last epoch, then
+    those of the final mask as `losses` has them. baselines: m0's loss on each minibatch."""
+    masked = MaskedModel(model, masks, LinearSpace(2, 4), logits, logits_dtype=logits_dtype, seed=seed, mode=mode)
+    estimator = pge.MaskPro(debias=debias)
+    sampled = []
+    for t in tqdm(range(steps), desc=f"seed {seed}", unit="step", disable=None, leave=False):
+        loss = batch_loss(model, batches[t % len(batches)])
+        masked.update(lr * estimator.advantage(loss, baselines[t % len(batches)]))
+        sampled.append(loss)
+    masked.finish()
+    return statistics.mean(sampled[-len(batches):]), *losses(model, batches, heldout)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    steps, seeds = (32, 1) if args.quick else (args.steps, args.seeds)
+    names = common.chosen(ROWS, args.rows)
+    dense, tokenizer = load_small(args.model, "float32", args.device)
+    batches = data.minibatches(tokenizer, TEXT, 512, 32, 128)
+    heldout = data.perplexity_windows(tokenizer, HELDOUT, 128, 512)
+    masks = common.wanda_masks(dense, data.calibration_samples(tokenizer, TEXT, 128, 128, 0))
+    m0 = copy.deepcopy(dense)
+    apply_masks(find_layers(m0), masks)
+    baselines = [batch_loss(m0, batch) for batch in batches]
+    rows = [{"setting": name, **dict(zip(COLUMNS[1:], losses(model, batches, heldout)))}
+            for name, model in (("dense", dense), ("m0 (Wanda)", m0))]
+    for name in names:
+        runs = [learn(copy.deepcopy(dense), masks, batches, baselines, heldout, steps, seed, **ROWS[name])
+                for seed in range(seeds)]
         rows.append({"setting": name, "steps": steps, "seeds": seeds, **{
             column: f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if seeds > 1 else 0:.4f}"
-            for column, values in zip(columns, zip(*runs))}})
+            for column, values in zip(COLUMNS, zip(*runs))}})
     common.report(rows, args)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

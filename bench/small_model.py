@@ -5,17 +5,36 @@
 So that hundreds of mask steps take a minute on a CPU. Needs the demo's text (`make demo DEMO_FLAGS=--quick`
 leaves it in demo/). Prints the training and held-out loss; takes about four minutes on 2 cores.
 """
+import argparse
 import json
 from pathlib import Path
 
 import common
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from files import refuse_existing, written_beside
-from utils import UserError, batch_loss, run
+from files.atomic import atomic_write, refuse_existing
+from masking.loading import batch_loss, load_model
+from utils import UserError, run_script
+
+TEXT, HELDOUT = "demo/train.jsonl", "demo/heldout.txt"  # what the model is trained, pruned, learned and evaluated on
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("--out", default="demo/small", help="folder of the model, must be new")
+    parser.add_argument("--steps", type=int, default=2500, help="training steps of 32 x 128 bytes")
+    return parser.parse_args(argv)
+
+
+def load_small(folder: str, dtype: str, device: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """What this script has written: the model, frozen, and its tokenizer. UserError where it is not there."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is missing; run bench/small_model.py first")
+    return load_model(folder, dtype, device)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -27,34 +46,32 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def main():
-    parser = common.parser(__doc__)
-    parser.add_argument("--out", default="demo/small", help="folder of the model, must be new")
-    parser.add_argument("--steps", type=int, default=2500, help="training steps of 32 x 128 bytes")
-    args = parser.parse_args()
-    steps = 50 if args.quick else args.steps
-    out = refuse_existing(args.out, "choose another --out or remove it")
-    text, heldout = Path("demo/train.jsonl"), Path("demo/heldout.txt")
-    if not text.exists():
-        raise UserError("demo/train.jsonl is missing; run `make demo DEMO_FLAGS=--quick` first")
-    torch.manual_seed(args.seed)
-    tokenizer = byte_tokenizer()
+def read_text(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """The demo's text in tokens, int64 `[tokens]`: to train on, and 300 thousand characters held out."""
+    if not Path(TEXT).exists():
+        raise UserError(f"{TEXT} is missing; run `make demo DEMO_FLAGS=--quick` first")
 
-    def tokens_of(string):
+    def tokens_of(string: str) -> Tensor:
         return torch.tensor(tokenizer(string, verbose=False).input_ids)
-    passages = [json.loads(line)["text"] for line in text.open()]
+    with open(TEXT, encoding="utf-8") as file:
+        passages = [json.loads(line)["text"] for line in file]
     train = torch.cat([tokens_of(passage) for passage in passages])
-    test = tokens_of(heldout.read_text(encoding="utf-8")[:300_000])
+    return train, tokens_of(Path(HELDOUT).read_text(encoding="utf-8")[:300_000])
+
+
+def train(tokens: Tensor, steps: int, seed: int, device: str) -> tuple[LlamaForCausalLM, float]:
+    """A model trained on windows of these tokens, int64 `[tokens]`, and the last minibatch's loss, nats a byte."""
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None)).to(args.device)
+        bos_token_id=None, eos_token_id=None, pad_token_id=None)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
     progress = tqdm(range(steps), desc="training", unit="step", disable=None)
     for _ in progress:
-        starts = torch.randint(len(train) - 128, (32,))
-        batch = torch.stack([train[start:start + 128] for start in starts]).to(args.device)
+        starts = torch.randint(len(tokens) - 128, (32,))
+        batch = torch.stack([tokens[start:start + 128] for start in starts]).to(device)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -62,15 +79,23 @@ def main():
         schedule.step()
         optimizer.zero_grad()
         progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    model.eval()
-    windows = test[:512 * 128].view(-1, 128)  # no longer than it was trained on
-    test_loss = sum(batch_loss(model, window[None]) for window in windows) / len(windows)
-    with written_beside(out) as beside:
+    return model.eval(), loss.item()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    steps, out = 50 if args.quick else args.steps, refuse_existing(args.out, "choose another --out or remove it")
+    tokenizer = byte_tokenizer()
+    tokens, heldout = read_text(tokenizer)
+    model, loss = train(tokens, steps, args.seed, args.device)
+    windows = heldout[:512 * 128].view(-1, 128)  # no longer than it was trained on
+    heldout_loss = sum(batch_loss(model, window[None]) for window in windows) / len(windows)
+    with atomic_write(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
     common.report([{"model": str(out), "weights": sum(p.numel() for p in model.parameters()), "steps": steps,
-                    "last training loss (nats a byte)": loss.item(), "held-out loss": test_loss}], args)
+                    "last training loss (nats a byte)": loss, "held-out loss": heldout_loss}], args)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -7,25 +7,27 @@ import torch
 from torch import Tensor
 
 import pge
-from planes import pullback, score, weights
-from step import kept_planes
-from straight_through import StraightThrough
-from utils import batch_loss
+from masking.block_bits import kept_planes
+from masking.fused_ops import score, vjp, weights
+from masking.loading import batch_loss
+from masking.masked_layer import MaskedLayer
+from masking.masked_model import MaskedModel
+from training.straight_through import StraightThrough
 
 
-def score_planes(layer, bits: Tensor, n: int) -> Tensor:
-    """d log p(bits) / d logits of a MaskedLayer, float32 `[M, blocks]`."""
+def score_planes(layer: MaskedLayer, bits: Tensor, n: int) -> Tensor:
+    """d log p(bits) / d logits, float32 `[M, blocks]`; bits `[blocks]`."""
     return torch.stack(score(weights([plane.float() for plane in layer.logits], n), kept_planes(bits, layer.m), n))
 
 
-def move(layer, slope: Tensor) -> None:
-    """Take a slope `[M, blocks]` off a layer's logits."""
-    for plane, part in zip(layer.logits, slope):
+def move(layer: MaskedLayer, change: Tensor) -> None:
+    """Subtract a change `[M, blocks]` from a layer's logits."""
+    for plane, part in zip(layer.logits, change):
         plane.sub_(part)
 
 
-def sharpen(masked, factor: float) -> None:
-    """Multiply all logits: the distribution decides more, the most probable mask stays."""
+def sharpen(masked: MaskedModel, factor: float) -> None:
+    """Multiply all logits: the distribution becomes more certain, the most probable mask stays."""
     masked.flush()
     for layer in masked.layers.values():
         for plane in layer.logits:
@@ -38,14 +40,14 @@ class LeaveOneOut:
     `estimator` may scale A_k, as pge.Normalized(pge.Vanilla()) does. Beside the logits a step keeps K masks' bits.
     """
 
-    def __init__(self, masked, samples: int, estimator=None):
+    def __init__(self, masked: MaskedModel, samples: int, estimator: pge.Estimator | None = None):
         self.masked, self.samples, self.estimator = masked, samples, estimator or pge.Vanilla()
 
-    def step(self, batch: Tensor, lr: float) -> float:
-        """Move the logits by K forward passes over int64 `[rows, tokens]`; the mean loss, nats."""
+    def learn(self, batch: Tensor, lr: float) -> float:
+        """Move the logits by K forward passes over int64 `[sequences, tokens]`; the mean loss, nats."""
         losses, drawn = [], []
         for _ in range(self.samples):
-            self.masked.next_step(redraw=True)
+            self.masked.count_step(redraw=True)
             losses.append(batch_loss(self.masked.model, batch))
             drawn.append([layer.bits.clone() for layer in self.masked.layers.values()])
         mean = sum(losses) / self.samples
@@ -59,52 +61,55 @@ class LeaveOneOut:
 class ControlVariate(StraightThrough):
     """pi <- pi - lr [(f(m) - b - G'.(m - mu)) score(m) + J^T G'], m drawn from p(pi).
 
-    G' `[M, blocks]` bfloat16 is the mean of the gradients df/dm of earlier minibatches, that of the newest weighing
+    G' `[M, blocks]` bfloat16 is the mean of the saliencies df/dm of earlier minibatches, that of the newest weighing
     1 - decay, and b what the bracket was in them: both are independent of m, so the mean of the step is the gradient
-    of E f whatever they are, and the better G' predicts f the smaller its variance. `consume` only collects gradients.
+    of E f whatever they are, and the better G' predicts f the smaller its variance. `consume` only collects saliencies.
     """
 
-    def __init__(self, masked, decay: float = 0.9):
-        super().__init__(masked, "eager", sample=True, decay=decay)
-        self.gains, self.collected, self.residual, self.steps = {}, {}, 0.0, 0
-        masked.next_step(redraw=True)  # m0 was not drawn
+    def __init__(self, masked: MaskedModel, decay: float = 0.9):
+        super().__init__(masked, sample=True, decay=decay)
+        self.saliencies: dict[str, Tensor] = {}  # G', by layer
+        self.collected: dict[str, Tensor] = {}  # of this minibatch, by layer
+        self.residual, self.steps = 0.0, 0
+        masked.count_step(redraw=True)  # m0 was not drawn
 
-    def consume(self, layer, gradient: Tensor) -> None:
-        gain = (layer.weight.float() * gradient).view(-1, layer.m).T.contiguous()
-        self.collected[id(layer)] = self.collected.get(id(layer), 0) + gain
+    def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
+        """Add a layer's saliency, from df/dW `[out, in]`, to this minibatch's."""
+        saliency = (layer.weight.float() * gradient).view(-1, layer.m).T.contiguous()
+        self.collected[layer.name] = self.collected.get(layer.name, 0) + saliency
 
-    def step(self, batch: Tensor, lr: float, baseline: float = 0.0) -> float:
-        """One forward and one backward over int64 `[rows, tokens]`; returns the loss, nats. baseline: any number that
-        does not depend on m, such as m0's loss on this minibatch."""
-        loss = super().step(batch, 0.0)
-        n, linear, known = self.masked.space.n, 0.0, bool(self.gains)
+    def learn(self, batch: Tensor, lr: float, baseline: float = 0.0) -> float:
+        """One forward and one backward over int64 `[sequences, tokens]`; returns the loss, nats. baseline: any number
+        that does not depend on m, such as m0's loss on this minibatch."""
+        loss = super().learn(batch, 0.0)
+        n, linear, known = self.masked.space.n, 0.0, bool(self.saliencies)
         mean = self.residual / (1 - self.decay**self.steps) if self.steps else 0.0
         if known:
             for layer in self.masked.layers.values():
                 centred = torch.stack(kept_planes(layer.bits, layer.m)) - self._inclusion(layer, n)
-                linear += float((self.gains[id(layer)] * centred).sum())
+                linear += float((self.saliencies[layer.name] * centred).sum())
         residual = loss - baseline - linear
         for layer in self.masked.layers.values():
-            slope = (residual - mean) * score_planes(layer, layer.bits, n)
+            change = (residual - mean) * score_planes(layer, layer.bits, n)
             if known:
-                gain = list(self.gains[id(layer)].float())
-                slope += torch.stack(pullback([plane.float() for plane in layer.logits], gain, n))
-            move(layer, lr * slope)
-        self._learn(residual, batch.shape[0] * (batch.shape[1] - 1))
+                saliency = list(self.saliencies[layer.name].float())
+                change += torch.stack(vjp([plane.float() for plane in layer.logits], saliency, n))
+            move(layer, lr * change)
+        self._take_in(residual, batch.shape[0] * (batch.shape[1] - 1))
         return loss
 
-    def _inclusion(self, layer, n: int) -> Tensor:
+    def _inclusion(self, layer: MaskedLayer, n: int) -> Tensor:
         return pge.inclusion(torch.stack(layer.logits, 1).float(), n).T
 
-    def _learn(self, residual: float, predictions: int) -> None:
-        """Take this minibatch's residual and gradients, of the loss summed over its predictions, into b and G'."""
+    def _take_in(self, residual: float, predictions: int) -> None:
+        """Take this minibatch's residual and saliencies, of the loss summed over its predictions, into b and G'."""
         self.steps += 1
         self.residual = self.decay * self.residual + (1 - self.decay) * residual
-        for key, gain in self.collected.items():
-            before = self.gains.get(key)
-            gain = gain / predictions
-            mixed = gain if before is None else self.decay * before.float() + (1 - self.decay) * gain
-            self.gains[key] = mixed.bfloat16()
+        for name, saliency in self.collected.items():
+            before = self.saliencies.get(name)
+            saliency = saliency / predictions
+            mixed = saliency if before is None else self.decay * before.float() + (1 - self.decay) * saliency
+            self.saliencies[name] = mixed.bfloat16()
         self.collected = {}
 
 
@@ -113,18 +118,21 @@ class Momentum(StraightThrough):
 
     def __init__(self, *args, momentum: float = 0.9, **kwargs):
         super().__init__(*args, **kwargs)
-        self.momentum, self.means = momentum, {}
+        self.momentum = momentum
+        self.means: dict[str, Tensor] = {}  # by layer
 
-    def consume(self, layer, gradient: Tensor) -> None:
-        before = self.means.get(id(layer))
+    def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
+        """One layer's step, from df/dW `[out, in]`."""
+        before = self.means.get(layer.name)
         mean = gradient if before is None else self.momentum * before.float() + (1 - self.momentum) * gradient
-        self.means[id(layer)] = mean.bfloat16()
+        self.means[layer.name] = mean.bfloat16()
         super().consume(layer, mean)
 
 
 class Sign(StraightThrough):
-    """Straight-through whose logits all move by the whole rate, in the direction of their slope's sign."""
+    """Straight-through whose logits all move by the whole rate, in the direction of their gradient's sign."""
 
-    def consume(self, layer, gradient: Tensor) -> None:
-        self.mean_squares[id(layer)] = torch.tensor(1e-30, device=gradient.device)  # so that any slope is clipped
+    def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
+        """One layer's step, from df/dW `[out, in]`."""
+        self.mean_squares[layer.name] = torch.tensor(1e-30, device=gradient.device)  # any gradient is clipped
         super().consume(layer, gradient)

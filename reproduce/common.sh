@@ -5,16 +5,22 @@
 # computed twice, and a script that was interrupted goes on where it stopped. DRY=1 prints the commands left to run.
 # Every setting can be given in the environment, MODEL=... STEPS=... bash reproduce/estimators.sh; paths in it are
 # relative to the root of the repository.
+#
+# PYTHON is by default that of .venv-lock, the exact versions of requirements-lock.txt, which `make reproduce-env`
+# installs; without that folder it is `python`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-: "${PYTHON:=python}" "${DRY:=0}" "${DEMO:=0}" "${LR:=50}" "${LOGITS:=10}" "${SQLEN:=128}"
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv-lock/bin/python ]; then PYTHON=.venv-lock/bin/python; else PYTHON=python; fi
+fi
+: "${DRY:=0}" "${DEMO:=0}" "${LR:=50}" "${LOGITS:=10}" "${SQLEN:=128}"
 if [ "$DEMO" = 1 ]; then  # what `make demo` leaves in demo/, in minutes on a CPU
     : "${OUT:=results/reproduce-demo}" "${MODEL:=demo/model}" "${DTYPE:=auto}"
     : "${TRAIN_TEXT:=demo/train.jsonl}" "${NSAMPLES:=64}" "${CALIBRATION_SEQLEN:=256}"
     : "${SIZE:=128}" "${BATCHSIZE:=8}" "${STEPS:=48}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=512}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=32}")
-    preset=(--preset fast --tokens "${TOKENS:=50000}" --looks 4)
+    preset=(--preset fast --tokens "${TOKENS:=50000}" --num_evals 4)
 else
     : "${OUT:=results/reproduce}" "${MODEL:=meta-llama/Llama-2-7b-hf}" "${DTYPE:=float16}"
     : "${TRAIN_TEXT:=allenai/c4}" "${NSAMPLES:=128}" "${CALIBRATION_SEQLEN:=2048}"
@@ -54,7 +60,7 @@ once() {  # once OUTPUT SCRIPT FLAGS...: run a script of the repository unless i
     [ "$DRY" = 1 ] || "$PYTHON" "$@"
 }
 
-judged() {  # judged NAME FLAGS...: a row of the table, the numbers in NAME.json
+evaluated() {  # evaluated NAME FLAGS...: a row of the table, the numbers in NAME.json
     local name=$1
     shift
     once "$name.json" evaluate.py "$@" --dtype "$DTYPE" "${protocol[@]}" --save "$name.json"
@@ -66,7 +72,7 @@ sparsity_type() {  # sparsity_type N:M: of the rows that follow
 }
 
 dense() {
-    judged "$OUT/dense" --model "$MODEL"
+    evaluated "$OUT/dense" --model "$MODEL"
 }
 
 prune() {  # prune METHOD
@@ -76,7 +82,7 @@ prune() {  # prune METHOD
 
 pruned() {  # pruned METHOD
     prune "$1"
-    judged "$folder/$1" --model "$folder/$1" --sparsity_type "$n_m"
+    evaluated "$folder/$1" --model "$folder/$1" --sparsity_type "$n_m"
 }
 
 initial_mask() {  # Wanda's, where all learning starts
@@ -85,7 +91,7 @@ initial_mask() {  # Wanda's, where all learning starts
         --save "$folder/initial_mask.safetensors"
 }
 
-train() {  # train RUN FLAGS...: to RUN/mask.safetensors, judged on the original weights
+train() {  # train RUN FLAGS...: to RUN/mask.safetensors, evaluated on the original weights
     local run=$1
     shift
     if [ -e "$run" ] && [ ! -e "$run/mask.safetensors" ]; then
@@ -95,7 +101,7 @@ train() {  # train RUN FLAGS...: to RUN/mask.safetensors, judged on the original
     once "$run/mask.safetensors" train.py --model "$MODEL" --dtype "$DTYPE" --sparsity_type "$n_m" \
         --mask "$folder/initial_mask.safetensors" --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" --max_step "$STEPS" "$@" \
         --skip_checkpoint --out "$run"
-    judged "$run" --model "$MODEL" --mask "$run/mask.safetensors"
+    evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 
 learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How many rows of text learning needs, from one to the paper's 512; minibatches of 32 rows, or of all where there are
+# How many sequences of text learning needs, from one to the paper's 512; minibatches of 32, or of all where there are
 # fewer. VALUES="1 512" for other sizes, each a multiple of the minibatch.
 . "$(dirname "$0")/common.sh"
 sparsity_type 2:4

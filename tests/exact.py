@@ -10,18 +10,18 @@ def by_orderings(logits, kept, digits: int = 120):
     with localcontext() as context:
         context.prec = digits
         w = [Decimal(float(x)).exp() for x in logits]
-        p, slope = Decimal(0), [Decimal(0)] * len(w)
+        p, gradient = Decimal(0), [Decimal(0)] * len(w)
         for order in permutations(kept):
-            left, chance, pull = set(range(len(w))), Decimal(1), [Decimal(i in kept) for i in range(len(w))]
+            left, chance, score = set(range(len(w))), Decimal(1), [Decimal(i in kept) for i in range(len(w))]
             for drawn in order:
                 total = sum(w[j] for j in left)
                 chance *= w[drawn] / total
                 for j in left:
-                    pull[j] -= w[j] / total
+                    score[j] -= w[j] / total
                 left.remove(drawn)
             p += chance
-            slope = [s + chance * x for s, x in zip(slope, pull)]
-        return p, [s / p for s in slope]
+            gradient = [g + chance * x for g, x in zip(gradient, score)]
+        return p, [g / p for g in gradient]
 
 
 def by_inclusion_exclusion(logits, kept, digits: int = 400):
@@ -33,15 +33,15 @@ def by_inclusion_exclusion(logits, kept, digits: int = 400):
         context.prec = digits
         w = [Decimal(float(x)).exp() for x in logits]
         r = sum(x for i, x in enumerate(w) if i not in kept)
-        p, slope, slope_r = Decimal(0), [Decimal(0)] * len(w), Decimal(0)
+        p, gradient, gradient_r = Decimal(0), [Decimal(0)] * len(w), Decimal(0)
         for size in range(len(kept) + 1):
             for late in combinations(kept, size):
                 sign, rate = (-1) ** size, sum((w[i] for i in late), Decimal(0))
                 p += sign * r / (r + rate)
-                slope_r += sign * rate / (r + rate) ** 2
+                gradient_r += sign * rate / (r + rate) ** 2
                 for i in late:
-                    slope[i] -= sign * r / (r + rate) ** 2
-        return p, [x * (slope[i] if i in kept else slope_r) / p for i, x in enumerate(w)]
+                    gradient[i] -= sign * r / (r + rate) ** 2
+        return p, [x * (gradient[i] if i in kept else gradient_r) / p for i, x in enumerate(w)]
 
 
 def log(p) -> float:

@@ -2,8 +2,10 @@
 import torch
 
 import pge
-from layers import find_layers, weight_matrix
-from masked_model import MaskedModel
+from masking.layers import find_layers, weight_matrix
+from masking.masked_model import MaskedModel
+from masking.spaces import SPACES
+from training.initialize import init_at_random
 
 TOKENS = torch.arange(40).view(2, 20) % 32
 
@@ -25,12 +27,15 @@ def magnitude_masks(layers, n=2, m=4):
     return masks
 
 
-def make(model, n=2, m=4, space="linear", **kwargs):
-    """(MaskedModel under its magnitude masks, those masks, its dense weights [out, in])."""
+def make(model, n=2, m=4, space="linear", init="mask", magnitude=10.0, seed=0, **kwargs):
+    """(MaskedModel under its magnitude masks, those masks, its dense weights [out, in]); init: mask or random."""
     layers = find_layers(model)
     dense = {name: weight_matrix(module).clone() for name, module in layers.items()}
     masks = magnitude_masks(layers, n, m)
-    return MaskedModel(model, masks, pge.SPACES[space](n, m), **({"mode": "eager"} | kwargs)), masks, dense
+    masked = MaskedModel(model, masks, SPACES[space](n, m), magnitude, seed=seed, **({"mode": "eager"} | kwargs))
+    if init == "random":
+        init_at_random(masked, magnitude, seed)
+    return masked, masks, dense
 
 
 def used_weights(model):

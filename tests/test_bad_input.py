@@ -25,14 +25,13 @@ from safetensors.torch import load_file, save_file
 from tiny import make_moe, write_corpus
 
 import evaluate
-import files
 import get_mask
 import inference_loss
-import mask_files
 import plot
 import prune
 import train
 import utils
+from files import atomic, mask_files
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
@@ -122,12 +121,9 @@ def w(tmp_path_factory, models):
         (w / f"garbage_{whole}").write_bytes(b"nonsense" * 100)
         (w / f"torn_{whole}").write_bytes((w / whole).read_bytes()[:-100])
     hostile_files(w)
-    (w / "standing.json").write_text("stands")
-    (w / "standing.npz").write_text("stands")
-    (w / "standing.safetensors").write_text("stands")
-    (w / "standing.png").write_text("stands")
     (w / "standing").mkdir()
-    (w / "standing" / "file").write_text("stands")
+    for name in ("standing.json", "standing.npz", "standing.safetensors", "standing.png", "standing/file"):
+        (w / name).write_text("stands")
     return w
 
 
@@ -204,7 +200,7 @@ def refused(w, tmp_path, monkeypatch, capsys):
         before = snapshot(w, tmp_path)
         arguments = (COMMANDS[script] + " " + flags).format(w=w).split()
         with pytest.raises(SystemExit) as stop:
-            utils.run(lambda: SCRIPTS[script].main(arguments))
+            utils.run_script(lambda: SCRIPTS[script].main(arguments))
         check_refusal(stop.value.code, capsys.readouterr().err, *words)
         assert snapshot(w, tmp_path) == before
     return check
@@ -226,7 +222,7 @@ def cases(*rows):
         for scripts, flags, *words in rows for script in ([scripts] if isinstance(scripts, str) else scripts)])
 
 
-# ------------------------------------------------------------------------------------------------- the proof by a shell
+# ------------------------------------------------------------------------------------------------ the proof by a shell
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +256,7 @@ def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
     assert {name.split(".")[0] for name in os.listdir(tmp_path)} == (set() if script == "compare" else {"new"})
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# ----------------------------------------------------------------------------------------------------------- the model
 
 
 @cases((ALL, "--model {w}/absent", "--model", "absent", "no such folder"),
@@ -303,14 +299,14 @@ def test_fused_experts(refused, tmp_path_factory, script):
 @cases(("prune", "--model {w}/gpt2 --dataset {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"),
        ("inference_loss", "--model {w}/gpt2 --mask {w}/mask_gpt2.safetensors --dataset {w}/long.jsonl --sqlen 300",
         "--sqlen", "300", "256"),
-       ("train", "--model {w}/gpt2 --mask {w}/mask_gpt2.safetensors --dataset {w}/long.jsonl --sqlen 300 --targets "
-        "mlp --baseline online", "--sqlen", "300", "256"),
+       ("train", ("--model {w}/gpt2 --mask {w}/mask_gpt2.safetensors --dataset {w}/long.jsonl --sqlen 300 --targets "
+                  "mlp --baseline online"), "--sqlen", "300", "256"),
        ("evaluate", "--model {w}/gpt2 --ppl {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"))
 def test_more_tokens_than_the_model_has_positions(refused, script, flags, words):
     refused(script, flags, *words)
 
 
-# ------------------------------------------------------------------------------------------------------------ the masks
+# ----------------------------------------------------------------------------------------------------------- the masks
 
 REMEDY = ("--mask", "get_mask.py", "--model")
 
@@ -363,7 +359,7 @@ def test_layers_and_patterns(refused, script, flags, words):
     refused(script, flags, *words)
 
 
-# ------------------------------------------------------------------------------------------------------------- the data
+# ------------------------------------------------------------------------------------------------------------ the data
 
 
 @cases((TRAINING, "--dataset {w}/absent.jsonl", "absent.jsonl", "no such file", "check the path"),
@@ -416,7 +412,7 @@ def test_numbers_that_are_not_finite(refused, script, flags, words):
     refused(script, flags, *words)
 
 
-# --------------------------------------------------------------------------------------------------------- the baseline
+# -------------------------------------------------------------------------------------------------------- the baseline
 
 AGAIN = "inference_loss.py"
 
@@ -444,7 +440,7 @@ def test_the_default_baseline_is_missing(refused, monkeypatch):
     refused("train", "", "inference_loss_8_bs4_sql32.npz: there is no such baseline", AGAIN)
 
 
-# ----------------------------------------------------------------------------------------------------------- the output
+# ---------------------------------------------------------------------------------------------------------- the output
 
 
 @cases(("prune", "--save_model {w}/standing", "standing exists already", "another --save_model"),
@@ -478,7 +474,7 @@ def test_the_default_outputs_exist(refused, monkeypatch, tmp_path, script, name)
     refused(script, "", f"{name} exists already")
 
 
-# -------------------------------------------------------------------------------------------------------- the arguments
+# ------------------------------------------------------------------------------------------------------- the arguments
 
 
 @cases(*[(["prune", "get_mask", "train", "evaluate"], f"--sparsity_type {text}", "--sparsity_type", text, "such as 2:4")
@@ -500,7 +496,7 @@ def test_the_default_outputs_exist(refused, monkeypatch, tmp_path, script, name)
        *[("train", f"--{name} {value}", f"--{name}", value, "[0, 1") for name, values in
          (("distill", ("-0.1", "1.5", "nan")), ("val_fraction", ("-0.1", "1.0", "nan"))) for value in values],
        *[("train", f"--{name} {value}", f"--{name}", value, "at least 1")
-         for name in ("tokens", "looks") for value in ("0", "-5", "1e6")],
+         for name in ("tokens", "num_evals") for value in ("0", "-5", "1e6")],
        ("train", "--tokens 256", "--tokens", "--baseline online", "--estimator running"),
        ("train", "--tokens 256 --estimator residual", "--tokens", "--baseline online"),
        ("train", "--preset nonsense", "--preset", "fast"),
@@ -515,7 +511,7 @@ def test_the_default_outputs_exist(refused, monkeypatch, tmp_path, script, name)
        (["prune", "evaluate"], "--seqlen -1", "--seqlen", "at least 1"),
        ("evaluate", "--nwindows 0", "--nwindows", "at least 1"),
        ("train", "--epoch nonsense", "--epoch", "at least 1"),
-       ("train", "--looks 0", "--looks", "at least 1"),
+       ("train", "--num_evals 0", "--num_evals", "at least 1"),
        ("train", "--tokens 0", "--tokens", "at least 1"),
        ("train", "--tokens 500", "--tokens", "--baseline online"),
        ("train", "--max_minutes -1", "--max_minutes", "-1"),
@@ -541,7 +537,7 @@ def test_arguments(refused, script, flags, words):
     refused(script, flags, *words)
 
 
-# ---------------------------------------------------------------------------------------------- tasks, records and runs
+# --------------------------------------------------------------------------------------------- tasks, records and runs
 
 
 @cases(("evaluate", "--task_file {w}/absent.jsonl", "absent.jsonl cannot be read", "one JSON object a line"),
@@ -564,10 +560,10 @@ def test_tasks_records_and_runs(refused, script, flags, words):
     refused(script, flags, *words)
 
 
-# ------------------------------------------------------------------------------------------------------------- the disk
+# ------------------------------------------------------------------------------------------------------------ the disk
 
 
 @pytest.mark.parametrize("script", ["prune", "get_mask", "inference_loss", "evaluate", "convert"])
 def test_a_disk_that_is_full(refused, monkeypatch, script):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
     refused(script, "", "0.0 MiB left", "free some space")

@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import get_mask
-import mask_files
 import prune
 import train
-from layers import find_layers, weight_matrix
-from utils import UserError, apply_mask, model_fingerprint
+from files import mask_files
+from masking.layers import apply_mask, find_layers, weight_matrix
+from masking.loading import model_fingerprint
+from utils import UserError
 
 PLACE = "--dtype float32 --device cpu"
 
@@ -142,7 +143,7 @@ def test_apply_mask_is_what_pruning_did(w, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_apply_mask_is_what_train_saves_and_evaluate_judges(w, tmp_path, kind):
+def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path, kind):
     train.main(f"--model {w}/{kind} {PLACE} --mask {w}/{kind}.safetensors --dataset {w}/text.jsonl --dataset_size 8 "
                f"--batchsize 4 --sqlen 32 --baseline online --init random --max_step 2 --step eager "
                f"--out {tmp_path}/run".split())
@@ -153,9 +154,9 @@ def test_apply_mask_is_what_train_saves_and_evaluate_judges(w, tmp_path, kind):
     model.save_pretrained(tmp_path / "applied")
     for file in (w / kind).glob("*token*"):
         shutil.copy(file, tmp_path / "applied")
-    judge = f"{PLACE} --ppl {w}/text.jsonl --seqlen 64 --nwindows 4"
-    evaluate.main(f"--model {tmp_path}/applied {judge} --sparsity_type 2:4 --save {tmp_path}/a.json".split())
-    evaluate.main(f"--model {w}/{kind} --mask {learned} {judge} --save {tmp_path}/b.json".split())
+    measured = f"{PLACE} --ppl {w}/text.jsonl --seqlen 64 --nwindows 4"
+    evaluate.main(f"--model {tmp_path}/applied {measured} --sparsity_type 2:4 --save {tmp_path}/a.json".split())
+    evaluate.main(f"--model {w}/{kind} --mask {learned} {measured} --save {tmp_path}/b.json".split())
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     assert first["ppl"] == second["ppl"] and first["density"] == second["density"]
 

@@ -72,7 +72,7 @@ class Words:
         return transformers.BatchEncoding({"input_ids": [0, *map(len, text.split()), 1]})
 
 
-# ---- documents
+# ----------------------------------------------------------------------------------------------------------- documents
 
 @pytest.mark.parametrize("kind", ["json", "jsonl.gz", "json.gz", "array.json", "parquet", "txt", "folder",
                                   "saved", "saved-splits", "column", "odd [name]*"])
@@ -126,7 +126,7 @@ def test_missing_and_empty_texts_stay_documents(tmp_path):
     assert list(data.documents(path)) == ["x", "", ""]
 
 
-# ---- minibatches
+# --------------------------------------------------------------------------------------------------------- minibatches
 
 def test_minibatches_are_the_first_long_enough_documents(tmp_path):
     counts = [5, 3, 4, 9, 2, 6, 7, 8]  # words; Words() adds two special tokens
@@ -201,7 +201,7 @@ def test_minibatches_refuse(sizes, message, tokenizers, corpus):
     assert "\n" not in str(caught.value)
 
 
-# ---- rows of running text
+# ------------------------------------------------------------------------------------------- sequences of running text
 
 class WordsWithEnd(Words):
     eos_token_id = 99
@@ -213,49 +213,49 @@ def numbered(tmp_path, counts):
 
 
 @pytest.mark.parametrize("tokenizer, between", [(WordsWithEnd(), [99]), (Words(), [])])
-def test_token_rows_are_the_running_text_shuffled(tmp_path, tokenizer, between):
-    """Every token of every document once, in order within a row; only what does not fill a minibatch is cut off."""
+def test_token_sequences_are_the_running_text_shuffled(tmp_path, tokenizer, between):
+    """Every token of every document once, in order within a sequence; what fills no minibatch is cut off."""
     tokenizer.eos_token_id = between[0] if between else None
     counts = [5, 0, 3, 11, 7, 2]
     stream = [token for i, n in enumerate(counts) for token in [0] + [i + 2] * n + [1] + between]
-    batches = data.token_rows(tokenizer, numbered(tmp_path, counts), 10**6, batchsize=2, sqlen=4, seed=0)
+    batches = data.token_sequences(tokenizer, numbered(tmp_path, counts), 10**6, batchsize=2, sqlen=4, seed=0)
     assert batches.dtype == torch.int64 and batches.shape == (len(stream) // 8, 2, 4)
-    rows = [stream[i:i + 4] for i in range(0, len(stream) // 8 * 8, 4)]
+    sequences = [stream[i:i + 4] for i in range(0, len(stream) // 8 * 8, 4)]
     found = batches.flatten(0, 1).tolist()
-    assert sorted(found) == sorted(rows) and found != rows
-    again = data.token_rows(tokenizer, numbered(tmp_path, counts), 10**6, 2, 4, seed=0)
-    other = data.token_rows(tokenizer, numbered(tmp_path, counts), 10**6, 2, 4, seed=1)
+    assert sorted(found) == sorted(sequences) and found != sequences
+    again = data.token_sequences(tokenizer, numbered(tmp_path, counts), 10**6, 2, 4, seed=0)
+    other = data.token_sequences(tokenizer, numbered(tmp_path, counts), 10**6, 2, 4, seed=1)
     assert torch.equal(batches, again) and not torch.equal(batches, other)
 
 
 @pytest.mark.parametrize("tokens, minibatches", [(1, 1), (8, 1), (15, 1), (16, 2), (25, 3)])
-def test_token_rows_stop_reading_at_the_budget(monkeypatch, tokens, minibatches):
+def test_token_sequences_stop_reading_at_the_budget(monkeypatch, tokens, minibatches):
     """Down to whole minibatches of 8 tokens, one at least; a document has 4 tokens."""
     opened = endless(monkeypatch, "w w")
     tokenizer = Words()
     tokenizer.eos_token_id = None
-    assert data.token_rows(tokenizer, "endless", tokens, 2, 4, 0).shape == (minibatches, 2, 4)
+    assert data.token_sequences(tokenizer, "endless", tokens, 2, 4, 0).shape == (minibatches, 2, 4)
     assert len(opened) == 2 * minibatches
 
 
-def test_token_rows_of_real_tokenizers(tokenizer, corpus):
+def test_token_sequences_of_real_tokenizers(tokenizer, corpus):
     """All of a corpus: each document with the special tokens it has alone, and the end token after it if there is."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream = [token for text in read(corpus) for token in tokenizer(text).input_ids + end]
-    rows = data.token_rows(tokenizer, corpus, 10**9, 1, 32, 0).flatten(0, 1).tolist()
-    assert sorted(rows) == sorted(stream[i:i + 32] for i in range(0, len(stream) // 32 * 32, 32))
+    sequences = data.token_sequences(tokenizer, corpus, 10**9, 1, 32, 0).flatten(0, 1).tolist()
+    assert sorted(sequences) == sorted(stream[i:i + 32] for i in range(0, len(stream) // 32 * 32, 32))
 
 
-def test_token_rows_refuse(tmp_path):
+def test_token_sequences_refuse(tmp_path):
     tokenizer = WordsWithEnd()
     path = numbered(tmp_path, [4])  # 7 tokens with the special ones
     with pytest.raises(UserError, match="has only 7 tokens, fewer than one minibatch of 2 x 4: lower --batchsize"):
-        data.token_rows(tokenizer, path, 100, 2, 4, 0)
+        data.token_sequences(tokenizer, path, 100, 2, 4, 0)
     with pytest.raises(UserError, match="--sqlen is 1: it must be at least 2"):
-        data.token_rows(tokenizer, path, 100, 2, 1, 0)
+        data.token_sequences(tokenizer, path, 100, 2, 1, 0)
 
 
-# ---- calibration samples
+# ------------------------------------------------------------------------------------------------- calibration samples
 
 def get_c4(tokenizer, texts, nsamples, seqlen, seed):
     """As published with SparseGPT and Wanda, on the global random module."""
@@ -286,7 +286,7 @@ def test_calibration_equals_get_c4(tokenizer, corpus, seqlen):
 def test_calibration_keeps_to_documents_just_long_enough(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "ww"}, {"text": "www www"}])  # 3 and 4 tokens
     assert data.calibration_samples(Words(), path, 5, 3, 0).tolist() == [[0, 3, 3]] * 5
-    with pytest.raises(UserError, match="none of the 2 documents .* more than 4 tokens: lower --seqlen"):
+    with pytest.raises(UserError, match=r"none of the 2 documents .* more than 4 tokens: lower --seqlen"):
         data.calibration_samples(Words(), path, 5, 4, 0)
 
 
@@ -300,7 +300,7 @@ def test_calibration_refuses(tmp_path):
             data.calibration_samples(Words(), str(path), nsamples, seqlen, 0)
 
 
-# ---- perplexity windows
+# -------------------------------------------------------------------------------------------------- perplexity windows
 
 def test_windows_of_a_txt_are_the_file_as_it_is(tokenizer, tmp_path):
     text = "The cat\r\n\r\n\r\n" * 50 + "watches  the   child.\n"
@@ -328,7 +328,7 @@ def test_windows_refuse(corpus, tmp_path):
             data.perplexity_windows(Words(), path, seqlen, limit)
 
 
-# ---- the Hub, by what is asked of it
+# ------------------------------------------------------------------------------------- the Hub, by what is asked of it
 
 C4 = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
 
@@ -381,12 +381,12 @@ def test_hub_failures_are_one_line(use, error, monkeypatch):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match="cannot read dataset .* local file or folder") as caught:
+    with pytest.raises(UserError, match=r"cannot read dataset .* local file or folder") as caught:
         use()
     assert "\n" not in str(caught.value)
 
 
-# ---- bad local input
+# ----------------------------------------------------------------------------------------------------- bad local input
 
 def broken_sources(folder):
     rows = [{"a": "x", "b": "y"}]
@@ -439,7 +439,7 @@ def test_a_missing_file_is_never_looked_up_on_the_hub(hub):
     assert hub.asked == []
 
 
-# ---- fingerprint
+# --------------------------------------------------------------------------------------------------------- fingerprint
 
 def test_fingerprint():
     batches = torch.arange(24).view(2, 3, 4)

@@ -1,4 +1,4 @@
-"""evaluate.py as a judge: zero-shot scores against plain loops and against lm-evaluation-harness itself, what is
+"""evaluate.py and evaluation/: zero-shot scores against plain loops and against lm-evaluation-harness itself, what is
 verified and refused, where the numbers go, and the table they make."""
 
 import json
@@ -16,10 +16,11 @@ from tiny import MODELS, POSITIONS, training_text
 
 import data
 import evaluate
-import mask_files
-import tasks
-import utils
-from layers import find_layers
+from evaluation import zero_shot
+from evaluation.comparison import percent
+from files import mask_files
+from masking.layers import find_layers
+from masking.loading import model_fingerprint
 from utils import UserError
 
 PLACE = "--dtype float32 --device cpu"
@@ -52,7 +53,7 @@ def quiz() -> list[dict]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, models):
     """The three models, a text, and the quiz as a file."""
-    folder = tmp_path_factory.mktemp("judge")
+    folder = tmp_path_factory.mktemp("evaluate")
     for name, path in models.items():
         shutil.copytree(path, folder / name)
     (folder / "text.txt").write_text(" ".join(training_text()[:60]))
@@ -70,11 +71,11 @@ def llama(folder):
     return hf_model(folder / "llama")
 
 
-def judge(arguments: str) -> None:
+def run(arguments: str) -> None:
     evaluate.main(f"{PLACE} {arguments}".split())
 
 
-# ------------------------------------------------------------------------------------------------------------ scoring
+# ------------------------------------------------------------------------------------------------------------- scoring
 
 
 def plain_score(model, tokenizer, context: str, choice: str, bos: bool = True) -> float:
@@ -98,13 +99,14 @@ def test_scores_are_the_chain_rule(loaded, batchsize, bos):
     model, tokenizer = loaded
     pairs = [(item["context"], choice) for item in quiz() for choice in item["choices"]]
     pairs += [("The old cat " * 100, "watches the doctor."), ("The old cat " * 100, "watches.")]  # cut from the left
-    found = tasks.log_likelihoods(model, [tasks.encode(tokenizer, *pair, bos) for pair in pairs[:-2]], batchsize)
+    requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs[:-2]]
+    found = zero_shot.log_likelihoods(model, requests, batchsize)
     expected = [plain_score(model, tokenizer, *pair, bos) for pair in pairs]
     assert found == pytest.approx(expected[:-2], abs=1e-4)
     items = [{"context": pairs[-1][0], "choices": [pair[1] for pair in pairs[-2:]], "gold": gold} for gold in (0, 1)]
-    numbers = [tasks.score_items(model, tokenizer, [item], batchsize, bos) for item in items]
+    found = [zero_shot.score_items(model, tokenizer, [item], batchsize, bos) for item in items]
     likeliest = max((0, 1), key=lambda k: expected[len(expected) - 2 + k])
-    assert [n["acc"] for n in numbers] == [float(likeliest == gold) for gold in (0, 1)]
+    assert [n["acc"] for n in found] == [float(likeliest == gold) for gold in (0, 1)]
 
 
 def test_accuracies_and_errors(loaded):
@@ -118,7 +120,7 @@ def test_accuracies_and_errors(loaded):
         hits.append(max(range(4), key=scores.__getitem__) == item["gold"])
         hits_norm.append(max(range(4), key=norms.__getitem__) == item["gold"])
     assert hits != hits_norm and 0 < sum(hits) < len(hits)
-    found = tasks.score_items(model, tokenizer, items)
+    found = zero_shot.score_items(model, tokenizer, items)
     for metric, expected in (("acc", hits), ("acc_norm", hits_norm)):
         mean = sum(expected) / len(items)
         assert found[metric] == mean
@@ -154,18 +156,18 @@ class Unigram(torch.nn.Module):
 def test_by_hand():
     """In bits: " b" 5 + 2, " aaa" 5 + 3: acc takes b; a character of theirs costs 7 and 8/3: acc_norm takes aaa."""
     item = {"context": "dd", "choices": [" b", " aaa"], "gold": 0, "place": "here"}
-    requests = [tasks.encode(Letters(), "dd", choice) for choice in item["choices"]]
+    requests = [zero_shot.encode(Letters(), "dd", choice) for choice in item["choices"]]
     assert requests[0] == ([0, 5, 5, 1, 3], 3)
-    bits = [-score / math.log(2) for score in tasks.log_likelihoods(Unigram(), requests, 1)]
+    bits = [-score / math.log(2) for score in zero_shot.log_likelihoods(Unigram(), requests, 1)]
     assert bits == pytest.approx([7, 8], abs=1e-5)
     items = [item, {**item, "gold": 1}, {**item, "gold": 1}, {**item, "gold": 1}]
-    found = tasks.score_items(Unigram(), Letters(), items)
+    found = zero_shot.score_items(Unigram(), Letters(), items)
     assert (found["acc"], found["acc_norm"]) == (0.25, 0.75)
     assert found["acc_stderr"] == found["acc_norm_stderr"] == 0.25  # sqrt(0.25 * 0.75 * 4 / 3 / 4)
-    alone = tasks.score_items(Unigram(), Letters(), [item])
+    alone = zero_shot.score_items(Unigram(), Letters(), [item])
     assert (alone["acc"], alone["acc_stderr"]) == (1, None)
     tie = {"context": "", "choices": ["d", "e"], "gold": 0, "place": "here"}
-    assert tasks.score_items(Unigram(), Letters(), [tie, {**tie, "gold": 1}])["acc"] == 0.5  # the first of equals
+    assert zero_shot.score_items(Unigram(), Letters(), [tie, {**tie, "gold": 1}])["acc"] == 0.5  # the first of equals
 
 
 @pytest.mark.parametrize("item, words", [
@@ -173,18 +175,18 @@ def test_by_hand():
     ({"context": "", "choices": ["d", ""]}, ("line 3", "adds no token", "space"))])
 def test_choices_that_cannot_be_scored(item, words):
     with pytest.raises(UserError) as error:
-        tasks.score_items(Unigram(), Letters(), [{**item, "gold": 0, "place": "quiz.jsonl, line 3"}])
+        zero_shot.score_items(Unigram(), Letters(), [{**item, "gold": 0, "place": "quiz.jsonl, line 3"}])
     assert all(word in str(error.value) for word in words)
     if len(item["choices"][0]) == 12:  # the longest that fits: all its tokens are scored
-        whole = tasks.score_items(Unigram(), Letters(), [{**item, "choices": ["b" * 12, "a" * 12], "gold": 1}])
+        whole = zero_shot.score_items(Unigram(), Letters(), [{**item, "choices": ["b" * 12, "a" * 12], "gold": 1}])
         assert whole["acc"] == 1
 
 
 def test_scores_that_are_not_finite():
     model = Unigram()
     model.logits = model.logits * math.nan
-    with pytest.raises(UserError, match="not finite.*--dtype"):
-        tasks.score_items(model, Letters(), [{"context": "", "choices": ["a", "b"], "gold": 0}])
+    with pytest.raises(UserError, match=r"not finite.*--dtype"):
+        zero_shot.score_items(model, Letters(), [{"context": "", "choices": ["a", "b"], "gold": 0}])
 
 
 # ---------------------------------------------------------------------------------------------------------- task files
@@ -207,7 +209,7 @@ GOOD = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
 def test_bad_lines(tmp_path, line, words):
     (tmp_path / "quiz.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(UserError) as error:
-        tasks.read_items(str(tmp_path / "quiz.jsonl"))
+        zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
     assert f"{tmp_path}/quiz.jsonl, line 3: " in str(error.value) and words in str(error.value)
 
 
@@ -217,14 +219,14 @@ def test_bad_files(tmp_path, content, words):
     if content is not None:
         (tmp_path / "quiz.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=words):
-        tasks.read_items(str(tmp_path / "quiz.jsonl"))
+        zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
 
 
 def test_good_files(tmp_path):
     """Line separators inside a string do not end the line; CRLF and an end without newline do no harm."""
     (tmp_path / "quiz.jsonl").write_bytes(GOOD.replace("sky", "sky\u2028\x0b").replace("\x0b", "\\u000b").encode()
                                           + b"\r\n" + GOOD.encode())
-    items = tasks.read_items(str(tmp_path / "quiz.jsonl"))
+    items = zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
     assert [item["context"] for item in items] == ["The sky\u2028\x0b is", "The sky is"]
 
 
@@ -255,7 +257,7 @@ def local_task(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", ["", "--tasks_no_bos --tasks_batchsize 3", "--task_limit 5"])
 def test_files_score_as_in_the_harness(folder, tmp_path, local_task, flags, capsys):
     for name in MODELS:
-        judge(f"--model {folder}/{name} --ppl none --tasks {local_task()} --task_file {tmp_path}/own.jsonl {flags} "
+        run(f"--model {folder}/{name} --ppl none --tasks {local_task()} --task_file {tmp_path}/own.jsonl {flags} "
               f"--save {tmp_path}/{name}.json")
         record = json.loads((tmp_path / f"{name}.json").read_text())
         own, theirs = record["tasks"]["own"], record["tasks"]["local_quiz"]
@@ -278,9 +280,9 @@ def test_every_score_is_the_harness_one(loaded, bos):
     pairs += [("", "the old cat"), ("", "Every bird"), ("The old cat " * 60, " watches the doctor.")]
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=None if bos else False)
     theirs = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
-    requests = [tasks.encode(tokenizer, *pair, bos) for pair in pairs]
+    requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs]
     requests = [(ids[-POSITIONS - 1:], start - max(0, len(ids) - POSITIONS - 1)) for ids, start in requests]
-    assert tasks.log_likelihoods(model, requests, 4) == pytest.approx([score for score, _ in theirs], abs=1e-4)
+    assert zero_shot.log_likelihoods(model, requests, 4) == pytest.approx([score for score, _ in theirs], abs=1e-4)
 
 
 HUB = {  # rows of the Hub's data sets for the field's seven tasks, and for a group
@@ -305,12 +307,12 @@ def test_the_fields_seven_tasks(folder, tmp_path, monkeypatch, capsys):
 
     def load_dataset(path, *args, **kwargs):
         rows = datasets.Dataset.from_list([HUB[path]] * 3)
-        return datasets.DatasetDict({split: rows for split in ("train", "dev", "validation", "test")})
+        return datasets.DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), rows))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     arc = HUB["allenai/ai2_arc"]
     write_lines(tmp_path / "arc.jsonl", [{"context": f"Question: {arc['question']}\nAnswer:", "gold": 1,
                                           "choices": [f" {choice}" for choice in arc["choices"]["text"]]}] * 2)
-    judge(f"--model {folder}/llama --ppl none --tasks {SEVEN} --task_limit 2 --task_file {tmp_path}/arc.jsonl "
+    run(f"--model {folder}/llama --ppl none --tasks {SEVEN} --task_limit 2 --task_file {tmp_path}/arc.jsonl "
           f"--save {tmp_path}/seven.json")
     record, said = json.loads((tmp_path / "seven.json").read_text()), capsys.readouterr().out
     assert list(record["tasks"]) == ["arc", *SEVEN.split(",")] and record["task_limit"] == 2
@@ -320,9 +322,9 @@ def test_the_fields_seven_tasks(folder, tmp_path, monkeypatch, capsys):
         "acc": own["acc"], "acc_stderr": 0, "acc_norm": own["acc_norm"], "acc_norm_stderr": 0, "items": 2, "source": ""}
     assert record["mean_acc"] == sum(task["acc"] for task in record["tasks"].values()) / 8
     assert f"mean acc {100 * record['mean_acc']:.2f} % (acc, not acc_norm; tasks: 8)" in said
-    assert list(tasks.load_harness(["ai2_arc"])) == ["arc_challenge", "arc_easy"]  # a tag stands for its tasks
+    assert list(zero_shot.load_harness(["ai2_arc"])) == ["arc_challenge", "arc_easy"]  # a tag stands for its tasks
     with pytest.raises(UserError, match="--tasks mmlu_other is a group; name its tasks: mmlu_"):
-        tasks.load_harness(["mmlu_other"])
+        zero_shot.load_harness(["mmlu_other"])
 
 
 def test_tasks_that_are_refused(folder, local_task, monkeypatch):
@@ -331,33 +333,33 @@ def test_tasks_that_are_refused(folder, local_task, monkeypatch):
     for name, words in [("wikitext", "perplexity by words.*--ppl wikitext2"), ("helaswag", "no such task.*hellaswag"),
                         (rolling, "local_quiz has no acc but word_perplexity.*leave it out")]:
         with pytest.raises(UserError, match=words):
-            judge(f"--model {folder}/llama --tasks {name}")
+            run(f"--model {folder}/llama --tasks {name}")
 
     def no_network(*args, **kwargs):
         raise ConnectionError("no network")
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(UserError, match="piqa cannot be loaded.*no network.*--task_file"):
-        judge(f"--model {folder}/llama --tasks piqa")
+    with pytest.raises(UserError, match=r"piqa cannot be loaded.*no network.*--task_file"):
+        run(f"--model {folder}/llama --tasks piqa")
 
 
 def test_without_the_harness(folder, monkeypatch):
-    tasks._task_manager.cache_clear()
+    zero_shot._task_manager.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks.manager", None)
-    with pytest.raises(UserError, match="--tasks needs.*pip install 'lm_eval"):
-        judge(f"--model {folder}/llama --tasks piqa")
+    with pytest.raises(UserError, match=r"--tasks needs.*pip install 'lm_eval"):
+        run(f"--model {folder}/llama --tasks piqa")
 
 
 def test_two_tasks_of_one_name(folder, tmp_path):
     with pytest.raises(UserError, match="two tasks have one name"):
-        judge(f"--model {folder}/llama --task_file {folder}/quiz.jsonl {write_lines(tmp_path / 'quiz.jsonl', quiz())}")
+        run(f"--model {folder}/llama --task_file {folder}/quiz.jsonl {write_lines(tmp_path / 'quiz.jsonl', quiz())}")
 
 
-# -------------------------------------------------------------------------------------------------- text and sparsity
+# --------------------------------------------------------------------------------------------------- text and sparsity
 
 
 def test_tokens_of_the_text_and_of_the_windows(folder, tmp_path, llama, capsys):
-    judge(f"--model {folder}/llama --ppl {folder}/text.txt --seqlen 50 --nwindows 3 --save {tmp_path}/a.json")
+    run(f"--model {folder}/llama --ppl {folder}/text.txt --seqlen 50 --nwindows 3 --save {tmp_path}/a.json")
     record, said = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
     ids = llama[1]((folder / "text.txt").read_text()).input_ids
     assert len(ids) % 50 and (record["text_tokens"], record["tokens"], record["windows"]) == (len(ids), 150, 3)
@@ -366,7 +368,7 @@ def test_tokens_of_the_text_and_of_the_windows(folder, tmp_path, llama, capsys):
 
 
 def test_no_text(folder, tmp_path, capsys):
-    judge(f"--model {folder}/llama --ppl none --save {tmp_path}/a.json")
+    run(f"--model {folder}/llama --ppl none --save {tmp_path}/a.json")
     assert "ppl" not in json.loads((tmp_path / "a.json").read_text())
     weights = sum(module.weight.numel() for module in find_layers(hf_model(folder / "llama")[0]).values())
     assert f"density 1.000000, {weights:,} of {weights:,} weights not zero\n" in capsys.readouterr().out
@@ -388,7 +390,7 @@ def test_exact_density(folder, tmp_path, capsys):
     """One weight less in one layer is seen, and is no breach of the pattern."""
     sparse_copy(folder, tmp_path / "sparse",
                 lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].view(-1, 4)[5].zero_())
-    judge(f"--model {tmp_path}/sparse --ppl none --sparsity_type 2:4")
+    run(f"--model {tmp_path}/sparse --ppl none --sparsity_type 2:4")
     weights = sum(module.weight.numel() for module in find_layers(hf_model(folder / "llama")[0]).values())
     record = json.loads((tmp_path / "sparse/evaluation.json").read_text())
     assert record["density"] == (weights // 2 - 2) / weights and record["sparsity_type"] == "2:4"
@@ -402,9 +404,9 @@ def test_one_weight_breaks_the_pattern(folder, tmp_path, value, words):
         tensors["model.layers.1.mlp.down_proj.weight"].view(-1, 4)[7, 3] = value
     sparse_copy(folder, tmp_path / "sparse", change)
     with pytest.raises(UserError, match=f"1 of 14 layers are not 2:4 sparse: model.layers.1.mlp.{words}"):
-        judge(f"--model {tmp_path}/sparse --ppl none --sparsity_type 2:4")
+        run(f"--model {tmp_path}/sparse --ppl none --sparsity_type 2:4")
     assert not (tmp_path / "sparse/evaluation.json").exists()
-    judge(f"--model {tmp_path}/sparse --ppl none --sparsity_type 2:4 --targets self_attn")
+    run(f"--model {tmp_path}/sparse --ppl none --sparsity_type 2:4 --targets self_attn")
 
 
 # ------------------------------------------------------------------------------------------------ where the numbers go
@@ -417,17 +419,17 @@ def model_copy(models, tmp_path):
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    def load_model(args):
+    def load_model(**given):
         raise AssertionError("a model was loaded")
     monkeypatch.setattr(evaluate, "load_model", load_model)
 
 
 def test_beside_the_model_and_never_over_it(model_copy, capsys, request):
-    judge(f"--model {model_copy} --ppl none")
+    run(f"--model {model_copy} --ppl none")
     assert json.loads((model_copy / "evaluation.json").read_text())["density"] == 1
     request.getfixturevalue("nothing_loads")
-    with pytest.raises(UserError, match="evaluation.json exists already; choose another file with --save, or remove"):
-        judge(f"--model {model_copy} --ppl none")
+    with pytest.raises(UserError, match=r"evaluation.json exists already; choose another file with --save, or remove"):
+        run(f"--model {model_copy} --ppl none")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -438,32 +440,32 @@ def test_beside_the_mask(model_copy, tmp_path, kind):
              for name, module in find_layers(model).items()}
     mask = tmp_path / {"file": "mask.v1.safetensors", "folder": "mask.v1"}[kind]
     if kind == "file":
-        mask_files.save(mask, masks, 2, 4, "model", utils.model_fingerprint(model))
+        mask_files.save(mask, masks, 2, 4, "model", model_fingerprint(model))
     else:
         mask_files.save_folder(mask, masks)
-    judge(f"--model {model_copy} --mask {mask} --ppl none")
+    run(f"--model {model_copy} --mask {mask} --ppl none")
     assert json.loads((tmp_path / "mask.v1.evaluation.json").read_text())["density"] == 0.5
     assert not (model_copy / "evaluation.json").exists()
-    with pytest.raises(UserError, match="mask.v1.evaluation.json exists already"):
-        judge(f"--model {model_copy} --mask {mask} --ppl none")
+    with pytest.raises(UserError, match=r"mask.v1.evaluation.json exists already"):
+        run(f"--model {model_copy} --mask {mask} --ppl none")
 
 
 def test_a_folder_that_cannot_be_written(model_copy, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.os, "access", lambda path, mode: False)
-    judge(f"--model {model_copy} --ppl none")
+    run(f"--model {model_copy} --ppl none")
     assert not (model_copy / "evaluation.json").exists()
     assert f"not written: {model_copy} cannot be written to; --save FILE keeps the numbers" in capsys.readouterr().out
 
 
 def test_a_hub_id(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_model", lambda args: hf_model(folder / "llama"))
-    judge("--model someone/model --ppl none")
+    monkeypatch.setattr(evaluate, "load_model", lambda **given: hf_model(folder / "llama"))
+    run("--model someone/model --ppl none")
     assert "not written: someone/model is no folder here" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------------ --compare
+# ----------------------------------------------------------------------------------------------------------- --compare
 
 
 def record(**changes) -> dict:
@@ -490,7 +492,7 @@ def test_compare(tmp_path, monkeypatch, capsys, nothing_loads):
         **text(5.12, text="elsewhere/text.txt"), tasks={"piqa": task(0.78), "quiz": quiz}, mean_acc=0.64)))
     (tmp_path / "mask.evaluation.json").write_text(json.dumps(record(
         **text(6.7891), sparsity_type="2:4", density=0.5, tasks={"quiz": quiz, "piqa": task(0.7)}, mean_acc=0.6)))
-    judge("--compare dense mask.evaluation.json")
+    run("--compare dense mask.evaluation.json")
     said = capsys.readouterr().out
     assert table_of(said) == [
         ["model", "sparsity", "density", "perplexity, text.txt, 32 windows of 512 tokens", "piqa acc (%, 100 items)",
@@ -508,7 +510,7 @@ def test_compare(tmp_path, monkeypatch, capsys, nothing_loads):
 def test_other_texts_have_other_columns(tmp_path, capsys, other, headings):
     for name, numbers in (("a", text(5)), ("b", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(record(**numbers)))
-    judge(f"--compare {tmp_path}/a.json {tmp_path}/b.json")
+    run(f"--compare {tmp_path}/a.json {tmp_path}/b.json")
     said = capsys.readouterr().out
     head, _, *rows = table_of(said)
     assert head[3:] == [f"perplexity, {heading}" for heading in headings]
@@ -522,7 +524,7 @@ def test_other_items_have_other_columns(tmp_path, capsys, other):
     for name, numbers in (("a", task(0.3)), ("b", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(record(tasks={"piqa": numbers, "race": task(0.5)},
                                                                    mean_acc=0.45)))
-    judge(f"--compare {tmp_path}/a.json {tmp_path}/b.json")
+    run(f"--compare {tmp_path}/a.json {tmp_path}/b.json")
     head, _, *rows = table_of(capsys.readouterr().out)
     assert len(set(head)) == len(head)  # piqa, race, piqa of the other, mean acc of each
     assert [row[3:] for row in rows] == [["30.00 ± 1.00", "50.00 ± 1.00", "", "45.00", ""],
@@ -534,21 +536,21 @@ def test_other_items_have_other_columns(tmp_path, capsys, other):
 def test_no_records(tmp_path, content):
     if content:
         (tmp_path / "evaluation.json").write_text(content)
-    with pytest.raises(UserError, match="--compare .*evaluation.json is no record of evaluate.py.*make it with"):
-        judge(f"--compare {tmp_path}")
+    with pytest.raises(UserError, match=r"--compare .*evaluation.json is no record of evaluate.py.*make it with"):
+        run(f"--compare {tmp_path}")
 
 
 def test_what_is_written_can_be_compared(folder, tmp_path, capsys):
     for name in MODELS:
-        judge(f"--model {folder}/{name} --ppl {folder}/text.txt --seqlen 64 --nwindows 2 --task_limit 8 "
+        run(f"--model {folder}/{name} --ppl {folder}/text.txt --seqlen 64 --nwindows 2 --task_limit 8 "
               f"--task_file {folder}/quiz.jsonl --save {tmp_path}/{name}.json")
     capsys.readouterr()
-    judge("--compare " + " ".join(f"{tmp_path}/{name}.json" for name in MODELS))
+    run("--compare " + " ".join(f"{tmp_path}/{name}.json" for name in MODELS))
     head, _, *rows = table_of(capsys.readouterr().out)
     records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in MODELS]
     assert head[3:] == [*(f"perplexity, text.txt, 2 windows of 64 tokens [{i}]" for i in (1, 2, 3)),  # three tokenizers
                         "quiz acc (%, 8 items)", "quiz acc_norm (%, 8 items)"]
     for i, (row, numbers) in enumerate(zip(rows, records)):
         assert row[3 + i] == f"{numbers['ppl']:.3f}"
-        assert row[-2] == evaluate.percent(numbers["tasks"]["quiz"], "acc")
+        assert row[-2] == percent(numbers["tasks"]["quiz"], "acc")
     assert records[0]["environment"]["transformers"] == transformers.__version__

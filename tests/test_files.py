@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-import files
 import utils
-from files import check_disk, written_beside
+from files import atomic
+from files.atomic import atomic_write, check_disk
 from utils import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 def write(path, text="new"):
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text)
 
 
@@ -39,21 +41,21 @@ def test_a_block_that_fails_changes_nothing(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
     told = UserError if isinstance(error, (OSError, SafetensorError)) else type(error)
-    with pytest.raises(told) as raised:
-        with written_beside(path) as beside:
-            beside.mkdir()
-            (beside / "half").write_text("half")
-            raise error
-    assert told is not UserError or "No space left" in str(raised.value) and "free some space" in str(raised.value)
+    with pytest.raises(told) as raised, atomic_write(path) as beside:
+        beside.mkdir()
+        (beside / "half").write_text("half")
+        raise error
+    if told is UserError:
+        assert "No space left" in str(raised.value) and "free some space" in str(raised.value)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_folder_takes_its_name_with_all_its_files_readable(tmp_path):
-    with written_beside(tmp_path / "folder") as beside:
+    with atomic_write(tmp_path / "folder") as beside:
         (beside / "in").mkdir(parents=True)
         (beside / "in" / "file").touch(mode=0o600)
     assert os.listdir(tmp_path) == ["folder"]
-    assert (tmp_path / "folder" / "in" / "file").stat().st_mode & 0o777 == 0o666 & ~files._umask()
+    assert (tmp_path / "folder" / "in" / "file").stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
 
 
 def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, monkeypatch):
@@ -65,7 +67,7 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, m
 
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(os, "replace", lambda source, target: (events.append("rename"), replace(source, target)))
-    with written_beside(path) as beside:
+    with atomic_write(path) as beside:
         beside.mkdir()
         (beside / "a").touch()
     if "?" in events:
@@ -87,12 +89,12 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    code = ("import sys, time\nfrom files import written_beside\nwith written_beside(sys.argv[1]) as beside:\n"
+    code = ("import sys, time\nfrom files.atomic import atomic_write\nwith atomic_write(sys.argv[1]) as beside:\n"
             "    beside.write_text('half')\n    print('half', flush=True)\n    time.sleep(60)")
-    writer = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, cwd=files.__file__[:-8])
+    writer = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, cwd=ROOT)
     assert writer.stdout.readline() == b"half\n"
     write(tmp_path / "other")
-    assert len(os.listdir(tmp_path)) == 3 and files.is_alive(writer.pid)
+    assert len(os.listdir(tmp_path)) == 3 and atomic.is_alive(writer.pid)
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
     assert path.read_text() == "old" and len(os.listdir(tmp_path)) == 3
@@ -102,9 +104,9 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
 
 def test_check_disk(tmp_path, monkeypatch):
     asked, usage = [], namedtuple("usage", "free")
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: (asked.append(path), usage(5 * 2**20))[1])
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: (asked.append(path), usage(5 * 2**20))[1])
     check_disk(tmp_path / "not" / "there" / "yet", 5 * 2**20)
-    with pytest.raises(UserError, match="there needs 5.0 MiB, but its disk has 5.0 MiB left; free some space"):
+    with pytest.raises(UserError, match=r"there needs 5.0 MiB, but its disk has 5.0 MiB left; free some space"):
         check_disk(tmp_path / "not" / "there", 5 * 2**20 + 1)
     assert asked == [tmp_path, tmp_path]
 

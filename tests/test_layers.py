@@ -1,11 +1,11 @@
-"""layers.py: which layers are found, and masking them for good."""
+"""masking/layers.py: which layers are found, and masking them for good."""
 import pytest
 import tiny
 import torch
 import transformers
 from masked import assert_masked, magnitude_masks
 
-from layers import (
+from masking.layers import (
     apply_masks,
     check_divisible,
     check_sparsity,
@@ -78,14 +78,14 @@ def test_a_name_wins_over_a_regular_expression():
 
 @pytest.mark.parametrize("target", ["no_such_layer", "lm_head", "embed", "[", "*"])
 def test_targets_that_match_nothing_are_refused(load, target):
-    with pytest.raises(UserError, match="matches no layer; names look like model.layers.0.self_attn.q_proj") as error:
+    with pytest.raises(UserError, match=r"matches no layer; names look like model.layers.0.self_attn.q_proj") as error:
         find_layers(load(), ["mlp", target])
     assert f"--targets {target} " in str(error.value)
 
 
 def test_fused_experts_are_refused_clearly_and_the_rest_can_be_named(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny.make_moe(tmp_path))
-    with pytest.raises(UserError, match="fused experts.*--targets self_attn"):
+    with pytest.raises(UserError, match=r"fused experts.*--targets self_attn"):
         find_layers(model)
     assert len(find_layers(model, ["self_attn"])) == 8
 
@@ -94,7 +94,7 @@ def test_check_divisible(load):
     layers = find_layers(load("gpt2"))
     for m in (2, 4, 8, 16, 64):
         check_divisible(layers, m)
-    with pytest.raises(UserError, match="M = 5 does not divide the 64 input features of transformer.h.0.attn.c_attn"):
+    with pytest.raises(UserError, match=r"M = 5 does not divide the 64 input features of transformer.h.0.attn.c_attn"):
         check_divisible(layers, 5)
     check_divisible({"c_proj": layers["transformer.h.0.mlp.c_proj"]}, 256)  # in: 256, out: 64
 
@@ -104,7 +104,7 @@ def test_masks_of_another_model_are_refused(load):
     masks = magnitude_masks(layers)
     match_masks(layers, masks)
     match_masks(layers, {name: mask for name, mask in masks.items() if "mlp" in name})
-    with pytest.raises(UserError, match="another model: it has model.layers.9.mlp, which"):
+    with pytest.raises(UserError, match=r"another model: it has model.layers.9.mlp, which"):
         match_masks(layers, masks | {"model.layers.9.mlp": masks["model.layers.0.mlp.up_proj"]})
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(UserError, match=r"up_proj is \[64, 128\] there, \[128, 64\] here"):
@@ -135,7 +135,7 @@ def test_apply_masks_zeroes_in_place(kind, load):
 
 def test_check_sparsity(load):
     layers = find_layers(load())
-    with pytest.raises(UserError, match="14 of 14 layers are not 2:4 sparse: .*q_proj .*blocks.* \\.\\.\\.;"):
+    with pytest.raises(UserError, match=r"14 of 14 layers are not 2:4 sparse: .*q_proj .*blocks.* \.\.\.;"):
         check_sparsity(layers, (2, 4))
     assert check_sparsity(layers, None) == 1.0
     apply_masks(layers, magnitude_masks(layers))

@@ -1,4 +1,4 @@
-"""masked_model.py: what a model under learned masks computes, layer by layer, bit for bit."""
+"""masking/masked_model.py: what a model under learned masks computes, layer by layer, bit for bit."""
 import pytest
 import torch
 import transformers
@@ -6,9 +6,10 @@ from masked import assert_masked, drawn_masks, forward, logits_of, magnitude_mas
 from torch import nn
 
 import pge
-import step
-from layers import apply_masks, check_sparsity, find_layers, weight_matrix
-from masked_model import MaskedModel
+from masking.block_bits import write_masked
+from masking.layers import apply_masks, check_sparsity, find_layers, weight_matrix
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
 from utils import UserError
 
 
@@ -32,7 +33,7 @@ def test_the_first_forward_is_that_of_the_model_under_m0(kind, load, dtype):
 @pytest.mark.parametrize("n, m, space", [(2, 4, "linear"), (1, 4, "linear"), (2, 8, "linear"), (2, 4, "pattern")])
 def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, load, n, m, space):
     masked, masks, dense = make(load(kind), n, m, space, magnitude=1.0)
-    shown = []
+    seen = []
     for t in range(4):
         used = used_weights(masked.model)
         drawn = drawn_masks(masked)
@@ -40,9 +41,9 @@ def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, loa
         for name, weight in used.items():
             assert (drawn[name].reshape(-1, m).sum(1) == n).all()
             assert_masked(weight, dense[name], drawn[name])
-        shown.append(drawn)
+        seen.append(drawn)
         masked.update(0.3)
-    assert not any(same(shown[t], shown[t + 1]) for t in range(3))
+    assert not any(same(seen[t], seen[t + 1]) for t in range(3))
 
 
 def test_blocks_of_a_conv1d_run_along_its_inputs(load):
@@ -50,9 +51,9 @@ def test_blocks_of_a_conv1d_run_along_its_inputs(load):
     masked.update(0.1)
     forward(masked.model)
     for name, module in find_layers(masked.model).items():
-        # The scratch buffer holds one layer at a time: show this one again.
+        # The scratch buffer holds one layer at a time: write this one again.
         layer = masked.layers[name]
-        step.write_masked(layer.weight.view(-1), layer.bits, layer.scratch, 4)
+        write_masked(layer.weight.view(-1), layer.bits, layer.scratch, 4)
         inputs, outputs = module.weight.shape  # Conv1D: [in, out]
         assert (inputs, outputs) == tuple(layer.weight.shape)[::-1]
         assert ((module.weight.view(inputs // 4, 4, outputs) != 0).sum(1) == 2).all()
@@ -63,7 +64,7 @@ def test_8_16_works(load):
     layers = find_layers(model, ["k_proj", "v_proj"])
     masks = magnitude_masks(layers, 8, 16)
     dense = {name: weight_matrix(layer).clone() for name, layer in layers.items()}
-    masked = MaskedModel(model, masks, pge.LinearSpace(8, 16), magnitude=1.0, mode="eager")
+    masked = MaskedModel(model, masks, LinearSpace(8, 16), magnitude=1.0, mode="eager")
     masked.update(0.5)
     used = used_weights(model)
     for name, drawn in drawn_masks(masked).items():
@@ -112,13 +113,13 @@ def test_masks_repeat_with_the_seed_and_differ_without(load):
 def test_every_step_and_layer_draws_afresh(load):
     """At equal logits two draws of a 2:4 block agree once in 6."""
     masked = make(load(), magnitude=0.0)[0]
-    shown = []
+    seen = []
     for _ in range(2):
         masked.update(0.0)
         masked.flush()
-        shown.append(drawn_masks(masked))
+        seen.append(drawn_masks(masked))
     first, second = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
-    for a, b in ((shown[0][first], shown[1][first]), (shown[0][first], shown[0][second])):
+    for a, b in ((seen[0][first], seen[1][first]), (seen[0][first], seen[0][second])):
         assert float((a == b).view(-1, 4).all(1).float().mean()) == pytest.approx(1 / 6, abs=0.05)
 
 
@@ -132,15 +133,15 @@ def test_eager_and_exact_steps_move_the_logits_alike(load):
     assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(*logits))
 
 
-# ---------------------------------------------------------------------------------------------------------- showing m0
+# -------------------------------------------------------------------------------------------------------- masked by m0
 
 
-def test_showing_initial_wears_m0_and_restores_the_masks_drawn(kind, load):
+def test_use_initial_is_masked_by_m0_and_restores_the_masks_drawn(kind, load):
     masked, masks, dense = make(load(kind), magnitude=1.0)
     masked.keep_initial(masks)
     before = forward(masked.model)
     masked.update(0.5)
-    with masked.showing_initial():  # the update is carried out first, and not lost
+    with masked.use_initial():  # the update is carried out first, and not lost
         inside, used = forward(masked.model), used_weights(masked.model)
     drawn = drawn_masks(masked)
     assert torch.equal(inside, before)
@@ -152,20 +153,20 @@ def test_showing_initial_wears_m0_and_restores_the_masks_drawn(kind, load):
     assert set(logits.flatten().tolist()) != {0.0, 1.0}
 
 
-def test_showing_initial_wears_m0_where_learning_started_elsewhere(load):
+def test_use_initial_is_masked_by_m0_where_learning_started_elsewhere(load):
     masked, masks, dense = make(load(), init="random")
     masked.keep_initial(masks)
-    with masked.showing_initial():
+    with masked.use_initial():
         used = used_weights(masked.model)
     for name, weight in used.items():
         assert_masked(weight, dense[name], masks[name])
 
 
-def test_the_masks_drawn_are_back_after_an_error_inside_showing_initial(load):
+def test_the_masks_drawn_are_back_after_an_error_inside_use_initial(load):
     masked, masks, _ = make(load(), magnitude=1.0)
     masked.keep_initial(masks)
     masked.update(0.5)
-    with pytest.raises(KeyboardInterrupt), masked.showing_initial():
+    with pytest.raises(KeyboardInterrupt), masked.use_initial():
         raise KeyboardInterrupt
     used, drawn = used_weights(masked.model), drawn_masks(masked)
     assert not same(drawn, masks) and all(torch.equal(used[name] != 0, drawn[name]) for name in drawn)
@@ -194,7 +195,7 @@ def test_layers_without_a_mask_stay_dense(load):
     model = load()
     masks = magnitude_masks(find_layers(model, ["mlp"]))
     dense = model.model.layers[0].self_attn.q_proj.weight.clone()
-    masked = MaskedModel(model, masks, pge.LinearSpace(2, 4), mode="eager")
+    masked = MaskedModel(model, masks, LinearSpace(2, 4), mode="eager")
     forward(model)
     assert list(masked.layers) == list(masks)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, dense)
@@ -203,7 +204,7 @@ def test_layers_without_a_mask_stay_dense(load):
 def test_a_mask_of_another_model_is_refused_before_anything_changes(load):
     model, other = load(), load("opt")
     with pytest.raises(UserError, match="another model"):
-        MaskedModel(model, magnitude_masks(find_layers(other)), pge.LinearSpace(2, 4))
+        MaskedModel(model, magnitude_masks(find_layers(other)), LinearSpace(2, 4))
     assert check_sparsity(find_layers(model), None) == 1.0
 
 
@@ -314,18 +315,18 @@ def test_a_plain_stack_of_linears_is_a_model_too():
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
 def test_masks_of_a_step_are_drawn_in_any_order(load, order):
-    """What is drawn, worn and learned does not depend on which of a step's masks a process scores, and when."""
+    """What is drawn, used and learned does not depend on which of a step's masks a process scores, and when."""
     one, other = (make(load("llama"), magnitude=1.0)[0] for _ in range(2))
     for coefficients in ([0.5, -0.2, 0.1], [0.3, 0.3, -0.6]):
-        worn = {}
+        used = {}
         for sample in order:
             one.draw(sample)
             forward(one.model)
-            worn[sample] = drawn_masks(one)
+            used[sample] = drawn_masks(one)
         other.draw(1)
         forward(other.model)
-        assert same(drawn_masks(other), worn[1]) and not same(worn[0], worn[1]) and not same(worn[1], worn[2])
-        one.update(coefficients)
-        other.update(coefficients)
+        assert same(drawn_masks(other), used[1]) and not same(used[0], used[1]) and not same(used[1], used[2])
+        one.update_many(coefficients)
+        other.update_many(coefficients)
         assert one.checksum() == other.checksum()
     assert one.checksum() != make(load("llama"), magnitude=1.0)[0].checksum()

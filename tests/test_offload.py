@@ -1,27 +1,25 @@
 """Models whose weights accelerate keeps in the host's memory: every script makes of them what it makes of others."""
 import json
-import sys
-from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 import transformers
+from faults import kill
 from masked import forward, make, same
+from safetensors.torch import load_file
 from tiny import write_corpus
 
 import evaluate
 import get_mask
 import inference_loss
-import offload
 import prune
 import train
-import utils
-from layers import find_layers, weight_matrix
+from masking import offload
+from masking.layers import find_layers, weight_matrix
+from masking.loading import input_device, load_model, model_fingerprint
+from training.straight_through import StraightThrough
 from utils import UserError
-
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
-import kill  # noqa: E402
 
 
 @pytest.fixture
@@ -60,8 +58,8 @@ def test_masks_are_learned_on_lent_weights(load, kind):
 
 def test_where_weights_are_kept(load):
     plain, model = load("llama"), accelerate.cpu_offload(load("llama"), execution_device="cpu")
-    assert utils.input_device(model) == torch.device("cpu")
-    assert utils.model_fingerprint(model) == utils.model_fingerprint(plain)
+    assert input_device(model) == torch.device("cpu")
+    assert model_fingerprint(model) == model_fingerprint(plain)
     for mine, lent in zip(find_layers(plain).values(), find_layers(model).values()):
         assert lent.weight.is_meta and torch.equal(weight_matrix(lent), weight_matrix(mine))
         assert not offload.is_on_disk(lent) and not offload.is_on_disk(mine)
@@ -99,7 +97,6 @@ def test_the_whole_pipeline(models, tmp_path, lent):
 
 
 def _weights(folder):
-    from safetensors.torch import load_file
     return load_file(folder / "model.safetensors")
 
 
@@ -111,13 +108,11 @@ def test_weights_on_the_disk_are_refused(models, tmp_path, monkeypatch):
         model, found = load(*given, **names)
         return accelerate.disk_offload(model.eval(), str(tmp_path / "disk"), execution_device="cpu"), found
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", to_disk)
-    args = prune.parse_args(f"--model {models['llama']} --dtype float32 --device cpu --device_map auto".split())
     with pytest.raises(UserError, match="weights on the disk cannot be masked"):
-        utils.load_model(args)
+        load_model(models["llama"], dtype="float32", device="cpu", device_map="auto")
 
 
 def test_gradients_are_not_taken_on_lent_weights(load):
-    from straight_through import StraightThrough
     masked = make(accelerate.cpu_offload(load("llama"), execution_device="cpu"))[0]
     with pytest.raises(UserError, match="straight_through needs all weights on GPUs"):
-        StraightThrough(masked, "eager")
+        StraightThrough(masked)

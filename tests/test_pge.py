@@ -1,4 +1,4 @@
-"""pge.py against enumeration in decimals, finite differences, autograd, and ten million draws."""
+"""pge.py and masking/spaces.py against enumeration in decimals, finite differences, autograd, and ten million draws."""
 from decimal import Decimal, localcontext
 from itertools import combinations
 from math import comb
@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pge
+from masking.spaces import LIMIT, MARGIN, SPACES, LinearSpace, PatternSpace, logits_from_scores
 
 ALL_TO_SIX = [(n, m) for m in range(2, 7) for n in range(1, m)]
-SHAPES = ALL_TO_SIX + [(2, 8), (4, 8)]
+SHAPES = [*ALL_TO_SIX, (2, 8), (4, 8)]
 SCALES = [0.1, 1.0, 5.0, 20.0]
 
 
@@ -45,7 +46,7 @@ def assert_exact(logits, mask, reference, tolerance=1e-5):
         assert (row - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-# ------------------------------------------------------------------------------------------------ log_prob and score
+# -------------------------------------------------------------------------------------------------- log_prob and score
 
 
 @pytest.mark.parametrize("n, m", SHAPES)
@@ -103,8 +104,8 @@ def test_score_is_autograd_and_finite_differences_of_log_prob(n, m):
     step = 1e-5 * torch.eye(m, dtype=torch.float64)
     with torch.no_grad():
         for i in range(m):
-            slope = (pge.log_prob(logits + step[i], mask) - pge.log_prob(logits - step[i], mask)) / 2e-5
-            assert torch.allclose(score[:, i], slope, atol=1e-8, rtol=0)
+            difference = (pge.log_prob(logits + step[i], mask) - pge.log_prob(logits - step[i], mask)) / 2e-5
+            assert torch.allclose(score[:, i], difference, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("n, m", SHAPES)
@@ -151,7 +152,7 @@ def test_a_mask_that_varies_in_n_is_refused():
         pge.log_prob(torch.zeros(2, 4), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool())
 
 
-# --------------------------------------------------------------------------------------------------------- inclusion
+# ----------------------------------------------------------------------------------------------------------- inclusion
 
 
 @pytest.mark.parametrize("n, m", SHAPES)
@@ -176,7 +177,7 @@ def test_jacobian_of_inclusion(n, m):
     assert torch.allclose(jacobian, (table * pge.pattern_probs(block, n)[0, :, None]).T @ scores, atol=1e-12)
 
 
-# -------------------------------------------------------------------------------------------------- sample and mode
+# ----------------------------------------------------------------------------------------------------- sample and mode
 
 DRAWS = [  # logits of a block, N, millions of draws
     ([10.0, 10.0, 0.0, 0.0], 2, 4), ([10.0, 0.0, 0.0, 0.0], 2, 1), ([0.0, 0.0, 0.0, 0.0], 2, 1),
@@ -220,13 +221,13 @@ def test_mode_is_the_most_probable_pattern():
     assert torch.equal(pge.mode(logits, 2), pge.patterns(2, 5)[pge.pattern_probs(logits, 2).argmax(1)])
 
 
-# ------------------------------------------------------------------------------------------------------------ spaces
+# -------------------------------------------------------------------------------------------------------------- spaces
 
 
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (3, 5), (4, 8)])
 def test_pattern_space_expresses_any_linear_distribution(n, m):
     """With pattern logits log p(S | pi), plus any constant, the two spaces are one distribution."""
-    linear, pattern = pge.LinearSpace(n, m), pge.PatternSpace(n, m)
+    linear, pattern = LinearSpace(n, m), PatternSpace(n, m)
     logits = torch.randn(1, m, generator=seeded(1), dtype=torch.float64) * 2
     table = pge.patterns(n, m)
     probs = distribution(logits[0].tolist(), n)
@@ -241,7 +242,7 @@ def test_pattern_space_expresses_any_linear_distribution(n, m):
 
 
 def test_one_of_m_is_the_same_in_both_spaces():
-    linear, pattern = pge.LinearSpace(1, 6), pge.PatternSpace(1, 6)
+    linear, pattern = LinearSpace(1, 6), PatternSpace(1, 6)
     logits = torch.randn(300, 6, generator=seeded(0)) * 4
     mask = linear.sample(logits, seeded(1))
     assert torch.equal(pattern.sample(logits, seeded(1)), mask)
@@ -252,16 +253,16 @@ def test_one_of_m_is_the_same_in_both_spaces():
 
 
 def test_score_of_the_pattern_space_is_autograd_of_its_log_prob():
-    space = pge.PatternSpace(2, 5)
+    space = PatternSpace(2, 5)
     logits = torch.randn(50, 10, generator=seeded(0), dtype=torch.float64, requires_grad=True)
     mask = space.sample(logits.detach(), seeded(1))
     gradient = torch.autograd.grad(space.log_prob(logits, mask).sum(), logits)[0]
     assert torch.allclose(space.score(logits.detach(), mask), gradient, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", pge.SPACES)
+@pytest.mark.parametrize("name", SPACES)
 def test_initial_logits_prefer_the_initial_mask(name):
-    space = pge.SPACES[name](2, 4)
+    space = SPACES[name](2, 4)
     mask = pge.sample(torch.zeros(100, 4), 2, seeded(0))
     logits = space.init(mask, 10.0)
     assert logits.shape == (100, space.width) and sorted(set(logits.flatten().tolist())) == [0.0, 10.0]
@@ -281,46 +282,46 @@ def scored_masks(draw):
     return n, m, mask, score, draw(st.sampled_from([0.0, 0.5, 4.0, 30.0]))
 
 
-@pytest.mark.parametrize("name", pge.SPACES)
+@pytest.mark.parametrize("name", SPACES)
 @settings(max_examples=60, deadline=None)
 @given(drawn=scored_masks())
-def test_graded_logits_prefer_the_mask_and_by_the_margin(name, drawn):
+def test_logits_from_scores_prefer_the_mask_and_by_the_margin(name, drawn):
     n, m, mask, score, magnitude = drawn
-    space = pge.SPACES[name](n, m)
+    space = SPACES[name](n, m)
     logits = space.init(mask, magnitude, score)
     assert logits.shape == (4, space.width) and logits.dtype == torch.float32 and logits.isfinite().all()
     assert torch.equal(space.mode(logits), mask)
     best, second = logits.topk(2, dim=1).values.unbind(1) if name == "pattern" else (
         logits.masked_fill(~mask, torch.inf).amin(1), logits.masked_fill(mask, -torch.inf).amax(1))
-    assert (best - second >= pge.MARGIN - 1e-4).all()
+    assert (best - second >= MARGIN - 1e-4).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(scored_masks())
-def test_graded_logits_follow_the_formula(drawn):
+def test_logits_from_scores_follow_the_formula(drawn):
     """C log(score / weakest kept score), cut off at the limit, a kept weight the margin more; 0 where they disagree."""
-    n, m, mask, score, magnitude = drawn
-    logits = pge.graded(mask, magnitude, score)
+    *_, mask, score, magnitude = drawn
+    logits = logits_from_scores(mask, magnitude, score)
     for kept, x, row in zip(mask.tolist(), score.double().clamp(min=1e-30).tolist(), logits.tolist()):
         weakest = min(value for value, k in zip(x, kept) if k)
         for value, k, logit in zip(x, kept, row):
             gap = magnitude * float(torch.tensor(value / weakest, dtype=torch.float64).log())
-            expected = pge.MARGIN + min(max(gap, 0), pge.LIMIT) if k else max(min(gap, 0), -pge.LIMIT)
+            expected = MARGIN + min(max(gap, 0), LIMIT) if k else max(min(gap, 0), -LIMIT)
             assert logit == pytest.approx(expected, abs=1e-3)
 
 
-def test_graded_patterns_add_up_what_they_keep():
+def test_pattern_logits_from_scores_add_up_what_they_keep():
     mask, score = mask_of([0, 2], 4)[None], torch.tensor([[4.0, 1.0, 2.0, 0.5]])
-    linear, pattern = (pge.SPACES[name](2, 4).init(mask, 2.0, score)[0] for name in ("linear", "pattern"))
+    linear, pattern = (SPACES[name](2, 4).init(mask, 2.0, score)[0] for name in ("linear", "pattern"))
     assert linear.tolist() == pytest.approx([1 + 2 * log(Decimal(2)), -2 * log(Decimal(2)), 1, -4 * log(Decimal(2))])
     assert pattern.tolist() == pytest.approx([float(linear[a] + linear[b]) for a, b in combinations(range(4), 2)])
 
 
-def test_graded_8_16():
+def test_logits_from_scores_of_8_16():
     score = torch.rand(50, 16, generator=seeded(0)) + 0.1
     mask = pge.mode(score, 8)
-    for name in pge.SPACES:
-        space = pge.SPACES[name](8, 16)
+    for name in SPACES:
+        space = SPACES[name](8, 16)
         assert torch.equal(space.mode(space.init(mask, 4.0, score)), mask)
 
 
@@ -330,7 +331,7 @@ def test_a_block_of_2_4_leaves_its_mask_once_in_7000_draws():
     assert float(left) == pytest.approx(1.36e-4, rel=0.01)
 
 
-# -------------------------------------------------------------------------------------------------------- estimators
+# ---------------------------------------------------------------------------------------------------------- estimators
 
 TOY = [0.4, -1.1, 0.9, 0.2]  # one block of 2:4
 LOSSES = [2.31, 1.87, 2.6, 2.02, 2.44, 1.95]  # f(S) of its six masks, arbitrary
@@ -455,6 +456,15 @@ def test_normalized_asks_for_what_it_wraps():
     assert pge.Normalized(pge.Residual()).needs_baseline and not pge.Normalized(pge.Vanilla()).needs_baseline
     estimator = pge.Normalized(pge.Running())
     assert [estimator.advantage(loss, None, b) for loss, b in ((3.0, 0), (9.0, 1), (4.0, 0))] == [0, 0, 1]
+
+
+def test_normalized_hands_on_the_tracker():
+    normalized, plain = pge.Normalized(pge.MaskPro(0.9)), pge.MaskPro(0.9)
+    for loss in (4.0, 2.5, 5.0):
+        normalized.advantage(loss, 3.0), plain.advantage(loss, 3.0)
+        assert normalized.delta == plain.delta != 0
+    assert all(estimator.delta is None for estimator in (pge.Vanilla(), pge.Residual(), pge.Running(),
+                                                         pge.Normalized(pge.Running())))
 
 
 def test_which_estimators_need_a_baseline():

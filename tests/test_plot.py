@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-import figures
 import plot
+from files.records import read_lines
+from training import figures
 from utils import UserError
 
 pytest.importorskip("matplotlib")
@@ -102,7 +103,7 @@ def test_several_runs(tmp_path, monkeypatch):
 def test_pictures_are_not_overwritten(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "layers.svg").write_text("mine")
-    with pytest.raises(UserError, match="layers.svg exists already; choose another --out PREFIX"):
+    with pytest.raises(UserError, match=r"layers.svg exists already; choose another --out PREFIX"):
         plot.main([str(run)])
     assert (run / "layers.svg").read_text() == "mine" and not (run / "plot.png").exists()
 
@@ -114,7 +115,7 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
                               ("layers.jsonl", plot.is_state, layers_of(6))]:
         with open(run / name, "a") as file:
             file.write(torn)
-        assert plot.read_lines(run / name, fits) == lines
+        assert read_lines(run / name, fits) == lines
 
 
 def test_one_step_is_enough(tmp_path):
@@ -132,10 +133,10 @@ DAMAGED = {
     "run.json cannot be read": ("run.json", None),
     "run.json is damaged": ("run.json", "{"),
     "run.json is damaged: its arguments have no": ("run.json", '{"arguments": {"sparsity_type": [4, 2]}}'),
-    "layers.jsonl: line 1 is damaged": ("layers.jsonl", '{"step": 1, "changed": {"a": 0.1}, "entropy": {"a": 0.1}, '
-                                                        '"blocks": {"b": 1}}\n'),
-    "layers.jsonl: line 1 is damaged; delete": ("layers.jsonl", '{"step": 1, "changed": {"a": 0.1}, "entropy": '
-                                                                '{"a": 0.1}, "blocks": {"a": 0}}\n')}
+    "layers.jsonl: line 1 is damaged": (
+        "layers.jsonl", '{"step": 1, "changed": {"a": 0.1}, "entropy": {"a": 0.1}, "blocks": {"b": 1}}\n'),
+    "layers.jsonl: line 1 is damaged; delete": (
+        "layers.jsonl", '{"step": 1, "changed": {"a": 0.1}, "entropy": {"a": 0.1}, "blocks": {"a": 0}}\n')}
 
 
 @pytest.mark.parametrize("message", DAMAGED)
@@ -151,7 +152,7 @@ def test_a_damaged_run_is_an_error(tmp_path, message):
 def test_no_run_at_all(tmp_path):
     (tmp_path / "file").touch()
     for wrong in ("nowhere", "file"):
-        with pytest.raises(UserError, match="metrics.jsonl cannot be read .*; give run folders that train.py wrote"):
+        with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*; give run folders that train.py wrote"):
             plot.main([str(tmp_path / wrong)])
     assert os.listdir(tmp_path) == ["file"]
 

@@ -1,4 +1,5 @@
-"""prune.py in process: the one-pass solver on real modules, and RIA's formula."""
+"""prune.py in process, pruning/one_shot.py: the one-pass solver on real modules, and RIA's formula."""
+import dataclasses
 import shutil
 
 import pytest
@@ -7,9 +8,10 @@ from tiny import write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
-import importance
 import prune
-from layers import check_sparsity, find_layers, weight_matrix
+from masking.layers import check_sparsity, find_layers, weight_matrix
+from pruning.one_shot import OneShot, ria
+from utils import arguments_of
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_true_sequential_differs_only_after_the_first_layers(folder, tmp_path):
 def test_ria_follows_its_formula():
     generator = torch.Generator().manual_seed(0)
     weight, norms = torch.randn(6, 8, generator=generator), torch.rand(8, generator=generator)
-    found = importance.ria(weight, norms)
+    found = ria(weight, norms)
     for i in range(6):
         for j in range(8):
             size = abs(float(weight[i, j]))
@@ -85,10 +87,10 @@ def test_unstructured_takes_the_share_where_the_method_looks(folder, tmp_path, m
 def test_unstructured_by_a_metric_of_ones_own():
     weight = torch.tensor([[1.0, -8, 3, 2], [5, 6, -7, 4]])
     norms = torch.tensor([9.0, 1, 1, 1])
-    args = prune.parse_args(["--sparsity_type", "unstructured"])
-    assert prune.mask_of(weight, norms, args).tolist() == [[True, True, False, False], [True, False, True, False]]
-    args.prune_method = "magnitude"
-    assert prune.mask_of(weight, None, args).tolist() == [[False, True, False, False], [True, True, True, False]]
+    way = OneShot(**arguments_of(OneShot, prune.parse_args(["--sparsity_type", "unstructured"])))
+    assert way.mask(weight, norms).tolist() == [[True, True, False, False], [True, False, True, False]]
+    way = dataclasses.replace(way, prune_method="magnitude")
+    assert way.mask(weight, None).tolist() == [[False, True, False, False], [True, True, True, False]]
 
 
 def test_the_ratio_and_the_pattern_must_agree(capsys):
@@ -107,29 +109,40 @@ def test_blocks_of_other_sizes(folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("flags", [[], ["--true_sequential"]])
-def test_exchanges_bring_the_first_layer_closer_and_change_no_weight(folder, tmp_path, kind, flags):
+def test_swaps_bring_the_first_layer_closer_and_change_no_weight(folder, tmp_path, kind, flags):
     flags = ["--prune_method", "wanda", "--sparsity_type", "4:8", *flags]
     plain = find_layers(pruned(folder, tmp_path / "a", kind, *flags))
-    better = find_layers(pruned(folder, tmp_path / "b", kind, *flags, "--exchange", "5"))
+    swapped = find_layers(pruned(folder, tmp_path / "b", kind, *flags, "--swaps", "5"))
     model = AutoModelForCausalLM.from_pretrained(folder / kind)
     dense = find_layers(model)
-    assert check_sparsity(better, (4, 8)) == pytest.approx(0.5, abs=1e-3)
-    for name, module in better.items():
+    assert check_sparsity(swapped, (4, 8)) == pytest.approx(0.5, abs=1e-3)
+    for name, module in swapped.items():
         weight, kept = weight_matrix(module), weight_matrix(module) != 0
         assert torch.equal(weight[kept], weight_matrix(dense[name])[kept])
     name, inputs = next(iter(dense)), []
     dense[name].register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, -2)))
-    rows = data.calibration_samples(AutoTokenizer.from_pretrained(folder / kind), str(folder / "text.jsonl"), 8, 64, 0)
+    tokenizer = AutoTokenizer.from_pretrained(folder / kind)
+    samples = data.calibration_samples(tokenizer, str(folder / "text.jsonl"), 8, 64, 0)
     with torch.no_grad():
-        model(input_ids=rows)
+        model(input_ids=samples)
 
     def error(layers):
         return float(((weight_matrix(layers[name]) - weight_matrix(dense[name])) @ inputs[0].T).square().sum())
-    assert error(better) < 0.98 * error(plain)
+    assert error(swapped) < 0.98 * error(plain)
 
 
 @pytest.mark.parametrize("flags", ["--prune_method sparsegpt", "--sparsity_type unstructured"])
-def test_exchanges_are_for_masks_of_unchanged_weights(flags, capsys):
+def test_swaps_are_for_masks_of_unchanged_weights(flags, capsys):
     with pytest.raises(SystemExit) as stop:
-        prune.parse_args(f"{flags} --exchange 3".split())
-    assert stop.value.code == 2 and "--exchange betters an N:M mask" in capsys.readouterr().err
+        prune.parse_args(f"{flags} --swaps 3".split())
+    assert stop.value.code == 2 and "--swaps improves an N:M mask" in capsys.readouterr().err
+
+
+def test_the_old_name_of_swaps(capsys):
+    """--exchange, as it was called, means the same and is not in the manual."""
+    assert vars(prune.parse_args(["--exchange", "3"])) == vars(prune.parse_args(["--swaps", "3"]))
+    assert prune.parse_args(["--exchange", "3"]).swaps == 3 and prune.parse_args([]).swaps == 0
+    with pytest.raises(SystemExit):
+        prune.parse_args(["--help"])
+    said = capsys.readouterr().out
+    assert "--swaps" in said and "exchange" not in said

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,10 @@ import data
 import evaluate
 import get_mask
 import inference_loss
-import mask_files
 import prune
-import settings
 import train
+from files import mask_files
+from training import args as train_args
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
@@ -43,6 +44,10 @@ def bash(script: str, settings: dict, folder: Path = ROOT) -> subprocess.Complet
 def printed(said: str) -> list[list[str]]:
     """The commands that a script shows, each a list: script and flags."""
     return [shlex.split(line.removeprefix("$ python ")) for line in said.splitlines() if line.startswith("$ python ")]
+
+
+def parse(name: str, flags: list[str]):
+    return train_args.parse(train.__doc__, flags) if name == "train.py" else COMMANDS[name].parse_args(flags)
 
 
 def planned(script: str, settings: dict, folder: Path = ROOT) -> list[list[str]]:
@@ -79,7 +84,7 @@ def finished(tiny):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_take_the_commands(script, mode, tmp_path):
     plan = planned(script, {**mode, "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path)}, folder=tmp_path)
-    parsed = [(name, COMMANDS[name].parse_args(flags)) for name, *flags in plan]
+    parsed = [(name, parse(name, flags)) for name, *flags in plan]
     assert not (tmp_path / "out").exists()
     outputs = [vars(args).get("save_model") or vars(args).get("out") or args.save for _, args in parsed[:-1]]
     assert len(set(outputs)) == len(outputs)  # nothing twice
@@ -88,29 +93,29 @@ def test_the_scripts_take_the_commands(script, mode, tmp_path):
 
 def test_the_papers_settings(tmp_path):
     plan = planned("llama2_7b_2of4", {"OUT": str(tmp_path / "out")})
-    runs = [train.parse_args(flags) for name, *flags in plan if name == "train.py"]
+    runs = [parse("train.py", flags) for name, *flags in plan if name == "train.py"]
     paper, fast = runs
     assert paper.model == "meta-llama/Llama-2-7b-hf" and paper.dtype == "float16" and paper.dataset == "allenai/c4"
     assert (paper.estimator, paper.dataset_size, paper.batchsize, paper.sqlen, paper.lr, paper.logits) == (
         "maskpro", 512, 32, 128, 50, 10)
     assert min(paper.max_step, paper.epoch * 512 // 32) == 10000
-    assert fast.preset == "fast" and all(getattr(fast, key) == value for key, value in settings.PRESETS["fast"].items())
-    judged = [evaluate.parse_args(flags) for name, *flags in plan[:-1] if name == "evaluate.py"]
-    assert all((args.ppl, args.seqlen, len(args.tasks.split(","))) == ("wikitext2", 4096, 7) for args in judged)
-    assert len(judged) == 6  # dense, three one-shot methods, the paper's and this project's
+    assert fast.preset == "fast" and vars(fast).items() >= train_args.PRESETS["fast"].items()
+    evaluated = [evaluate.parse_args(flags) for name, *flags in plan[:-1] if name == "evaluate.py"]
+    assert all((args.ppl, args.seqlen, len(args.tasks.split(","))) == ("wikitext2", 4096, 7) for args in evaluated)
+    assert len(evaluated) == 6  # dense, three one-shot methods, the paper's and this project's
 
 
 def test_steps_go_before_both_modes(tmp_path):
     for mode in {}, {"DEMO": "1", "MODEL": str(tmp_path)}:
         plan = planned("estimators", {**mode, "STEPS": "7", "OUT": str(tmp_path / "out")})
-        assert {train.parse_args(flags).max_step for name, *flags in plan if name == "train.py"} == {7}
+        assert {parse("train.py", flags).max_step for name, *flags in plan if name == "train.py"} == {7}
 
 
 def test_scripts_share_their_steps(tiny, finished):
-    made = {script: [next(part for flag, part in zip(command, command[1:])
+    made = {script: [next(part for flag, part in pairwise(command)
                           if flag in ("--save", "--save_model", "--out")) for command in plan[:-1]]
             for script, plan in finished.items()}
-    assert len(set(sum(made.values(), []))) == sum(map(len, made.values()))
+    assert len(set(chain(*made.values()))) == sum(map(len, made.values()))
     masks = sorted(mask.parent.name for mask in tiny.out.glob("2of4/*/mask.safetensors"))
     assert masks == sorted([*(f"maskpro-size{size}-lr50-logits10-steps2" for size in (1, 4, 8)),
                             *(f"{estimator}-size8-lr50-logits10-steps2" for estimator in ("residual", "vanilla")),

@@ -1,6 +1,6 @@
 """Runs that are stopped, killed, starved of disk or of finite numbers, and what `train.py` makes of them.
 
-The short version of bench/kill.py, and each refusal and promise by itself.
+The short version of tests/faults/kill.py, and each refusal and promise by itself.
 """
 import errno
 import json
@@ -11,30 +11,28 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from faults import kill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import best
-import checkpoint
-import mask_files
 import pge
-import runs
 import train
-import utils
+from files import mask_files
+from training import args as train_args
+from training import checkpoint, initialize, run_folder, straight_through, validation
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "bench"))
-import kill  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def w(tmp_path_factory):
-    """The workshop of bench/kill.py."""
+    """The workshop of tests/faults/kill.py."""
     folder = tmp_path_factory.mktemp("workshop")
     kill.workshop(folder)
     return folder
@@ -48,15 +46,16 @@ def arguments(w: Path, out: Path, flags: str = "") -> list[str]:
 
 @pytest.fixture
 def losses(monkeypatch):
-    """step -> what the loss of that step is instead (a function of no argument); counts train.py's own forward
-    passes, of which --estimator vanilla makes one a step."""
+    """step -> what the loss of that step is instead (a function of no argument); counts the forward passes
+    of steps, of which --estimator vanilla makes one each, and of held-out minibatches."""
     said, count = {}, [0]
-    true = utils.batch_loss
+    true = train.batch_loss
 
     def loss(*given):
         count[0] += 1
         return said[count[0]]() if count[0] in said else true(*given)
-    monkeypatch.setattr(train, "batch_loss", loss)
+    for module in (train, validation):
+        monkeypatch.setattr(module, "batch_loss", loss)
     return said
 
 
@@ -77,7 +76,7 @@ def states_of(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "state").iterdir())
 
 
-# --------------------------------------------------------------------------------------------------- killed and resumed
+# -------------------------------------------------------------------------------------------------- killed and resumed
 
 
 @pytest.mark.parametrize("name", ["maskpro", "preset fast", "pattern space"])
@@ -125,7 +124,7 @@ def test_trackers_go_on_at_the_step_after_the_state(w, tmp_path, losses, monkeyp
 
         def close(self):
             told.append("close")
-    monkeypatch.setattr("tracking.chosen", lambda *_: [Tracker])
+    monkeypatch.setattr("training.tracking.chosen", lambda *_: [Tracker])
     losses[4] = raises(MemoryError())
     with pytest.raises(MemoryError):
         train.main(arguments(w, tmp_path / "run", f"{VANILLA} --checkpoint_every 2"))
@@ -158,7 +157,7 @@ def test_no_cut_and_no_flipped_bit_goes_unnoticed(tmp_path_factory, data):
     tensors = {"b": torch.arange(5, dtype=torch.uint8), "a": torch.randn(2, 3), "h": torch.randn(3).half()}
     checkpoint.save(path, {"x": [0.1, None]}, tensors)
     assert checkpoint.is_whole(path)
-    saved = checkpoint.Saved(path)
+    saved = checkpoint.StateFile(path)
     assert saved.scalars == {"x": [0.1, None]} and all(torch.equal(saved.read(k, v), v) for k, v in tensors.items())
     whole = path.read_bytes()
     place = data.draw(st.integers(0, len(whole) - 1))
@@ -170,7 +169,7 @@ def test_no_cut_and_no_flipped_bit_goes_unnoticed(tmp_path_factory, data):
 
 def test_a_state_of_another_shape_or_dtype_is_refused(tmp_path):
     checkpoint.save(tmp_path / "s", {}, {"a": torch.zeros(4)})
-    saved = checkpoint.Saved(tmp_path / "s")
+    saved = checkpoint.StateFile(tmp_path / "s")
     for name, like in [("a", torch.zeros(5)), ("a", torch.zeros(4).half()), ("b", torch.zeros(4))]:
         with pytest.raises(UserError, match="the state of another run"):
             saved.read(name, like)
@@ -191,20 +190,38 @@ def test_when_a_state_is_due(tmp_path):
     by_steps, by_time = (checkpoint.Checkpoints(tmp_path, every, 2) for every in ("5", "0.5m"))
     assert [step for step in range(1, 21) if by_steps.due(step, 0.0)] == [5, 10, 15, 20]
     assert not by_time.due(9, 29) and by_time.due(9, 31) and not by_time.due(9, 29, last=True)
-    by_time.step, by_time.saved_at, by_time.cost = 9, 31, 2.0
+    by_time.step, by_time.saved_at, by_time.cost_s = 9, 31, 2.0
     assert not by_time.due(20, 31 + 99) and by_time.due(20, 31 + 101)  # two seconds are 2 % of a hundred
-    by_time.cost = 0.1
+    by_time.cost_s = 0.1
     assert by_time.due(20, 31 + 6, last=True) and not by_time.due(20, 31 + 4, last=True)
 
 
 @pytest.mark.parametrize("every", ["0", "0m", "-1", "5s", "m", "", "1.5", "nan"])
 def test_intervals_that_are_none(every, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.parse_args(["--checkpoint_every", every])
+        train_args.parse(train.__doc__, ["--checkpoint_every", every])
     assert stop.value.code == 2 and "such as 10m" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------- refused and repeated
+@pytest.mark.parametrize("every, measured", [("1", 0), ("100", 1)])
+def test_scores_are_measured_again_where_no_state_has_the_logits(w, tmp_path, losses, monkeypatch, every, measured):
+    """--init scores goes through the dense model's layers; a state that is there has what came of it."""
+    flags = f"{VANILLA} --init scores --save --checkpoint_every {every}"
+    calls, input_norms = [], initialize.input_norms
+    monkeypatch.setattr(initialize, "input_norms", lambda *given: (calls.append(1), input_norms(*given))[1])
+    losses[4] = raises(MemoryError())
+    with pytest.raises(MemoryError):
+        train.main(arguments(w, tmp_path / "run", flags))
+    assert len(calls) == 1 and bool(list((tmp_path / "run").glob("state/*"))) == (every == "1")
+    calls.clear()
+    train.main(["--resume", str(tmp_path / "run")])
+    assert len(calls) == measured
+    train.main(arguments(w, tmp_path / "whole/run", flags))
+    assert len(calls) == measured + 1 and kill.contents(tmp_path / "run") == kill.contents(tmp_path / "whole/run")
+
+
+
+# ------------------------------------------------------------------------------------------------ refused and repeated
 
 
 @pytest.fixture
@@ -217,14 +234,14 @@ def stopped(w, tmp_path, losses):
 
 
 def test_changed_settings_are_refused_by_name(stopped):
-    with pytest.raises(UserError, match="--lr 0.1 there, 0.2 here; --seed 0 there, 1 here; leave them out"):
+    with pytest.raises(UserError, match=r"--lr 0.1 there, 0.2 here; --seed 0 there, 1 here; leave them out"):
         train.main(["--resume", str(stopped), "--lr", "0.2", "--seed", "1", "--max_step", "6"])
     with pytest.raises(UserError, match="--out"):
         train.main(["--resume", str(stopped), "--out", "elsewhere"])
     record = json.loads((stopped / "run.json").read_text())
     record["arguments"]["lr"] = 0.3
     (stopped / "run.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="--lr 0.1 there, 0.3 here"):
+    with pytest.raises(UserError, match=r"--lr 0.1 there, 0.3 here"):
         train.main(["--resume", str(stopped)])
 
 
@@ -251,13 +268,13 @@ def test_records_that_are_none(stopped, change, words):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     for flag in ("--resume", "--repeat"):
-        with pytest.raises(UserError, match="run.json cannot be read .*; give the folder of a run"):
+        with pytest.raises(UserError, match=r"run.json cannot be read .*; give the folder of a run"):
             train.main([flag, str(tmp_path)])
 
 
 def test_lost_lines_are_noticed(stopped):
     (stopped / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="metrics.jsonl is not as the run left it"):
+    with pytest.raises(UserError, match=r"metrics.jsonl is not as the run left it"):
         train.main(["--resume", str(stopped)])
 
 
@@ -281,13 +298,13 @@ def test_repeated_in_a_fresh_process_the_mask_is_the_same(w, tmp_path):
     assert there["environment"] == here["environment"] and there["fingerprints"] == here["fingerprints"]
 
 
-# ---------------------------------------------------------------------------------------------------------- two at once
+# --------------------------------------------------------------------------------------------------------- two at once
 
 
 def test_the_second_run_in_a_folder_is_refused(stopped, capsys):
-    with runs.lock(stopped):
-        with pytest.raises(UserError, match=rf"another run \(process {os.getpid()} on .*\); wait for its end"):
-            train.main(["--resume", str(stopped)])
+    words = rf"another run \(process {os.getpid()} on .*\); wait for its end"
+    with run_folder.lock(stopped), pytest.raises(UserError, match=words):
+        train.main(["--resume", str(stopped)])
     assert (stopped / "state").exists()
     with open(stopped / "lock", "a") as file:  # of a process that is no more
         file.write("process 1 on another machine")
@@ -295,7 +312,7 @@ def test_the_second_run_in_a_folder_is_refused(stopped, capsys):
 
 
 def test_a_stopped_runs_folder_says_how_to_go_on(w, stopped):
-    with pytest.raises(UserError, match="exists already; go on with it: python train.py --resume .*or choose another"):
+    with pytest.raises(UserError, match=r"exists already; go on with it: python train.py --resume .*or choose another"):
         train.main(arguments(w, stopped))
 
 
@@ -306,7 +323,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(w, tmp_path, loss
     assert not (tmp_path / "a").exists()
 
 
-# --------------------------------------------------------------------------------------------------- not finite numbers
+# -------------------------------------------------------------------------------------------------- not finite numbers
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(w, tmp_path, losses, capsys):
@@ -320,9 +337,9 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(w, tmp_path, losses, c
 def test_three_in_a_row_stop_the_run_with_its_last_good_state(w, tmp_path, losses):
     losses.update(dict.fromkeys([3, 4, 5], lambda: math.inf))
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="the loss is inf at step 3 and at all up to step 5; lower --lr.*--resume"):
+    with pytest.raises(UserError, match=r"the loss is inf at step 3 and at all up to step 5; lower --lr.*--resume"):
         train.main(arguments(w, run, VANILLA))
-    before, after = (checkpoint.Saved(run / f"state/step0000000{step}.safetensors") for step in (4, 5))
+    before, after = (checkpoint.StateFile(run / f"state/step0000000{step}.safetensors") for step in (4, 5))
     assert after.scalars["position"]["skipped"] == 3 and steps_of(run) == [1, 2]
     for name in after.names:
         if "logits" in name:
@@ -335,19 +352,18 @@ def test_three_in_a_row_stop_the_run_with_its_last_good_state(w, tmp_path, losse
 def test_a_straight_through_step_that_is_not_finite_moves_nothing(w, tmp_path, monkeypatch):
     seen = []
 
-    def step(learner, *given):
+    def learn(learner, *given):
         seen.append({name: tensor.clone() for name, tensor in learner.masked.state()[1].items()})
         if len(seen) in (3, 4):
-            monkeypatch.setattr("straight_through.summed_loss", lambda logits, *_: (math.nan, logits))
+            monkeypatch.setattr("training.straight_through.summed_loss", lambda logits, *_: (math.nan, logits))
         else:
-            monkeypatch.setattr("straight_through.summed_loss", true)
+            monkeypatch.setattr("training.straight_through.summed_loss", true)
         return original(learner, *given)
-    import straight_through
-    original, true = straight_through.StraightThrough.step, straight_through.summed_loss
-    monkeypatch.setattr(straight_through.StraightThrough, "step", step)
+    original, true = straight_through.StraightThrough.learn, straight_through.summed_loss
+    monkeypatch.setattr(straight_through.StraightThrough, "learn", learn)
     train.main(arguments(w, tmp_path / "run", "--estimator straight_through --lr 1"))
     assert steps_of(tmp_path / "run") == [1, 2, 5, 6]
-    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(seen, seen[1:])]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(seen)]
     assert same == [True, False, True, True, False]  # the first step only measures
 
 
@@ -363,13 +379,13 @@ def test_divergence_is_above_the_start_for_long():
     noise = random.Random(0)
     flat = [3 + noise.gauss(0, 0.1) for _ in range(128)]
     rising = [loss + t / 300 for t, loss in enumerate(flat)]
-    assert best.diverging(lines(flat), 4, math.inf) is None
-    assert best.diverging(lines(flat[:96] + [9.0] * 32), 4, math.inf) is None  # not for long
-    assert best.diverging(lines(rising[:127]), 4, math.inf) is None  # the fourth window is not full
-    assert "the training loss is" in best.diverging(lines(rising), 4, math.inf)
-    assert best.diverging(lines(flat, [3.1, 3.2]), 4, 3.0) is None
-    assert best.diverging(lines(flat, [3.1, 3.2, 2.9]), 4, 3.0) is None
-    assert "above the 3.0000 of m0" in best.diverging(lines(flat, [2.9, 3.1, 3.2, 3.1]), 4, 3.0)
+    assert validation.diverging(lines(flat), 4, math.inf) is None
+    assert validation.diverging(lines(flat[:96] + [9.0] * 32), 4, math.inf) is None  # not for long
+    assert validation.diverging(lines(rising[:127]), 4, math.inf) is None  # the fourth window is not full
+    assert "the training loss is" in validation.diverging(lines(rising), 4, math.inf)
+    assert validation.diverging(lines(flat, [3.1, 3.2]), 4, 3.0) is None
+    assert validation.diverging(lines(flat, [3.1, 3.2, 2.9]), 4, 3.0) is None
+    assert "above the 3.0000 of m0" in validation.diverging(lines(flat, [2.9, 3.1, 3.2, 3.1]), 4, 3.0)
 
 
 def test_divergence_is_announced_once_and_the_best_mask_delivered(w, tmp_path, losses, capsys):
@@ -385,13 +401,13 @@ def test_divergence_is_announced_once_and_the_best_mask_delivered(w, tmp_path, l
     assert all(torch.equal(one[name], mask) for name, mask in delivered.items())
 
 
-# ----------------------------------------------------------------------------------------------------------------- disk
+# ---------------------------------------------------------------------------------------------------------------- disk
 
 
 def test_too_little_disk_is_said_before_the_first_step(w, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(UserError, match="run needs 0.[0-9]+ MiB, but its disk has 0.1 MiB"):
+    with pytest.raises(UserError, match=r"run needs 0.[0-9]+ MiB, but its disk has 0.1 MiB"):
         train.main(arguments(w, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -399,7 +415,7 @@ def test_too_little_disk_is_said_before_the_first_step(w, tmp_path, monkeypatch)
 @pytest.mark.parametrize("place", ["state", "metrics"])
 def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(w, tmp_path, monkeypatch, place):
     full = OSError(errno.ENOSPC, "No space left on device")
-    save, log = checkpoint.save, runs.RunFolder.log
+    save, log = checkpoint.save, run_folder.RunFolder.log
 
     def failing_save(path, scalars, tensors):
         if "step00000003" in path.name:
@@ -414,8 +430,8 @@ def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(w
         if place == "state":
             patch.setattr(checkpoint, "save", failing_save)
         else:
-            patch.setattr(runs.RunFolder, "log", failing_log)
-        with pytest.raises(UserError, match="cannot be written.*No space left.*go on with: python train.py --resume"):
+            patch.setattr(run_folder.RunFolder, "log", failing_log)
+        with pytest.raises(UserError, match=r"cannot be written.*No space left.*go on with: python train.py --resume"):
             train.main(arguments(w, tmp_path / "run"))
     assert states_of(tmp_path / "run") == ["step00000001.safetensors", "step00000002.safetensors"]
     train.main(["--resume", str(tmp_path / "run")])

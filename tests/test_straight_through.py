@@ -1,5 +1,5 @@
-"""straight_through.py: its gradient against autograd and enumeration, its update by an independent formula, its memory
-as operators allocate it, and what it learns."""
+"""training/straight_through.py: its gradient against autograd and enumeration, its update by an independent formula,
+its memory as operators allocate it, and what it learns."""
 import copy
 import weakref
 from itertools import combinations
@@ -14,21 +14,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pge
-import step
-import straight_through
-from layers import apply_masks, find_layers, is_transposed, weight_matrix
-from masked_model import MaskedModel
-from straight_through import CLIP, StraightThrough, summed_loss
-from utils import batch_loss
+from masking.block_bits import bits_dtype, bits_to_mask
+from masking.kernels import Kernels
+from masking.layers import apply_masks, find_layers, is_transposed, weight_matrix
+from masking.loading import batch_loss
+from masking.masked_model import MaskedModel
+from masking.random_bits import layer_keys
+from masking.spaces import SPACES, LinearSpace
+from training import straight_through
+from training.straight_through import CLIP, StraightThrough, summed_loss
 
 KINDS = ["llama", "gpt2", "opt"]
 
 
 def learner_of(model, n=2, m=4, space="linear", mode="eager", **kwargs):
     """(StraightThrough, its MaskedModel, the dense weights), the logits' magnitude 1."""
-    of_learner = {key: kwargs.pop(key) for key in ("checkpointing", "sample", "distill") if key in kwargs}
+    of_learner = {key: kwargs.pop(key) for key in ("checkpointing", "sample", "distill", "microbatch") if key in kwargs}
     masked, _, dense = make(model, n, m, space, mode=mode, **({"magnitude": 1.0} | kwargs))
-    return StraightThrough(masked, mode, **of_learner), masked, dense
+    return StraightThrough(masked, **of_learner), masked, dense
 
 
 def watch(learner):
@@ -42,10 +45,10 @@ def watch(learner):
     return seen
 
 
-def exact_slope(space, logits, gain):
-    """J^T gain of `[blocks, width]` logits, float64, by autograd of the space's inclusion probabilities."""
+def exact_vjp(space, logits, saliency):
+    """J^T saliency of `[blocks, width]` logits, float64, by autograd of the space's inclusion probabilities."""
     logits = logits.double().requires_grad_()
-    return torch.autograd.grad((space.inclusion(logits) * gain).sum(), logits)[0]
+    return torch.autograd.grad((space.inclusion(logits) * saliency).sum(), logits)[0]
 
 
 def all_logits(masked):
@@ -65,29 +68,29 @@ def pattern_inclusion(x, n, m):
     ("linear", 5, 6, "exact"), ("pattern", 1, 4, "eager"), ("pattern", 2, 4, "eager"), ("pattern", 3, 6, "exact")])
 def test_the_step_follows_the_jacobian_of_the_inclusion_probabilities(space, n, m, mode):
     """pi - clip(J^T G * scale, +-1) * rate, the squares of J^T G, and the mode of the result."""
-    made = pge.SPACES[space](n, m)
-    logits, gain = torch.randn(5, made.width, generator=seeded(n)), torch.randn(5, m, generator=seeded(m))
+    made = SPACES[space](n, m)
+    logits, saliency = torch.randn(5, made.width, generator=seeded(n)), torch.randn(5, m, generator=seeded(m))
     inclusion = (lambda x: pattern_inclusion(x, n, m)) if space == "pattern" else lambda x: inclusion_by_drawings(x, n)
-    slope = torch.stack([jacobian(inclusion, x).T @ g.double() for x, g in zip(logits, gain)])
+    vjp = torch.stack([jacobian(inclusion, x).T @ g.double() for x, g in zip(logits, saliency)])
     planes = [plane.clone() for plane in logits.unbind(1)]
-    bits = torch.zeros(5, dtype=step.bits_dtype(m))
-    squares = step.gradient_function(made, mode)(planes, bits, gain.T.contiguous(), torch.tensor([4.0, 0.3]),
-                                                 step.layer_keys(0, 0, 1)[0])
-    assert ((4 * slope).abs() > 1).any() and ((4 * slope).abs() < 1).any()  # some are clipped, some are not
+    bits = torch.zeros(5, dtype=bits_dtype(m))
+    squares = Kernels(made, mode).vjp(planes, bits, saliency.T.contiguous(), torch.tensor([4.0, 0.3]),
+                                      layer_keys(0, 0, 1)[0])
+    assert ((4 * vjp).abs() > 1).any() and ((4 * vjp).abs() < 1).any()  # some are clipped, some are not
     moved = torch.stack(planes, 1)
-    assert torch.allclose(moved.double(), logits - (4 * slope).clamp(-1, 1) * 0.3, atol=1e-5)
-    assert torch.allclose(squares.double(), slope.square().sum(1), rtol=1e-4)
-    assert torch.equal(step.bits_to_mask(bits, m), made.mode(moved))
+    assert torch.allclose(moved.double(), logits - (4 * vjp).clamp(-1, 1) * 0.3, atol=1e-5)
+    assert torch.allclose(squares.double(), vjp.square().sum(1), rtol=1e-4)
+    assert torch.equal(bits_to_mask(bits, m), made.mode(moved))
 
 
 def test_the_exact_step_of_8_16_by_finite_differences():
-    space = pge.LinearSpace(8, 16)
-    logits, gain = torch.randn(1, 16, generator=seeded(0)), torch.randn(1, 16, generator=seeded(1))
+    space = LinearSpace(8, 16)
+    logits, saliency = torch.randn(1, 16, generator=seeded(0)), torch.randn(1, 16, generator=seeded(1))
     shift = 1e-5 * torch.eye(16).double()
-    ends = pge.inclusion(torch.cat([logits.double() + shift, logits.double() - shift]), 8) @ gain[0].double()
+    ends = pge.inclusion(torch.cat([logits.double() + shift, logits.double() - shift]), 8) @ saliency[0].double()
     planes = [plane.clone() for plane in logits.unbind(1)]
-    scale, key = torch.tensor([0.1, 1.0]), step.layer_keys(0, 0, 1)[0]
-    step.gradient_function(space, "exact")(planes, None, gain.T.contiguous(), scale, key)
+    scale, key = torch.tensor([0.1, 1.0]), layer_keys(0, 0, 1)[0]
+    Kernels(space, "exact").vjp(planes, None, saliency.T.contiguous(), scale, key)
     expected = logits.double() - 0.1 * (ends[:16] - ends[16:]) / 2e-5
     assert torch.allclose(torch.stack(planes, 1).double(), expected, atol=1e-6)
 
@@ -96,26 +99,26 @@ def test_the_exact_step_of_8_16_by_finite_differences():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_updates_below_a_16_bit_step_count_on_average(space, dtype):
     """Rounded to the nearest, not one logit of 3 would move."""
-    made, blocks = pge.SPACES[space](2, 4), 2**16
+    made, blocks = SPACES[space](2, 4), 2**16
     planes = [torch.full((blocks,), 3.0, dtype=dtype) for _ in range(made.width)]
-    gain = torch.tensor([1.0, -1.0, 0.5, 0.0])[:, None].expand(4, blocks).contiguous()
+    saliency = torch.tensor([1.0, -1.0, 0.5, 0.0])[:, None].expand(4, blocks).contiguous()
     rate = 1e-4
-    step.gradient_function(made, "eager")(planes, None, gain, torch.tensor([1.0, rate]), step.layer_keys(0, 0, 1)[0])
-    slope = exact_slope(made, torch.full((1, made.width), 3.0), gain[:, :1].T)[0]
+    Kernels(made, "eager").vjp(planes, None, saliency, torch.tensor([1.0, rate]), layer_keys(0, 0, 1)[0])
+    vjp = exact_vjp(made, torch.full((1, made.width), 3.0), saliency[:, :1].T)[0]
     moved = torch.stack(planes, 1).double() - 3
-    assert slope.abs().max() > 0.1 and planes[0].dtype == dtype
-    assert ((moved.mean(0) + rate * slope).abs() < 5 * moved.std(0) / blocks**0.5 + 1e-7).all()
+    assert vjp.abs().max() > 0.1 and planes[0].dtype == dtype
+    assert ((moved.mean(0) + rate * vjp).abs() < 5 * moved.std(0) / blocks**0.5 + 1e-7).all()
 
 
 @pytest.mark.parametrize("space, mode", [("linear", "eager"), ("linear", "exact"), ("pattern", "eager")])
-def test_a_gain_that_is_not_finite_moves_nothing_in_its_block(space, mode):
+def test_a_saliency_that_is_not_finite_moves_nothing_in_its_block(space, mode):
     """float16 gradients overflow where one weight matters enormously."""
-    made = pge.SPACES[space](2, 4)
-    logits, gain = torch.randn(3, made.width, generator=seeded(0)), torch.randn(3, 4, generator=seeded(1))
-    gain[1, 2], gain[2, 0] = torch.inf, torch.nan
+    made = SPACES[space](2, 4)
+    logits, saliency = torch.randn(3, made.width, generator=seeded(0)), torch.randn(3, 4, generator=seeded(1))
+    saliency[1, 2], saliency[2, 0] = torch.inf, torch.nan
     planes = [plane.clone() for plane in logits.unbind(1)]
-    squares = step.gradient_function(made, mode)(planes, None, gain.T.contiguous(), torch.tensor([1.0, 1.0]),
-                                                 step.layer_keys(0, 0, 1)[0])
+    squares = Kernels(made, mode).vjp(planes, None, saliency.T.contiguous(), torch.tensor([1.0, 1.0]),
+                                      layer_keys(0, 0, 1)[0])
     moved = torch.stack(planes, 1)
     assert torch.equal(moved[1:], logits[1:]) and not torch.equal(moved[0], logits[0])
     assert squares[0] > 0 and squares[1:].tolist() == [0, 0]
@@ -151,11 +154,11 @@ def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, samp
             p, score = by_orderings(logits, kept, digits=40)
             truth[block] += float(p) * worth[block, list(kept)].sum() * torch.tensor([float(g) for g in score])
     before = logits_of(layer)
-    for learner.rate in (0.0, 1e3):  # the first only measures
+    for learner.size in (0.0, 1e3):  # the first only measures
         learner.keys = masked.keys()
         y = model(x)
         y.backward(v)
-        masked.next_step(redraw=sample)
+        masked.count_step(redraw=sample)
         assert torch.allclose(y, nn.functional.linear(x, layer.scratch.view(3, 12), model[0].bias))
     move = (before - logits_of(layer)).double()
     assert torch.allclose(move, truth / truth.square().mean().sqrt(), atol=1e-4)
@@ -165,9 +168,9 @@ def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, samp
 @pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
 def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, distill):
     """Of pruned weights too; with Conv1D's [in, out] weights, biases and shared buffers."""
-    learner, masked, _ = learner_of(load(kind), distill=distill)
+    learner = learner_of(load(kind), distill=distill)[0]
     seen = watch(learner)
-    loss = learner.step(TOKENS, 0.0)
+    loss = learner.learn(TOKENS, 0.0)
     plain, dense = load(kind), load(kind)
     layers = find_layers(plain)
     apply_masks(layers, magnitude_masks(layers))
@@ -180,11 +183,10 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, distill):
     objective = (1 - distill) * text.sum() - distill * (teacher * log_probs).sum()
     expected = dict(zip(layers, torch.autograd.grad(objective, parameters)))
     assert loss == pytest.approx(nats, rel=1e-5)
-    names = {id(layer): name for name, layer in masked.layers.items()}
-    assert sorted(names[id(layer)] for layer, *_ in seen) == sorted(layers)
+    assert sorted(layer.name for layer, *_ in seen) == sorted(layers)
     for layer, gradient, _ in seen:
-        module = layers[names[id(layer)]]
-        wanted = expected[names[id(layer)]].T if is_transposed(module) else expected[names[id(layer)]]
+        module = layers[layer.name]
+        wanted = expected[layer.name].T if is_transposed(module) else expected[layer.name]
         assert torch.allclose(gradient, wanted, atol=2e-4 * float(wanted.abs().max()))
 
 
@@ -195,28 +197,27 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, distill):
                                                      (2, 4, "pattern", 32)])
 def test_updates_follow_the_formula(load, n, m, space, microbatch):
     """pi <- pi - rate / parts * clip(J^T G / (CLIP rms)), rms^2 a running mean of the earlier parts' mean squares."""
-    learner, masked, dense = learner_of(load(), n, m, space)
+    learner, masked, dense = learner_of(load(), n, m, space, microbatch=microbatch)
     seen, rates = watch(learner), [0.5, 0.3, 0.1]
     for rate in rates:
-        learner.step(TOKENS, rate, microbatch)
+        learner.learn(TOKENS, rate)
     parts = -(-len(TOKENS) // microbatch)
     assert len(seen) == 3 * parts * len(masked.layers)
-    names = {id(layer): name for name, layer in masked.layers.items()}
     for name, layer in masked.layers.items():
-        mine = [(gradient, logits) for of, gradient, logits in seen if names[id(of)] == name]
+        mine = [(gradient, logits) for of, gradient, logits in seen if of.name == name]
         after = [logits for _, logits in mine[1:]] + [logits_of(layer).double()]
         mean_square = None
         for index, (gradient, logits) in enumerate(mine):
-            slope = exact_slope(masked.space, logits, (dense[name] * gradient).double().view(-1, m))
-            now = float(slope.square().sum()) / gradient.numel()
+            vjp = exact_vjp(masked.space, logits, (dense[name] * gradient).double().view(-1, m))
+            now = float(vjp.square().sum()) / gradient.numel()
             if mean_square is None:
                 assert torch.equal(after[0], logits)  # the first only measures
                 mean_square = now
                 continue
-            move = (slope / (CLIP * mean_square**0.5)).clamp(-1, 1) * rates[index // parts] / parts
+            move = (vjp / (CLIP * mean_square**0.5)).clamp(-1, 1) * rates[index // parts] / parts
             assert torch.allclose(after[index], logits - move, atol=2e-5)
             mean_square = 0.9 * mean_square + 0.1 * now
-        assert float(learner.mean_squares[id(layer)]) == pytest.approx(mean_square, rel=1e-3)
+        assert float(learner.mean_squares[name]) == pytest.approx(mean_square, rel=1e-3)
     furthest = sum(rates[1:]) if parts == 1 else sum(rates) - rates[0] / parts
     started = masked.space.init(magnitude_masks(find_layers(load()), n, m)[name].view(-1, m), 1.0)
     assert 0 < (logits_of(layer) - started).abs().max() <= furthest + 1e-5
@@ -230,26 +231,26 @@ def test_the_scale_of_the_loss_and_the_depth_of_the_text_do_not_matter(load):
         consume = learner.consume
         learner.consume = lambda layer, gradient, f=factor, consume=consume: consume(layer, gradient * f)
         for _ in range(3):
-            learner.step(TOKENS, 0.1)
+            learner.learn(TOKENS, 0.1)
         runs.append(torch.cat([logits.flatten() for logits in all_logits(masked).values()]))
     assert torch.allclose(*runs, atol=1e-3) and (runs[0] - runs[0].round()).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("space", ["linear", "pattern"])
-def test_the_mask_shown_is_the_mode_of_the_stored_logits(load, space, dtype):
+def test_the_mask_used_is_the_mode_of_the_stored_logits(load, space, dtype):
     learner, masked, dense = learner_of(load(), space=space, logits_dtype=dtype)
     m0 = drawn_masks(masked)
     for _ in range(4):
-        learner.step(TOKENS, 0.6)
-    shown = drawn_masks(masked)
-    assert not same(shown, m0)
+        learner.learn(TOKENS, 0.6)
+    used = drawn_masks(masked)
+    assert not same(used, m0)
     for name, weight in used_weights(masked.model).items():
         logits = logits_of(masked.layers[name])
         assert logits.dtype == dtype and logits.isfinite().all()
-        assert torch.equal(shown[name].view(-1, 4), masked.space.mode(logits.float()))
-        assert torch.equal(weight, dense[name] * shown[name])
-    assert same(masked.mode_masks(), shown)
+        assert torch.equal(used[name].view(-1, 4), masked.space.mode(logits.float()))
+        assert torch.equal(weight, dense[name] * used[name])
+    assert same(masked.mode_masks(), used)
 
 
 def test_sampling_draws_afresh_each_step_and_repeats_with_the_seed(load):
@@ -258,7 +259,7 @@ def test_sampling_draws_afresh_each_step_and_repeats_with_the_seed(load):
         learner, masked, dense = learner_of(load(), sample=True, seed=seed)
         run = [drawn_masks(masked)]
         for _ in range(3):
-            learner.step(TOKENS, 0.01)
+            learner.learn(TOKENS, 0.01)
             used = used_weights(masked.model)  # the draw is due in this forward
             run.append(drawn_masks(masked))
             assert all(torch.equal(used[name], dense[name] * run[-1][name]) for name in used)
@@ -277,25 +278,25 @@ def test_sampling_draws_afresh_each_step_and_repeats_with_the_seed(load):
 def test_summed_loss_and_its_gradient_are_autograds(distill, dtype):
     logits = (torch.randn(3, 7, 11, generator=seeded(0)) * 3).to(dtype)
     teacher = torch.randn(3, 7, 11, generator=seeded(1)) * 3
-    rows = torch.randint(11, (3, 7), generator=seeded(2))
+    sequences = torch.randint(11, (3, 7), generator=seeded(2))
     followed = logits.double().requires_grad_()
     flat = followed[:, :-1].flatten(0, 1)
-    text = nn.functional.cross_entropy(flat, rows[:, 1:].flatten(), reduction="sum")
+    text = nn.functional.cross_entropy(flat, sequences[:, 1:].flatten(), reduction="sum")
     copied = nn.functional.cross_entropy(flat, teacher[:, :-1].double().softmax(-1).flatten(0, 1), reduction="sum")
     expected, = torch.autograd.grad((1 - distill) * text + distill * copied, followed)
-    loss, gradient = summed_loss(logits, rows, teacher if distill else None, distill)
+    loss, gradient = summed_loss(logits, sequences, teacher if distill else None, distill)
     assert loss == pytest.approx(float(text), rel=1e-5) and gradient.dtype == dtype
     assert torch.allclose(gradient.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.01)
 
 
 def test_a_perfect_pupil_has_nothing_to_learn():
     """Distilled from itself, the gradient is zero though the text surprises it."""
-    logits, rows = torch.randn(2, 5, 9, generator=seeded(0)), torch.zeros(2, 5, dtype=torch.int64)
-    loss, gradient = summed_loss(logits, rows, logits, 1.0)
+    logits, sequences = torch.randn(2, 5, 9, generator=seeded(0)), torch.zeros(2, 5, dtype=torch.int64)
+    loss, gradient = summed_loss(logits, sequences, logits, 1.0)
     assert loss > 1 and gradient.abs().max() < 1e-6
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------------------------------------------------- memory
 
 
 def deep_llama(layers):
@@ -346,15 +347,17 @@ WEIGHTS = 4 * (4 * 64 * 64 + 3 * 64 * 128)  # bytes of a decoder layer's project
 
 def peak_of_learning(depth, tokens, **kwargs):
     learner = learner_of(deep_llama(depth), **kwargs)[0]
-    learner.step(tokens, 0.1)  # after it, what stays is there already
-    return peak_bytes(lambda: learner.step(tokens, 0.1))
+    learner.learn(tokens, 0.1)  # after it, what stays is there already
+    return peak_bytes(lambda: learner.learn(tokens, 0.1))
 
 
 def peak_of_autograd(depth, tokens):
     model = deep_llama(depth)
     for module in find_layers(model).values():
         module.weight.requires_grad_()
-    return peak_bytes(lambda: model(input_ids=tokens, labels=tokens).loss.backward())
+    def learn():
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    return peak_bytes(learn)
 
 
 def test_the_peak_does_not_grow_by_the_weight_gradients():
@@ -382,7 +385,7 @@ def test_gradients_are_freed_one_by_one(kind, load, checkpointing):
         alive.append(weakref.ref(gradient))
         consume(layer, gradient)
     learner.consume = record
-    learner.step(TOKENS, 0.1)
+    learner.learn(TOKENS, 0.1)
     assert counts == [0] * len(masked.layers) and all(reference() is None for reference in alive)
     assert all(parameter.grad is None for parameter in masked.model.parameters())
 
@@ -391,7 +394,7 @@ def with_chances(model, chance=0.5):
     """The model with every dropout and layerdrop it has at this chance."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout) and name == "p"):
+            if isinstance(value, float) and ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")):
                 setattr(module, name, chance)
     for module in model.modules():
         if hasattr(module, "layerdrop"):
@@ -405,7 +408,7 @@ def test_checkpointing_changes_no_number(kind, load):
     runs = []
     for checkpointing in (False, True):
         learner, masked, _ = learner_of(with_chances(load(kind)), checkpointing=checkpointing)
-        losses = [learner.step(TOKENS, 0.3) for _ in range(3)]
+        losses = [learner.learn(TOKENS, 0.3) for _ in range(3)]
         runs.append((losses, all_logits(masked), forward(masked.model)))
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
     assert all(torch.allclose(runs[0][1][name], runs[1][1][name], atol=1e-5) for name in runs[0][1])
@@ -417,37 +420,36 @@ def test_checkpointing_changes_no_number(kind, load):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_detach_gives_everything_back(kind, load, checkpointing):
+def test_finish_gives_everything_back(kind, load, checkpointing):
     model = with_chances(load(kind))
     state = [{name: value for name, value in vars(module).items() if isinstance(value, (float, bool))}
              for module in model.modules()]
     hooks = [len(module._forward_hooks) for module in model.modules()]
     learner, masked, dense = learner_of(model, checkpointing=checkpointing)
-    learner.step(TOKENS, 0.3)
-    shown = forward(model)
-    learner.detach()
+    learner.learn(TOKENS, 0.3)
+    used = forward(model)
     masks = masked.finish()
     assert [{name: vars(module)[name] for name in before} for module, before in zip(model.modules(), state)] == state
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert not any("forward" in vars(module) for module in model.modules())
     assert not getattr(model, "is_gradient_checkpointing", False) and not model.training
-    assert torch.allclose(forward(model), shown, atol=1e-5)
+    assert torch.allclose(forward(model), used, atol=1e-5)
     assert all(torch.equal(weight, dense[name] * masks[name]) for name, weight in used_weights(model).items())
 
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_a_loss_that_is_not_finite_moves_nothing(load, sample):
     learner, masked, _ = learner_of(load(), sample=sample)
-    learner.step(TOKENS, 0.3)
+    learner.learn(TOKENS, 0.3)
     before, squares = all_logits(masked), copy.deepcopy(list(learner.mean_squares.values()))
     norm = masked.model.model.norm.weight.data
     kept = norm.clone()
     norm.fill_(torch.nan)
-    assert not torch.isfinite(torch.tensor(learner.step(TOKENS, 0.3)))
+    assert not torch.isfinite(torch.tensor(learner.learn(TOKENS, 0.3)))
     norm.copy_(kept)
     assert all(torch.equal(logits, before[name]) for name, logits in all_logits(masked).items())
     assert list(learner.mean_squares.values()) == squares
-    assert torch.isfinite(torch.tensor(learner.step(TOKENS, 0.3)))
+    assert torch.isfinite(torch.tensor(learner.learn(TOKENS, 0.3)))
     assert not all(torch.equal(logits, before[name]) for name, logits in all_logits(masked).items())
 
 
@@ -460,7 +462,7 @@ def test_weights_of_16_bits(kind, load, dtype):
         learner, masked, _ = learner_of(load(kind, of))
         before = all_logits(masked)
         for _ in range(2):
-            learner.step(TOKENS, 0.1)
+            learner.learn(TOKENS, 0.1)
         assert next(iter(masked.layers.values())).scratch.dtype == of
         moves.append(torch.cat([(logits - before[name]).flatten() for name, logits in all_logits(masked).items()]))
         assert moves[-1].isfinite().all() and moves[-1].dtype == torch.float32
@@ -472,34 +474,33 @@ def test_weights_of_16_bits(kind, load, dtype):
 
 
 @pytest.fixture(scope="module")
-def own_text(models):
-    """Rows that the dense Llama wrote itself, drawn from its own predictions: 640 to learn from, 32 to judge by."""
+def generated_text(models):
+    """Sequences that the dense Llama generated, drawn from its own predictions: 640 to learn from, 32 held out."""
     model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rows, length = torch.full((672, 1), 1), {"min_new_tokens": 23, "max_new_tokens": 23}
-        rows = model.generate(rows, attention_mask=torch.ones_like(rows), do_sample=True, top_k=0, **length)
-    return rows[:640].split(16), rows[640:]
+        begun, length = torch.full((672, 1), 1), {"min_new_tokens": 23, "max_new_tokens": 23}
+        sequences = model.generate(begun, attention_mask=torch.ones_like(begun), do_sample=True, top_k=0, **length)
+    return sequences[:640].split(16), sequences[640:]
 
 
 @pytest.mark.parametrize("space, of_masked, of_learner", [
     ("linear", {}, {}), ("linear", {}, {"distill": 1.0}), ("linear", {}, {"sample": True}), ("pattern", {}, {}),
     ("linear", {"logits_dtype": torch.float16}, {"checkpointing": True})],
     ids=["mode", "distill", "sample", "pattern", "float16"])
-def test_it_learns(load, own_text, space, of_masked, of_learner):
-    """From a mask that keeps the smaller half of each block to one better than magnitude's, on rows it did not see."""
-    batches, heldout = own_text
+def test_it_learns(load, generated_text, space, of_masked, of_learner):
+    """From a mask that keeps the smaller half of each block to one better than magnitude's, on text it did not see."""
+    batches, heldout = generated_text
     model, larger = load(), load()
     layers = find_layers(model)
     kept = magnitude_masks(layers)
     apply_masks(find_layers(larger), kept)
-    masked = MaskedModel(model, {name: ~mask for name, mask in kept.items()}, pge.SPACES[space](2, 4), magnitude=1.0,
+    masked = MaskedModel(model, {name: ~mask for name, mask in kept.items()}, SPACES[space](2, 4), magnitude=1.0,
                          mode="eager", **of_masked)
     start, target = batch_loss(model, heldout), batch_loss(larger, heldout)
-    learner = StraightThrough(masked, "eager", **of_learner)
+    learner = StraightThrough(masked, **of_learner)
     for t, batch in enumerate(batches):
-        learner.step(batch, 0.2 * (1 - t / len(batches)))
-    learner.detach()
+        learner.learn(batch, 0.2 * (1 - t / len(batches)))
     masks = masked.finish()
     end = batch_loss(model, heldout)
     assert end < target < start - 0.5, (end, target, start)

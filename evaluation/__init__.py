@@ -1,0 +1,1 @@
+"""How good a model is besides its perplexity: zero-shot tasks, and records compared in a table."""

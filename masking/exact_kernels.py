@@ -1,0 +1,91 @@
+"""The kernels of `kernels.py` by the exact float64 routines of `pge.py`: slow, plain, for any space and any N:M.
+
+Random numbers come from a generator seeded by the key, a chunk of blocks at a time.
+"""
+from math import comb
+
+import torch
+from torch import Tensor
+
+from masking.block_bits import bits_to_mask, mask_to_bits, write_masked
+from masking.random_bits import round_stochastically
+from masking.spaces import Space
+
+CHUNK = 2**18  # blocks at a time where temporaries exist, so that they stay small
+
+
+def _generator(key: Tensor, start: int) -> torch.Generator:
+    return torch.Generator(key.device).manual_seed(int(key.cpu().view(torch.int64)) ^ start)
+
+
+def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: torch.Generator) -> Tensor:
+    """Write float32 blocks `[part, width]` into the planes, rounded where these have 16 bits; returns what is stored,
+    float32."""
+    dtype = logits[0].dtype
+    if dtype != torch.float32:
+        noise = torch.randint(2**16, blocks.shape, generator=generator, device=blocks.device)
+        blocks = round_stochastically(blocks.contiguous(), dtype, noise.int())
+    for plane, column in zip(logits, blocks.unbind(1)):
+        plane[part] = column
+    return blocks.float()
+
+
+def _move(logits: list[Tensor], masks: list[Tensor], coefficients: list[Tensor] | Tensor, key: Tensor, space: Space,
+          start: int, chunk: int) -> None:
+    """The update from these masks (bits `[blocks]`), rounded by the key."""
+    generator = _generator(~key, start)  # other numbers than this key's draws
+    for begin in range(0, len(logits[0]), chunk):
+        part = slice(begin, begin + chunk)
+        before = torch.stack([plane[part] for plane in logits], 1).float()
+        moved = before
+        for bits, coefficient in zip(masks, coefficients):
+            moved = moved - coefficient * space.score(before, bits_to_mask(bits[part], space.m))
+        _store_blocks(logits, moved, part, generator)
+
+
+def _drawn(logits: list[Tensor], key: Tensor, space: Space, start: int, chunk: int) -> Tensor:
+    """The mask that a key draws, bits `[blocks]`: another for the same blocks if they start elsewhere in the layer."""
+    generator = _generator(key, start)
+    chunks = zip(*(plane.split(chunk) for plane in logits))
+    return torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks])
+
+
+def draw(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, space: Space, start: int = 0,
+         chunk: int = CHUNK) -> None:
+    """`fused_draw`; logits: `width` planes."""
+    bits.copy_(_drawn(logits, key, space, start, chunk))
+    write_masked(weight, bits, out, space.m)
+
+
+def update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
+           space: Space, start: int = 0, chunk: int = CHUNK) -> None:
+    """`fused_update`."""
+    _move(logits, [bits], [coefficient], key, space, start, chunk)
+    draw(logits, bits, weight, out, key, space, start, chunk)
+
+
+def update_many(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficients: Tensor, keys: Tensor,
+                space: Space, start: int = 0, chunk: int = CHUNK) -> None:
+    """`fused_update_many`."""
+    masks = [_drawn(logits, key, space, start, chunk) for key in keys[:-2]]
+    _move(logits, masks, coefficients, keys[-2], space, start, chunk)
+    draw(logits, bits, weight, out, keys[-1], space, start, chunk)
+
+
+def vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor, scale: Tensor, key: Tensor, space: Space,
+        start: int = 0) -> Tensor:
+    """`fused_vjp` by autograd of the exact inclusion probabilities."""
+    squares, generator = [], _generator(~key, start)  # masks may be drawn under the same key
+    chunk = max(1, 2**20 // comb(space.m, space.n))
+    for begin in range(0, saliency.shape[1], chunk):
+        part = slice(begin, begin + chunk)
+        block_logits = torch.stack([plane[part] for plane in logits], 1).double().requires_grad_()
+        with torch.enable_grad():
+            expected = (space.inclusion(block_logits) * saliency[:, part].T).sum()
+        gradient = torch.nan_to_num(torch.autograd.grad(expected, block_logits)[0], 0.0, 0.0, 0.0)
+        moved = block_logits.detach() - (gradient * scale[0]).clamp(-1, 1) * scale[1]
+        stored = _store_blocks(logits, moved.float(), part, generator)
+        if bits is not None:
+            bits[part] = mask_to_bits(space.mode(stored))
+        squares.append(gradient.square().sum(1).float())
+    return torch.cat(squares)

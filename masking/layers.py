@@ -1,0 +1,140 @@
+"""A model's maskable layers: finding them, masking them for good, checking them.
+
+Blocks run along the input dimension. nn.Linear keeps its weight as `[out, in]`; GPT-2's Conv1D keeps `[in, out]` and is
+seen transposed. Only whole-model forwards are used, so any decoder works whose projections are such modules.
+"""
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from files import mask_files
+from masking import offload
+from masking.loading import model_fingerprint
+from utils import UserError
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is kept as `[in, out]`."""
+    return type(module).__name__ == "Conv1D"
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as `[out, in]` (a view), where it is kept: with offloading in the host's memory."""
+    weight = offload.weight_of(module)
+    return weight.T if is_transposed(module) else weight
+
+
+def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Module]:
+    """Name -> module of every nn.Linear and Conv1D but the output head, in model order.
+
+    `targets` keep the layers whose name contains one of them; a target that no name contains is a regular expression.
+    UserError for a target that matches nothing, and for fused 3-D experts that would be left out in silence.
+    """
+    head = model.get_output_embeddings()
+    layers = {name: module for name, module in model.named_modules()
+              if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head
+              and "lm_head" not in name and module.weight is not model.get_input_embeddings().weight}
+    if targets is None:
+        experts = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+        if experts:
+            raise UserError(f"{experts[0][0]} {list(experts[0][1])} and {len(experts) - 1} more are fused experts, not "
+                            "nn.Linear, and cannot be masked; name the layers to mask with --targets, such as "
+                            "--targets self_attn, and the experts stay dense")
+        return layers
+    chosen = set()
+    for target in targets:
+        found = [name for name in layers if target in name]
+        if not found:
+            with suppress(re.error):
+                found = [name for name in layers if re.search(target, name)]
+        if not found:
+            raise UserError(f"--targets {target} matches no layer; names look like {', '.join(list(layers)[:3])}")
+        chosen.update(found)
+    return {name: module for name, module in layers.items() if name in chosen}
+
+
+def check_divisible(layers: dict[str, nn.Module], m: int) -> None:
+    """UserError unless M divides the in_features of every layer."""
+    for name, module in layers.items():
+        width = weight_matrix(module).shape[1]
+        if width % m:
+            raise UserError(f"M = {m} does not divide the {width} input features of {name}; choose another "
+                            "--sparsity_type or leave the layer out with --targets")
+
+
+def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
+    """UserError unless each mask has a layer of its shape."""
+    for name, mask in masks.items():
+        if name not in layers:
+            raise UserError(f"the mask is of another model: it has {name}, which this model has not; give the --mask "
+                            "that get_mask.py made from this --model")
+        shape = tuple(weight_matrix(layers[name]).shape)
+        if tuple(mask.shape) != shape:
+            raise UserError(f"the mask is of another model: {name} is {list(mask.shape)} there, {list(shape)} here; "
+                            "give the --mask that get_mask.py made from this --model")
+
+
+def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int | None = None) -> mask_files.MaskFile:
+    """The mask file (of any format) for this model, checked against its layers and its fingerprint.
+
+    UserError for a file that is damaged, of another N:M than the wanted (None: the file's own), or of another model.
+    """
+    layers = find_layers(model, targets=[""])
+    shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
+    found = mask_files.load(path, n, m, shapes if str(path).endswith(".npz") else None)
+    match_masks(layers, found.masks)
+    if found.fingerprint and found.fingerprint != model_fingerprint(model):
+        raise UserError(f"{path} is of another model: it was made from {found.model} and the input embeddings differ; "
+                        "give the --mask that get_mask.py made from this --model")
+    return found
+
+
+def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
+    """Zero the pruned weights in place, to +0.0."""
+    for name, mask in masks.items():
+        weight = weight_matrix(layers[name])
+        weight.masked_fill_(~mask.to(weight.device), 0.0)
+
+
+def apply_mask(model: nn.Module, file: str | Path) -> nn.Module:
+    """The model itself, its pruned weights zeroed in place (+0.0) by a mask file of any format.
+
+    UserError for a file that is damaged or of another model (shapes, fingerprint).
+    """
+    apply_masks(find_layers(model, targets=[""]), read_masks(file, model).masks)
+    return model
+
+
+def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int, int]:
+    """Mask of the weights that are not zero, bool `[out, in]`; the number of blocks with more, and with fewer."""
+    kept = (weight != 0).reshape(-1, m)
+    counts = kept.sum(1)
+    short = counts < n
+    missing = (n - counts[short])[:, None]
+    kept[short] |= ~kept[short] & ((~kept[short]).cumsum(1) <= missing)
+    return kept.view(weight.shape), int((counts > n).sum()), int(short.sum())
+
+
+def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None) -> float:
+    """The share of weights of these layers that are not zero. With pattern (N, M), UserError naming the layers where a
+    block of M keeps more than N or a zero is -0.0."""
+    broken = {}
+    kept = total = 0
+    for name, module in layers.items():
+        weight = weight_matrix(module)
+        nonzero = weight != 0
+        kept, total = kept + int(nonzero.sum()), total + weight.numel()
+        if pattern:
+            crowded = int((nonzero.reshape(-1, pattern[1]).sum(1) > pattern[0]).sum())
+            negative = int((~nonzero & torch.signbit(weight)).sum())
+            if crowded or negative:
+                broken[name] = f"{crowded} blocks" if crowded else f"{negative} zeros are -0.0"
+    if broken:
+        listed = ", ".join(f"{name} ({what})" for name, what in list(broken.items())[:5])
+        raise UserError(f"{len(broken)} of {len(layers)} layers are not {pattern[0]}:{pattern[1]} sparse: {listed}"
+                        f"{' ...' if len(broken) > 5 else ''}; check --sparsity_type, or name the sparse layers with "
+                        "--targets")
+    return kept / total

@@ -1,0 +1,135 @@
+"""A causal LM and its tokenizer, frozen; its loss and perplexity; the fingerprint that names it."""
+import hashlib
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from files import model_folder
+from masking import offload
+from utils import DTYPES, UserError, default_device, fast_dtype, reuse_freed_memory
+
+Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
+
+
+def load_model(model: str, dtype: str = "float16", device: str | None = None, device_map: str | None = None,
+               trust_remote_code: bool = False,
+               on_host: bool = False) -> tuple[nn.Module, Tokenizer]:
+    """The frozen causal LM of this folder or hub id, in eval mode, and its tokenizer. UserError if it cannot be had.
+
+    dtype: a name of utils.DTYPES, auto or checkpoint. on_host: left in the host's memory, though of the dtype for the
+    device.
+    """
+    if any(model.startswith(mark) for mark in (".", "/", "~")) and not Path(model).expanduser().is_dir():
+        raise UserError(f"--model {model}: there is no such folder")
+    device = _checked_device(device or default_device())
+    torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
+    found, tokenizer = _from_pretrained(model, torch_dtype, device_map, trust_remote_code)
+    if any(offload.is_on_disk(module) for module in found.modules() if isinstance(module, nn.Linear)):
+        raise UserError(f"{model} does not fit the devices of --device_map {device_map} and the host's memory, and "
+                        "weights on the disk cannot be masked; use more or larger GPUs, or a larger host")
+    if not device_map and not on_host:
+        found.to(device)
+    if device.startswith("cpu"):
+        reuse_freed_memory()
+    found.requires_grad_(False)
+    return found.eval(), tokenizer
+
+
+def _checked_device(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
+    return device
+
+
+def _from_pretrained(model: str, dtype: torch.dtype | str, device_map: str | None, trusted: bool) -> tuple:
+    """Model and tokenizer by transformers, whatever is wrong with them as one line."""
+    source = model
+    if Path(model).expanduser().is_dir():
+        source = Path(model).expanduser()
+        model_folder.check(source, trusted)
+    keyword = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    placement = {"device_map": device_map} if device_map else {}
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+        tokenizer("Does it take a text?")  # a damaged one fails here rather than far from its name
+        found, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=trusted, low_cpu_mem_usage=True, output_loading_info=True, **{keyword: dtype},
+            **placement)
+    except Exception as error:  # tokenizers and safetensors raise classes of their own for damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {model} cannot be loaded: {reason[:300]} (a folder or hub id of a causal LM is "
+                        "wanted; a gated one needs `huggingface-cli login`)")
+    empty = [name for name, parameter in found.named_parameters() if parameter.is_meta]
+    missing = sorted({*report["missing_keys"], *([] if device_map else empty)})
+    if missing:  # transformers would go on with random numbers, or with none
+        raise UserError(f"--model {model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
+                        "restore it, or give the folder of a whole causal LM")
+    return found, tokenizer
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where tokens are embedded."""
+    return offload.device_of(model.get_input_embeddings())
+
+
+@torch.no_grad()
+def batch_loss(model: nn.Module, batch: Tensor, microbatch: int = 32) -> float:
+    """f(w, batch): mean next-token cross entropy in nats, float32, over int64 `[sequences, tokens]`.
+
+    `microbatch` sequences go through one whole-model forward; the head's logits are taken to float32 a few sequences
+    at a time, so that no [sequences, tokens, vocabulary] float32 copy is made.
+    """
+    check_tokens(model, batch)
+    total, count = 0.0, batch.shape[0] * (batch.shape[1] - 1)
+    for sequences in batch.to(input_device(model)).split(microbatch):
+        logits = model(input_ids=sequences, use_cache=False).logits
+        targets = sequences.to(logits.device)
+        for some, tokens in zip(logits.split(4), targets.split(4)):
+            total += nn.functional.cross_entropy(some[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(),
+                                                 reduction="sum")
+    return float(total) / count
+
+
+def perplexity(losses: list[float]) -> float:
+    """exp of the mean loss over equal windows; inf where that overflows."""
+    mean = sum(losses) / len(losses)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, and the signs of the input
+    embedding, which pruning leaves alone."""
+    digest = hashlib.sha256(str(tuple(model.get_input_embeddings().weight.shape)).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 2 and not name.startswith("lm_head"):
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+    signs = torch.signbit(offload.weight_of(model.get_input_embeddings()).flatten()[:2**22])
+    digest.update(signs.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_length(model: nn.Module, tokens: int, flag: str) -> None:
+    """UserError where sequences of so many tokens would run past the model's positions."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise UserError(f"{flag} {tokens} is more than the {longest} positions of the model; lower {flag}")
+
+
+def check_tokens(model: nn.Module, tokens: Tensor) -> None:
+    """UserError where the model has no embedding for a token."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if tokens.max() >= embeddings:
+        raise UserError(f"the tokenizer makes token {int(tokens.max())} and the model has {embeddings} embeddings; "
+                        "give a --model whose tokenizer is its own")

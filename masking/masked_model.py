@@ -1,0 +1,239 @@
+"""A frozen model under masks that are learned: when its logits move, when its masks are drawn, which mask it uses."""
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from masking import offload
+from masking.block_bits import mask_to_bits
+from masking.distributed import ProcessGroup, Shard
+from masking.kernels import Kernels
+from masking.layers import apply_masks, find_layers, match_masks
+from masking.masked_layer import MaskedLayer, own_rows
+from masking.random_bits import layer_keys
+from masking.spaces import Space
+
+Bits = dict[str, Tensor | None]  # layer name -> mask as integers [blocks], None: dense
+
+
+class MaskedModel:
+    """A frozen model under masks that are learned: logits, the masks drawn from them, and the step that moves both.
+
+    model: its layers named in `masks` (bool `[out, in]`) are masked; all of them if `learned` is None, else the named
+    ones have logits and the rest keep their mask. Logits start at C = `magnitude` where the mask keeps and 0 elsewhere.
+    mode: of the `Kernels`.
+
+    Memory beside the model: the logits, one integer a block, and one scratch buffer as large as the largest layer, into
+    which a layer's masked weight is written when the forward pass reaches it. That write is one pass together with the
+    update of the layer's logits and the drawing of its next mask, so `update` only notes the coefficient and the
+    following `forward` carries it out.
+
+    group: shards each layer's rows over these processes (those layers whose rows they divide), which then must run
+    every forward and backward together: only one layer at a time is whole on any of them, in the scratch buffer.
+    """
+
+    def __init__(self, model: nn.Module, masks: dict[str, Tensor], space: Space, magnitude: float = 10.0,
+                 logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
+                 mode: str = "compiled", group: ProcessGroup | None = None):
+        self.model, self.space = model, space
+        self.seed, self.steps = seed, 0  # which draws are keyed by
+        self.kernels = Kernels(space, mode)
+        self.initial: Bits | None = None  # of m0, kept only where the online baseline needs it
+        self._used: Bits | None = None  # used instead of the masks drawn
+        self._drawn: tuple[int, int] | None = None  # (step, number) of what `draw` drew
+        self._first_drawn = 0  # number of this step's first mask of `draw`
+        modules = find_layers(model, targets=[""])
+        match_masks(modules, masks)
+        learned = list(masks) if learned is None else learned
+        apply_masks(modules, {name: mask for name, mask in masks.items() if name not in learned})
+        scratch = _scratch_buffers({name: modules[name] for name in learned}, group and group.device)
+        self.layers: dict[str, MaskedLayer] = {}
+        self.handles = []  # with a `remove()`, for `finish`
+        for name in learned:
+            weight, mask = offload.weight_of(modules[name]), masks[name]
+            device = group.device if group else weight.device
+            sharded = group if group and len(mask) % group.size == 0 else None
+            layer = MaskedLayer(name, modules[name], mask, self.kernels, logits_dtype, scratch[device, weight.dtype],
+                                sharded)
+            blocks = own_rows(mask, sharded).reshape(-1, space.m)
+            layer.set_logits(lambda part, blocks=blocks: space.init(blocks[part], magnitude))
+            self.layers[name] = layer
+            self.handles.append(modules[name].register_forward_pre_hook(lambda *_, layer=layer: self._enter(layer)))
+
+    def _enter(self, layer: MaskedLayer) -> None:
+        """A forward pass has reached this layer: have its masked weight in the scratch buffer."""
+        if layer.pending and self._used is None:
+            layer.flush()
+        else:
+            self.write(layer)
+
+    def write(self, layer: MaskedLayer) -> None:
+        """Write the weight that the layer uses now into the scratch buffer."""
+        layer.write(layer.bits if self._used is None else self._used[layer.name], once=self.steps == 0)
+
+    def flush(self) -> None:
+        """Carry out what `update` left due, where no forward pass did."""
+        for layer in self.layers.values():
+            layer.flush()
+
+    # --------------------------------------------------------------------------------------------------- learning
+
+    def keys(self, steps: int | None = None, samples: list[int] = (0,)) -> dict[str, Tensor]:
+        """Random keys of a step (default: this one) for its masks of these numbers, by the layer's name: int32
+        `[samples, 2]` beside its weight."""
+        steps = self.steps if steps is None else steps
+        keys = torch.stack([layer_keys(self.seed, steps, len(self.layers), sample) for sample in samples], 1)
+        keys = {device: keys.to(device) for device in self._devices()}
+        return {name: keys[layer.weight.device][index] for index, (name, layer) in enumerate(self.layers.items())}
+
+    def _devices(self) -> set[torch.device]:
+        return {layer.weight.device for layer in self.layers.values()}
+
+    def _on_devices(self, values: float | list[float]) -> dict[torch.device, Tensor]:
+        return {device: torch.tensor(values, dtype=torch.float32, device=device) for device in self._devices()}
+
+    def update(self, coefficient: float) -> None:
+        """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer."""
+        self.flush()
+        keys, coefficients = self.keys(), self._on_devices(coefficient)
+        for name, layer in self.layers.items():
+            layer.schedule(self.kernels.update, coefficients[layer.weight.device], keys[name][0])
+        self.steps += 1
+
+    def draw(self, sample: int) -> None:
+        """The next forward is masked by this step's mask of that number, drawn from the logits as they are: any process
+        can draw any of them."""
+        if self._drawn == (self.steps, sample):
+            return
+        if self._drawn is None or self._drawn[0] != self.steps:
+            self._first_drawn = sample
+        self.flush()
+        keys = self.keys(samples=[sample])
+        for name, layer in self.layers.items():
+            layer.schedule(self.kernels.draw, keys[name][0])
+        self._drawn = self.steps, sample
+
+    def update_many(self, coefficients: list[float]) -> None:
+        """pi <- pi - sum_k coefficient_k * score(pi, m_k) over the step's masks 0, 1, ... as `draw` draws them. The
+        next forward is masked by that mask of the next step that this process drew first in this one."""
+        self.flush()
+        drawn = self.keys(samples=range(len(coefficients)))
+        after = self.keys(self.steps + 1, [0, self._first_drawn])  # 0: they must round alike in all processes
+        values = self._on_devices(coefficients)
+        for name, layer in self.layers.items():
+            keys = torch.cat([drawn[name], after[name]])
+            layer.schedule(self.kernels.update_many, values[layer.weight.device], keys)
+        self.steps += 1
+        self._drawn = self.steps, self._first_drawn
+
+    def count_step(self, redraw: bool) -> None:
+        """Count a step whose logits have moved by themselves, or not at all; `redraw`: m_{t+1} ~ p(pi), due in the next
+        forward."""
+        if redraw:
+            keys = self.keys()
+            for name, layer in self.layers.items():
+                layer.schedule(self.kernels.draw, keys[name][0])
+        self.steps += 1
+
+    # ------------------------------------------------------------------------------------------- which mask is used
+
+    @contextmanager
+    def use_masks(self, bits: Bits) -> Iterator[None]:
+        """Inside, the model is masked by these `bits`, and none is drawn."""
+        self.flush()
+        self._used = bits
+        try:
+            yield
+        finally:
+            self._used = None
+
+    def use_initial(self) -> AbstractContextManager:
+        """Inside, the model is masked by m0, which `keep_initial` has kept."""
+        return self.use_masks(self.initial)
+
+    def use_dense(self) -> AbstractContextManager:
+        """Inside, the learned layers have no mask."""
+        return self.use_masks(dict.fromkeys(self.layers))
+
+    def keep_initial(self, masks: dict[str, Tensor]) -> None:
+        """Remember m0 for `use_initial`: a quarter of a byte a weight at M = 4."""
+        self.initial = {name: mask_to_bits(own_rows(masks[name], layer.group).reshape(-1, layer.m)
+                                           .to(layer.weight.device)) for name, layer in self.layers.items()}
+
+    def mode_bits(self) -> dict[str, Tensor]:
+        """The most probable mask of each learned layer, as bits `[blocks]`."""
+        self.flush()
+        return {name: self.kernels.mode(layer.logits) for name, layer in self.layers.items()}
+
+    # ------------------------------------------------------------------------------------------- saved and collected
+
+    def checksum(self) -> str:
+        """A number that any change of the logits would change, in all likelihood: to compare processes by. Layers that
+        are sharded have only one copy."""
+        self.flush()
+        sums = [plane.view(torch.int16 if plane.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
+                for layer in self.layers.values() for plane in layer.logits if not layer.group]
+        return str([int(total) for total in sums])
+
+    def _moving(self) -> Iterator[tuple[str, MaskedLayer, Tensor]]:
+        """(name, layer, tensor) of what learning moves: each layer's logits, plane by plane, and its mask."""
+        for name, layer in self.layers.items():
+            for i, plane in enumerate(layer.logits):
+                yield f"logits.{i}.{name}", layer, plane
+            yield f"bits.{name}", layer, layer.bits
+
+    def state(self) -> tuple[dict, dict[str, Tensor | Shard]]:
+        """For a checkpoint: the count that random numbers are made from, and the tensors themselves, no copies."""
+        self.flush()
+        return {"steps": self.steps}, {name: layer.shard(tensor) for name, layer, tensor in self._moving()}
+
+    def restore(self, scalars: dict, read: Callable[[str, Tensor | Shard], Tensor]) -> None:
+        """From `state`; read(name, like): the tensor of this name, as large as `like`."""
+        self.steps = scalars["steps"]
+        for name, layer, tensor in self._moving():
+            tensor.copy_(read(name, layer.shard(tensor)))
+
+    def _collected(self, tensor_of: Callable[[MaskedLayer], Tensor]) -> dict[str, Tensor]:
+        """What a function makes of each layer, all processes together, on the CPU by the layer's name; of layers that
+        are sharded, in the main process only: no other needs to have room for it."""
+        found = {}
+        for name, layer in self.layers.items():
+            tensor = tensor_of(layer)
+            if not layer.group or layer.group.is_main:
+                found[name] = tensor.cpu()
+        return found
+
+    def masks_of(self, bits: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Masks bool `[out, in]`, as `_collected`."""
+        return self._collected(lambda layer: layer.mask_of(layer.whole(bits[layer.name])))
+
+    def mode_masks(self) -> dict[str, Tensor]:
+        """The most probable mask of each learned layer, bool `[out, in]`, as `_collected`."""
+        return self.masks_of(self.mode_bits())
+
+    def whole_logits(self) -> dict[str, Tensor]:
+        """`[width, blocks]`, as `_collected`."""
+        self.flush()
+        return self._collected(lambda layer: torch.stack([layer.whole(plane) for plane in layer.logits]))
+
+    def finish(self, bits: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Give the modules back their own weights, masked by these `bits` (default: the mode); returns those masks. The
+        weights of layers that are sharded are given back in the main process, on the CPU."""
+        bits = bits or self.mode_bits()
+        for handle in self.handles:
+            handle.remove()
+        for name, layer in self.layers.items():
+            layer.give_back(bits[name])
+        return self.masks_of(bits)
+
+
+def _scratch_buffers(modules: dict[str, nn.Module], device: torch.device | None) -> dict:
+    """(device, dtype) -> an empty tensor that is as large as the largest weight there; all on `device` if given."""
+    sizes = Counter()
+    for module in modules.values():
+        weight = offload.weight_of(module)
+        key = device or weight.device, weight.dtype
+        sizes[key] = max(sizes[key], weight.numel())
+    return {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in sizes.items()}

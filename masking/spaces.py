@@ -1,0 +1,98 @@
+"""The two ways to put logits on a block's masks: M of them (MaskPro), or one for each pattern (MaskLLM)."""
+from math import comb
+
+import torch
+from torch import Generator, Tensor
+
+import pge
+from pge import patterns
+
+MARGIN, LIMIT = 1.0, 12.0  # of `logits_from_scores`: what a kept weight has ahead, and the most that scores say
+
+
+def logits_from_scores(mask: Tensor, magnitude: float, score: Tensor) -> Tensor:
+    """Logits as confident of `mask` as the scores are, float32 `[blocks, M]`: C log(score / score of the weakest kept),
+    so that a pruned weight takes a kept one's place with odds near (their scores' ratio)^C. Close calls are then tried
+    often and clear ones hardly ever. Where score and mask differ the logits are equal; a kept weight has MARGIN more.
+
+    mask: bool `[blocks, M]`; magnitude: C; score: `[blocks, M]`, positive.
+    """
+    log_score = score.float().clamp(min=1e-30).log()
+    weakest = log_score.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    gap = magnitude * (log_score - weakest)
+    return torch.where(mask, gap.clamp(0, LIMIT) + MARGIN, gap.clamp(-LIMIT, 0))
+
+
+class LinearSpace:
+    """MaskPro's space: M logits a block, N drawn without replacement."""
+
+    def __init__(self, n: int, m: int):
+        self.n, self.m, self.width = n, m, m
+
+    def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
+        """Logits that prefer `mask`: magnitude C where it keeps, 0 elsewhere; float32 `[blocks, width]`. With the
+        weights' scores `[blocks, M]`, see `logits_from_scores`."""
+        return mask.float() * magnitude if score is None else logits_from_scores(mask, magnitude, score)
+
+    def sample(self, logits: Tensor, generator: Generator | None = None) -> Tensor:
+        return pge.sample(logits, self.n, generator)
+
+    def mode(self, logits: Tensor) -> Tensor:
+        return pge.mode(logits, self.n)
+
+    def score(self, logits: Tensor, mask: Tensor) -> Tensor:
+        return pge.score(logits, mask)
+
+    def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
+        return pge.log_prob(logits, mask)
+
+    def inclusion(self, logits: Tensor) -> Tensor:
+        return pge.inclusion(logits, self.n)
+
+    def pattern_probs(self, logits: Tensor) -> Tensor:
+        return pge.pattern_probs(logits, self.n)
+
+
+class PatternSpace:
+    """MaskLLM's space behind the same interface: C(M,N) logits a block, one pattern drawn."""
+
+    def __init__(self, n: int, m: int):
+        self.n, self.m, self.width = n, m, comb(m, n)
+
+    def _index(self, mask: Tensor) -> Tensor:
+        powers = 2 ** torch.arange(self.m, device=mask.device)
+        codes, order = (patterns(self.n, self.m).to(mask.device) * powers).sum(1).sort()
+        return order[torch.searchsorted(codes, (mask * powers).sum(1))]
+
+    def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
+        if score is None:
+            zeros = torch.zeros(len(mask), self.width, device=mask.device)
+            return zeros.scatter_(1, self._index(mask)[:, None], magnitude)
+        return logits_from_scores(mask, magnitude, score) @ patterns(self.n, self.m).to(mask.device, torch.float32).T
+
+    def sample(self, logits: Tensor, generator: Generator | None = None) -> Tensor:
+        return self._patterns(pge.sample(logits, 1, generator))
+
+    def mode(self, logits: Tensor) -> Tensor:
+        return self._patterns(pge.mode(logits, 1))
+
+    def _patterns(self, one_hot: Tensor) -> Tensor:
+        return patterns(self.n, self.m).to(one_hot.device)[one_hot.int().argmax(1)]
+
+    def score(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Categorical score: one_hot(S) - softmax(logits)."""
+        return -torch.softmax(logits, 1).scatter_add(
+            1, self._index(mask)[:, None], logits.new_full((len(mask), 1), -1.0))
+
+    def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
+        return logits.log_softmax(1).gather(1, self._index(mask)[:, None])[:, 0]
+
+    def inclusion(self, logits: Tensor) -> Tensor:
+        return logits.softmax(1) @ patterns(self.n, self.m).to(logits.device, logits.dtype)
+
+    def pattern_probs(self, logits: Tensor) -> Tensor:
+        return logits.softmax(1)
+
+
+Space = LinearSpace | PatternSpace
+SPACES = {"linear": LinearSpace, "pattern": PatternSpace}

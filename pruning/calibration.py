@@ -1,0 +1,80 @@
+"""What calibration text says of a layer's inputs: their norms, their Hessian, and how a pass reaches them in order."""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from masking.layers import weight_matrix
+from masking.loading import input_device
+from utils import UserError
+
+
+def check_finite(inputs: Tensor, name: str, model: nn.Module) -> None:
+    """UserError naming the layer unless its inputs are finite."""
+    if not inputs.isfinite().all():
+        raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype bfloat16 "
+                        "or float32")
+
+
+@contextmanager
+def watching(layers: dict[str, nn.Module], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, `watch(name, inputs)` is called each time that a layer is about to compute."""
+    hooks = [module.register_forward_pre_hook(lambda module, inputs, name=name: watch(name, inputs[0]))
+             for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor) -> dict[str, Tensor]:
+    """||x_j|| of every layer's input features over the tokens of samples `[sequences, tokens]`; float32 `[in]` each.
+    UserError where they are not finite."""
+    squares = {name: torch.zeros(weight_matrix(module).shape[1], device=weight_matrix(module).device)
+               for name, module in layers.items()}
+
+    def add(name: str, inputs: Tensor) -> None:
+        squares[name] += inputs.float().flatten(0, -2).square().sum(0).to(squares[name].device)
+    with watching(layers, add):
+        for sequence in tqdm(samples, desc="calibrating", unit="sequence", disable=None):
+            model(input_ids=sequence[None].to(input_device(model)), use_cache=False)
+    for name, square in squares.items():
+        check_finite(square, name, model)
+    return {name: square.sqrt() for name, square in squares.items()}
+
+
+@torch.no_grad()
+def visit_in_order(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor,
+                   visit: Callable[[str, Tensor], None], doing: str) -> None:
+    """One pass of samples, int64 `[sequences, tokens]`, through the decoder without its head: `visit(name, inputs)` is
+    called when the pass first gets to a layer, before that computes. `doing`: for the progress bar. UserError where
+    inputs are not finite."""
+    visited = set()
+
+    def visit_once(name: str, inputs: Tensor) -> None:
+        if name not in visited:
+            check_finite(inputs, name, model)
+            visit(name, inputs)
+            visited.add(name)
+            progress.update()
+    with tqdm(total=len(layers), desc=doing, unit="layer", disable=None) as progress, watching(layers, visit_once):
+        model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
+
+
+class Hessians:
+    """H = X X^T, float32 `[in, in]`, of one layer's inputs after another: layers that read the same tensor, as q, k and
+    v do, share it."""
+
+    def __init__(self):
+        self.inputs, self.hessian = None, None
+
+    def of(self, inputs: Tensor) -> Tensor:
+        """That of inputs `[..., in]`."""
+        if inputs is not self.inputs:
+            parts = inputs.flatten(0, -2).split(8192)
+            self.inputs, self.hessian = inputs, sum(part.float().T @ part.float() for part in parts)
+        return self.hessian

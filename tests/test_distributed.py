@@ -1,0 +1,342 @@
+"""train.py in several processes, started by torchrun as a user would: the bits of one process, and no run is lost.
+
+What the processes tell one another is held against one process that does the same work alone.
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from faults import kill
+from safetensors.torch import load_file
+
+import train
+from files import mask_files
+from masking.distributed import ProcessGroup
+from masking.layers import apply_masks, find_layers
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+
+FORWARD_ONLY = "--baseline online --logits 1 --lr 5 --debias_tracker --dataset_size 16 --epoch 4"
+GRADIENTS = "--estimator straight_through --logits 1 --lr 3 --dataset_size 16 --epoch 3 --distill 0.5"
+
+
+@pytest.fixture(scope="module")
+def w(tmp_path_factory):
+    """A model, a text and m0."""
+    folder = tmp_path_factory.mktemp("distributed")
+    kill.workshop(folder)
+    tiny.write_corpus(folder / "text.jsonl", 16)
+    return folder
+
+
+def arguments(w: Path, out: Path, flags: str) -> list[str]:
+    return (f"--model {w}/dense --mask {w}/mask.safetensors --dataset {w}/text.jsonl --dtype float32 --device cpu "
+            f"--sqlen 24 --step eager --skip_checkpoint --save --num_evals 3 --out {out} {flags}").split()
+
+
+class Launched:
+    """A command in so many processes, under torchrun."""
+
+    def __init__(self, processes: int, command: list[str], log: Path):
+        self.log = log
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+                 *map(str, command)], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(timeout=120)
+        finally:
+            self.process.kill()
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def pid_of(self, rank: int) -> int:
+        """The process that torchrun has started as that rank."""
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                if (f"PPid:\t{self.process.pid}\n" in status.read_text()
+                        and f"\0RANK={rank}\0" in (status.parent / "environ").read_text()):
+                    return int(status.parent.name)
+            except OSError:
+                pass  # ended meanwhile
+        raise AssertionError(f"no process of rank {rank}: {self.said}")
+
+
+def learn(processes: int, w: Path, out: Path, flags: str, without: str = "") -> Path:
+    given = [flag for flag in arguments(w, out, flags) if flag != without]
+    launched = Launched(processes, [ROOT / "train.py", *given], w / "said.txt")
+    assert launched.wait() == 0, launched.said
+    return out
+
+
+def wait_for(condition, launched: Launched) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        assert launched.process.poll() is None, launched.said
+        time.sleep(0.1)
+    raise AssertionError(launched.said)
+
+
+def steps_of(out: Path) -> int:
+    log = out / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def killed(w: Path, run: Path, flags: str) -> Launched:
+    """A run of two processes, the second of which was killed at work."""
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, run, flags)], w / "said.txt")
+    wait_for(lambda: steps_of(run) > 3, launched)
+    os.kill(launched.pid_of(1), signal.SIGKILL)
+    assert launched.wait() != 0
+    return launched
+
+
+SCRIPT = """
+import sys, torch, pge
+from masking.distributed import ProcessGroup, Shard
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
+from utils import UserError
+group = ProcessGroup("cpu", 30)
+assert group.size == int(sys.argv[1])
+everyone = range(group.size)
+assert group.all_gather([group.rank, 1 / 3]) == [[r, 1 / 3] for r in everyone]
+assert [item for row in group.all_gather([float(len(group.split(range(9))))]) for item in row] in ([4, 5], [2, 2, 2, 3])
+assert group.split("abcdefghi")[0] == "abcdefghi"[9 * group.rank // group.size]
+with group.one_at_a_time(needed=False):
+    pass
+assert group.mean([1.0] * group.rank + [3.0]) == sum(r + 3 for r in everyone) / sum(r + 1 for r in everyone)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    tensor = torch.arange(6, dtype=dtype).view(2, 3) * group.rank
+    group.reduce_async(tensor)()
+    assert torch.equal(tensor, torch.arange(6, dtype=dtype).view(2, 3) * (sum(everyone) / group.size)), tensor
+    wait = group.reduce_async((torch.arange(12, dtype=dtype) + group.rank).view(group.size, -1), scatter=True)
+    own = torch.arange(12, dtype=dtype).view(group.size, -1)[group.rank:][:1] + (group.size - 1) / 2
+    assert torch.equal(wait(), own), (wait(), own)
+    part = torch.full((3,), group.rank, dtype=dtype)
+    assert group.all_gather_tensor(part).tolist() == [r for r in everyone for _ in range(3)]
+    whole = torch.zeros(3 * group.size, dtype=dtype)
+    whole[3 * group.rank:][:3] = part
+    assert group.all_gather_tensor(whole[3 * group.rank:][:3], whole) is whole
+    assert torch.equal(whole, group.all_gather_tensor(part))
+order = open(sys.argv[2], "a", buffering=1)
+with group.main_before_others():
+    order.write(f"{group.rank}\\n")
+with group.one_at_a_time():
+    order.write(f"in turn {group.rank}, ")
+    order.write("out\\n")
+group.check_same("equal", "the letters")
+try:
+    group.check_same("odd" if group.rank == 1 else "even", "the letters")
+except UserError as error:
+    assert str(error).startswith("the letters of process 1 differ from those of process 0"), error
+else:
+    raise AssertionError
+
+class Model(torch.nn.Sequential):
+    get_output_embeddings = lambda self: None
+    get_input_embeddings = lambda self: torch.nn.Embedding(1, 1)
+
+torch.manual_seed(0)
+model = Model(torch.nn.Linear(16, 24), torch.nn.Linear(24, 8), torch.nn.Linear(8, 7)).requires_grad_(False)
+dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+masks = {str(i): pge.mode(model[i].weight.abs().view(-1, 4), 2).view_as(model[i].weight) for i in range(3)}
+expected = x = torch.randn(5, 16)
+for i in range(3):
+    expected = torch.nn.functional.linear(expected, dense[f"{i}.weight"] * masks[str(i)], dense[f"{i}.bias"])
+masked = MaskedModel(model, masks, LinearSpace(2, 4), mode="eager", group=group)
+assert torch.equal(model(x), expected)
+split, odd = [masked.layers["0"], masked.layers["1"]], masked.layers["2"]
+for layer in split:  # no storage but the scratch buffer has more than this process's rows
+    blocks = layer.scratch.numel() // 4 // group.size
+    assert all(t.untyped_storage().nbytes() == 4 * blocks for t in layer.logits) and len(layer.bits) == blocks
+    assert layer.weight.untyped_storage().nbytes() == 4 * 4 * blocks
+assert len({layer.scratch.untyped_storage().data_ptr() for layer in masked.layers.values()}) == 1
+assert odd.group is None and odd.weight.shape == (7, 8)
+for name, tensor in masked.state()[1].items():
+    whole = tensor.whole() if isinstance(tensor, Shard) else tensor
+    assert list(whole.shape) == list(tensor.shape) == [dense[name.split(".")[-1] + ".weight"].numel() // 4]
+masked.update(0.5)
+model(x)
+found = masked.finish()
+assert list(found) == (["0", "1", "2"] if group.is_main else ["2"])
+if group.is_main:
+    assert all(torch.equal(model[int(i)].weight, dense[f"{i}.weight"] * mask) for i, mask in found.items())
+group.__exit__(None, None, None)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_processes_tell_one_another_and_hold(tmp_path, processes):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launched = Launched(processes, [tmp_path / "script.py", processes, tmp_path / "order"], tmp_path / "said.txt")
+    assert launched.wait() == 0, launched.said
+    order = (tmp_path / "order").read_text().splitlines()
+    assert order[0] == "0" and sorted(order[:processes]) == [str(rank) for rank in range(processes)]
+    assert order[processes:] == [f"in turn {rank}, out" for rank in range(processes)]
+
+
+def test_alone_nothing_is_sent():
+    group = ProcessGroup()
+    tensor = torch.ones(3)
+    group.reduce_async(tensor)()
+    assert group.all_gather([1.0, 2.0]) == [[1.0, 2.0]] and group.mean([1.0, 2.0]) == 1.5
+    assert group.split([1, 2]) == [1, 2]
+    assert group.is_main and torch.equal(tensor, torch.ones(3)) and group.sent_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_masks_split_over_processes_are_the_masks_of_one(w, tmp_path, dtype):
+    """K masks a step give the same bits whoever scores them, resumed by another number of processes included."""
+    flags = f"{FORWARD_ONLY} --batchsize 4 --samples 4 --logits_dtype {dtype} --val_fraction 0.25"
+    train.main(arguments(w, tmp_path / "alone/run", flags))
+    expected = kill.contents(tmp_path / "alone/run")
+    processes = 4 if dtype == "float32" else 2
+    assert kill.contents(learn(processes, w, tmp_path / "several/run", flags)) == expected
+    moved = load_file(tmp_path / "alone/run/logits.safetensors").values()
+    assert any(not torch.equal(planes, planes.round()) for planes in moved)  # they started at 0 and 1
+
+
+@pytest.mark.parametrize("flags", [FORWARD_ONLY, f"{GRADIENTS} --gradient_checkpointing"])
+def test_minibatches_split_over_processes_are_larger_minibatches(w, tmp_path, flags):
+    """Two processes with 4 sequences each learn what one learns from 8, but for rounding."""
+    train.main(arguments(w, tmp_path / "alone", f"{flags} --batchsize 8"))
+    learn(2, w, tmp_path / "two", f"{flags} --batchsize 4")
+    alone, two = (load_file(tmp_path / name / "logits.safetensors") for name in ("alone", "two"))
+    for name, planes in alone.items():
+        assert (planes - two[name]).abs().max() < 1e-3, name
+        start = planes.round().clamp(0, 1)
+        assert (planes - start).abs().max() > 1e-2, name  # far more than that
+
+
+def test_a_killed_process_ends_the_run_and_another_number_goes_on(w, tmp_path):
+    flags = f"{FORWARD_ONLY} --batchsize 2 --samples 2 --max_step 60 --epoch 100 --checkpoint_every 1"
+    run = tmp_path / "killed/run"
+    launched = killed(w, run, flags)
+    assert steps_of(run) < 60 and f'File "{ROOT}/train.py"' not in launched.said, launched.said  # no traceback of ours
+    train.main(["--resume", str(run)])
+    train.main(arguments(w, tmp_path / "whole/run", flags))
+    assert kill.contents(run) == kill.contents(tmp_path / "whole/run")
+
+
+def test_a_process_that_hangs_is_reported(w, tmp_path):
+    flags = f"{FORWARD_ONLY} --batchsize 2 --max_step 100000 --epoch 100000 --checkpoint_every 1 --timeout_s 4"
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, tmp_path / "run", flags)], tmp_path / "said.txt")
+    wait_for(lambda: steps_of(tmp_path / "run") > 3, launched)
+    hanging = launched.pid_of(1)
+    os.kill(hanging, signal.SIGSTOP)
+    wait_for(lambda: "error: process 0 has lost another, which has ended or hangs" in launched.said, launched)
+    os.kill(hanging, signal.SIGKILL)
+    assert launched.wait() != 0
+    assert f"go on with: python train.py --resume {tmp_path}/run" in launched.said
+
+
+def test_a_signal_ends_all_processes_after_the_same_step(w, tmp_path):
+    flags = f"{GRADIENTS} --batchsize 2 --max_step 40 --epoch 100 --checkpoint_every 10m"
+    run = tmp_path / "stopped/run"
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, run, flags)], tmp_path / "said.txt")
+    wait_for(lambda: steps_of(run) > 3, launched)
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait() != 0
+    assert f"stopped after step {steps_of(run)}, with its state saved" in launched.said
+    resumed = Launched(2, [ROOT / "train.py", "--resume", run], tmp_path / "said.txt")
+    assert resumed.wait() == 0, resumed.said
+    learn(2, w, tmp_path / "whole/run", flags)
+    assert kill.contents(run) == kill.contents(tmp_path / "whole/run")
+
+
+def test_masks_that_cannot_be_split_are_refused(w, tmp_path):
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --samples 3")],
+                        tmp_path / "said.txt")
+    assert launched.wait() != 0
+    assert "error: --samples 3 cannot be split over 2 processes: choose a multiple" in launched.said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_reads_other_files_is_named(w, tmp_path):
+    """Each process takes a text of its own."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys\nsys.path.append(sys.argv.pop(1))\nimport train, utils\nimport tiny\n"
+        "text = sys.argv.pop(1) + os.environ['RANK'] + '.jsonl'\n"
+        "tiny.write_corpus(text, 16, seed=int(os.environ['RANK']))\n"
+        "utils.run_script(lambda: train.main([*sys.argv[1:], '--dataset', text]))\n")
+    command = [tmp_path / "script.py", ROOT / "tests", tmp_path / "text",
+               *arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --batchsize 4")]
+    launched = Launched(2, command, tmp_path / "said.txt")
+    assert launched.wait() != 0
+    assert "model, mask, text, flags or versions of process 1 differ from those of process 0" in launched.said
+
+
+def test_samples_are_for_forward_only_estimators(w, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(arguments(w, tmp_path / "run", f"{GRADIENTS} --samples 2"))
+    assert "--samples is for the forward-only estimators" in capsys.readouterr().err
+
+
+def test_logits_that_differ_stop_the_run():
+    with pytest.raises(UserError, match="the logits of process 1"):
+        group = ProcessGroup()
+        group.all_gather = lambda values: [values, [values[0] + 1]]
+        group.check_same("1 2 3", "the logits")
+
+
+# ------------------------------------------------------------------------------------------------------ sharded layers
+
+
+@pytest.mark.parametrize("flags", [f"{FORWARD_ONLY} --logits_dtype float16 --val_fraction 0.3 --init swaps",
+                                   f"{GRADIENTS} --gradient_checkpointing --val_fraction 0.2"])
+def test_sharded_layers_learn_what_copies_learn(w, tmp_path, flags):
+    """To the bit without gradients; with them but for the order in which squares are added up. The checkpoint, which
+    one process gathers, is the model under its mask."""
+    copies = learn(2, w, tmp_path / "copies", f"{flags} --batchsize 2")
+    sharded = learn(2, w, tmp_path / "sharded", f"{flags} --batchsize 2 --shard", "--skip_checkpoint")
+    same = 0 if flags.startswith(FORWARD_ONLY) else 1e-4
+    for line, other in zip(*(map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+                             for run in (copies, sharded))):
+        assert (line["loss"], line.get("heldout")) == pytest.approx((other["loss"], other.get("heldout")), abs=same)
+    found, expected = (load_file(run / "logits.safetensors") for run in (sharded, copies))
+    assert found.keys() == expected.keys()
+    assert all((planes - expected[name]).abs().max() <= 10 * same for name, planes in found.items())
+    found, expected = (mask_files.load(run / "mask.safetensors").masks for run in (sharded, copies))
+    assert sum(int((mask != expected[name]).sum()) for name, mask in found.items()) <= (4 if same else 0)
+    saved, dense = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (sharded / "checkpoint",
+                                                                                         w / "dense"))
+    apply_masks(find_layers(dense), found)
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in saved.state_dict().items())
+
+
+def test_a_run_of_sharded_layers_goes_on_with_any_number_of_processes(w, tmp_path):
+    flags = f"{FORWARD_ONLY} --batchsize 2 --max_step 16 --epoch 100 --checkpoint_every 1 --shard"
+    run = tmp_path / "killed/run"
+    killed(w, run, flags)
+    assert 3 < steps_of(run) < 16
+    shutil.copytree(run, tmp_path / "alone")
+    again = Launched(2, [ROOT / "train.py", "--resume", str(run)], tmp_path / "again.txt")
+    assert again.wait() == 0, again.said
+    assert kill.contents(run) == kill.contents(learn(2, w, tmp_path / "whole/run", flags))
+    train.main(["--resume", str(tmp_path / "alone")])
+    masks = mask_files.load(tmp_path / "alone/mask.safetensors").masks
+    assert all((mask.view(-1, 4).sum(1) == 2).all() for mask in masks.values())
+
+
+@pytest.mark.parametrize("flags", ["--samples 2", "--init scores"])
+def test_what_sharded_layers_cannot_do_is_refused(w, tmp_path, flags):
+    with pytest.raises(UserError, match="with --shard all processes have one mask"):
+        train.main(arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --shard {flags}"))
+    assert not (tmp_path / "run").exists()

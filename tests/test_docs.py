@@ -1,0 +1,114 @@
+"""README and docs say what is there: links and anchors exist, files that are named exist, commands parse."""
+import json
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import train
+from training import args as training_args
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|json|txt|toml)|(?:[\w-]+/)+)`")
+MADE = re.compile(r"(results|demo|out|RUN|checkpoint|state|tensorboard|.*\.venv)/|"  # by users and runs, not by us
+                  r"(text|quiz|data|generated|.*evaluation|prune|run|config|adapter_config|other)\.(jsonl?|txt)$")
+SCRIPTS = {"prune", "get_mask", "inference_loss", "evaluate", "generate_text", "plot"}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings make, as GitHub makes them."""
+    found = []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"#+ (.*)", line):
+            plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", match[1])
+            slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+            found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return set(found)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The shell commands in a page's code blocks, as words; comments left out."""
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    starts = ("python ", "torchrun ", "accelerate ", "bash ", "make ", "pip ", "DEMO=", "DRY=", "SMALL=")
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(starts)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}; there are {sorted(anchors(file))}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_are_there(page):
+    for name in PATH.findall(page.read_text(encoding="utf-8")):
+        is_there = (ROOT / name).exists() or (ROOT / "reproduce" / name).exists()
+        assert is_there or MADE.match(name), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_scripts_parse(page):
+    for words in commands(page):
+        if words[0] not in ("python", "torchrun", "accelerate") or "..." in words:
+            continue
+        place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if place is None:  # python -m pip
+            continue
+        assert (ROOT / words[place]).is_file(), " ".join(words)
+        name, flags = words[place].removesuffix(".py").replace("/", "."), words[place + 1:]
+        if name == "train":
+            training_args.make_parser(train.__doc__).parse_args(flags)
+        elif name in SCRIPTS:
+            import_module(name).parse_args(flags)
+        elif name.startswith("tests.faults."):
+            import_module(name.removeprefix("tests.")).parse_args(flags)
+        else:
+            assert name.startswith(("bench.", "reproduce.")), " ".join(words)
+
+
+def test_commands_of_the_benches_parse():
+    """In a process of their own: tests import no bench."""
+    wanted = [[Path(words[1]).stem, words[2:]] for page in PAGES for words in commands(page)
+              if words[0] == "python" and words[1].startswith("bench/")]
+    shown = [[Path(words[0]).stem, words[1:]] for page in PAGES for words in map(shlex.split, re.findall(
+        r"`python (bench/[^`\n]+(?:\n[^`\n]+)?)`", page.read_text(encoding="utf-8")))]
+    assert wanted or shown
+    code = ("import importlib, json, sys\n"
+            "for name, flags in json.load(sys.stdin):\n"
+            "    print(name, flags, file=sys.stderr)\n"
+            "    importlib.import_module(name).parse_args(flags)\n")
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(wanted + shown), text=True, cwd=ROOT / "bench",
+                          capture_output=True, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}", "PATH": ""})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_other_commands_are_there(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for words in commands(page):
+        words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+        if words[0] == "make":
+            assert words[1] in targets
+        if words[0] == "bash":
+            assert (ROOT / words[1]).is_file(), words
+        if words[:3] == ["pip", "install", "-r"]:
+            assert (ROOT / words[3]).is_file(), words
+
+
+def test_the_readme_is_read():
+    lines = PAGES[0].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 250
+    assert all(len(line) <= 120 or line.startswith("|") for page in PAGES for line in page.read_text().splitlines())

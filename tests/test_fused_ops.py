@@ -1,0 +1,231 @@
+"""masking/fused_ops.py, plane by plane in float32, against the definition enumerated in float64."""
+from itertools import combinations
+from math import cos, radians
+
+import pytest
+import torch
+from exact import by_inclusion_exclusion, by_orderings, drawings, inclusion_by_drawings, jacobian
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import pge
+from masking import fused_ops
+from masking.block_bits import bits_to_mask
+
+CHEAP = [(n, m) for m in range(2, 9) for n in range(1, min(m, 5))]  # where the M!/(M-N)! ways to draw are few
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def split(blocks):
+    """[blocks, M] -> M planes [blocks]."""
+    return [plane.clone() for plane in blocks.unbind(1)]
+
+
+def joined(found):
+    return torch.stack(list(found), 1)
+
+
+def kept_by(bits, m):
+    """The indices that each block's bits keep, ascending."""
+    return [[i for i in range(m) if code >> i & 1] for code in bits.tolist()]
+
+
+@st.composite
+def blocks(draw, patterns=CHEAP, scale=(0.01, 0.1, 1.0, 5.0)):
+    """N, M and float32 logits [4, M] of some scale."""
+    n, m = draw(st.sampled_from(patterns))
+    logits = torch.randn(4, m, generator=seeded(draw(st.integers(0, 2**31)))) * draw(st.sampled_from(scale))
+    return n, m, logits
+
+
+PATTERNS_TO_16 = st.integers(2, 16).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
+
+
+# ------------------------------------------------------------------------------------------------ sums, weights, ranks
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 16), st.integers(0, 2**31))
+def test_sums(m, seed):
+    x = torch.rand(5, m, generator=seeded(seed)) * 10.0 ** torch.randint(-20, 5, (5, m), generator=seeded(seed + 1))
+    assert torch.allclose(fused_ops.sum_of(split(x)).double(), x.double().sum(1), rtol=1e-6, atol=0)
+    expected = torch.stack([x.double()[:, [j for j in range(m) if j != i]].sum(1) for i in range(m)], 1)
+    assert torch.allclose(joined(fused_ops.others(split(x))).double(), expected, rtol=1e-5, atol=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(PATTERNS_TO_16, st.integers(0, 2**31), st.sampled_from([1.0, 10.0, 100.0]))
+def test_weights_are_relative_to_the_last_seat(pattern, seed, scale):
+    """exp(logits), up to a factor a block, of all that is not 24 above the n-th largest; that one weighs 1."""
+    n, m = pattern
+    logits = torch.randn(6, m, generator=seeded(seed)) * scale
+    found = joined(fused_ops.weights(split(logits), n))
+    last = logits.sort(1, descending=True).values[:, n - 1:n]
+    assert torch.allclose(found.double(), (logits - last).double().clamp(max=24).exp(), rtol=2e-6, atol=1e-37)
+    assert found.isfinite().all() and ((found >= 1).sum(1) >= n).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(PATTERNS_TO_16, st.data())
+def test_the_earliest_and_the_most_probable_are_the_sorted_ones(pattern, data):
+    """Few values, so that ties are common; a tie goes to the lower index."""
+    n, m = pattern
+    numbers = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0, torch.inf])
+    rows = data.draw(st.lists(st.lists(numbers, min_size=m, max_size=m), min_size=1, max_size=5))
+    x = torch.tensor(rows)
+    assert kept_by(fused_ops.earliest(split(x), n), m) == [
+        sorted(sorted(range(m), key=lambda i: (row[i], i))[:n]) for row in rows]
+    assert kept_by(fused_ops.most_probable(split(x), n), m) == [
+        sorted(sorted(range(m), key=lambda i: (-row[i], i))[:n]) for row in rows]
+
+
+# --------------------------------------------------------------------------------------------------- score and drawing
+
+
+@settings(max_examples=40, deadline=None)
+@given(blocks(), st.integers(0, 2**31))
+def test_score_is_that_of_the_definition(block, seed):
+    n, m, logits = block
+    bits = fused_ops.earliest(split(torch.rand(4, m, generator=seeded(seed))), n)
+    kept = [(bits >> i & 1).float() for i in range(m)]
+    found = joined(fused_ops.score(fused_ops.weights(split(logits), n), kept, n))
+    for x, indices, row in zip(logits, kept_by(bits, m), found):
+        p, expected = by_orderings(x.tolist(), indices, digits=40)
+        if p > 1e-25:  # less is never drawn, and beyond float32
+            assert torch.allclose(row, torch.tensor([float(g) for g in expected]), rtol=1e-5, atol=2e-6)
+
+
+def test_score_of_8_16():
+    logits = torch.randn(2, 16, generator=seeded(0))
+    bits = fused_ops.earliest(split(torch.rand(2, 16, generator=seeded(1))), 8)
+    kept = [(bits >> i & 1).float() for i in range(16)]
+    found = joined(fused_ops.score(fused_ops.weights(split(logits), 8), kept, 8))
+    for x, indices, row in zip(logits, kept_by(bits, 16), found):
+        expected = by_inclusion_exclusion(x.tolist(), indices, digits=60)[1]
+        assert torch.allclose(row, torch.tensor([float(g) for g in expected]), atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(blocks([(1, m) for m in range(2, 9)] + [(2, 3), (2, 4)], scale=(0.1, 1.0, 3.0)))
+def test_the_table_gives_each_mask_its_share_of_the_unit_interval(block):
+    """u over a fine grid: each mask comes for one interval (the mode for the last), as long as it is probable."""
+    n, m, logits = block
+    grid = 4096
+    u = (torch.arange(grid) + 0.5) / grid
+    for x in logits:
+        bits = fused_ops.draw_by_table(fused_ops.weights(split(x.expand(grid, m)), n), n, u)
+        chance, order = drawings(x, n)
+        codes = (1 << order).sum(1)
+        probs = {sum(1 << i for i in s): float(chance[codes == sum(1 << i for i in s)].sum())
+                 for s in combinations(range(m), n)}
+        for code, p in probs.items():
+            assert abs(int((bits == code).sum()) - p * grid) <= 1.01, (code, p)
+        second, first = sorted(probs.values())[-2:]
+        assert probs[int(bits[-1])] == first or first - second < 1e-6
+        assert sum(int((bits == code).sum()) for code in probs) == grid
+        assert len(torch.unique_consecutive(bits)) == len(torch.unique(bits))
+
+
+@settings(max_examples=60, deadline=None)
+@given(PATTERNS_TO_16, st.integers(0, 2**31))
+def test_the_race_keeps_the_first_to_arrive(pattern, seed):
+    n, m = pattern
+    w = torch.rand(8, m, generator=seeded(seed)) + 0.01
+    u = torch.rand(8, m, generator=seeded(seed + 1))
+    arrival = -(1 - u.double()).log() / w.double()
+    found = kept_by(fused_ops.draw_by_race(split(w), n, split(u)), m)
+    for row, indices in zip(arrival.tolist(), found):
+        times = sorted(row)
+        assume(times[n] - times[n - 1] > 1e-5 * times[n])
+        assert indices == sorted(sorted(range(m), key=row.__getitem__)[:n])
+
+
+@pytest.mark.parametrize("n, m, numbers", [(1, 4, 1), (1, 16, 1), (2, 3, 1), (2, 4, 1), (2, 5, 5), (3, 4, 4),
+                                           (8, 16, 16)])
+def test_how_many_random_numbers_a_mask_takes(n, m, numbers):
+    assert fused_ops.draws(n, m) == numbers
+    w = split(torch.rand(64, m, generator=seeded(0)) + 0.1)
+    u = split(torch.rand(64, numbers, generator=seeded(1)))
+    bits = fused_ops.draw(w, n, u)
+    assert bits.dtype == torch.int32 and bits_to_mask(bits, m).sum(1).eq(n).all()
+    assert torch.equal(bits, fused_ops.draw_by_table(w, n, u[0]) if numbers == 1 else fused_ops.draw_by_race(w, n, u))
+
+
+# ----------------------------------------------------------------------------------------------------------------- vjp
+
+
+def vjp_of(logits, saliency, n):
+    return joined(fused_ops.vjp(split(logits), split(saliency), n)).double()
+
+
+@settings(max_examples=40, deadline=None)
+@given(blocks(), st.integers(0, 2**31))
+def test_vjp_is_the_transposed_jacobian_times_the_saliency(block, seed):
+    n, m, logits = block
+    saliency = torch.randn(4, m, generator=seeded(seed))
+    for x, g, row in zip(logits, saliency, vjp_of(logits, saliency, n)):
+        expected = jacobian(lambda y: inclusion_by_drawings(y, n), x).T @ g.double()
+        assert torch.allclose(row, expected, rtol=1e-4, atol=3e-6 * float(g.abs().max()))
+
+
+def race_to_one_time(logits, n):
+    """inclusion_i = 1 - exp(-w_i tau), sum_i inclusion_i = n: log tau by bisection, float64 `[blocks, M]`."""
+    logits = logits.double() - logits.double().amax(1, keepdim=True)
+    low, high = torch.full((len(logits), 1), -60.0).double(), torch.full((len(logits), 1), 200.0).double()
+    for _ in range(70):
+        middle = (low + high) / 2
+        early = (-torch.expm1(-(logits + middle).exp())).sum(1, keepdim=True) < n
+        low, high = torch.where(early, middle, low), torch.where(early, high, middle)
+    return -torch.expm1(-(logits + low).exp())
+
+
+LARGE = [(n, m) for m in (9, 12, 16) for n in (1, m // 4, m // 2, m - 2)] + [(5, 8), (6, 8), (7, 8)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(blocks(LARGE, scale=(0.01, 1.0, 3.0)), st.integers(0, 2**31))
+def test_vjp_of_large_blocks_is_that_of_a_race_stopped_at_one_time(block, seed):
+    """By central differences of the stopped race, which shares no formula with it."""
+    n, m, logits = block
+    saliency = torch.randn(4, m, generator=seeded(seed))
+    for x, g, row in zip(logits, saliency, vjp_of(logits, saliency, n)):
+        shift = 1e-4 * torch.eye(m, dtype=torch.float64)
+        difference = (race_to_one_time(x + shift, n) - race_to_one_time(x - shift, n)) @ g.double() / 2e-4
+        assert torch.allclose(row, difference, rtol=1e-3, atol=1e-5 * float(g.abs().max()))
+
+
+@pytest.mark.parametrize("n, m", [(8, 16), (4, 16), (2, 16), (6, 8)])
+def test_large_blocks_come_near_the_exact_probabilities(n, m):
+    """Within 0.1 in the probabilities and 25 degrees in the direction, as fused_ops.py says. The exact ones are those
+    of pge.py, held against enumeration in test_pge.py."""
+    for scale in (0.1, 1.0, 3.0, 6.0):
+        logits = torch.randn(3, m, generator=seeded(m)) * scale
+        saliency = torch.randn(3, m, generator=seeded(n))
+        exact = logits.double().requires_grad_()
+        inclusion = pge.inclusion(exact, n)
+        expected, = torch.autograd.grad((inclusion * saliency).sum(), exact)
+        assert (race_to_one_time(logits, n) - inclusion).abs().max() < 0.1
+        assert (torch.cosine_similarity(vjp_of(logits, saliency, n), expected) > cos(radians(25))).all()
+
+
+@pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (4, 8), (8, 16), (1, 16)])
+@pytest.mark.parametrize("lead", [10.0, 40.0, 300.0])
+def test_vjp_of_saturated_blocks_is_finite_and_small(n, m, lead):
+    """A saliency of 1 of what is kept anyway moves nothing; all saliencies alike never do."""
+    logits = torch.zeros(1, m)
+    logits[:, :n] = lead
+    saliency = torch.randn(1, m, generator=seeded(0))
+    found = vjp_of(logits, saliency, n)
+    assert found.isfinite().all() and found.abs().max() < 50 * m * n * max(torch.tensor(-lead).exp().item(), 1e-6)
+    assert vjp_of(torch.randn(1, m, generator=seeded(1)), torch.ones(1, m), n).abs().max() < 1e-5
+
+
+def test_vjp_in_closed_form_for_one_of_m():
+    """N = 1: mu = softmax, so J^T G = p (G - p G)."""
+    logits, saliency = torch.randn(50, 6, generator=seeded(0)), torch.randn(50, 6, generator=seeded(1))
+    p = logits.double().softmax(1)
+    expected = p * (saliency - (p * saliency).sum(1, keepdim=True))
+    assert torch.allclose(vjp_of(logits, saliency, 1), expected, atol=1e-6)

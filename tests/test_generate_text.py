@@ -1,0 +1,80 @@
+"""generate_text.py: documents follow the model's own probabilities, end where it ends them, and can be learned from."""
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+import data
+import generate_text
+from utils import UserError, set_seed
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_model():
+    """A million draws; what has no probability is never drawn."""
+    logits = torch.tensor([0.0, -1.0, 2.0, -torch.inf, 1.5, -6.0])
+    set_seed(0)
+    drawn = generate_text.Draw()(None, logits.expand(1_000_000, 6))
+    assert (drawn.isfinite().sum(1) == 1).all()
+    seen, wanted = drawn.isfinite().double().mean(0), logits.double().softmax(0)
+    assert ((seen - wanted).abs() <= 5 * (wanted * (1 - wanted) / 1e6).sqrt()).all() and seen[3] == 0
+
+
+def test_the_last_token_is_the_furthest_that_is_drawn(monkeypatch):
+    """Rounding may bring the drawn number up to the sum of all probabilities."""
+    monkeypatch.setattr(torch, "rand", torch.ones)
+    assert generate_text.Draw()(None, torch.zeros(2, 5)).argmax(1).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("kind, first", [("llama", "<s>"), ("gpt2", "<|endoftext|>"), ("opt", "</s>")])
+def test_a_document_begins_as_the_tokenizer_begins_one(models, kind, first):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models[kind])
+    assert tokenizer.convert_ids_to_tokens(generate_text.start_of_text(tokenizer)) == first
+
+
+def test_a_tokenizer_without_a_beginning_is_refused():
+    class Tokenizer(SimpleNamespace):
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[])
+    assert generate_text.start_of_text(Tokenizer(bos_token_id=0, eos_token_id=None)) == 0
+    with pytest.raises(UserError, match="no token that begins or ends a text"):
+        generate_text.start_of_text(Tokenizer(bos_token_id=None, eos_token_id=None))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_documents_end_where_the_model_ends_them(load, models, kind):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models[kind])
+    model = load(kind)
+    end = tokenizer.eos_token_id
+    with torch.no_grad():  # so that it ends a text now and then: its final norm gets one constant direction more
+        head = model.get_output_embeddings().weight
+        head[end] = head.norm(dim=1).max() * torch.nn.functional.normalize(head[end], dim=0)
+    set_seed(1)
+    documents = generate_text.generate(model, tokenizer, 200, 20)
+    assert len(documents) == 200 and all(len(tokens) <= 20 and end not in tokens for tokens in documents)
+    assert any(len(tokens) < 20 for tokens in documents) and any(len(tokens) == 20 for tokens in documents)
+    set_seed(1)
+    assert generate_text.generate(model, tokenizer, 200, 20) == documents
+
+
+def test_the_script(models, tmp_path, capsys):
+    """What it writes is a --dataset of at least so many tokens; a file that is there stays."""
+    out = tmp_path / "generated.jsonl"
+    flags = f"--model {models['llama']} --dtype float32 --device cpu --tokens 600 --sqlen 32 --batchsize 8 --out {out}"
+    generate_text.main(flags.split())
+    said = capsys.readouterr().out
+    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    assert said.startswith(f"{len(texts)} documents, ") and int(said.split()[2]) >= 600
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models["llama"])
+    assert data.token_sequences(tokenizer, str(out), 512, 4, 32, 0).shape == (4, 4, 32)
+    with pytest.raises(UserError, match="exists"):
+        generate_text.main(flags.split())
+
+
+def test_a_model_that_ends_every_text_at_once(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate_text, "generate", lambda *args: [[], []])
+    flags = f"--model {models['llama']} --dtype float32 --device cpu --out {tmp_path}/generated.jsonl"
+    with pytest.raises(UserError, match="ends every text at once"):
+        generate_text.main(flags.split())
+    assert not (tmp_path / "generated.jsonl").exists()

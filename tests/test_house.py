@@ -1,0 +1,136 @@
+"""The house rules, read off the source: which part may import which, how long things may be, and what has a type."""
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("prune", "get_mask", "inference_loss", "train", "evaluate", "generate_text", "plot")
+FLOORS = [{"utils", "pge"}, {"files"}, {"masking", "data"}, {"pruning", "evaluation"}, {"training"}, set(SCRIPTS)]
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+ROOMS = {"files", "masking", "pruning", "evaluation", "training"}
+OPTIONAL = {"matplotlib", "tensorboard", "torch.utils.tensorboard", "wandb", "lm_eval", "datasets", "llmcompressor"}
+MOST_LINES, MOST_FUNCTION_LINES = 300, 60
+SHORT = {"train.py": 150}
+
+
+def modules() -> dict[str, Path]:
+    """Module name -> file, of the product code."""
+    files = [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(files)}
+
+
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """The modules that an import statement may mean: `from a import b` is a, and a.b if that is a module."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return []
+
+
+def imports(file: Path, known) -> set[str]:
+    """The modules of this project that a file imports, wherever in it."""
+    return {name for node in ast.walk(tree(file)) for name in names_of(node) if name in known}
+
+
+def functions(file: Path):
+    return [node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef)]
+
+
+def test_every_module_has_its_place():
+    rooms = {name.partition(".")[0] for name in modules()}
+    assert rooms == set(LEVEL)
+    assert len(ROOMS) <= 6
+
+
+@pytest.mark.parametrize("name", modules())
+def test_arrows_run_down(name):
+    """A room imports from its own floor or from below, and scripts import no scripts."""
+    room = name.partition(".")[0]
+    for imported in imports(modules()[name], modules()):
+        other = imported.partition(".")[0]
+        assert LEVEL[other] < LEVEL[room] or (other == room and room in ROOMS), f"{name} imports {imported}"
+
+
+def test_there_is_no_circle():
+    graph = {name: imports(file, modules()) - {name} for name, file in modules().items()}
+    while graph:
+        leaves = [name for name, imported in graph.items() if not imported & graph.keys()]
+        assert leaves, f"these import one another in a circle: {sorted(graph)}"
+        for name in leaves:
+            del graph[name]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_inside_functions_are_of_optional_packages(name):
+    for function in functions(modules()[name]):
+        for node in ast.walk(function):
+            for imported in names_of(node)[:1]:
+                assert imported in OPTIONAL or imported.partition(".")[0] in OPTIONAL, f"{function.name}: {imported}"
+
+
+@pytest.mark.parametrize("file", [*modules().values(), *sorted((ROOT / "bench").glob("*.py")),
+                                  *sorted((ROOT / "reproduce").glob("*.py"))],
+                         ids=lambda file: str(file.relative_to(ROOT)))
+def test_nothing_is_too_long(file):
+    lines = file.read_text(encoding="utf-8").count("\n")
+    assert lines <= SHORT.get(file.name if file.parent == ROOT else "", MOST_LINES)
+    for function in functions(file):
+        assert function.end_lineno - function.lineno < MOST_FUNCTION_LINES, function.name
+
+
+def test_the_loop_fits_on_a_screen():
+    loop = next(node for function in functions(ROOT / "train.py") if function.name == "learn"
+                for node in function.body if isinstance(node, ast.For))
+    assert loop.end_lineno - loop.lineno < 40
+
+
+@pytest.mark.parametrize("name", modules())
+def test_public_functions_have_types_and_words(name):
+    """Each parameter has a type and each function says what it returns and does; `main` and `parse_args` of the scripts
+    are known to everybody."""
+    if name in SCRIPTS:
+        return
+    for node in tree(modules()[name]).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            missing = [argument.arg for argument in arguments if argument.annotation is None]
+            assert not missing, f"{node.name} has no type for {missing}"
+
+
+@pytest.mark.parametrize("folder, forbidden", [("bench", {"tests", "faults", "tiny", "masked", "exact", *SCRIPTS}),
+                                               ("tests", {file.stem for file in (ROOT / "bench").glob("*.py")})])
+def test_tests_and_benches_stay_apart(folder, forbidden):
+    """A bench named like a test's helper, or the other way round, counts only where it is imported."""
+    own = {file.stem for file in (ROOT / folder).rglob("*.py")}
+    for file in (ROOT / folder).rglob("*.py"):
+        found = {name.partition(".")[0] for node in ast.walk(tree(file)) for name in names_of(node)}
+        assert not found & (forbidden - own), f"{file.relative_to(ROOT)} imports {found & forbidden}"
+
+
+def test_args_stop_at_the_door():
+    """Only the scripts, their flags in utils.py and training/args.py know an argparse namespace."""
+    for name, file in modules().items():
+        if name in SCRIPTS or name in ("utils", "training.args"):
+            continue
+        for node in ast.walk(tree(file)):
+            assert not (isinstance(node, ast.arg) and node.arg == "args" and node.annotation is None
+                        and not isinstance(node, ast.Starred)) or "*args" in ast.get_source_segment(
+                            file.read_text(), node, padded=False) or _is_vararg(file, node), f"{name} takes args"
+            assert "argparse" not in names_of(node), f"{name} imports argparse"
+
+
+def _is_vararg(file: Path, argument: ast.arg) -> bool:
+    return any(function.args.vararg is not None and function.args.vararg.lineno == argument.lineno
+               and function.args.vararg.col_offset == argument.col_offset
+               for function in ast.walk(tree(file)) if isinstance(function, (ast.FunctionDef, ast.Lambda)))
+
+
+def test_this_very_python_reads_it():
+    assert sys.version_info >= (3, 10)

@@ -1,0 +1,480 @@
+"""masking/kernels.py: the fused, the compiled and the exact step against pge.py, their random numbers, and what they
+learn."""
+import os
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from exact import chi_square, distribution, pattern_counts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pge
+from masking import exact_kernels
+from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits, write_masked
+from masking.kernels import Kernels, compiled, eager_update, fused_update
+from masking.random_bits import layer_keys, random_bits, round_stochastically, uniform
+from masking.spaces import LinearSpace, PatternSpace
+
+FUSED = [(n, m) for n in range(1, 5) for m in range(n + 1, 9)]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def same_bits(a, b):
+    """Equality that tells -0.0 from 0.0 and knows NaN."""
+    words = {2: torch.int16, 4: torch.int32}[a.itemsize]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(words), b.contiguous().view(words))
+
+
+def planes_of(logits, dtype=torch.float32):
+    """[blocks, M] -> M planes [blocks], each a tensor of its own."""
+    return [plane.clone() for plane in logits.to(dtype).unbind(1)]
+
+
+def take(function, logits, mask, coefficient=0.0, dtype=torch.float32, weight=None, seed=0, t=0, args=None):
+    """One step from logits and mask `[blocks, M]`: new logits `[blocks, M]`, mask and masked weight.
+
+    args: what the function takes at the end; n and m if not given.
+    """
+    n, m = int(mask[0].sum()), mask.shape[1]
+    planes, bits = planes_of(logits, dtype), mask_to_bits(mask)
+    weight = torch.zeros(mask.numel(), dtype=torch.bfloat16) if weight is None else weight
+    out = torch.full_like(weight, 7.0)
+    key = layer_keys(seed, t, 1)[0]
+    function(planes, bits, weight, out, torch.tensor(coefficient), key, *((n, m) if args is None else args))
+    assert planes[0].dtype == dtype and bits.dtype == bits_dtype(m)
+    return torch.stack(planes, 1), bits_to_mask(bits, m), out
+
+
+def in_linear_space(n, m):
+    return {"args": (LinearSpace(n, m),)}
+
+
+def fused_score(logits, mask):
+    """The score that the step subtracts, to 6e-8: a coefficient of 2^20 leaves nothing of the old logits to round."""
+    return (logits - take(eager_update, logits, mask, 2.0**20)[0]) / 2**20
+
+
+# --------------------------------------------------------------------------------------------- bits and masked weights
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 16), st.integers(1, 40), st.integers(0, 2**31))
+def test_bits_round_trip(m, blocks, seed):
+    mask = torch.rand(blocks, m, generator=seeded(seed)) < 0.5
+    bits = mask_to_bits(mask)
+    assert bits.dtype == (torch.uint8 if m <= 8 else torch.int32)
+    assert torch.equal(bits_to_mask(bits, m), mask)
+
+
+def test_bit_i_is_weight_i():
+    assert mask_to_bits(torch.tensor([[True, False, False, True]])).tolist() == [9]
+    assert mask_to_bits(torch.ones(1, 16).bool()).tolist() == [2**16 - 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("m", [2, 4, 5, 8, 16])
+def test_write_masked(m, dtype):
+    """Kept weights bit for bit, -0.0 and NaN too; pruned ones +0.0 whatever they were."""
+    weight = torch.randn(300 * m, generator=seeded(m)).to(dtype)
+    weight[::7], weight[1::11], weight[2::13] = -0.0, torch.nan, -torch.inf
+    mask = torch.rand(300, m, generator=seeded(m + 1)) < 0.5
+    out = torch.full_like(weight, torch.nan)
+    before = weight.clone()
+    write_masked(weight, mask_to_bits(mask), out, m)
+    assert same_bits(out, torch.where(mask.flatten(), weight, torch.zeros_like(weight)))
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("n, m", [(2, 4), (2, 5), (4, 8), (8, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_step_writes_the_weight_under_the_mask_it_drew(n, m, dtype):
+    logits = torch.randn(200, m, generator=seeded(0))
+    weight = -torch.randn(200 * m, generator=seeded(1)).to(dtype)
+    weight[::3] = torch.inf
+    function, args = (eager_update, None) if n <= 4 else (exact_kernels.update, (LinearSpace(n, m),))
+    _, mask, out = take(function, logits, pge.mode(logits, n), 0.1, weight=weight, args=args)
+    assert (mask.sum(1) == n).all()
+    assert same_bits(out, torch.where(mask.flatten(), weight, torch.zeros_like(weight)))
+
+
+# ------------------------------------------------------------------------------------------------------ random numbers
+
+
+def test_keys_differ_by_seed_step_and_layer_and_are_the_same_every_time():
+    keys = torch.cat([layer_keys(seed, t, 5) for seed in (0, 1, 2, 2**40) for t in range(50)])
+    assert keys.shape == (1000, 2) and keys.dtype == torch.int32
+    assert len({tuple(key) for key in keys.tolist()}) == 1000
+    assert len(keys[:, 0].unique()) == len(keys[:, 1].unique()) == 1000
+    assert torch.equal(layer_keys(3, 7, 5), layer_keys(3, 7, 5))
+    assert torch.equal(layer_keys(3, 7, 2), layer_keys(3, 7, 5)[:2])  # more layers do not move the others
+
+
+def test_uniform_lies_in_0_to_1_with_fine_steps_near_0():
+    bits = torch.tensor([0, 1, 2, 2**31 - 1, -(2**31), -2, -1], dtype=torch.int32)
+    u = uniform(bits)
+    assert u.dtype == torch.float32 and (u > 0).all() and (u <= 1).all()
+    expected = [0.5 * 2**-32, 1.5 * 2**-32, 2.5 * 2**-32, 0.5, 0.5, 1, 1]
+    assert torch.allclose(u.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_random_bits_are_uniform_and_do_not_repeat():
+    counter, key = torch.arange(2**18, dtype=torch.int32), layer_keys(0, 0, 1)[0]
+    bits = random_bits(counter, key)
+    assert len(bits.unique()) == len(bits)  # a bijection
+    flat = torch.full((256,), 1 / 256, dtype=torch.float64)
+    for shift in (0, 8, 16, 24):
+        assert chi_square(torch.bincount(bits >> shift & 255, minlength=256), flat) > 1e-4
+
+
+def test_draws_of_neighbours_are_not_correlated():
+    """Blocks, lanes of a block, steps, layers and seeds; also the pairs' joint distribution on an 8 x 8 grid."""
+    size = 2**18
+    counter = torch.arange(size, dtype=torch.int32)
+
+    def draws(seed=0, t=0, layer=0, shift=0):
+        return uniform(random_bits(counter + shift, layer_keys(seed, t, layer + 1)[layer]))
+
+    first = draws()
+    assert abs(float(first.mean()) - 0.5) < 5 / (12 * size) ** 0.5
+    others = [draws(shift=s) for s in (1, 2, 3, 4, 5, 8, 64, 4096)] + [draws(seed=1), draws(t=1), draws(layer=1)]
+    for other in others:
+        assert abs(float(torch.corrcoef(torch.stack([first, other]))[0, 1])) < 5 / size**0.5
+        grid = torch.bincount((first * 8).long().clamp(max=7) * 8 + (other * 8).long().clamp(max=7), minlength=64)
+        assert chi_square(grid, torch.full((64,), 1 / 64, dtype=torch.float64)) > 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [3.0, -3.0, 0.1, 10.0, -1000.0])
+def test_stochastic_rounding_is_unbiased(dtype, value):
+    """A hundredth of a step between two 16-bit numbers is kept on average, and only the two neighbours occur."""
+    low = torch.tensor(value).to(dtype)
+    high = torch.nextafter(low, torch.tensor(torch.inf, dtype=dtype))
+    gap = float(high) - float(low)
+    x = (low.float() + 0.01 * gap).expand(2**20)
+    share = (float(x[0]) - float(low)) / gap
+    bits = random_bits(torch.arange(2**20, dtype=torch.int32), layer_keys(0, 0, 1)[0])
+    rounded = round_stochastically(x.contiguous(), dtype, bits)
+    assert rounded.dtype == dtype and set(rounded.unique().tolist()) == {float(low), float(high)}
+    up = float((rounded == high).double().mean())
+    assert abs(up - share) < 5 * (share / 2**20) ** 0.5
+
+
+@pytest.mark.parametrize("value", [1e-8, -1e-8, 1e-7, 1e-6, 5e-5])
+def test_stochastic_rounding_is_unbiased_next_to_zero(value):
+    """Where the logits of pruned weights start: float16 has a fixed step of 2^-24 = 6e-8 below 6e-5."""
+    bits = random_bits(torch.arange(2**20, dtype=torch.int32), layer_keys(0, 1, 1)[0])
+    rounded = round_stochastically(torch.full((2**20,), value), torch.float16, bits).double()
+    assert abs(float(rounded.mean()) - value) < 5 * 2**-24 / 2 / 2**10 + 1e-3 * abs(value)
+    assert float(rounded.max() - rounded.min()) == pytest.approx(2**-24)
+
+
+def test_numbers_that_fit_are_not_rounded():
+    x = torch.randn(1000, generator=seeded(0)) * 10
+    for dtype in (torch.float16, torch.bfloat16):
+        exact = torch.cat([x.to(dtype).float(), torch.zeros(1)])
+        noise = torch.full_like(exact, -1, dtype=torch.float32).view(torch.int32) | -1  # all bits set
+        assert torch.equal(round_stochastically(exact, dtype, noise).float(), exact)
+
+
+def test_float16_logits_do_not_overflow():
+    x = torch.tensor([1e6, -1e6, 65504.0, torch.inf])
+    rounded = round_stochastically(x, torch.float16, torch.full((4,), -1, dtype=torch.int32))
+    assert rounded.isfinite().all() and (rounded.abs() >= 59968).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- the update
+
+
+@pytest.mark.parametrize("n, m", FUSED)
+def test_the_fused_score_is_that_of_pge(n, m):
+    for seed, scale in enumerate((0.1, 1.0, 5.0, 20.0, 60.0)):
+        logits = torch.randn(500, m, generator=seeded(seed)) * scale
+        masks = [pge.sample(logits, n, seeded(1)), pge.mode(logits, n)]
+        if scale <= 1:  # masks that the distribution hardly ever draws would need more range than float32 has
+            masks.append(pge.sample(torch.zeros_like(logits), n, seeded(2)))
+        for mask in masks:
+            assert (fused_score(logits, mask) - pge.score(logits, mask)).abs().max() <= 2e-6, scale
+
+
+@pytest.mark.parametrize("n, m", [(2, 4), (3, 4), (2, 8), (4, 8)])
+@pytest.mark.parametrize("lead", [30.0, 75.0, 100.0, 1000.0])
+def test_logits_that_ran_away_leave_the_others_their_competition(n, m, lead):
+    """n - 1 logits far ahead: the last seat is still drawn among the rest by their own logits."""
+    rest = torch.tensor([1.0, 0.0, 0.5, -0.5, 0.2, 0.7, -1.0])[: m - n + 1]
+    logits = torch.cat([torch.full((n - 1,), lead), rest]).expand(2**16, m)
+    mask = pge.sample(logits, n, seeded(0))
+    assert (fused_score(logits, mask) - pge.score(logits, mask)).abs().max() <= 2e-6
+    drawn = take(eager_update, logits, mask)[1]
+    assert drawn[:, : n - 1].all()
+    assert chi_square(drawn[:, n - 1 :].sum(0), rest.double().softmax(0)) > 1e-4
+
+
+@pytest.mark.parametrize("n, m", FUSED)
+def test_extreme_logits_stay_finite(n, m):
+    rows = torch.stack([(torch.arange(m) < k) * 200.0 for k in range(m + 1)]
+                       + [-200.0 * torch.arange(m), torch.rand(m, generator=seeded(0)) * 200])
+    logits = torch.cat([rows, -rows]).repeat(20, 1)
+    for mask in (pge.mode(logits, n), pge.mode(-logits, n), pge.sample(torch.zeros_like(logits), n, seeded(1))):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            updated, drawn, _ = take(eager_update, logits, mask, 0.5, dtype)
+            assert updated.isfinite().all() and (drawn.sum(1) == n).all()
+            assert ((updated - logits).abs() <= 0.51 * n + logits.abs() / 100).all()
+
+
+@pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (2, 8), (3, 4), (4, 8)])
+def test_the_update_is_minus_coefficient_times_score(n, m):
+    logits = torch.randn(300, m, generator=seeded(0)) * 3
+    mask = pge.sample(logits, n, seeded(1))
+    expected = logits - 0.37 * pge.score(logits, mask)
+    for function, kwargs in ((eager_update, {}), (exact_kernels.update, in_linear_space(n, m))):
+        assert torch.allclose(take(function, logits, mask, 0.37, **kwargs)[0], expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("space", [LinearSpace(8, 16), PatternSpace(2, 4)])
+def test_the_exact_step_serves_every_space(space):
+    logits = torch.randn(40, space.width, generator=seeded(0))
+    mask = space.sample(logits, seeded(1))
+    kwargs = {"coefficient": 0.5, "args": (space,)}
+    updated, drawn, _ = take(exact_kernels.update, logits, mask, **kwargs)
+    assert torch.allclose(updated, logits - 0.5 * space.score(logits, mask), atol=1e-6)
+    assert (drawn.sum(1) == space.n).all() and not torch.equal(drawn, mask)
+    again, other = (take(exact_kernels.update, logits, mask, t=t, **kwargs)[1] for t in (0, 1))
+    assert torch.equal(again, drawn) and not torch.equal(other, drawn)
+    planes, bits, weight = planes_of(updated), mask_to_bits(mask), torch.ones(mask.numel())
+    Kernels(space).update(planes, bits, weight, weight.clone(), torch.tensor(0.5), layer_keys(0, 0, 1)[0])
+    assert torch.allclose(torch.stack(planes, 1), updated - 0.5 * space.score(updated, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["eager", "exact"])
+@pytest.mark.parametrize("space", [LinearSpace(2, 4), LinearSpace(8, 16), PatternSpace(2, 4)])
+def test_the_mode_and_the_weight_masked_by_it(space, mode):
+    kernels, logits = Kernels(space, mode), torch.randn(40, space.width, generator=seeded(0))
+    bits = kernels.mode(planes_of(logits))
+    mask = bits_to_mask(bits, space.m)
+    assert bits.dtype == bits_dtype(space.m) and torch.equal(mask, space.mode(logits))
+    weight = -torch.rand(mask.numel(), generator=seeded(1)) - 0.1
+    for once in (False, True):
+        out = torch.full_like(weight, torch.nan)
+        kernels.write(weight, bits, out, once)
+        assert same_bits(out, torch.where(mask.flatten(), weight, torch.zeros_like(weight)))
+
+
+@pytest.mark.parametrize("n, m", [(2, 4), (2, 5), (4, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_slices_give_the_numbers_of_one_piece(n, m, dtype):
+    logits = torch.randn(1000, m, generator=seeded(0)) * 2
+    mask = pge.sample(logits, n, seeded(1))
+    weight = torch.randn(mask.numel(), generator=seeded(2))
+    whole, parts = (take(partial(eager_update, chunk=chunk), logits, mask, 0.3, dtype, weight)
+                    for chunk in (4096, 96))
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+
+
+@pytest.mark.parametrize("mode", ["eager", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_from_several_masks_draws_them_again_and_adds_their_scores(mode, dtype):
+    space, coefficients = LinearSpace(2, 4), torch.tensor([0.5, -0.25, 2.0])
+    logits = planes_of(torch.randn(3000, 4, generator=seeded(0)) * 2, dtype)
+    weight, out = torch.randn(12000, generator=seeded(1)), torch.empty(12000)
+    bits = torch.zeros(3000, dtype=torch.uint8)
+    keys = torch.cat([layer_keys(0, 5, 1, sample) for sample in (0, 1, 2, 7, 8)])
+    masks = []
+    for key in keys[:3]:
+        Kernels(space, mode).draw(logits, bits, weight, out, key)
+        masks.append(bits_to_mask(bits, 4))
+    before = torch.stack(logits, 1).float()
+    expected = before - sum(c * pge.score(before.double(), mask) for c, mask in zip(coefficients, masks))
+    Kernels(space, mode).update_many(logits, bits, weight, out, coefficients, keys)
+    after = torch.stack(logits, 1)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # rounded stochastically
+    assert (after - expected).abs().max() < tolerance
+    drawn, written = bits.clone(), out.clone()
+    Kernels(space, mode).draw(logits, bits, weight, out, keys[-1])  # the next mask is the last key's
+    assert torch.equal(bits, drawn) and torch.equal(out, written)
+    assert len({mask.numpy().tobytes() for mask in (*masks, bits_to_mask(bits, 4))}) == 4
+
+
+def test_the_masks_of_a_step_have_keys_of_their_own():
+    keys = torch.cat([layer_keys(0, t, 50, sample) for t in range(10) for sample in range(10)])
+    assert len({tuple(key) for key in keys.tolist()}) == 5000
+    assert torch.equal(layer_keys(3, 4, 5), layer_keys(3, 4, 5, 0))
+
+
+@pytest.mark.parametrize("dtype, value", [(torch.float16, 3.0), (torch.bfloat16, 3.0), (torch.float16, 0.0)])
+def test_updates_far_below_a_16_bit_step_count_on_average(dtype, value):
+    """Rounded to nearest, not one logit of 3 would move: the update is a 200th (1600th) of the step between numbers.
+    Planes 2k and 2k+1 share their random bits: their roundings must not go together."""
+    logits = torch.full((2**18, 4), value)
+    mask = torch.tensor([True, True, False, False]).expand(2**18, 4)
+    coefficient = 2e-5 if value else 1e-8
+    updated = take(eager_update, logits, mask, coefficient, dtype)[0].double()
+    expected = -coefficient * pge.score(logits[:1], mask[:1])[0].double()
+    moved = updated - value
+    spread = moved.std(0) / 2**9
+    assert (spread > 0).all() and ((moved.mean(0) - expected).abs() < 5 * spread).all()
+    correlation = torch.corrcoef(moved.T) - torch.eye(4)
+    assert correlation.abs().max() < 5 / 2**9
+
+
+# ----------------------------------------------------------------------------------------------------- the masks drawn
+
+DRAWS = [  # n, m and the bits of the weights that lead; by one number and a table: N = 1, and 2 of up to 4; else a race
+    (1, 4, 0b0100), (2, 3, 0b011), (2, 4, 0b1010), (2, 4, 0b0001), (1, 8, 0b1),  # table
+    (3, 4, 0b0111), (2, 6, 0b100001), (4, 8, 0b01010101),  # race
+]
+
+
+def leading(n, m, code, gap):
+    return bits_to_mask(torch.tensor([code]), m)[0] * gap
+
+
+def draw_counts(function, logits, n, times, **kwargs):
+    """Counts of the patterns drawn from one block's logits: `times` steps of 2^18 blocks, coefficient 0."""
+    block = logits.expand(2**18, -1)
+    mask = pge.mode(block, n)
+    return sum(pattern_counts(take(function, block, mask, t=t, **kwargs)[1]) for t in range(times))
+
+
+@pytest.mark.parametrize("gap", [0.0, 3.0, 10.0])
+@pytest.mark.parametrize("n, m, code", DRAWS)
+def test_masks_drawn_have_the_exact_distribution(n, m, code, gap):
+    logits = leading(n, m, code, gap)
+    counts = draw_counts(eager_update, logits, n, 4 if m < 6 else 2)
+    assert chi_square(counts, distribution(logits.tolist(), n)) > 1e-4
+
+
+def test_masks_drawn_by_the_exact_step_have_the_same_distribution():
+    logits = leading(2, 4, 0b1010, 3.0)
+    counts = draw_counts(exact_kernels.update, logits, 2, 1, **in_linear_space(2, 4))
+    assert chi_square(counts, distribution(logits.tolist(), 2)) > 1e-4
+
+
+def test_masks_are_drawn_from_the_updated_logits():
+    """And, with 16-bit logits, from the rounded ones, which the next score will be taken at."""
+    logits = torch.tensor([0.5, 0.0, 0.0, 0.0]).expand(2**18, 4)
+    mask = pge.mode(logits, 2)
+    updated, drawn, _ = take(eager_update, logits, mask, 3.0)
+    assert chi_square(pattern_counts(drawn), distribution(updated[0].tolist(), 2)) > 1e-4
+    assert chi_square(pattern_counts(drawn), distribution(logits[0].tolist(), 2)) < 1e-9
+    updated, drawn, _ = take(eager_update, logits, mask, 3.0, torch.bfloat16)
+    rounded = updated[:, 0].unique()
+    for value in rounded[:1]:
+        chosen = (updated == updated[updated[:, 0] == value][0]).all(1)
+        assert chosen.sum() > 2000
+        assert chi_square(pattern_counts(drawn[chosen]), distribution(updated[chosen][0].tolist(), 2)) > 1e-4
+
+
+# -------------------------------------------------------------------------------------------------------- the compiler
+
+
+@pytest.fixture
+def compiler():
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        pytest.skip("no C++ compiler on this machine: torch.compile cannot work")
+
+
+@pytest.mark.parametrize("n, m", [(2, 4), (2, 5)], ids=["table", "race"])
+def test_the_compiled_step_is_the_eager_one(n, m, compiler, capsys):
+    """Same logits, same masks but for a vanishing share (a sum may be rounded otherwise), the same distribution.
+
+    A compilation takes 10 to 15 s on two cores, so there are only two: one for each way to draw.
+    """
+    run = Kernels(LinearSpace(n, m)).update
+    logits = torch.randn(2**18, m, generator=seeded(0)) * 3
+    mask = pge.sample(logits, n, seeded(1))
+    weight = torch.randn(mask.numel(), generator=seeded(2)).bfloat16()
+    fast = take(run, logits, mask, 0.3, weight=weight, args=())
+    slow = take(eager_update, logits, mask, 0.3, weight=weight)
+    assert "no working compiler" not in capsys.readouterr().err
+    assert torch.allclose(fast[0], slow[0], atol=1e-5, rtol=1e-5)
+    assert (fast[1] != slow[1]).any(1).float().mean() < 1e-4
+    assert same_bits(fast[2], torch.where(fast[1].flatten(), weight, torch.zeros_like(weight)))
+    for gap in (0.0, 3.0, 10.0):
+        block = leading(n, m, 0b1010, gap)
+        counts = draw_counts(run, block, n, 4, weight=weight, args=())
+        assert chi_square(counts, distribution(block.tolist(), n)) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compiled_rounding_is_the_eager_one(dtype, compiler):
+    """Of the step with 16-bit logits, what differs from that with 32: it compiles in a second."""
+    x = torch.randn(2**14, generator=seeded(0)) * torch.tensor([1e-6, 1e-4, 1.0, 1e3]).repeat(2**12)
+    bits = random_bits(torch.arange(2**14, dtype=torch.int32), layer_keys(0, 0, 1)[0])
+    fast = torch.compile(round_stochastically, dynamic=False)(x, dtype, bits)
+    assert same_bits(fast, round_stochastically(x, dtype, bits))
+
+
+def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("Failed to find C++ compiler. Please specify one via CXX environment variable.")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: broken)
+    run = compiled.__wrapped__(fused_update, eager_update)
+    logits = torch.randn(50, 4, generator=seeded(0))
+    results = [take(function, logits, pge.mode(logits, 2), 0.3) for function in (run, run, eager_update)]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results))
+    assert capsys.readouterr().err.count("no working compiler") == 1
+
+
+def test_errors_that_are_not_the_compilers_are_not_hidden(monkeypatch):
+    def wrong(*args):
+        raise ValueError("shapes differ")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: wrong)
+    with pytest.raises(ValueError, match="shapes differ"):
+        compiled.__wrapped__(fused_update, eager_update)()
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+class Regression:
+    """Linear regression whose best 2:4 mask is known: y = X w + e with orthonormal columns of X, e orthogonal to them.
+
+    So f(m) = sum of the w_i^2 pruned + |e|^2, and the best mask keeps the two largest of each block. Every minibatch
+    has its own X and e: the residual takes |e|^2 out.
+    """
+
+    def __init__(self, blocks=16, seed=0):
+        generator = seeded(seed)
+        self.weight = torch.randn(blocks * 4, generator=generator)
+        order = torch.rand(blocks, 4, generator=generator).argsort(1)
+        sizes = torch.tensor([2.0, 1.5, 0.5, 0.25])
+        self.weight = self.weight.sign() * sizes[order].flatten() / blocks**0.5
+        self.best = order < 2
+        self.batches = []
+        for difficulty in (0.0, 1.0, 5.0):
+            columns = torch.linalg.qr(torch.randn(blocks * 8, blocks * 4, generator=generator))[0]
+            noise = torch.randn(blocks * 8, generator=generator)
+            noise = (noise - columns @ (columns.T @ noise)) * difficulty
+            self.batches.append((columns, columns @ self.weight + noise))
+
+    def loss(self, weight, batch):
+        columns, y = self.batches[batch]
+        return float((columns @ weight - y).square().sum())
+
+
+def learn(dtype, steps=3000, lr=0.3, magnitude=1.0):
+    problem = Regression()
+    space, estimator = LinearSpace(2, 4), pge.MaskPro(0.99, debias=True)
+    m0 = ~problem.best  # the worst mask there is
+    baselines = [problem.loss(problem.weight * m0.flatten(), b) for b in range(3)]
+    logits = planes_of(space.init(m0, magnitude), dtype)
+    bits, out = mask_to_bits(m0), problem.weight * m0.flatten()
+    for t in range(steps):
+        advantage = estimator.advantage(problem.loss(out, t % 3), baselines[t % 3])
+        key = layer_keys(0, t, 1)[0]
+        eager_update(logits, bits, problem.weight, out, torch.tensor(lr * advantage), key, 2, 4)
+    return space.mode(torch.stack(logits, 1).float()), problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_maskpro_finds_the_best_mask(dtype):
+    """From the worst mask, from losses alone, with float16 logits as with float32."""
+    learned, problem = learn(dtype)
+    assert torch.equal(learned, problem.best)

@@ -1,0 +1,241 @@
+"""Learning masks from gradients: straight-through, in MaskPro's linear space. This project's addition to the paper.
+
+The paper's estimator gets one scalar a step for all blocks. One backward pass at a masked weight gives, for every
+weight i, kept or pruned, its saliency G_i = w_i * df/d(m*w)_i: what keeping i adds to the loss, to first order. The
+loss expected under the masks' distribution then has, to first order around m, the gradient
+
+    d E[f] / d pi  ~  J^T G,    J = d mu / d pi,    mu_i = P(i is kept)
+
+a vector-Jacobian product. It is biased where f is not linear in the mask (exact where it is). m is the most probable
+mask, which is what will be delivered, or, `sample`, drawn: an average over the distribution then, but noisier, and of a
+model that is masked worse than it needs to be.
+
+No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's weight gradient to
+that layer's logits and frees it. All layers share the scratch buffer of `MaskedModel`, so a layer's masked weight is
+written again before its backward.
+"""
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from masking.distributed import ProcessGroup
+from masking.loading import input_device
+from masking.masked_layer import MaskedLayer
+from masking.masked_model import MaskedModel
+from training.progress import StepResult
+from utils import UserError
+
+CLIP = 0.1  # root mean squares beyond which J^T G counts no more
+
+
+class MaskedLinear(torch.autograd.Function):
+    """x -> x W^T + bias, W the masked weight; its backward moves the layer's logits instead of returning dW."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, anchor: Tensor, layer: MaskedLayer, learner: "StraightThrough") -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.learner = layer, learner
+        return nn.functional.linear(x, layer.scratch, layer.module.bias)
+
+    @staticmethod
+    def backward(ctx: object, upstream: Tensor) -> tuple:
+        layer, (x,) = ctx.layer, ctx.saved_tensors
+        input_gradient = None
+        if ctx.needs_input_grad[0]:
+            ctx.learner.masked.write(layer)  # other layers have used the buffer since
+            input_gradient = upstream @ layer.scratch
+        ctx.learner.consume(layer, upstream.flatten(0, -2).T @ x.flatten(0, -2))
+        return input_gradient, None, None, None
+
+
+class StraightThrough:
+    """Moves the logits of a MaskedModel by J^T G in each backward pass, and draws the next masks.
+
+    A step is clipped where J^T G exceeds CLIP of its root mean square over the layer, a running mean of earlier
+    minibatches: pi <- pi - size * clip(J^T G / (CLIP rms), +-1). So `size` is the furthest that a logit goes in a step,
+    whatever the model's size and the loss's scale. The first microbatch only measures.
+
+    J^T G has heavy tails: a few weights that matter enormously, in all models, make most of its mean square. With CLIP
+    well below 1 they go no faster than the many that matter a little.
+
+    batches: int64 `[minibatches, sequences, tokens]`, for `step`. distill: the share, 0 to 1, of the loss that compares
+    with the dense model's predictions. expected_steps: how many steps the run will have, as far as it is known by now.
+    """
+
+    def __init__(self, masked: MaskedModel, batches: Tensor | None = None, checkpointing: bool = False,
+                 sample: bool = False, distill: float = 0.0, decay: float = 0.9, group: ProcessGroup | None = None,
+                 microbatch: int = 32, expected_steps: Callable[[], float] = lambda: 3):
+        self.masked, self.batches = masked, batches
+        self.sample, self.distill, self.decay = sample, distill, decay
+        self.group, self.microbatch, self.expected_steps = group or ProcessGroup(), microbatch, expected_steps
+        self.size, self.keys, self.reducing = 0.0, {}, None
+        self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
+        self.mean_squares: dict[str, Tensor] = {}  # of J^T G, by layer
+        self._squares: list[tuple] = []  # (layer, sum over the rows that are here), of this backward pass
+        if any(layer.module.weight.is_meta for layer in masked.layers.values()):
+            raise UserError("straight_through needs all weights on GPUs: the model does not fit them, use more, or a "
+                            "forward-only estimator")
+        for layer in masked.layers.values():
+            layer.module.forward = partial(self._forward, layer)
+        self._restore = enable_checkpointing(masked.model) if checkpointing else lambda: None
+        masked.handles.append(self)
+
+    def step(self, batch_indices: list[int], lr: float) -> StepResult:
+        """One step on each process's minibatch of these; lr: see `random_walk_step`."""
+        batch = self.batches[batch_indices[self.group.rank]]
+        loss = self.learn(batch, random_walk_step(lr, self.expected_steps()))
+        return StepResult([loss for loss, in self.group.all_gather([loss])])
+
+    def learn(self, batch: Tensor, size: float) -> float:
+        """Forward and backward of the masked model on int64 `[sequences, tokens]`; returns the loss, f(m_t * w), nats.
+
+        The logits have moved when it returns, by `size` in all, and the next masks are due in the next forward pass.
+        A loss that is not finite moves nothing; of several microbatches, the finite ones before it have moved.
+        """
+        parts = batch.to(input_device(self.masked.model)).split(self.microbatch)
+        self.size, self.keys = size / len(parts), self.masked.keys()
+        total = 0.0
+        for sequences in parts:
+            total += self._learn(sequences)
+        self.masked.count_step(redraw=self.sample)
+        return total / (batch.shape[0] * (batch.shape[1] - 1))
+
+    def _learn(self, sequences: Tensor) -> float:
+        """Of one microbatch; the loss summed over its tokens."""
+        teacher = None
+        if self.distill:
+            with torch.no_grad(), self.masked.use_dense():
+                teacher = self.masked.model(input_ids=sequences, use_cache=False).logits
+        logits = self.masked.model(input_ids=sequences, use_cache=False).logits
+        loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, self.distill)
+        if math.isfinite(self.group.mean([loss])):
+            logits.backward(gradient)
+            self._move_last()
+            self._measure_sharded()
+        return loss
+
+    # ------------------------------------------------------------------------------------------- in the backward pass
+
+    def _forward(self, layer: MaskedLayer, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return nn.functional.linear(x, layer.scratch, layer.module.bias)
+        return MaskedLinear.apply(x, self.anchor, layer, self)
+
+    def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
+        """One layer's step, from df/dW `[out, in]` in any unit: it is measured by the layer's own mean square. With
+        several processes it is taken when the next layer's gradient is there: their mean is formed meanwhile."""
+        if self.group.size == 1:
+            self._move(layer, gradient)
+            return
+        reducing = layer, self.group.reduce_async(gradient, scatter=bool(layer.group))
+        self._move_last()
+        self.reducing = reducing
+
+    def _move_last(self) -> None:
+        if self.reducing:
+            (layer, wait), self.reducing = self.reducing, None
+            self._move(layer, wait())
+
+    def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
+        before = self.mean_squares.get(layer.name)
+        scale = torch.zeros(2, device=gradient.device)
+        if before is not None:
+            scale[0], scale[1] = before.clamp(min=1e-30).rsqrt() / CLIP, self.size
+        blocks = layer.logits[0].numel()
+        saliency = torch.empty(layer.m, blocks, device=gradient.device).copy_(layer.weight.view(blocks, -1).T)
+        saliency.mul_(gradient.reshape(blocks, -1).T)  # as planes: blocks are read three times slower
+        bits = None if self.sample else layer.bits
+        squares = self.masked.kernels.vjp(layer.logits, bits, saliency, scale, self.keys[layer.name][0],
+                                          start=layer.start).sum()
+        if layer.group:
+            self._squares.append((layer, squares))
+        else:
+            self._measure(layer, squares)
+
+    def _measure(self, layer: MaskedLayer, squares: Tensor) -> None:
+        before, now = self.mean_squares.get(layer.name), squares / layer.scratch.numel()
+        if before is not None:  # one that overflows, or follows one that did, is left out
+            mean = torch.where(before.isfinite(), self.decay * before + (1 - self.decay) * now, now)
+            now = torch.where(now.isfinite(), mean, before)
+        self.mean_squares[layer.name] = now
+
+    def _measure_sharded(self) -> None:
+        """After a backward pass, for the layers that are sharded: over all their rows, at once."""
+        if self._squares:
+            sums = self.group.reduce_async(torch.stack([squares for _, squares in self._squares]))() * self.group.size
+            for (layer, _), squares in zip(self._squares, sums):
+                self._measure(layer, squares)
+            self._squares = []
+
+    # ---------------------------------------------------------------------------------------------- saved and detached
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """The running mean squares, float32 `[layers]`, of those layers that have one."""
+        means = {name: self.mean_squares[name] for name in self.masked.layers if name in self.mean_squares}
+        return {"layers": list(means)}, {"mean_squares": torch.tensor([float(mean) for mean in means.values()])}
+
+    def restore(self, scalars: dict, read: Callable) -> None:
+        """From `state`."""
+        means = read("mean_squares", torch.empty(len(scalars["layers"])))
+        self.mean_squares = {name: mean.to(self.masked.layers[name].weight.device)
+                             for name, mean in zip(scalars["layers"], means)}
+
+    def remove(self) -> None:
+        """Give the modules their own forward back, and the model the state it was in without checkpointing."""
+        for layer in self.masked.layers.values():
+            del layer.module.forward
+        self._restore()
+
+
+def random_walk_step(deviation: float, steps: float) -> float:
+    """The step by which a random walk of so many, decaying linearly, has this standard deviation at its end:
+    sum of (1 - t/T)^2 = T/3.
+
+    A logit whose gradient is all noise then comes as far in a long run as in a short one, and one whose gradient is
+    true comes further."""
+    return deviation * math.sqrt(3 / steps)
+
+
+def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None,
+                distill: float = 0.0) -> tuple[float, Tensor]:
+    """Next-token cross entropy summed over tokens, nats, and a gradient in the logits, both
+    `[sequences, tokens, vocabulary]`: of it or, in the share `distill`, of the cross entropy with the teacher's
+    predictions in place of the text.
+
+    Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather than the mean, so
+    that float16 gradients stay clear of its smallest numbers.
+    """
+    gradient, total = torch.zeros_like(logits), 0.0
+    for index, tokens in enumerate(sequences):
+        log_probs = logits[index, :-1].float().log_softmax(-1)
+        chosen = tokens[1:, None]
+        total -= float(log_probs.gather(1, chosen).sum())
+        own = log_probs.exp().scatter_add_(1, chosen, torch.full_like(chosen, distill - 1, dtype=torch.float32))
+        if teacher is not None:
+            own -= distill * teacher[index, :-1].float().softmax(-1)
+        gradient[index, :-1] = own
+    return total, gradient
+
+
+def enable_checkpointing(model: nn.Module) -> Callable[[], None]:
+    """Keep only each decoder layer's input for backward and run the layer again there. The libraries do so in training
+    mode alone, so dropout and layerdrop are taken out first: masks are learned on the model as it is used. Returns a
+    function that puts everything back, the model into eval mode."""
+    chances = [(module, name, value) for module in model.modules() for name, value in vars(module).items()
+               if isinstance(value, float) and ("drop" in name or (isinstance(module, nn.Dropout) and name == "p"))]
+    for module, name, _ in chances:
+        setattr(module, name, 0.0)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "_require_grads_hook"):  # what the libraries do for embeddings, `anchor` does already
+        model.disable_input_require_grads()
+
+    def restore() -> None:
+        model.gradient_checkpointing_disable()
+        model.eval()
+        for module, name, value in chances:
+            setattr(module, name, value)
+    return restore

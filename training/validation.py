@@ -1,0 +1,86 @@
+"""Which mask is delivered, and whether the run still goes where it should: what held-out text says."""
+import math
+from collections.abc import Callable
+from statistics import mean, stdev
+
+from torch import Tensor
+
+from masking.distributed import ProcessGroup
+from masking.loading import batch_loss
+from masking.masked_model import MaskedModel
+
+WINDOW = 32  # steps at least, whose mean loss is compared with that of the first so many
+PATIENCE = 3  # windows, or evaluations, in a row above where the run started: it diverges
+
+
+class Validation:
+    """The most probable mask with the lowest loss on held-out minibatches; m0, evaluated first, is one of them.
+
+    heldout: int64 `[minibatches, sequences, tokens]`, split over the processes, except for a sharded model, which all
+    of them run together; may be empty: then only the processes are compared, and the last mask is delivered.
+    """
+
+    def __init__(self, masked: MaskedModel, heldout: Tensor, group: ProcessGroup, microbatch: int = 32,
+                 sharded: bool = False):
+        self.masked, self.group, self.microbatch = masked, group, microbatch
+        self.heldout = heldout if sharded else group.split(heldout)
+        self.has_text = len(heldout) > 0
+        self.bits: dict[str, Tensor] | None = None  # of the best mask
+        self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
+
+    def evaluate(self, step: int) -> float | None:
+        """The held-out loss of the present mask, that after so many steps; None where it is not finite, or nothing is
+        held out. UserError where the processes' logits are no longer the same."""
+        if self.group.size > 1:
+            self.group.check_same(self.masked.checksum(), "the logits")
+        if not self.has_text:
+            return None
+        bits = self.masked.mode_bits()
+        with self.masked.use_masks(bits):
+            loss = self.group.mean([batch_loss(self.masked.model, batch, self.microbatch) for batch in self.heldout])
+        if step == 0:
+            self.m0_loss = loss
+        if loss < self.loss:
+            self.bits, self.loss, self.step = bits, loss, step
+        return loss if math.isfinite(loss) else None
+
+    def divergence(self, metrics: list[dict], minibatches: int) -> str | None:
+        """A warning where the run diverges, see `diverging`."""
+        reason = diverging(metrics, minibatches, self.m0_loss)
+        remedy = f"the mask of step {self.step} will be delivered" if self.has_text else "see --val_fraction"
+        return reason and f"{reason}: the run diverges ({remedy}; a lower --lr may help)"
+
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
+        """The best mask so far."""
+        layers = self.masked.layers.items() if self.bits else ()
+        return ({"loss": self.loss, "step": self.step, "m0_loss": self.m0_loss},
+                {name: layer.shard(self.bits[name]) for name, layer in layers})
+
+    def restore(self, scalars: dict, read: Callable) -> None:
+        """From `state`."""
+        self.loss, self.step, self.m0_loss = scalars["loss"], scalars["step"], scalars["m0_loss"]
+        if self.step is not None:
+            self.bits = {name: read(name, layer.shard(layer.bits)).to(layer.bits.device)
+                         for name, layer in self.masked.layers.items()}
+
+
+def diverging(metrics: list[dict], minibatches: int, m0_loss: float) -> str | None:
+    """How the loss has been above where it started for long, in words; None if it has not.
+
+    metrics: the steps so far. Held out: the last PATIENCE evaluations are all above `m0_loss`. Else training: the means
+    of the last PATIENCE windows are all above that of the first by twice its standard error and theirs. A window is an
+    epoch of these minibatches, or WINDOW steps.
+    """
+    heldout = [line["heldout"] for line in metrics if line.get("heldout") is not None]
+    if heldout:
+        if len(heldout) >= PATIENCE and min(heldout[-PATIENCE:]) > m0_loss:
+            return f"the held-out loss is {heldout[-1]:.4f} nats, and above the {m0_loss:.4f} of m0"
+        return None
+    losses = [line["loss"] for line in metrics]
+    size = max(WINDOW, minibatches if minibatches * (PATIENCE + 1) <= len(losses) else 0)
+    if len(losses) < size * (PATIENCE + 1):
+        return None
+    start, *later = [losses[:size]] + [losses[len(losses) - size * k:][:size] for k in range(PATIENCE, 0, -1)]
+    if all(mean(window) - mean(start) > 2 * (math.hypot(stdev(window), stdev(start)) / size**0.5) for window in later):
+        return f"the training loss is {mean(later[-1]):.4f} nats, and above the {mean(start):.4f} it started at"
+    return None
