@@ -1,4 +1,4 @@
-# make test | make demo | make lint: each sets itself up in .venv. make reproduce-env: the exact versions, in .venv-lock.
+# make test | test-oldest | demo | lint: each sets itself up in .venv. make reproduce-env: exact versions, in .venv-lock.
 # Without a GPU, TORCH_INDEX=<index of torch's CPU builds> saves 3 GB where pip would fetch the CUDA build.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,9 +7,15 @@ TORCH_INDEX ?=
 DEMO_FLAGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test demo lint reproduce-env clean
+.PHONY: test test-oldest demo lint reproduce-env clean
 test: $(VENV)/.test-ready
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
+
+# The core of the suite on the oldest torch that requirements.txt admits.
+test-oldest:
+	$(MAKE) .venv-oldest/.test-ready VENV=.venv-oldest TRANSFORMERS="torch==2.6.0 transformers==4.45.2"
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile tests/test_compiler.py tests/test_kernels.py tests/test_layers.py \
+	    tests/test_masked_model.py tests/test_train.py
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/python reproduce/demo.py $(DEMO_FLAGS)

@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from utils import UserError, progress_bar
+
 import datasets
 import torch
 import transformers
-from tqdm import tqdm
 
 from files import text_files
-from utils import UserError
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 READERS = {".jsonl": text_files.json_rows, ".json": text_files.json_rows, ".jsonl.gz": text_files.json_rows,
@@ -70,7 +70,7 @@ def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize
         nearest = " or ".join(map(str, below[-1:] + above[:1]))
         raise UserError(f"--batchsize {batchsize} does not divide --dataset_size {dataset_size}: use {nearest}")
     samples, read = [], 0
-    with tqdm(total=dataset_size, desc="reading documents", disable=None, leave=False) as bar:
+    with progress_bar(total=dataset_size, desc="reading documents", leave=False) as bar:
         for text in documents(dataset):
             read += 1
             tokens = _tokens(tokenizer, text)
@@ -99,7 +99,7 @@ def token_sequences(tokenizer: Tokenizer, dataset: str, tokens: int, batchsize: 
     wanted = max(1, tokens // (batchsize * sqlen)) * batchsize * sqlen
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces, found = [], 0
-    with tqdm(total=wanted, desc="reading tokens", disable=None, leave=False) as bar:
+    with progress_bar(total=wanted, desc="reading tokens", leave=False) as bar:
         for text in documents(dataset):
             pieces.append(torch.cat([_tokens(tokenizer, text), torch.tensor(between, dtype=torch.int64)]))
             found += len(pieces[-1])
@@ -128,7 +128,7 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
     generator = random.Random(seed)  # the stream of random.seed(seed), without touching the global one
     texts = _indexable(dataset)
     samples, short = [], set()  # short: indices of documents known to be too short
-    with tqdm(total=nsamples, desc="drawing documents", disable=None, leave=False) as bar:
+    with progress_bar(total=nsamples, desc="drawing documents", leave=False) as bar:
         while len(samples) < nsamples:
             if len(short) == len(texts):
                 raise UserError(f"none of the {len(texts)} documents in {dataset} has more than {seqlen} tokens: "

@@ -19,8 +19,20 @@ import os
 import time
 from pathlib import Path
 
+from utils import (
+    UserError,
+    add_model_arguments,
+    arguments_of,
+    environment,
+    peak_memory,
+    positive_int,
+    progress_bar,
+    run_script,
+    script_parser,
+    sparsity_type,
+)
+
 from torch import nn
-from tqdm import tqdm
 
 import data
 from evaluation.comparison import comparison, percent
@@ -28,18 +40,7 @@ from evaluation.zero_shot import load_harness, read_items, run_harness, score_it
 from files.atomic import check_disk, refuse_existing
 from files.records import write_json
 from masking.layers import apply_masks, check_divisible, check_sparsity, find_layers, read_masks
-from masking.loading import Tokenizer, batch_loss, check_length, load_model, perplexity
-from utils import (
-    UserError,
-    add_model_arguments,
-    arguments_of,
-    environment,
-    peak_memory_bytes,
-    positive_int,
-    run_script,
-    script_parser,
-    sparsity_type,
-)
+from masking.loading import Tokenizer, batch_loss, check_length, devices_of, load_model, perplexity
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,7 +87,7 @@ def evaluate_text(model: nn.Module, tokenizer: Tokenizer, ppl: str, seqlen: int,
     """Perplexity, mean loss in nats, and what they were measured on; UserError where they are not finite."""
     windows, text_tokens = data.windows_and_tokens(tokenizer, ppl, seqlen, nwindows)
     losses = [batch_loss(model, window[None])
-              for window in tqdm(windows, desc="perplexity", unit="window", disable=None)]
+              for window in progress_bar(windows, desc="perplexity", unit="window")]
     if not math.isfinite(perplexity(losses)):
         raise UserError(f"the perplexity is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
     return {"ppl": perplexity(losses), "nats": sum(losses) / len(losses), "text": ppl, "seqlen": seqlen,
@@ -150,9 +151,9 @@ def main(argv: list[str] | None = None) -> None:
         result |= evaluate_tasks(model, tokenizer, files, harness, args.tasks_batchsize, args.tasks_no_bos,
                                  args.task_limit)
         print(f"mean acc {100 * result['mean_acc']:.2f} % (acc, not acc_norm; tasks: {len(result['tasks'])})")
-    result |= {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak_memory_bytes()}
+    result |= {"seconds": round(time.time() - started, 1), **peak_memory(devices_of(model))}
     if out:
-        write_json(out, {**result, "environment": environment()})
+        write_json(out, {**result, "environment": environment(args.device)})
     print(f"written to {out}" if out else f"not written: {unsaved}; --save FILE keeps the numbers")
 
 

@@ -16,12 +16,13 @@ a foreign format get the fingerprint by which a mask of another model is refused
 import argparse
 import sys
 
+from utils import UserError, add_model_arguments, arguments_of, run_script, script_parser, sparsity_type
+
 from files import mask_files
 from files.atomic import check_disk, refuse_existing
 from files.model_folder import base_model
 from masking.layers import check_divisible, find_layers, nonzero_mask, read_masks, weight_matrix
 from masking.loading import load_model, model_fingerprint
-from utils import UserError, add_model_arguments, arguments_of, run_script, script_parser, sparsity_type
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,23 +9,23 @@ One forward pass a minibatch. Use the same --model, --mask and data flags for tr
 import argparse
 import math
 
-from tqdm import tqdm
-
-import data
-from files.atomic import check_disk, refuse_existing
-from masking.layers import apply_masks, find_layers, read_masks
-from masking.loading import batch_loss, check_length, load_model
-from training import baselines
 from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
     arguments_of,
-    peak_memory_bytes,
+    peak_memory,
+    progress_bar,
     run_script,
     script_parser,
     set_seed,
 )
+
+import data
+from files.atomic import check_disk, refuse_existing
+from masking.layers import apply_masks, find_layers, read_masks
+from masking.loading import batch_loss, check_length, devices_of, load_model
+from training import baselines
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,13 +52,13 @@ def main(argv: list[str] | None = None) -> None:
     depends_on = baselines.conditions(model, masks, batches, args.dataset)
     apply_masks(layers, masks)
     losses = [batch_loss(model, batch, args.microbatch)
-              for batch in tqdm(batches, desc="baseline", unit="minibatch", disable=None)]
+              for batch in progress_bar(batches, desc="baseline", unit="minibatch")]
     if not all(map(math.isfinite, losses)):
         raise UserError(f"the loss of minibatch {[math.isfinite(loss) for loss in losses].index(False)} is not finite; "
                         f"{model.dtype} may overflow here: try --dtype bfloat16 or float32")
     baselines.save(out, losses, depends_on)
     print(f"{len(losses)} minibatches, mean loss {sum(losses) / len(losses):.4f} nats -> {out}  "
-          f"(peak {peak_memory_bytes() / 2**30:.2f} GiB)")
+          f"(peak {peak_memory(devices_of(model))['peak_memory_bytes'] / 2**30:.2f} GiB)")
 
 
 if __name__ == "__main__":

@@ -33,25 +33,26 @@ Writes a plain Hugging Face folder with zeros in it, and prune.json beside the w
 import argparse
 import time
 
-import data
-from files.atomic import atomic_write, check_disk, refuse_existing
-from files.records import write_json
-from masking.layers import check_divisible, find_layers
-from masking.loading import check_length, check_tokens, load_model
-from pruning.one_shot import METHODS, OneShot, prune_model
 from utils import (
     add_model_arguments,
     add_old_name,
     arguments_of,
     environment,
     finite,
-    peak_memory_bytes,
+    peak_memory,
     positive_int,
     run_script,
     script_parser,
     set_seed,
     sparsity_type,
 )
+
+import data
+from files.atomic import atomic_write, check_disk, refuse_existing
+from files.records import write_json
+from masking.layers import check_divisible, find_layers
+from masking.loading import check_length, check_tokens, devices_of, load_model
+from pruning.one_shot import METHODS, OneShot, prune_model
 
 
 def pattern(text: str) -> tuple[int, int] | None:
@@ -119,12 +120,13 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_write(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        summary = {"seconds": round(time.time() - started, 1), "peak_memory_bytes": peak_memory_bytes()}
-        write_json(beside / "prune.json", {"arguments": vars(args), "environment": environment(), "summary": summary})
+        summary = {"seconds": round(time.time() - started, 1), **peak_memory(devices_of(model))}
+        write_json(beside / "prune.json", {"arguments": vars(args), "environment": environment(args.device),
+                                           "summary": summary})
     weights = sum(module.weight.numel() for module in layers.values())
     what = "{}:{}".format(*args.sparsity_type) if args.sparsity_type else f"unstructured {args.sparsity_ratio:g}"
     print(f"{args.prune_method} {what} of {len(layers)} layers, {weights / 1e6:.1f} M weights -> {out}  "
-          f"({time.time() - started:.0f} s, peak {peak_memory_bytes() / 2**30:.2f} GiB)")
+          f"({time.time() - started:.0f} s, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB)")
 
 
 if __name__ == "__main__":

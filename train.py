@@ -26,6 +26,8 @@ not been. --repeat RUN does a run again, from its run.json.
 from argparse import Namespace
 from statistics import fmean as mean
 
+from utils import arguments_of, run_script, set_seed
+
 from torch import Tensor
 
 import pge
@@ -41,7 +43,6 @@ from training.progress import Run, StepResult, StopSignals, lr_multiplier
 from training.run_folder import RunFolder, is_finished
 from training.straight_through import StraightThrough
 from training.validation import Validation
-from utils import arguments_of, run_script, set_seed
 
 
 class PolicyGradient:

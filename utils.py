@@ -1,4 +1,7 @@
-"""What every part shares: errors for people, flags, seeds, and the environment that a record names."""
+"""What every part shares: errors for people, flags, seeds, and the environment that a record names.
+
+To be imported before torch, which every script and bench does: it says how long OpenMP's threads may spin.
+"""
 import argparse
 import ctypes
 import inspect
@@ -9,17 +12,25 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
+
+# Threads that wait spin, which costs another process's threads three to eight times their time; a short spin costs
+# nothing alone (docs/measurements.md). OpenMP reads these when torch is loaded.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")
 
 import torch
+from tqdm import tqdm
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
+LINE_S = 30  # between two lines of progress
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -49,6 +60,31 @@ def printable(error: Exception) -> str:
     line = " ".join(str(error).split())
     line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line)
     return line if len(line) <= 2000 else line[:2000] + " ..."
+
+
+class _Lines(tqdm):
+    """Progress as plain lines, for what is no terminal."""
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        """A line for each text there is."""
+        return lambda text: text.strip() and print(text.strip(), file=file, flush=True)
+
+    def moveto(self, n: int) -> None:
+        """Nowhere: lines follow one another."""
+
+    def close(self) -> None:
+        """Without a last line, which short work does not need."""
+        self.disable = True
+        self._decr_instances(self)
+
+
+def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
+    """tqdm's bar on a terminal; elsewhere a line every LINE_S, so that whoever reads the log sees that work goes on."""
+    if names.pop("disable", False) or sys.stderr.isatty():
+        return tqdm(iterable, **names)
+    return _Lines(iterable, **{**names, "mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
+                               "leave": False, "ncols": 100, "ascii": True})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,6 +184,16 @@ def default_device() -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
+def checked_device(device: str | None = None) -> str:
+    """The device itself, or the default one; UserError where it cannot be used."""
+    device = device or default_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
+    return device
+
+
 def fast_dtype(device: str) -> torch.dtype:
     """bfloat16 on a CPU with AMX or AVX512-BF16, float32 on any other CPU, float16 on a GPU as the paper has it."""
     if not device.startswith("cpu"):
@@ -181,18 +227,19 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # the environment
 
-def environment() -> dict:
-    """Versions, commit and hardware, for run records and benches."""
+def environment(device: str | torch.device | None = None) -> dict:
+    """Versions, commit and the hardware of a device, for run records and benches."""
     commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
                             capture_output=True, text=True, check=False).stdout.strip()
     return {"commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": version("transformers"), "hardware": hardware()}
+            "transformers": version("transformers"), "hardware": hardware(device)}
 
 
-def hardware() -> str:
+def hardware(device: str | torch.device | None = None) -> str:
     """One line: the card, or the processor and the threads used."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    device = torch.device(checked_device(device))
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         info = Path("/proc/cpuinfo").read_text()
@@ -202,10 +249,14 @@ def hardware() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has used: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(devices: Iterable[torch.device]) -> dict[str, int]:
+    """The most memory this process has used, bytes: of these devices' GPUs, `peak_memory_bytes` allocated and
+    `peak_reserved_bytes`; where none of them is one, resident."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    if gpus:
+        return {"peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)),
+                "peak_reserved_bytes": sum(map(torch.cuda.max_memory_reserved, gpus))}
     if resource is None:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"peak_memory_bytes": 0}
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes}

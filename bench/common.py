@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from utils import UserError, default_device, environment
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from files.records import write_json
 from masking.layers import find_layers, weight_matrix
 from pruning.calibration import input_norms
 from pruning.one_shot import OneShot
-from utils import UserError, default_device, environment
 
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
@@ -86,6 +88,21 @@ def median_s(function: Callable[[], object], device: str, repeats: int = 5, warm
     return statistics.median(times)
 
 
+def queued_s(function: Callable[[], object], device: str, repeats: int = 20) -> float:
+    """Seconds of a call among many that are queued one after another, so that launching them takes no time of it."""
+    function()
+    if not device.startswith("cuda"):
+        return median_s(function, device, repeats)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats
+
+
 def magnitude_masks(model: nn.Module, n: int, m: int) -> dict[str, Tensor]:
     """N:M masks of all its layers by weight magnitude: layer name -> bool `[out, in]`, on the CPU."""
     way = OneShot("magnitude", (n, m))
@@ -100,20 +117,25 @@ def wanda_masks(model: nn.Module, samples: Tensor, n: int = 2, m: int = 4) -> di
     return {name: way.mask(weight_matrix(module).float(), norms[name]) for name, module in found.items()}
 
 
-def report(rows: list[dict], args: argparse.Namespace, note: str = "", before: Iterable[dict] = ()) -> None:
-    """Print rows, column -> cell, as one Markdown table under a line of conditions and over a note; with --json write
-    them with those conditions, the rows of a table `before` this one first."""
-    conditions = {**environment(), "device": args.device, "seed": args.seed,
-                  "command": " ".join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name,
-                                       *sys.argv[1:]])}
+def print_table(rows: list[dict]) -> None:
+    """Rows, column -> cell, as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    print(f"\n{conditions['command']}  ({conditions['hardware']}, torch {conditions['torch']}, "
-          f"commit {conditions['commit']}, seed {args.seed})\n")
-    print("| " + " | ".join(columns) + " |")
+    print("\n| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for row in rows:
         cells = [row.get(column, "") for column in columns]
         print("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+
+
+def report(rows: list[dict], args: argparse.Namespace, note: str = "", before: Iterable[dict] = ()) -> None:
+    """Print rows, column -> cell, as one Markdown table under a line of conditions and over a note; with --json write
+    them with those conditions, the rows of a table `before` this one first."""
+    conditions = {**environment(args.device), "device": args.device, "seed": args.seed,
+                  "command": " ".join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name,
+                                       *sys.argv[1:]])}
+    print(f"\n{conditions['command']}  ({conditions['hardware']}, torch {conditions['torch']}, "
+          f"commit {conditions['commit']}, seed {args.seed})")
+    print_table(rows)
     if note:
         print("\n" + note)
     if args.json:

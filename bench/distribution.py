@@ -8,6 +8,8 @@ others at 0 (a little apart, so that all patterns differ), 10^9 block draws a ro
 import argparse
 
 import common
+from utils import run_script
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,6 @@ from masking.block_bits import mask_to_bits
 from masking.kernels import Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
-from utils import run_script
 
 CASES = [(2, 4, 0), (2, 4, 10), (2, 4, 16), (1, 4, 10), (4, 8, 10)]  # N, M, gap
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
+from utils import progress_bar
+
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
-from tqdm import tqdm
 from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
 
 import data
@@ -122,7 +123,7 @@ def learn(problem: Problem, setting: dict, passes: int, seed: int, num_evals: in
         init_from_swaps(masked, samples, setting["logits"])
         seconds = time.process_time() - start
     evaluate(0)
-    for t in tqdm(range(steps), desc=f"seed {seed}", unit="step", disable=None, leave=False):
+    for t in progress_bar(range(steps), desc=f"seed {seed}", unit="step"):
         start = time.process_time()
         take_step(batches[t % len(batches)], t, steps)
         if growth != 1:

@@ -19,11 +19,11 @@ import argparse
 import statistics
 
 import common
+from utils import run_script
+
 from estimator_figure import draw
 from estimator_rows import LONG, PATTERNS, PRESET, ROWS
 from estimator_runs import Point, Problem, RunsFile
-
-from utils import run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

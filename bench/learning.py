@@ -12,10 +12,11 @@ import copy
 import statistics
 
 import common
+from utils import progress_bar, run_script
+
 import torch
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 import pge
@@ -23,7 +24,6 @@ from masking.layers import apply_masks, find_layers
 from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
-from utils import run_script
 
 ROWS = {  # what is varied: eta, C, the tracker, the step
     "authors' defaults: eta 50, C 10": dict(lr=50, logits=10),
@@ -57,7 +57,7 @@ def learn(model: nn.Module, masks: dict[str, Tensor], batches: Tensor, baselines
     masked = MaskedModel(model, masks, LinearSpace(2, 4), logits, logits_dtype=logits_dtype, seed=seed, mode=mode)
     estimator = pge.MaskPro(debias=debias)
     sampled = []
-    for t in tqdm(range(steps), desc=f"seed {seed}", unit="step", disable=None, leave=False):
+    for t in progress_bar(range(steps), desc=f"seed {seed}", unit="step"):
         loss = batch_loss(model, batches[t % len(batches)])
         masked.update(lr * estimator.advantage(loss, baselines[t % len(batches)]))
         sampled.append(loss)

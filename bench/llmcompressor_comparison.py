@@ -26,6 +26,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 import common
+from utils import UserError, run_script
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +37,6 @@ from masking.layers import find_layers, weight_matrix
 from masking.loading import batch_loss, load_model, perplexity
 from pruning.calibration import Hessians, visit_in_order
 from pruning.one_shot import OneShot, prune_model
-from utils import UserError, run_script
 
 WAYS = (  # ours, by OneShot; the arguments of theirs for each row that they are compared with
     ({}, {"dense": dict(pipeline="basic")}),

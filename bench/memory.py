@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import common
+from utils import DTYPES, UserError, reuse_freed_memory, run_script
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,6 @@ from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from training.initialize import TOKENS, init_from_swaps
 from training.straight_through import StraightThrough
-from utils import DTYPES, UserError, reuse_freed_memory, run_script
 
 WAYS = {  # checkpointing, distillation; None: forward passes only
     "forward-only": None, "straight_through, checkpointing": (True, 0.0),
@@ -68,6 +69,13 @@ def present_bytes(device: str) -> int:
     """The memory there is now."""
     gc.collect()
     return torch.cuda.memory_allocated() if device.startswith("cuda") else status("VmRSS")
+
+
+def free(device: str) -> None:
+    """Give back what nobody uses: a model goes with its cycles, and a cache would be missed by a child process."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def growth_bytes(function: Callable[[], object], device: str) -> int:
@@ -148,6 +156,7 @@ def learning_rows(ways: list[str], shape: str, device: str) -> list[dict]:
 
 def static_row(shape: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int, depth: int | None) -> dict:
     """The table's row of logits of one dtype; depth: decoder layers, if not the shape's."""
+    free(device)  # of the row before
     model = common.random_llama(shape, device, dtype, seed, depth)
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (32, 128), device=device)
     masks = common.magnitude_masks(model, 2, 4)
@@ -185,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     logits_dtypes, depth = (["float16"], 4) if args.quick else (["float16", "float32"], None)
     static = [static_row(shape, logits_dtype, args.device, dtype, args.seed, depth) for logits_dtype in logits_dtypes]
     common.report(static, args, "naive: 16-bit weight, float32 logit, bool mask; its masked copy is not counted")
+    free(args.device)
     rows = learning_rows(list(WAYS)[:2] if args.quick else list(WAYS), shape, args.device)
     common.report(rows, args, "in all, the libraries left out; 8 x 128 tokens, float32 logits", before=static)
 

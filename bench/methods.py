@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import common
+from utils import UserError, progress_bar, run_script
+
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 from masking.layers import apply_masks, check_sparsity, find_layers, nonzero_mask, weight_matrix
 from masking.loading import batch_loss, load_model, perplexity
 from pruning.one_shot import OneShot, prune_model
-from utils import UserError, run_script
 
 METHODS = {  # of OneShot
     "magnitude": dict(prune_method="magnitude"),
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def evaluate(model: nn.Module, texts: Texts) -> dict[str, float]:
     """Perplexity by text."""
     return {name: perplexity([batch_loss(model, window[None]) for window in
-                              tqdm(windows, desc=f"perplexity, {name}", unit="window", disable=None, leave=False)])
+                              progress_bar(windows, desc=f"perplexity, {name}", unit="window")])
             for name, windows in texts.items()}
 
 

@@ -5,8 +5,9 @@ masks, the masked weight kept beside the dense one. The score is a closed form, 
 """
 from collections import Counter
 
+from common import queued_s
+
 import torch
-from common import median_s
 from torch import Tensor
 
 
@@ -39,14 +40,14 @@ def apply(weight: Tensor, mask: Tensor, masked: Tensor) -> None:
 
 
 def layer_times(shape: tuple[int, int], dtype: torch.dtype, device: str, repeats: int) -> dict[str, float]:
-    """Median seconds of update, resample and apply on one layer `[out, in]` whose logits start at C = 10."""
+    """Seconds of update, resample and apply on one layer `[out, in]` whose logits start at C = 10."""
     weight = torch.randn(shape, device=device, dtype=dtype)
     masked = torch.empty_like(weight)
     logits = torch.tensor([10.0, 10, 0, 0], device=device).repeat(weight.numel() // 4, 1)
     mask = logits > 5
-    return {"update": median_s(lambda: update(logits, mask, 0.01), device, repeats),
-            "resample": median_s(lambda: resample(logits, mask), device, repeats),
-            "apply": median_s(lambda: apply(weight, mask, masked), device, repeats)}
+    return {"update": queued_s(lambda: update(logits, mask, 0.01), device, repeats),
+            "resample": queued_s(lambda: resample(logits, mask), device, repeats),
+            "apply": queued_s(lambda: apply(weight, mask, masked), device, repeats)}
 
 
 def model_times(shapes: list[tuple[int, int]], dtype: torch.dtype, device: str, repeats: int) -> dict[str, float]:

@@ -9,11 +9,12 @@ that it serves.
 import argparse
 
 import common
+from utils import fast_dtype, run_script
+
 import naive_baseline
 import torch
 
 from masking.layers import find_layers
-from utils import fast_dtype, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

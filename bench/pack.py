@@ -15,12 +15,13 @@ from math import comb, log2, prod
 from pathlib import Path
 
 import common
+from utils import run_script
+
 import torch
 from torch import Tensor
 
 import pge
 from files import mask_files, packing
-from utils import run_script
 
 PATTERNS = [(1, 2), *((n, 4) for n in range(1, 4)), *((n, 8) for n in range(1, 8)), (8, 16)]
 FORMATS = {  # name -> ending, function of a path and of masks by layer name

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
+from utils import DTYPES, UserError, arguments_of, run_script
+
 import memory
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from masking.layers import find_layers, weight_matrix
-from utils import DTYPES, UserError, arguments_of, run_script
 
 GIB = 2**30
 DEVICES = {  # bytes of memory; data sheet: dense 16-bit FLOP/s, memory bytes/s, link to the others, link to the host

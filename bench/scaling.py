@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 
 import common
+from utils import UserError, run_script
+
 import torch
 from safetensors.torch import load_file
 from small_model import byte_tokenizer
@@ -25,7 +27,6 @@ from torch import Tensor
 from files import mask_files
 from files.records import read_record
 from masking.loading import model_fingerprint
-from utils import UserError, run_script
 
 ROOT = Path(__file__).parent.parent
 WAYS = {

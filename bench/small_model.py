@@ -10,15 +10,15 @@ import json
 from pathlib import Path
 
 import common
+from utils import UserError, progress_bar, run_script
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from files.atomic import atomic_write, refuse_existing
 from masking.loading import batch_loss, load_model
-from utils import UserError, run_script
 
 TEXT, HELDOUT = "demo/train.jsonl", "demo/heldout.txt"  # what the model is trained, pruned, learned and evaluated on
 
@@ -68,7 +68,7 @@ def train(tokens: Tensor, steps: int, seed: int, device: str) -> tuple[LlamaForC
         bos_token_id=None, eos_token_id=None, pad_token_id=None)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
-    progress = tqdm(range(steps), desc="training", unit="step", disable=None)
+    progress = progress_bar(range(steps), desc="training", unit="step")
     for _ in progress:
         starts = torch.randint(len(tokens) - 128, (32,))
         batch = torch.stack([tokens[start:start + 128] for start in starts]).to(device)

@@ -18,12 +18,13 @@ from collections.abc import Callable
 from functools import partial
 
 import common
+from utils import DTYPES, UserError, positive_int, run_script
+
 import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from masking.layers import apply_masks, find_layers
-from utils import DTYPES, UserError, positive_int, run_script
 
 CALLS = 10  # queued before the GPU is waited for
 

@@ -10,6 +10,8 @@ and weight read once and written once), the floor. Whole model: a plain forward 
 import argparse
 
 import common
+from utils import fast_dtype, run_script
+
 import naive_baseline
 import torch
 
@@ -19,7 +21,6 @@ from masking.layers import apply_masks, find_layers
 from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
-from utils import fast_dtype, run_script
 
 Shape = tuple[int, int]  # [out, in]
 
@@ -43,9 +44,9 @@ def fused_times(shape: Shape, n: int, m: int, weight_dtype: torch.dtype, logits_
     coefficient = torch.tensor(0.01, device=device)
     keys = iter(layer_keys(0, 0, 1000).to(device))
     kernels = Kernels(LinearSpace(n, m))
-    ours_s = common.median_s(lambda: kernels.update(logits, bits, weight, out, coefficient, next(keys)), device,
+    ours_s = common.queued_s(lambda: kernels.update(logits, bits, weight, out, coefficient, next(keys)), device,
                              repeats)
-    copy_s = common.median_s(lambda: [target.copy_(source) for source, target in copies], device, repeats)
+    copy_s = common.queued_s(lambda: [target.copy_(source) for source, target in copies], device, repeats)
     return ours_s, copy_s
 
 

@@ -132,7 +132,7 @@ class Momentum(StraightThrough):
 class Sign(StraightThrough):
     """Straight-through whose logits all move by the whole rate, in the direction of their gradient's sign."""
 
-    def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        """One layer's step, from df/dW `[out, in]`."""
-        self.mean_squares[layer.name] = torch.tensor(1e-30, device=gradient.device)  # any gradient is clipped
-        super().consume(layer, gradient)
+    def begin_pass(self) -> None:
+        """Before a backward pass: any gradient will be clipped."""
+        self.mean_squares.fill_(1e-30)
+        super().begin_pass()

@@ -18,12 +18,12 @@ import math
 import statistics
 from pathlib import Path
 
+from utils import UserError, progress_bar
+
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from masking.loading import Tokenizer, input_device
-from utils import UserError
 
 
 def read_items(path: str) -> list[dict]:
@@ -89,7 +89,7 @@ def log_likelihoods(model: nn.Module, requests: list[tuple[list[int], int]], bat
     """Σ log p(token | all before), in nats, over the tokens from `start` on, of each (tokens, start)."""
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))  # longest first: memory suffices or not
     scores = [0.0] * len(requests)
-    with tqdm(total=len(requests), desc="choices", disable=None) as bar:
+    with progress_bar(total=len(requests), desc="choices") as bar:
         for batch in (order[i:i + batchsize] for i in range(0, len(order), batchsize)):
             rows = [torch.tensor(requests[i][0][:-1]) for i in batch]
             inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where no token looks

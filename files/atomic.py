@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from utils import UserError
+
+from safetensors import SafetensorError
 
 
 def refuse_existing(path: str | Path, remedy: str) -> Path:

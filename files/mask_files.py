@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from utils import UserError
+
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -28,7 +30,6 @@ from files import npz
 from files.atomic import atomic_write, refuse_existing
 from files.packing import count_faults, pack, unpack
 from pge import patterns
-from utils import UserError
 
 NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # a module's name may become a file's: no separators
 MOST_PICKLE_BYTES = 4096  # a tensor's description takes a tenth

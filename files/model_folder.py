@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils import UserError
+
 from safetensors import safe_open
 
 from files.atomic import check_name
-from utils import UserError
 
 MOST_MODULES = 4096  # layers or experts, of a model that has not as many tensors
 COUNTS = re.compile(r"n_?layers?|num_.*(layers|experts)|n_.*experts")

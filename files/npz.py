@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import BinaryIO
 
-import numpy as np
-
 from utils import UserError
+
+import numpy as np
 
 MOST_DIRECTORY_BYTES = 2**24  # of names and sizes of members: room for 100,000
 HEADER_BYTES = 1024  # of an .npy, at most

@@ -8,11 +8,12 @@ word of 1..7 bytes: 2:4 puts three blocks in a byte, 0.667 bit a weight where lo
 from functools import lru_cache
 from math import gcd, log2, prod
 
+from utils import UserError
+
 import torch
 from torch import Tensor
 
 from pge import patterns
-from utils import UserError
 
 CHUNK = 1 << 18  # blocks at a time: temporaries stay in the cache, and small beside the mask
 INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes

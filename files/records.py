@@ -4,8 +4,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from files.atomic import atomic_write
 from utils import UserError
+
+from files.atomic import atomic_write
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils import UserError
+
 import pyarrow
 from pyarrow import parquet
 
 from files.atomic import check_name
-from utils import UserError
 
 MOST_BYTES = 2**25  # of one document
 MOST_RATIO, FREE_BYTES = 100, 2**20  # unpacked to packed bytes, and up to where that is not looked at

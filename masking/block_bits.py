@@ -24,12 +24,17 @@ def kept_planes(bits: Tensor, m: int) -> list[Tensor]:
     return [(bits.int() >> i & 1).float() for i in range(m)]
 
 
+def fits_a_word(m: int, dtype: torch.dtype) -> bool:
+    """Whether a block of M such weights is 8 bytes, so that all weights of a mask can be read at once."""
+    return m * dtype.itemsize == 8
+
+
 def as_words(weight: Tensor, m: int) -> Tensor:
     """16- or 32-bit weights `[blocks * M]` seen as integers: `[blocks]` int64 where a block is 8 bytes, else
     `[blocks, M]`. Integers stay as they are."""
     if not weight.is_floating_point():
         return weight
-    if m * weight.itemsize == 8:
+    if fits_a_word(m, weight.dtype):
         return weight.view(-1).view(torch.int64)
     return weight.view(torch.int16 if weight.itemsize == 2 else torch.int32).view(-1, m)
 
@@ -50,3 +55,18 @@ def write_masked(weight: Tensor, bits: Tensor, out: Tensor, m: int) -> None:
         lane = torch.arange(m, device=bits.device, dtype=torch.int32)
         keep = (-(bits.int()[:, None] >> lane & 1)).to(weight.dtype)
     out.copy_(weight & keep)
+
+
+def planes_of_words(words: Tensor, m: int, dtype: torch.dtype) -> list[Tensor]:
+    """int64 `[blocks]`, each M = 4 float16 or bfloat16 numbers -> M planes `[blocks]` float32, by integer arithmetic,
+    which vectorizes everywhere. NaN becomes inf."""
+    planes = []
+    for i in range(m):
+        number = (words >> (64 // m * i)).to(torch.int32)
+        if dtype == torch.bfloat16:
+            planes.append((number << 16).view(torch.float32))
+            continue
+        size = number & 0x7FFF
+        plane = torch.where(size >= 0x7C00, torch.inf, (size << 13).view(torch.float32) * 2.0**112)  # subnormals too
+        planes.append(torch.where(number & 0x8000 != 0, -plane, plane))
+    return planes

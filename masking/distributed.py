@@ -8,7 +8,8 @@ that any process can compute again. straight_through averages each layer's gradi
 goes on. With --shard a process has its part of each layer's rows only, and the masked rows of all are gathered when it
 computes.
 
-The processes are started by torchrun or accelerate and talk through torch.distributed: gloo on CPUs, nccl on GPUs.
+The processes are started by torchrun or accelerate and talk through torch.distributed. Numbers go by gloo, which
+notices a process that has gone and says so, where nccl would abort this one; tensors on GPUs go by nccl.
 """
 import atexit
 import hashlib
@@ -19,15 +20,18 @@ from contextlib import contextmanager
 from datetime import timedelta
 from statistics import fmean
 
+from utils import UserError
+
 import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
-from utils import UserError
-
 # by their names in torch 2.13, or before
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 _reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
+
+LOADING = timedelta(hours=12)  # for all processes to load a model, one after the other
 
 
 class Shard:
@@ -59,13 +63,18 @@ class ProcessGroup:
         self.sent_bytes = 0  # handed to torch.distributed by this process
         self._finished = False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            on_cpu = not torch.cuda.is_available() or str(device).startswith("cpu")
-            with self._reported():
-                state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
-            self.rank, self.size, self.device = state.process_index, state.num_processes, state.device
-            if self.device.type == "cpu":  # cpu:0 would be another device than cpu, to which everything is copied
-                self.device = torch.device("cpu")
+            self._begin(not torch.cuda.is_available() or str(device).startswith("cpu"), timedelta(seconds=timeout_s))
             atexit.register(self._leave)
+
+    def _begin(self, on_cpu: bool, timeout: timedelta) -> None:
+        backend = {} if on_cpu else {"backend": "cpu:gloo,cuda:nccl"}
+        with self._reported():
+            state = PartialState(cpu=on_cpu, timeout=timeout, **backend)
+            # a large model takes longer to load than a process may take to answer; one that has gone is noticed at once
+            self._patient = distributed.new_group(timeout=LOADING, backend="gloo")
+        self.rank, self.size, self.device = state.process_index, state.num_processes, state.device
+        if self.device.type == "cpu":  # cpu:0 would be another device than cpu, to which everything is copied
+            self.device = torch.device("cpu")
 
     @property
     def is_main(self) -> bool:
@@ -97,10 +106,15 @@ class ProcessGroup:
     def one_at_a_time(self, needed: bool = True) -> Iterator[None]:
         """Inside, one process at a time, in their order; all leave together."""
         for _ in range(self.rank if needed else 0):
-            self.barrier()
+            self._wait_for_turn()
         yield
         for _ in range(self.size - self.rank if needed else 0):
-            self.barrier()
+            self._wait_for_turn()
+
+    def _wait_for_turn(self) -> None:
+        if self.size > 1:
+            with self._reported():
+                distributed.barrier(self._patient)
 
     # ------------------------------------------------------------------------------------------------------ numbers
 
@@ -115,7 +129,7 @@ class ProcessGroup:
         if self.size == 1:
             return [values]
         given = [0.0 if value is None else value for value in values]
-        mine = torch.tensor(given, dtype=torch.float64, device=self.device)
+        mine = torch.tensor(given, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         with self._reported():
             distributed.all_gather(everyone, mine)

@@ -6,20 +6,29 @@
 
 It is plain PyTorch, element-wise over blocks: logits are kept as M planes `[blocks]` and a mask as the bits of one
 integer a block (bit i set: weight i is kept), so `torch.compile` turns it into a single loop, C++ on a CPU and Triton
-on a GPU, that touches every byte once. Without a compiler the same functions run eagerly.
+on a GPU, that touches every byte once. Without a compiler the same functions run eagerly. Where a block of weights is
+not 8 bytes (M = 8, or float32), the mask is drawn in one loop and the weight written in another: one loop would need
+temporaries.
 
 `Kernels` has the passes of one space and N:M: update, update_many, draw, vjp, write, and mode.
 """
-import sys
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from masking import exact_kernels
-from masking.block_bits import as_words, bits_dtype, kept_planes, mask_to_bits, write_masked
-from masking.exact_kernels import CHUNK
+from masking.block_bits import (
+    as_words,
+    bits_dtype,
+    fits_a_word,
+    kept_planes,
+    mask_to_bits,
+    planes_of_words,
+    write_masked,
+)
+from masking.compiler import compiled
+from masking.exact_kernels import chunk_of
 from masking.fused_ops import draw, draws, most_probable, score, sum_of, vjp, weights
 from masking.random_bits import random_bits, round_stochastically, uniform
 from masking.spaces import LinearSpace, Space
@@ -54,19 +63,20 @@ def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Ten
     return [plane.float() for plane in planes]
 
 
-def fused_draw(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, n: int, m: int,
-               start: int = 0) -> None:
+def fused_draw(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None, key: Tensor, n: int,
+               m: int, start: int = 0) -> None:
     """Draw the next mask and write the masked weight, the logits left as they are; arguments as `fused_update`."""
     drawn = _drawn(weights([plane.float() for plane in logits], n), _counter(bits, n, m, start), key, n)
     bits.copy_(drawn.to(bits.dtype))
-    write_masked(weight, drawn, out, m)
+    if weight is not None:
+        write_masked(weight, drawn, out, m)
 
 
-def fused_update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
-                 coefficient: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> None:
+def fused_update(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None, coefficient: Tensor,
+                 key: Tensor, n: int, m: int, start: int = 0) -> None:
     """The whole step, in place. logits: M planes `[blocks]` float32/float16/bfloat16, bits `[blocks]`, weight and out
-    `[blocks * M]` or as words, coefficient float32 `[]`, key int32 `[2]`; `start` is the number of the first block in
-    its layer. N <= 4, M <= 8."""
+    `[blocks * M]`, or as words, or None where the mask is only drawn; coefficient float32 `[]`, key int32 `[2]` or
+    longer; `start` is the number of the first block in its layer. N <= 4, M <= 8."""
     planes = [plane.float() for plane in logits]
     gradient = score(weights(planes, n), kept_planes(bits, m), n)
     planes = [plane - coefficient * g for plane, g in zip(planes, gradient)]
@@ -74,11 +84,11 @@ def fused_update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor
     fused_draw(logits, bits, weight, out, key, n, m, start)
 
 
-def fused_update_many(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
+def fused_update_many(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None,
                       coefficients: Tensor, keys: Tensor, n: int, m: int, start: int = 0) -> None:
     """The step from K masks of one distribution, pi <- pi - sum_k coefficient_k d log p(m_k | pi) / d pi. None of them
     is kept: each is drawn again by its key. Arguments as `fused_update`; coefficients float32 `[K]`; keys int32
-    `[K + 2, 2]`: of the K masks, of the rounding, of the next mask."""
+    `[K + 2, 2]` or wider: of the K masks, of the rounding, of the next mask."""
     planes = [plane.float() for plane in logits]
     w, counter = weights(planes, n), _counter(bits, n, m, start)
     for k in range(coefficients.shape[0]):
@@ -88,70 +98,61 @@ def fused_update_many(logits: list[Tensor], bits: Tensor, weight: Tensor, out: T
     fused_draw(logits, bits, weight, out, keys[-1], n, m, start)
 
 
-def fused_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor, scale: Tensor, key: Tensor, n: int, m: int,
-              start: int = 0) -> Tensor:
-    """pi <- pi - clipped J^T saliency and, where there are bits, m <- the most probable mask, in place; returns the sum
-    of squares of each block's J^T saliency, float32 `[blocks]`.
+def fused_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype,
+              scale: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> Tensor:
+    """pi <- pi - clipped J^T G and, where there are bits, m <- the most probable mask, in place; returns the sum of
+    squares of each block's J^T G, float32 `[blocks]`, NaN where it is not finite, which moves nothing.
 
-    J is the Jacobian of the inclusion probabilities; saliency float32 `[M, blocks]`; scale float32 `[2]`: what
-    J^T saliency is multiplied with before it is clipped to +-1, and after.
+    J is the Jacobian of the inclusion probabilities. saliency: G as planes float32 `[M, blocks]` or, where a block fits
+    a word, the weights as words int64 `[blocks]` of numbers of this dtype, and their gradients as words too or as
+    float32 `[blocks, M]`, whose product G is;
+    scale float32 `[2]` or longer: what J^T G is multiplied with before it is clipped to +-1, and after.
     """
+    if isinstance(saliency, tuple):
+        weight, gradient = saliency
+        gradient = list(gradient.unbind(1)) if gradient.dim() == 2 else planes_of_words(gradient, m, dtype)
+        saliency = [w * g for w, g in zip(planes_of_words(weight, m, dtype), gradient)]
     planes = [plane.float() for plane in logits]
-    gradient = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in vjp(planes, list(saliency), n)]  # float16 may overflow
-    planes = [plane - (g * scale[0]).clamp(-1, 1) * scale[1] for plane, g in zip(planes, gradient)]
+    gradient = vjp(planes, list(saliency), n)
+    is_finite = sum_of(gradient).abs() < torch.inf
+    moved = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in gradient]
+    planes = [plane - (g * scale[0]).clamp(-1, 1) * scale[1] for plane, g in zip(planes, moved)]
     planes = _store(logits, planes, _counter(logits[0], n, m, start), key, n)
     if bits is not None:
         bits.copy_(most_probable(planes, n).to(bits.dtype))
-    return sum_of([g * g for g in gradient])
+    squares = sum_of([g * g for g in moved])
+    return torch.where(is_finite, squares, torch.nan)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the same without a compiler, and with one
+# the same without a compiler
 
 def _sliced(function: Callable) -> Callable:
-    """A pass without a compiler, a slice of the blocks at a time; the same numbers."""
-    def run(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, *rest, start: int = 0,
-            chunk: int = CHUNK) -> None:  # rest ends with n, m
-        weight, out = as_words(weight, rest[-1]), as_words(out, rest[-1])
+    """A pass without a compiler, a slice of the blocks at a time, so that temporaries stay small; the same numbers."""
+    def run(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None, *rest, start: int = 0,
+            chunk: int | None = None) -> None:  # rest ends with n, m
+        words = [] if weight is None else [as_words(weight, rest[-1]), as_words(out, rest[-1])]
+        chunk = chunk or chunk_of(bits)
         for begin in range(0, len(bits), chunk):
             part = slice(begin, begin + chunk)
-            function([plane[part] for plane in logits], bits[part], weight[part], out[part], *rest, start + begin)
+            weight, out = (tensor[part] for tensor in words) if words else (None, None)
+            function([plane[part] for plane in logits], bits[part], weight, out, *rest, start + begin)
     return run
 
 
 eager_update, eager_update_many, eager_draw = map(_sliced, (fused_update, fused_update_many, fused_draw))
 
 
-def eager_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor, scale: Tensor, key: Tensor, n: int, m: int,
-              start: int = 0, chunk: int = CHUNK) -> Tensor:
+def eager_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor | tuple[Tensor, Tensor], *rest,
+              start: int = 0, chunk: int | None = None) -> Tensor:
     """`fused_vjp` without a compiler."""
-    squares = []
+    squares, chunk = [], chunk or chunk_of(logits[0])
     for begin in range(0, len(logits[0]), chunk):
         part = slice(begin, begin + chunk)
-        squares.append(fused_vjp([plane[part] for plane in logits], None if bits is None else bits[part],
-                                 saliency[:, part], scale, key, n, m, start + begin))
+        some = tuple(words[part] for words in saliency) if isinstance(saliency, tuple) else saliency[:, part]
+        squares.append(fused_vjp([plane[part] for plane in logits], None if bits is None else bits[part], some, *rest,
+                                 start + begin))
     return torch.cat(squares)
-
-
-@lru_cache
-def compiled(function: Callable, eager: Callable) -> Callable:
-    """`torch.compile`, one static specialisation a shape; `eager`, said once, where there is no working compiler."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # shapes x dtypes of a model
-    fast = torch.compile(function, dynamic=False, options={"max_fusion_size": 10_000})  # one loop, no temporaries
-    broken = []
-
-    def run(*args, **names):
-        if not broken:
-            try:
-                return fast(*args, **names)
-            except Exception as error:  # a missing compiler comes in several classes, by version and backend
-                if "compil" not in f"{type(error).__name__} {error}".lower():
-                    raise
-                broken.append(error)
-                print("note: no working compiler for torch.compile: the mask step runs eagerly, several times slower",
-                      file=sys.stderr)
-        return eager(*args, **names)
-    return run
 
 
 class Kernels:
@@ -159,62 +160,78 @@ class Kernels:
     with mode `exact`, and elsewhere always, by `exact_kernels.py`.
 
     logits: `space.width` planes `[blocks]`, no two of which share a storage, as a compiler would copy what might
-    overlap; bits `[blocks]`; weight and out `[blocks * M]`; key int32 `[2]`; start: the first block's number in its
-    layer.
+    overlap; bits `[blocks]`; weight and out `[blocks * M]`; key int32 `[2]` or longer; start: the first block's number
+    in its layer.
     """
 
     def __init__(self, space: Space, mode: str = "compiled"):
         self.space, self._compiled = space, mode == "compiled"
         self._is_linear = isinstance(space, LinearSpace)
-        fused = self._is_linear and mode != "exact"
-        scored = fused and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
+        self._is_fused = self._is_linear and mode != "exact"
+        scored = self._is_fused and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
         self._update = self._pass(fused_update, eager_update, exact_kernels.update, scored)
         self._update_many = self._pass(fused_update_many, eager_update_many, exact_kernels.update_many, scored)
-        self._draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, fused)
-        self._vjp = self._pass(fused_vjp, eager_vjp, exact_kernels.vjp, fused)
+        self._draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, self._is_fused)
+        self._vjp = compiled(fused_vjp, eager_vjp) if self._compiled else eager_vjp
         self._write = compiled(write_masked, write_masked) if self._compiled else write_masked
 
     def _pass(self, fused: Callable, eager: Callable, exact: Callable, is_fused: bool) -> Callable:
-        """A function of (logits, bits, ..., start) by the best of three forms."""
+        """A function of (logits, bits, weight, out, ..., start) by the best of three forms."""
         space = self.space
-        if not is_fused:
-            return lambda *tensors, start: exact(*tensors, space, start=start)
         run = compiled(fused, eager) if self._compiled else eager
-        return lambda *tensors, start: run(*tensors, space.n, space.m, start=start)
+
+        def make(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, *rest: Tensor, start: int) -> None:
+            # viewed as integers out here: inside, a compiler would copy what might overlap
+            weight, out = as_words(weight, space.m), as_words(out, space.m)
+            if not is_fused:
+                exact(logits, bits, weight, out, *rest, space, start=start)
+            elif weight.dim() == 1:
+                run(list(logits), bits, weight, out, *rest, space.n, space.m, start=start)
+            else:
+                run(list(logits), bits, None, None, *rest, space.n, space.m, start=start)
+                self._write(weight, bits, out, space.m)
+        return make
 
     def update(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
                start: int = 0) -> None:
         """pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w, all in place; coefficient float32 `[]`."""
-        self._update(list(logits), bits, *self._words(weight, out), coefficient, key, start=start)
+        self._update(logits, bits, weight, out, coefficient, key, start=start)
 
     def update_many(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficients: Tensor,
                     keys: Tensor, start: int = 0) -> None:
-        """`update` from K masks drawn by their keys; coefficients float32 `[K]`, keys int32 `[K + 2, 2]`."""
-        self._update_many(list(logits), bits, *self._words(weight, out), coefficients, keys, start=start)
+        """`update` from K masks drawn by their keys; coefficients float32 `[K]`, keys int32 `[K + 2, 2]` or wider."""
+        self._update_many(logits, bits, weight, out, coefficients, keys, start=start)
 
     def draw(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor,
              start: int = 0) -> None:
         """m ~ p(pi); out <- m * w."""
-        self._draw(list(logits), bits, *self._words(weight, out), key, start=start)
+        self._draw(logits, bits, weight, out, key, start=start)
 
-    def vjp(self, logits: list[Tensor], bits: Tensor | None, saliency: Tensor, scale: Tensor, key: Tensor,
-            start: int = 0) -> Tensor:
-        """pi <- pi - clipped J^T saliency, and m <- its most probable mask where there are bits; see `fused_vjp`."""
-        return self._vjp(list(logits), bits, saliency, scale, key, start=start)
+    def vjp(self, logits: list[Tensor], bits: Tensor | None, weight: Tensor, gradient: Tensor, scale: Tensor,
+            key: Tensor, start: int = 0) -> Tensor:
+        """pi <- pi - clipped J^T (weight * gradient), and m <- its most probable mask where there are bits; see
+        `fused_vjp`. weight and gradient `[out, in]`."""
+        space, dtype = self.space, weight.dtype
+        if self._is_fused and fits_a_word(space.m, dtype):
+            gradient = (as_words(gradient.reshape(-1), space.m) if gradient.dtype == dtype
+                        else gradient.float().reshape(-1, space.m))
+            saliency = as_words(weight.view(-1), space.m), gradient
+        else:  # as planes: blocks are read three times slower
+            blocks = logits[0].numel()
+            saliency = torch.empty(space.m, blocks, device=weight.device).copy_(weight.view(blocks, -1).T)
+            saliency.mul_(gradient.reshape(blocks, -1).T)
+        if not self._is_fused:
+            return exact_kernels.vjp(logits, bits, saliency, scale, key, space, start=start)
+        return self._vjp(list(logits), bits, saliency, dtype, scale, key, space.n, space.m, start=start)
 
     def write(self, weight: Tensor, bits: Tensor, out: Tensor, once: bool = False) -> None:
         """out <- m * w; `once`: it is not worth a compilation."""
         write = write_masked if once else self._write
-        weight, out = self._words(weight, out)
-        write(weight, bits, out, self.space.m)
-
-    def _words(self, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Viewed as integers out here: inside, a compiler would copy what might overlap."""
-        return as_words(weight, self.space.m), as_words(out, self.space.m)
+        write(as_words(weight, self.space.m), bits, as_words(out, self.space.m), self.space.m)
 
     def mode(self, logits: list[Tensor]) -> Tensor:
         """The most probable mask, bits `[blocks]`."""
-        return torch.cat([self._mode(chunk) for chunk in zip(*(plane.split(CHUNK) for plane in logits))])
+        return torch.cat([self._mode(part) for part in zip(*(plane.split(chunk_of(plane)) for plane in logits))])
 
     def _mode(self, planes: tuple[Tensor, ...]) -> Tensor:
         if self._is_linear:

@@ -7,13 +7,14 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from utils import UserError
+
 import torch
 from torch import Tensor, nn
 
 from files import mask_files
 from masking import offload
 from masking.loading import model_fingerprint
-from utils import UserError
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 from typing import TypeAlias
 
+from utils import DTYPES, UserError, checked_device, fast_dtype, reuse_freed_memory
+
 import torch
 import transformers
 from torch import Tensor, nn
 
 from files import model_folder
 from masking import offload
-from utils import DTYPES, UserError, default_device, fast_dtype, reuse_freed_memory
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 
@@ -27,7 +28,7 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None, de
     """
     if any(model.startswith(mark) for mark in (".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise UserError(f"--model {model}: there is no such folder")
-    device = _checked_device(device or default_device())
+    device = checked_device(device)
     torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
@@ -41,14 +42,6 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None, de
         reuse_freed_memory()
     found.requires_grad_(False)
     return found.eval(), tokenizer
-
-
-def _checked_device(device: str) -> str:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
-    return device
 
 
 def _from_pretrained(model: str, dtype: torch.dtype | str, device_map: str | None, trusted: bool) -> tuple:
@@ -77,6 +70,12 @@ def _from_pretrained(model: str, dtype: torch.dtype | str, device_map: str | Non
         raise UserError(f"--model {model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
                         "restore it, or give the folder of a whole causal LM")
     return found, tokenizer
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Where the model's weights are, and those that it borrows are used."""
+    return {offload.device_of(module) for module in model.modules()
+            if isinstance(getattr(module, "weight", None), Tensor)}
 
 
 def input_device(model: nn.Module) -> torch.device:

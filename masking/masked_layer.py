@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from masking import offload
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.distributed import ProcessGroup, Shard
-from masking.kernels import CHUNK, Kernels
+from masking.exact_kernels import chunk_of
+from masking.kernels import Kernels
 from masking.layers import is_transposed, weight_matrix
 
 SAMPLE = 4096  # blocks of a layer, at least, that statistics are taken from, where it has so many
@@ -51,8 +52,9 @@ class MaskedLayer:
 
     def set_logits(self, logits_of: Callable[[slice], Tensor]) -> None:
         """Set the logits, a chunk of blocks at a time: slice -> float32 `[blocks, width]`."""
-        for begin in range(0, len(self.bits), CHUNK):
-            part = slice(begin, begin + CHUNK)
+        chunk = chunk_of(self.bits)
+        for begin in range(0, len(self.bits), chunk):
+            part = slice(begin, begin + chunk)
             for plane, column in zip(self.logits, logits_of(part).unbind(1)):
                 plane[part] = column
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from masking import offload
-from masking.block_bits import mask_to_bits
+from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.distributed import ProcessGroup, Shard
 from masking.kernels import Kernels
 from masking.layers import apply_masks, find_layers, match_masks
@@ -57,8 +57,7 @@ class MaskedModel:
             sharded = group if group and len(mask) % group.size == 0 else None
             layer = MaskedLayer(name, modules[name], mask, self.kernels, logits_dtype, scratch[device, weight.dtype],
                                 sharded)
-            blocks = own_rows(mask, sharded).reshape(-1, space.m)
-            layer.set_logits(lambda part, blocks=blocks: space.init(blocks[part], magnitude))
+            layer.set_logits(lambda part, layer=layer: space.init(bits_to_mask(layer.bits[part], space.m), magnitude))
             self.layers[name] = layer
             self.handles.append(modules[name].register_forward_pre_hook(lambda *_, layer=layer: self._enter(layer)))
 
@@ -82,9 +81,10 @@ class MaskedModel:
 
     def keys(self, steps: int | None = None, samples: list[int] = (0,)) -> dict[str, Tensor]:
         """Random keys of a step (default: this one) for its masks of these numbers, by the layer's name: int32
-        `[samples, 2]` beside its weight."""
+        `[samples, 4]`, of which two count, beside its weight."""
         steps = self.steps if steps is None else steps
         keys = torch.stack([layer_keys(self.seed, steps, len(self.layers), sample) for sample in samples], 1)
+        keys = torch.nn.functional.pad(keys, (0, 2))  # 16 bytes apart: a compiler copies what is aligned worse
         keys = {device: keys.to(device) for device in self._devices()}
         return {name: keys[layer.weight.device][index] for index, (name, layer) in enumerate(self.layers.items())}
 

@@ -2,13 +2,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from utils import UserError, progress_bar
+
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from masking.layers import weight_matrix
 from masking.loading import input_device
-from utils import UserError
 
 
 def check_finite(inputs: Tensor, name: str, model: nn.Module) -> None:
@@ -40,7 +40,7 @@ def input_norms(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor)
     def add(name: str, inputs: Tensor) -> None:
         squares[name] += inputs.float().flatten(0, -2).square().sum(0).to(squares[name].device)
     with watching(layers, add):
-        for sequence in tqdm(samples, desc="calibrating", unit="sequence", disable=None):
+        for sequence in progress_bar(samples, desc="calibrating", unit="sequence"):
             model(input_ids=sequence[None].to(input_device(model)), use_cache=False)
     for name, square in squares.items():
         check_finite(square, name, model)
@@ -61,7 +61,7 @@ def visit_in_order(model: nn.Module, layers: dict[str, nn.Module], samples: Tens
             visit(name, inputs)
             visited.add(name)
             progress.update()
-    with tqdm(total=len(layers), desc=doing, unit="layer", disable=None) as progress, watching(layers, visit_once):
+    with progress_bar(total=len(layers), desc=doing, unit="layer") as progress, watching(layers, visit_once):
         model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
 
 

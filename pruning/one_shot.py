@@ -7,9 +7,10 @@
 """
 from dataclasses import dataclass
 
+from utils import progress_bar
+
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import pge
 from masking.layers import apply_masks, weight_matrix
@@ -98,7 +99,7 @@ def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor 
         _prune_in_one_pass(model, layers, samples, way)
         return
     norms = {} if samples is None else input_norms(model, layers, samples)
-    for name, module in tqdm(layers.items(), desc="pruning", unit="layer", disable=None):
+    for name, module in progress_bar(layers.items(), desc="pruning", unit="layer"):
         apply_masks(layers, {name: way.mask(weight_matrix(module).float(), norms.get(name))})
 
 

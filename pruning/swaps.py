@@ -24,19 +24,31 @@ RUN = 64  # columns, at least, whose changes are carried to the other columns at
 SHRINK = 0.3  # of H's off-diagonal
 
 
-def _costs(weight: Tensor, kept: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
-    """cost(a, b) `[M, M, rows]` of each swap within a block of M columns, inf where a is not kept or b is. weight, kept
-    and gradient (g) `[M, rows]`, hessian `[M, M]`."""
-    alone = 0.5 * weight.square() * hessian.diagonal()[:, None]
-    linear = weight * gradient
-    dropping = (alone - linear).masked_fill(~kept, torch.inf)
-    adding = (alone + linear).masked_fill(kept, torch.inf)
-    together = weight[:, None] * weight * hessian[:, :, None]
-    return dropping[:, None] + adding - together
-
-
 def _shrunk(hessian: Tensor) -> Tensor:
     return hessian.lerp(hessian.diagonal().diag(), SHRINK)
+
+
+def _alone(weight: Tensor, hessian: Tensor) -> Tensor:
+    """The curvature's part of what a weight costs or saves by itself, 1/2 w^2 H_ii; weight `[in, out]`."""
+    return 0.5 * weight.square() * hessian.diagonal()[:, None]
+
+
+def _together(weight: Tensor, kept: Tensor, hessian: Tensor, m: int) -> Tensor:
+    """What each pair's cost has beside those of its two weights, -w_a w_b H_ab, inf where a is not kept or b is;
+    `[blocks, M, M, out]` of weight and kept `[columns, out]`, hessian `[columns, columns]`."""
+    weight, kept = weight.unflatten(0, (-1, m)), kept.unflatten(0, (-1, m))
+    blocks = len(weight)
+    hessian = hessian.reshape(blocks, m, blocks, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # of each block alone
+    costs = -(weight[:, :, None] * weight[:, None] * hessian[..., None])
+    return costs.masked_fill_(~kept[:, :, None] | kept[:, None], torch.inf)
+
+
+def _costs(weight: Tensor, kept: Tensor, gradient: Tensor, hessian: Tensor, m: int) -> Tensor:
+    """cost(a, b) `[blocks, M, M, out]` of each swap within blocks, inf where a is not kept or b is. weight, kept and
+    gradient (g) `[columns, out]`, hessian `[columns, columns]`."""
+    own = _alone(weight, hessian) + torch.where(kept, -weight, weight) * gradient
+    own = own.unflatten(0, (-1, m))
+    return own[:, :, None] + own[:, None] + _together(weight, kept, hessian, m)
 
 
 def refine_by_swaps(weight: Tensor, mask: Tensor, hessian: Tensor, m: int, sweeps: int = 6) -> Tensor:
@@ -45,29 +57,34 @@ def refine_by_swaps(weight: Tensor, mask: Tensor, hessian: Tensor, m: int, sweep
     columns, hessian = weight.shape[1], _shrunk(hessian)
     weight, kept = weight.T.float().contiguous(), mask.T.contiguous().clone()  # a block's columns lie together
     gradient = -(hessian @ weight.masked_fill(kept, 0.0))
+    alone, members = _alone(weight, hessian), _members(m, weight.device)
     run = max(m, RUN // m * m)
     for _ in range(sweeps):
         swapped = 0
         for start in range(0, columns, run):
             part = slice(start, min(start + run, columns))
-            near, nearby = gradient[part].clone(), hessian[part, part]
-            change = torch.zeros_like(near)
-            for i in range(0, len(near), m):
-                block = slice(i, i + m)
-                w, k = weight[part][block], kept[part][block]
-                cost, pair = _costs(w, k, near[block], nearby[block, block]).flatten(0, 1).min(0)
-                swap = torch.zeros_like(k)
-                for member in (pair // m, pair % m):
-                    swap.scatter_(0, member[None], (cost < 0)[None])
-                step = torch.where(swap, torch.where(k, -w, w), 0.0)
-                k ^= swap
-                near.addmm_(nearby[:, block], step)
-                change[block] = step
-                swapped += swap.sum()
+            near, nearby, flipped = gradient[part].clone(), hessian[part, part], kept[part]
+            signed = torch.where(flipped, -weight[part], weight[part])  # what flipping a weight adds to m*w
+            together, change = _together(weight[part], flipped, nearby, m), torch.zeros_like(near)
+            for i, pairs in enumerate(together):
+                block = slice(i * m, i * m + m)
+                cost = alone[part][block] + signed[block] * near[block]
+                cost, pair = (cost[:, None] + cost + pairs).flatten(0, 1).min(0)
+                swap = members[:, pair] & (cost < 0)
+                torch.mul(signed[block], swap, out=change[block])
+                flipped[block].logical_xor_(swap)
+                near.addmm_(nearby[:, block], change[block])
             gradient.addmm_(hessian[:, part], change)
+            swapped += change.count_nonzero()
         if not swapped:
             break
     return kept.T.contiguous()
+
+
+def _members(m: int, device: torch.device) -> Tensor:
+    """Whether a place of a block is in the pair a * M + b, bool `[M, M * M]`."""
+    place, pair = torch.arange(m, device=device)[:, None], torch.arange(m * m, device=device)
+    return (place == pair // m) | (place == pair % m)
 
 
 def confidence(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
@@ -81,13 +98,14 @@ def confidence(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
     columns, hessian = weight.shape[1], _shrunk(hessian)
     weight, kept = weight.T.float().contiguous(), mask.T.contiguous()
     gradient = -(hessian @ weight.masked_fill(kept, 0.0))
-    found = torch.empty_like(weight)
-    for start in range(0, columns, m):
-        block = slice(start, start + m)
-        w, k = weight[block], kept[block]
-        alone = w.square() * hessian.diagonal()[block, None]
-        cost = _costs(w, k, gradient[block], hessian[block, block]).clamp(min=0)
-        ratio = 0.5 * torch.log1p(2 * cost / alone.clamp(min=1e-30))  # [a, b, out]
-        dropping, adding = ratio.amin(1), ratio.amin(0)
-        found[block] = torch.where(k, dropping - dropping.amin(0), -adding).exp()
+    found, run = torch.empty_like(weight), max(m, RUN // m * m)
+    for start in range(0, columns, run):
+        part = slice(start, min(start + run, columns))
+        w, k, nearby = weight[part], kept[part], hessian[part, part]
+        cost = _costs(w, k, gradient[part], nearby, m).clamp(min=0)
+        square = (2 * _alone(w, nearby)).clamp(min=1e-30).unflatten(0, (-1, 1, m))  # s_b^2
+        ratio = 0.5 * torch.log1p(2 * cost / square)  # [blocks, a, b, out]
+        dropping, adding = ratio.amin(2), ratio.amin(1)
+        best = torch.where(k.unflatten(0, (-1, m)), dropping - dropping.amin(1, keepdim=True), -adding)
+        found[part] = best.flatten(0, 1).exp()
     return found.T.contiguous()

@@ -17,13 +17,14 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from utils import UserError, environment, fast_dtype, run_script
+
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 from files.atomic import atomic_write
-from utils import UserError, environment, fast_dtype, run_script
 
 DEMO = ROOT / "demo"
 RUN = DEMO / "run"

@@ -17,6 +17,8 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import utils
+
 import numpy as np
 import pyarrow
 import pytest
@@ -30,7 +32,6 @@ import inference_loss
 import plot
 import prune
 import train
-import utils
 from files import atomic, mask_files
 
 ROOT = Path(__file__).parent.parent

@@ -2,6 +2,8 @@
 import json
 import shutil
 
+from utils import UserError
+
 import pytest
 import torch
 from tiny import write_corpus
@@ -14,7 +16,6 @@ import train
 from files import mask_files
 from masking.layers import apply_mask, find_layers, weight_matrix
 from masking.loading import model_fingerprint
-from utils import UserError
 
 PLACE = "--dtype float32 --device cpu"
 

@@ -7,6 +7,8 @@ import random
 import socket
 import struct
 
+from utils import UserError
+
 import datasets
 import pytest
 import torch
@@ -14,7 +16,6 @@ import transformers
 from tiny import save_bytelevel, save_sentencepiece, write_corpus
 
 import data
-from utils import UserError
 
 
 @pytest.fixture(scope="module")

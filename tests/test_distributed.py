@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from utils import UserError
+
 import pytest
 import tiny
 import torch
@@ -22,7 +24,6 @@ import train
 from files import mask_files
 from masking.distributed import ProcessGroup
 from masking.layers import apply_masks, find_layers
-from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 

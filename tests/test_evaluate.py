@@ -7,6 +7,8 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+from utils import UserError
+
 import datasets
 import pytest
 import torch
@@ -21,7 +23,6 @@ from evaluation.comparison import percent
 from files import mask_files
 from masking.layers import find_layers
 from masking.loading import model_fingerprint
-from utils import UserError
 
 PLACE = "--dtype float32 --device cpu"
 

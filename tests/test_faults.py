@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from utils import UserError
+
 import numpy as np
 import pytest
 from faults import campaign, damage, fuzz, kill, readers
-
-from utils import UserError
 
 
 @pytest.mark.parametrize("make", readers.READERS, ids=lambda make: make.__name__)

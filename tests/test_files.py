@@ -6,13 +6,14 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import utils
+from utils import UserError
+
 import pytest
 from safetensors import SafetensorError
 
-import utils
 from files import atomic
 from files.atomic import atomic_write, check_disk
-from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 

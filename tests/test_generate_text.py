@@ -2,13 +2,14 @@
 import json
 from types import SimpleNamespace
 
+from utils import UserError, set_seed
+
 import pytest
 import torch
 import transformers
 
 import data
 import generate_text
-from utils import UserError, set_seed
 
 
 def test_tokens_are_drawn_with_the_probabilities_of_the_model():
@@ -78,3 +79,22 @@ def test_a_model_that_ends_every_text_at_once(models, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="ends every text at once"):
         generate_text.main(flags.split())
     assert not (tmp_path / "generated.jsonl").exists()
+
+
+def test_the_faster_attention_is_taken_and_no_random_number_used_up(models, load, monkeypatch):
+    model, tokenizer = load(), transformers.AutoTokenizer.from_pretrained(models["llama"])
+    clock, chosen, cost = [0.0], [], {"eager": 1.0, "sdpa": 3.0}
+    monkeypatch.setattr(model, "set_attn_implementation", chosen.append, raising=False)
+    monkeypatch.setattr(generate_text.time, "perf_counter", lambda: clock[0])
+
+    def generate(*_):
+        clock[0] += cost[chosen[-1]]
+        torch.rand(5)
+    monkeypatch.setattr(generate_text, "generate", generate)
+    for name in ("eager", "sdpa"):
+        cost[name] = 0.5
+        state = torch.get_rng_state()
+        assert generate_text.choose_attention(model, tokenizer, 4) == name == chosen[-1]
+        assert torch.equal(torch.get_rng_state(), state)
+        cost[name] = 2.0
+

@@ -3,6 +3,7 @@ learn."""
 import os
 import shutil
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -411,7 +412,7 @@ def test_compiled_rounding_is_the_eager_one(dtype, compiler):
 
 def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(monkeypatch, capsys):
     def broken(*args):
-        raise RuntimeError("Failed to find C++ compiler. Please specify one via CXX environment variable.")
+        raise import_module("torch._inductor.exc").InvalidCxxCompiler
 
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: broken)
     run = compiled.__wrapped__(fused_update, eager_update)

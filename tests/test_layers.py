@@ -1,4 +1,6 @@
 """masking/layers.py: which layers are found, and masking them for good."""
+from utils import UserError
+
 import pytest
 import tiny
 import torch
@@ -14,7 +16,6 @@ from masking.layers import (
     match_masks,
     weight_matrix,
 )
-from utils import UserError
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 NAMES = {kind: [f"{stem}.{i}.{name}" for i in range(2) for name in names] for kind, stem, names in (

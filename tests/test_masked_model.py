@@ -1,4 +1,6 @@
 """masking/masked_model.py: what a model under learned masks computes, layer by layer, bit for bit."""
+from utils import UserError
+
 import pytest
 import torch
 import transformers
@@ -10,7 +12,6 @@ from masking.block_bits import write_masked
 from masking.layers import apply_masks, check_sparsity, find_layers, weight_matrix
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
-from utils import UserError
 
 
 @pytest.fixture(params=["llama", "gpt2", "opt"])

@@ -1,6 +1,8 @@
 """Models whose weights accelerate keeps in the host's memory: every script makes of them what it makes of others."""
 import json
 
+from utils import UserError
+
 import accelerate
 import pytest
 import torch
@@ -19,7 +21,6 @@ from masking import offload
 from masking.layers import find_layers, weight_matrix
 from masking.loading import input_device, load_model, model_fingerprint
 from training.straight_through import StraightThrough
-from utils import UserError
 
 
 @pytest.fixture

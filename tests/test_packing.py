@@ -10,6 +10,8 @@ import zipfile
 from itertools import combinations
 from math import comb, log2
 
+from utils import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,6 @@ from hypothesis import strategies as st
 
 import pge
 from files import mask_files, packing
-from utils import UserError
 
 SMALL = [(n, m) for m in range(2, 9) for n in range(1, m)]
 LARGE = [(1, 9), (5, 11), (3, 13), (7, 15), (1, 16), (8, 16), (15, 16)]

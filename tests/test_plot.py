@@ -11,12 +11,13 @@ from math import isnan
 from pathlib import Path
 from xml.etree import ElementTree
 
+from utils import UserError
+
 import pytest
 
 import plot
 from files.records import read_lines
 from training import figures
-from utils import UserError
 
 pytest.importorskip("matplotlib")
 

@@ -2,6 +2,8 @@
 import dataclasses
 import shutil
 
+from utils import arguments_of
+
 import pytest
 import torch
 from tiny import write_corpus
@@ -11,7 +13,6 @@ import data
 import prune
 from masking.layers import check_sparsity, find_layers, weight_matrix
 from pruning.one_shot import OneShot, ria
-from utils import arguments_of
 
 
 @pytest.fixture(scope="module")

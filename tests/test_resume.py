@@ -14,6 +14,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from utils import UserError
+
 import pytest
 import torch
 from faults import kill
@@ -25,7 +27,6 @@ import train
 from files import mask_files
 from training import args as train_args
 from training import checkpoint, initialize, run_folder, straight_through, validation
-from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 

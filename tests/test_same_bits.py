@@ -18,13 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import utils
+
 import pytest
 import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
-
-import utils
 
 ROOT = Path(__file__).parent.parent
 RECORD = Path(__file__).with_suffix(".json")
@@ -65,10 +65,7 @@ TRAIN = {  # name -> (processes, flags)
     "gradients, float16 logits, scores": (1, GRADIENTS + "--logits_dtype float16 --init scores"),
     "gradients, pattern space": (1, GRADIENTS + "--space pattern"),
     "2 processes": (2, ONLINE),
-    "2 processes, 4 masks a step": (2, ONLINE + "--samples 4"),
-    "2 processes, --shard": (2, ONLINE + "--shard --val_fraction 0.25"),
     "2 processes, gradients, --shard, swaps": (2, GRADIENTS + "--shard --init swaps --val_fraction 0.1"),
-    "2 processes, gradients": (2, GRADIENTS + "--distill 1"),
 }
 CALIBRATION = "--nsamples 6 --seqlen 40 --dataset {w}/text.jsonl"
 PRUNE = {

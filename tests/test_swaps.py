@@ -50,7 +50,7 @@ def test_costs_are_the_change_of_the_error(n, m):
     gradient = shrunk @ (weight * mask - weight).T
     for a, b, rows, other in all_swaps(mask, m):
         block = slice(a // m * m, a // m * m + m)
-        costs = swaps._costs(weight.T[block], mask.T[block], gradient[block], shrunk[block, block])[a % m, b % m]
+        costs = swaps._costs(weight.T[block], mask.T[block], gradient[block], shrunk[block, block], m)[0, a % m, b % m]
         assert torch.allclose(costs[rows].double(), (errors(weight, other, hessian) - before)[rows], atol=1e-4)
         assert costs[~rows].isinf().all()
 

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from utils import UserError
+
 import pytest
 import torch
 import transformers
@@ -34,7 +36,6 @@ from training import args as train_args
 from training import baselines, validation
 from training.progress import lr_multiplier
 from training.straight_through import StraightThrough, random_walk_step
-from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = ("--model {llama} --dtype float32 --device cpu --dataset {w}/text.jsonl --batchsize 4 --sqlen 32 "
@@ -434,7 +435,7 @@ def test_both_trackers_are_told_every_step(learn, trackers):
     assert "lr: 0.3" in trackers.text[0][1]
     assert [number for number, _ in trackers.logs] == column(run, "step") == [1, 2, 3, 4]
     for line, (number, values) in zip(run.metrics, trackers.logs):
-        expected = {key: line[key] for key in ("loss", "seconds", "heldout") if key in line}
+        expected = {key: line[key] for key in ("loss", "seconds", "heldout", "blocks_not_finite") if key in line}
         for layers in (layers for layers in run.layers if layers["step"] == number):
             expected |= {key: pytest.approx(sum(layers[key].values()) / 2) for key in ("changed", "entropy")}
         assert values == expected

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from files.records import read_record
-from masking.kernels import MODES
-from masking.spaces import SPACES
 from utils import (
     DTYPES,
     UserError,
@@ -21,6 +18,10 @@ from utils import (
     script_parser,
     sparsity_type,
 )
+
+from files.records import read_record
+from masking.kernels import MODES
+from masking.spaces import SPACES
 
 PRESETS = {"fast": dict(estimator="straight_through", init="swaps", logits=4.0, distill=1.0, lr=0.8,
                         schedule="linear", tokens=400_000, batchsize=8, epoch=1, val_fraction=0.02, num_evals=10)}

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from utils import UserError
+
 import numpy as np
 from torch import Tensor, nn
 
@@ -15,7 +17,6 @@ from files import mask_files, npz
 from files.atomic import atomic_write, refuse_existing
 from masking.loading import batch_loss, model_fingerprint
 from masking.masked_model import MaskedModel
-from utils import UserError
 
 MOST_BYTES = {"losses": 8 * 2**22, "depends_on": 4 * 2**16}  # four million minibatches, and as JSON what they are of
 

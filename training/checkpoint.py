@@ -14,13 +14,14 @@ import sys
 import time
 from pathlib import Path
 
+from utils import UserError
+
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from files.atomic import atomic_write
 from masking.distributed import Shard
-from utils import UserError
 
 START = b'{"__metadata__": {"checksum": "'
 VERSION = "3"

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from math import isnan, nan
 from pathlib import Path
 
-from files.atomic import atomic_write
 from utils import UserError
+
+from files.atomic import atomic_write
 
 Paths = list[str | Path]
 WINDOW = 32  # steps that a running mean goes over

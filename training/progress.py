@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
+from utils import UserError, progress_bar
+
 import torch
-from tqdm import tqdm
 
 from masking.distributed import ProcessGroup, Shard
 from training.checkpoint import StateFile, give_shards
 from training.run_folder import RunFolder
 from training.validation import Validation
-from utils import UserError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 BAD_LOSSES = 3  # in a row end a run
@@ -32,6 +32,7 @@ class StepResult:
     references: Sequence[float | None] = ()
     advantage: float | None = None
     delta: float | None = None
+    not_finite: int | None = None  # blocks whose gradient was not
 
     @property
     def loss(self) -> float:
@@ -148,8 +149,8 @@ class Run:
         which then ends the process as it would have at once."""
         self.signals.deferred = self.folder.has_begun = True
         self._started = time.monotonic() - self.position.seconds
-        self._bar = tqdm(total=self.total_steps, initial=self.step, desc="learning", unit="step",
-                         disable=None if self.group.is_main else True)
+        self._bar = progress_bar(total=self.total_steps, initial=self.step, desc="learning", unit="step",
+                                 disable=not self.group.is_main)
         with self._bar:
             while self.progress < 1:
                 yield self.step
@@ -219,6 +220,8 @@ class Run:
         """A step's line in the logs, after its evaluation if one was due; says so where the run diverges."""
         line = {"step": self.step, "loss": result.loss, "baseline": result.reference, "advantage": result.advantage,
                 "delta": result.delta, "seconds": round(self.seconds, 3)}
+        if result.not_finite is not None:
+            line["blocks_not_finite"] = result.not_finite
         stats, self._stats = self._stats, None
         if stats and self.validation.has_text:
             line["heldout"] = self._heldout

@@ -1,17 +1,20 @@
 """What a run delivers: mask, sparse model, logits, curve, summary."""
+from utils import peak_memory
+
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from files import mask_files
 from files.atomic import atomic_write
 from masking.distributed import ProcessGroup
+from masking.loading import devices_of
 from masking.masked_model import MaskedModel
 from training import figures
 from training.progress import Run
 from training.run_folder import RunFolder
 from training.setup import Inputs
 from training.validation import Validation
-from utils import peak_memory_bytes
 
 
 def most_bytes(masked: MaskedModel, steps: int, *, save: bool, skip_checkpoint: bool, num_evals: int) -> int:
@@ -27,7 +30,7 @@ def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Ru
             group: ProcessGroup, *, model: str, sparsity_type: tuple[int, int], save: bool,
             skip_checkpoint: bool) -> None:
     """Write the best mask, or the last, and the model under it; print what came of the run."""
-    logits = masked.whole_logits() if save else None
+    logits, devices = masked.whole_logits() if save else None, devices_of(masked.model)
     final = masked.finish(validation.bits)
     if not group.is_main:
         return
@@ -41,7 +44,7 @@ def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Ru
             inputs.model.save_pretrained(sparse_model)
             inputs.tokenizer.save_pretrained(sparse_model)
     figures.learning_curve({folder.path.name: folder.metrics}, folder.path / "curve.png")
-    summary = {**_summary(run, folder, group, run.minibatches, validation),
+    summary = {**_summary(run, folder, group, validation, devices),
                **_changes(inputs.mask_file.masks, final, sparsity_type[1]),
                "mask_fingerprint": mask_files.fingerprint(masks)}
     folder.finish(summary)
@@ -54,12 +57,13 @@ def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Ru
           f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> {folder.path}")
 
 
-def _summary(run: Run, folder: RunFolder, group: ProcessGroup, epoch: int, validation: Validation) -> dict:
+def _summary(run: Run, folder: RunFolder, group: ProcessGroup, validation: Validation,
+             devices: set[torch.device]) -> dict:
     position = run.position
-    tail = [line["loss"] for line in folder.metrics[-epoch:]]
+    tail = [line["loss"] for line in folder.metrics[-run.minibatches:]]  # of the last epoch
     summary = {"steps": position.step, "seconds": round(run.elapsed_s(), 1),
                "seconds_swapping": round(position.seconds_swapping, 1),
-               "seconds_saving": round(position.seconds_saving, 2), "peak_memory_bytes": peak_memory_bytes(),
+               "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
                "processes": group.size, "sent_bytes": group.sent_bytes,
                "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped,
                "diverged_at_step": position.diverged, "mask_of_step": position.step}

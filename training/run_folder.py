@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from utils import UserError, environment
+
 import torch
 
 from files.atomic import check_disk, refuse_existing, sync
@@ -26,7 +28,6 @@ from files.records import cut_lines, lines_up_to, read_record, write_json
 from masking.distributed import ProcessGroup
 from training import tracking
 from training.checkpoint import Checkpoints, StateFile
-from utils import UserError, environment
 
 try:
     import fcntl
@@ -59,6 +60,7 @@ class RunFolder:
         self._recorded = {**arguments, "resume": None}
         self.arguments = json.loads(json.dumps({name: value for name, value in arguments.items()
                                                 if name not in ASIDE}))  # as JSON gives them back
+        self._device = group.device or arguments.get("device")
         self._repeated = Path(repeat) if repeat else None
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"],
                                        arguments["keep_checkpoints"])
@@ -146,7 +148,7 @@ class RunFolder:
 
     def check_processes(self) -> None:
         """UserError unless all processes have read and been told the same."""
-        self.group.check_same(json.dumps([self.record["fingerprints"], self.arguments, environment()],
+        self.group.check_same(json.dumps([self.record["fingerprints"], self.arguments, environment(self._device)],
                                          sort_keys=True), "model, mask, text, flags or versions")
 
     def check_arguments(self, there: dict | None, state: Path) -> None:
@@ -175,7 +177,7 @@ class RunFolder:
 
     def _here(self) -> dict:
         """The environment, and what else decides the bits."""
-        return {**environment(), "threads": torch.get_num_threads(), "processes": self.group.size}
+        return {**environment(self._device), "threads": torch.get_num_threads(), "processes": self.group.size}
 
     # -------------------------------------------------------------------------------------------- resumed and logged
 

@@ -3,6 +3,8 @@ import math
 import time
 from dataclasses import dataclass
 
+from utils import DTYPES, UserError
+
 from torch import Tensor, nn
 
 import data
@@ -17,7 +19,6 @@ from training import baselines, initialize
 from training.progress import Run
 from training.run_folder import RunFolder
 from training.validation import Validation
-from utils import DTYPES, UserError
 
 
 @dataclass

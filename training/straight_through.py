@@ -18,6 +18,8 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+from utils import UserError
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,6 @@ from masking.loading import input_device
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from training.progress import StepResult
-from utils import UserError
 
 CLIP = 0.1  # root mean squares beyond which J^T G counts no more
 
@@ -47,8 +48,18 @@ class MaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.learner.masked.write(layer)  # other layers have used the buffer since
             input_gradient = upstream @ layer.scratch
-        ctx.learner.consume(layer, upstream.flatten(0, -2).T @ x.flatten(0, -2))
+        ctx.learner.consume(layer, weight_gradient(upstream.flatten(0, -2), x.flatten(0, -2)))
         return input_gradient, None, None, None
+
+
+def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
+    """df/dW `[out, in]` from df/dy `[tokens, out]` and the inputs `[tokens, in]`, in their dtype; of float16, which a
+    sum over tokens overflows, in float32."""
+    if upstream.dtype != torch.float16:
+        return upstream.T @ x
+    if upstream.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8
+        return torch.mm(upstream.T, x, out_dtype=torch.float32)
+    return upstream.float().T @ x.float()
 
 
 class StraightThrough:
@@ -73,8 +84,17 @@ class StraightThrough:
         self.group, self.microbatch, self.expected_steps = group or ProcessGroup(), microbatch, expected_steps
         self.size, self.keys, self.reducing = 0.0, {}, None
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
-        self.mean_squares: dict[str, Tensor] = {}  # of J^T G, by layer
-        self._squares: list[tuple] = []  # (layer, sum over the rows that are here), of this backward pass
+        layers = list(masked.layers.values())
+        device = layers[0].weight.device
+        self.place = {layer.name: place for place, layer in enumerate(layers)}
+        self.mean_squares = torch.full((len(layers),), torch.nan, device=device)  # of J^T G; NaN: not measured yet
+        self._sizes = torch.tensor([float(layer.scratch.numel()) for layer in layers], device=device)
+        self._sharded = [self.place[layer.name] for layer in layers if layer.group]
+        self._whole = [self.place[layer.name] for layer in layers if not layer.group]
+        self._squares: dict[int, Tensor] = {}  # sums over the rows that are here, of this backward pass
+        self._not_finite = torch.zeros((), dtype=torch.int64, device=device)  # blocks, of this step
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if any(layer.module.weight.is_meta for layer in masked.layers.values()):
             raise UserError("straight_through needs all weights on GPUs: the model does not fit them, use more, or a "
                             "forward-only estimator")
@@ -87,7 +107,8 @@ class StraightThrough:
         """One step on each process's minibatch of these; lr: see `random_walk_step`."""
         batch = self.batches[batch_indices[self.group.rank]]
         loss = self.learn(batch, random_walk_step(lr, self.expected_steps()))
-        return StepResult([loss for loss, in self.group.all_gather([loss])])
+        losses, not_finite = zip(*self.group.all_gather([loss, float(self._not_finite)]))
+        return StepResult(losses, not_finite=int(max(not_finite)))
 
     def learn(self, batch: Tensor, size: float) -> float:
         """Forward and backward of the masked model on int64 `[sequences, tokens]`; returns the loss, f(m_t * w), nats.
@@ -97,6 +118,7 @@ class StraightThrough:
         """
         parts = batch.to(input_device(self.masked.model)).split(self.microbatch)
         self.size, self.keys = size / len(parts), self.masked.keys()
+        self._not_finite.zero_()
         total = 0.0
         for sequences in parts:
             total += self._learn(sequences)
@@ -112,9 +134,9 @@ class StraightThrough:
         logits = self.masked.model(input_ids=sequences, use_cache=False).logits
         loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, self.distill)
         if math.isfinite(self.group.mean([loss])):
+            self.begin_pass()
             logits.backward(gradient)
-            self._move_last()
-            self._measure_sharded()
+            self.end_pass()
         return loss
 
     # ------------------------------------------------------------------------------------------- in the backward pass
@@ -140,48 +162,48 @@ class StraightThrough:
             self._move(layer, wait())
 
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        before = self.mean_squares.get(layer.name)
-        scale = torch.zeros(2, device=gradient.device)
-        if before is not None:
-            scale[0], scale[1] = before.clamp(min=1e-30).rsqrt() / CLIP, self.size
-        blocks = layer.logits[0].numel()
-        saliency = torch.empty(layer.m, blocks, device=gradient.device).copy_(layer.weight.view(blocks, -1).T)
-        saliency.mul_(gradient.reshape(blocks, -1).T)  # as planes: blocks are read three times slower
         bits = None if self.sample else layer.bits
-        squares = self.masked.kernels.vjp(layer.logits, bits, saliency, scale, self.keys[layer.name][0],
-                                          start=layer.start).sum()
-        if layer.group:
-            self._squares.append((layer, squares))
-        else:
-            self._measure(layer, squares)
+        place = self.place[layer.name]
+        squares = self.masked.kernels.vjp(layer.logits, bits, layer.weight, gradient,
+                                          self._scales[layer.weight.device][place], self.keys[layer.name][0],
+                                          start=layer.start)  # NaN where a gradient is not finite
+        self._not_finite += squares.isnan().sum().to(self._not_finite.device)
+        self._squares[place] = squares.nan_to_num_(0.0).sum()
 
-    def _measure(self, layer: MaskedLayer, squares: Tensor) -> None:
-        before, now = self.mean_squares.get(layer.name), squares / layer.scratch.numel()
-        if before is not None:  # one that overflows, or follows one that did, is left out
-            mean = torch.where(before.isfinite(), self.decay * before + (1 - self.decay) * now, now)
-            now = torch.where(now.isfinite(), mean, before)
-        self.mean_squares[layer.name] = now
+    def begin_pass(self) -> None:
+        """Before a backward pass: what each layer's J^T G is multiplied with before it is clipped, and after; nothing
+        moves that has no mean square yet."""
+        means = self.mean_squares
+        scales = torch.stack([means.clamp(min=1e-30).rsqrt() / CLIP, torch.full_like(means, self.size)], 1)
+        scales = nn.functional.pad(scales.masked_fill(means.isnan()[:, None], 0.0), (0, 2))  # 16 bytes apart, as keys
+        self._scales = {layer.weight.device: scales.to(layer.weight.device) for layer in self.masked.layers.values()}
+        self._squares = {}
 
-    def _measure_sharded(self) -> None:
-        """After a backward pass, for the layers that are sharded: over all their rows, at once."""
-        if self._squares:
-            sums = self.group.reduce_async(torch.stack([squares for _, squares in self._squares]))() * self.group.size
-            for (layer, _), squares in zip(self._squares, sums):
-                self._measure(layer, squares)
-            self._squares = []
+    def end_pass(self) -> None:
+        """After a backward pass: the running mean squares, of all layers at once. One that overflows, or follows one
+        that did, is left out, and so are layers that the pass did not reach."""
+        self._move_last()
+        before, now = self.mean_squares, torch.full_like(self.mean_squares, torch.nan)
+        for places, is_sharded in ((self._whole, False), (self._sharded, True)):
+            reached = [place for place in places if place in self._squares]
+            if reached:
+                sums = torch.stack([self._squares[place].to(now.device) for place in reached])
+                if is_sharded:  # over all their rows
+                    sums = self.group.reduce_async(sums)() * self.group.size
+                now[reached] = sums / self._sizes[reached]
+        mean = torch.where(before.isfinite(), self.decay * before + (1 - self.decay) * now, now)
+        mean = torch.where(before.isnan(), now, torch.where(now.isfinite(), mean, before))
+        self.mean_squares = torch.where(now.isnan(), before, mean)
 
     # ---------------------------------------------------------------------------------------------- saved and detached
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """The running mean squares, float32 `[layers]`, of those layers that have one."""
-        means = {name: self.mean_squares[name] for name in self.masked.layers if name in self.mean_squares}
-        return {"layers": list(means)}, {"mean_squares": torch.tensor([float(mean) for mean in means.values()])}
+        """The running mean squares, float32 `[layers]`, NaN of layers that have none."""
+        return {}, {"mean_squares": self.mean_squares}
 
     def restore(self, scalars: dict, read: Callable) -> None:
         """From `state`."""
-        means = read("mean_squares", torch.empty(len(scalars["layers"])))
-        self.mean_squares = {name: mean.to(self.masked.layers[name].weight.device)
-                             for name, mean in zip(scalars["layers"], means)}
+        self.mean_squares = read("mean_squares", self.mean_squares).to(self.mean_squares.device)
 
     def remove(self) -> None:
         """Give the modules their own forward back, and the model the state it was in without checkpointing."""
@@ -208,16 +230,16 @@ def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None
     Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather than the mean, so
     that float16 gradients stay clear of its smallest numbers.
     """
-    gradient, total = torch.zeros_like(logits), 0.0
+    gradient, losses = torch.zeros_like(logits), []
     for index, tokens in enumerate(sequences):
         log_probs = logits[index, :-1].float().log_softmax(-1)
         chosen = tokens[1:, None]
-        total -= float(log_probs.gather(1, chosen).sum())
+        losses.append(-log_probs.gather(1, chosen).sum())
         own = log_probs.exp().scatter_add_(1, chosen, torch.full_like(chosen, distill - 1, dtype=torch.float32))
         if teacher is not None:
             own -= distill * teacher[index, :-1].float().softmax(-1)
         gradient[index, :-1] = own
-    return total, gradient
+    return sum(torch.stack(losses).tolist()), gradient  # the host waits once
 
 
 def enable_checkpointing(model: nn.Module) -> Callable[[], None]:

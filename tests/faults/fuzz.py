@@ -32,9 +32,10 @@ import torch
 
 if not __package__:  # run as a command
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+from utils import UserError, printable
+
 from faults import damage, report
 from faults.readers import READERS, Reader
-from utils import UserError, printable
 
 BATCH, MOST_SECONDS, MOST_MIB = 100, 10, 96
 

@@ -24,15 +24,15 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 if not __package__:  # run as a command
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+import utils
+
 import masked
 import tiny
 
 import train
-import utils
 from faults import report
 from files import mask_files
 from masking.layers import find_layers
@@ -193,7 +193,7 @@ def run(args) -> tuple[list[dict], list[str]]:
     kills = args.kills or (3 if args.quick else 24)
     with tempfile.TemporaryDirectory() as folder:
         workshop(Path(folder))
-        for name, flags in tqdm(RUNS.items(), desc="kinds of run", disable=None):
+        for name, flags in utils.progress_bar(RUNS.items(), desc="kinds of run"):
             rows.append({"run": name, **campaign(Path(folder), flags, kills, generator)})
     lost = [f"{row['run']}: {row['runs'] - row['same']} of {row['runs']} runs are not what the uninterrupted one is"
             for row in rows if row["runs"] != row["same"]]

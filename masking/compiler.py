@@ -1,0 +1,59 @@
+"""torch.compile for functions that run on many shapes, from any thread, with or without a working compiler."""
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+
+import torch
+
+MOST_SHAPES = 64  # shapes x dtypes of a model; more run eagerly
+_thread = threading.local()
+
+
+def _allow_shapes() -> None:
+    """Set torch's limit, which from torch 2.13 on belongs to a thread: backward has threads of its own on a GPU."""
+    if not getattr(_thread, "allowed", False):
+        config = torch._dynamo.config
+        name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
+        setattr(config, name, max(getattr(config, name), MOST_SHAPES))
+        _thread.allowed = True
+
+
+@lru_cache
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What is raised where there is no compiler, none that works, or no Triton: by dynamo and inductor, of any version,
+    and by Triton when it first runs a kernel."""
+    places = {"torch._dynamo.exc": ("BackendCompilerFailed", "TritonMissing"),
+              "torch._inductor.exc": ("CppCompileError", "InvalidCxxCompiler", "InductorError", "TritonMissing",
+                                      "GPUTooOldForTriton"),
+              "triton.compiler.errors": ("CompilationError",)}
+    found = [subprocess.CalledProcessError]
+    for place, names in places.items():
+        try:
+            module = import_module(place)
+        except ImportError:
+            continue
+        found += [getattr(module, name) for name in names if hasattr(module, name)]
+    return tuple(found)
+
+
+@lru_cache
+def compiled(function: Callable, eager: Callable) -> Callable:
+    """`function`, compiled once for each shape; `eager`, said once, where there is no working compiler."""
+    fast = torch.compile(function, dynamic=False, options={"max_fusion_size": 10_000})  # one loop, no temporaries
+    broken = []
+
+    def run(*args, **names):
+        if not broken:
+            _allow_shapes()
+            try:
+                return fast(*args, **names)
+            except compiler_errors() as error:
+                broken.append(error)
+                print("note: no working compiler for torch.compile "
+                      f"({' '.join(str(error).split())[:160]}): the mask step runs eagerly, several times slower",
+                      file=sys.stderr)
+        return eager(*args, **names)
+    return run

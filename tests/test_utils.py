@@ -1,0 +1,71 @@
+"""utils.py: what a record says of the machine, how waiting is shown, and how OpenMP's threads wait."""
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import utils
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+RUN = [file for folder in (".", "bench", "reproduce") for file in sorted((ROOT / folder).glob("*.py"))
+       if "__main__" in file.read_text()]
+
+
+def said_by(code: str, **environment) -> str:
+    clean = {name: value for name, value in os.environ.items()
+             if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**clean, **environment}, text=True, check=True,
+                          capture_output=True).stdout.strip()
+
+
+def test_threads_spin_shortly_unless_the_user_says_otherwise():
+    code = "import utils, os; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    assert said_by(code) == "10000 None"
+    assert said_by(code, GOMP_SPINCOUNT="7") == "7 None"
+    assert said_by(code, OMP_WAIT_POLICY="ACTIVE") == "None ACTIVE"
+
+
+@pytest.mark.parametrize("file", RUN, ids=lambda file: file.stem)
+def test_utils_comes_before_torch(file):
+    """OpenMP reads its settings when torch is loaded, so whoever is run imports utils, or a bench's common, first."""
+    heavy = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
+    for node in ast.parse(file.read_text()).body:
+        names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                 [node.module] if isinstance(node, ast.ImportFrom) else [])
+        if any(name in ("utils", "common") for name in names):
+            return
+        assert not any(name.partition(".")[0] in heavy for name in names), f"{file.name} imports {names} before utils"
+
+
+def test_peak_memory_is_that_of_the_devices_that_were_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {0: 10, 1: 200}[device.index])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: {0: 30, 1: 400}[device.index])
+    first, second, cpu = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cpu")
+    assert utils.peak_memory([second]) == {"peak_memory_bytes": 200, "peak_reserved_bytes": 400}
+    assert utils.peak_memory([first, second, cpu]) == {"peak_memory_bytes": 210, "peak_reserved_bytes": 430}
+    assert utils.peak_memory([cpu])["peak_memory_bytes"] > 2**20  # on a machine with a GPU too
+    assert list(utils.peak_memory([cpu])) == ["peak_memory_bytes"]
+
+
+def test_hardware_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    assert utils.hardware("cuda:1") == "card 1"
+    assert "threads" in utils.hardware("cpu")
+
+
+def test_progress_is_a_plain_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(utils, "LINE_S", 1e-9)
+    for _ in utils.progress_bar(range(3), desc="reading", unit="document"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith("reading") and "\r" not in line for line in lines)
+    monkeypatch.setattr(utils, "LINE_S", 3600)
+    for _ in utils.progress_bar(range(3), desc="reading"):
+        pass
+    assert capsys.readouterr().err == ""
