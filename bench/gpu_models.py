@@ -118,7 +118,7 @@ def shapes(args: argparse.Namespace) -> Iterator[dict]:
     """Nine shapes of layers, learned from gradients: more than torch compiles of one function by itself."""
     torch.manual_seed(args.seed)
     model = Stack(args.device, torch.bfloat16)
-    masked = MaskedModel(model, _masks(model), LinearSpace(2, 4))
+    masked = MaskedModel(model, _masks(model), LinearSpace(2, 4), magnitude=1.0)
     learner, counters = StraightThrough(masked), torch._dynamo.utils.counters
     counters.clear()
     batch = torch.randint(0, 256, (2, 32), device=args.device)
