@@ -193,6 +193,22 @@ def test_what_processes_tell_one_another_and_hold(tmp_path, processes):
     assert order[processes:] == [f"in turn {rank}, out" for rank in range(processes)]
 
 
+TURNS = """
+import time
+from masking.distributed import ProcessGroup
+with ProcessGroup("cpu", timeout_s=2.0) as group:
+    with group.one_at_a_time():
+        time.sleep(4 if group.is_main else 0)  # a large model is loaded: longer than a process may take to answer
+    assert group.all_gather([float(group.rank), None]) == [[0.0, None], [1.0, None]]
+"""
+
+
+def test_a_turn_may_take_longer_than_an_answer(tmp_path):
+    (tmp_path / "script.py").write_text(TURNS)
+    launched = Launched(2, [tmp_path / "script.py"], tmp_path / "said.txt")
+    assert launched.wait() == 0, launched.said
+
+
 def test_alone_nothing_is_sent():
     group = ProcessGroup()
     tensor = torch.ones(3)
