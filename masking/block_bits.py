@@ -58,13 +58,13 @@ def write_masked(weight: Tensor, bits: Tensor, out: Tensor, m: int) -> None:
 
 
 def planes_of_words(words: Tensor, m: int, dtype: torch.dtype) -> list[Tensor]:
-    """int64 `[blocks]`, each M = 4 float16 or bfloat16 numbers -> M planes `[blocks]` float32, by integer arithmetic,
-    which vectorizes everywhere. NaN becomes inf."""
+    """int64 `[blocks]`, each M numbers of this dtype, 16 bits at M = 4 or float32 at M = 2 -> M planes `[blocks]`
+    float32, by integer arithmetic, which vectorizes everywhere. A NaN of float16 becomes inf."""
     planes = []
     for i in range(m):
         number = (words >> (64 // m * i)).to(torch.int32)
-        if dtype == torch.bfloat16:
-            planes.append((number << 16).view(torch.float32))
+        if dtype != torch.float16:
+            planes.append((number if dtype == torch.float32 else number << 16).view(torch.float32))
             continue
         size = number & 0x7FFF
         plane = torch.where(size >= 0x7C00, torch.inf, (size << 13).view(torch.float32) * 2.0**112)  # subnormals too

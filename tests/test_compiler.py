@@ -157,3 +157,16 @@ def test_float16_gradients_that_a_sum_over_tokens_overflows_are_finite():
     upstream, x = torch.full((64, 3), 200.0, dtype=torch.float16), torch.full((64, 5), 60.0, dtype=torch.float16)
     assert (upstream.T @ x).isinf().all()  # 64 * 200 * 60
     assert torch.equal(weight_gradient(upstream, x), torch.full((3, 5), 768000.0))
+
+
+def test_float32_weights_at_m_2_are_a_word_too():
+    """8 bytes as well: the words hold two float32 numbers, not four of 16 bits."""
+    generator = torch.Generator().manual_seed(4)
+    weight, gradient = (torch.randn(4, 6, generator=generator) for _ in range(2))
+    moved = []
+    for mode in ("eager", "exact"):
+        logits = [torch.zeros(12) for _ in range(2)]
+        Kernels(LinearSpace(1, 2), mode).vjp(logits, None, weight, gradient, torch.tensor([1.0, 1.0, 0, 0]),
+                                             torch.zeros(4, dtype=torch.int32))
+        moved.append(torch.stack(logits))
+    assert torch.allclose(*moved, atol=1e-5) and moved[0].abs().max() > 0.1
