@@ -17,8 +17,8 @@ largest logits of each block. With --val_fraction the best mask on held-out mini
 with settings that fit any model; flags that are given besides go before the preset's.
 
 torchrun --nproc_per_node R train.py ... learns with R processes (masking/distributed.py): each scores another minibatch
-with the same mask, or with --samples K its share of K masks a step on the same minibatch. --shard splits each layer's
-rows over them, for a model that none could hold.
+with the same mask, or with --samples K its share of K masks a step on the same minibatch. --shard shares each layer's
+rows out to them, for a model that none could hold (masking/sharding.py).
 
 A run can be stopped at any time, by Ctrl-C, a signal or the power's failure: --resume makes the same mask as if it had
 not been. --repeat RUN does a run again, from its run.json.
@@ -98,20 +98,17 @@ def make_learner(args: Namespace, masked: MaskedModel, batches: Tensor, baseline
 def learn(args: Namespace, folder: RunFolder, group: ProcessGroup, signals: StopSignals, trackers: list[type]) -> None:
     """The run from its start, or from where it was stopped, to its results."""
     set_seed(args.seed, args.deterministic)
-    sharded = args.shard and group.size > 1
     saved = folder.newest_state()
 
     # text -> minibatches; m0 -> the masked model and the baseline
-    with group.one_at_a_time(sharded):  # a host holds one whole model at a time
-        inputs = setup.read_inputs(folder, group, **arguments_of(setup.read_inputs, args))
-        batches, heldout = inputs.split(args.val_fraction)
-        masked = setup.mask_model(inputs, batches, group, is_restored=bool(saved),
-                                  **arguments_of(setup.mask_model, args))
+    inputs = setup.read_inputs(folder, group, **arguments_of(setup.read_inputs, args))
     folder.check_processes()
+    batches, heldout = inputs.split(args.val_fraction)
+    masked = setup.mask_model(inputs, batches, group, is_restored=bool(saved), **arguments_of(setup.mask_model, args))
     baseline = setup.make_baseline(inputs, masked, args.microbatch)
-    validation = Validation(masked, heldout, group, args.microbatch, sharded)
+    validation = Validation(masked, heldout, group, args.microbatch)
     run = Run(folder, group, signals, validation, len(batches), width=1 if args.samples > 1 else group.size,
-              sharded=sharded, **arguments_of(Run, args))
+              sharded=masked.is_sharded, **arguments_of(Run, args))
     learner = make_learner(args, masked, batches, baseline, group, run)
     if not run.restore(saved, masked=masked, learner=learner, validation=validation):
         setup.start(run, masked, validation, batches, group, args.init, args.logits)
@@ -142,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     group = ProcessGroup(args.device, args.timeout_s)
     arguments.check_processes(args, group.size)
     with (group, RunFolder(args.out, vars(args), group, bool(args.resume), args.repeat) as folder,
-          StopSignals() as signals):
+          StopSignals() as signals, group.reported()):
         learn(args, folder, group, signals, trackers)
 
 

@@ -90,7 +90,6 @@ group = ProcessGroup.__new__(ProcessGroup)
 group.rank, group.size, group.sent_bytes = 0, 1, 0
 group._begin({on_cpu}, timedelta(seconds=60))
 part = torch.arange(8, dtype=torch.bfloat16, device=group.device)
-assert torch.equal(group.all_gather_tensor(part), part)
 distributed.all_reduce(part)
 numbers = torch.ones(2, dtype=torch.float64)
 distributed.all_reduce(numbers)

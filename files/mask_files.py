@@ -14,6 +14,7 @@ import json
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,8 +39,24 @@ PICKLE_OPCODES = {"PROTO", "GLOBAL", "BINPUT", "LONG_BINPUT", "BINGET", "MARK", 
                   "EMPTY_TUPLE", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "NEWTRUE", "NEWFALSE",
                   "BINPERSID", "REDUCE", "STOP"}
 
-Masks = dict[str, Tensor]  # layer name -> bool [out, in]
+Masks = Mapping[str, Tensor]  # layer name -> bool [out, in]
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
+
+
+class PackedMasks(Masks):
+    """Masks that take a bit a weight or less: each is unpacked, a byte a weight, when it is asked for."""
+
+    def __init__(self, packed: dict[str, Tensor], shapes: Shapes, n: int, m: int):
+        self._packed, self._shapes, self._n, self._m = packed, shapes, n, m
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack(self._packed[name], self._shapes[name], self._n, self._m)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 @dataclass
@@ -112,7 +129,8 @@ def save_npz(path: str | Path, masks: Masks) -> None:
 def fingerprint(masks: Masks) -> str:
     """16 hex digits that change with any bit, name or shape of the masks."""
     digest = hashlib.sha256()
-    for name, mask in sorted(masks.items()):
+    for name in sorted(masks):
+        mask = masks[name]
         digest.update(f"{name} {tuple(mask.shape)}".encode())
         digest.update(np.packbits(mask.cpu().numpy().reshape(-1)).tobytes())
     return digest.hexdigest()[:16]
@@ -208,8 +226,7 @@ def _read_safetensors(path: Path, shapes: Shapes | None) -> MaskFile:
     claimed = {name: _shape(name, shape, shapes) for name, shape in json.loads(metadata["shapes"]).items()}
     if set(claimed) != set(packed) or checksum != _digest(metadata, packed):
         raise UserError("its contents do not match their checksum, the file is damaged: restore it or make it anew")
-    masks = {name: unpack(packed.pop(name), shape, n, m) for name, shape in claimed.items()}
-    return MaskFile(masks, n, m, metadata["model"], metadata["fingerprint"])
+    return MaskFile(PackedMasks(packed, claimed, n, m), n, m, metadata["model"], metadata["fingerprint"])
 
 
 def _read_folder(path: Path, shapes: Shapes | None) -> MaskFile:

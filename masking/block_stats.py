@@ -18,8 +18,8 @@ def block_stats(masked: MaskedModel) -> dict[str, dict[str, float]]:
     for name, layer in masked.layers.items():
         planes = [plane[::layer.stride] for plane in layer.logits]
         stats["changed"][name] = float((masked.kernels.mode(planes) != layer.start_sample).float().mean())
-        every = -(-len(planes[0]) * patterns // MOST_PROBS)  # fewer blocks of many patterns
+        every = max(1, -(-len(planes[0]) * patterns // MOST_PROBS))  # fewer blocks of many patterns
         probs = masked.space.pattern_probs(torch.stack([plane[::every] for plane in planes], 1).float())
         stats["entropy"][name] = float(torch.special.entr(probs).sum(1).mean())
-        stats["blocks"][name] = layer.scratch.numel() // layer.m
+        stats["blocks"][name] = layer.shape.numel() // layer.m
     return stats

@@ -5,8 +5,7 @@
 Forward-only learning needs a few numbers a process and step: its losses, its baseline, the time. From these every
 process computes the same advantages and moves its own copy of all logits alike, to the bit: masks are drawn by numbers
 that any process can compute again. straight_through averages each layer's gradient over the processes while backward
-goes on. With --shard a process has its part of each layer's rows only, and the masked rows of all are gathered when it
-computes.
+goes on. With --shard a process has its part of each layer's rows only (masking/sharding.py).
 
 The processes are started by torchrun or accelerate and talk through torch.distributed. Numbers go by gloo, which
 notices a process that has gone and says so, where nccl would abort this one; tensors on GPUs go by nccl.
@@ -26,29 +25,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
-# by their names in torch 2.13, or before
-_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
-
-
-LOADING = timedelta(hours=12)  # for all processes to load a model, one after the other
-
-
-class Shard:
-    """One process's part of a 1-D tensor that all processes together have, as a state is saved and read."""
-
-    def __init__(self, part: Tensor, group: "ProcessGroup"):
-        self.part, self.group = part, group
-        self.dtype, self.itemsize = part.dtype, part.itemsize
-        self.shape, self.nbytes = [len(part) * group.size], part.nbytes * group.size
-
-    def whole(self) -> Tensor:
-        """Gathered; all processes have to ask at once."""
-        return self.group.all_gather_tensor(self.part)
-
-    def read(self, stored: Tensor) -> Tensor:
-        """This process's part of what is stored of the whole, a tensor or a slice of a file."""
-        return stored[len(self.part) * self.group.rank:len(self.part) * (self.group.rank + 1)]
+FETCHING = timedelta(hours=12)  # for the main process to fetch a model
 
 
 class ProcessGroup:
@@ -68,10 +45,10 @@ class ProcessGroup:
 
     def _begin(self, on_cpu: bool, timeout: timedelta) -> None:
         backend = {} if on_cpu else {"backend": "cpu:gloo,cuda:nccl"}
-        with self._reported():
+        with self.reported():
             state = PartialState(cpu=on_cpu, timeout=timeout, **backend)
-            # a large model takes longer to load than a process may take to answer; one that has gone is noticed at once
-            self._patient = distributed.new_group(timeout=LOADING, backend="gloo")
+            # a model takes longer to fetch than a process may take to answer; one that has gone is noticed at once
+            self._patient = distributed.new_group(timeout=FETCHING, backend="gloo")
         self.rank, self.size, self.device = state.process_index, state.num_processes, state.device
         if self.device.type == "cpu":  # cpu:0 would be another device than cpu, to which everything is copied
             self.device = torch.device("cpu")
@@ -94,27 +71,17 @@ class ProcessGroup:
 
     @contextmanager
     def main_before_others(self) -> Iterator[None]:
-        """Inside, the main process goes first; all leave together."""
+        """Inside, the main process goes first, as long as it takes; all leave together."""
         if not self.is_main:
-            self.barrier()
+            self._wait_patiently()
         yield
         if self.is_main:
-            self.barrier()
-        self.barrier()
+            self._wait_patiently()
+        self._wait_patiently()
 
-    @contextmanager
-    def one_at_a_time(self, needed: bool = True) -> Iterator[None]:
-        """Inside, one process at a time, in their order; all leave together."""
-        for _ in range(self.rank if needed else 0):
-            self._wait_for_turn()
-        yield
-        for _ in range(self.size - self.rank if needed else 0):
-            self._wait_for_turn()
-
-    def _wait_for_turn(self) -> None:
+    def _wait_patiently(self) -> None:
         if self.size > 1:
-            with self._reported():
-                distributed.barrier(self._patient)
+            distributed.barrier(self._patient)
 
     # ------------------------------------------------------------------------------------------------------ numbers
 
@@ -131,8 +98,7 @@ class ProcessGroup:
         given = [0.0 if value is None else value for value in values]
         mine = torch.tensor(given, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._reported():
-            distributed.all_gather(everyone, mine)
+        distributed.all_gather(everyone, mine)
         self.sent_bytes += mine.nbytes
         return [[None if value is None else number for value, number in zip(values, numbers.tolist())]
                 for numbers in everyone]
@@ -155,32 +121,19 @@ class ProcessGroup:
 
     # ------------------------------------------------------------------------------------------------------ tensors
 
-    def reduce_async(self, tensor: Tensor, scatter: bool = False) -> Callable[[], Tensor]:
+    def reduce_async(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Start to form a tensor's mean over the processes, in its place; call what is returned to wait for it and have
-        it. `scatter`: only this process's part of it, the tensor divided evenly along its first dimension."""
+        it."""
         if self.size == 1:
             return lambda: tensor
         self.sent_bytes += tensor.nbytes
         tensor /= self.size
-        mean = torch.empty_like(tensor[:len(tensor) // self.size]) if scatter else tensor
-        with self._reported():
-            work = (_reduce_scatter(mean, tensor, async_op=True) if scatter else
-                    distributed.all_reduce(mean, async_op=True))
+        work = distributed.all_reduce(tensor, async_op=True)
 
-        def wait():
-            with self._reported():
-                work.wait()
-            return mean
+        def wait() -> Tensor:
+            work.wait()
+            return tensor
         return wait
-
-    def all_gather_tensor(self, part: Tensor, whole: Tensor | None = None) -> Tensor:
-        """All processes' parts, which are of one size, one after another, 1-D: in `whole`, of which this process's part
-        may be a view, or in a new tensor."""
-        whole = part.new_empty(part.numel() * self.size) if whole is None else whole
-        self.sent_bytes += part.nbytes
-        with self._reported():  # as bytes: not every backend knows every dtype
-            _all_gather(whole.view(torch.uint8), part.reshape(-1).view(torch.uint8))
-        return whole
 
     # ---------------------------------------------------------------------------------------------- beginning and end
 
@@ -201,12 +154,12 @@ class ProcessGroup:
             os._exit(0)
 
     @contextmanager
-    def _reported(self):
-        """Turns a process that has gone or hangs into one line; the launcher ends the others."""
+    def reported(self) -> Iterator[None]:
+        """Inside, a process that has gone or hangs is reported by one line; the launcher ends the others."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+                raise
             raise UserError(f"process {self.rank} has lost another, which has ended or hangs "
                             f"({str(error).strip().splitlines()[0][:160]})") from error

@@ -3,6 +3,8 @@ import hashlib
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,27 +18,33 @@ from files import model_folder
 from masking import offload
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
+DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it
 
 
 def load_model(model: str, dtype: str = "float16", device: str | None = None, device_map: str | None = None,
-               trust_remote_code: bool = False,
-               on_host: bool = False) -> tuple[nn.Module, Tokenizer]:
+               trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
     """The frozen causal LM of this folder or hub id, in eval mode, and its tokenizer. UserError if it cannot be had.
 
-    dtype: a name of utils.DTYPES, auto or checkpoint. on_host: left in the host's memory, though of the dtype for the
-    device.
+    dtype: a name of utils.DTYPES, auto or checkpoint.
     """
-    if any(model.startswith(mark) for mark in (".", "/", "~")) and not Path(model).expanduser().is_dir():
-        raise UserError(f"--model {model}: there is no such folder")
-    device = checked_device(device)
+    device, source = checked_device(device), local_folder(model, trust_remote_code)
     torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
-    found, tokenizer = _from_pretrained(model, torch_dtype, device_map, trust_remote_code)
+    with explained(model):
+        tokenizer = read_tokenizer(source, trust_remote_code)
+        found, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True, output_loading_info=True,
+            **{DTYPE: torch_dtype}, **({"device_map": device_map} if device_map else {}))
+    empty = [name for name, parameter in found.named_parameters() if parameter.is_meta]
+    missing = sorted({*report["missing_keys"], *([] if device_map else empty)})
+    if missing:  # transformers would go on with random numbers, or with none
+        raise UserError(f"--model {model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
+                        "restore it, or give the folder of a whole causal LM")
     if any(offload.is_on_disk(module) for module in found.modules() if isinstance(module, nn.Linear)):
         raise UserError(f"{model} does not fit the devices of --device_map {device_map} and the host's memory, and "
                         "weights on the disk cannot be masked; use more or larger GPUs, or a larger host")
-    if not device_map and not on_host:
+    if not device_map:
         found.to(device)
     if device.startswith("cpu"):
         reuse_freed_memory()
@@ -44,32 +52,36 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None, de
     return found.eval(), tokenizer
 
 
-def _from_pretrained(model: str, dtype: torch.dtype | str, device_map: str | None, trusted: bool) -> tuple:
-    """Model and tokenizer by transformers, whatever is wrong with them as one line."""
-    source = model
+def local_folder(model: str, trusted: bool) -> str | Path:
+    """The model's folder, checked, or its hub id as it is. UserError where it should be a folder and is none."""
     if Path(model).expanduser().is_dir():
-        source = Path(model).expanduser()
-        model_folder.check(source, trusted)
-    keyword = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    placement = {"device_map": device_map} if device_map else {}
+        model_folder.check(Path(model).expanduser(), trusted)
+        return Path(model).expanduser()
+    if any(model.startswith(mark) for mark in (".", "/", "~")):
+        raise UserError(f"--model {model}: there is no such folder")
+    return model
+
+
+@contextmanager
+def explained(model: str) -> Iterator[None]:
+    """Turns whatever the libraries find wrong with a model into one line."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
-        tokenizer("Does it take a text?")  # a damaged one fails here rather than far from its name
-        found, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=trusted, low_cpu_mem_usage=True, output_loading_info=True, **{keyword: dtype},
-            **placement)
+        yield
+    except UserError:
+        raise
     except Exception as error:  # tokenizers and safetensors raise classes of their own for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {model} cannot be loaded: {reason[:300]} (a folder or hub id of a causal LM is "
-                        "wanted; a gated one needs `huggingface-cli login`)")
-    empty = [name for name, parameter in found.named_parameters() if parameter.is_meta]
-    missing = sorted({*report["missing_keys"], *([] if device_map else empty)})
-    if missing:  # transformers would go on with random numbers, or with none
-        raise UserError(f"--model {model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
-                        "restore it, or give the folder of a whole causal LM")
-    return found, tokenizer
+                        "wanted; a gated one needs `huggingface-cli login`)") from error
+
+
+def read_tokenizer(source: str | Path, trusted: bool) -> Tokenizer:
+    """Of a model; a damaged one fails here rather than far from its name."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+    tokenizer("Does it take a text?")
+    return tokenizer
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
@@ -111,9 +123,12 @@ def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, and the signs of the input
     embedding, which pruning leaves alone."""
     digest = hashlib.sha256(str(tuple(model.get_input_embeddings().weight.shape)).encode())
+    transposed = {f"{name}.weight" for name, module in model.named_modules()
+                  if hasattr(module, "is_transposed_in_files")}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 2 and not name.startswith("lm_head"):
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            shape = tuple(parameter.shape)
+            digest.update(f"{name} {shape[::-1] if name in transposed else shape}".encode())
     signs = torch.signbit(offload.weight_of(model.get_input_embeddings()).flatten()[:2**22])
     digest.update(signs.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -2,17 +2,19 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from masking import offload
 from masking.block_bits import bits_to_mask, mask_to_bits
-from masking.distributed import ProcessGroup, Shard
 from masking.kernels import Kernels
-from masking.layers import apply_masks, find_layers, match_masks
-from masking.masked_layer import MaskedLayer, own_rows
+from masking.layers import find_layers, match_masks
+from masking.masked_layer import MaskedLayer
 from masking.random_bits import layer_keys
+from masking.sharding import MaskedRows, Rows, Shard, own_weight
 from masking.spaces import Space
 
 Bits = dict[str, Tensor | None]  # layer name -> mask as integers [blocks], None: dense
@@ -30,13 +32,13 @@ class MaskedModel:
     update of the layer's logits and the drawing of its next mask, so `update` only notes the coefficient and the
     following `forward` carries it out.
 
-    group: shards each layer's rows over these processes (those layers whose rows they divide), which then must run
-    every forward and backward together: only one layer at a time is whole on any of them, in the scratch buffer.
+    A model that FSDP shards (masking/sharding.py) has no scratch buffer: each process writes its own masked rows when
+    they are about to be gathered. All processes then must run every forward and backward together.
     """
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], space: Space, magnitude: float = 10.0,
                  logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
-                 mode: str = "compiled", group: ProcessGroup | None = None):
+                 mode: str = "compiled"):
         self.model, self.space = model, space
         self.seed, self.steps = seed, 0  # which draws are keyed by
         self.kernels = Kernels(space, mode)
@@ -47,30 +49,67 @@ class MaskedModel:
         modules = find_layers(model, targets=[""])
         match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
-        apply_masks(modules, {name: mask for name, mask in masks.items() if name not in learned})
-        scratch = _scratch_buffers({name: modules[name] for name in learned}, group and group.device)
+        for name in [name for name in masks if name not in learned]:
+            weight = own_weight(modules[name])
+            weight.masked_fill_(~Rows.of(modules[name]).own(masks[name]).to(weight.device), 0.0)
+        scratch = _scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
         self.handles = []  # with a `remove()`, for `finish`
+        self._passes, self._written = 0, {}  # of the model; layer name -> the pass that its rows were last written for
         for name in learned:
-            weight, mask = offload.weight_of(modules[name]), masks[name]
-            device = group.device if group else weight.device
-            sharded = group if group and len(mask) % group.size == 0 else None
-            layer = MaskedLayer(name, modules[name], mask, self.kernels, logits_dtype, scratch[device, weight.dtype],
-                                sharded)
+            weight = offload.weight_of(modules[name])
+            layer = MaskedLayer(name, modules[name], masks[name], self.kernels, logits_dtype,
+                                scratch.get((weight.device, weight.dtype)))
             layer.set_logits(lambda part, layer=layer: space.init(bits_to_mask(layer.bits[part], space.m), magnitude))
             self.layers[name] = layer
-            self.handles.append(modules[name].register_forward_pre_hook(lambda *_, layer=layer: self._enter(layer)))
+            fill = partial(self._fill, layer)
+            if layer.sharded:
+                MaskedRows.attach(modules[name], fill)
+            else:
+                self.handles.append(modules[name].register_forward_pre_hook(lambda *_, fill=fill: fill()))
+        if self.is_sharded:
+            self.handles += [model.register_forward_pre_hook(self._begin_pass, prepend=True),
+                             model.register_forward_hook(self._check_pass)]
 
-    def _enter(self, layer: MaskedLayer) -> None:
-        """A forward pass has reached this layer: have its masked weight in the scratch buffer."""
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP shares the layers out to several processes."""
+        return any(layer.sharded for layer in self.layers.values())
+
+    def _fill(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
+        """A pass has reached this layer: have its masked weight in `out`, or the scratch buffer."""
+        self._written[layer.name] = self._passes
         if layer.pending and self._used is None:
-            layer.flush()
+            layer.flush(out)
         else:
-            self.write(layer)
+            self.write(layer, out)
 
-    def write(self, layer: MaskedLayer) -> None:
-        """Write the weight that the layer uses now into the scratch buffer."""
-        layer.write(layer.bits if self._used is None else self._used[layer.name], once=self.steps == 0)
+    def write(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
+        """Write the weight that the layer uses now into `out`, or the scratch buffer."""
+        layer.write(layer.bits if self._used is None else self._used[layer.name], out, once=self.steps == 0)
+
+    def rewrite(self, layer: MaskedLayer) -> None:
+        """In a pass that has just reached this layer: have it use the mask that it has now."""
+        if not layer.sharded:
+            self.write(layer)
+            return
+        own = torch.empty_like(layer.weight)
+        if len(own):
+            self.write(layer, own.view(-1))
+        layer.module.weight.data.copy_(layer.rows.whole(own.view(-1), layer.shape[1]).view(layer.shape))
+
+    def _begin_pass(self, *_: object) -> None:
+        if self._passes and hasattr(self.model, "reset_iter_state"):  # torch 2.13
+            self.model.reset_iter_state()  # else FSDP prefetches by the order of earlier passes, in vain
+        self._passes += 1
+
+    def _check_pass(self, *_: object) -> None:
+        """FSDP must have asked for all rows in this pass: what it keeps gathered has an old mask."""
+        stale = [layer.name for layer in self.layers.values()
+                 if len(layer.bits) and self._written.get(layer.name) != self._passes]
+        if stale:
+            raise RuntimeError(f"{len(stale)} layers computed with an old mask, {stale[0]} among them: FSDP did not "
+                               "gather them")
 
     def flush(self) -> None:
         """Carry out what `update` left due, where no forward pass did."""
@@ -159,8 +198,8 @@ class MaskedModel:
 
     def keep_initial(self, masks: dict[str, Tensor]) -> None:
         """Remember m0 for `use_initial`: a quarter of a byte a weight at M = 4."""
-        self.initial = {name: mask_to_bits(own_rows(masks[name], layer.group).reshape(-1, layer.m)
-                                           .to(layer.weight.device)) for name, layer in self.layers.items()}
+        self.initial = {name: mask_to_bits(layer.rows.own(masks[name]).reshape(-1, layer.m).to(layer.weight.device))
+                        for name, layer in self.layers.items()}
 
     def mode_bits(self) -> dict[str, Tensor]:
         """The most probable mask of each learned layer, as bits `[blocks]`."""
@@ -174,7 +213,7 @@ class MaskedModel:
         are sharded have only one copy."""
         self.flush()
         sums = [plane.view(torch.int16 if plane.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
-                for layer in self.layers.values() for plane in layer.logits if not layer.group]
+                for layer in self.layers.values() for plane in layer.logits if not layer.sharded]
         return str([int(total) for total in sums])
 
     def _moving(self) -> Iterator[tuple[str, MaskedLayer, Tensor]]:
@@ -201,7 +240,7 @@ class MaskedModel:
         found = {}
         for name, layer in self.layers.items():
             tensor = tensor_of(layer)
-            if not layer.group or layer.group.is_main:
+            if layer.rows.is_main:
                 found[name] = tensor.cpu()
         return found
 
@@ -219,8 +258,8 @@ class MaskedModel:
         return self._collected(lambda layer: torch.stack([layer.whole(plane) for plane in layer.logits]))
 
     def finish(self, bits: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Give the modules back their own weights, masked by these `bits` (default: the mode); returns those masks. The
-        weights of layers that are sharded are given back in the main process, on the CPU."""
+        """Give the modules back their own weights, masked by these `bits` (default: the mode); returns those masks, as
+        `_collected`."""
         bits = bits or self.mode_bits()
         for handle in self.handles:
             handle.remove()
@@ -229,11 +268,11 @@ class MaskedModel:
         return self.masks_of(bits)
 
 
-def _scratch_buffers(modules: dict[str, nn.Module], device: torch.device | None) -> dict:
-    """(device, dtype) -> an empty tensor that is as large as the largest weight there; all on `device` if given."""
+def _scratch_buffers(modules: dict[str, nn.Module]) -> dict:
+    """(device, dtype) -> an empty tensor that is as large as the largest weight there that is not sharded."""
     sizes = Counter()
     for module in modules.values():
         weight = offload.weight_of(module)
-        key = device or weight.device, weight.dtype
-        sizes[key] = max(sizes[key], weight.numel())
+        if not isinstance(weight, DTensor):
+            sizes[weight.device, weight.dtype] = max(sizes[weight.device, weight.dtype], weight.numel())
     return {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in sizes.items()}

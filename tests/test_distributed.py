@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,14 +16,13 @@ import tiny
 import torch
 import transformers
 from faults import kill
+from launched import ROOT, Launched
 from safetensors.torch import load_file
 
 import train
 from files import mask_files
 from masking.distributed import ProcessGroup
 from masking.layers import apply_masks, find_layers
-
-ROOT = Path(__file__).parent.parent
 
 FORWARD_ONLY = "--baseline online --logits 1 --lr 5 --debias_tracker --dataset_size 16 --epoch 4"
 GRADIENTS = "--estimator straight_through --logits 1 --lr 3 --dataset_size 16 --epoch 3 --distill 0.5"
@@ -43,39 +40,6 @@ def w(tmp_path_factory):
 def arguments(w: Path, out: Path, flags: str) -> list[str]:
     return (f"--model {w}/dense --mask {w}/mask.safetensors --dataset {w}/text.jsonl --dtype float32 --device cpu "
             f"--sqlen 24 --step eager --skip_checkpoint --save --num_evals 3 --out {out} {flags}").split()
-
-
-class Launched:
-    """A command in so many processes, under torchrun."""
-
-    def __init__(self, processes: int, command: list[str], log: Path):
-        self.log = log
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with open(log, "w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                 *map(str, command)], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-    def wait(self) -> int:
-        try:
-            return self.process.wait(timeout=120)
-        finally:
-            self.process.kill()
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def pid_of(self, rank: int) -> int:
-        """The process that torchrun has started as that rank."""
-        for status in Path("/proc").glob("[0-9]*/status"):
-            try:
-                if (f"PPid:\t{self.process.pid}\n" in status.read_text()
-                        and f"\0RANK={rank}\0" in (status.parent / "environ").read_text()):
-                    return int(status.parent.name)
-            except OSError:
-                pass  # ended meanwhile
-        raise AssertionError(f"no process of rank {rank}: {self.said}")
 
 
 def learn(processes: int, w: Path, out: Path, flags: str, without: str = "") -> Path:
@@ -109,10 +73,8 @@ def killed(w: Path, run: Path, flags: str) -> Launched:
 
 
 SCRIPT = """
-import sys, torch, pge
-from masking.distributed import ProcessGroup, Shard
-from masking.masked_model import MaskedModel
-from masking.spaces import LinearSpace
+import sys, torch
+from masking.distributed import ProcessGroup
 from utils import UserError
 group = ProcessGroup("cpu", 30)
 assert group.size == int(sys.argv[1])
@@ -120,28 +82,14 @@ everyone = range(group.size)
 assert group.all_gather([group.rank, 1 / 3]) == [[r, 1 / 3] for r in everyone]
 assert [item for row in group.all_gather([float(len(group.split(range(9))))]) for item in row] in ([4, 5], [2, 2, 2, 3])
 assert group.split("abcdefghi")[0] == "abcdefghi"[9 * group.rank // group.size]
-with group.one_at_a_time(needed=False):
-    pass
 assert group.mean([1.0] * group.rank + [3.0]) == sum(r + 3 for r in everyone) / sum(r + 1 for r in everyone)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     tensor = torch.arange(6, dtype=dtype).view(2, 3) * group.rank
     group.reduce_async(tensor)()
     assert torch.equal(tensor, torch.arange(6, dtype=dtype).view(2, 3) * (sum(everyone) / group.size)), tensor
-    wait = group.reduce_async((torch.arange(12, dtype=dtype) + group.rank).view(group.size, -1), scatter=True)
-    own = torch.arange(12, dtype=dtype).view(group.size, -1)[group.rank:][:1] + (group.size - 1) / 2
-    assert torch.equal(wait(), own), (wait(), own)
-    part = torch.full((3,), group.rank, dtype=dtype)
-    assert group.all_gather_tensor(part).tolist() == [r for r in everyone for _ in range(3)]
-    whole = torch.zeros(3 * group.size, dtype=dtype)
-    whole[3 * group.rank:][:3] = part
-    assert group.all_gather_tensor(whole[3 * group.rank:][:3], whole) is whole
-    assert torch.equal(whole, group.all_gather_tensor(part))
 order = open(sys.argv[2], "a", buffering=1)
 with group.main_before_others():
     order.write(f"{group.rank}\\n")
-with group.one_at_a_time():
-    order.write(f"in turn {group.rank}, ")
-    order.write("out\\n")
 group.check_same("equal", "the letters")
 try:
     group.check_same("odd" if group.rank == 1 else "even", "the letters")
@@ -149,62 +97,36 @@ except UserError as error:
     assert str(error).startswith("the letters of process 1 differ from those of process 0"), error
 else:
     raise AssertionError
-
-class Model(torch.nn.Sequential):
-    get_output_embeddings = lambda self: None
-    get_input_embeddings = lambda self: torch.nn.Embedding(1, 1)
-
-torch.manual_seed(0)
-model = Model(torch.nn.Linear(16, 24), torch.nn.Linear(24, 8), torch.nn.Linear(8, 7)).requires_grad_(False)
-dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-masks = {str(i): pge.mode(model[i].weight.abs().view(-1, 4), 2).view_as(model[i].weight) for i in range(3)}
-expected = x = torch.randn(5, 16)
-for i in range(3):
-    expected = torch.nn.functional.linear(expected, dense[f"{i}.weight"] * masks[str(i)], dense[f"{i}.bias"])
-masked = MaskedModel(model, masks, LinearSpace(2, 4), mode="eager", group=group)
-assert torch.equal(model(x), expected)
-split, odd = [masked.layers["0"], masked.layers["1"]], masked.layers["2"]
-for layer in split:  # no storage but the scratch buffer has more than this process's rows
-    blocks = layer.scratch.numel() // 4 // group.size
-    assert all(t.untyped_storage().nbytes() == 4 * blocks for t in layer.logits) and len(layer.bits) == blocks
-    assert layer.weight.untyped_storage().nbytes() == 4 * 4 * blocks
-assert len({layer.scratch.untyped_storage().data_ptr() for layer in masked.layers.values()}) == 1
-assert odd.group is None and odd.weight.shape == (7, 8)
-for name, tensor in masked.state()[1].items():
-    whole = tensor.whole() if isinstance(tensor, Shard) else tensor
-    assert list(whole.shape) == list(tensor.shape) == [dense[name.split(".")[-1] + ".weight"].numel() // 4]
-masked.update(0.5)
-model(x)
-found = masked.finish()
-assert list(found) == (["0", "1", "2"] if group.is_main else ["2"])
-if group.is_main:
-    assert all(torch.equal(model[int(i)].weight, dense[f"{i}.weight"] * mask) for i, mask in found.items())
+try:
+    with group.reported():
+        raise RuntimeError("a mistake of ours")
+except RuntimeError as error:
+    assert not isinstance(error, UserError)
 group.__exit__(None, None, None)
 """
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_what_processes_tell_one_another_and_hold(tmp_path, processes):
+def test_what_processes_tell_one_another(tmp_path, processes):
     (tmp_path / "script.py").write_text(SCRIPT)
     launched = Launched(processes, [tmp_path / "script.py", processes, tmp_path / "order"], tmp_path / "said.txt")
     assert launched.wait() == 0, launched.said
     order = (tmp_path / "order").read_text().splitlines()
     assert order[0] == "0" and sorted(order[:processes]) == [str(rank) for rank in range(processes)]
-    assert order[processes:] == [f"in turn {rank}, out" for rank in range(processes)]
 
 
-TURNS = """
+PATIENCE = """
 import time
 from masking.distributed import ProcessGroup
 with ProcessGroup("cpu", timeout_s=2.0) as group:
-    with group.one_at_a_time():
-        time.sleep(4 if group.is_main else 0)  # a large model is loaded: longer than a process may take to answer
+    with group.main_before_others():
+        time.sleep(4 if group.is_main else 0)  # a large model is fetched: longer than a process may take to answer
     assert group.all_gather([float(group.rank), None]) == [[0.0, None], [1.0, None]]
 """
 
 
-def test_a_turn_may_take_longer_than_an_answer(tmp_path):
-    (tmp_path / "script.py").write_text(TURNS)
+def test_the_main_process_may_take_longer_than_an_answer(tmp_path):
+    (tmp_path / "script.py").write_text(PATIENCE)
     launched = Launched(2, [tmp_path / "script.py"], tmp_path / "said.txt")
     assert launched.wait() == 0, launched.said
 
@@ -316,13 +238,14 @@ def test_logits_that_differ_stop_the_run():
 # ------------------------------------------------------------------------------------------------------ sharded layers
 
 
-@pytest.mark.parametrize("flags", [f"{FORWARD_ONLY} --logits_dtype float16 --val_fraction 0.3 --init swaps",
-                                   f"{GRADIENTS} --gradient_checkpointing --val_fraction 0.2"])
-def test_sharded_layers_learn_what_copies_learn(w, tmp_path, flags):
+@pytest.mark.parametrize("processes, flags", [
+    (3, f"{FORWARD_ONLY} --logits_dtype float16 --val_fraction 0.3"),
+    (2, f"{GRADIENTS} --gradient_checkpointing --val_fraction 0.2")])
+def test_sharded_layers_learn_what_copies_learn(w, tmp_path, processes, flags):
     """To the bit without gradients; with them but for the order in which squares are added up. The checkpoint, which
     one process gathers, is the model under its mask."""
-    copies = learn(2, w, tmp_path / "copies", f"{flags} --batchsize 2")
-    sharded = learn(2, w, tmp_path / "sharded", f"{flags} --batchsize 2 --shard", "--skip_checkpoint")
+    copies = learn(processes, w, tmp_path / "copies", f"{flags} --batchsize 2")
+    sharded = learn(processes, w, tmp_path / "sharded", f"{flags} --batchsize 2 --shard", "--skip_checkpoint")
     same = 0 if flags.startswith(FORWARD_ONLY) else 1e-4
     for line, other in zip(*(map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
                              for run in (copies, sharded))):
@@ -342,18 +265,27 @@ def test_a_run_of_sharded_layers_goes_on_with_any_number_of_processes(w, tmp_pat
     flags = f"{FORWARD_ONLY} --batchsize 2 --max_step 16 --epoch 100 --checkpoint_every 1 --shard"
     run = tmp_path / "killed/run"
     killed(w, run, flags)
-    assert 3 < steps_of(run) < 16
-    shutil.copytree(run, tmp_path / "alone")
+    done = steps_of(run)
+    assert 3 < done < 16
+    shutil.copytree(run, tmp_path / "others")
     again = Launched(2, [ROOT / "train.py", "--resume", str(run)], tmp_path / "again.txt")
     assert again.wait() == 0, again.said
     assert kill.contents(run) == kill.contents(learn(2, w, tmp_path / "whole/run", flags))
-    train.main(["--resume", str(tmp_path / "alone")])
-    masks = mask_files.load(tmp_path / "alone/mask.safetensors").masks
+    three = Launched(3, [ROOT / "train.py", "--resume", tmp_path / "others"], tmp_path / "again.txt")
+    wait_for(lambda: steps_of(tmp_path / "others") > done, three)
+    three.process.send_signal(signal.SIGTERM)
+    assert three.wait() != 0
+    train.main(["--resume", str(tmp_path / "others")])
+    assert steps_of(tmp_path / "others") == 16
+    masks = mask_files.load(tmp_path / "others/mask.safetensors").masks
     assert all((mask.view(-1, 4).sum(1) == 2).all() for mask in masks.values())
 
 
-@pytest.mark.parametrize("flags", ["--samples 2", "--init scores"])
-def test_what_sharded_layers_cannot_do_is_refused(w, tmp_path, flags):
-    with pytest.raises(UserError, match="with --shard all processes have one mask"):
-        train.main(arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --shard {flags}"))
+def test_what_sharded_layers_cannot_do_is_refused(w, tmp_path):
+    with pytest.raises(UserError, match="one mask at a time: leave out --samples"):
+        train.main(arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --shard --samples 2"))
+    flags = f"{GRADIENTS} --shard --batchsize 2 --dtype float16"
+    launched = Launched(2, [ROOT / "train.py", *arguments(w, tmp_path / "run", flags)], tmp_path / "said.txt")
+    assert launched.wait() != 0
+    assert "error: float16 overflows" in launched.said and "use --dtype bfloat16 with --shard" in launched.said
     assert not (tmp_path / "run").exists()

@@ -110,8 +110,8 @@ def _add_gradient_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_machine_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--shard", action="store_true",
-                       help="split each learned layer's rows over the processes, for a model that one device cannot "
-                            "hold: a layer is whole only while it computes")
+                       help="share each layer's rows out to the processes, for a model that one device cannot hold: a "
+                            "decoder layer is whole only while it computes")
     group.add_argument("--logits_dtype", choices=list(DTYPES), default="float32",
                        help="of the logits; 16 bits are rounded stochastically")
     group.add_argument("--step", choices=MODES, default="compiled",
@@ -178,9 +178,8 @@ def check_processes(args: Namespace, processes: int) -> None:
     """UserError for what may not be together in so many processes."""
     if args.samples > 1 and args.samples % processes:
         raise UserError(f"--samples {args.samples} cannot be split over {processes} processes: choose a multiple")
-    if args.shard and (args.samples > 1 or args.init == "scores"):
-        raise UserError("with --shard all processes have one mask, and none has the dense model whole: leave out "
-                        "--samples, and --init scores")
+    if args.shard and args.samples > 1:
+        raise UserError("with --shard all processes have one mask at a time: leave out --samples")
     if args.device_map and processes > 1:
         raise UserError("--device_map gives all GPUs to one process: leave it out, or start one process")
 

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import CHUNK
 from masking.layers import find_layers
-from masking.masked_layer import own_rows
 from masking.masked_model import MaskedModel
 from pruning import swaps
 from pruning.calibration import Hessians, input_norms, visit_in_order
@@ -34,10 +33,10 @@ def init_at_random(masked: MaskedModel, magnitude: float, seed: int) -> None:
     """Logits that are C times normal random numbers, and the masks most probable under them."""
     generator = torch.Generator().manual_seed(seed)
     for layer in masked.layers.values():
-        blocks = layer.scratch.numel() // layer.m
+        blocks = layer.shape.numel() // layer.m
         logits = torch.cat([torch.randn(min(CHUNK, blocks - begin), masked.space.width, generator=generator) * magnitude
                             for begin in range(0, blocks, CHUNK)])
-        logits = own_rows(logits.view(layer.scratch.shape[0], -1), layer.group).reshape(-1, masked.space.width)
+        logits = layer.rows.own(logits.view(layer.shape[0], -1)).reshape(-1, masked.space.width)
         layer.set_logits(lambda part, logits=logits: logits[part])
         layer.bits.copy_(mask_to_bits(masked.space.mode(logits)))
         layer.remember_start()
@@ -56,11 +55,12 @@ def init_from_swaps(masked: MaskedModel, sequences: Tensor, magnitude: float, sw
     def improve(name: str, inputs: Tensor) -> None:
         layer = masked.layers[name]
         hessian = hessians.of(inputs).to(layer.weight.device)
-        mask = swaps.refine_by_swaps(layer.weight, layer.mask_of(layer.bits), hessian, layer.m, sweeps)
-        score = swaps.confidence(layer.weight, mask, hessian, layer.m).view(-1, layer.m)
-        blocks = mask.view(-1, layer.m)
-        layer.bits.copy_(mask_to_bits(blocks))
-        layer.set_logits(lambda part: masked.space.init(blocks[part], magnitude, score[part]))
-        masked.write(layer)
+        if len(layer.bits):
+            mask = swaps.refine_by_swaps(layer.weight, layer.mask_of(layer.bits), hessian, layer.m, sweeps)
+            score = swaps.confidence(layer.weight, mask, hessian, layer.m).view(-1, layer.m)
+            blocks = mask.view(-1, layer.m)
+            layer.bits.copy_(mask_to_bits(blocks))
+            layer.set_logits(lambda part: masked.space.init(blocks[part], magnitude, score[part]))
+        masked.rewrite(layer)
     modules = {name: layer.module for name, layer in masked.layers.items()}
     visit_in_order(masked.model, modules, sequences, improve, "swapping")

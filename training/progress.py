@@ -15,7 +15,8 @@ from utils import UserError, progress_bar
 
 import torch
 
-from masking.distributed import ProcessGroup, Shard
+from masking.distributed import ProcessGroup
+from masking.sharding import Shard
 from training.checkpoint import StateFile, give_shards
 from training.run_folder import RunFolder
 from training.validation import Validation

@@ -10,6 +10,7 @@ from files.atomic import atomic_write
 from masking.distributed import ProcessGroup
 from masking.loading import devices_of
 from masking.masked_model import MaskedModel
+from masking.sharded_files import save_sharded
 from training import figures
 from training.progress import Run
 from training.run_folder import RunFolder
@@ -19,7 +20,7 @@ from training.validation import Validation
 
 def most_bytes(masked: MaskedModel, steps: int, *, save: bool, skip_checkpoint: bool, num_evals: int) -> int:
     """What the run will write beside its states, at most: masks at a bit a weight, logits, the model, a line a step."""
-    weights = sum(layer.scratch.numel() for layer in masked.layers.values())
+    weights = sum(layer.shape.numel() for layer in masked.layers.values())
     logits = sum(layer.shard(plane).nbytes for layer in masked.layers.values() for plane in layer.logits)
     model = sum(parameter.nbytes for parameter in masked.model.parameters())
     lines = 200 * steps + 150 * num_evals * len(masked.layers)
@@ -33,6 +34,8 @@ def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Ru
     logits, devices = masked.whole_logits() if save else None, devices_of(masked.model)
     final = masked.finish(validation.bits)
     if not group.is_main:
+        if masked.is_sharded and not skip_checkpoint:
+            save_sharded(inputs.model, folder.path, is_main=False)  # give this process's rows
         return
     if logits:
         with atomic_write(folder.path / "logits.safetensors") as beside:
@@ -41,7 +44,10 @@ def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Ru
     mask_files.save(folder.path / "mask.safetensors", masks, *sparsity_type, model, inputs.fingerprints["model"])
     if not skip_checkpoint:
         with atomic_write(folder.path / "checkpoint") as sparse_model:
-            inputs.model.save_pretrained(sparse_model)
+            if masked.is_sharded:
+                save_sharded(inputs.model, sparse_model, is_main=True)
+            else:
+                inputs.model.save_pretrained(sparse_model)
             inputs.tokenizer.save_pretrained(sparse_model)
     figures.learning_curve({folder.path.name: folder.metrics}, folder.path / "curve.png")
     summary = {**_summary(run, folder, group, validation, devices),

@@ -12,8 +12,9 @@ import pge
 from files import mask_files
 from masking.distributed import ProcessGroup
 from masking.layers import check_divisible, find_layers, read_masks
-from masking.loading import check_length, load_model, model_fingerprint
+from masking.loading import batch_loss, check_length, load_model, model_fingerprint
 from masking.masked_model import MaskedModel
+from masking.sharded_files import load_sharded
 from masking.spaces import SPACES
 from training import baselines, initialize
 from training.progress import Run
@@ -49,8 +50,9 @@ def read_inputs(folder: RunFolder, group: ProcessGroup, *, model: str, dtype: st
                 sqlen: int, seed: int, estimator: str, baseline: str, baseline_file: str | None,
                 shard: bool) -> Inputs:
     """Load the model, m0, the minibatches and the cached baseline, each checked; the folder records what was read."""
-    loaded, tokenizer = load_model(model, dtype, device, device_map, trust_remote_code,
-                                   on_host=shard and group.size > 1)
+    sharded = shard and group.size > 1
+    loaded, tokenizer = (load_sharded(model, dtype, group, trust_remote_code) if sharded else
+                         load_model(model, dtype, device, device_map, trust_remote_code))
     check_length(loaded, sqlen, "--sqlen")
     mask_file = read_masks(mask, loaded, *sparsity_type)
     layers = find_layers(loaded, targets or [""])
@@ -59,9 +61,9 @@ def read_inputs(folder: RunFolder, group: ProcessGroup, *, model: str, dtype: st
     if not learned:
         raise UserError(f"{mask} has no mask for the layers that --targets name")
     by_gradients = estimator == "straight_through"
-    if group.size > 1 and (shard or by_gradients) and any("expert" in name for name in learned):
-        raise UserError("experts that one process's text does not reach would keep the other processes waiting: name "
-                        "other layers with --targets, or start one process")
+    if group.size > 1 and by_gradients and not sharded and any("expert" in name for name in learned):
+        raise UserError("experts that one process's text does not reach would keep the other processes waiting: add "
+                        "--shard, name other layers with --targets, or start one process")
     if tokens:
         batches = data.token_sequences(tokenizer, dataset, tokens, batchsize, sqlen, seed)
     else:
@@ -78,28 +80,25 @@ def read_inputs(folder: RunFolder, group: ProcessGroup, *, model: str, dtype: st
 
 
 def mask_model(inputs: Inputs, batches: Tensor, group: ProcessGroup, *, sparsity_type: tuple[int, int], space: str,
-               logits: float, init: str, logits_dtype: str, seed: int, step: str, shard: bool,
-               is_restored: bool) -> MaskedModel:
+               logits: float, init: str, logits_dtype: str, seed: int, step: str, is_restored: bool) -> MaskedModel:
     """The model under masks that are learned, its logits as --init wants them; swaps come later, in `start`.
 
     is_restored: a saved state will replace the logits, so that nothing is measured for them.
     """
-    sharded = shard and group.size > 1
     masks = inputs.mask_file.masks
-    norms = None
-    if init == "scores" and not is_restored:  # in the dense model
-        norms = initialize.wanda_norms(inputs.model, inputs.learned, batches)
     masked = MaskedModel(inputs.model, masks, SPACES[space](*sparsity_type), logits, DTYPES[logits_dtype],
-                         inputs.learned, seed, step, group if sharded else None)
-    if norms is not None:
+                         inputs.learned, seed, step)
+    if masked.is_sharded:  # FSDP wants its first pass to be of the whole model
+        batch_loss(inputs.model, batches[0, :1, :2])
+    if init == "scores" and not is_restored:
+        with masked.use_dense():
+            norms = initialize.wanda_norms(inputs.model, inputs.learned, batches)
         initialize.init_from_scores(masked, norms, logits)
     if init == "random":
         initialize.init_at_random(masked, logits, seed)
     if inputs.needs_baseline and inputs.baseline_losses is None:
         masked.keep_initial(masks)
-    if sharded:
-        inputs.model.to(group.device)  # what is not sharded
-        inputs.mask_file = inputs.mask_file if group.is_main else None  # a byte a weight
+    inputs.mask_file = inputs.mask_file if group.is_main else None  # which needs m0 again at the end
     return masked
 
 

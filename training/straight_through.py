@@ -12,7 +12,8 @@ model that is masked worse than it needs to be.
 
 No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's weight gradient to
 that layer's logits and frees it. All layers share the scratch buffer of `MaskedModel`, so a layer's masked weight is
-written again before its backward.
+written again before its backward. Of a layer that FSDP shards, FSDP gathers the weight again and hands each process the
+mean gradient of its own rows.
 """
 import math
 from collections.abc import Callable
@@ -88,18 +89,23 @@ class StraightThrough:
         device = layers[0].weight.device
         self.place = {layer.name: place for place, layer in enumerate(layers)}
         self.mean_squares = torch.full((len(layers),), torch.nan, device=device)  # of J^T G; NaN: not measured yet
-        self._sizes = torch.tensor([float(layer.scratch.numel()) for layer in layers], device=device)
-        self._sharded = [self.place[layer.name] for layer in layers if layer.group]
-        self._whole = [self.place[layer.name] for layer in layers if not layer.group]
+        self._sizes = torch.tensor([float(layer.shape.numel()) for layer in layers], device=device)
         self._squares: dict[int, Tensor] = {}  # sums over the rows that are here, of this backward pass
         self._not_finite = torch.zeros((), dtype=torch.int64, device=device)  # blocks, of this step
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        if any(layer.module.weight.is_meta for layer in masked.layers.values()):
+        if any(layer.module.weight.is_meta for layer in layers):
             raise UserError("straight_through needs all weights on GPUs: the model does not fit them, use more, or a "
                             "forward-only estimator")
-        for layer in masked.layers.values():
-            layer.module.forward = partial(self._forward, layer)
+        if any(layer.sharded and layer.weight.dtype == torch.float16 for layer in layers):
+            raise UserError("float16 overflows in gradients of sharded layers, which are summed over tokens: use "
+                            "--dtype bfloat16 with --shard")
+        for layer in layers:
+            if layer.sharded:
+                masked.handles.append(layer.module.weight.register_post_accumulate_grad_hook(
+                    partial(self._take_gradient, layer)))
+            else:
+                layer.module.forward = partial(self._forward, layer)
         self._restore = enable_checkpointing(masked.model) if checkpointing else lambda: None
         masked.handles.append(self)
 
@@ -108,7 +114,7 @@ class StraightThrough:
         batch = self.batches[batch_indices[self.group.rank]]
         loss = self.learn(batch, random_walk_step(lr, self.expected_steps()))
         losses, not_finite = zip(*self.group.all_gather([loss, float(self._not_finite)]))
-        return StepResult(losses, not_finite=int(max(not_finite)))
+        return StepResult(losses, not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
 
     def learn(self, batch: Tensor, size: float) -> float:
         """Forward and backward of the masked model on int64 `[sequences, tokens]`; returns the loss, f(m_t * w), nats.
@@ -152,9 +158,15 @@ class StraightThrough:
         if self.group.size == 1:
             self._move(layer, gradient)
             return
-        reducing = layer, self.group.reduce_async(gradient, scatter=bool(layer.group))
+        reducing = layer, self.group.reduce_async(gradient)
         self._move_last()
         self.reducing = reducing
+
+    def _take_gradient(self, layer: MaskedLayer, parameter: Tensor) -> None:
+        """FSDP has reduced a sharded layer's gradient: the mean over the processes, this one's rows of it."""
+        gradient, parameter.grad = parameter.grad.to_local(), None
+        self.group.sent_bytes += layer.shape.numel() * gradient.itemsize
+        self._move(layer, gradient)
 
     def _move_last(self) -> None:
         if self.reducing:
@@ -164,6 +176,9 @@ class StraightThrough:
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
         bits = None if self.sample else layer.bits
         place = self.place[layer.name]
+        if not len(layer.bits):  # a layer of fewer rows than there are processes
+            self._squares[place] = torch.zeros(())
+            return
         squares = self.masked.kernels.vjp(layer.logits, bits, layer.weight, gradient,
                                           self._scales[layer.weight.device][place], self.keys[layer.name][0],
                                           start=layer.start)  # NaN where a gradient is not finite
@@ -184,13 +199,13 @@ class StraightThrough:
         that did, is left out, and so are layers that the pass did not reach."""
         self._move_last()
         before, now = self.mean_squares, torch.full_like(self.mean_squares, torch.nan)
-        for places, is_sharded in ((self._whole, False), (self._sharded, True)):
-            reached = [place for place in places if place in self._squares]
-            if reached:
-                sums = torch.stack([self._squares[place].to(now.device) for place in reached])
-                if is_sharded:  # over all their rows
-                    sums = self.group.reduce_async(sums)() * self.group.size
-                now[reached] = sums / self._sizes[reached]
+        reached = list(self._squares)
+        if reached:
+            sums = torch.stack([self._squares[place].to(now.device) for place in reached])
+            if self.masked.is_sharded:  # over all their rows; 0 where no process reached a layer
+                sums = self.group.reduce_async(sums)() * self.group.size
+                sums[sums == 0] = torch.nan
+            now[reached] = sums / self._sizes[reached]
         mean = torch.where(before.isfinite(), self.decay * before + (1 - self.decay) * now, now)
         mean = torch.where(before.isnan(), now, torch.where(now.isfinite(), mean, before))
         self.mean_squares = torch.where(now.isnan(), before, mean)
@@ -208,7 +223,8 @@ class StraightThrough:
     def remove(self) -> None:
         """Give the modules their own forward back, and the model the state it was in without checkpointing."""
         for layer in self.masked.layers.values():
-            del layer.module.forward
+            if not layer.sharded:
+                del layer.module.forward
         self._restore()
 
 

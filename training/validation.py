@@ -1,7 +1,7 @@
 """Which mask is delivered, and whether the run still goes where it should: what held-out text says."""
 import math
 from collections.abc import Callable
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 
 from torch import Tensor
 
@@ -20,10 +20,9 @@ class Validation:
     of them run together; may be empty: then only the processes are compared, and the last mask is delivered.
     """
 
-    def __init__(self, masked: MaskedModel, heldout: Tensor, group: ProcessGroup, microbatch: int = 32,
-                 sharded: bool = False):
+    def __init__(self, masked: MaskedModel, heldout: Tensor, group: ProcessGroup, microbatch: int = 32):
         self.masked, self.group, self.microbatch = masked, group, microbatch
-        self.heldout = heldout if sharded else group.split(heldout)
+        self.heldout = heldout if masked.is_sharded else group.split(heldout)
         self.has_text = len(heldout) > 0
         self.bits: dict[str, Tensor] | None = None  # of the best mask
         self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
@@ -37,7 +36,8 @@ class Validation:
             return None
         bits = self.masked.mode_bits()
         with self.masked.use_masks(bits):
-            loss = self.group.mean([batch_loss(self.masked.model, batch, self.microbatch) for batch in self.heldout])
+            losses = [batch_loss(self.masked.model, batch, self.microbatch) for batch in self.heldout]
+        loss = fmean(self.group.all_gather(losses)[0]) if self.masked.is_sharded else self.group.mean(losses)
         if step == 0:
             self.m0_loss = loss
         if loss < self.loss:

@@ -1,0 +1,155 @@
+"""A sharded model's folder read and written, a tensor at a time: no process ever has the whole model.
+
+Each process reads its own rows from the .safetensors files; what is written is gathered by the main one.
+"""
+import json
+from pathlib import Path
+
+from utils import DTYPES, UserError, checked_device, fast_dtype
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from masking.distributed import ProcessGroup
+from masking.loading import DTYPE, Tokenizer, explained, local_folder, read_tokenizer
+from masking.sharding import Rows, TransposedLinear, check_version, own_weight, shard
+
+MOST_BYTES = 4 * 2**30  # of a file that is written, but for a tensor that is larger
+
+
+class StoredTensors:
+    """The tensors of a model's .safetensors files, a folder's or the Hub's: names, and slices of them."""
+
+    def __init__(self, source: str | Path):
+        if whole := cached_file(source, "model.safetensors", _raise_exceptions_for_missing_entries=False):
+            paths = [whole]
+        elif index := cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False):
+            paths = get_checkpoint_shard_files(source, index)[0]
+        else:
+            raise UserError(f"--shard reads .safetensors files, and {source} has none: load the model and save it with "
+                            "save_pretrained, or leave --shard out")
+        files = [safe_open(path, framework="pt") for path in paths]
+        self.files = {name: file for file in files for name in list(file.keys())}
+
+    def slice(self, name: str) -> object:
+        """What gives the parts of a tensor that it is indexed with."""
+        return self.files[name].get_slice(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole one."""
+        return self.files[name].get_tensor(name)
+
+    def find(self, name: str, prefix: str) -> str | None:
+        """A parameter's name in the files, which may have it without the prefix of the base model, or with it."""
+        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            if candidate in self.files:
+                return candidate
+        return None
+
+
+def load_sharded(model: str, dtype: str, group: ProcessGroup, trust_remote_code: bool) -> tuple[nn.Module, Tokenizer]:
+    """The frozen causal LM of this folder or hub id, in eval mode, its projections shared out to all processes, and its
+    tokenizer. UserError if it cannot be had so."""
+    check_version()
+    source = local_folder(model, trust_remote_code)
+    group.log(f"loading {model}, its layers shared out to {group.size} processes")
+    with explained(model), group.main_before_others():  # who may have to fetch it
+        tokenizer = read_tokenizer(source, trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        stored = StoredTensors(source)
+    torch_dtype = {"auto": fast_dtype(checked_device(str(group.device))), **DTYPES}.get(dtype)
+    with explained(model):
+        torch_dtype = torch_dtype or stored_dtype(stored)
+        with init_empty_weights(include_buffers=False):  # rotary frequencies are computed, and no file has them
+            found = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, **{DTYPE: torch_dtype})
+        found.tie_weights()
+        shard(found, group.device, group.size)
+        read_rows(found, stored, model)
+        if (Path(source) / "generation_config.json").is_file():
+            found.generation_config = transformers.GenerationConfig.from_pretrained(source)
+    return found.eval(), tokenizer
+
+
+def stored_dtype(stored: StoredTensors) -> torch.dtype:
+    """Of the first matrix in the files."""
+    return next(rows.dtype for rows in (stored.slice(name)[:1] for name in stored.files
+                                      if len(stored.slice(name).get_shape()) == 2))
+
+
+@torch.no_grad()
+def read_rows(model: nn.Module, stored: StoredTensors, name_of_model: str) -> None:
+    """Fill a model's tensors, of sharded ones this process's rows. UserError where the files have not what it needs."""
+    modules, missing = dict(model.named_modules()), []
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    for name, tensor in tensors.items():
+        key = stored.find(name, model.base_model_prefix)
+        if key is None and isinstance(tensor, nn.Parameter):
+            missing.append(name)
+        if key is None:
+            continue
+        module = modules[name.rpartition(".")[0]]
+        is_transposed = isinstance(module, TransposedLinear) and tensor.ndim == 2
+        shape, found = list(tensor.shape), stored.slice(key)
+        if found.get_shape() != (shape[::-1] if is_transposed else shape):
+            raise UserError(f"--model {name_of_model}: {key} is {found.get_shape()} in its files, and the model's is "
+                            f"{shape}; restore it")
+        if isinstance(tensor, DTensor):
+            rows, own = Rows.of(module), own_weight(module)
+            part = slice(rows.begin, rows.end)
+            own.copy_(found[:, part].T if is_transposed else found[part])
+        else:
+            tensor.copy_(stored.tensor(key))
+    if missing:
+        raise UserError(f"--model {name_of_model}: its files have nothing named {', '.join(missing[:3])} (missing: "
+                        f"{len(missing)}); restore it, or leave --shard out")
+
+
+@torch.no_grad()
+def save_sharded(model: nn.Module, folder: Path, is_main: bool) -> None:
+    """Write a model's folder: its configuration, and .safetensors files of whole tensors. All processes have to ask at
+    once; the main one gathers and writes, a file at a time."""
+    modules, parts, seen, size = dict(model.named_modules()), [[]], set(), 0
+    tensors = model.state_dict()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor) and tensor.data_ptr() in seen:
+            continue  # tied to another
+        size += tensor.numel() * tensor.itemsize
+        if size > MOST_BYTES and parts[-1]:
+            size = tensor.numel() * tensor.itemsize
+            parts.append([])
+        parts[-1].append(name)
+        seen.add(0 if isinstance(tensor, DTensor) else tensor.data_ptr())
+    several = len(parts) > 1
+    names = {number: f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors" if several else "model.safetensors"
+             for number in range(len(parts))}
+    if is_main:
+        folder.mkdir()
+    for number, part in enumerate(parts):
+        found = {name: _whole(modules[name.rpartition(".")[0]], tensors[name], is_main) for name in part}
+        if is_main:
+            save_file(found, folder / names[number], {"format": "pt"})
+    if not is_main:
+        return
+    if several:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({
+            "metadata": {}, "weight_map": {name: names[number] for number, part in enumerate(parts) for name in part}}))
+    setattr(model.config, DTYPE, model.dtype)
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _whole(module: nn.Module, tensor: Tensor, is_main: bool) -> Tensor | None:
+    """A tensor of a module as files have it, on the CPU; None but in the main process."""
+    if isinstance(tensor, DTensor):
+        tensor = Rows.of(module).whole(own_weight(module).reshape(-1), tensor.shape[1]).view(tensor.shape)
+        tensor = tensor.T if isinstance(module, TransposedLinear) else tensor
+    return tensor.cpu().contiguous() if is_main else None

@@ -1,0 +1,152 @@
+"""A model's layers shared out to all processes, by PyTorch's own engine (torch.distributed.fsdp.fully_shard).
+
+Each process keeps a chunk of the rows of every projection. A decoder layer is gathered when a pass reaches it, and
+dropped after it. FSDP asks a tensor subclass what to gather: `MaskedRows` makes the masked rows of its own chunk just
+then, so that what is sent is masked already and only the owner of a row touches its logits. Embeddings, norms, biases
+and the head are copies.
+"""
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from utils import UserError
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import device_mesh, fsdp
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardOf
+
+from masking.layers import find_layers, is_transposed, weight_matrix
+
+
+class TransposedLinear(nn.Linear):
+    """GPT-2's Conv1D with its weight as `[out, in]`, in whose rows it is shared out; files have it transposed."""
+    is_transposed_in_files = True
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost lists of modules."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return [layer for name, module in lists.items() for layer in module
+            if not any(name.startswith(f"{other}.") for other in lists)]
+
+
+def check_version() -> None:
+    """UserError where torch's engine is too old."""
+    if "ignored_params" not in inspect.signature(fsdp.fully_shard).parameters:
+        raise UserError(f"--shard needs torch 2.8 or newer, this is {torch.__version__}: install it, or leave --shard "
+                        "out")
+
+
+def shard(model: nn.Module, device: torch.device, processes: int) -> None:
+    """Have a model on the meta device share out its projections over all processes, and its tensors on `device`, with
+    nothing in them yet."""
+    for name, module in list(model.named_modules()):
+        if is_transposed(module):
+            inputs, outputs = module.weight.shape
+            linear = TransposedLinear(inputs, outputs, device="meta", dtype=module.weight.dtype)
+            linear.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+    model.requires_grad_(False)
+    projections = {module.weight for module in find_layers(model, [""]).values()}
+    how = {"mesh": device_mesh.init_device_mesh(device.type, (processes,)), "reshard_after_forward": True,
+           "ignored_params": {parameter for parameter in model.parameters() if parameter not in projections}}
+    for module in [*decoder_layers(model), model]:  # the model itself: what is outside of the decoder's layers
+        fsdp.fully_shard(module, **how)
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # torch 2.13
+            module.set_reduce_scatter_unused_params(True)  # else gradients of experts that some do not reach would mix
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    model.tie_weights()
+
+
+@dataclass
+class Rows:
+    """Which rows of a layer's weight this process has: from `begin` to `end` of `count`, all where `mesh` is None."""
+    count: int
+    begin: int
+    end: int
+    mesh: device_mesh.DeviceMesh | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Rows":
+        """Of a layer, as FSDP shares it out: by torch.chunk, so that the last processes may have fewer, or none."""
+        count, mesh = weight_matrix(module).shape[0], None
+        begin, end = 0, count
+        if isinstance(module.weight, DTensor):
+            mesh = module.weight.device_mesh
+            begin, end = (min(count, -(-count // mesh.size()) * (mesh.get_local_rank() + after)) for after in (0, 1))
+        return cls(count, begin, end, mesh)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that whole tensors are collected in."""
+        return self.mesh is None or self.mesh.get_local_rank() == 0
+
+    def own(self, matrix: Tensor) -> Tensor:
+        """This process's part of a tensor of all rows `[count, ...]`."""
+        return matrix[self.begin:self.end]
+
+    def whole(self, part: Tensor, width: int) -> Tensor:
+        """All rows, 1-D, from this process's, of `width` elements each; all processes have to ask at once."""
+        if self.mesh is None:
+            return part
+        width *= part.itemsize  # as bytes: not every backend knows every dtype
+        rows = DTensor.from_local(part.view(torch.uint8).view(-1, width), self.mesh, [ShardOf(0)], run_check=False,
+                                  shape=torch.Size([self.count, width]), stride=(width, 1))
+        return rows.full_tensor().view(-1).view(part.dtype)
+
+
+class Shard:
+    """One process's part of a 1-D tensor that all processes together have, as a state is saved and read."""
+
+    def __init__(self, part: Tensor, rows: Rows, width: int):
+        self.part, self.rows, self.width = part, rows, width
+        self.dtype, self.itemsize = part.dtype, part.itemsize
+        self.shape, self.nbytes = [rows.count * width], rows.count * width * part.itemsize
+
+    def whole(self) -> Tensor:
+        """Gathered; all processes have to ask at once."""
+        return self.rows.whole(self.part, self.width)
+
+    def read(self, stored: Tensor) -> Tensor:
+        """This process's part of what is stored of the whole, a tensor or a slice of a file."""
+        return stored[self.rows.begin * self.width:self.rows.end * self.width]
+
+
+def own_weight(module: nn.Module) -> Tensor:
+    """This process's rows of a layer's weight, `[rows, in]`, as they are kept."""
+    weight = weight_matrix(module)
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class MaskedRows(Tensor):
+    """A process's rows of a weight, `[rows, in]`: FSDP gathers what `fill` writes, not what is here.
+
+    fill(out): called with a 1-D buffer of rows * in elements each time that FSDP is about to gather.
+    """
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def attach(cls, module: nn.Module, fill: Callable[[Tensor], None]) -> None:
+        """Have the layer's shard be one, of the same memory; before the model's first pass."""
+        weight = module.weight
+        rows = Tensor._make_subclass(cls, weight.to_local())
+        rows.fill = fill
+        rows.most = -(-weight.shape[0] // weight.device_mesh.size())  # rows of a process
+        weight._local_tensor = rows
+        weight.requires_grad_()  # before the first pass, when FSDP settles what it reduces
+
+    def fsdp_pre_all_gather(self, mesh: object, outer_size: torch.Size, outer_stride: tuple, module: nn.Module,
+                            mp_policy: object) -> tuple:
+        """What is sent: the masked rows, as many as the first process has."""
+        out = torch.zeros(self.most, self.shape[1], dtype=self.dtype, device=self.device)
+        if len(self):
+            self.fill(out[:len(self)].view(-1))
+        return (out,), None
+
+    def fsdp_post_all_gather(self, outputs: tuple[Tensor], metadata: None, param_dtype: torch.dtype, *,
+                             out: Tensor | None = None) -> tuple | None:
+        """What is computed with: the rows of all processes, one after another, which is the weight."""
+        return None if out is not None else (outputs[0], ())

@@ -1,0 +1,70 @@
+"""Layers shared out to several processes by FSDP: masks and losses of one process, and no more than rows in memory."""
+import inspect
+
+from utils import UserError
+
+import pytest
+import tiny
+import torch
+import transformers
+from launched import ROOT, Launched
+from sharded_script import TOKENS, masks_of
+from torch import nn
+from torch.distributed import fsdp
+
+from masking.loading import batch_loss, load_model
+from masking.masked_model import MaskedModel
+from masking.sharding import check_version, decoder_layers
+from masking.spaces import LinearSpace
+from training.checkpoint import StateFile
+
+pytestmark = pytest.mark.skipif("ignored_params" not in inspect.signature(fsdp.fully_shard).parameters,
+                                reason="FSDP takes no ignored_params before torch 2.8")
+
+
+@pytest.fixture(scope="module")
+def w(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharding")
+    for name, make in tiny.MODELS.items():
+        make(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_sharded_models_are_whole_models(w, tmp_path, processes):
+    """See tests/sharded_script.py; 3 processes have unequal parts. What they save, one reads."""
+    launched = Launched(processes, [ROOT / "tests/sharded_script.py", w], tmp_path / "said.txt")
+    assert launched.wait() == 0, launched.said
+    for name, dtype in (("llama", "float32"), ("gpt2", "bfloat16"), ("opt", "float16")):
+        dense = load_model(str(w / name), dtype, "cpu")[0]
+        saved = transformers.AutoModelForCausalLM.from_pretrained(w / f"saved_{name}_{processes}")
+        assert saved.dtype == dense.dtype and saved.config.architectures == dense.config.architectures
+        assert saved.state_dict().keys() == dense.state_dict().keys()
+        assert all(torch.equal(tensor, dense.state_dict()[key]) for key, tensor in saved.state_dict().items()), name
+    if processes == 3:
+        read_by_one(w)
+
+
+def read_by_one(w) -> None:
+    """One process restores what three have saved: the state that it comes to itself."""
+    one, again = (MaskedModel(model, masks_of(model, 2, 4), LinearSpace(2, 4), 1.0, torch.float16, mode="eager")
+                  for model in (load_model(str(w / "llama"), "float32", "cpu")[0] for _ in range(2)))
+    for _ in range(3):
+        one.update(5 * batch_loss(one.model, TOKENS))
+    one.flush()
+    state = StateFile(w / "state3.safetensors")
+    again.restore({"steps": 3}, state.read)
+    for name, tensor in one.state()[1].items():
+        assert torch.equal(tensor, again.state()[1][name]), name
+
+
+def test_decoder_layers_are_the_outermost_lists():
+    experts = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(5)) for _ in range(3))
+    model = nn.ModuleDict({"embedding": nn.Embedding(2, 2), "layers": experts})
+    assert decoder_layers(model) == list(experts)
+
+
+def test_an_older_torch_is_told(monkeypatch):
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, mesh: None)
+    with pytest.raises(UserError, match=r"--shard needs torch 2.8 or newer, this is"):
+        check_version()
