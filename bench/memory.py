@@ -15,17 +15,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 
 import common
 from utils import DTYPES, UserError, reuse_freed_memory, run_script
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from files import mask_files
+from files.packing import pack
+from masking.distributed import ProcessGroup
 from masking.layers import find_layers, weight_matrix
 from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
+from masking.sharding import own_weight, shard
 from masking.spaces import LinearSpace
 from training.initialize import TOKENS, init_from_swaps
 from training.straight_through import StraightThrough
@@ -40,7 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--shape", choices=list(common.SHAPES), default=None)
     parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float32", help="of --used")
-    parser.add_argument("--used", choices=list(WAYS), default=None, help="print the bytes of one way of learning only")
+    parser.add_argument("--used", choices=list(WAYS), default=None, help="print the bytes of one way of learning only; "
+                        "under torchrun: of a sharded model, in each process")
     return parser.parse_args(argv)
 
 
@@ -92,15 +100,31 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # in all: a way of learning in a process of its own
 
-def first_half_masks(model: nn.Module) -> dict[str, Tensor]:
+def first_half_masks(model: nn.Module) -> mask_files.PackedMasks:
     """2:4 masks that keep the first two weights of each block: layer name -> bool `[out, in]`, on the CPU."""
-    return {name: torch.arange(4).lt(2).expand(weight_matrix(module).numel() // 4, 4)
-            .reshape(weight_matrix(module).shape) for name, module in find_layers(model).items()}
+    shapes = {name: tuple(weight_matrix(module).shape) for name, module in find_layers(model).items()}
+    packed = {name: pack(torch.arange(4).lt(2).expand(prod(shape) // 4, 4).reshape(shape), 2, 4)
+              for name, shape in shapes.items()}
+    return mask_files.PackedMasks(packed, shapes, 2, 4)
 
 
-def prepare_learning(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype) -> Callable[[], None]:
+def sharded_llama(shape: str, device: str, dtype: torch.dtype, group: ProcessGroup) -> nn.Module:
+    """A Llama of random weights whose layers are shared out to the processes, as train.py --shard has it."""
+    with init_empty_weights(include_buffers=False):
+        model = common.random_llama(shape, device, dtype)
+    shard(model, torch.device(device), group.size)
+    layers = find_layers(model)
+    for tensor in [*map(own_weight, layers.values()), *(parameter for parameter in model.parameters()
+                                                        if not isinstance(parameter, DTensor))]:
+        tensor.data.normal_(std=0.02)
+    return model
+
+
+def prepare_learning(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype,
+                     group: ProcessGroup) -> Callable[[], None]:
     """Load a model of random weights for a way of learning; returns a function that takes three steps."""
-    model = common.random_llama(shape, device, dtype)
+    model = (sharded_llama(shape, device, dtype, group) if group.size > 1 else
+             common.random_llama(shape, device, dtype))
     masks = first_half_masks(model)
     masked = MaskedModel(model, masks, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype], mode="eager")
     if way.endswith("from swaps"):
@@ -108,7 +132,7 @@ def prepare_learning(shape: str, way: str, logits_dtype: str, device: str, dtype
     learner = None
     if WAYS[way]:
         checkpointing, distill = WAYS[way]
-        learner = StraightThrough(masked, checkpointing=checkpointing, distill=distill)
+        learner = StraightThrough(masked, checkpointing=checkpointing, distill=distill, group=group)
 
     def run_steps() -> None:
         for _ in range(3):
@@ -118,7 +142,7 @@ def prepare_learning(shape: str, way: str, logits_dtype: str, device: str, dtype
             else:
                 batch_loss(model, batch)
                 masked.update(0.01)
-    run_steps.m0 = masks  # stays in the host's memory, as in train.py
+    run_steps.m0 = masks  # stays in the host's memory, as in train.py, packed
     return run_steps
 
 
@@ -126,19 +150,21 @@ def used_bytes(shape: str, way: str, logits_dtype: str, device: str, dtype: torc
     """What a way of learning takes in this process, see the top."""
     if device == "cpu":
         reuse_freed_memory()
-    prepare_learning("tiny", way, logits_dtype, device, dtype)()  # loads what is loaded at first use
-    base = present_bytes(device)
-    return most_bytes(prepare_learning(shape, way, logits_dtype, device, dtype), device) - base
+    with ProcessGroup(device) as group:
+        prepare_learning("tiny", way, logits_dtype, device, dtype, group)()  # loads what is loaded at first use
+        base = present_bytes(device)
+        return most_bytes(prepare_learning(shape, way, logits_dtype, device, dtype, group), device) - base
 
 
-def measured_bytes(shape: str, way: str, logits_dtype: str = "float32", device: str = "cpu") -> int:
-    """`used_bytes` in a process of its own, with one thread."""
-    found = subprocess.run([sys.executable, __file__, "--used", way, "--shape", shape, "--logits_dtype", logits_dtype,
-                            "--device", device], capture_output=True, text=True, check=False,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+def measured_bytes(shape: str, way: str, logits_dtype: str = "float32", device: str = "cpu", processes: int = 1) -> int:
+    """`used_bytes` in a process of its own, with one thread; of several that share the layers, the most of any."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    found = subprocess.run([sys.executable, *launcher * (processes > 1), __file__, "--used", way, "--shape", shape,
+                            "--logits_dtype", logits_dtype, "--device", device], capture_output=True, text=True,
+                           check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if found.returncode:
         raise UserError(f"{shape} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
-    return int(found.stdout.split()[-1])
+    return max(map(int, found.stdout.split()[-processes:]))
 
 
 def learning_rows(ways: list[str], shape: str, device: str) -> list[dict]:

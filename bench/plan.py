@@ -7,7 +7,7 @@
 --model names a shape (see common.SHAPES) or a folder with a config.json. Layouts:
 
     replicas      every GPU has the whole model and all logits; --samples or minibatches are split over them
-    sharded       --shard: as replicas, but the learned layers' rows are split; a layer is gathered to compute
+    sharded       --shard: as replicas, but each layer's rows are shared out; a decoder layer is gathered to compute
     device_map    one process, the layers spread over the GPUs, which work one after another
     offload       the learned layers' weights, logits and masks in the host's memory, one masked layer sent at a time
 
@@ -16,6 +16,7 @@ mask step's bytes at --bandwidth of that of the memory, the wire at the link's r
 are not measured here, and the shares are guesses to be replaced by what bench/step.py finds on your card.
 """
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,8 +112,9 @@ class Rates:
     host_memory: float
 
 
-def memory_bytes(size: ModelSize, settings: Settings, gradients: bool) -> dict[str, float]:
-    """Of one process that has the whole model: tensor bytes by what they are for."""
+def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes: int = 1) -> dict[str, float]:
+    """Of one process: tensor bytes by what they are for. processes: that FSDP shares the layers out to; alone it has
+    the whole model."""
     sequences = min(settings.microbatch, settings.batchsize)
     tokens = sequences * settings.sqlen
     width = 1 if settings.m <= 8 else 4
@@ -120,14 +122,20 @@ def memory_bytes(size: ModelSize, settings: Settings, gradients: bool) -> dict[s
     packed = size.vocabulary * size.hidden * size.itemsize  # the head's weight, laid out anew by the CPU's library
     sequence = settings.sqlen * size.vocabulary
     body = wide * (4 * size.hidden + 4 * size.inner)  # what one decoder layer has at a time
-    found = {"weights": size.weights * size.itemsize, "logits": size.learned * settings.logits_itemsize,
-             "masks": size.learned / settings.m * width, "scratch": size.largest * size.itemsize}
+    own, copies = size.learned / processes, size.weights - size.learned
+    found = {"weights": (copies + own) * size.itemsize, "logits": own * settings.logits_itemsize,
+             "masks": own / settings.m * width, "scratch": 0 if processes > 1 else size.largest * size.itemsize}
+    # of a sharded decoder layer: rows sent, gathered twice, the layer; backward: its gradient, and that sent; in the
+    # head's turn: what the last layer's gather left
+    gathered = size.learned / size.layers * size.itemsize if processes > 1 else 0
+    at_work = gathered * ((5 if gradients else 3) + 1 / processes)
     if gradients:  # each layer's input; predictions of student and teacher, their gradient; a copy of it, or parts
         kept = size.layers * wide * size.hidden
         once = 3 * body + size.largest * (size.itemsize + 8)  # a layer again, and the gradient of its weight
-        activations = kept + max(once, 3 * head + max(sequence * 16, head + packed))
+        activations = kept + max(once + at_work, 3 * head + max(sequence * 16, head + packed) + gathered)
     else:  # predictions; of 4 sequences at a time in float32, with their log-probabilities
-        activations = max(body, head + wide * size.hidden + max(min(4, sequences) * sequence * 8, packed))
+        in_head = wide * size.hidden + max(min(4, sequences) * sequence * 8, packed)
+        activations = max(body + at_work, head + in_head + gathered)
     return {**found, "activations": activations}
 
 
@@ -136,19 +144,24 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
     """Bytes: on a GPU, on the host, and on the wire in a step. parts: see `memory_bytes`."""
     everything, weights = sum(parts.values()), size.learned * size.itemsize
     others = (gpus - 1) / gpus
-    host = size.learned + size.weights * size.itemsize  # m0, a byte a weight, and the model while it is loaded
+    host = packed_bytes(size) + size.weights * size.itemsize  # m0, and the model while it is loaded
     passes = forward_passes(gradients)
     if layout == "replicas":
         wire = (2 * others * weights if gradients else 32.0) * (gpus > 1)
         return everything, host * gpus, wire
-    if layout == "sharded":  # gathered for each pass, and gradients go to the rows' owners
-        return everything - (weights + parts["logits"] + parts["masks"]) * others, host, passes * others * weights
+    if layout == "sharded":  # gathered for each pass but the recomputed one, and gradients go to the rows' owners
+        return everything, packed_bytes(size) * gpus, (4 if gradients else 1) * others * weights
     if layout == "device_map":
         spread = parts["weights"] + parts["logits"] + parts["masks"]
         wire = passes * (gpus - 1) * settings.tokens * size.hidden * size.itemsize
         return spread / gpus + everything - spread, host, wire
     here = everything - (parts["logits"] + parts["masks"] + weights)  # the head, the embeddings and norms stay
-    return here, size.learned + everything - here, weights
+    return here, packed_bytes(size) + everything - here, weights
+
+
+def packed_bytes(size: ModelSize) -> float:
+    """Of m0 as train.py keeps it in the host's memory, at 2:4."""
+    return size.learned / 4 * math.log2(6) / 8
 
 
 def forward_passes(gradients: bool) -> int:
@@ -158,7 +171,8 @@ def forward_passes(gradients: bool) -> int:
 
 def layout_row(layout: str, size: ModelSize, settings: Settings, rates: Rates, gpus: int, gradients: bool) -> dict:
     """The table's row of a layout and a way of learning."""
-    here, host, wire = layout_costs(layout, size, settings, memory_bytes(size, settings, gradients), gpus, gradients)
+    parts = memory_bytes(size, settings, gradients, gpus if layout == "sharded" else 1)
+    here, host, wire = layout_costs(layout, size, settings, parts, gpus, gradients)
     compute = forward_passes(gradients) * 2 * size.weights * settings.tokens / rates.flops
     step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize)
     if layout == "offload":
@@ -209,10 +223,11 @@ def check(shapes: list[str], sqlen: int, m: int) -> list[dict]:
     for shape in shapes:
         size = ModelSize.of(described(shape))
         for way, gradients in (("forward-only", False), ("straight_through, checkpointing, distillation", True)):
-            said = sum(memory_bytes(size, settings, gradients).values()) + size.learned  # m0, a byte a weight
-            used = memory.measured_bytes(shape, way)
-            rows.append({"model": shape, "learning": way, "predicted (MiB)": said / 2**20, "used (MiB)": used / 2**20,
-                         "predicted / used": said / used})
+            for processes in (1, 2):
+                said = sum(memory_bytes(size, settings, gradients, processes).values()) + packed_bytes(size)
+                used = memory.measured_bytes(shape, way, processes=processes)
+                rows.append({"model": shape, "learning": way, "processes": processes, "predicted (MiB)": said / 2**20,
+                             "used (MiB)": used / 2**20, "predicted / used": said / used})
     return rows
 
 

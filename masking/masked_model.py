@@ -55,6 +55,7 @@ class MaskedModel:
         scratch = _scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
         self.handles = []  # with a `remove()`, for `finish`
+        self.gathered_bytes = 0  # handed to FSDP by this process
         self._passes, self._written = 0, {}  # of the model; layer name -> the pass that its rows were last written for
         for name in learned:
             weight = offload.weight_of(modules[name])
@@ -79,6 +80,7 @@ class MaskedModel:
     def _fill(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
         """A pass has reached this layer: have its masked weight in `out`, or the scratch buffer."""
         self._written[layer.name] = self._passes
+        self.gathered_bytes += 0 if out is None else out.nbytes
         if layer.pending and self._used is None:
             layer.flush(out)
         else:

@@ -19,6 +19,9 @@ from torch.distributed.tensor import Shard as ShardOf
 
 from masking.layers import find_layers, is_transposed, weight_matrix
 
+# torch 2.13; before it, gradients of experts that the text of some processes does not reach would be mixed with others
+REDUCES_UNUSED = hasattr(fsdp.FSDPModule, "set_reduce_scatter_unused_params")
+
 
 class TransposedLinear(nn.Linear):
     """GPT-2's Conv1D with its weight as `[out, in]`, in whose rows it is shared out; files have it transposed."""
@@ -55,8 +58,8 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
            "ignored_params": {parameter for parameter in model.parameters() if parameter not in projections}}
     for module in [*decoder_layers(model), model]:  # the model itself: what is outside of the decoder's layers
         fsdp.fully_shard(module, **how)
-        if hasattr(module, "set_reduce_scatter_unused_params"):  # torch 2.13
-            module.set_reduce_scatter_unused_params(True)  # else gradients of experts that some do not reach would mix
+        if REDUCES_UNUSED:
+            module.set_reduce_scatter_unused_params(True)
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     model.tie_weights()
 

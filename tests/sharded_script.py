@@ -14,6 +14,7 @@ import utils  # noqa: F401 (before torch)
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from masking.block_bits import mask_to_bits
 from masking.distributed import ProcessGroup
@@ -58,6 +59,11 @@ def forward_only(folder: Path, group: ProcessGroup, dtype: str, n: int, m: int) 
     masks, space = masks_of(whole, n, m), LinearSpace(n, m)
     settings = dict(magnitude=1.0, logits_dtype=torch.float16, mode="eager")
     masked, expected = MaskedModel(model, masks, space, **settings), MaskedModel(whole, masks, space, **settings)
+    copies = sum(parameter.nbytes for parameter in model.parameters() if not isinstance(parameter, DTensor))
+    planned = copies + sum(mask.numel() for mask in masks.values()) / group.size * (whole.dtype.itemsize + 2 + 1 / m)
+    held = copies + sum(tensor.untyped_storage().nbytes() for layer in masked.layers.values()
+                        for tensor in (layer.weight, *layer.logits, layer.bits))
+    assert 0.99 < held / planned < (1.1 if group.size == 3 else 1.05), held / planned  # of 3, rows are not shared evenly
     most = {name: -(-mask.shape[0] // group.size) * mask.shape[1] for name, mask in masks.items()}
     for name, layer in masked.layers.items():
         assert layer.sharded and layer.weight.untyped_storage().nbytes() <= most[name] * layer.weight.itemsize

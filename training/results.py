@@ -50,7 +50,7 @@ def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Ru
                 inputs.model.save_pretrained(sparse_model)
             inputs.tokenizer.save_pretrained(sparse_model)
     figures.learning_curve({folder.path.name: folder.metrics}, folder.path / "curve.png")
-    summary = {**_summary(run, folder, group, validation, devices),
+    summary = {**_summary(run, folder, group, validation, devices, masked.gathered_bytes),
                **_changes(inputs.mask_file.masks, final, sparsity_type[1]),
                "mask_fingerprint": mask_files.fingerprint(masks)}
     folder.finish(summary)
@@ -64,13 +64,13 @@ def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Ru
 
 
 def _summary(run: Run, folder: RunFolder, group: ProcessGroup, validation: Validation,
-             devices: set[torch.device]) -> dict:
+             devices: set[torch.device], gathered_bytes: int) -> dict:
     position = run.position
     tail = [line["loss"] for line in folder.metrics[-run.minibatches:]]  # of the last epoch
     summary = {"steps": position.step, "seconds": round(run.elapsed_s(), 1),
                "seconds_swapping": round(position.seconds_swapping, 1),
                "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
-               "processes": group.size, "sent_bytes": group.sent_bytes,
+               "processes": group.size, "sent_bytes": group.sent_bytes + gathered_bytes,
                "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped,
                "diverged_at_step": position.diverged, "mask_of_step": position.step}
     if validation.bits:

@@ -15,6 +15,7 @@ from masking.layers import check_divisible, find_layers, read_masks
 from masking.loading import batch_loss, check_length, load_model, model_fingerprint
 from masking.masked_model import MaskedModel
 from masking.sharded_files import load_sharded
+from masking.sharding import REDUCES_UNUSED
 from masking.spaces import SPACES
 from training import baselines, initialize
 from training.progress import Run
@@ -61,9 +62,10 @@ def read_inputs(folder: RunFolder, group: ProcessGroup, *, model: str, dtype: st
     if not learned:
         raise UserError(f"{mask} has no mask for the layers that --targets name")
     by_gradients = estimator == "straight_through"
-    if group.size > 1 and by_gradients and not sharded and any("expert" in name for name in learned):
-        raise UserError("experts that one process's text does not reach would keep the other processes waiting: add "
-                        "--shard, name other layers with --targets, or start one process")
+    if (group.size > 1 and by_gradients and not (sharded and REDUCES_UNUSED)
+            and any("expert" in name for name in learned)):
+        raise UserError("experts that one process's text does not reach would keep the other processes waiting: use "
+                        "--shard with torch 2.13, name other layers with --targets, or start one process")
     if tokens:
         batches = data.token_sequences(tokenizer, dataset, tokens, batchsize, sqlen, seed)
     else:
