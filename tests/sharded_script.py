@@ -63,7 +63,7 @@ def forward_only(folder: Path, group: ProcessGroup, dtype: str, n: int, m: int) 
     planned = copies + sum(mask.numel() for mask in masks.values()) / group.size * (whole.dtype.itemsize + 2 + 1 / m)
     held = copies + sum(tensor.untyped_storage().nbytes() for layer in masked.layers.values()
                         for tensor in (layer.weight, *layer.logits, layer.bits))
-    assert 0.99 < held / planned < (1.1 if group.size == 3 else 1.05), held / planned  # of 3, rows are not shared evenly
+    assert 0.99 < held / planned < (1.1 if group.size == 3 else 1.05), held / planned  # 3: uneven
     most = {name: -(-mask.shape[0] // group.size) * mask.shape[1] for name, mask in masks.items()}
     for name, layer in masked.layers.items():
         assert layer.sharded and layer.weight.untyped_storage().nbytes() <= most[name] * layer.weight.itemsize
