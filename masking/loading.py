@@ -111,8 +111,8 @@ def bos_hint(model: nn.Module, tokenizer: Tokenizer, sequences: Tensor, what: st
     sequences that does not begin with it; else None. sequences: int64 `[sequences, tokens]`; what: one of them is."""
     bos = tokenizer.bos_token_id
     sequence = next((sequence[None] for sequence in sequences if sequence[0] != bos), None)
-    if bos is None or sequence is None or bos >= model.get_input_embeddings().weight.shape[0]:
-        return None
+    if bos is None or sequence is None or bos >= model.get_input_embeddings().weight.shape[0] or sequence.numel() < 2:
+        return None  # no such token, nothing without it, no embedding of it, nothing to predict
     without, behind = batch_loss(model, sequence), batch_loss(model, sequence, bos=bos)
     if not behind < (1 - BOS_MATTERS) * without:
         return None

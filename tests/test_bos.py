@@ -3,6 +3,7 @@ judges and writes must put the token in front of it."""
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 from utils import UserError
 
@@ -18,7 +19,7 @@ import prune
 import train
 from files import mask_files
 from masking.layers import apply_masks, find_layers
-from masking.loading import batch_loss, model_fingerprint
+from masking.loading import batch_loss, bos_hint, model_fingerprint
 
 PLACE = "--dtype float32 --device cpu"
 HINT = "--bos is for this model: with the beginning-of-text token in front, the loss of the first "
@@ -123,6 +124,16 @@ def test_a_text_that_has_the_token_needs_no_hint(folder, tmp_path, capsys):
         evaluate.main(f"{command} --save {tmp_path}/{name}".split())
     assert HINT not in capsys.readouterr().out
     assert json.loads((tmp_path / "a").read_text())["ppl"] == json.loads((tmp_path / "b").read_text())["ppl"] < 5
+
+
+def test_when_there_is_nothing_to_try(model, tokenizer):
+    """A sequence of one token predicts none; a token that the model does not know is not put in front of it."""
+    sequences = torch.arange(5, 13).view(1, 8)
+    assert bos_hint(model, tokenizer, sequences, "window").startswith(HINT)
+    assert bos_hint(model, tokenizer, sequences[:, :1], "window") is None
+    assert bos_hint(model, SimpleNamespace(bos_token_id=352), sequences, "window") is None
+    with pytest.raises(UserError, match="token 352 and the model has 352 embeddings"):
+        batch_loss(model, sequences, bos=352)
 
 
 def test_a_tokenizer_that_has_no_such_token(folder, models, tmp_path):
