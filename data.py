@@ -91,35 +91,44 @@ def token_sequences(tokenizer: Tokenizer, dataset: str, tokens: int, batchsize: 
 
     Documents are read in file order, joined with the end-of-text token if there is one, and cut into sequences without
     a remainder, so that no text is lost; reading stops when there are enough. A dataset of less gives what it has.
+    Where the tokenizer puts a token before a text, a sequence is that token and sqlen - 1 of the running text, which
+    has it nowhere else: it stands where it stands in use, in front.
 
     Errors: UserError for a dataset of less than one minibatch, and those of `documents`.
     """
     if sqlen < 2:
         raise UserError(f"--sqlen is {sqlen}: it must be at least 2 tokens, one to predict the next from")
-    wanted = max(1, tokens // (batchsize * sqlen)) * batchsize * sqlen
+    bos = added_bos(tokenizer)
+    begin = 0 if bos is None else 1
+    minibatch = batchsize * (sqlen - begin)  # tokens of the text in one
+    wanted = max(1, tokens // (batchsize * sqlen)) * minibatch
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces, found = [], 0
     with progress_bar(total=wanted, desc="reading tokens", leave=False) as bar:
         for text in documents(dataset):
-            pieces.append(torch.cat([_tokens(tokenizer, text), torch.tensor(between, dtype=torch.int64)]))
+            pieces.append(torch.cat([_tokens(tokenizer, text)[begin:], torch.tensor(between, dtype=torch.int64)]))
             found += len(pieces[-1])
             bar.update(len(pieces[-1]))
             if found >= wanted:
                 break
-    minibatches = min(wanted, found) // (batchsize * sqlen)
+    minibatches = min(wanted, found) // minibatch
     if not minibatches:
         raise UserError(f"{dataset} has only {found} tokens, fewer than one minibatch of {batchsize} x {sqlen}: lower "
                         "--batchsize or --sqlen or use a longer text")
-    sequences = torch.cat(pieces)[:minibatches * batchsize * sqlen].view(-1, sqlen)
+    sequences = torch.cat(pieces)[:minibatches * minibatch].view(-1, sqlen - begin)
+    sequences = torch.nn.functional.pad(sequences, (begin, 0), value=bos)
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
     return sequences[order].view(minibatches, batchsize, sqlen)
 
 
-def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
+def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqlen: int, seed: int,
+                        bos: int | None = None) -> torch.Tensor:
     """Random crops of random documents to calibrate pruning on: int64 [nsamples, seqlen].
 
     `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more than seqlen tokens
-    (special tokens included), then cropped at random. Draws the same samples as theirs from the same seed.
+    (special tokens included), then cropped at random. Draws the same samples as theirs from the same seed, so only a
+    crop from the first token on begins as the tokenizer begins a text. With `bos` each begins with that token, and ends
+    a token earlier; this is not their protocol, not even for Llama, and so never the default.
 
     Errors: UserError for sizes below 1, no document long enough, and those of `documents`.
     """
@@ -141,7 +150,8 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
                 short.add(index)
                 continue
             start = generator.randint(0, len(tokens) - seqlen - 1)
-            samples.append(tokens[start : start + seqlen])
+            crop = tokens[start : start + seqlen]
+            samples.append(crop if bos in (None, crop[0]) else torch.cat([crop.new_tensor([bos]), crop[:-1]]))
             bar.update()
     return torch.stack(samples)
 
@@ -182,6 +192,20 @@ def windows_and_tokens(tokenizer: Tokenizer, dataset: str, seqlen: int,
         raise UserError(f"{dataset} has only {len(tokens)} tokens, fewer than one window of {seqlen}: "
                         "lower --seqlen or use a longer text")
     return tokens[: windows * seqlen].view(windows, seqlen)[:limit], len(tokens)
+
+
+def added_bos(tokenizer: Tokenizer) -> int | None:
+    """The beginning-of-text token that this tokenizer puts before a text, or None. What it does counts: some have such
+    a token and put none."""
+    first = tokenizer("a").input_ids[:1]
+    return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
+
+
+def wanted_bos(tokenizer: Tokenizer) -> int:
+    """For --bos: the beginning-of-text token, whether the tokenizer adds it or not. UserError where there is none."""
+    if tokenizer.bos_token_id is None:
+        raise UserError("--bos: the tokenizer of this model has no beginning-of-text token; leave out --bos")
+    return tokenizer.bos_token_id
 
 
 def fingerprint(batches: torch.Tensor) -> str:

@@ -4,6 +4,7 @@
     python evaluate.py --model BASE --mask results/RUN/mask.safetensors --ppl text.txt --seqlen 512
     python evaluate.py --model BASE --ppl none --tasks hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa
     python evaluate.py --model BASE --ppl none --task_file quiz.jsonl       # zero-shot without the Hub
+    python evaluate.py --model BASE --ppl text.txt --seqlen 512 --bos       # for models that need their first token
     python evaluate.py --compare BASE results/RUN/checkpoint other.json     # one table of what was written before
 
 Perplexity is the field's (SparseGPT, Wanda, MaskLLM): the text in one tokenizer call, disjoint windows of --seqlen
@@ -11,7 +12,12 @@ tokens, the remainder dropped, cross entropy in float32, exp of the mean over wi
 of the harness is by word, and refused. With --mask or --sparsity_type a layer that breaks the pattern, or whose zeros
 are not +0.0, is an error. Mean acc is the plain mean over the tasks of acc, not of acc_norm.
 
-The numbers go to evaluation.json in the folder of the model, or to NAME.evaluation.json beside the mask NAME.
+--bos puts the beginning-of-text token before each window that does not begin with it. Scored are the same tokens as
+without it: all but the first of each window. Models of the Gemma kind need it; a line says so where it lowers the loss
+of the first such window by more than a tenth. Published figures of Llama are without it.
+
+The numbers go to evaluation.json in the folder of the model, or to NAME.evaluation.json beside the mask NAME. Further
+evaluations, on other texts or tasks, are added there (under `later`), and --compare shows them all in one row.
 """
 import argparse
 import math
@@ -32,15 +38,16 @@ from utils import (
     sparsity_type,
 )
 
-from torch import nn
+from torch import Tensor, nn
 
 import data
 from evaluation.comparison import comparison, percent
+from evaluation.evaluation_file import add_evaluation, check_new
 from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
+from files import mask_files
 from files.atomic import check_disk, refuse_existing
-from files.records import write_json
 from masking.layers import apply_masks, check_divisible, check_sparsity, find_layers, read_masks
-from masking.loading import Tokenizer, batch_loss, check_length, devices_of, load_model, perplexity
+from masking.loading import Tokenizer, batch_loss, bos_hint, check_length, devices_of, load_model, perplexity
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ppl", default="wikitext2", help="held-out text: wikitext2, c4, a file, or none")
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a window")
     parser.add_argument("--nwindows", type=positive_int, default=None, help="windows, at most (default: all)")
+    parser.add_argument("--bos", action="store_true",
+                        help="put the beginning-of-text token, which is not scored, before each window")
     parser.add_argument("--tasks", default=None, help="tasks of lm-evaluation-harness, names or YAML files, by commas")
     parser.add_argument("--task_file", nargs="+", default=[],
                         help="files of multiple-choice items, see evaluation/zero_shot.py")
@@ -68,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def output_file(args: argparse.Namespace) -> tuple[Path | None, str]:
-    """Where the numbers go, refused if it exists, or None and why they are only printed."""
+    """Where the numbers go, refused if it exists and nothing can be added, or None and why they are only printed."""
     if args.save:
         return refuse_existing(args.save, "choose another --save or remove it"), ""
     if args.mask:
@@ -80,19 +89,26 @@ def output_file(args: argparse.Namespace) -> tuple[Path | None, str]:
         out = Path(args.model).expanduser() / "evaluation.json"
     if not os.access(out.parent, os.W_OK):
         return None, f"{out.parent} cannot be written to"
-    return refuse_existing(out, "choose another file with --save, or remove it"), ""
+    if args.ppl == "none" and not (args.tasks or args.task_file):
+        return refuse_existing(out, "choose another file with --save, or remove it"), ""
+    return out, ""
 
 
-def evaluate_text(model: nn.Module, tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None) -> dict:
-    """Perplexity, mean loss in nats, and what they were measured on; UserError where they are not finite."""
+def read_text(tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None, bos: bool) -> tuple[Tensor, dict]:
+    """Windows, int64 `[windows, seqlen]`, and what a record says of them."""
     windows, text_tokens = data.windows_and_tokens(tokenizer, ppl, seqlen, nwindows)
-    losses = [batch_loss(model, window[None])
+    return windows, {"text": ppl, "seqlen": seqlen, "windows": len(windows), "tokens": windows.numel(),
+                     "text_tokens": text_tokens, "bos": bos, "fingerprint": data.fingerprint(windows)}
+
+
+def evaluate_text(model: nn.Module, windows: Tensor, bos: int | None) -> dict:
+    """Perplexity and mean loss in nats; bos: token to put before the windows that do not begin with it. UserError where
+    they are not finite."""
+    losses = [batch_loss(model, window[None], bos=None if window[0] == bos else bos)
               for window in progress_bar(windows, desc="perplexity", unit="window")]
     if not math.isfinite(perplexity(losses)):
         raise UserError(f"the perplexity is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
-    return {"ppl": perplexity(losses), "nats": sum(losses) / len(losses), "text": ppl, "seqlen": seqlen,
-            "windows": len(losses), "tokens": windows.numel(), "text_tokens": text_tokens,
-            "fingerprint": data.fingerprint(windows)}
+    return {"ppl": perplexity(losses), "nats": sum(losses) / len(losses)}
 
 
 def evaluate_tasks(model: nn.Module, tokenizer: Tokenizer, files: dict, harness: dict,
@@ -122,9 +138,15 @@ def main(argv: list[str] | None = None) -> None:
     harness = load_harness(args.tasks.split(","), args.trust_remote_code) if args.tasks else {}
     if len(files) < len(args.task_file) or files.keys() & harness.keys():
         raise UserError("two tasks have one name; rename a file of --task_file, or name it once")
+    tasks = {"tasks": {**files, **harness}}
+    if out:
+        check_new(out, tasks)
     model, tokenizer = load_model(**arguments_of(load_model, args))
+    bos, windows, text = None, None, {}
     if args.ppl != "none":
         check_length(model, args.seqlen, "--seqlen")
+        bos = data.wanted_bos(tokenizer) if args.bos else None
+        windows, text = read_text(tokenizer, **arguments_of(read_text, args))
     layers = find_layers(model, targets=args.targets or [""])
     pattern = args.sparsity_type
     if args.mask:
@@ -138,22 +160,28 @@ def main(argv: list[str] | None = None) -> None:
         check_divisible(layers, pattern[1])
     density, weights = check_sparsity(layers, pattern), sum(module.weight.numel() for module in layers.values())
     result = {"model": args.model, "mask": args.mask, "sparsity_type": "{}:{}".format(*pattern) if pattern else None,
-              "density": density, "dtype": str(model.dtype).removeprefix("torch.")}
+              "mask_fingerprint": mask_files.fingerprint(mask_file.masks) if args.mask else None, "density": density,
+              "dtype": str(model.dtype).removeprefix("torch."), **text}
+    if out:
+        check_new(out, result | tasks)
     checked = (f"{result['sparsity_type']} in every masked layer, " if pattern else "") + (
         f"density {density:.6f}, {round(density * weights):,} of {weights:,} weights not zero")
     if args.ppl == "none":
         print(checked)
     else:
-        result |= evaluate_text(model, tokenizer, args.ppl, args.seqlen, args.nwindows)
-        print(f"perplexity {result['ppl']:.3f} on {args.ppl} ({result['windows']} windows of {args.seqlen} tokens); "
-              f"{checked}\n{result['tokens']:,} tokens in the windows, {result['text_tokens']:,} in the text")
+        result |= evaluate_text(model, windows, bos)
+        print(f"perplexity {result['ppl']:.3f} on {args.ppl} ({result['windows']} windows of {args.seqlen} tokens"
+              f"{' after BOS' if args.bos else ''}); {checked}\n{result['tokens']:,} tokens in the windows, "
+              f"{result['text_tokens']:,} in the text")
+        if not args.bos and (hint := bos_hint(model, tokenizer, windows, "window")):
+            print(hint)
     if files or harness:
         result |= evaluate_tasks(model, tokenizer, files, harness, args.tasks_batchsize, args.tasks_no_bos,
                                  args.task_limit)
         print(f"mean acc {100 * result['mean_acc']:.2f} % (acc, not acc_norm; tasks: {len(result['tasks'])})")
     result |= {"seconds": round(time.time() - started, 1), **peak_memory(devices_of(model))}
     if out:
-        write_json(out, {**result, "environment": environment(args.device)})
+        add_evaluation(out, {**result, "environment": environment(args.device)})
     print(f"written to {out}" if out else f"not written: {unsaved}; --save FILE keeps the numbers")
 
 

@@ -132,7 +132,7 @@ def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes
     if gradients:  # each layer's input; predictions of student and teacher, their gradient; a copy of it, or parts
         kept = size.layers * wide * size.hidden
         once = 3 * body + size.largest * (size.itemsize + 8)  # a layer again, and the gradient of its weight
-        activations = kept + max(once + at_work, 3 * head + max(sequence * 16, head + packed) + gathered)
+        activations = kept + 3 * head + max(once + at_work, max(sequence * 16, head + packed) + gathered)
     else:  # predictions; of 4 sequences at a time in float32, with their log-probabilities
         in_head = wide * size.hidden + max(min(4, sequences) * sequence * 8, packed)
         activations = max(body + at_work, head + in_head + gathered)

@@ -1,9 +1,10 @@
 """Records of evaluate.py as one Markdown table; what is in one column was measured on the same tokens or items."""
-import json
 import math
 from pathlib import Path
 
 from utils import UserError
+
+from evaluation.evaluation_file import read_evaluations
 
 
 def percent(task: dict, metric: str) -> str:
@@ -16,7 +17,8 @@ def cells(record: dict) -> dict[tuple, str]:
     """(order, heading, what else must be equal for numbers to compare) -> cell."""
     row, tasks = {}, record.get("tasks", {})
     if "ppl" in record:
-        heading = f"perplexity, {Path(record['text']).name}, {record['windows']} windows of {record['seqlen']} tokens"
+        heading = (f"perplexity, {Path(record['text']).name}, {record['windows']} windows of {record['seqlen']} tokens"
+                   f"{' after BOS' if record.get('bos') else ''}")
         row[0, heading, str(record.get("fingerprint"))] = f"{number(record['ppl']):.3f}"
     for name, task in tasks.items():
         row |= {(1, f"{name} {metric} (%, {task['items']} items)", str(task["source"])): percent(task, metric)
@@ -40,13 +42,16 @@ def plain(cell: str) -> str:
 
 
 def read_row(path: str) -> tuple[list[str], dict]:
-    """Name, sparsity and density, and the `cells`, of a record; UserError where there is none."""
+    """Name, sparsity and density, and the `cells`, of all evaluations in a file; UserError where there is none."""
     file = Path(path) / "evaluation.json" if Path(path).is_dir() else Path(path)
     name = file.parent if file.name == "evaluation.json" else file
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return [str(name).removesuffix(".json").removesuffix(".evaluation"), str(record["sparsity_type"] or ""),
-                f"{number(record['density']):.6f}"], cells(record)
+        evaluations, row = read_evaluations(file), {}
+        for record in evaluations:
+            row |= cells(record)
+        verified = next(filter(None, (record["sparsity_type"] for record in evaluations)), "")
+        return [str(name).removesuffix(".json").removesuffix(".evaluation"), str(verified),
+                f"{number(evaluations[0]['density']):.6f}"], row
     except Exception as error:  # a damaged record fails in many ways, all of them the record's
         raise UserError(f"--compare {path}: {file} is no record of evaluate.py ({type(error).__name__}: "
                         f"{str(error)[:200]}); make it with evaluate.py")

@@ -68,8 +68,9 @@ def write(path, rows):
 
 class Words:
     """A tokenizer whose counts are plain to see: a token a word, its length in letters, between 0 and 1."""
+    bos_token_id = None  # 0 comes first and yet is no beginning-of-text token
 
-    def __call__(self, text, verbose):
+    def __call__(self, text, verbose=True):
         return transformers.BatchEncoding({"input_ids": [0, *map(len, text.split()), 1]})
 
 
@@ -239,12 +240,39 @@ def test_token_sequences_stop_reading_at_the_budget(monkeypatch, tokens, minibat
     assert len(opened) == 2 * minibatches
 
 
-def test_token_sequences_of_real_tokenizers(tokenizer, corpus):
-    """All of a corpus: each document with the special tokens it has alone, and the end token after it if there is."""
+@pytest.mark.parametrize("name, first", [("sentencepiece", ["<s>"]), ("opt", ["</s>"]), ("gpt2", [])])
+def test_token_sequences_of_real_tokenizers(tokenizers, corpus, name, first):
+    """All of a corpus, the end token after each document if there is one; the token that the tokenizer puts before a
+    text is before each sequence, and not in the text."""
+    tokenizer = tokenizers[name]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream = [token for text in read(corpus) for token in tokenizer(text).input_ids + end]
+    first = tokenizer.convert_tokens_to_ids(first)
+    stream = [token for text in read(corpus) for token in tokenizer(text, add_special_tokens=False).input_ids + end]
     sequences = data.token_sequences(tokenizer, corpus, 10**9, 1, 32, 0).flatten(0, 1).tolist()
-    assert sorted(sequences) == sorted(stream[i:i + 32] for i in range(0, len(stream) // 32 * 32, 32))
+    own = 32 - len(first)
+    assert sorted(sequences) == sorted(first + stream[i:i + own] for i in range(0, len(stream) // own * own, own))
+
+
+@pytest.mark.parametrize("name, first", [("sentencepiece", "<s>"), ("opt", "</s>"), ("gpt2", None)])
+def test_the_token_before_a_text_is_found_by_what_the_tokenizer_does(tokenizers, name, first):
+    tokenizer = tokenizers[name]
+    assert data.added_bos(tokenizer) == (first and tokenizer.convert_tokens_to_ids(first))
+    assert data.wanted_bos(tokenizer) == tokenizer.bos_token_id is not None  # GPT-2 has one, too, and adds none
+    assert data.added_bos(Words()) is None
+    with pytest.raises(UserError, match=r"--bos: .* no beginning-of-text token; leave out --bos"):
+        data.wanted_bos(Words())
+
+
+def test_token_sequences_behind_a_first_token(tmp_path):
+    """As many sequences as the budget has room for, the first token counted; what else the tokenizer adds stays."""
+    tokenizer = WordsWithEnd()
+    tokenizer.bos_token_id = 0
+    stream = [2] * 5 + [1, 99] + [1, 99] + [4] * 3 + [1, 99]
+    batches = data.token_sequences(tokenizer, numbered(tmp_path, [5, 0, 3]), 10**6, batchsize=2, sqlen=4, seed=0)
+    assert sorted(batches.flatten(0, 1).tolist()) == sorted([0, *stream[i:i + 3]] for i in range(0, 12, 3))
+    assert data.token_sequences(tokenizer, numbered(tmp_path, [50]), 27, 2, 4, 0).shape == (3, 2, 4)
+    with pytest.raises(UserError, match="has only 4 tokens, fewer than one minibatch of 2 x 4"):
+        data.token_sequences(tokenizer, numbered(tmp_path, [2]), 100, 2, 4, 0)
 
 
 def test_token_sequences_refuse(tmp_path):
@@ -284,9 +312,19 @@ def test_calibration_equals_get_c4(tokenizer, corpus, seqlen):
     assert not torch.equal(samples, data.calibration_samples(tokenizer, corpus, 12, seqlen, seed=6))
 
 
+@pytest.mark.parametrize("seqlen", [16, 700])
+def test_calibration_behind_bos_is_get_c4_a_token_later(tokenizer, corpus, seqlen):
+    """The same crops, each behind the token; one that begins with it is as it was."""
+    texts, bos = read(corpus), tokenizer.bos_token_id
+    expected = [[bos, *crop[:-1]] if crop[0] != bos else crop
+                for crop in get_c4(tokenizer, texts, 12, seqlen, 5).tolist()]
+    assert data.calibration_samples(tokenizer, corpus, 12, seqlen, 5, bos).tolist() == expected
+
+
 def test_calibration_keeps_to_documents_just_long_enough(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "ww"}, {"text": "www www"}])  # 3 and 4 tokens
     assert data.calibration_samples(Words(), path, 5, 3, 0).tolist() == [[0, 3, 3]] * 5
+    assert data.calibration_samples(Words(), path, 5, 3, 0, bos=0).tolist() == [[0, 3, 3]] * 5  # begins with it
     with pytest.raises(UserError, match=r"none of the 2 documents .* more than 4 tokens: lower --seqlen"):
         data.calibration_samples(Words(), path, 5, 4, 0)
 

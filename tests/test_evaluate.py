@@ -434,7 +434,7 @@ def test_beside_the_model_and_never_over_it(model_copy, capsys, request):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_beside_the_mask(model_copy, tmp_path, kind):
+def test_beside_the_mask(folder, model_copy, tmp_path, kind):
     model, _ = hf_model(model_copy)
     kept = torch.tensor([True, False, True, False])
     masks = {name: kept.repeat(module.weight.numel() // 4).view_as(module.weight)
@@ -445,10 +445,79 @@ def test_beside_the_mask(model_copy, tmp_path, kind):
     else:
         mask_files.save_folder(mask, masks)
     run(f"--model {model_copy} --mask {mask} --ppl none")
-    assert json.loads((tmp_path / "mask.v1.evaluation.json").read_text())["density"] == 0.5
+    record = json.loads((tmp_path / "mask.v1.evaluation.json").read_text())
+    assert record["density"] == 0.5 and record["mask_fingerprint"] == mask_files.fingerprint(masks)
     assert not (model_copy / "evaluation.json").exists()
     with pytest.raises(UserError, match=r"mask.v1.evaluation.json exists already"):
         run(f"--model {model_copy} --mask {mask} --ppl none")
+    shutil.rmtree(mask) if kind == "folder" else mask.unlink()
+    other = {name: ~mask for name, mask in masks.items()}  # in the place of the first, and as dense
+    if kind == "file":
+        mask_files.save(mask, other, 2, 4, "model", model_fingerprint(model))
+    else:
+        mask_files.save_folder(mask, other)
+    with pytest.raises(UserError, match=rf"another model: the mask \({record['mask_fingerprint']} there, "):
+        run(f"--model {model_copy} --mask {mask} --ppl {folder}/text.txt --seqlen 50")
+
+
+def test_another_text_and_another_task_are_added(folder, model_copy, tmp_path, capsys, monkeypatch):
+    """What was there stays as it was; each number is there once; the table has them in one row."""
+    file, command = model_copy / "evaluation.json", f"--model {model_copy} --seqlen 50 --ppl"
+    shutil.copyfile(folder / "text.txt", tmp_path / "again.txt")
+    (tmp_path / "other.txt").write_text(" ".join(training_text()[60:90]))
+    run(f"{command} {folder}/text.txt --nwindows 3")
+    first = json.loads(file.read_text())
+    run(f"{command} {tmp_path}/other.txt --nwindows 2")
+    run(f"{command} {folder}/text.txt --nwindows 4 --bos --task_file {folder}/quiz.jsonl")
+    whole = json.loads(file.read_text())
+    later = whole.pop("later")
+    assert whole == first and [record["windows"] for record in later] == [2, 4]
+    assert [later[1]["bos"], list(later[1]["tasks"])] == [True, ["quiz"]] and "tasks" not in later[0]
+    before = file.read_bytes()
+    monkeypatch.setattr(evaluate, "batch_loss", None)  # none of these gets as far
+    for flags, words in [(f"{folder}/text.txt --nwindows 3", f"the perplexity of these tokens, {first['ppl']}"),
+                         (f"{tmp_path}/again.txt --nwindows 3", "the perplexity of these tokens"),
+                         (f"{tmp_path}/other.txt --nwindows 2", "the perplexity of these tokens"),
+                         (f"{folder}/text.txt --nwindows 4 --bos", "the perplexity of these tokens"),
+                         (f"none --task_file {folder}/quiz.jsonl", "quiz"),
+                         ("none", ""),
+                         (f"{folder}/text.txt --dtype bfloat16", "--dtype (float32 there, bfloat16")]:
+        with pytest.raises(UserError) as error:
+            run(f"{command} {flags}")
+        assert "evaluation.json exists already" in str(error.value) and words in str(error.value)
+        assert str(error.value).endswith("; choose another file with --save, or remove it")
+    assert file.read_bytes() == before
+    capsys.readouterr()
+    run(f"--compare {model_copy}")
+    head, _, row = table_of(capsys.readouterr().out)
+    assert head[3:] == [f"perplexity, {what}" for what in ("text.txt, 3 windows of 50 tokens",
+                                                           "other.txt, 2 windows of 50 tokens",
+                                                           "text.txt, 4 windows of 50 tokens after BOS")] + [
+        "quiz acc (%, 24 items)", "quiz acc_norm (%, 24 items)"]
+    assert row[3:7] == [*(f"{numbers['ppl']:.3f}" for numbers in (first, *later)), percent(later[1]["tasks"]["quiz"],
+                                                                                          "acc")]
+
+
+def test_what_was_added_meanwhile_is_kept(folder, model_copy, monkeypatch):
+    """Two evaluations at a time: the one that ends last adds to what the other has written."""
+    loss = evaluate.batch_loss
+
+    def another_ends_first(*args, **names):
+        monkeypatch.setattr(evaluate, "batch_loss", loss)
+        run(f"--model {model_copy} --ppl {folder}/text.txt --seqlen 30 --nwindows 1")
+        return loss(*args, **names)
+    monkeypatch.setattr(evaluate, "batch_loss", another_ends_first)
+    run(f"--model {model_copy} --ppl {folder}/text.txt --seqlen 40 --nwindows 1")
+    record = json.loads((model_copy / "evaluation.json").read_text())
+    assert [record["seqlen"], *(numbers["seqlen"] for numbers in record["later"])] == [30, 40]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{\"later\": [1]}", "{\"later\": 1}", "{\"tasks\": [1]}"])
+def test_nothing_is_added_to_what_is_no_record(folder, model_copy, nothing_loads, content):
+    (model_copy / "evaluation.json").write_text(content)
+    with pytest.raises(UserError, match=r"evaluation.json exists already and is no record of evaluate.py.*--save"):
+        run(f"--model {model_copy} --ppl {folder}/text.txt")
+    assert (model_copy / "evaluation.json").read_text() == content
 
 
 def test_a_folder_that_cannot_be_written(model_copy, monkeypatch, capsys):

@@ -87,7 +87,8 @@ def _add_further_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--schedule", choices=["constant", "linear", "cosine"], default="constant",
                        help="of --lr over the run; the decaying ones warm up for its first fiftieth")
     group.add_argument("--tokens", type=positive_int, default=None,
-                       help="learn from so many tokens of running text, shuffled, instead of --dataset_size documents")
+                       help="learn from so many tokens of running text, shuffled, instead of --dataset_size documents; "
+                            "each sequence begins with the token that the tokenizer begins a text with, if any")
     group.add_argument("--val_fraction", type=float, default=0.0,
                        help="of the minibatches, held out to choose the best mask by (default: 0, the last mask)")
     group.add_argument("--num_evals", type=positive_int, default=20,

@@ -147,6 +147,7 @@ def evaluation_record(folder: Path) -> Reader:
     task = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.4, "acc_norm_stderr": None, "items": 9, "source": "file 0"}
     record = {"sparsity_type": "2:4", "density": 0.5, "ppl": 9.5, "text": "a/b.txt", "windows": 3, "seqlen": 8,
               "fingerprint": "0" * 16, "tasks": {"quiz": task, "other": task}, "mean_acc": 0.5}
+    record["later"] = [{**record, "ppl": 8.5, "bos": True}]
     for file in (path, other):
         file.write_text(json.dumps(record, indent=1))
 
