@@ -6,8 +6,14 @@
 One layer: update + resample + apply in both formulations, and a plain copy of the same bytes (every logit, mask integer
 and weight read once and written once), the floor. Whole model: a plain forward of the sparse model, a training step
 (forward with the fused mask step inside, and update), the naive step. Growth: more weights, larger M, later steps.
+The step of `train.py --preset fast` on 8 x 128 tokens, with distillation: what it takes of a forward of as many, and
+its parts. Forward and step take turns, so that a machine whose pace changes slows down both.
 """
 import argparse
+import statistics
+import time
+from collections.abc import Callable
+from unittest.mock import patch
 
 import common
 from utils import fast_dtype, run_script
@@ -21,6 +27,8 @@ from masking.layers import apply_masks, find_layers
 from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
+from training import straight_through
+from training.args import PRESETS
 
 Shape = tuple[int, int]  # [out, in]
 
@@ -109,6 +117,61 @@ def model_rows(shape: str, depth: int | None, sequences: int, dtype: torch.dtype
             {"what": "the same, 30 steps later", "ours (s)": late_s, "of a forward": late_s / forward_s}]
 
 
+def preset_rows(shape: str, depth: int | None, dtype: torch.dtype, device: str, seed: int, repeats: int) -> list[dict]:
+    """The table's rows of the preset's step and its parts, medians of steps; the rest is the backward of what is not
+    learned: attention, norms, the head, and the gradients of the learned layers' inputs."""
+    model = common.random_llama(shape, device, dtype, seed, depth)
+    tokens = torch.randint(0, min(32000, model.config.vocab_size), (8, 128), device=device)
+    masked = MaskedModel(model, common.magnitude_masks(model, 2, 4), LinearSpace(2, 4), PRESETS["fast"]["logits"])
+    learner = straight_through.StraightThrough(masked, distill=PRESETS["fast"]["distill"])
+    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
+    parts: dict[str, list[float]] = {}
+
+    def timed(function: Callable, part: Callable[[], str]) -> Callable:
+        """The function, whose seconds are added to the last number of a part."""
+        def run(*arguments: object, **named: object) -> object:
+            name = part()
+            wait()
+            start = time.perf_counter()
+            found = function(*arguments, **named)
+            wait()
+            parts[name][-1] += time.perf_counter() - start
+            return found
+        return run
+
+    def step() -> None:
+        for seconds in parts.values():
+            seconds.append(0.0)
+        learner.learn(tokens, 0.01)
+
+    @torch.no_grad()
+    def forward() -> None:
+        with masked.use_dense():
+            model(input_ids=tokens, use_cache=False)
+    step(), step(), forward()
+    whole, plain = [], []
+    for _ in range(repeats):
+        plain.append(common.median_s(forward, device, 1, warm_up=0))
+        whole.append(common.median_s(step, device, 1, warm_up=0))
+    names = ["the teacher's forward", "the forward, masked weights written in it", "loss and its gradient",
+             "gradients of the learned weights", "masked weights written again", "logits moved"]
+    in_forward = "(of the forward: masked weights written)"
+    parts.update({name: [] for name in (*names, in_forward)})
+    model.forward = timed(model.forward, lambda: names[torch.is_grad_enabled()])
+    masked.kernels.vjp = timed(masked.kernels.vjp, lambda: names[5])
+    masked.write = timed(masked.write, lambda: in_forward if torch.is_grad_enabled() else names[4])
+    with (patch.object(straight_through, "summed_loss", timed(straight_through.summed_loss, lambda: names[2])),
+          patch.object(straight_through, "weight_gradient", timed(straight_through.weight_gradient, lambda: names[3]))):
+        timed_s = [common.median_s(step, device, 1, warm_up=0) for _ in range(repeats)]
+    forward_s, pace = statistics.median(plain), statistics.median(whole) / statistics.median(timed_s)
+    found = {name: statistics.median(seconds) * pace for name, seconds in parts.items()}
+    found["the rest: backward"] = statistics.median(whole) - sum(found[name] for name in names)
+    title = f"the preset's step, {shape}{f' ({depth} layers)' if depth else ''}, {tokens.numel()} tokens"
+    return [{"what": what, "ours (s)": seconds, "of a forward": seconds / forward_s}
+            for what, seconds in [("a forward of as many", forward_s), (title, statistics.median(whole)),
+                                  *((f"of it: {name}", seconds) for name, seconds in found.items())]]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     gpu, repeats, dtype = args.device.startswith("cuda"), 3 if args.quick else 7, fast_dtype(args.device)
@@ -119,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = args.shape or ("llama2-7b" if gpu else "smollm2-135m")
     sequences, depth = (32, None) if gpu or not args.quick else (8, 6)
     rows += model_rows(shape, depth, sequences, dtype, args.device, args.seed, repeats, 0 if args.quick else 30)
+    rows += preset_rows(shape, depth, dtype, args.device, args.seed, repeats)
     if gpu:
         rows.append({"what": "peak memory of training (GiB)", "ours (s)": torch.cuda.max_memory_allocated() / 2**30})
     else:

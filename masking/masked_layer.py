@@ -38,7 +38,13 @@ class MaskedLayer:
         self.pending: Callable[[Tensor], None] | None = None  # the pass to be made when the next forward gets here
         self.scratch = None if self.sharded else scratch[:self.shape.numel()].view(self.shape)
         if not self.sharded:
-            offload.set_weight(module, self.scratch.T if is_transposed(module) else self.scratch)
+            self.use(self.scratch)
+
+    def use(self, weight: Tensor) -> None:
+        """Have the module, which is not sharded, compute with this weight `[out, in]`: the scratch buffer, or the dense
+        one."""
+        self.used = weight
+        offload.set_weight(self.module, weight.T if is_transposed(self.module) else weight)
 
     def remember_start(self) -> None:
         """Compare with the present mask in statistics, on a sample of the blocks."""

@@ -79,6 +79,8 @@ class MaskedModel:
 
     def _fill(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
         """A pass has reached this layer: have its masked weight in `out`, or the scratch buffer."""
+        if not layer.sharded and layer.used is layer.weight:  # `use_dense`
+            return
         self._written[layer.name] = self._passes
         self.gathered_bytes += 0 if out is None else out.nbytes
         if layer.pending and self._used is None:
@@ -194,9 +196,18 @@ class MaskedModel:
         """Inside, the model is masked by m0, which `keep_initial` has kept."""
         return self.use_masks(self.initial)
 
-    def use_dense(self) -> AbstractContextManager:
-        """Inside, the learned layers have no mask."""
-        return self.use_masks(dict.fromkeys(self.layers))
+    @contextmanager
+    def use_dense(self) -> Iterator[None]:
+        """Inside, the learned layers have no mask: they compute with their own weights, of which nothing is copied."""
+        own = [layer for layer in self.layers.values() if not layer.sharded]
+        with self.use_masks(dict.fromkeys(self.layers)):
+            for layer in own:
+                layer.use(layer.weight)
+            try:
+                yield
+            finally:
+                for layer in own:
+                    layer.use(layer.scratch)
 
     def keep_initial(self, masks: dict[str, Tensor]) -> None:
         """Remember m0 for `use_initial`: a quarter of a byte a weight at M = 4."""

@@ -149,7 +149,7 @@ class StraightThrough:
 
     def _forward(self, layer: MaskedLayer, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return nn.functional.linear(x, layer.scratch, layer.module.bias)
+            return nn.functional.linear(x, layer.used, layer.module.bias)
         return MaskedLinear.apply(x, self.anchor, layer, self)
 
     def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
