@@ -12,7 +12,7 @@ from sharded_script import TOKENS, masks_of
 from torch import nn
 from torch.distributed import fsdp
 
-from masking.loading import batch_loss, load_model
+from masking.loading import DTYPE, batch_loss, load_model
 from masking.masked_model import MaskedModel
 from masking.sharding import check_version, decoder_layers
 from masking.spaces import LinearSpace
@@ -37,7 +37,8 @@ def test_sharded_models_are_whole_models(w, tmp_path, processes):
     assert launched.wait() == 0, launched.said
     for name, dtype in (("llama", "float32"), ("gpt2", "bfloat16"), ("opt", "float16")):
         dense = load_model(str(w / name), dtype, "cpu")[0]
-        saved = transformers.AutoModelForCausalLM.from_pretrained(w / f"saved_{name}_{processes}")
+        saved = transformers.AutoModelForCausalLM.from_pretrained(w / f"saved_{name}_{processes}",
+                                                                  **{DTYPE: "auto"})
         assert saved.dtype == dense.dtype and saved.config.architectures == dense.config.architectures
         assert saved.state_dict().keys() == dense.state_dict().keys()
         assert all(torch.equal(tensor, dense.state_dict()[key]) for key, tensor in saved.state_dict().items()), name
