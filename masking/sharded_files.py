@@ -3,6 +3,7 @@
 Each process reads its own rows from the .safetensors files; what is written is gathered by the main one.
 """
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from utils import DTYPES, UserError, checked_device, fast_dtype
@@ -60,7 +61,7 @@ def load_sharded(model: str, dtype: str, group: ProcessGroup, trust_remote_code:
     check_version()
     source = local_folder(model, trust_remote_code)
     group.log(f"loading {model}, its layers shared out to {group.size} processes")
-    with explained(model), group.main_before_others():  # who may have to fetch it
+    with group.main_before_others(), explained(model):  # the main one may have to fetch it
         tokenizer = read_tokenizer(source, trust_remote_code)
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         stored = StoredTensors(source)
@@ -73,7 +74,7 @@ def load_sharded(model: str, dtype: str, group: ProcessGroup, trust_remote_code:
         found.tie_weights()
         shard(found, group.device, group.size)
         read_rows(found, stored, model)
-        if (Path(source) / "generation_config.json").is_file():
+        with suppress(OSError):  # it may have none
             found.generation_config = transformers.GenerationConfig.from_pretrained(source)
     return found.eval(), tokenizer
 
@@ -104,7 +105,8 @@ def read_rows(model: nn.Module, stored: StoredTensors, name_of_model: str) -> No
         if isinstance(tensor, DTensor):
             rows, own = Rows.of(module), own_weight(module)
             part = slice(rows.begin, rows.end)
-            own.copy_(found[:, part].T if is_transposed else found[part])
+            if len(own):
+                own.copy_(found[:, part].T if is_transposed else found[part])
         else:
             tensor.copy_(stored.tensor(key))
     if missing:

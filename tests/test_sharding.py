@@ -40,6 +40,7 @@ def test_sharded_models_are_whole_models(w, tmp_path, processes):
         saved = transformers.AutoModelForCausalLM.from_pretrained(w / f"saved_{name}_{processes}",
                                                                   **{DTYPE: "auto"})
         assert saved.dtype == dense.dtype and saved.config.architectures == dense.config.architectures
+        assert len(list((w / f"saved_{name}_{processes}").glob("*.safetensors"))) > 1
         assert saved.state_dict().keys() == dense.state_dict().keys()
         assert all(torch.equal(tensor, dense.state_dict()[key]) for key, tensor in saved.state_dict().items()), name
     if processes == 3:
