@@ -39,6 +39,7 @@ from evaluation.comparison import comparison, percent
 from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
 from files.atomic import check_disk, refuse_existing
 from files.records import write_json
+from masking.channels import apply_permutation
 from masking.layers import apply_masks, check_divisible, check_sparsity, find_layers, read_masks
 from masking.loading import Tokenizer, batch_loss, check_length, devices_of, load_model, perplexity
 
@@ -47,6 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument("--mask", default=None, help="mask file or folder of .pt masks to put on --model")
+    parser.add_argument("--permutation", default=None, help="permute.py's file, to reorder --model's channels by first")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
                         help="N:M to verify (default: that of --mask; without either, nothing is verified)")
     parser.add_argument("--targets", nargs="+", default=None, help="verify the layers whose names contain one of these")
@@ -125,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(**arguments_of(load_model, args))
     if args.ppl != "none":
         check_length(model, args.seqlen, "--seqlen")
+    if args.permutation:
+        apply_permutation(model, args.permutation)
     layers = find_layers(model, targets=args.targets or [""])
     pattern = args.sparsity_type
     if args.mask:

@@ -108,14 +108,16 @@ def perplexity(losses: list[float]) -> float:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, and the signs of the input
-    embedding, which pruning leaves alone."""
+    """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, the signs of the input
+    embedding, which pruning leaves alone, and the order of the channels, if permute.py chose it."""
     digest = hashlib.sha256(str(tuple(model.get_input_embeddings().weight.shape)).encode())
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 2 and not name.startswith("lm_head"):
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
     signs = torch.signbit(offload.weight_of(model.get_input_embeddings()).flatten()[:2**22])
     digest.update(signs.cpu().numpy().tobytes())
+    if permutation := getattr(model.config, "channel_permutation", None):
+        digest.update(f"channel_permutation {permutation}".encode())
     return digest.hexdigest()[:16]
 
 
