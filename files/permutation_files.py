@@ -66,6 +66,6 @@ def load(path: str | Path, shapes: dict[str, tuple[int, int]]) -> PermutationFil
 def _digest(metadata: dict, packed: dict[str, Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(packed):
-        sha.update(name.encode())
+        sha.update(f"{name} {packed[name].dtype}".encode())
         sha.update(packed[name].numpy())
     return sha.hexdigest()
