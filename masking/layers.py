@@ -91,7 +91,7 @@ def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int 
     if found.fingerprint and found.fingerprint != model_fingerprint(model):
         raise UserError(f"{path} is of another model: it was made from {found.model} and the input embeddings or the "
                         "order of the channels differ; give the --mask that get_mask.py made from this --model, or the "
-                        "--permutation that goes with it")
+                        "permutation that the mask was made for")
     return found
 
 
