@@ -5,11 +5,12 @@
 
 Needs what `make demo DEMO_FLAGS=--quick` leaves in demo/. Orders are searched as permute.py does, on --nsamples
 sequences of 256 tokens of --dataset, on which the one-shot methods are calibrated too; perplexity of --nwindows windows
-of 512 tokens of each text. The preset is `train.py --preset fast` from the Wanda mask, on --tokens of --learn.
+of 512 tokens (one number, or one of each text). The preset is `train.py --preset fast` from the Wanda mask, on --tokens of --learn.
 SparseGPT updates its weights, the other methods leave them as they are. Seconds: of the search (once per pattern, for
 all rows), of pruning, or of learning. --quick orders and prunes the first of 30 blocks only, by Wanda.
 """
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", default="demo/train.jsonl", help="text to calibrate on")
     parser.add_argument("--nsamples", type=int, default=64, help="calibration sequences of 256 tokens")
     parser.add_argument("--ppl", nargs="+", default=["demo/heldout.txt"], help="held-out texts: wikitext2, c4, files")
-    parser.add_argument("--nwindows", type=int, default=32, help="windows of 512 tokens of each text")
+    parser.add_argument("--nwindows", type=int, nargs="+", default=[32], help="windows of 512 tokens, of each text")
     parser.add_argument("--patterns", default="2:4,4:8", help="N:M, by commas")
     parser.add_argument("--methods", default="", help="only those whose names contain one of these, by commas")
     parser.add_argument("--orders", default="", help="only those whose names contain one of these, by commas")
@@ -133,13 +134,14 @@ def main(argv: list[str] | None = None) -> None:
     patterns = [sparsity_type(text) for text in args.patterns.split(",")]
     methods, names = common.chosen(METHODS, args.methods), common.chosen(ORDERS, args.orders)
     if args.quick:
-        args.nsamples, args.nwindows, args.steps, args.rows = 4, 4, 3, 2048
+        args.nsamples, args.nwindows, args.steps, args.rows = 4, [4], 3, 2048
         patterns, methods = patterns[:1], methods[:1]
     try:
         model, tokenizer = load_model(args.model, args.dtype, args.device)
     except UserError as error:
         raise UserError(f"{error}; `make demo DEMO_FLAGS=--quick` leaves the model and the texts in demo/")
-    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, 512, args.nwindows) for text in args.ppl}
+    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, 512, windows)
+             for text, windows in zip(args.ppl, itertools.cycle(args.nwindows))}
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, 256, args.seed)
     setting = Setting(args, tokenizer, samples, texts, [".layers.0."] if args.quick else None)
     rows = [{"N:M": "", "method": "dense", "reordered": "", **evaluate(model, texts)}]
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
                 common.print_table(rows[-1:])
     dtype = str(model.dtype).removeprefix("torch.")
     common.report(rows, args, f"perplexity; {args.model}, {dtype}, calibrated on {args.nsamples} x 256 tokens; "
-                              f"{args.nwindows} windows of 512 tokens of each text")
+                              f"{', '.join(map(str, args.nwindows))} windows of 512 tokens of each text")
 
 
 if __name__ == "__main__":
