@@ -5,9 +5,9 @@
 
 Needs what `make demo DEMO_FLAGS=--quick` leaves in demo/. Orders are searched as permute.py does, on --nsamples
 sequences of 256 tokens of --dataset, on which the one-shot methods are calibrated too; perplexity of --nwindows windows
-of 512 tokens (one number, or one of each text). The preset is `train.py --preset fast` from the Wanda mask, on --tokens of --learn.
-SparseGPT updates its weights, the other methods leave them as they are. Seconds: of the search (once per pattern, for
-all rows), of pruning, or of learning. --quick orders and prunes the first of 30 blocks only, by Wanda.
+of 512 tokens (one number, or one of each text). The preset is `train.py --preset fast` from the Wanda mask, on --tokens
+of --learn. SparseGPT updates its weights, the other methods leave them as they are. Seconds: of the search (once per
+pattern, for all rows), of pruning, or of learning. --quick orders and prunes the first of 30 blocks only, by Wanda.
 """
 import argparse
 import itertools
@@ -35,10 +35,10 @@ from pruning.one_shot import OneShot, prune_model
 
 ORDERS = {"nothing": (), "V/O": ("value",), "V/O, residual": ("value", "residual"),
           "all: V/O, residual, MLP": ("value", "residual", "hidden")}
-METHODS = {  # of OneShot; the preset starts from Wanda
+METHODS = {  # of OneShot; swaps and the preset start from Wanda
     "Wanda": dict(prune_method="wanda"),
-    "Wanda, swaps": dict(prune_method="wanda", swaps=6),
-    "Wanda, swaps, true sequential": dict(prune_method="wanda", swaps=6, true_sequential=True),
+    "swaps": dict(prune_method="wanda", swaps=6),
+    "swaps, true sequential": dict(prune_method="wanda", swaps=6, true_sequential=True),
     "SparseGPT": dict(prune_method="sparsegpt"),
     "SparseGPT, true sequential": dict(prune_method="sparsegpt", true_sequential=True),
     "preset": dict(prune_method="wanda")}
