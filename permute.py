@@ -9,7 +9,7 @@ Which M weights of a row share a block is arbitrary where channels can change pl
 computes: those of the residual stream, of v and o within each KV head, and of each MLP (masking/channels.py). An order
 is searched in which the best N:M mask keeps the most of the weights' scores (pruning/channel_order.py)
 
-    (w_ij ||x_j||)^2 / its sum over the layer     ||x_j||: norm of input feature j over the calibration tokens
+    (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the calibration tokens
 
 summed over all layers that read the channels: the share of a layer's output, its inputs taken as independent, that
 Wanda's mask keeps. Calibration is that of prune.py. The residual stream is read by very many rows; --rows of them are

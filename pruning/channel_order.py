@@ -126,8 +126,8 @@ def readers(channels: ChannelSet, layers: dict[str, nn.Module]) -> dict[str, Ten
 
 def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[str, Tensor], most_rows: int,
            generator: torch.Generator) -> Tensor:
-    """What each weight that reads these channels adds to its layer's output, (w ||x||)^2, as a share of all that the
-    layer's weights add: float32 `[groups, rows, size]`, the rows of all layers `places` one below the other.
+    """What each weight that reads these channels adds to its layer's output, (w ||x||)^2, over the mean of the layer's
+    weights: float32 `[groups, rows, size]`, the rows of all layers `places` one below the other.
 
     most_rows: of more than so many rows that many are drawn, the same share of each layer's.
     """
@@ -139,7 +139,7 @@ def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[
             drawn = torch.randperm(len(weight), generator=generator)[:math.ceil(len(weight) * most_rows / rows)]
             weight = weight[drawn.to(weight.device)]
         score = (weight.float() * norms[name]).square()
-        score /= score.sum() / len(score)
+        score /= score.mean()
         parts.append(score[:, along.to(score.device)].permute(1, 2, 0, 3).flatten(1, 2))
     return torch.cat(parts, 1)
 
