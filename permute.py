@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a calibration sequence")
-    parser.add_argument("--steps", type=positive_int, default=40, help="of the search in each set of channels, at most")
+    parser.add_argument("--steps", type=positive_int, default=20, help="of the search in each set of channels, at most")
     parser.add_argument("--rows", type=positive_int, default=16384,
                         help="drawn of the rows that read a set of channels, at most")
     parser.add_argument("--max_minutes", type=positive_float, default=None,

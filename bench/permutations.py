@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patterns", default="2:4,4:8", help="N:M, by commas")
     parser.add_argument("--methods", default="", help="only those whose names contain one of these, by commas")
     parser.add_argument("--orders", default="", help="only those whose names contain one of these, by commas")
-    parser.add_argument("--steps", type=int, default=40, help="of the search, see permute.py")
+    parser.add_argument("--steps", type=int, default=20, help="of the search, see permute.py")
     parser.add_argument("--rows", type=int, default=16384, help="of the search, see permute.py")
     parser.add_argument("--learn", default="demo/train.jsonl", help="text that the preset learns from")
     parser.add_argument("--tokens", type=int, default=206_000, help="of it that the preset sees")
