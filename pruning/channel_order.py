@@ -139,7 +139,7 @@ def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[
             drawn = torch.randperm(len(weight), generator=generator)[:math.ceil(len(weight) * most_rows / rows)]
             weight = weight[drawn.to(weight.device)]
         score = (weight.float() * norms[name]).square()
-        score /= score.mean()
+        score /= score.mean().clamp(min=1e-30)  # of a layer that never fires
         parts.append(score[:, along.to(score.device)].permute(1, 2, 0, 3).flatten(1, 2))
     return torch.cat(parts, 1)
 

@@ -211,6 +211,16 @@ def test_rows_are_drawn_and_sets_that_m_does_not_divide_are_left():
         "residual", "hidden"}  # heads have 8 channels
 
 
+def test_little_time_and_layers_that_never_fire_leave_sound_orders():
+    model, tokens = make("llama", torch.float32), torch.randint(3, 50, (4, 24))
+    layers, sets = find_layers(model), channel_sets(model)
+    norms = input_norms(model, layers, tokens)
+    norms["model.layers.0.mlp.down_proj"].zero_()
+    found = find_orders(sets, layers, norms, (2, 4), 10**9, 10**6, 0, max_minutes=0.001)
+    for name, order in found.orders.items():
+        assert torch.equal(order.sort(dim=1).values, torch.arange(sets[name].size).expand_as(order))
+
+
 # ----------------------------------------------------------------------------------------- the script, and what follows
 
 
