@@ -89,8 +89,8 @@ def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int 
     found = mask_files.load(path, n, m, shapes if str(path).endswith(".npz") else None)
     match_masks(layers, found.masks)
     if found.fingerprint and found.fingerprint != model_fingerprint(model):
-        raise UserError(f"{path} is of another model: it was made from {found.model} and the input embeddings or the "
-                        "order of the channels differ; give the --mask that get_mask.py made from this --model, or the "
+        raise UserError(f"{path} is of another model: it was made from {found.model}, and the order of the channels or "
+                        "the input embeddings differ; give the --mask that get_mask.py made from this --model, or the "
                         "permutation that the mask was made for")
     return found
 

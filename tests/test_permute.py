@@ -289,7 +289,7 @@ def test_learning_goes_on_from_it(folder, tmp_path):
 def test_masks_of_another_order_are_refused(folder, model, mask, permutation):
     """Order b leaves the embeddings alone: that it is another is known from the config, and kept by what is pruned."""
     loaded = load(folder / model)
-    with pytest.raises(UserError, match="the order of the channels differ"):
+    with pytest.raises(UserError, match="the order of the channels or the input embeddings differ"):
         apply_mask(loaded, folder / f"{mask}.safetensors",
                    permutation and folder / f"{permutation}.permutation.safetensors")
 
