@@ -46,6 +46,7 @@ from evaluation.evaluation_file import add_evaluation, check_new
 from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
 from files import mask_files
 from files.atomic import check_disk, refuse_existing
+from masking.channels import apply_permutation
 from masking.layers import apply_masks, check_divisible, check_sparsity, find_layers, read_masks
 from masking.loading import Tokenizer, batch_loss, bos_hint, check_length, devices_of, load_model, perplexity
 
@@ -54,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument("--mask", default=None, help="mask file or folder of .pt masks to put on --model")
+    parser.add_argument("--permutation", default=None, help="permute.py's file, to reorder --model's channels by first")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
                         help="N:M to verify (default: that of --mask; without either, nothing is verified)")
     parser.add_argument("--targets", nargs="+", default=None, help="verify the layers whose names contain one of these")
@@ -147,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
         check_length(model, args.seqlen, "--seqlen")
         bos = data.wanted_bos(tokenizer) if args.bos else None
         windows, text = read_text(tokenizer, **arguments_of(read_text, args))
+    if args.permutation:
+        apply_permutation(model, args.permutation)
     layers = find_layers(model, targets=args.targets or [""])
     pattern = args.sparsity_type
     if args.mask:

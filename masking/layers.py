@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from files import mask_files
 from masking import offload
+from masking.channels import apply_permutation
 from masking.loading import model_fingerprint
 
 
@@ -88,8 +89,9 @@ def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int 
     found = mask_files.load(path, n, m, shapes if str(path).endswith(".npz") else None)
     match_masks(layers, found.masks)
     if found.fingerprint and found.fingerprint != model_fingerprint(model):
-        raise UserError(f"{path} is of another model: it was made from {found.model} and the input embeddings differ; "
-                        "give the --mask that get_mask.py made from this --model")
+        raise UserError(f"{path} is of another model: it was made from {found.model}, and the order of the channels or "
+                        "the input embeddings differ; give the --mask that get_mask.py made from this --model, or the "
+                        "permutation that the mask was made for")
     return found
 
 
@@ -100,11 +102,14 @@ def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
         weight.masked_fill_(~mask.to(weight.device), 0.0)
 
 
-def apply_mask(model: nn.Module, file: str | Path) -> nn.Module:
-    """The model itself, its pruned weights zeroed in place (+0.0) by a mask file of any format.
+def apply_mask(model: nn.Module, file: str | Path, permutation: str | Path | None = None) -> nn.Module:
+    """The model itself, its pruned weights zeroed in place (+0.0) by a mask file of any format; before that, with the
+    permutation file of permute.py that the mask was made for, its channels reordered.
 
-    UserError for a file that is damaged or of another model (shapes, fingerprint).
+    UserError for a file that is damaged or of another model or order (shapes, fingerprint).
     """
+    if permutation:
+        apply_permutation(model, permutation)
     apply_masks(find_layers(model, targets=[""]), read_masks(file, model).masks)
     return model
 

@@ -139,8 +139,8 @@ def perplexity(losses: list[float]) -> float:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, and the signs of the input
-    embedding, which pruning leaves alone."""
+    """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, the signs of the input
+    embedding, which pruning leaves alone, and the order of the channels, if permute.py chose it."""
     digest = hashlib.sha256(str(tuple(model.get_input_embeddings().weight.shape)).encode())
     transposed = {f"{name}.weight" for name, module in model.named_modules()
                   if hasattr(module, "is_transposed_in_files")}
@@ -150,6 +150,8 @@ def model_fingerprint(model: nn.Module) -> str:
             digest.update(f"{name} {shape[::-1] if name in transposed else shape}".encode())
     signs = torch.signbit(offload.weight_of(model.get_input_embeddings()).flatten()[:2**22])
     digest.update(signs.cpu().numpy().tobytes())
+    if permutation := getattr(model.config, "channel_permutation", None):
+        digest.update(f"channel_permutation {permutation}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("prune", "get_mask", "inference_loss", "train", "evaluate", "generate_text", "plot")
+SCRIPTS = ("prune", "get_mask", "inference_loss", "train", "evaluate", "generate_text", "plot", "permute")
 FLOORS = [{"utils", "pge"}, {"files"}, {"masking", "data"}, {"pruning", "evaluation"}, {"training"}, set(SCRIPTS)]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = {"files", "masking", "pruning", "evaluation", "training"}

@@ -17,7 +17,7 @@ import plot
 from evaluation import zero_shot
 from evaluation.comparison import comparison
 from faults import damage
-from files import mask_files
+from files import mask_files, permutation_files
 from files.model_folder import base_model
 from files.packing import count_faults
 from files.records import read_lines
@@ -79,6 +79,18 @@ def mask_folder(folder: Path) -> Reader:
     mask_files.save_folder(path, _masks())
     return Reader("mask folder of .pt", sorted(path.iterdir()), lambda: _found(mask_files.load(path, shapes=SHAPES)),
                   damage.BYTES + damage.ZIP + damage.PICKLE * 2, _strict)
+
+
+def permutation(folder: Path) -> Reader:
+    path, shapes = folder / "model.permutation.safetensors", {"residual": (1, 32), "model.layers.0.value": (2, 8)}
+    orders = {name: torch.rand(shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+              for name, shape in shapes.items()}
+    permutation_files.save(path, permutation_files.PermutationFile(orders, "some/model", "0" * 16, "1" * 16))
+
+    def read():
+        found = permutation_files.load(path, shapes)
+        return {name: order.tolist() for name, order in found.orders.items()}, found.model, found.model_fingerprint
+    return Reader("permutation", [path], read, damage.BYTES + damage.SAFETENSORS * 3, None)
 
 
 def baseline_npz(folder: Path) -> Reader:
@@ -204,5 +216,5 @@ def _tensor_names(path: Path) -> list[str]:
     return [name for name in header if name != "__metadata__"]
 
 
-READERS = (mask_safetensors, mask_npz, mask_folder, baseline_npz, task_file, text_jsonl, text_gz, text_txt,
+READERS = (mask_safetensors, mask_npz, mask_folder, permutation, baseline_npz, task_file, text_jsonl, text_gz, text_txt,
            text_parquet, text_saved, evaluation_record, run_folder, prune_record, model_folder)
