@@ -127,6 +127,24 @@ def evaluate_tasks(model: nn.Module, tokenizer: Tokenizer, files: dict, harness:
             "task_limit": task_limit}
 
 
+def mask_model(loaded: nn.Module, mask: str | None, permutation: str | None, sparsity_type: tuple[int, int] | None,
+               targets: list[str] | None) -> tuple[dict[str, nn.Module], tuple[int, int] | None, mask_files.Masks]:
+    """Reorder and mask a loaded model; the layers to verify, their N:M if it is known, and the masks put on."""
+    if permutation:
+        apply_permutation(loaded, permutation)
+    layers, masks = find_layers(loaded, targets=targets or [""]), {}
+    if mask:
+        found = read_masks(mask, loaded, *(sparsity_type or (None, None)))
+        sparsity_type, masks = (found.n, found.m), found.masks
+        apply_masks(find_layers(loaded, targets=[""]), masks)
+        layers = {name: module for name, module in layers.items() if name in masks}
+        if not layers:
+            raise UserError(f"{mask} has no mask for the layers that --targets name")
+    if sparsity_type:
+        check_divisible(layers, sparsity_type[1])
+    return layers, sparsity_type, masks
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
@@ -149,22 +167,10 @@ def main(argv: list[str] | None = None) -> None:
         check_length(model, args.seqlen, "--seqlen")
         bos = data.wanted_bos(tokenizer) if args.bos else None
         windows, text = read_text(tokenizer, **arguments_of(read_text, args))
-    if args.permutation:
-        apply_permutation(model, args.permutation)
-    layers = find_layers(model, targets=args.targets or [""])
-    pattern = args.sparsity_type
-    if args.mask:
-        mask_file = read_masks(args.mask, model, *(pattern or (None, None)))
-        pattern = mask_file.n, mask_file.m
-        apply_masks(find_layers(model, targets=[""]), mask_file.masks)
-        layers = {name: module for name, module in layers.items() if name in mask_file.masks}
-        if not layers:
-            raise UserError(f"{args.mask} has no mask for the layers that --targets name")
-    if pattern:
-        check_divisible(layers, pattern[1])
+    layers, pattern, masks = mask_model(model, **arguments_of(mask_model, args))
     density, weights = check_sparsity(layers, pattern), sum(module.weight.numel() for module in layers.values())
     result = {"model": args.model, "mask": args.mask, "sparsity_type": "{}:{}".format(*pattern) if pattern else None,
-              "mask_fingerprint": mask_files.fingerprint(mask_file.masks) if args.mask else None, "density": density,
+              "mask_fingerprint": mask_files.fingerprint(masks) if masks else None, "density": density,
               "dtype": str(model.dtype).removeprefix("torch."), **text}
     if out:
         check_new(out, result | tasks)
