@@ -69,6 +69,7 @@ class MaskedLayer:
 
     def schedule(self, kernel: Callable, *arguments: Tensor) -> None:
         """Have a pass of `kernels` made when the next forward gets here: its arguments after weight and out."""
+        self.arguments = arguments  # kept until the next: FSDP makes the pass on a stream of its own
         self.pending = lambda out: kernel(self.logits, self.bits, self.weight.view(-1), out, *arguments,
                                           start=self.start)
 
