@@ -38,13 +38,13 @@ class Point(NamedTuple):
 
 class Problem:
     """The small model, its text and its initial mask of N:M; m0 is Wanda's. windows: how many of 128 bytes are held
-    out."""
+    out, the first ones but `skip`."""
 
-    def __init__(self, model: str, pattern: tuple[int, int], windows: int, device: str):
+    def __init__(self, model: str, pattern: tuple[int, int], windows: int, device: str, skip: int = 0):
         self.model, self.tokenizer = load_small(model, "auto", device)
         self.pattern = pattern
         self.fixed = data.minibatches(self.tokenizer, TEXT, 512, 32, 128)
-        self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, windows)
+        self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[skip:]
         samples = data.calibration_samples(self.tokenizer, TEXT, 128, 128, 0)
         self.masks = common.wanda_masks(self.model, samples, *pattern)
         self.norms = wanda_norms(self.model, list(self.masks), self.fixed)
@@ -147,7 +147,8 @@ class RunsFile:
                 record = json.loads(line)
                 self.known[json.dumps(record["run"], sort_keys=True)] = [Point(*point) for point in record["points"]]
 
-    def get(self, problem: Problem, name: str, setting: dict, passes: int, seed: int, num_evals: int) -> list[Point]:
+    def get(self, problem: Problem, name: str, setting: dict, passes: int, seed: int, num_evals: int,
+            learn: Callable[..., list[Point]] = learn) -> list[Point]:
         """The points of this run, from the file or learned now."""
         depends_on = {"model": problem.fingerprint, "m0": round(problem.m0_loss, 4), "pattern": problem.pattern,
                       "dtype": str(problem.model.dtype), "windows": len(problem.heldout), "num_evals": num_evals,
