@@ -12,7 +12,7 @@ from utils import progress_bar
 
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
-from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
+from variants import ControlVariate, Curvature, LeaveOneOut, Momentum, Sign, sharpen
 
 import data
 import pge
@@ -25,7 +25,7 @@ from training.progress import lr_multiplier
 from training.straight_through import StraightThrough, random_walk_step
 
 FORWARD_ONLY = {"vanilla": pge.Vanilla, "residual": pge.Residual, "maskpro": pge.MaskPro, "running": pge.Running}
-GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum, "sign": Sign}
+GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum, "sign": Sign, "curvature": Curvature}
 Step = Callable[[Tensor, int, int], object]  # minibatch [sequences, tokens], the step's number, steps in all
 
 
@@ -79,6 +79,10 @@ def make_step(setting: dict, masked: MaskedModel, baselines: list[float]) -> tup
 
     def rate(t: int, steps: int) -> float:
         return setting["lr"] * lr_multiplier(schedule, t / steps)
+    if kind == "curvature":
+        learner = Curvature(masked, distill=distill, ramp=setting["ramp"], seed=masked.seed)
+        return (lambda batch, t, steps: learner.learn(batch, random_walk_step(rate(t, steps), steps), t / steps),
+                4 + learner.extra_passes(setting["batchsize"]))
     if kind in GRADIENTS:
         learner = GRADIENTS[kind](masked, sample=setting.get("sample", False), distill=distill)
         return (lambda batch, t, steps: learner.learn(batch, random_walk_step(rate(t, steps), steps)),
