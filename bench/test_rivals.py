@@ -155,9 +155,9 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     model, _ = small_model.train(small_model.read_text(tokenizer)[0], 2, 0, "cpu")
     model.save_pretrained("demo/small")
     tokenizer.save_pretrained("demo/small")
-    rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--rows", "tuned,MaskLLM, KD"])
+    rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--rows", "tuned,MaskLLM + KD"])
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["method"] for row in rows] == ["dense", "m0", "--preset fast, its rate tuned", "MaskLLM, KD"]
+    assert [row["method"] for row in rows] == ["dense", "m0", "--preset fast, its rate tuned", "MaskLLM + KD"]
     assert all("12 passes" in row for row in rows)
     rivals.main(["--quick", "--device", "cpu", "--sweep", "--rows", "SR-STE", "--rates", "0.001"])
     assert "0.001: " in capsys.readouterr().out
