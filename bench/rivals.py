@@ -11,8 +11,8 @@ as a pass of their text. Printed are the held-out loss of the mask on the frozen
 the share of the gap from m0 to dense that it closes, what a method keeps in bytes a weight, and the processor's seconds
 of the longest budget. --runs FILE keeps each run as it ends, and takes the runs from there that it has.
 
-The methods are in rival_methods.py, the rows and their rates in rival_rows.py, which says how a rate was chosen: --sweep
-tries one seed on windows of text that are not those of the table.
+The methods are in rival_methods.py; the rows and their rates are in rival_rows.py, which says how these were chosen.
+--sweep tries rates, one seed, on windows of text that are not those of the table.
 """
 import argparse
 import statistics
