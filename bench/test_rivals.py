@@ -2,6 +2,7 @@
 import itertools
 import json
 
+import common
 from utils import run_script
 
 import pytest
@@ -151,10 +152,8 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     text = "the quick brown fox jumps over the lazy dog and then it sleeps " * 3
     (tmp_path / small_model.TEXT).write_text("\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(520)))
     (tmp_path / small_model.HELDOUT).write_text(text * 50)
-    tokenizer = small_model.byte_tokenizer()
-    model, _ = small_model.train(small_model.read_text(tokenizer)[0], 2, 0, "cpu")
-    model.save_pretrained("demo/small")
-    tokenizer.save_pretrained("demo/small")
+    common.random_llama("tiny", "cpu", torch.float32).save_pretrained("demo/small")
+    small_model.byte_tokenizer().save_pretrained("demo/small")
     rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--rows", "tuned,MaskLLM + KD"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["method"] for row in rows] == ["dense", "m0", "--preset fast, its rate tuned", "MaskLLM + KD"]
