@@ -12,7 +12,7 @@ from utils import progress_bar
 
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
-from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
+from variants import ControlVariate, Curvature, LeaveOneOut, Momentum, Sign, sharpen
 
 import data
 import pge
@@ -25,7 +25,7 @@ from training.progress import lr_multiplier
 from training.straight_through import StraightThrough, random_walk_step
 
 FORWARD_ONLY = {"vanilla": pge.Vanilla, "residual": pge.Residual, "maskpro": pge.MaskPro, "running": pge.Running}
-GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum, "sign": Sign}
+GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum, "sign": Sign, "curvature": Curvature}
 Step = Callable[[Tensor, int, int], object]  # minibatch [sequences, tokens], the step's number, steps in all
 
 
@@ -38,13 +38,13 @@ class Point(NamedTuple):
 
 class Problem:
     """The small model, its text and its initial mask of N:M; m0 is Wanda's. windows: how many of 128 bytes are held
-    out."""
+    out, the first ones but `skip`."""
 
-    def __init__(self, model: str, pattern: tuple[int, int], windows: int, device: str):
+    def __init__(self, model: str, pattern: tuple[int, int], windows: int, device: str, skip: int = 0):
         self.model, self.tokenizer = load_small(model, "auto", device)
         self.pattern = pattern
         self.fixed = data.minibatches(self.tokenizer, TEXT, 512, 32, 128)
-        self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, windows)
+        self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[skip:]
         samples = data.calibration_samples(self.tokenizer, TEXT, 128, 128, 0)
         self.masks = common.wanda_masks(self.model, samples, *pattern)
         self.norms = wanda_norms(self.model, list(self.masks), self.fixed)
@@ -79,6 +79,10 @@ def make_step(setting: dict, masked: MaskedModel, baselines: list[float]) -> tup
 
     def rate(t: int, steps: int) -> float:
         return setting["lr"] * lr_multiplier(schedule, t / steps)
+    if kind == "curvature":
+        learner = Curvature(masked, distill=distill, ramp=setting["ramp"], seed=masked.seed)
+        return (lambda batch, t, steps: learner.learn(batch, random_walk_step(rate(t, steps), steps), t / steps),
+                4 + learner.extra_passes(setting["batchsize"]))
     if kind in GRADIENTS:
         learner = GRADIENTS[kind](masked, sample=setting.get("sample", False), distill=distill)
         return (lambda batch, t, steps: learner.learn(batch, random_walk_step(rate(t, steps), steps)),
@@ -147,7 +151,8 @@ class RunsFile:
                 record = json.loads(line)
                 self.known[json.dumps(record["run"], sort_keys=True)] = [Point(*point) for point in record["points"]]
 
-    def get(self, problem: Problem, name: str, setting: dict, passes: int, seed: int, num_evals: int) -> list[Point]:
+    def get(self, problem: Problem, name: str, setting: dict, passes: int, seed: int, num_evals: int,
+            learn: Callable[..., list[Point]] = learn) -> list[Point]:
         """The points of this run, from the file or learned now."""
         depends_on = {"model": problem.fingerprint, "m0": round(problem.m0_loss, 4), "pattern": problem.pattern,
                       "dtype": str(problem.model.dtype), "windows": len(problem.heldout), "num_evals": num_evals,

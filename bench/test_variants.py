@@ -156,3 +156,59 @@ def test_sharpening_keeps_the_mode():
     variants.sharpen(masked, 3.0)
     assert torch.equal(masked.mode_masks()["inner"], before)
     assert torch.allclose(torch.stack(layer.logits, 1), 3 * LOGITS)
+
+
+def curved(ramp=(0.0, 0.0)):
+    """A learner on the toy, and its layer."""
+    masked, layer = masked_toy()
+    return variants.Curvature(masked, ramp=ramp), layer
+
+
+def test_the_factors_are_those_of_the_fisher_information():
+    """Mean squares, at the outputs of gradients of log p(y) over all y by their probability, and of the inputs."""
+    learner, layer = curved()
+    learner.measure(BATCH.repeat(20000, 1))
+    at_outputs, of_inputs = learner.factors["inner"]
+    model, weight = Toy(), layer.weight * pge.mode(LOGITS, 2)
+    inputs = model.embed(BATCH).flatten(0, 1)
+    outputs = (inputs @ weight.T).requires_grad_()
+    probs = torch.softmax(model.head(torch.tanh(outputs)), 1)
+    expected = 0
+    for y in range(4):
+        gradient, = torch.autograd.grad(probs[:, y].log().sum(), outputs, retain_graph=True)
+        expected = expected + (probs[:, y:y + 1] * gradient.square()).mean(0)
+    assert torch.allclose(at_outputs, expected, rtol=0.04)
+    assert torch.allclose(of_inputs, inputs.square().mean(0), rtol=1e-4)
+
+
+def test_curvature_makes_a_slope_the_whole_change_of_a_quadratic_loss():
+    """For f = 1/2 sum_i F_i (m_i w_i - w_i)^2 + c.(m w), what adding or dropping any one weight changes f by."""
+    learner, layer = curved()
+    at_outputs, of_inputs = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.3, 2.0, 0.7])
+    fisher, linear = torch.outer(at_outputs, of_inputs), torch.tensor([[0.3, -0.2, 0.1, 0.5], [1.0, -1.0, 0.2, 0.4]])
+    weight, mask = layer.weight.float(), layer.mask_of(layer.bits).float()
+
+    def loss(mask):
+        return float((0.5 * fisher * (mask * weight - weight).square() + linear * mask * weight).sum())
+    learner.factors, learner.factor, seen = {"inner": (at_outputs, of_inputs)}, 1.0, []
+    learner._move = lambda _layer, gradient: seen.append(gradient)
+    learner.consume(layer, fisher * (mask * weight - weight) + linear)
+    for place in itertools.product(range(2), range(4)):
+        kept, dropped = mask.clone(), mask.clone()
+        kept[place], dropped[place] = 1, 0
+        assert float((seen[0] * weight)[place]) == pytest.approx(loss(kept) - loss(dropped), abs=1e-5)
+
+
+def test_curvature_counts_from_its_place_in_the_run_on():
+    learner, _ = curved(ramp=(0.5, 0.25))
+    seen = []
+    learner._move = lambda _layer, gradient: seen.append(gradient)
+    for progress in (0.2, 0.5, 0.625, 0.75, 1.0):
+        learner.learn(BATCH, 0.0, progress)
+    assert torch.equal(seen[0], seen[1])
+    assert learner.steps == 3
+    half, full, after = (gradient - seen[0] for gradient in seen[2:])
+    assert torch.allclose(2 * half, full, atol=1e-6)
+    assert torch.equal(full, after)
+    assert full.abs().max() > 1e-3
+    assert learner.extra_passes(8) == pytest.approx(3 / 20 / 2)

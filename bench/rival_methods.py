@@ -1,0 +1,242 @@
+"""Other methods that learn an N:M mask by backward passes, written from their papers for bench/rivals.py.
+
+    MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits a block, a soft mask from Gumbel noise in the forward
+    ScoresSTE   the plain straight-through estimator: a real score a weight, the N largest kept, gradient passed through
+    SRSTE       Zhou et al., arXiv 2102.04010: the same on the weights themselves, pruned ones pulled towards 0
+    ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step bring to 2:4
+
+All move their parameters with Adam. What is delivered is a mask, and it is judged on the frozen weights. `distill`, the
+loss against the dense model's predictions, is no part of any of the papers.
+"""
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import pge
+from masking.layers import find_layers
+from training.progress import lr_multiplier
+from training.straight_through import summed_loss
+
+
+class Rival:
+    """A model whose masked layers compute with a weight made of learned parameters, one float32 tensor a layer.
+
+    model: frozen, its layers plain nn.Linear; masks: m0, bool `[out, in]` by name; norms: ||x_j|| of their inputs,
+    `[in]`; lr: Adam's; distill: 0 or 1. A subclass says what the parameters start as, which weight they make, and which
+    mask they stand for.
+    """
+    schedule = "linear"
+    betas = (0.9, 0.999)
+
+    def __init__(self, model: nn.Module, masks: dict[str, Tensor], norms: dict[str, Tensor], n: int, m: int, lr: float,
+                 seed: int = 0, distill: float = 0.0):
+        self.model, self.n, self.m, self.lr, self.distill = model, n, m, lr, distill
+        self.layers = {name: layer for name, layer in find_layers(model).items() if name in masks}
+        self.norms = norms
+        self.generator = torch.Generator().manual_seed(seed)
+        self.is_dense, self.penalty, self.progress = False, 0.0, 0.0
+        self.parameters = {name: self.start(name, masks[name]).requires_grad_() for name in self.layers}
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=lr, betas=self.betas)
+        for name, layer in self.layers.items():
+            layer.forward = partial(self._forward, name, layer)
+
+    def start(self, name: str, mask: Tensor) -> Tensor:
+        """A layer's parameters at the start, float32."""
+        raise NotImplementedError
+
+    def weight(self, name: str) -> Tensor:
+        """The weight that a layer computes with, float32 `[out, in]`; may add to `self.penalty`."""
+        raise NotImplementedError
+
+    def mask(self, name: str) -> Tensor:
+        """The mask that a layer's parameters stand for, bool `[out, in]`."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """What follows Adam's step."""
+
+    def learn(self, batch: Tensor, step: int, steps: int) -> float:
+        """One step on int64 `[sequences, tokens]`, of so many; returns the loss, nats a prediction."""
+        self.progress, self.penalty, teacher = step / steps, 0.0, None
+        if self.distill:
+            with torch.no_grad():
+                self.is_dense = True
+                teacher = self.model(input_ids=batch, use_cache=False).logits
+                self.is_dense = False
+        logits = self.model(input_ids=batch, use_cache=False).logits
+        loss, gradient = summed_loss(logits.detach(), batch, teacher, self.distill)
+        predictions = batch.shape[0] * (batch.shape[1] - 1)
+        self.optimizer.param_groups[0]["lr"] = self.lr * self.multiplier()
+        self.optimizer.zero_grad()
+        outputs, gradients = [logits], [gradient / predictions]
+        if isinstance(self.penalty, Tensor):
+            outputs.append(self.penalty)
+            gradients.append(torch.ones_like(self.penalty))
+        torch.autograd.backward(outputs, gradients)
+        self.optimizer.step()
+        self.after_step()
+        return loss / predictions
+
+    def multiplier(self) -> float:
+        """Of the rate, at this point of the run."""
+        return lr_multiplier(self.schedule, self.progress)
+
+    def state_bytes(self) -> float:
+        """Bytes a weight of what learning keeps beside the model, after a step: parameters, gradients, moments."""
+        tensors = [tensor for parameter in self.parameters.values() for tensor in
+                   (parameter, parameter.grad, *self.optimizer.state[parameter].values()) if tensor.dim()]
+        return sum(tensor.nbytes for tensor in tensors) / sum(layer.weight.numel() for layer in self.layers.values())
+
+    def _forward(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        weight = layer.weight if self.is_dense else self.weight(name).to(layer.weight.dtype)
+        return nn.functional.linear(x, weight, layer.bias)
+
+    def largest(self, score: Tensor) -> Tensor:
+        """The N largest of each block, bool as score `[out, in]`."""
+        return pge.mode(score.detach().reshape(-1, self.m), self.n).view_as(score)
+
+    def dense(self, name: str) -> Tensor:
+        """A layer's own weight, float32 `[out, in]`."""
+        return self.layers[name].weight.detach().float()
+
+
+class MaskLLM(Rival):
+    """softmax((kappa pi + Gumbel noise) / tau) over the block's patterns; the mask in the forward is their mean.
+
+    tau falls from 4 to 0.05 and kappa grows from 100 to 500, linearly. pi starts from noise of 0.01 and, for each
+    weight that a pattern shares with m0 more than the mean pattern does, `prior` = 3 times that. `norm_reward` times
+    the squared norm of the weights that are kept is taken off the loss. Cosine decay to a tenth of the rate.
+    """
+    betas = (0.9, 0.95)
+    noise, prior, norm_reward = 0.01, 3.0, 1e-5
+    temperatures, scales = (4.0, 0.05), (100.0, 500.0)
+
+    def start(self, name: str, mask: Tensor) -> Tensor:
+        patterns = pge.patterns(self.n, self.m).float()
+        shared = mask.view(-1, self.m).float() @ patterns.T
+        noise = self.noise * torch.randn(shared.shape, generator=self.generator)
+        return noise + self.noise * self.prior * (shared - self.n * self.n / self.m)
+
+    def weight(self, name: str) -> Tensor:
+        temperature, scale = (first + (last - first) * self.progress for first, last in
+                              (self.temperatures, self.scales))
+        logits = self.parameters[name]
+        noise = -torch.empty_like(logits).exponential_(generator=self.generator).log_()  # Gumbel
+        probs = torch.softmax((scale * logits + noise) / temperature, 1)
+        weight = self.dense(name) * (probs @ pge.patterns(self.n, self.m).float()).view_as(self.layers[name].weight)
+        self.penalty = self.penalty - self.norm_reward * weight.square().sum()
+        return weight
+
+    def mask(self, name: str) -> Tensor:
+        return pge.patterns(self.n, self.m)[self.parameters[name].argmax(1)].view_as(self.layers[name].weight)
+
+    def multiplier(self) -> float:
+        return 0.55 + 0.45 * math.cos(math.pi * self.progress)
+
+
+class ScoresSTE(Rival):
+    """m * w with m the N largest scores of each block and d loss / d score = w * d loss / d(m * w), kept or not. Scores
+    start at log |w| ||x||, Wanda's, so that their mask is m0."""
+
+    def start(self, name: str, mask: Tensor) -> Tensor:
+        return (self.dense(name).abs() * self.norms[name]).clamp(min=1e-30).log()
+
+    def weight(self, name: str) -> Tensor:
+        score = self.parameters[name]
+        return self.dense(name) * (self.largest(score) + score - score.detach())
+
+    def mask(self, name: str) -> Tensor:
+        return self.largest(self.parameters[name])
+
+
+class SRSTE(Rival):
+    """Weights W that are trained: the forward at m * W, m the largest |W| ||x|| of each block, its gradient passed to
+    all of W, and `decay` (1 - m) * W added to it."""
+    decay = 2e-4
+
+    def start(self, name: str, mask: Tensor) -> Tensor:
+        return self.dense(name).clone()
+
+    def weight(self, name: str) -> Tensor:
+        weight, mask = self.parameters[name], self.mask(name)
+        self.penalty = self.penalty + self.decay / 2 * weight.masked_fill(mask, 0.0).square().sum()
+        return weight - weight.detach().masked_fill(mask, 0.0)
+
+    def mask(self, name: str) -> Tensor:
+        return self.largest(self.parameters[name].abs() * self.norms[name])
+
+
+class ProxSparse(Rival):
+    """Weights W that are trained dense and that a proximal step brings to 2:4 in between: Adam on the loss and
+    `stay` ||W / w * (W - w)||^2, then in each block the proximal step of lambda (sum of the products of three |W|).
+
+    `strength` is the sum of lambda over the run. The mask keeps the largest |W| ||x|| at the end. The products are of
+    weights times their inputs' norms (of mean square 1 in a layer), so that the method starts from m0's order as others
+    do; with `scaled` false of the bare weights, as published. 2:4 only.
+    """
+    stay, scaled = 0.25, True
+
+    def __init__(self, *args, strength: float, steps: int, **kwargs):
+        self.strength = strength / steps
+        super().__init__(*args, **kwargs)
+
+    def scale(self, name: str) -> Tensor:
+        """What each column counts, `[in]`."""
+        norms = self.norms[name].clamp(min=1e-12)
+        return norms / norms.square().mean().sqrt() if self.scaled else torch.ones_like(norms)
+
+    def start(self, name: str, mask: Tensor) -> Tensor:
+        return self.dense(name).clone()
+
+    def weight(self, name: str) -> Tensor:
+        weight, dense = self.parameters[name], self.dense(name)
+        ratio = weight / torch.where(dense < 0, dense.clamp(max=-1e-6), dense.clamp(min=1e-6))
+        self.penalty = self.penalty + self.stay * (ratio * (weight - dense)).square().sum()
+        return weight
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for name, weight in self.parameters.items():
+            scale = self.scale(name)
+            blocks = proximal_step((weight * scale).view(-1, 4), self.strength * self.multiplier())
+            weight.copy_(blocks.view_as(weight) / scale)
+
+    def mask(self, name: str) -> Tensor:
+        return self.largest(self.parameters[name].abs() * self.scale(name))
+
+
+def triples(z: Tensor) -> Tensor:
+    """The sum of the products of three of four numbers, `[..., 4]` -> `[...]`: 0 where two or fewer are not 0."""
+    a, b, c, d = z.unbind(-1)
+    return a * b * (c + d) + (a + b) * c * d
+
+
+def proximal_step(y: Tensor, strength: float, sweeps: int = 30) -> Tensor:
+    """argmin_z 1/2 ||z - y||^2 + strength * (sum of the products of three |z|), of each block `[blocks, 4]`.
+
+    With the signs of y, z >= 0. The minimum is not convex: it is looked for with the two, three or four largest free to
+    be other than 0, from y, one number after the other (each step is exact), and the lowest of the three is taken.
+    """
+    sign, (size, order) = y.sign(), y.abs().sort(dim=1, descending=True)
+    best, lowest = None, None
+    for free in (2, 3, 4):
+        z = size.clone()
+        z[:, free:] = 0
+        for _ in range(sweeps if free > 2 else 0):
+            for i in range(free):
+                a, b, c = (z[:, j] for j in range(4) if j != i)
+                z[:, i] = (size[:, i] - strength * (a * b + b * c + c * a)).clamp(min=0)
+        value = 0.5 * (z - size).square().sum(1) + strength * triples(z)
+        if best is None:
+            best, lowest = z, value
+        else:
+            better = value < lowest
+            best, lowest = torch.where(better[:, None], z, best), torch.where(better, value, lowest)
+    return torch.empty_like(best).scatter_(1, order, best) * sign
+
+
+RIVALS: dict[str, Callable[..., Rival]] = {
+    "maskllm": MaskLLM, "scores_ste": ScoresSTE, "sr_ste": SRSTE, "proxsparse": ProxSparse}

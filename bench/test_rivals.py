@@ -1,0 +1,167 @@
+"""The methods of bench/rival_methods.py against formulas and brute force on a toy model; and the bench itself, tiny."""
+import itertools
+import json
+
+import common
+from utils import run_script
+
+import pytest
+import rivals
+import small_model
+import torch
+from rival_methods import SRSTE, MaskLLM, ProxSparse, ScoresSTE, proximal_step, triples
+from rival_rows import setting_of
+from test_variants import BATCH, Toy
+from torch import nn
+
+import pge
+
+MASKS = {"inner": torch.tensor([[True, False, False, True], [False, True, True, False]])}
+NORMS = {"inner": torch.tensor([1.0, 2.0, 0.5, 1.5])}
+
+
+def gradient_at(weight):
+    """d loss / d weight of the toy's masked layer, by autograd through a model written out here."""
+    model, weight = Toy(), weight.clone().requires_grad_()
+    logits = model.head(torch.tanh(model.embed(BATCH) @ weight.T))[:, :-1]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), BATCH[:, 1:].flatten())
+    return torch.autograd.grad(loss, weight)[0]
+
+
+def learned(kind, **further):
+    """A rival on the toy after one step that moves nothing."""
+    rival = kind(Toy(), MASKS, NORMS, 2, 4, lr=0.0, **further)
+    rival.learn(BATCH, 0, 1)
+    return rival, rival.parameters["inner"]
+
+
+def test_a_score_moves_as_if_its_weight_were_kept():
+    rival, score = learned(ScoresSTE)
+    dense = rival.dense("inner")
+    wanda = dense.abs() * NORMS["inner"]
+    mask = torch.zeros(2, 4, dtype=torch.bool).scatter_(1, wanda.topk(2).indices, True)
+    assert torch.equal(rival.mask("inner"), mask)
+    expected = dense * gradient_at(dense * mask)
+    assert torch.allclose(score.grad, expected, atol=1e-6)
+    assert expected[~mask].abs().min() > 1e-3
+
+
+def test_sr_ste_pulls_pruned_weights_towards_zero():
+    rival, weight = learned(SRSTE)
+    dense, mask = rival.dense("inner"), rival.mask("inner")
+    expected = gradient_at(dense * mask) + 2e-4 * dense * ~mask
+    assert torch.allclose(weight.grad, expected, atol=1e-6)
+
+
+def test_distillation_has_the_dense_model_as_its_target():
+    """At the dense weights the gradient of the cross entropy with the model's own predictions is 0."""
+    weight = learned(ProxSparse, strength=0.0, steps=1, distill=1.0)[1]
+    assert weight.grad.abs().max() < 1e-6
+    assert learned(ProxSparse, strength=0.0, steps=1)[1].grad.abs().max() > 1e-3
+
+
+def test_maskllm_starts_from_its_prior():
+    model = Toy()
+    model.inner = nn.Linear(4, 20000, bias=False)
+    mask = torch.tensor([[True, False, True, False]]).expand(20000, 4)
+    rival = MaskLLM(model, {"inner": mask}, {}, 2, 4, lr=0.1)
+    shared = (pge.patterns(2, 4) & mask[0]).sum(1)  # 2 of itself, 0 of its complement, else 1
+    logits = rival.parameters["inner"].detach()
+    assert torch.allclose(logits.mean(0), 0.03 * (shared - 1), atol=4e-4)
+    assert torch.allclose(logits.std(0), torch.full((6,), 0.01), atol=3e-4)
+
+
+def test_maskllm_draws_patterns_in_the_end_and_mixes_them_at_first():
+    model, logits = Toy(), torch.tensor([0.2, -0.7, 1.1, 0.0, 0.5, -0.1])
+    model.inner = nn.Linear(4, 40000, bias=False)
+    model.inner.weight.data.fill_(1.0)
+    rival = MaskLLM(model, {"inner": torch.ones(40000, 4, dtype=torch.bool)}, {}, 2, 4, lr=0.1)
+    rival.parameters["inner"].data = logits.expand(40000, 6) / 500
+    rival.progress = 1.0
+    drawn = rival.weight("inner")
+    assert torch.allclose(drawn.mean(0), logits.softmax(0) @ pge.patterns(2, 4).float(), atol=0.01)
+    assert ((drawn < 0.02) | (drawn > 0.98)).float().mean() > 0.9
+    assert float(rival.penalty.detach()) == pytest.approx(-1e-5 * float(drawn.detach().square().sum()))
+    rival.progress = 0.0
+    mixed = rival.weight("inner")
+    assert torch.allclose(mixed.sum(1), torch.full((40000,), 2.0))
+    assert ((mixed > 0.02) & (mixed < 0.98)).all()
+
+
+def test_maskllm_has_the_gradient_of_its_soft_mask():
+    """Of the same noise: finite differences of the loss in each logit."""
+    rival, logits = learned(MaskLLM, seed=3)
+    rival.parameters["inner"].data *= 0.5
+
+    def loss_and_gradient():
+        rival.generator.manual_seed(5)
+        rival.learn(BATCH, 1, 4)
+        rival.generator.manual_seed(5)
+        with torch.no_grad():
+            weight = rival.weight("inner")
+        logits = Toy().head(torch.tanh(Toy().embed(BATCH) @ weight.T))[:, :-1].double()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), BATCH[:, 1:].flatten())
+        return float(loss - 1e-5 * weight.square().sum()), logits_grad()
+
+    def logits_grad():
+        return rival.parameters["inner"].grad.clone()
+    gradient, start = loss_and_gradient()[1], logits.data.clone()
+    found = torch.empty_like(gradient)
+    for place in itertools.product(range(2), range(6)):
+        ends = []
+        for sign in (1, -1):
+            logits.data = start.clone()
+            logits.data[place] += sign * 1e-3
+            ends.append(loss_and_gradient()[0])
+        found[place] = (ends[0] - ends[1]) / 2e-3
+    assert torch.allclose(found, gradient, rtol=0.05, atol=0.05 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 4.0])
+def test_the_proximal_step_is_no_worse_than_any_point_of_a_grid(strength):
+    y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double()
+    ours = proximal_step(y, strength)
+
+    def value(z):
+        return 0.5 * (z - y[:, None]).square().sum(-1) + strength * triples(z.abs())
+    shares = torch.tensor(list(itertools.product(torch.linspace(0, 1, 13).tolist(), repeat=4))).double()
+    assert (value(ours[:, None])[:, 0] <= value(shares * y[:, None]).amin(1) + 1e-9).all()
+    assert (ours * y >= 0).all()
+    assert (ours.abs() <= y.abs() + 1e-12).all()
+
+
+def test_a_strong_proximal_step_leaves_the_two_largest_as_they_are():
+    y = torch.tensor([[0.5, -3.0, 2.0, -1.0], [1.0, 1.5, -0.2, 0.1]])
+    assert torch.equal(proximal_step(y, 50.0), torch.tensor([[0.0, -3.0, 2.0, 0.0], [1.0, 1.5, 0.0, 0.0]]))
+
+
+def test_state_is_counted_as_parameters_gradients_and_moments():
+    assert learned(ScoresSTE)[0].state_bytes() == 16
+    assert learned(MaskLLM)[0].state_bytes() == 24
+
+
+def test_a_row_takes_what_is_tuned_for_its_budget():
+    rows = {"row": dict(learner="maskllm", lr=1.0, tuned={160: dict(lr=2.0), 640: dict(lr=3.0)})}
+    assert [setting_of(rows, "row", passes)["lr"] for passes in (10, 160, 639, 640, 5000)] == [2.0, 2.0, 2.0, 3.0, 3.0]
+    assert setting_of({"row": dict(lr=1.0)}, "row", 160) == dict(lr=1.0)
+
+
+def test_the_bench_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    text = "the quick brown fox jumps over the lazy dog and then it sleeps " * 3
+    (tmp_path / small_model.TEXT).write_text("\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(520)))
+    (tmp_path / small_model.HELDOUT).write_text(text * 50)
+    common.random_llama("tiny", "cpu", torch.float32).save_pretrained("demo/small")
+    small_model.byte_tokenizer().save_pretrained("demo/small")
+    rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--rows", "tuned,MaskLLM + KD"])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["method"] for row in rows] == ["dense", "m0", "--preset fast, its rate tuned", "MaskLLM + KD"]
+    assert all("12 passes" in row for row in rows)
+    rivals.main(["--quick", "--device", "cpu", "--sweep", "--rows", "SR-STE", "--rates", "0.001"])
+    assert "0.001: " in capsys.readouterr().out
+
+
+def test_a_row_that_is_not_there_is_an_error():
+    with pytest.raises(SystemExit):
+        run_script(lambda: rivals.main(["--quick", "--rows", "nothing of this name"]))
