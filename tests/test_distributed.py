@@ -282,8 +282,9 @@ def test_a_run_of_sharded_layers_goes_on_with_any_number_of_processes(w, tmp_pat
 
 
 def test_what_sharded_layers_cannot_do_is_refused(w, tmp_path):
-    with pytest.raises(UserError, match="one mask at a time: leave out --samples"):
-        train.main(arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --shard --samples 2"))
+    for flag in ("--samples 2", "--init scores"):
+        with pytest.raises(UserError, match="leave out --samples, and --init scores"):
+            train.main(arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --shard {flag}"))
     flags = f"{GRADIENTS} --shard --batchsize 2 --dtype float16"
     launched = Launched(2, [ROOT / "train.py", *arguments(w, tmp_path / "run", flags)], tmp_path / "said.txt")
     assert launched.wait() != 0

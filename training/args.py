@@ -179,8 +179,9 @@ def check_processes(args: Namespace, processes: int) -> None:
     """UserError for what may not be together in so many processes."""
     if args.samples > 1 and args.samples % processes:
         raise UserError(f"--samples {args.samples} cannot be split over {processes} processes: choose a multiple")
-    if args.shard and args.samples > 1:
-        raise UserError("with --shard all processes have one mask at a time: leave out --samples")
+    if args.shard and (args.samples > 1 or args.init == "scores"):
+        raise UserError("with --shard all processes have one mask at a time, and the dense model makes no pass before "
+                        "it is masked: leave out --samples, and --init scores")
     if args.device_map and processes > 1:
         raise UserError("--device_map gives all GPUs to one process: leave it out, or start one process")
 

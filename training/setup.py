@@ -87,14 +87,14 @@ def mask_model(inputs: Inputs, batches: Tensor, group: ProcessGroup, *, sparsity
 
     is_restored: a saved state will replace the logits, so that nothing is measured for them.
     """
-    masks = inputs.mask_file.masks
+    masks, norms = inputs.mask_file.masks, None
+    if init == "scores" and not is_restored:  # in the dense model
+        norms = initialize.wanda_norms(inputs.model, inputs.learned, batches)
     masked = MaskedModel(inputs.model, masks, SPACES[space](*sparsity_type), logits, DTYPES[logits_dtype],
                          inputs.learned, seed, step)
     if masked.is_sharded:  # FSDP wants its first pass to be of the whole model
         batch_loss(inputs.model, batches[0, :1, :2])
-    if init == "scores" and not is_restored:
-        with masked.use_dense():
-            norms = initialize.wanda_norms(inputs.model, inputs.learned, batches)
+    if norms is not None:
         initialize.init_from_scores(masked, norms, logits)
     if init == "random":
         initialize.init_at_random(masked, logits, seed)
