@@ -48,9 +48,11 @@ CONFIGS = {  # name -> (class of transformers, what is its own)
     "gpt2": ("GPT2Config", dict(n_inner=48) | SPREAD),
 }
 PLACE = "--dtype float32 --device cpu"
+# the attention masks of older versions overflow in float64
+EXACT = torch.float64 if int(transformers.__version__.split(".")[0]) >= 5 else torch.float32
 
 
-def make(name, dtype=torch.float64):
+def make(name, dtype=EXACT):
     """A model of random weights, biases and norms, so that whatever is left in its place shows."""
     kind, own = CONFIGS[name]
     if not hasattr(transformers, kind):
