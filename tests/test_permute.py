@@ -27,6 +27,7 @@ SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_h
              pad_token_id=0, bos_token_id=1, eos_token_id=2)
 MLP, GROUPED, SPREAD = dict(intermediate_size=48), dict(num_key_value_heads=2), dict(initializer_range=tiny.SPREAD)
 OPT = dict(ffn_dim=48, word_embed_proj_dim=32, init_std=tiny.SPREAD)
+NEW = int(transformers.__version__.split(".")[0]) >= 5
 CONFIGS = {  # name -> (class of transformers, what is its own)
     "llama": ("LlamaConfig", MLP | GROUPED | SPREAD | dict(attention_bias=True, mlp_bias=True)),
     "llama, tied": ("LlamaConfig", MLP | GROUPED | SPREAD | dict(tie_word_embeddings=True)),
@@ -40,7 +41,7 @@ CONFIGS = {  # name -> (class of transformers, what is its own)
     "smollm3": ("SmolLM3Config", MLP | GROUPED | SPREAD),
     "granite": ("GraniteConfig", MLP | GROUPED | SPREAD),
     "phi3": ("Phi3Config", MLP | GROUPED | SPREAD),
-    "phi": ("PhiConfig", MLP | GROUPED | SPREAD | dict(qk_layernorm=True)),
+    "phi": ("PhiConfig", MLP | GROUPED | SPREAD | dict(qk_layernorm=NEW)),  # older versions normalise the wrong shape
     "opt": ("OPTConfig", OPT),
     "opt, norms behind": ("OPTConfig", OPT | dict(do_layer_norm_before=False)),
     "gpt_neox": ("GPTNeoXConfig", MLP | SPREAD),
@@ -48,8 +49,7 @@ CONFIGS = {  # name -> (class of transformers, what is its own)
     "gpt2": ("GPT2Config", dict(n_inner=48) | SPREAD),
 }
 PLACE = "--dtype float32 --device cpu"
-# the attention masks of older versions overflow in float64
-EXACT = torch.float64 if int(transformers.__version__.split(".")[0]) >= 5 else torch.float32
+EXACT = torch.float64 if NEW else torch.float32  # in which the attention masks of older versions overflow
 
 
 def make(name, dtype=EXACT):
