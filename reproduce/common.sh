@@ -1,4 +1,5 @@
-# Sourced by the scripts of this folder: the settings, the paper's or with DEMO=1 the demo's, and the steps.
+# Sourced by the scripts of this folder: the settings, and the steps. The settings are the paper's; with DEMO=1 the
+# demo's; with SMALL=1 the paper's scaled to the model of bench/small_model.py, where they learn in minutes on a CPU.
 #
 # A script says for which pattern, names the rows of its table with `dense`, `pruned`, `learned` and `fast`, and ends
 # with `table`. What a row needs is made first, if it is not there yet: all scripts of a mode share $OUT, so nothing is
@@ -14,13 +15,21 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv-lock/bin/python ]; then PYTHON=.venv-lock/bin/python; else PYTHON=python; fi
 fi
-: "${DRY:=0}" "${DEMO:=0}" "${LR:=50}" "${LOGITS:=10}" "${SQLEN:=128}"
+: "${DRY:=0}" "${DEMO:=0}" "${SMALL:=0}" "${SQLEN:=128}"
+[ "$SMALL" = 0 ] || : "${LR:=5}" "${LOGITS:=5}" "${N_M:=1:4}"
+: "${LR:=50}" "${LOGITS:=10}" "${N_M:=2:4}"  # what the studies of one pattern are of
 if [ "$DEMO" = 1 ]; then  # what `make demo` leaves in demo/, in minutes on a CPU
     : "${OUT:=results/reproduce-demo}" "${MODEL:=demo/model}" "${DTYPE:=auto}"
     : "${TRAIN_TEXT:=demo/train.jsonl}" "${NSAMPLES:=64}" "${CALIBRATION_SEQLEN:=256}"
     : "${SIZE:=128}" "${BATCHSIZE:=8}" "${STEPS:=48}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=512}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=32}")
     preset=(--preset fast --tokens "${TOKENS:=50000}" --num_evals 4)
+elif [ "$SMALL" = 1 ]; then  # bytes for tokens; text and windows are those of bench/estimators.py
+    : "${OUT:=results/reproduce-small}" "${MODEL:=demo/small}" "${DTYPE:=auto}"
+    : "${TRAIN_TEXT:=demo/train.jsonl}" "${NSAMPLES:=128}" "${CALIBRATION_SEQLEN:=128}"
+    : "${SIZE:=512}" "${BATCHSIZE:=8}" "${STEPS:=2500}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=128}"
+    protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=256}")
+    preset=(--preset fast --tokens "${TOKENS:=400000}")
 else
     : "${OUT:=results/reproduce}" "${MODEL:=meta-llama/Llama-2-7b-hf}" "${DTYPE:=float16}"
     : "${TRAIN_TEXT:=allenai/c4}" "${NSAMPLES:=128}" "${CALIBRATION_SEQLEN:=2048}"
@@ -32,6 +41,7 @@ fi
 # the sequential pass: later layers are calibrated on the pruned earlier ones, as in Wanda's and SparseGPT's own code
 calibration=(--dataset "$TRAIN_TEXT" --nsamples "$NSAMPLES" --seqlen "$CALIBRATION_SEQLEN" --true_sequential)
 rows=() planned=" "  # the table's records; outputs made or, with DRY=1, printed by now
+SEED=0  # of the draws of `learned`
 
 stop() {
     echo "error: $*" >&2
@@ -40,6 +50,8 @@ stop() {
 
 if [ "$DEMO" = 1 ] && [ ! -e "$MODEL" ]; then
     stop "there is no $MODEL; \`make demo DEMO_FLAGS=--quick\` makes it"
+elif [ "$SMALL" = 1 ] && [ ! -e "$MODEL" ]; then
+    stop "there is no $MODEL; \`python bench/small_model.py --steps 1200\` makes it"
 fi
 # one $OUT, one protocol; what its files are named by, such as STEPS, may vary
 settings="$MODEL $DTYPE; ${calibration[*]}; batchsize $BATCHSIZE, sqlen $SQLEN; ${protocol[*]}; ${preset[*]}"
@@ -104,14 +116,20 @@ train() {  # train RUN FLAGS...: to RUN/mask.safetensors, evaluated on the origi
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 
-learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS
+learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's losses cached, or of a second forward pass
     local minibatches=(--dataset_size "$2" --batchsize "$(($2 < BATCHSIZE ? $2 : BATCHSIZE))")
-    local baseline=$folder/baseline-size$2.npz
+    local source baseline=$folder/baseline-size$2.npz run=$1-size$2-lr$3-logits$4-steps$STEPS
     initial_mask
-    once "$baseline" inference_loss.py --model "$MODEL" --dtype "$DTYPE" --mask "$folder/initial_mask.safetensors" \
-        --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" "${minibatches[@]}" --save "$baseline"
-    train "$folder/$1-size$2-lr$3-logits$4-steps$STEPS" --estimator "$1" "${minibatches[@]}" --lr "$3" --logits "$4" \
-        --epoch "$STEPS" --baseline_file "$baseline"
+    if [ "${5:-cached}" = online ]; then
+        run=$run-online source=(--baseline online)
+    else
+        source=(--baseline_file "$baseline")
+        once "$baseline" inference_loss.py --model "$MODEL" --dtype "$DTYPE" --mask "$folder/initial_mask.safetensors" \
+            --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" "${minibatches[@]}" --save "$baseline"
+    fi
+    [ "$SEED" = 0 ] || run=$run-seed$SEED
+    train "$folder/$run" --estimator "$1" "${minibatches[@]}" --lr "$3" --logits "$4" --epoch "$STEPS" \
+        "${source[@]}" --seed "$SEED"
 }
 
 fast() {  # not the paper's but this project's way to learn, by gradients
@@ -120,11 +138,13 @@ fast() {  # not the paper's but this project's way to learn, by gradients
 }
 
 table() {  # table NAME: of the rows so far, to NAME/table.md
-    echo "\$ python evaluate.py --compare ${rows[*]}"
+    local compare=(evaluate.py --compare)
+    [ "$SMALL" = 0 ] || compare=(reproduce/learned_table.py)
+    echo "\$ python ${compare[*]} ${rows[*]}"
     [ "$DRY" = 0 ] || return 0
     mkdir -p "$OUT/$1"
     trap 'rm -f "$OUT"/*/.table.md.partial' EXIT  # of a comparison that failed
-    "$PYTHON" evaluate.py --compare "${rows[@]}" > "$OUT/$1/.table.md.partial"
+    "$PYTHON" "${compare[@]}" "${rows[@]}" > "$OUT/$1/.table.md.partial"
     mv "$OUT/$1/.table.md.partial" "$OUT/$1/table.md"
     cat "$OUT/$1/table.md"
 }

@@ -3,6 +3,8 @@
 Their commands, printed by DRY=1, run in this process, which saves them a process each; what that left out, and a
 finished script, run as a user runs them.
 """
+import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -25,10 +27,14 @@ from files import mask_files
 from training import args as train_args
 
 ROOT = Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("learned_table", ROOT / "reproduce/learned_table.py")
+learned_table = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(learned_table)
 COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
-            "evaluate.py": evaluate}
+            "evaluate.py": evaluate, "reproduce/learned_table.py": learned_table}
 SCRIPTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
-VALUES = {"dataset_size": "1 4 8", "logits": "1 10", "learning_rate": "10 50", "other_patterns": "1:4"}
+VALUES = {"dataset_size": "1 4 8", "baselines": "online", "logits": "1 10", "learning_rate": "10 50",
+          "other_patterns": "1:4"}
 SETTINGS = dict(DEMO="1", DTYPE="float32", NSAMPLES="4", CALIBRATION_SEQLEN="48", SEQLEN="64", NWINDOWS="4", SQLEN="32",
                 SIZE="8", BATCHSIZE="4", STEPS="2", TOKENS="1500")
 
@@ -80,7 +86,7 @@ def finished(tiny):
     return plans
 
 
-@pytest.mark.parametrize("mode", [{}, {"DEMO": "1"}], ids=["paper", "demo"])
+@pytest.mark.parametrize("mode", [{}, {"DEMO": "1"}, {"SMALL": "1"}], ids=["paper", "demo", "small"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_take_the_commands(script, mode, tmp_path):
     plan = planned(script, {**mode, "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path)}, folder=tmp_path)
@@ -88,7 +94,8 @@ def test_the_scripts_take_the_commands(script, mode, tmp_path):
     assert not (tmp_path / "out").exists()
     outputs = [vars(args).get("save_model") or vars(args).get("out") or args.save for _, args in parsed[:-1]]
     assert len(set(outputs)) == len(outputs)  # nothing twice
-    assert parsed[-1][1].compare == [args.save for name, args in parsed[:-1] if name == "evaluate.py"]
+    shown = parsed[-1][1].records if mode.get("SMALL") else parsed[-1][1].compare
+    assert shown == [args.save for name, args in parsed[:-1] if name == "evaluate.py"]
 
 
 def test_the_papers_settings(tmp_path):
@@ -105,8 +112,45 @@ def test_the_papers_settings(tmp_path):
     assert len(evaluated) == 6  # dense, three one-shot methods, the paper's and this project's
 
 
-def test_steps_go_before_both_modes(tmp_path):
-    for mode in {}, {"DEMO": "1", "MODEL": str(tmp_path)}:
+def test_the_small_models_settings(tmp_path):
+    """The paper's but for eta, C and the steps, and the text's size; the estimators with three seeds each."""
+    plan = planned("estimators", {"SMALL": "1", "MODEL": str(tmp_path), "OUT": str(tmp_path / "out")})
+    runs = [parse("train.py", flags) for name, *flags in plan if name == "train.py"]
+    assert sorted((run.estimator, run.seed) for run in runs) == [
+        (estimator, seed) for estimator in ("maskpro", "residual", "vanilla") for seed in range(3)]
+    assert len({run.out for run in runs}) == 9
+    for run in runs:
+        assert (run.lr, run.logits, run.sqlen, run.dataset_size, run.batchsize) == (5, 5, 128, 512, 8)
+        assert min(run.max_step, run.epoch * 64) >= 2000 and run.sparsity_type == (1, 4)
+        assert not (run.debias_tracker or run.normalize_advantage) and run.alpha == 0.99 and run.schedule == "constant"
+    plan = planned("baselines", {"SMALL": "1", "MODEL": str(tmp_path), "OUT": str(tmp_path / "out")})
+    cached, online = [parse("train.py", flags) for name, *flags in plan if name == "train.py"]
+    differ = {name for name, value in vars(cached).items() if vars(online)[name] != value}
+    assert differ == {"baseline", "baseline_file", "out"} and online.baseline == "online"
+
+
+def test_the_table_of_the_small_model_is_over_seeds(tmp_path, capsys):
+    folder = tmp_path / "2of4"
+    nats = {"dense": 1.0, "2of4/wanda": 2.0, "2of4/run": 1.5, "2of4/run-seed1": 1.25, "2of4/run-seed12": 1.75}
+    for name, loss in nats.items():
+        folder.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text(json.dumps({"ppl": 2**loss, "nats": loss}))
+    for number, name in enumerate(("run", "run-seed1", "run-seed12")):
+        (folder / name).mkdir()
+        summary = {"blocks": 200, "blocks_changed": 2 + number, "seconds": 60.0}
+        (folder / name / "run.json").write_text(json.dumps({"arguments": {}, "summary": summary}))
+        (folder / name / "metrics.jsonl").write_text("".join(
+            json.dumps({"loss": float(step < learned_table.STEPS) + number}) + "\n" for step in range(1500)))
+    learned_table.main([str(tmp_path / f"{name}.json") for name in nats])
+    dense, wanda, run = [[cell.strip() for cell in line.split("|")[1:-1]]
+                         for line in capsys.readouterr().out.splitlines()[2:]]
+    assert dense[1:4] == ["1", "2.0000", "1.0000"] and wanda[3:] == ["2.0000", "", "", "", "", ""]
+    assert run[:2] == ["2of4/run", "3"] and run[3:] == [
+        "1.5000 ± 0.2500", "50.0 ± 25.0", "2.0000 ± 1.0000", "1.0000 ± 1.0000", "1.50 ± 0.50", "60 ± 0"]
+
+
+def test_steps_go_before_all_modes(tmp_path):
+    for mode in {}, {"DEMO": "1", "MODEL": str(tmp_path)}, {"SMALL": "1", "MODEL": str(tmp_path)}:
         plan = planned("estimators", {**mode, "STEPS": "7", "OUT": str(tmp_path / "out")})
         assert {parse("train.py", flags).max_step for name, *flags in plan if name == "train.py"} == {7}
 
@@ -120,7 +164,7 @@ def test_scripts_share_their_steps(tiny, finished):
     assert masks == sorted([*(f"maskpro-size{size}-lr50-logits10-steps2" for size in (1, 4, 8)),
                             *(f"{estimator}-size8-lr50-logits10-steps2" for estimator in ("residual", "vanilla")),
                             "maskpro-size8-lr10-logits10-steps2", "maskpro-size8-lr50-logits1-steps2",
-                            "ours-preset_fast-max_step2"])
+                            "maskpro-size8-lr50-logits10-steps2-online", "ours-preset_fast-max_step2"])
     assert [path.name for path in tiny.out.glob("2of4/*.npz")].count("baseline-size8.npz") == 1
     found = mask_files.load(tiny.out / "1of4/maskpro-size8-lr50-logits10-steps2/mask.safetensors")
     assert (found.n, found.m) == (1, 4)
@@ -173,6 +217,7 @@ def test_outputs_of_other_settings_are_refused(tiny, finished):
     assert other.returncode == 2 and "other settings" in other.stderr and len(other.stderr.splitlines()) == 1
 
 
-def test_without_the_demos_model_it_says_how_to_make_it(tmp_path):
-    done = bash("logits", {"DEMO": "1", "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path / "none")})
-    assert done.returncode == 2 and "make demo" in done.stderr and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("mode, remedy", [("DEMO", "make demo"), ("SMALL", "bench/small_model.py")])
+def test_without_the_model_it_says_how_to_make_it(mode, remedy, tmp_path):
+    done = bash("logits", {mode: "1", "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path / "none")})
+    assert done.returncode == 2 and remedy in done.stderr and not (tmp_path / "out").exists()
