@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How many sequences of text learning needs, from one to the paper's 512; minibatches of 32 (8 with DEMO=1 or SMALL=1), or
-# of all where there are fewer. VALUES="1 512" for other sizes, each a multiple of the minibatch.
+# How many sequences of text learning needs, from one to the paper's 512; minibatches of 32 (DEMO=1, SMALL=1: 8), or of
+# all where there are fewer. VALUES="1 512" for other sizes, each a multiple of the minibatch.
 . "$(dirname "$0")/common.sh"
 sparsity_type "$N_M"
 sizes="1 32 128 320 512"
