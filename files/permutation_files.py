@@ -41,7 +41,7 @@ def load(path: str | Path, shapes: dict[str, tuple[int, int]]) -> PermutationFil
     path = Path(path)
     try:
         if not path.is_file():
-            raise UserError("no such file; permute.py writes permutation.safetensors beside the model")
+            raise UserError("no such file; permute.py writes NAME.permutation.safetensors beside the model")
         with safe_open(path, framework="pt") as file:  # it checks the header against the file's size
             metadata = file.metadata() or {}
             if not FORMAT.items() <= metadata.items():
