@@ -121,14 +121,15 @@ def save_sharded(model: nn.Module, folder: Path, is_main: bool) -> None:
     modules, parts, seen, size = dict(model.named_modules()), [[]], set(), 0
     tensors = model.state_dict()
     for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor) and tensor.data_ptr() in seen:
-            continue  # tied to another
+        if not isinstance(tensor, DTensor):
+            if tensor.data_ptr() in seen:
+                continue  # tied to another
+            seen.add(tensor.data_ptr())
         size += tensor.numel() * tensor.itemsize
         if size > MOST_BYTES and parts[-1]:
             size = tensor.numel() * tensor.itemsize
             parts.append([])
         parts[-1].append(name)
-        seen.add(0 if isinstance(tensor, DTensor) else tensor.data_ptr())
     several = len(parts) > 1
     names = {number: f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors" if several else "model.safetensors"
              for number in range(len(parts))}
