@@ -24,6 +24,7 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 
+from masking.compiler import compiled
 from masking.distributed import ProcessGroup
 from masking.loading import input_device
 from masking.masked_layer import MaskedLayer
@@ -92,6 +93,7 @@ class StraightThrough:
         self._sizes = torch.tensor([float(layer.shape.numel()) for layer in layers], device=device)
         self._squares: dict[int, Tensor] = {}  # sums over the rows that are here, of this backward pass
         self._not_finite = torch.zeros((), dtype=torch.int64, device=device)  # blocks, of this step
+        self._of_sequence = compiled(sequence_loss, sequence_loss) if masked.kernels.is_compiled else sequence_loss
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if any(layer.module.weight.is_meta for layer in layers):
@@ -138,7 +140,8 @@ class StraightThrough:
             with torch.no_grad(), self.masked.use_dense():
                 teacher = self.masked.model(input_ids=sequences, use_cache=False).logits
         logits = self.masked.model(input_ids=sequences, use_cache=False).logits
-        loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, self.distill)
+        loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, self.distill,
+                                     self._of_sequence)
         if math.isfinite(self.group.mean([loss])):
             self.begin_pass()
             logits.backward(gradient)
@@ -237,24 +240,34 @@ def random_walk_step(deviation: float, steps: float) -> float:
     return deviation * math.sqrt(3 / steps)
 
 
-def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None,
-                distill: float = 0.0) -> tuple[float, Tensor]:
+def sequence_loss(logits: Tensor, chosen: Tensor, teacher: Tensor | None, distill: float, gradient: Tensor) -> Tensor:
+    """`summed_loss` of one sequence, float32 `[]`; its gradient is written. Compiled, it is a few loops over the
+    vocabulary and no float32 copy of it. chosen: the tokens that follow, int64 `[tokens, 1]`."""
+    log_probs = logits.float().log_softmax(-1)
+    own = log_probs.exp()
+    if distill < 1:
+        vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+        own = own + torch.where(vocabulary == chosen, distill - 1, 0.0)
+    if teacher is not None:
+        own = own - distill * teacher.float().softmax(-1)
+    gradient.copy_(own)
+    return -log_probs.gather(1, chosen).sum()
+
+
+def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None, distill: float = 0.0,
+                of_sequence: Callable = sequence_loss) -> tuple[float, Tensor]:
     """Next-token cross entropy summed over tokens, nats, and a gradient in the logits, both
     `[sequences, tokens, vocabulary]`: of it or, in the share `distill`, of the cross entropy with the teacher's
-    predictions in place of the text.
+    predictions in place of the text. of_sequence: `sequence_loss`, or that compiled.
 
     Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather than the mean, so
     that float16 gradients stay clear of its smallest numbers.
     """
-    gradient, losses = torch.zeros_like(logits), []
+    gradient, losses = torch.empty_like(logits), []
     for index, tokens in enumerate(sequences):
-        log_probs = logits[index, :-1].float().log_softmax(-1)
-        chosen = tokens[1:, None]
-        losses.append(-log_probs.gather(1, chosen).sum())
-        own = log_probs.exp().scatter_add_(1, chosen, torch.full_like(chosen, distill - 1, dtype=torch.float32))
-        if teacher is not None:
-            own -= distill * teacher[index, :-1].float().softmax(-1)
-        gradient[index, :-1] = own
+        losses.append(of_sequence(logits[index, :-1], tokens[1:, None], None if teacher is None else teacher[index, :-1],
+                                  distill, gradient[index, :-1]))
+    gradient[:, -1] = 0
     return sum(torch.stack(losses).tolist()), gradient  # the host waits once
 
 
