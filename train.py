@@ -38,6 +38,7 @@ from masking.masked_model import MaskedModel
 from training import args as arguments
 from training import results, setup, tracking
 from training.baselines import Baseline
+from training.curvature import Curvature
 from training.multi_sample import MultiSample
 from training.progress import Run, StepResult, StopSignals, lr_multiplier
 from training.run_folder import RunFolder, is_finished
@@ -87,8 +88,10 @@ def make_learner(args: Namespace, masked: MaskedModel, batches: Tensor, baseline
                  run: Run) -> PolicyGradient | MultiSample | StraightThrough:
     """Three learners, one `step(batch_indices, lr)`: from gradients, from several masks a step, or the paper's."""
     if args.estimator == "straight_through":
+        curvature = Curvature(masked, lambda: run.progress, group) if args.curvature else None
         return StraightThrough(masked, batches, args.gradient_checkpointing, args.forward == "sample", args.distill,
-                               group=group, microbatch=args.microbatch, expected_steps=run.expected_steps)
+                               group=group, microbatch=args.microbatch, expected_steps=run.expected_steps,
+                               curvature=curvature)
     estimator = pge.make_estimator(args.estimator, args.alpha, args.debias_tracker, args.normalize_advantage)
     if args.samples > 1:
         return MultiSample(masked, batches, baseline, estimator, group, args.samples, args.microbatch)

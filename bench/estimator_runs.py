@@ -12,7 +12,7 @@ from utils import progress_bar
 
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
-from variants import ControlVariate, Curvature, LeaveOneOut, Momentum, Sign, sharpen
+from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
 
 import data
 import pge
@@ -20,12 +20,14 @@ from masking.layers import apply_masks, find_layers
 from masking.loading import batch_loss, model_fingerprint
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from training.curvature import EVERY, SEQUENCES, Curvature
 from training.initialize import TOKENS, init_from_scores, init_from_swaps, wanda_norms
 from training.progress import lr_multiplier
 from training.straight_through import StraightThrough, random_walk_step
 
 FORWARD_ONLY = {"vanilla": pge.Vanilla, "residual": pge.Residual, "maskpro": pge.MaskPro, "running": pge.Running}
-GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum, "sign": Sign, "curvature": Curvature}
+GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum, "sign": Sign,
+             "curvature": StraightThrough}
 Step = Callable[[Tensor, int, int], object]  # minibatch [sequences, tokens], the step's number, steps in all
 
 
@@ -80,9 +82,15 @@ def make_step(setting: dict, masked: MaskedModel, baselines: list[float]) -> tup
     def rate(t: int, steps: int) -> float:
         return setting["lr"] * lr_multiplier(schedule, t / steps)
     if kind == "curvature":
-        learner = Curvature(masked, distill=distill, ramp=setting["ramp"], seed=masked.seed)
-        return (lambda batch, t, steps: learner.learn(batch, random_walk_step(rate(t, steps), steps), t / steps),
-                4 + learner.extra_passes(setting["batchsize"]))
+        progress = [0.0]
+        measured = Curvature(masked, lambda: progress[0], ramp=setting["ramp"])
+        learner = StraightThrough(masked, distill=distill, curvature=measured)
+
+        def by_curvature(batch: Tensor, t: int, steps: int) -> None:
+            progress[0] = t / steps
+            learner.learn(batch, random_walk_step(rate(t, steps), steps))
+        share = min(1, SEQUENCES / setting["batchsize"]) * (1 - setting["ramp"][0])
+        return by_curvature, (4 if distill else 3) + 3 * share / EVERY  # passes that measure
     if kind in GRADIENTS:
         learner = GRADIENTS[kind](masked, sample=setting.get("sample", False), distill=distill)
         return (lambda batch, t, steps: learner.learn(batch, random_walk_step(rate(t, steps), steps)),

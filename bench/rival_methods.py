@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import pge
 from masking.layers import find_layers
+from training.loss import summed_loss
 from training.progress import lr_multiplier
-from training.straight_through import summed_loss
 
 
 class Rival:

@@ -11,7 +11,7 @@ TEXT = dict(batchsize=8, fresh=True)  # text that no run repeats, as the preset'
 RATES = {"straight_through": (0.8, 1.2, 1.8, 2.5), "curvature": (1.2, 1.8, 2.5, 3.6),
          "momentum": (0.3, 0.5, 0.8), "maskllm": (0.001, 0.002, 0.004, 0.008),
          "scores_ste": (0.005, 0.01, 0.02, 0.04), "sr_ste": (3e-4, 1e-3, 3e-3), "proxsparse": (3e-4, 1e-3, 3e-3)}
-CURVATURE = dict(PRESET, learner="curvature", ramp=(0.5, 0.4))
+CURVATURE = dict(PRESET, learner="curvature", ramp=(0.5, 0.9))
 ROWS = {
     "--preset fast": PRESET,
     "--preset fast, its rate tuned": dict(PRESET, tuned={160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(
@@ -28,7 +28,7 @@ ROWS = {
 STUDY = {  # of the long run: the preset with its rate tuned, and what one change makes of it
     "the preset, its rate tuned": ROWS["--preset fast, its rate tuned"],
     "curvature from the middle on": ROWS["the same with curvature"],
-    "curvature at the end": dict(CURVATURE, ramp=(0.75, 0.15), tuned={160: dict(lr=1.2), 640: dict(lr=1.8)}),
+    "curvature at the end": dict(CURVATURE, ramp=(0.75, 0.9), tuned={160: dict(lr=1.2), 640: dict(lr=1.8)}),
     "curvature growing over the run": dict(CURVATURE, ramp=(0.0, 1.0), tuned={160: dict(lr=1.2), 640: dict(lr=1.8)}),
     "curvature throughout, twice the rate": dict(CURVATURE, ramp=(0.0, 0.0), tuned={160: dict(lr=2.4), 640: dict(
         lr=3.6)}),

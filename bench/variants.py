@@ -1,10 +1,8 @@
 """Estimators that train.py has not, tried in bench/estimators.py: each is an option that has to earn its place.
 
 Forward-only: `LeaveOneOut`, several masks a step. With gradients: `ControlVariate`, unbiased; `Momentum` and `Sign`,
-straight-through with another rule for the step; `Curvature`, with the loss's second order in each weight; `sharpen`, to
-let C grow during a run.
+straight-through with another rule for the step; `sharpen`, to let C grow during a run.
 """
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -139,74 +137,3 @@ class Sign(StraightThrough):
         """Before a backward pass: any gradient will be clipped."""
         self.mean_squares.fill_(1e-30)
         super().begin_pass()
-
-
-class Curvature(StraightThrough):
-    """Straight-through with the loss's curvature in each weight: G_i + h_i (1/2 - m_i) in place of G_i.
-
-    G_i is the slope at the mask as it is. To second order, adding a weight changes the loss by G_i + h_i / 2; having
-    kept one has changed it by G_i - h_i / 2: the slopes at m_i = 1/2. Without this term what is pruned seems better
-    than it is, and what is kept worse; blocks whose choice is close flip to and fro, until chance leaves them on one
-    side.
-
-    h_i = w_i^2 F_i, F the Fisher information's diagonal, factored as in K-FAC (Martens & Grosse 2015): the mean square
-    of the layer's input in a column times that of the loss's gradient at its output in a row, of tokens drawn from the
-    model. That is a number a row and a column; a pass of `sequences` every `every` steps renews them.
-
-    ramp: the shares of the run after which h begins to count and over which it comes to count in full. Until then the
-    flips are what tries masks out.
-    """
-    sequences, every, memory = 8, 20, 0.5
-
-    def __init__(self, *args, ramp: tuple[float, float] = (0.0, 0.0), seed: int = 0, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.ramp, self.factor, self.steps, self.is_measuring = ramp, 0.0, 0, False
-        self.factors: dict[str, tuple[Tensor, Tensor]] = {}  # mean squares at outputs [out], of inputs [in]; by layer
-        self.generator = torch.Generator(self.anchor.device).manual_seed(seed)
-
-    def learn(self, batch: Tensor, size: float, progress: float = 1.0) -> float:
-        """As StraightThrough's; progress: the share of the run that is done."""
-        start, width = self.ramp
-        self.factor = min(1.0, max(0.0, progress - start) / max(width, 1e-9))
-        if self.factor and self.steps % self.every == 0:
-            self.measure(batch[:self.sequences])
-        self.steps += self.factor > 0
-        self.factor *= min(len(batch), self.microbatch) * batch.shape[1]  # gradients are sums over tokens
-        return super().learn(batch, size)
-
-    def extra_passes(self, batchsize: int) -> float:
-        """What measuring costs a step, in forward passes of a minibatch, on average over a run."""
-        return 3 * min(1, self.sequences / batchsize) / self.every * (1 - self.ramp[0])
-
-    def measure(self, sequences: Tensor) -> None:
-        """Renew the factors on int64 `[sequences, tokens]`; one forward and one backward."""
-        found: dict[str, list[Tensor]] = {}
-
-        def watch(name: str) -> Callable:
-            def hook(_module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-                found[name] = [inputs[0].detach().flatten(0, -2).float().square().mean(0)]
-                output.register_hook(lambda upstream: found[name].insert(
-                    0, upstream.flatten(0, -2).float().square().mean(0)))
-            return hook
-        hooks = [layer.module.register_forward_hook(watch(layer.name)) for layer in self.masked.layers.values()]
-        logits = self.masked.model(input_ids=sequences, use_cache=False).logits
-        probs = logits.detach().float().softmax(-1)
-        drawn = torch.multinomial(probs.flatten(0, 1), 1, generator=self.generator).view(*sequences.shape, 1)
-        self.is_measuring = True
-        logits.backward(probs.scatter_add(2, drawn, torch.full_like(drawn, -1, dtype=probs.dtype)).to(logits.dtype))
-        self.is_measuring = False
-        for hook in hooks:
-            hook.remove()
-        for name, new in found.items():
-            old = self.factors.get(name, new)
-            self.factors[name] = tuple(torch.lerp(y, x, self.memory) for x, y in zip(old, new))
-
-    def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        """One layer's step, from df/dW `[out, in]`; none while the factors are measured."""
-        if self.is_measuring:
-            return
-        if self.factor:
-            at_outputs, of_inputs = self.factors[layer.name]
-            beyond = 0.5 - layer.mask_of(layer.bits).float()
-            gradient = gradient + self.factor * layer.weight.float() * torch.outer(at_outputs, of_inputs) * beyond
-        super().consume(layer, gradient)

@@ -13,7 +13,8 @@ from masking.kernels import Kernels
 from masking.layers import find_layers
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
-from training.straight_through import summed_loss, weight_gradient
+from training.loss import summed_loss
+from training.straight_through import weight_gradient
 
 
 @pytest.fixture(autouse=True)

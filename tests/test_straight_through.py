@@ -21,7 +21,8 @@ from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import SPACES, LinearSpace
 from training import straight_through
-from training.straight_through import CLIP, StraightThrough, summed_loss
+from training.loss import summed_loss
+from training.straight_through import CLIP, StraightThrough
 
 KINDS = ["llama", "gpt2", "opt"]
 

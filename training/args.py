@@ -23,7 +23,7 @@ from files.records import read_record
 from masking.kernels import MODES
 from masking.spaces import SPACES
 
-PRESETS = {"fast": dict(estimator="straight_through", init="swaps", logits=4.0, distill=1.0, lr=0.8,
+PRESETS = {"fast": dict(estimator="straight_through", init="swaps", logits=4.0, distill=1.0, curvature=True, lr=0.8,
                         schedule="linear", tokens=400_000, batchsize=8, epoch=1, val_fraction=0.02, num_evals=10)}
 INITS = ("mask", "scores", "swaps", "random")
 ESTIMATORS = ("vanilla", "residual", "maskpro", "running", "straight_through")
@@ -73,7 +73,7 @@ def _add_paper_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_further_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--preset", choices=list(PRESETS), default=None, help="settings as one: " + "; ".join(
-        name + " is " + " ".join(f"--{key} {value}" for key, value in preset.items())
+        name + " is " + " ".join(f"--{key}" if value is True else f"--{key} {value}" for key, value in preset.items())
         for name, preset in PRESETS.items()))
     group.add_argument("--init", type=lambda text: "swaps" if text == "exchange" else text, choices=INITS,
                        default="mask", help="logits start at C * m0; at C * log of the weights' |w| ||x||, which makes "
@@ -106,6 +106,9 @@ def _add_gradient_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--distill", type=float, default=0.0,
                        help="the share, 0 to 1, of the loss that compares with the dense model's predictions instead "
                             "of the text; a third more time")
+    group.add_argument("--curvature", action=argparse.BooleanOptionalAction, default=False,
+                       help="in the second half of the run, add the loss's second order in each weight "
+                            "(training/curvature.py); 4%% more time")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
 
 
@@ -246,4 +249,4 @@ def _as_flags(parser: argparse.ArgumentParser, arguments: dict, refuse: Callable
             flags.append(f"--{name}={':'.join(map(str, value))}")
         else:
             flags.append(f"--{name}={value}")
-    return flags
+    return flags + [f"--no-{name}" for name in known if f"no-{name}" in known and not arguments.get(name)]

@@ -29,6 +29,8 @@ from masking.distributed import ProcessGroup
 from masking.loading import input_device
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
+from training.curvature import Curvature
+from training.loss import sequence_loss, summed_loss
 from training.progress import StepResult
 
 CLIP = 0.1  # root mean squares beyond which J^T G counts no more
@@ -50,7 +52,8 @@ class MaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.learner.masked.write(layer)  # other layers have used the buffer since
             input_gradient = upstream @ layer.scratch
-        ctx.learner.consume(layer, weight_gradient(upstream.flatten(0, -2), x.flatten(0, -2)))
+        if not ctx.learner.is_measuring:
+            ctx.learner.consume(layer, weight_gradient(upstream.flatten(0, -2), x.flatten(0, -2)))
         return input_gradient, None, None, None
 
 
@@ -75,13 +78,15 @@ class StraightThrough:
     well below 1 they go no faster than the many that matter a little.
 
     batches: int64 `[minibatches, sequences, tokens]`, for `step`. distill: the share, 0 to 1, of the loss that compares
-    with the dense model's predictions. expected_steps: how many steps the run will have, as far as it is known by now.
+    with the dense model's predictions. curvature: what is added to G, if anything. expected_steps: how many steps the
+    run will have, as far as it is known by now.
     """
 
     def __init__(self, masked: MaskedModel, batches: Tensor | None = None, checkpointing: bool = False,
                  sample: bool = False, distill: float = 0.0, decay: float = 0.9, group: ProcessGroup | None = None,
-                 microbatch: int = 32, expected_steps: Callable[[], float] = lambda: 3):
-        self.masked, self.batches = masked, batches
+                 microbatch: int = 32, expected_steps: Callable[[], float] = lambda: 3,
+                 curvature: Curvature | None = None):
+        self.masked, self.batches, self.curvature = masked, batches, curvature
         self.sample, self.distill, self.decay = sample, distill, decay
         self.group, self.microbatch, self.expected_steps = group or ProcessGroup(), microbatch, expected_steps
         self.size, self.keys, self.reducing = 0.0, {}, None
@@ -127,6 +132,8 @@ class StraightThrough:
         parts = batch.to(input_device(self.masked.model)).split(self.microbatch)
         self.size, self.keys = size / len(parts), self.masked.keys()
         self._not_finite.zero_()
+        if self.curvature:
+            self.curvature.begin_step(parts[0])
         total = 0.0
         for sequences in parts:
             total += self._learn(sequences)
@@ -144,6 +151,8 @@ class StraightThrough:
                                      self._of_sequence)
         if math.isfinite(self.group.mean([loss])):
             self.begin_pass()
+            if self.curvature:
+                self.curvature.tokens = sequences.numel()
             logits.backward(gradient)
             self.end_pass()
         return loss
@@ -168,6 +177,8 @@ class StraightThrough:
     def _take_gradient(self, layer: MaskedLayer, parameter: Tensor) -> None:
         """FSDP has reduced a sharded layer's gradient: the mean over the processes, this one's rows of it."""
         gradient, parameter.grad = parameter.grad.to_local(), None
+        if self.is_measuring:
+            return
         self.group.sent_bytes += layer.shape.numel() * gradient.itemsize
         self._move(layer, gradient)
 
@@ -176,12 +187,19 @@ class StraightThrough:
             (layer, wait), self.reducing = self.reducing, None
             self._move(layer, wait())
 
+    @property
+    def is_measuring(self) -> bool:
+        """Whether this backward pass is one that measures the curvature: no logits move."""
+        return bool(self.curvature and self.curvature.is_measuring)
+
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
         bits = None if self.sample else layer.bits
         place = self.place[layer.name]
         if not len(layer.bits):  # a layer of fewer rows than there are processes
             self._squares[place] = torch.zeros(())
             return
+        if self.curvature:
+            gradient = self.curvature.added_to(gradient, layer)
         squares = self.masked.kernels.vjp(layer.logits, bits, layer.weight, gradient,
                                           self._scales[layer.weight.device][place], self.keys[layer.name][0],
                                           start=layer.start)  # NaN where a gradient is not finite
@@ -216,12 +234,15 @@ class StraightThrough:
     # ---------------------------------------------------------------------------------------------- saved and detached
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """The running mean squares, float32 `[layers]`, NaN of layers that have none."""
-        return {}, {"mean_squares": self.mean_squares}
+        """The running mean squares, float32 `[layers]`, NaN of layers that have none, and the curvature's."""
+        further = {"curvature": self.curvature.mean_squares} if self.curvature else {}
+        return {}, {"mean_squares": self.mean_squares, **further}
 
     def restore(self, scalars: dict, read: Callable) -> None:
         """From `state`."""
         self.mean_squares = read("mean_squares", self.mean_squares).to(self.mean_squares.device)
+        if self.curvature:
+            self.curvature.mean_squares.copy_(read("curvature", self.curvature.mean_squares))
 
     def remove(self) -> None:
         """Give the modules their own forward back, and the model the state it was in without checkpointing."""
@@ -238,37 +259,6 @@ def random_walk_step(deviation: float, steps: float) -> float:
     A logit whose gradient is all noise then comes as far in a long run as in a short one, and one whose gradient is
     true comes further."""
     return deviation * math.sqrt(3 / steps)
-
-
-def sequence_loss(logits: Tensor, chosen: Tensor, teacher: Tensor | None, distill: float, gradient: Tensor) -> Tensor:
-    """`summed_loss` of one sequence, float32 `[]`; its gradient is written. Compiled, it is a few loops over the
-    vocabulary and no float32 copy of it. chosen: the tokens that follow, int64 `[tokens, 1]`."""
-    log_probs = logits.float().log_softmax(-1)
-    own = log_probs.exp()
-    if distill < 1:
-        vocabulary = torch.arange(logits.shape[-1], device=logits.device)
-        own = own + torch.where(vocabulary == chosen, distill - 1, 0.0)
-    if teacher is not None:
-        own = own - distill * teacher.float().softmax(-1)
-    gradient.copy_(own)
-    return -log_probs.gather(1, chosen).sum()
-
-
-def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None, distill: float = 0.0,
-                of_sequence: Callable = sequence_loss) -> tuple[float, Tensor]:
-    """Next-token cross entropy summed over tokens, nats, and a gradient in the logits, both
-    `[sequences, tokens, vocabulary]`: of it or, in the share `distill`, of the cross entropy with the teacher's
-    predictions in place of the text. of_sequence: `sequence_loss`, or that compiled.
-
-    Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather than the mean, so
-    that float16 gradients stay clear of its smallest numbers.
-    """
-    gradient, losses = torch.empty_like(logits), []
-    for index, tokens in enumerate(sequences):
-        losses.append(of_sequence(logits[index, :-1], tokens[1:, None], None if teacher is None else teacher[index, :-1],
-                                  distill, gradient[index, :-1]))
-    gradient[:, -1] = 0
-    return sum(torch.stack(losses).tolist()), gradient  # the host waits once
 
 
 def enable_checkpointing(model: nn.Module) -> Callable[[], None]:

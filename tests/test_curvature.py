@@ -1,0 +1,154 @@
+"""training/curvature.py: its factors by enumeration, what it adds by a loss that is quadratic, and when."""
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from masked import TOKENS, make, same
+from torch import nn
+
+from masking.compiler import compiled
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
+from training.curvature import EVERY, Curvature, with_curvature
+from training.straight_through import StraightThrough
+
+WORDS = torch.tensor([[0, 1, 2, 3, 1], [3, 2, 2, 0, 1]])
+MASK = torch.tensor([[True, False, True, False], [False, True, False, True]])
+
+
+class OneLayer(nn.Module):
+    """Words -> 4 features -> one masked layer `[2, 4]`, tanh -> 4 predictions, each of its own word alone."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.embed, self.layer, self.head = nn.Embedding(4, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+        for parameter in self.parameters():
+            parameter.data = 1.5 * torch.randn(parameter.shape, generator=generator)
+        self.requires_grad_(False)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache=False):
+        return SimpleNamespace(logits=self.head(self.layer(self.embed(input_ids)).tanh()))
+
+
+def one_layer():
+    return MaskedModel(OneLayer(), {"layer": MASK}, LinearSpace(2, 4), mode="eager")
+
+
+def test_the_factors_are_those_of_the_fisher_information():
+    """At the outputs: of each word, the squared gradients of log p(y), all y weighed by their probability."""
+    masked = one_layer()
+    curvature, words = Curvature(masked, lambda: 1.0), WORDS.repeat(20000, 1)
+    learner = StraightThrough(masked, curvature=curvature)
+    logits_before = [plane.clone() for plane in masked.layers["layer"].logits]
+    curvature.measure(words)
+    assert all(map(torch.equal, logits_before, masked.layers["layer"].logits)) and not learner.is_measuring
+    model, predicting = OneLayer(), WORDS[:, :-1]
+    inputs = model.embed(predicting).flatten(0, 1)
+    outputs = (inputs @ (model.layer.weight * MASK).T).requires_grad_()
+    probs = model.head(outputs.tanh()).softmax(1)
+    expected = torch.zeros(2)
+    for word in range(4):
+        gradient, = torch.autograd.grad(probs[:, word].log().sum(), outputs, retain_graph=True)
+        expected += (probs[:, word:word + 1].detach() * gradient.square()).mean(0)
+    at_outputs, of_inputs = curvature.factors["layer"]
+    assert torch.allclose(at_outputs, expected * 4 / 5, rtol=0.04)  # the last of five predicts nothing
+    assert torch.allclose(of_inputs, model.embed(WORDS).flatten(0, 1).square().mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_a_slope_becomes_the_whole_change_of_a_quadratic_loss(dtype, tolerance):
+    """f = 1/2 sum F_ij (m_ij w_ij - w_ij)^2 + c.(m w): what adding or dropping any one weight changes it by."""
+    outputs, inputs = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.3, 2.0, 0.7])
+    fisher, linear = torch.outer(outputs, inputs), torch.tensor([[0.3, -0.2, 0.1, 0.5], [1.0, -1.0, 0.2, 0.4]])
+    masked = one_layer()
+    layer = masked.layers["layer"]
+    weight, mask = layer.weight, MASK.float()
+
+    def loss(mask):
+        return float((0.5 * fisher * (mask * weight - weight).square() + linear * mask * weight).sum())
+    slope = (fisher * (mask * weight - weight) + linear).to(dtype)
+    found = with_curvature(slope, weight.to(dtype), layer.bits, outputs, inputs, 4)
+    assert found.dtype == dtype
+    for place in itertools.product(range(2), range(4)):
+        kept, dropped = mask.clone(), mask.clone()
+        kept[place], dropped[place] = 1, 0
+        assert float((found.float() * weight)[place]) == pytest.approx(loss(kept) - loss(dropped), abs=tolerance)
+
+
+def test_it_counts_from_its_place_in_the_run_on():
+    masked, progress, seen = one_layer(), [0.0], []
+    curvature = Curvature(masked, lambda: progress[0], ramp=(0.5, 0.75))
+    learner = StraightThrough(masked, curvature=curvature)
+    masked.kernels.vjp = lambda _logits, _bits, _weight, gradient, *_, **__: (seen.append(gradient), torch.zeros(2))[1]
+    for progress[0] in (0.2, 0.5, 0.625, 0.75, 1.0):
+        learner.learn(WORDS, 0.0)
+    assert torch.equal(seen[0], seen[1])
+    half, full, after = (gradient - seen[0] for gradient in seen[2:])
+    assert torch.allclose(2 * half, full, atol=1e-6) and torch.equal(full, after)
+    assert full.abs().max() > 1e-3
+    curvature.tokens *= 2  # gradients are sums over them
+    gradient = curvature.added_to(torch.zeros(2, 4), masked.layers["layer"])
+    assert torch.allclose(gradient, 2 * full, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_layer_is_measured_now_and_then(load, kind, checkpointing):
+    masked, *_ = make(load(kind))
+    curvature = Curvature(masked, lambda: 1.0)
+    learner = StraightThrough(masked, checkpointing=checkpointing, curvature=curvature)
+    measured = []
+    for _ in range(EVERY + 1):
+        learner.learn(TOKENS, 0.0)
+        measured.append(curvature.mean_squares.clone())
+    assert measured[0].isfinite().all() and (measured[0] >= 0).all() and measured[0].count_nonzero() > 100
+    assert all(torch.equal(measured[0], later) for later in measured[1:EVERY])
+    assert not torch.equal(measured[EVERY], measured[0])
+
+
+def test_what_is_not_finite_is_not_taken_in():
+    masked = one_layer()
+    curvature = Curvature(masked, lambda: 1.0)
+    learner = StraightThrough(masked, curvature=curvature)
+    learner.learn(WORDS, 0.1)
+    before = curvature.mean_squares.clone()
+    masked.model.head.weight.data[0, 0] = torch.nan
+    curvature.measure(WORDS)
+    assert torch.equal(before, curvature.mean_squares) and before.isfinite().all()
+
+
+def test_a_restored_state_goes_on_alike():
+    ends = []
+    for stopped in (False, True):
+        masked = one_layer()
+        curvature = Curvature(masked, lambda: 1.0)
+        learner = StraightThrough(masked, curvature=curvature)
+        for step in range(6):
+            if stopped and step == 3:
+                logits = [plane.clone() for plane in masked.layers["layer"].logits]
+                bits, (_, tensors) = masked.layers["layer"].bits.clone(), learner.state()
+                masked = one_layer()
+                for plane, value in zip(masked.layers["layer"].logits, logits):
+                    plane.copy_(value)
+                masked.layers["layer"].bits.copy_(bits)
+                masked.steps = step
+                learner = StraightThrough(masked, curvature=Curvature(masked, lambda: 1.0))
+                learner.restore({}, lambda name, like, tensors=tensors: tensors[name])
+            learner.learn(WORDS, 0.3)
+        ends.append({str(i): plane for i, plane in enumerate(masked.layers["layer"].logits)})
+    assert same(*ends)
+
+
+def test_its_compiled_form_is_the_same():
+    gradient, weight = torch.randn(8, 16), torch.randn(8, 16)
+    bits = torch.full((32,), 0b0110, dtype=torch.uint8)
+    given = gradient, weight, bits, torch.rand(8), torch.rand(16), 4
+    assert torch.allclose(compiled(with_curvature, with_curvature)(*given), with_curvature(*given), atol=1e-6)

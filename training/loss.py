@@ -1,0 +1,36 @@
+"""The loss that is learned from by gradients, and its gradient in the model's predictions."""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def sequence_loss(logits: Tensor, chosen: Tensor, teacher: Tensor | None, distill: float, gradient: Tensor) -> Tensor:
+    """`summed_loss` of one sequence, float32 `[]`; its gradient is written. Compiled, it is a few loops over the
+    vocabulary and no float32 copy of it. chosen: the tokens that follow, int64 `[tokens, 1]`."""
+    log_probs = logits.float().log_softmax(-1)
+    own = log_probs.exp()
+    if distill < 1:
+        vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+        own = own + torch.where(vocabulary == chosen, distill - 1, 0.0)
+    if teacher is not None:
+        own = own - distill * teacher.float().softmax(-1)
+    gradient.copy_(own)
+    return -log_probs.gather(1, chosen).sum()
+
+
+def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None, distill: float = 0.0,
+                of_sequence: Callable = sequence_loss) -> tuple[float, Tensor]:
+    """Next-token cross entropy summed over tokens, nats, and a gradient in the logits, both
+    `[sequences, tokens, vocabulary]`: of it or, in the share `distill`, of the cross entropy with the teacher's
+    predictions in place of the text. of_sequence: `sequence_loss`, or that compiled.
+
+    Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather than the mean, so
+    that float16 gradients stay clear of its smallest numbers.
+    """
+    gradient, losses = torch.empty_like(logits), []
+    for index, tokens in enumerate(sequences):
+        wanted = None if teacher is None else teacher[index, :-1]
+        losses.append(of_sequence(logits[index, :-1], tokens[1:, None], wanted, distill, gradient[index, :-1]))
+    gradient[:, -1] = 0
+    return sum(torch.stack(losses).tolist()), gradient  # the host waits once
