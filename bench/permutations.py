@@ -37,9 +37,7 @@ ORDERS = {"nothing": (), "V/O": ("value",), "V/O, residual": ("value", "residual
           "all: V/O, residual, MLP": ("value", "residual", "hidden")}
 METHODS = {  # of OneShot; swaps and the preset start from Wanda
     "Wanda": dict(prune_method="wanda"),
-    "swaps": dict(prune_method="wanda", swaps=6),
     "swaps, true sequential": dict(prune_method="wanda", swaps=6, true_sequential=True),
-    "SparseGPT": dict(prune_method="sparsegpt"),
     "SparseGPT, true sequential": dict(prune_method="sparsegpt", true_sequential=True),
     "preset": dict(prune_method="wanda")}
 Texts = dict[str, Tensor]  # name -> windows int64 [windows, tokens]
@@ -149,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     for pattern in patterns:
         found = search(setting, pattern) if names != ["nothing"] else Found({}, {})
         for method in methods:
-            for name in names:
+            for name in names if method == "Wanda" or args.orders else names[::max(1, len(names) - 1)]:
                 orders = {key: order for key, order in found.orders.items()
                           if key.rpartition(".")[2] in ORDERS[name]}
                 searching = sum(found.kinds[kind]["seconds"] for kind in ORDERS[name])

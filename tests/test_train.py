@@ -134,13 +134,15 @@ def test_the_preset_learns_any_pattern(learn, w, models, n, m):
 
 
 def test_the_preset_is_its_flags():
-    spelled = " ".join(f"--{key} {value}" for key, value in train_args.PRESETS["fast"].items())
+    spelled = " ".join(f"--{key}" if value is True else f"--{key} {value}"
+                       for key, value in train_args.PRESETS["fast"].items())
     plain, preset = parse(spelled), parse("--preset fast")
     assert vars(preset) == {**vars(plain), "preset": "fast", "out": preset.out}
     assert parse("--lr 3 --preset fast --batchsize 5").lr == 3
     assert parse("--lr 3 --preset fast --batchsize 5").batchsize == 5
     documents = parse("--preset fast --dataset_size 64")
     assert documents.tokens is None and documents.dataset_size == 64  # a flag of the user's is not passed over
+    assert parse("--preset fast").curvature and not parse("--preset fast --no-curvature").curvature
     both = parse("--preset fast --dataset_size 64 --tokens 900")
     assert both.tokens == 900
 
