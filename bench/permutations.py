@@ -7,7 +7,8 @@ Needs what `make demo DEMO_FLAGS=--quick` leaves in demo/. Orders are searched a
 sequences of 256 tokens of --dataset, on which the one-shot methods are calibrated too; perplexity of --nwindows windows
 of 512 tokens (one number, or one of each text). The preset is `train.py --preset fast` from the Wanda mask, on --tokens
 of --learn. SparseGPT updates its weights, the other methods leave them as they are. Seconds: of the search (once per
-pattern, for all rows), of pruning, or of learning. --quick orders and prunes the first of 30 blocks only, by Wanda.
+pattern, for all rows), of pruning, or of learning. Methods other than Wanda have the first and the last of the orders,
+unless --orders names some. --quick orders and prunes the first of 30 blocks only, by Wanda.
 """
 import argparse
 import itertools
