@@ -3,15 +3,17 @@
 learner: a key of `estimator_runs.FORWARD_ONLY` or `GRADIENTS`, control_variate or leave_one_out; lr, logits (C),
 normalize, debias, sample, distill: as train.py's flags of that name; samples: masks a step; scores, swaps: where the
 logits start; batchsize, fresh: text that no run repeats, in minibatches of this size; sharpen: what C grows by over the
-run; stop: nats above m0 at which a run is given up.
+run; ramp: where the curvature counts (training/curvature.py); stop: nats above m0 at which a run is given up.
 """
 from training.args import PRESETS
+from training.curvature import FULL, START
 
 FITTED = dict(lr=10, logits=5)  # what fits this model, in the paper's terms
 UNIT = dict(lr=0.1, logits=5, normalize=True)  # lr in logits
 FAST = dict(learner="straight_through", lr=PRESETS["fast"]["lr"], logits=PRESETS["fast"]["logits"], scores=True)
 FRESH = dict(FAST, distill=PRESETS["fast"]["distill"], batchsize=PRESETS["fast"]["batchsize"], fresh=True)
-PRESET = {name: value for name, value in FRESH.items() if name != "scores"} | {"swaps": True}
+SWAPS = {name: value for name, value in FRESH.items() if name != "scores"} | {"swaps": True}
+PRESET = dict(SWAPS, learner="curvature", ramp=(START, FULL))
 ROWS = {
     "paper: vanilla (eta 0.03, C 5)": dict(learner="vanilla", lr=0.03, logits=5),
     "paper: residual (eta 10, C 5)": dict(learner="residual", **FITTED),
@@ -28,10 +30,11 @@ ROWS = {
     "+ at the most probable mask": FAST,
     "+ distillation": dict(FAST, distill=1.0),
     "+ fresh sequences, 8 a minibatch": FRESH,
-    "+ swaps instead of scores: the preset": PRESET,
-    "the preset, momentum 0.9": dict(PRESET, learner="momentum"),
-    "the preset, sign": dict(PRESET, learner="sign"),
-    "the preset, C from 2 to 8": dict(PRESET, logits=2.0, sharpen=4.0),
+    "+ swaps instead of scores": SWAPS,
+    "+ curvature: the preset": PRESET,
+    "without curvature, momentum 0.9": dict(SWAPS, learner="momentum"),
+    "without curvature, sign": dict(SWAPS, learner="sign"),
+    "without curvature, C from 2 to 8": dict(SWAPS, logits=2.0, sharpen=4.0),
 }
 LONG = {  # with --long: (row, its share of the passes)
     "long: paper, maskpro (eta 10, C 5)": (dict(ROWS["paper: maskpro (eta 10, C 5)"], stop=0.5), 1),

@@ -267,6 +267,16 @@ def test_the_old_names_of_flags(tmp_path, capsys):
     assert (again.num_evals, again.init, again.lr) == (7, "swaps", 3)
 
 
+@pytest.mark.parametrize("flags, curvature", [("", True), ("--no-curvature", False)])
+def test_a_record_names_what_the_preset_does_not_decide(tmp_path, flags, curvature):
+    recorded = vars(parse(f"--preset fast {flags}"))
+    older = {name: value for name, value in recorded.items() if name != "curvature"}
+    for arguments, expected in ((recorded, curvature), (older, False)):
+        (tmp_path / "run.json").write_text(json.dumps({"arguments": arguments}))
+        again = parse(f"--repeat {tmp_path}")
+        assert again.curvature is expected and again.preset == "fast"  # a run of before there was the flag has none
+
+
 @pytest.mark.parametrize("flags, name", [
     ("--dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625", "lr50_epoch625_logits10_size512"),
     ("--estimator maskpro", "lr50_epoch10000_logits10_size512"),
