@@ -16,7 +16,8 @@ ROWS = {
     "--preset fast": PRESET,
     "--preset fast, its rate tuned": dict(PRESET, tuned=TUNED),
     "the same without curvature": dict(SWAPS, tuned=TUNED),
-    "STE on scores + Adam + KD": dict(learner="scores_ste", distill=1.0, **TEXT, tuned={160: dict(lr=0.02)}),
+    "STE on scores + Adam + KD": dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
+        160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005)}),
     "MaskLLM": dict(learner="maskllm", **TEXT, tuned={160: dict(lr=0.001), 640: dict(lr=6e-4)}),
     "MaskLLM + KD": dict(learner="maskllm", distill=1.0, **TEXT, tuned={
         160: dict(lr=0.001), 640: dict(lr=6e-4), 2500: dict(lr=6e-4, batchsize=32)}),
