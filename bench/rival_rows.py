@@ -1,8 +1,9 @@
 """The rows of bench/rivals.py: which method each is, its settings, and its rate at each budget.
 
 learner: a key of `rival_methods.RIVALS`, or of `estimator_runs.GRADIENTS` with the settings of estimator_rows.py.
-tuned: what differs by budget, from the budget named on. Swept with --sweep at 160 passes: MaskLLM + KD (RATES) and
-curvature (1.2, 2). The preset's are from docs/beyond_the_paper.md. The rest are first guesses, all at 2500 among them.
+tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: MaskLLM + KD at
+160 and 640 passes, STE at 160 and 640. The preset's are from docs/beyond_the_paper.md. The rest are first guesses, all
+at 2500 among them.
 """
 from estimator_rows import PRESET, SWAPS
 
@@ -20,7 +21,7 @@ ROWS = {
         160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005)}),
     "MaskLLM": dict(learner="maskllm", **TEXT, tuned={160: dict(lr=0.001), 640: dict(lr=6e-4)}),
     "MaskLLM + KD": dict(learner="maskllm", distill=1.0, **TEXT, tuned={
-        160: dict(lr=0.001), 640: dict(lr=6e-4), 2500: dict(lr=6e-4, batchsize=32)}),
+        160: dict(lr=0.001), 2500: dict(lr=0.001, batchsize=32)}),
     "ProxSparse": dict(learner="proxsparse", strength=50.0, **TEXT, tuned={160: dict(lr=1e-3)}),
     "SR-STE": dict(learner="sr_ste", **TEXT, tuned={160: dict(lr=1e-3)}),
 }
