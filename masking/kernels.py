@@ -165,20 +165,24 @@ class Kernels:
     """
 
     def __init__(self, space: Space, mode: str = "compiled"):
-        self.space, self.is_compiled = space, mode == "compiled"
+        self.space, self._compiled = space, mode == "compiled"
         self._is_linear = isinstance(space, LinearSpace)
         self._is_fused = self._is_linear and mode != "exact"
         scored = self._is_fused and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
         self._update = self._pass(fused_update, eager_update, exact_kernels.update, scored)
         self._update_many = self._pass(fused_update_many, eager_update_many, exact_kernels.update_many, scored)
         self._draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, self._is_fused)
-        self._vjp = compiled(fused_vjp, eager_vjp) if self.is_compiled else eager_vjp
-        self._write = compiled(write_masked, write_masked) if self.is_compiled else write_masked
+        self._vjp, self._write = self.fastest(fused_vjp, eager_vjp), self.fastest(write_masked)
+
+    def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:
+        """`function` compiled, where this mode compiles; else `eager`, or the function as it is."""
+        eager = eager or function
+        return compiled(function, eager) if self._compiled else eager
 
     def _pass(self, fused: Callable, eager: Callable, exact: Callable, is_fused: bool) -> Callable:
         """A function of (logits, bits, weight, out, ..., start) by the best of three forms."""
         space = self.space
-        run = compiled(fused, eager) if self.is_compiled else eager
+        run = self.fastest(fused, eager)
 
         def make(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, *rest: Tensor, start: int) -> None:
             # viewed as integers out here: inside, a compiler would copy what might overlap

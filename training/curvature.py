@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from masking.block_bits import bits_to_mask
-from masking.compiler import compiled
 from masking.distributed import ProcessGroup
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
@@ -50,13 +49,11 @@ class Curvature:
         self.masked, self.progress, self.group, self.ramp = masked, progress, group or ProcessGroup(), ramp
         self.share, self.tokens, self.is_measuring = 0.0, 1, False
         layers = list(masked.layers.values())
-        sizes = [size for layer in layers for size in layer.shape]
-        self.mean_squares = torch.full((sum(sizes),), torch.nan, device=layers[0].weight.device)  # NaN: not measured
-        places = self.mean_squares.split(sizes)
+        self._sizes = [size for layer in layers for size in layer.shape]
+        self.mean_squares = torch.full((sum(self._sizes),), torch.nan, device=layers[0].weight.device)  # NaN: none yet
+        places = self.mean_squares.split(self._sizes)
         self.factors = {layer.name: pair for layer, pair in zip(layers, zip(places[::2], places[1::2]))}  # [out], [in]
-        is_compiled = masked.kernels.is_compiled
-        self._add = compiled(with_curvature, with_curvature) if is_compiled else with_curvature
-        self._of_sequence = compiled(sequence_loss, sequence_loss) if is_compiled else sequence_loss
+        self._add, self._of_sequence = map(masked.kernels.fastest, (with_curvature, sequence_loss))
 
     def begin_step(self, sequences: Tensor) -> None:
         """Before a step on int64 `[sequences, tokens]`: measure on the first of them where it is time."""
@@ -76,7 +73,7 @@ class Curvature:
     def measure(self, sequences: Tensor) -> None:
         """Renew the mean squares by a forward and a backward pass, in all processes alike: their means are taken."""
         found = torch.full_like(self.mean_squares, torch.nan)
-        places = iter(found.split([size for layer in self.masked.layers.values() for size in layer.shape]))
+        places = iter(found.split(self._sizes))
         hooks = [layer.module.register_forward_hook(partial(_watch, next(places), next(places)))
                  for layer in self.masked.layers.values()]
         logits = self.masked.model(input_ids=sequences, use_cache=False).logits

@@ -24,7 +24,6 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 
-from masking.compiler import compiled
 from masking.distributed import ProcessGroup
 from masking.loading import input_device
 from masking.masked_layer import MaskedLayer
@@ -98,7 +97,7 @@ class StraightThrough:
         self._sizes = torch.tensor([float(layer.shape.numel()) for layer in layers], device=device)
         self._squares: dict[int, Tensor] = {}  # sums over the rows that are here, of this backward pass
         self._not_finite = torch.zeros((), dtype=torch.int64, device=device)  # blocks, of this step
-        self._of_sequence = compiled(sequence_loss, sequence_loss) if masked.kernels.is_compiled else sequence_loss
+        self._of_sequence = masked.kernels.fastest(sequence_loss)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if any(layer.module.weight.is_meta for layer in layers):
