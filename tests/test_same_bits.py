@@ -30,6 +30,9 @@ ROOT = Path(__file__).parent.parent
 RECORD = Path(__file__).with_suffix(".json")
 LOOSE = 2e-3  # nats
 
+# on a machine that rounds otherwise a block falls otherwise in some step, and from there on it is another run: so many
+# losses are compared there
+STEADY = {"gradients, sampled, checkpointing": 3, "gradients, float16 logits, scores": 8}
 COMMON = ("--model {w}/llama --dataset {w}/text.jsonl --dtype float32 --device cpu --sqlen 24 --batchsize 4 "
           "--step eager --skip_checkpoint --save --logits 1 --lr 5 --num_evals 3 --mask {w}/2of4.safetensors ")
 ONLINE = "--dataset_size 16 --max_step 9 --baseline online "
@@ -229,7 +232,7 @@ def check(found: dict, before: dict, same_rounding: bool, compared: int | None =
 
 @pytest.mark.parametrize("name", TRAIN)
 def test_learning(w, tmp_path, record, same_rounding, name):
-    compared = 3 if name == "gradients, sampled, checkpointing" else None  # one block drawn otherwise: another run
+    compared = STEADY.get(name)
     check(train(w, tmp_path / "run", *TRAIN[name]), record["train"][name], same_rounding, compared)
 
 

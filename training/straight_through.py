@@ -29,6 +29,7 @@ from masking.loading import input_device
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from training.curvature import Curvature
+from training.faster_model import SHORT, speed_up
 from training.loss import sequence_loss, summed_loss
 from training.progress import StepResult
 
@@ -112,7 +113,10 @@ class StraightThrough:
                     partial(self._take_gradient, layer)))
             else:
                 layer.module.forward = partial(self._forward, layer)
-        self._restore = enable_checkpointing(masked.model) if checkpointing else lambda: None
+        tokens = SHORT if batches is None else batches.shape[-1]
+        self._undo = [] if masked.is_sharded else [speed_up(masked.model, masked.kernels, tokens)]
+        if checkpointing:
+            self._undo.append(enable_checkpointing(masked.model))
         masked.handles.append(self)
 
     def step(self, batch_indices: list[int], lr: float) -> StepResult:
@@ -248,7 +252,8 @@ class StraightThrough:
         for layer in self.masked.layers.values():
             if not layer.sharded:
                 del layer.module.forward
-        self._restore()
+        for undo in self._undo:
+            undo()
 
 
 def random_walk_step(deviation: float, steps: float) -> float:
