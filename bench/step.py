@@ -10,6 +10,7 @@ The step of `train.py --preset fast` on 8 x 128 tokens, with distillation: what 
 its parts. Forward and step take turns, so that a machine whose pace changes slows down both.
 """
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -121,6 +122,7 @@ def preset_rows(shape: str, depth: int | None, dtype: torch.dtype, device: str, 
     """The table's rows of the preset's step and its parts, medians of steps; the rest is the backward of what is not
     learned: attention, norms, the head, and the gradients of the learned layers' inputs."""
     model = common.random_llama(shape, device, dtype, seed, depth)
+    as_it_comes = copy.deepcopy(model)
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (8, 128), device=device)
     masked = MaskedModel(model, common.magnitude_masks(model, 2, 4), LinearSpace(2, 4), PRESETS["fast"]["logits"])
     learner = straight_through.StraightThrough(masked, distill=PRESETS["fast"]["distill"])
@@ -146,8 +148,7 @@ def preset_rows(shape: str, depth: int | None, dtype: torch.dtype, device: str, 
 
     @torch.no_grad()
     def forward() -> None:
-        with masked.use_dense():
-            model(input_ids=tokens, use_cache=False)
+        as_it_comes(input_ids=tokens, use_cache=False)
     step(), step(), forward()
     whole, plain = [], []
     for _ in range(repeats):
