@@ -1,4 +1,4 @@
-"""The whole pipeline on a real language model, without a hub: prune, extract, baseline, learn, evaluate, draw.
+"""The whole pipeline on a real language model, without a hub: prune, extract, baseline, permute, learn, evaluate, draw.
 
     make demo                    # sets up .venv, then this
     python reproduce/demo.py --quick       # a few steps only: does everything run?
@@ -29,7 +29,7 @@ from files.atomic import atomic_write
 DEMO = ROOT / "demo"
 RUN = DEMO / "run"
 LABELS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "paper": "learned, paper's settings",
-          "fast": "learned, `--preset fast`"}
+          "fast": "learned, `--preset fast`, channels reordered"}
 
 
 def package_folder(name: str) -> Path:
@@ -109,12 +109,17 @@ def main(argv: list[str] | None = None) -> None:
     script("get_mask.py", "--model", work / "wanda", "--save", work / "mask.safetensors")
     script("inference_loss.py", *base, *minibatches, "--mask", work / "mask.safetensors",
            "--save", work / "wanda.npz")
-    learn = ["train.py", *base, "--mask", work / "mask.safetensors"]
-    script(*learn, "--preset", "fast", "--dataset", train_text, "--tokens", 3000 if quick else 40000, "--num_evals", 4,
-           "--out", work / "fast")
+
+    reordered = ["--model", work / "permuted", "--dtype", "auto"]
+    script("permute.py", *base, *calibration, *(["--steps", 1, "--rows", 256] if quick else []), "--save_model",
+           work / "permuted")
+    script("prune.py", *reordered, "--prune_method", "wanda", *calibration, "--save_model", work / "permuted_wanda")
+    script("get_mask.py", "--model", work / "permuted_wanda", "--save", work / "permuted_mask.safetensors")
+    script("train.py", *reordered, "--mask", work / "permuted_mask.safetensors", "--preset", "fast", "--dataset",
+           train_text, "--tokens", 3000 if quick else 32000, "--num_evals", 4, "--out", work / "fast")
     seconds = json.loads((RUN / "fast/run.json").read_text())["summary"]["seconds"]
-    script(*learn, *minibatches, "--baseline_file", work / "wanda.npz", "--max_minutes", f"{seconds / 60:.2f}",
-           "--out", work / "paper")  # the authors' settings are the defaults
+    script("train.py", *base, "--mask", work / "mask.safetensors", *minibatches, "--baseline_file", work / "wanda.npz",
+           "--max_minutes", f"{seconds / 60:.2f}", "--out", work / "paper")  # the authors' settings are the defaults
     folders = {"dense": model, "magnitude": work / "magnitude", "wanda": work / "wanda",
                "paper": work / "paper/checkpoint", "fast": work / "fast/checkpoint"}
     for name, folder in folders.items():
