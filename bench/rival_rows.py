@@ -12,7 +12,7 @@ TEXT = dict(batchsize=8, fresh=True)  # text that no run repeats, as the preset'
 RATES = {"straight_through": (0.8, 1.2, 1.8, 2.5), "curvature": (1.2, 1.8, 2.5, 3.6),
          "momentum": (0.3, 0.5, 0.8), "maskllm": (0.001, 0.002, 0.004, 0.008),
          "scores_ste": (0.005, 0.01, 0.02, 0.04), "sr_ste": (3e-4, 1e-3, 3e-3), "proxsparse": (3e-4, 1e-3, 3e-3)}
-TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=2.5, batchsize=16)}
+TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16)}
 ROWS = {
     "--preset fast": PRESET,
     "--preset fast, its rate tuned": dict(PRESET, tuned=TUNED),
