@@ -28,7 +28,7 @@ from files.atomic import atomic_write
 
 DEMO = ROOT / "demo"
 RUN = DEMO / "run"
-LABELS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "paper": "learned, paper's settings",
+LABELS = {"dense": "dense", "wanda": "Wanda", "paper": "learned, paper's settings",
           "fast": "learned, `--preset fast`, channels reordered"}
 
 
@@ -104,8 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     minibatches = ["--dataset", train_text, *sizes]
     calibration = ["--dataset", train_text, "--nsamples", 4 if quick else 64, "--seqlen", 128 if quick else 256]
     evaluation = ["--ppl", heldout, "--seqlen", 512, "--nwindows", 2 if quick else 32]
-    for method in ("magnitude", "wanda"):
-        script("prune.py", *base, "--prune_method", method, *calibration, "--save_model", work / method)
+    script("prune.py", *base, "--prune_method", "wanda", *calibration, "--save_model", work / "wanda")
     script("get_mask.py", "--model", work / "wanda", "--save", work / "mask.safetensors")
     script("inference_loss.py", *base, *minibatches, "--mask", work / "mask.safetensors",
            "--save", work / "wanda.npz")
@@ -120,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     seconds = json.loads((RUN / "fast/run.json").read_text())["summary"]["seconds"]
     script("train.py", *base, "--mask", work / "mask.safetensors", *minibatches, "--baseline_file", work / "wanda.npz",
            "--max_minutes", f"{seconds / 60:.2f}", "--out", work / "paper")  # the authors' settings are the defaults
-    folders = {"dense": model, "magnitude": work / "magnitude", "wanda": work / "wanda",
-               "paper": work / "paper/checkpoint", "fast": work / "fast/checkpoint"}
+    folders = {"dense": model, "wanda": work / "wanda", "paper": work / "paper/checkpoint",
+               "fast": work / "fast/checkpoint"}
     for name, folder in folders.items():
         script("evaluate.py", "--model", folder, "--dtype", "auto", *evaluation,
                *(["--sparsity_type", "2:4"] if name != "dense" else []), "--save", work / f"{name}.json")
