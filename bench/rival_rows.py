@@ -2,8 +2,8 @@
 
 learner: a key of `rival_methods.RIVALS`, or of `estimator_runs.GRADIENTS` with the settings of estimator_rows.py.
 tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: MaskLLM + KD at
-160 and 640 passes, STE at 160 and 640. The preset's are from docs/beyond_the_paper.md. The rest are first guesses, all
-at 2500 among them.
+160 and 640 passes, STE at 160 and 640, the preset at 2500; the preset's others are from docs/beyond_the_paper.md. The
+rest are first guesses.
 """
 from estimator_rows import PRESET, SWAPS
 
