@@ -242,9 +242,8 @@ def test_logits_that_differ_stop_the_run():
     (3, f"{FORWARD_ONLY} --logits_dtype float16 --val_fraction 0.3"),
     (2, f"{GRADIENTS} --gradient_checkpointing --val_fraction 0.2")])
 def test_sharded_layers_learn_what_copies_learn(w, tmp_path, processes, flags):
-    """To the bit without gradients. With them but for rounding, as only copies have their attention and norms made
-    faster: a block whose choice is close may fall otherwise. The checkpoint, which one process gathers, is the model
-    under its mask."""
+    """To the bit without gradients; with them but for the order in which squares are added up. The checkpoint, which
+    one process gathers, is the model under its mask."""
     copies = learn(processes, w, tmp_path / "copies", f"{flags} --batchsize 2")
     sharded = learn(processes, w, tmp_path / "sharded", f"{flags} --batchsize 2 --shard", "--skip_checkpoint")
     same = 0 if flags.startswith(FORWARD_ONLY) else 1e-4
@@ -253,8 +252,7 @@ def test_sharded_layers_learn_what_copies_learn(w, tmp_path, processes, flags):
         assert (line["loss"], line.get("heldout")) == pytest.approx((other["loss"], other.get("heldout")), abs=same)
     found, expected = (load_file(run / "logits.safetensors") for run in (sharded, copies))
     assert found.keys() == expected.keys()
-    far = [(planes - expected[name]).abs() > 10 * same for name, planes in found.items()]
-    assert sum(int(planes.sum()) for planes in far) <= (1e-3 * sum(planes.numel() for planes in far) if same else 0)
+    assert all((planes - expected[name]).abs().max() <= 10 * same for name, planes in found.items())
     found, expected = (mask_files.load(run / "mask.safetensors").masks for run in (sharded, copies))
     assert sum(int((mask != expected[name]).sum()) for name, mask in found.items()) <= (4 if same else 0)
     saved, dense = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (sharded / "checkpoint",

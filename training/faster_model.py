@@ -17,11 +17,11 @@ from masking.loading import input_device
 SHORT = 256
 
 
-def speed_up(model: nn.Module, kernels: Kernels, tokens: int) -> Callable[[], None]:
+def speed_up(model: nn.Module, kernels: Kernels, tokens: int, is_sharded: bool = False) -> Callable[[], None]:
     """Of a model that is to learn from sequences of so many tokens; returns a function that puts everything back.
-    Modules whose forward is not their own, which are moved to a device and back when used, stay as they are."""
+    Norms whose weights FSDP gathers, or that are moved to a device and back when used, stay as they are."""
     norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__ and "forward" not in
-             vars(module)]
+             vars(module) and not is_sharded]
     for norm in norms:
         norm.forward = partial(kernels.fastest(type(norm).forward), norm)
     is_fused = (hasattr(model, "set_attn_implementation")  # transformers 4.56

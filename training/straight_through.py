@@ -114,7 +114,7 @@ class StraightThrough:
             else:
                 layer.module.forward = partial(self._forward, layer)
         tokens = SHORT if batches is None else batches.shape[-1]
-        self._undo = [] if masked.is_sharded else [speed_up(masked.model, masked.kernels, tokens)]
+        self._undo = [speed_up(masked.model, masked.kernels, tokens, masked.is_sharded)]
         if checkpointing:
             self._undo.append(enable_checkpointing(masked.model))
         masked.handles.append(self)
