@@ -3,8 +3,9 @@
     python tests/test_same_bits.py --renew      # after a change that is meant to change bits; say why in the commit
 
 Each run's record holds a hash of its logits or weights, the fingerprint of its mask, its losses and its exit code.
-Whether a machine rounds as the one that made the record is told by a probe, which uses no code of this project: where
-it does, the bits must be the same; elsewhere the losses must agree to LOOSE.
+Whether a machine rounds as the one that made the record is told by a probe, which uses no code of this project, with
+the versions of torch and transformers, whose layers it does not try in every way: where it does, the bits must be the
+same; elsewhere the losses must agree to LOOSE.
 """
 import contextlib
 import hashlib
@@ -184,8 +185,8 @@ def prune(w: Path, out: Path, flags: str) -> dict:
     return {"weights": hashed(load_file(out / "model.safetensors"))}
 
 
-def probe(w: Path) -> str:
-    """A hash of what transformers and torch make of the tiny models, forward and backward."""
+def probe(w: Path) -> dict:
+    """Versions, the vector instructions, and a hash of what transformers and torch make of the tiny models."""
     found = {}
     for kind in ("llama", "gpt2"):
         model = transformers.AutoModelForCausalLM.from_pretrained(w / kind).eval()
@@ -197,9 +198,10 @@ def probe(w: Path) -> str:
                   if parameter.grad is not None}
     square = torch.linspace(-1, 1, 64 * 64).view(64, 64)
     inverse = torch.linalg.cholesky_ex(square @ square.T + 64 * torch.eye(64))[0]
-    return hashed({**found, "cholesky": inverse, "exp": torch.linspace(-20, 3, 9999).exp(),
-                   "random": torch.empty(99, dtype=torch.float64).exponential_(
-                       generator=torch.Generator().manual_seed(1))})
+    found |= {"cholesky": inverse, "exp": torch.linspace(-20, 3, 9999).exp(),
+              "random": torch.empty(99, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(1))}
+    return {"torch": torch.__version__, "transformers": transformers.__version__,
+            "vectors": torch.backends.cpu.get_cpu_capability(), "rounding": hashed(found)}
 
 
 # ----------------------------------------------------------------------------------------------------------- the check
@@ -238,7 +240,8 @@ def test_learning(w, tmp_path, record, same_rounding, name):
 
 @pytest.mark.parametrize("name", ["maskpro, debiased, cosine", "gradients, float16 logits, scores"])
 def test_learning_that_is_killed_and_resumed(w, tmp_path, record, same_rounding, name):
-    check(killed_and_resumed(w, tmp_path / "run", TRAIN[name][1]), record["train"][name], same_rounding)
+    found = killed_and_resumed(w, tmp_path / "run", TRAIN[name][1])
+    check(found, record["train"][name], same_rounding, STEADY.get(name))
 
 
 @pytest.mark.parametrize("name", PRUNE)
