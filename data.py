@@ -6,7 +6,8 @@ Every function takes a Hugging Face tokenizer and a dataset, which is one of
     file.jsonl                   or .json, .jsonl.gz, .json.gz, .parquet: one document a row
     file.txt                     documents are paragraphs, separated by blank lines
     folder/                      what datasets' save_to_disk wrote, or such files, read in sorted order
-A document is the string in column `text`, or else in the only column of strings.
+A document is the string in column `text`, or else in the only column of strings. Of a question, as in evaluate.py's
+--task_file, {"context": ..., "choices": [...]}, every choice makes a document, put behind the context as it is judged.
 Hub ids need the network the first time. What a user can mend is raised as UserError, a one-line message.
 """
 
@@ -223,19 +224,15 @@ def _is_local(dataset: str) -> bool:
     return Path(dataset).exists() or dataset.startswith((".", "/")) or dataset.endswith(tuple(READERS))
 
 
-def _is_readable(file: Path) -> bool:
-    return file.name.endswith(tuple(READERS))
-
-
 def _files(dataset: str) -> list[Path]:
     """The file itself, or the files of a folder that can be read, sorted by name."""
     path, kinds = Path(dataset), ", ".join(READERS)
     if not path.exists():
         raise UserError(f"dataset {dataset}: no such file or folder, check the path")
-    if path.is_file() and not _is_readable(path):
+    if path.is_file() and not path.name.endswith(tuple(READERS)):
         raise UserError(f"dataset {dataset}: unknown kind of file, give one that ends with {kinds}")
     files = [path] if path.is_file() else sorted(file for file in path.iterdir()
-                                                 if file.is_file() and _is_readable(file))
+                                                 if file.is_file() and file.name.endswith(tuple(READERS)))
     if not files:
         raise UserError(f"dataset {dataset}: the folder holds no file that ends with {kinds}")
     return files
@@ -262,13 +259,17 @@ def _text_column(row: dict, dataset: str) -> str:
 
 
 def _texts(rows: Iterable[dict], dataset: str) -> Iterator[str]:
-    """The text of each row; a missing one counts as empty."""
+    """The text of each row; a missing one counts as empty. A question's texts."""
     column = None
     for row in rows:
-        column = column or _text_column(row, dataset)
-        text = row.get(column) or ""
-        text.encode()  # half a surrogate pair, which JSON can spell, no tokenizer takes
-        yield text
+        if "text" not in row and isinstance(row.get("context"), str) and isinstance(row.get("choices"), list):
+            texts = [row["context"] + choice for choice in row["choices"]]
+        else:
+            column = column or _text_column(row, dataset)
+            texts = [row.get(column) or ""]
+        for text in texts:
+            text.encode()  # half a surrogate pair, which JSON can spell, no tokenizer takes
+            yield text
 
 
 def _indexable(dataset: str):

@@ -4,9 +4,11 @@
     python reproduce/own_text.py --ppl WIKITEXT demo/heldout.txt        # half an hour for each seed and order
     python reproduce/own_text.py --ppl WIKITEXT --steps 100 --tokens 100000 --seeds 0     # ten minutes
     python reproduce/own_text.py --ppl WIKITEXT --task_file piqa.jsonl arc_easy.jsonl     # accuracy as well
+    python reproduce/own_text.py --ppl WIKITEXT --task_file piqa.jsonl --questions others.jsonl   # and from questions
 
 For each seed the model generates text, and the preset learns from it: from a Wanda mask of the model as it is given,
 and of the same model with its channels reordered (permute.py). Wanda and the order are calibrated on demo/train.jsonl.
+--questions are learned from beside this text, with all their choices: give none that --task_file judges.
 WIKITEXT is a text file; perplexity is of 64 windows of 512 tokens. The table has the mean ± deviation over seeds; the
 gap is that in log perplexity (or accuracy) between dense and the Wanda mask of the given model; minutes are
 the median that a run's scripts took for text, order, Wanda and learning, whatever else the machine did.
@@ -36,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ppl", nargs="+", required=True, help="held-out text files")
     parser.add_argument("--task_file", nargs="+", default=[], help="multiple-choice items, as of evaluate.py")
+    parser.add_argument("--questions", nargs="+", default=[], help="such items, to learn from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--orders", nargs="+", choices=list(LABELS), default=list(LABELS))
     parser.add_argument("--steps", type=positive_int, default=560)
@@ -92,17 +95,28 @@ def evaluated(kept: Kept, args: argparse.Namespace, name: str, model: Path, mask
     return found
 
 
+def with_questions(text: Path, questions: list[str], out: Path) -> Path:
+    """A file of all these, one after the other, unless it is there."""
+    if not out.exists():
+        out.write_bytes(b"".join(Path(file).read_bytes().strip() + b"\n" for file in [text, *questions]))
+    return out
+
+
 def learned(kept: Kept, args: argparse.Namespace, order: str, seed: int) -> tuple[dict[str, float], float]:
     """What one run's mask comes to, and the minutes of everything before its evaluation."""
     model, m0, seconds = wanda_mask(kept, order)
-    text = kept.folder / f"text{seed}-{args.tokens}.jsonl"
+    text, tokens = kept.folder / f"text{seed}-{args.tokens}.jsonl", args.tokens
     seconds += kept.make(text.name, "generate_text.py", "--model", MODEL, "--dtype", "auto", "--tokens", args.tokens,
                          "--seed", seed, "--out", text)
     flags = args.train_flags.split()
     name = f"{order}{seed}-{args.tokens}-{args.steps}{''.join(flags).replace('--', '-')}"
+    if args.questions:
+        name += "".join("+" + Path(file).stem for file in args.questions)
+        text = with_questions(text, args.questions, kept.folder / f"{name}.jsonl")
+        tokens = text.stat().st_size  # all of it: no text has more tokens than bytes
     run = kept.folder / name
     start = ["--model", model, "--dtype", "auto", "--mask", m0, "--dataset", text, "--preset", "fast", "--tokens",
-             args.tokens, "--max_step", args.steps, "--epoch", args.steps, "--seed", seed, "--skip_checkpoint", *flags,
+             tokens, "--max_step", args.steps, "--epoch", args.steps, "--seed", seed, "--skip_checkpoint", *flags,
              "--out", run]
     seconds += kept.make(name, "train.py", *(["--resume", run] if (run / "run.json").exists() else start))
     return evaluated(kept, args, name, model, run / "mask.safetensors"), seconds / 60

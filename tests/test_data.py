@@ -128,6 +128,16 @@ def test_missing_and_empty_texts_stay_documents(tmp_path):
     assert list(data.documents(path)) == ["x", "", ""]
 
 
+def test_a_question_is_a_document_for_every_choice(tmp_path):
+    """As evaluation judges them, context and choice; beside ordinary documents, whose own fields are left alone."""
+    question = {"context": "Bees make", "choices": [" honey", " wool"], "gold": 0}
+    path = write(tmp_path / "quiz.jsonl", [question, {"text": "x", "context": "c", "choices": ["a"]}, question])
+    asked = ["Bees make honey", "Bees make wool"]
+    assert list(data.documents(path)) == [*asked, "x", *asked]
+    with pytest.raises(UserError, match="cannot read dataset"):
+        list(data.documents(write(tmp_path / "odd.jsonl", [{**question, "choices": [1]}])))
+
+
 # --------------------------------------------------------------------------------------------------------- minibatches
 
 def test_minibatches_are_the_first_long_enough_documents(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import evaluate
 import generate_text
 import get_mask
@@ -76,6 +77,28 @@ def test_what_it_runs(own_text, tmp_path):
     before = len(own_text.commands)
     run(own_text, tmp_path, "--train_flags=--lr=1.5")
     assert len(own_text.commands) == before
+
+
+def test_learning_from_questions_too(own_text, tmp_path):
+    """From the generated text and from all that the files have, in a run of its own name."""
+    for name in ("facts", "riddles"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"context": "{name}", "choices": ["!", "?"], "gold": 0}}\n\n')
+    make = own_text.script
+
+    def script(name, *flags):
+        make(name, *flags)
+        if name == "generate_text.py":
+            out = Path(generate_text.parse_args([str(flag) for flag in flags]).out)
+            out.rmdir()
+            out.write_text('{"text": "generated"}\n')
+    own_text.script = script
+    run(own_text, tmp_path, f"--orders given --questions {tmp_path}/facts.jsonl {tmp_path}/riddles.jsonl")
+    runs = [train_args.parse("", flags) for name, flags in own_text.commands if name == "train.py"]
+    assert [Path(args.out).name for args in runs] == ["given0-900-7+facts+riddles", "given1-900-7+facts+riddles"]
+    for args in runs:
+        found = list(data.documents(args.dataset))
+        assert found == ["generated", "facts!", "facts?", "riddles!", "riddles?"]
+        assert args.tokens >= len("".join(found))
 
 
 def test_a_run_that_was_interrupted_goes_on(own_text, tmp_path):
