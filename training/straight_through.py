@@ -274,12 +274,13 @@ def enable_checkpointing(model: nn.Module) -> Callable[[], None]:
     for module, name, _ in chances:
         setattr(module, name, 0.0)
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # as it was named before
+    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     if hasattr(model, "_require_grads_hook"):  # what the libraries do for embeddings, `anchor` does already
         model.disable_input_require_grads()
 
     def restore() -> None:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{kind}_checkpointing_disable")()
         model.eval()
         for module, name, value in chances:
             setattr(module, name, value)
