@@ -170,7 +170,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """The fixed list of minibatches that inference_loss.py and train.py must agree on."""
     parser.add_argument("--dataset", default="allenai/c4",
-                        help="training text: hub id, .json.gz, .jsonl, .parquet, .txt or a folder")
+                        help="training text: hub id, .json.gz, .jsonl, .parquet, .txt or a folder; also questions, as "
+                             "evaluate.py's --task_file has them")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
     parser.add_argument("--batchsize", type=positive_int, default=32, help="sequences in a minibatch")
     parser.add_argument("--sqlen", type=positive_int, default=128, help="tokens in a sequence")

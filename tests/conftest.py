@@ -2,6 +2,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from quizzes import make_folder
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,3 +24,9 @@ def load(models):
     def fresh(kind="llama", dtype=torch.float32):
         return transformers.AutoModelForCausalLM.from_pretrained(models[kind]).to(dtype).eval().requires_grad_(False)
     return fresh
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, models):
+    """The models, a text and a quiz, for evaluate.py."""
+    return make_folder(tmp_path_factory.mktemp("evaluate"), models)

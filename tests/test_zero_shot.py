@@ -1,0 +1,301 @@
+"""evaluation/zero_shot.py: scores against plain loops, by hand and against lm-evaluation-harness itself; task files."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+from utils import UserError
+
+import datasets
+import pytest
+import torch
+from quizzes import hf_model, quiz, run, write_lines
+from tiny import MODELS, POSITIONS
+
+from evaluation import zero_shot
+
+
+@pytest.fixture(params=list(MODELS))
+def loaded(request, folder):
+    return hf_model(folder / request.param)
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+def plain_score(model, tokenizer, context: str, choice: str, bos: bool = True) -> float:
+    """log p(choice | context) by one forward a choice and the chain rule, in float64."""
+    ids = tokenizer(context + choice, add_special_tokens=bos).input_ids
+    shared = tokenizer(context.rstrip(" "), add_special_tokens=bos).input_ids
+    if not shared:
+        shared = [tokenizer.bos_token_id]
+        ids = shared + ids
+    assert ids[:len(shared)] == shared
+    start, ids = len(shared), torch.tensor(ids)
+    if len(ids) > POSITIONS + 1:
+        start, ids = start - (len(ids) - POSITIONS - 1), ids[-POSITIONS - 1:]
+    with torch.no_grad():
+        logits = model(input_ids=ids[None, :-1]).logits[0].double()
+    return sum(float(logits[i - 1, ids[i]] - logits[i - 1].logsumexp(0)) for i in range(start, len(ids)))
+
+
+@pytest.mark.parametrize("batchsize, bos", [(1, True), (5, True), (64, False)])
+def test_scores_are_the_chain_rule(loaded, batchsize, bos):
+    model, tokenizer = loaded
+    pairs = [(item["context"], choice) for item in quiz() for choice in item["choices"]]
+    pairs += [("The old cat " * 100, "watches the doctor."), ("The old cat " * 100, "watches.")]  # cut from the left
+    requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs[:-2]]
+    found = zero_shot.log_likelihoods(model, requests, batchsize)
+    expected = [plain_score(model, tokenizer, *pair, bos) for pair in pairs]
+    assert found == pytest.approx(expected[:-2], abs=1e-4)
+    items = [{"context": pairs[-1][0], "choices": [pair[1] for pair in pairs[-2:]], "gold": gold} for gold in (0, 1)]
+    found = [zero_shot.score_items(model, tokenizer, [item], batchsize, bos) for item in items]
+    likeliest = max((0, 1), key=lambda k: expected[len(expected) - 2 + k])
+    assert [n["acc"] for n in found] == [float(likeliest == gold) for gold in (0, 1)]
+
+
+def test_accuracies_and_errors(loaded):
+    model, tokenizer = loaded
+    items = quiz()
+    hits, hits_norm = [], []
+    for item in items:
+        scores = [plain_score(model, tokenizer, item["context"], choice) for choice in item["choices"]]
+        norms = [score / len(choice[1:] if choice[0] == " " else choice)
+                 for score, choice in zip(scores, item["choices"])]
+        hits.append(max(range(4), key=scores.__getitem__) == item["gold"])
+        hits_norm.append(max(range(4), key=norms.__getitem__) == item["gold"])
+    assert hits != hits_norm and 0 < sum(hits) < len(hits)
+    found = zero_shot.score_items(model, tokenizer, items)
+    for metric, expected in (("acc", hits), ("acc_norm", hits_norm)):
+        mean = sum(expected) / len(items)
+        assert found[metric] == mean
+        assert found[f"{metric}_stderr"] == pytest.approx(math.sqrt(mean * (1 - mean) / (len(items) - 1)))
+    assert found["items"] == len(items)
+
+
+class Letters:
+    """A tokenizer of one token a letter, BOS 0 before a text."""
+    bos_token_id = eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        return SimpleNamespace(input_ids=[0] * add_special_tokens + [1 + " abcde".index(letter) for letter in text])
+
+
+class Unigram(torch.nn.Module):
+    """p(a) = 1/2, p(b) = 1/4, p(c) = 1/8, p( ) = p(d) = p(e) = p(BOS) = 1/32, whatever came before."""
+    dtype = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.config = torch.nn.Embedding(7, 1), SimpleNamespace(max_position_embeddings=12)
+        self.logits = torch.tensor([1 / 32, 1 / 32, 1 / 2, 1 / 4, 1 / 8, 1 / 32, 1 / 32]).log() + 3
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, use_cache):
+        assert input_ids.shape[1] <= 12
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, 7))
+
+
+def test_by_hand():
+    """In bits: " b" 5 + 2, " aaa" 5 + 3: acc takes b; a character of theirs costs 7 and 8/3: acc_norm takes aaa."""
+    item = {"context": "dd", "choices": [" b", " aaa"], "gold": 0, "place": "here"}
+    requests = [zero_shot.encode(Letters(), "dd", choice) for choice in item["choices"]]
+    assert requests[0] == ([0, 5, 5, 1, 3], 3)
+    bits = [-score / math.log(2) for score in zero_shot.log_likelihoods(Unigram(), requests, 1)]
+    assert bits == pytest.approx([7, 8], abs=1e-5)
+    items = [item, {**item, "gold": 1}, {**item, "gold": 1}, {**item, "gold": 1}]
+    found = zero_shot.score_items(Unigram(), Letters(), items)
+    assert (found["acc"], found["acc_norm"]) == (0.25, 0.75)
+    assert found["acc_stderr"] == found["acc_norm_stderr"] == 0.25  # sqrt(0.25 * 0.75 * 4 / 3 / 4)
+    alone = zero_shot.score_items(Unigram(), Letters(), [item])
+    assert (alone["acc"], alone["acc_stderr"]) == (1, None)
+    tie = {"context": "", "choices": ["d", "e"], "gold": 0, "place": "here"}
+    assert zero_shot.score_items(Unigram(), Letters(), [tie, {**tie, "gold": 1}])["acc"] == 0.5  # the first of equals
+
+
+@pytest.mark.parametrize("item, words", [
+    ({"context": "d" * 30, "choices": ["a" * 12, "a" * 13]}, ("line 3", "13 tokens", "12 positions")),
+    ({"context": "", "choices": ["d", ""]}, ("line 3", "adds no token", "space"))])
+def test_choices_that_cannot_be_scored(item, words):
+    with pytest.raises(UserError) as error:
+        zero_shot.score_items(Unigram(), Letters(), [{**item, "gold": 0, "place": "quiz.jsonl, line 3"}])
+    assert all(word in str(error.value) for word in words)
+    if len(item["choices"][0]) == 12:  # the longest that fits: all its tokens are scored
+        whole = zero_shot.score_items(Unigram(), Letters(), [{**item, "choices": ["b" * 12, "a" * 12], "gold": 1}])
+        assert whole["acc"] == 1
+
+
+def test_scores_that_are_not_finite():
+    model = Unigram()
+    model.logits = model.logits * math.nan
+    with pytest.raises(UserError, match=r"not finite.*--dtype"):
+        zero_shot.score_items(model, Letters(), [{"context": "", "choices": ["a", "b"], "gold": 0}])
+
+
+# ---------------------------------------------------------------------------------------------------------- task files
+
+GOOD = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{", "not JSON"), ("[1]", "not a JSON object"), ("{}", "no context and no choices and no gold"),
+    ('{"context": "a", "choices": ["b", "c"]}', "no gold"),
+    ('{"context": 1, "choices": ["b", "c"], "gold": 0}', "context is not a string"),
+    ('{"context": "a", "choices": "bc", "gold": 0}', "choices is not a list of two or more"),
+    ('{"context": "a", "choices": ["b"], "gold": 0}', "choices is not a list of two or more"),
+    ('{"context": "a", "choices": ["b", " "], "gold": 0}', "a choice is blank"),
+    ('{"context": "a", "choices": ["b", 2], "gold": 0}', "not a string"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2, not the index of a choice, 0 to 1"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": -1}', "gold is -1"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": true}', "gold is true"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": "1"}', 'gold is "1"')])
+def test_bad_lines(tmp_path, line, words):
+    (tmp_path / "quiz.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
+    with pytest.raises(UserError) as error:
+        zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
+    assert f"{tmp_path}/quiz.jsonl, line 3: " in str(error.value) and words in str(error.value)
+
+
+@pytest.mark.parametrize("content, words", [(None, "cannot be read"), (b"\xff\xfe", "cannot be read"),
+                                            (b"\n \n", "has no items")])
+def test_bad_files(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "quiz.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
+
+
+def test_good_files(tmp_path):
+    """Line separators inside a string do not end the line; CRLF and an end without newline do no harm."""
+    (tmp_path / "quiz.jsonl").write_bytes(GOOD.replace("sky", "sky\u2028\x0b").replace("\x0b", "\\u000b").encode()
+                                          + b"\r\n" + GOOD.encode())
+    items = zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
+    assert [item["context"] for item in items] == ["The sky\u2028\x0b is", "The sky is"]
+
+
+# ------------------------------------------------------------------------------------------------------------- harness
+
+
+@pytest.fixture
+def local_task(tmp_path, monkeypatch):
+    """The quiz as a YAML task of the harness over a local file; its choices there have no leading space, the harness
+    puts one between. Without the items whose contexts end in spaces."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    items = [item for item in quiz() if item["context"].strip() and item["choices"][0][0] == " "]
+    write_lines(tmp_path / "own.jsonl", items)
+    write_lines(tmp_path / "theirs.jsonl",
+                [{**item, "choices": [choice[1:] for choice in item["choices"]]} for item in items])
+
+    def task(output: str = "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: gold",
+             metrics: tuple[str, ...] = ("acc", "acc_norm")) -> str:
+        (tmp_path / "local.yaml").write_text(
+            f"task: local_quiz\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/theirs.jsonl}}\n"
+            f"test_split: train\ndoc_to_text: context\n{output}\nmetric_list: "
+            f"[{', '.join(f'{{metric: {metric}}}' for metric in metrics)}]\n")
+        return str(tmp_path / "local.yaml")
+    return task
+
+
+@pytest.mark.parametrize("flags", ["", "--tasks_no_bos --tasks_batchsize 3", "--task_limit 5"])
+def test_files_score_as_in_the_harness(folder, tmp_path, local_task, flags, capsys):
+    for name in MODELS:
+        run(f"--model {folder}/{name} --ppl none --tasks {local_task()} --task_file {tmp_path}/own.jsonl {flags} "
+              f"--save {tmp_path}/{name}.json")
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        own, theirs = record["tasks"]["own"], record["tasks"]["local_quiz"]
+        assert own.pop("source").startswith("file ") and theirs.pop("source").startswith("lm_eval 0.")
+        assert own == pytest.approx(theirs)
+        assert own["items"] == (5 if "limit" in flags else 13)
+        assert record["mean_acc"] == pytest.approx(own["acc"])
+        said = capsys.readouterr().out
+        assert f"mean acc {100 * own['acc']:.2f} % (acc, not acc_norm; tasks: 2)" in said
+        assert ("first 5 items" if "limit" in flags else "(13 items)") in said
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_every_score_is_the_harness_one(loaded, bos):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    model, tokenizer = loaded
+    pairs = [(item["context"], choice) for item in quiz() for choice in item["choices"] if item["context"].strip()]
+    pairs += [("", "the old cat"), ("", "Every bird"), ("The old cat " * 60, " watches the doctor.")]
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=None if bos else False)
+    theirs = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+    requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs]
+    requests = [(ids[-POSITIONS - 1:], start - max(0, len(ids) - POSITIONS - 1)) for ids, start in requests]
+    assert zero_shot.log_likelihoods(model, requests, 4) == pytest.approx([score for score, _ in theirs], abs=1e-4)
+
+
+HUB = {  # rows of the Hub's data sets for the field's seven tasks, and for a group
+    "Rowan/hellaswag": {"ctx_a": "A cat sits.", "ctx_b": "the cat", "activity_label": "Cats", "label": "1",
+                        "endings": ["hears a fox.", "follows the bird.", "is old.", "carries it."]},
+    "EleutherAI/race": {"article": "The old cat watches the doctor.", "problems": str(
+        [{"question": "Who watches?", "answer": "B", "options": ["A fox.", "The cat.", "A bird.", "No one."]}])},
+    "baber/piqa": {"goal": "Hear the bird", "sol1": "Be quiet.", "sol2": "Follow the fox.", "label": 0},
+    "allenai/winogrande": {"sentence": "The dog follows the child because _ is small.", "option1": "the dog",
+                           "option2": "the child", "answer": "2"},
+    "allenai/ai2_arc": {"question": "What hears?", "choices": {"text": ["a river", "a bird", "rain"],
+                                                               "label": ["A", "B", "C"]}, "answerKey": "B"},
+    "allenai/openbookqa": {"question_stem": "After rain, the river is", "choices": {"text": ["bright", "heavy"],
+                                                                                    "label": ["A", "B"]},
+                           "answerKey": "B"},
+    "cais/mmlu": {"question": "What hears?", "choices": ["A fox", "Rain", "Winter", "Ice"], "answer": 0}}
+SEVEN = "hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa"
+
+
+def test_the_fields_seven_tasks(folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+
+    def load_dataset(path, *args, **kwargs):
+        rows = datasets.Dataset.from_list([HUB[path]] * 3)
+        return datasets.DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), rows))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    arc = HUB["allenai/ai2_arc"]
+    write_lines(tmp_path / "arc.jsonl", [{"context": f"Question: {arc['question']}\nAnswer:", "gold": 1,
+                                          "choices": [f" {choice}" for choice in arc["choices"]["text"]]}] * 2)
+    run(f"--model {folder}/llama --ppl none --tasks {SEVEN} --task_limit 2 --task_file {tmp_path}/arc.jsonl "
+          f"--save {tmp_path}/seven.json")
+    record, said = json.loads((tmp_path / "seven.json").read_text()), capsys.readouterr().out
+    assert list(record["tasks"]) == ["arc", *SEVEN.split(",")] and record["task_limit"] == 2
+    assert {name for name, task in record["tasks"].items() if "acc_norm" not in task} == {"race", "winogrande"}
+    own, theirs = record["tasks"]["arc"], record["tasks"]["arc_easy"]
+    assert {**own, "source": ""} == {**theirs, "source": ""} == {
+        "acc": own["acc"], "acc_stderr": 0, "acc_norm": own["acc_norm"], "acc_norm_stderr": 0, "items": 2, "source": ""}
+    assert record["mean_acc"] == sum(task["acc"] for task in record["tasks"].values()) / 8
+    assert f"mean acc {100 * record['mean_acc']:.2f} % (acc, not acc_norm; tasks: 8)" in said
+    assert list(zero_shot.load_harness(["ai2_arc"])) == ["arc_challenge", "arc_easy"]  # a tag stands for its tasks
+    with pytest.raises(UserError, match="--tasks mmlu_other is a group; name its tasks: mmlu_"):
+        zero_shot.load_harness(["mmlu_other"])
+
+
+def test_tasks_that_are_refused(folder, local_task, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rolling = local_task("output_type: loglikelihood_rolling\ndoc_to_target: context", ("word_perplexity",))
+    for name, words in [("wikitext", "perplexity by words.*--ppl wikitext2"), ("helaswag", "no such task.*hellaswag"),
+                        (rolling, "local_quiz has no acc but word_perplexity.*leave it out")]:
+        with pytest.raises(UserError, match=words):
+            run(f"--model {folder}/llama --tasks {name}")
+
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no network")
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(UserError, match=r"piqa cannot be loaded.*no network.*--task_file"):
+        run(f"--model {folder}/llama --tasks piqa")
+
+
+def test_without_the_harness(folder, monkeypatch):
+    zero_shot._task_manager.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks.manager", None)
+    with pytest.raises(UserError, match=r"--tasks needs.*pip install 'lm_eval"):
+        run(f"--model {folder}/llama --tasks piqa")
+
+
+def test_two_tasks_of_one_name(folder, tmp_path):
+    with pytest.raises(UserError, match="two tasks have one name"):
+        run(f"--model {folder}/llama --task_file {folder}/quiz.jsonl {write_lines(tmp_path / 'quiz.jsonl', quiz())}")
