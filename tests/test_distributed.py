@@ -159,9 +159,10 @@ def test_minibatches_split_over_processes_are_larger_minibatches(w, tmp_path, fl
     learn(2, w, tmp_path / "two", f"{flags} --batchsize 4")
     alone, two = (load_file(tmp_path / name / "logits.safetensors") for name in ("alone", "two"))
     for name, planes in alone.items():
-        assert (planes - two[name]).abs().max() < 1e-3, name
+        difference = (planes - two[name]).abs()
+        assert difference.max() < 1e-2 and difference.mean() < 1e-4, name
         start = planes.round().clamp(0, 1)
-        assert (planes - start).abs().max() > 1e-2, name  # far more than that
+        assert (planes - start).abs().max() > 0.1, name  # far more than that
 
 
 def test_a_killed_process_ends_the_run_and_another_number_goes_on(w, tmp_path):
