@@ -2,8 +2,8 @@
 
 learner: a key of `rival_methods.RIVALS`, or of `estimator_runs.GRADIENTS` with the settings of estimator_rows.py.
 tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: MaskLLM + KD at
-160 and 640 passes, STE at 160 and 640, the preset at 2500; the preset's others are from docs/beyond_the_paper.md. The
-rest are first guesses.
+160 and 640 passes, STE at 160 and 640, the preset at 2500, SR-STE and ProxSparse (its strength too) at 160; the
+preset's others are from docs/beyond_the_paper.md. The rest are first guesses.
 """
 from estimator_rows import PRESET, SWAPS
 
@@ -22,7 +22,7 @@ ROWS = {
     "MaskLLM": dict(learner="maskllm", **TEXT, tuned={160: dict(lr=0.001), 640: dict(lr=6e-4)}),
     "MaskLLM + KD": dict(learner="maskllm", distill=1.0, **TEXT, tuned={
         160: dict(lr=0.001), 2500: dict(lr=0.001, batchsize=32)}),
-    "ProxSparse": dict(learner="proxsparse", strength=50.0, **TEXT, tuned={160: dict(lr=1e-3)}),
+    "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={160: dict(lr=3e-4)}),
     "SR-STE": dict(learner="sr_ste", **TEXT, tuned={160: dict(lr=1e-3)}),
 }
 STUDY = {  # of the long run: the preset with its rate tuned, and what one change makes of it
