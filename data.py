@@ -30,6 +30,7 @@ from files import text_files
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 READERS = {".jsonl": text_files.json_rows, ".json": text_files.json_rows, ".jsonl.gz": text_files.json_rows,
            ".json.gz": text_files.json_rows, ".parquet": text_files.parquet_rows, ".txt": text_files.paragraphs}
+SUFFIXES = tuple(READERS)
 C4_TRAIN = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
 C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
                  "split": "validation"}
@@ -221,7 +222,7 @@ def _tokens(tokenizer: Tokenizer, text: str) -> torch.Tensor:
 
 
 def _is_local(dataset: str) -> bool:
-    return Path(dataset).exists() or dataset.startswith((".", "/")) or dataset.endswith(tuple(READERS))
+    return Path(dataset).exists() or dataset.startswith((".", "/")) or dataset.endswith(SUFFIXES)
 
 
 def _files(dataset: str) -> list[Path]:
@@ -229,10 +230,10 @@ def _files(dataset: str) -> list[Path]:
     path, kinds = Path(dataset), ", ".join(READERS)
     if not path.exists():
         raise UserError(f"dataset {dataset}: no such file or folder, check the path")
-    if path.is_file() and not path.name.endswith(tuple(READERS)):
+    if path.is_file() and not path.name.endswith(SUFFIXES):
         raise UserError(f"dataset {dataset}: unknown kind of file, give one that ends with {kinds}")
     files = [path] if path.is_file() else sorted(file for file in path.iterdir()
-                                                 if file.is_file() and file.name.endswith(tuple(READERS)))
+                                                 if file.is_file() and file.name.endswith(SUFFIXES))
     if not files:
         raise UserError(f"dataset {dataset}: the folder holds no file that ends with {kinds}")
     return files
@@ -259,7 +260,7 @@ def _text_column(row: dict, dataset: str) -> str:
 
 
 def _texts(rows: Iterable[dict], dataset: str) -> Iterator[str]:
-    """The text of each row; a missing one counts as empty. A question's texts."""
+    """The text of each row, where a missing one counts as empty; of a question, a text for every choice."""
     column = None
     for row in rows:
         if "text" not in row and isinstance(row.get("context"), str) and isinstance(row.get("choices"), list):

@@ -95,10 +95,10 @@ def evaluated(kept: Kept, args: argparse.Namespace, name: str, model: Path, mask
     return found
 
 
-def with_questions(text: Path, questions: list[str], out: Path) -> Path:
-    """A file of all these, one after the other, unless it is there."""
-    if not out.exists():
-        out.write_bytes(b"".join(Path(file).read_bytes().strip() + b"\n" for file in [text, *questions]))
+def with_questions(text: Path, questions: list[str], names: str) -> Path:
+    """A file beside the text of it and all these, one after the other; the same for every order and length of run."""
+    out = text.with_name(f"{text.stem}{names}.jsonl")
+    out.write_bytes(b"".join(Path(file).read_bytes().strip() + b"\n" for file in [text, *questions]))
     return out
 
 
@@ -111,8 +111,8 @@ def learned(kept: Kept, args: argparse.Namespace, order: str, seed: int) -> tupl
     flags = args.train_flags.split()
     name = f"{order}{seed}-{args.tokens}-{args.steps}{''.join(flags).replace('--', '-')}"
     if args.questions:
-        name += "".join("+" + Path(file).stem for file in args.questions)
-        text = with_questions(text, args.questions, kept.folder / f"{name}.jsonl")
+        names = "".join("+" + Path(file).stem for file in args.questions)
+        name, text = name + names, with_questions(text, args.questions, names)
         tokens = text.stat().st_size  # all of it: no text has more tokens than bytes
     run = kept.folder / name
     start = ["--model", model, "--dtype", "auto", "--mask", m0, "--dataset", text, "--preset", "fast", "--tokens",

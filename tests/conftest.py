@@ -30,3 +30,11 @@ def load(models):
 def folder(tmp_path_factory, models):
     """The models, a text and a quiz, for evaluate.py."""
     return make_folder(tmp_path_factory.mktemp("evaluate"), models)
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """A model that evaluate.py loads is a failure."""
+    def load_model(**given):
+        raise AssertionError("a model was loaded")
+    monkeypatch.setattr("evaluate.load_model", load_model)

@@ -9,15 +9,7 @@ import transformers
 from quizzes import run, table_of
 from tiny import MODELS
 
-import evaluate
 from evaluation.comparison import percent
-
-
-@pytest.fixture
-def nothing_loads(monkeypatch):
-    def load_model(**given):
-        raise AssertionError("a model was loaded")
-    monkeypatch.setattr(evaluate, "load_model", load_model)
 
 
 def record(**changes) -> dict:

@@ -86,13 +86,6 @@ def model_copy(models, tmp_path):
     return shutil.copytree(models["llama"], tmp_path / "model")
 
 
-@pytest.fixture
-def nothing_loads(monkeypatch):
-    def load_model(**given):
-        raise AssertionError("a model was loaded")
-    monkeypatch.setattr(evaluate, "load_model", load_model)
-
-
 def test_beside_the_model_and_never_over_it(model_copy, capsys, request):
     run(f"--model {model_copy} --ppl none")
     assert json.loads((model_copy / "evaluation.json").read_text())["density"] == 1

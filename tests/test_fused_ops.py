@@ -7,16 +7,13 @@ import torch
 from exact import by_inclusion_exclusion, by_orderings, drawings, inclusion_by_drawings, jacobian
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from masked import seeded
 
 import pge
 from masking import fused_ops
 from masking.block_bits import bits_to_mask
 
 CHEAP = [(n, m) for m in range(2, 9) for n in range(1, min(m, 5))]  # where the M!/(M-N)! ways to draw are few
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def split(blocks):

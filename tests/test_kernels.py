@@ -10,6 +10,7 @@ import torch
 from exact import chi_square, distribution, pattern_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masked import seeded
 
 import pge
 from masking import exact_kernels
@@ -19,10 +20,6 @@ from masking.random_bits import layer_keys, random_bits, round_stochastically, u
 from masking.spaces import LinearSpace, PatternSpace
 
 FUSED = [(n, m) for n in range(1, 5) for m in range(n + 1, 9)]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def same_bits(a, b):

@@ -15,16 +15,13 @@ from exact import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masked import seeded
 
 import pge
 
 ALL_TO_SIX = [(n, m) for m in range(2, 7) for n in range(1, m)]
 SHAPES = [*ALL_TO_SIX, (2, 8), (4, 8)]
 SCALES = [0.1, 1.0, 5.0, 20.0]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def some_blocks(n, m, scale, seed=0):

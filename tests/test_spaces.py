@@ -8,13 +8,10 @@ import torch
 from exact import chi_square, distribution, log, mask_of, pattern_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masked import seeded
 
 import pge
 from masking.spaces import LIMIT, MARGIN, SPACES, LinearSpace, PatternSpace, logits_from_scores
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (3, 5), (4, 8)])
