@@ -1,57 +1,25 @@
 """Text into tokens: training minibatches, calibration samples and perplexity windows.
 
-Every function takes a Hugging Face tokenizer and a dataset, which is one of
-    allenai/c4                   its first training shard, en/c4-train.00000-of-01024.json.gz, as the paper uses
-    name or name:config          any other hub id, split train
-    file.jsonl                   or .json, .jsonl.gz, .json.gz, .parquet: one document a row
-    file.txt                     documents are paragraphs, separated by blank lines
-    folder/                      what datasets' save_to_disk wrote, or such files, read in sorted order
-A document is the string in column `text`, or else in the only column of strings. Of a question, as in evaluate.py's
---task_file, {"context": ..., "choices": [...]}, every choice makes a document, put behind the context as it is judged.
-Hub ids need the network the first time. What a user can mend is raised as UserError, a one-line message.
+Every function takes a Hugging Face tokenizer and a dataset: a file, a folder or a hub id, whose documents are what
+files/documents.py reads. What a user can mend is raised as UserError, a one-line message.
 """
-
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 from utils import UserError, progress_bar
 
-import datasets
 import torch
 import transformers
 
-from files import text_files
+from files.documents import all_documents, documents, explained, hub_texts
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
-READERS = {".jsonl": text_files.json_rows, ".json": text_files.json_rows, ".jsonl.gz": text_files.json_rows,
-           ".json.gz": text_files.json_rows, ".parquet": text_files.parquet_rows, ".txt": text_files.paragraphs}
-SUFFIXES = tuple(READERS)
-C4_TRAIN = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
 C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
                  "split": "validation"}
 WIKITEXT2_TEST = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
-
-
-def documents(dataset: str) -> Iterator[str]:
-    """Yield the documents of a dataset (see the top of this file) in file order, reading only as far as asked.
-
-    Errors, once reading starts: UserError for no such path or hub id, no network, no text column, a malformed file.
-    """
-    with _explained(dataset):
-        if not _is_local(dataset):
-            yield from _texts(_load(**_hub_arguments(dataset), streaming=True), dataset)
-        elif any(Path(dataset, mark).is_file() for mark in ("state.json", "dataset_dict.json")):  # save_to_disk's
-            yield from _texts(text_files.saved_rows(Path(dataset)), dataset)
-        else:
-            for file in _files(dataset):
-                kind = next(suffix for suffix in READERS if file.name.endswith(suffix))
-                documents_or_rows = READERS[kind](file)
-                yield from documents_or_rows if kind == ".txt" else _texts(documents_or_rows, str(file))
 
 
 def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize: int, sqlen: int) -> torch.Tensor:
@@ -137,7 +105,7 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
     if nsamples < 1 or seqlen < 1:
         raise UserError(f"--nsamples is {nsamples} and --seqlen {seqlen}: both must be at least 1")
     generator = random.Random(seed)  # the stream of random.seed(seed), without touching the global one
-    texts = _indexable(dataset)
+    texts = all_documents(dataset)
     samples, short = [], set()  # short: indices of documents known to be too short
     with progress_bar(total=nsamples, desc="drawing documents", leave=False) as bar:
         while len(samples) < nsamples:
@@ -178,11 +146,11 @@ def windows_and_tokens(tokenizer: Tokenizer, dataset: str, seqlen: int,
     """`perplexity_windows`, and the number of tokens that the whole text has, the remainder included."""
     if seqlen < 2 or (limit is not None and limit < 1):
         raise UserError(f"--seqlen is {seqlen} and the limit {limit}: needs at least 2 tokens and 1 window")
-    with _explained(dataset):
+    with explained(dataset):
         if dataset == "wikitext2":
-            text = "\n\n".join(_texts(_load(**WIKITEXT2_TEST, streaming=True), dataset))
+            text = "\n\n".join(hub_texts(dataset, **WIKITEXT2_TEST))
         elif dataset == "c4":
-            text = " ".join(itertools.islice(_texts(_load(**C4_VALIDATION, streaming=True), dataset), 1100))
+            text = " ".join(itertools.islice(hub_texts(dataset, **C4_VALIDATION), 1100))
             limit = min(limit or 256, 256)
         elif Path(dataset).is_file() and dataset.endswith(".txt"):
             text = Path(dataset).read_bytes().decode("utf-8")
@@ -219,82 +187,3 @@ def fingerprint(batches: torch.Tensor) -> str:
 def _tokens(tokenizer: Tokenizer, text: str) -> torch.Tensor:
     """int64 [tokens], special tokens included, of any length: verbose=False drops the warning about long inputs."""
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
-
-
-def _is_local(dataset: str) -> bool:
-    return Path(dataset).exists() or dataset.startswith((".", "/")) or dataset.endswith(SUFFIXES)
-
-
-def _files(dataset: str) -> list[Path]:
-    """The file itself, or the files of a folder that can be read, sorted by name."""
-    path, kinds = Path(dataset), ", ".join(READERS)
-    if not path.exists():
-        raise UserError(f"dataset {dataset}: no such file or folder, check the path")
-    if path.is_file() and not path.name.endswith(SUFFIXES):
-        raise UserError(f"dataset {dataset}: unknown kind of file, give one that ends with {kinds}")
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir()
-                                                 if file.is_file() and file.name.endswith(SUFFIXES))
-    if not files:
-        raise UserError(f"dataset {dataset}: the folder holds no file that ends with {kinds}")
-    return files
-
-
-def _hub_arguments(dataset: str) -> dict:
-    name, _, config = dataset.partition(":")
-    return C4_TRAIN if dataset == "allenai/c4" else {"path": name, "name": config or None, "split": "train"}
-
-
-def _load(path: str, **arguments):
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
-    return datasets.load_dataset(path, verification_mode="no_checks", **arguments)  # one shard is not all a card lists
-
-
-def _text_column(row: dict, dataset: str) -> str:
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in row and ("text" in strings or row["text"] is None):
-        return "text"
-    if len(strings) != 1:
-        raise UserError(f"dataset {dataset}: no column of strings named text and {len(strings)} columns hold strings "
-                        f"(columns: {', '.join(row)}), rename the one with the documents to text")
-    return strings[0]
-
-
-def _texts(rows: Iterable[dict], dataset: str) -> Iterator[str]:
-    """The text of each row, where a missing one counts as empty; of a question, a text for every choice."""
-    column = None
-    for row in rows:
-        if "text" not in row and isinstance(row.get("context"), str) and isinstance(row.get("choices"), list):
-            texts = [row["context"] + choice for choice in row["choices"]]
-        else:
-            column = column or _text_column(row, dataset)
-            texts = [row.get(column) or ""]
-        for text in texts:
-            text.encode()  # half a surrogate pair, which JSON can spell, no tokenizer takes
-            yield text
-
-
-def _indexable(dataset: str):
-    """All documents as a sequence: a hub dataset memory-mapped from the cache, a local one in memory."""
-    if _is_local(dataset):
-        texts = list(documents(dataset))
-    else:
-        with _explained(dataset):
-            rows = _load(**_hub_arguments(dataset))
-            texts = rows[_text_column(rows[0], dataset)] if len(rows) else []
-    if len(texts) == 0:
-        raise UserError(f"dataset {dataset} holds no documents")
-    return texts
-
-
-@contextmanager
-def _explained(dataset: str):
-    """Turn whatever a reader raises into one line: gzip, JSON, Arrow, the Hub and the network share no base class."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:300]
-        advice = ("check that the file is intact" if _is_local(dataset)
-                  else "check its spelling, your access to it and the network, or give a local file or folder")
-        raise UserError(f"cannot read dataset {dataset} ({reason}): {advice}") from error

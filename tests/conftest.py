@@ -1,3 +1,4 @@
+import datasets
 import pytest
 import tiny
 import torch
@@ -38,3 +39,38 @@ def nothing_loads(monkeypatch):
     def load_model(**given):
         raise AssertionError("a model was loaded")
     monkeypatch.setattr("evaluate.load_model", load_model)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory):
+    """SentencePiece that starts with <s>; byte-level that starts with </s>; byte-level that adds nothing."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    tiny.save_sentencepiece(folder / "sentencepiece")
+    tiny.save_bytelevel(folder / "opt", ["<s>", "<pad>", "</s>", "<unk>"], start="</s>", bos_token="</s>",
+                        eos_token="</s>")
+    tiny.save_bytelevel(folder / "gpt2", ["<|endoftext|>"], start=None, bos_token="<|endoftext|>")
+    return {name: transformers.AutoTokenizer.from_pretrained(folder / name)
+            for name in ("sentencepiece", "opt", "gpt2")}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    return tiny.write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the Hub: notes what is asked of it and answers with the texts, or the columns, it is given."""
+    class Hub:
+        def __init__(self):
+            self.texts, self.columns, self.asked = [f"document {i}" for i in range(1200)], None, []
+
+        def load_dataset(self, path, **arguments):
+            self.asked.append({"path": path, **arguments})
+            columns = self.columns or {"text": self.texts, "url": ["https://"] * len(self.texts)}
+            rows = datasets.Dataset.from_dict(columns)
+            return rows.to_iterable_dataset() if arguments.get("streaming") else rows
+
+    stand_in = Hub()
+    monkeypatch.setattr(datasets, "load_dataset", stand_in.load_dataset)
+    return stand_in

@@ -18,6 +18,7 @@ import generate_text
 import prune
 import train
 from files import mask_files
+from files.documents import documents
 from masking.layers import apply_masks, find_layers
 from masking.loading import batch_loss, bos_hint, model_fingerprint
 
@@ -199,7 +200,7 @@ def test_writing(folder, tmp_path, tokenizer):
     """Documents begin behind the token, so that they are sentences; and are learned from behind it."""
     generate_text.main(f"--model {folder}/model {PLACE} --tokens 400 --sqlen 48 --batchsize 8 "
                        f"--out {tmp_path}/text.jsonl".split())
-    texts = list(data.documents(str(tmp_path / "text.jsonl")))
+    texts = list(documents(str(tmp_path / "text.jsonl")))
     known = {word.strip(".").lower() for text in tiny.training_text() for word in text.split()}
     words = [word.strip(".").lower() for text in texts for word in text.split()]
     assert sum(word in known for word in words) > len(words) / 2

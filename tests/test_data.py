@@ -1,10 +1,7 @@
 """data.py against independent means: hand-made corpora of known lengths, and get_c4 as its authors wrote it."""
 
-import gzip
 import hashlib
-import json
 import random
-import socket
 import struct
 
 from utils import UserError
@@ -13,20 +10,10 @@ import datasets
 import pytest
 import torch
 import transformers
-from tiny import save_bytelevel, save_sentencepiece, write_corpus
+from quizzes import write_lines
+from words import Words, read
 
 import data
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    """SentencePiece that starts with <s>; byte-level that starts with </s>; byte-level that adds nothing."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    save_sentencepiece(folder / "sentencepiece")
-    save_bytelevel(folder / "opt", ["<s>", "<pad>", "</s>", "<unk>"], start="</s>", bos_token="</s>", eos_token="</s>")
-    save_bytelevel(folder / "gpt2", ["<|endoftext|>"], start=None, bos_token="<|endoftext|>")
-    return {name: transformers.AutoTokenizer.from_pretrained(folder / name)
-            for name in ("sentencepiece", "opt", "gpt2")}
 
 
 @pytest.fixture(params=["sentencepiece", "opt", "gpt2"])
@@ -34,115 +21,11 @@ def tokenizer(request, tokenizers):
     return tokenizers[request.param]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Stands in for the Hub: notes what is asked of it and answers with the texts it is given."""
-    class Hub:
-        def __init__(self):
-            self.texts, self.asked = [f"document {i}" for i in range(1200)], []
-
-        def load_dataset(self, path, **arguments):
-            self.asked.append({"path": path, **arguments})
-            rows = datasets.Dataset.from_dict({"text": self.texts, "url": ["https://"] * len(self.texts)})
-            return rows.to_iterable_dataset() if arguments.get("streaming") else rows
-
-    stand_in = Hub()
-    monkeypatch.setattr(datasets, "load_dataset", stand_in.load_dataset)
-    return stand_in
-
-
-def read(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-class Words:
-    """A tokenizer whose counts are plain to see: a token a word, its length in letters, between 0 and 1."""
-    bos_token_id = None  # 0 comes first and yet is no beginning-of-text token
-
-    def __call__(self, text, verbose=True):
-        return transformers.BatchEncoding({"input_ids": [0, *map(len, text.split()), 1]})
-
-
-# ----------------------------------------------------------------------------------------------------------- documents
-
-@pytest.mark.parametrize("kind", ["json", "jsonl.gz", "json.gz", "array.json", "parquet", "txt", "folder",
-                                  "saved", "saved-splits", "column", "odd [name]*"])
-def test_every_kind_of_source_gives_the_same_minibatches(kind, tokenizers, corpus, tmp_path):
-    texts, path = read(corpus), tmp_path / f"corpus.{kind}"
-    rows = datasets.Dataset.from_dict({"text": texts, "n": list(range(len(texts)))})
-    if kind in ("json", "jsonl.gz", "json.gz"):
-        opener = gzip.open if kind.endswith("gz") else open
-        with opener(path, "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text, "n": 1}) + "\n" for text in texts)
-    elif kind == "array.json":
-        path.write_text(json.dumps([{"text": text} for text in texts]))
-    elif kind == "parquet":
-        rows.to_parquet(path)
-    elif kind == "txt":
-        path.write_text("\n \n\n".join(texts) + "\n")
-    elif kind == "folder":
-        path.mkdir()
-        write(path / "b.jsonl", [{"text": text} for text in texts[20:40]])
-        write(path / "a.json", [{"text": text} for text in texts[:20]])
-        (path / "c.txt").write_text("\n\n".join(texts[40:]))
-        (path / "README.md").write_text("not a document")
-    elif kind == "saved":
-        rows.save_to_disk(path)
-    elif kind == "saved-splits":
-        datasets.DatasetDict({"test": rows.select([0]), "train": rows}).save_to_disk(path)
-    elif kind == "column":
-        path = write(tmp_path / "column.jsonl", [{"content": text, "n": 1} for text in texts])
-    else:
-        path = tmp_path / "odd [name]*.jsonl"
-        write(path, [{"text": text} for text in texts])
-    assert list(data.documents(str(path))) == texts
-    expected = data.minibatches(tokenizers["gpt2"], corpus, 32, 8, 64)
-    assert torch.equal(data.minibatches(tokenizers["gpt2"], str(path), 32, 8, 64), expected)
-
-
-def test_local_files_never_touch_the_network(corpus, monkeypatch):
-    calls = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: calls.append(args) or [])
-    assert list(data.documents(corpus)) == read(corpus)
-    assert calls == []
-
-
-def test_txt_documents_are_paragraphs(tmp_path):
-    (tmp_path / "p.txt").write_text("\n\none\nstill one\n\n\n  \ntwo: é\n\t\nthree", encoding="utf-8")
-    assert list(data.documents(str(tmp_path / "p.txt"))) == ["one\nstill one", "two: é", "three"]
-
-
-def test_missing_and_empty_texts_stay_documents(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "x", "t": "y"}, {"text": None, "t": "y"}, {"text": "", "t": "y"}])
-    assert list(data.documents(path)) == ["x", "", ""]
-
-
-def test_a_question_is_a_document_for_every_choice(tmp_path):
-    """As evaluation judges them, context and choice; beside ordinary documents, whose own fields are left alone."""
-    question = {"context": "Bees make", "choices": [" honey", " wool"], "gold": 0}
-    path = write(tmp_path / "quiz.jsonl", [question, {"text": "x", "context": "c", "choices": ["a"]}, question])
-    asked = ["Bees make honey", "Bees make wool"]
-    assert list(data.documents(path)) == [*asked, "x", *asked]
-    with pytest.raises(UserError, match="cannot read dataset"):
-        list(data.documents(write(tmp_path / "odd.jsonl", [{**question, "choices": [1]}])))
-
-
 # --------------------------------------------------------------------------------------------------------- minibatches
 
 def test_minibatches_are_the_first_long_enough_documents(tmp_path):
     counts = [5, 3, 4, 9, 2, 6, 7, 8]  # words; Words() adds two special tokens
-    path = write(tmp_path / "a.jsonl", [{"text": " ".join(["w" * (i + 2)] * n)} for i, n in enumerate(counts)])
+    path = write_lines(tmp_path / "a.jsonl", [{"text": " ".join(["w" * (i + 2)] * n)} for i, n in enumerate(counts)])
     batches = data.minibatches(Words(), path, dataset_size=4, batchsize=2, sqlen=6)
     # more than 6 tokens: documents 0 (7), 3 (11), 5 (8), 6 (9); document 2 has 6, which is not enough
     assert batches.tolist() == [[[0] + [2] * 5, [0] + [5] * 5], [[0] + [7] * 5, [0] + [8] * 5]]
@@ -162,7 +45,7 @@ def test_minibatches_with_real_tokenizers(tokenizer, corpus):
 def test_every_start_token_is_counted(tokenizers, tmp_path):
     for name, extra in [("sentencepiece", 1), ("opt", 1), ("gpt2", 0)]:
         plain = len(tokenizers[name]("the quiet fox", add_special_tokens=False).input_ids)
-        path = write(tmp_path / f"{name}.jsonl", [{"text": "the quiet fox"}])
+        path = write_lines(tmp_path / f"{name}.jsonl", [{"text": "the quiet fox"}])
         assert data.minibatches(tokenizers[name], path, 1, 1, plain + extra - 1).shape == (1, 1, plain + extra - 1)
         with pytest.raises(UserError, match="only 0 of the 1 documents"):
             data.minibatches(tokenizers[name], path, 1, 1, plain + extra)
@@ -221,7 +104,8 @@ class WordsWithEnd(Words):
 
 def numbered(tmp_path, counts):
     """A corpus whose i-th document has so many words, each of i + 2 letters."""
-    return write(tmp_path / "numbered.jsonl", [{"text": " ".join(["w" * (i + 2)] * n)} for i, n in enumerate(counts)])
+    return write_lines(tmp_path / "numbered.jsonl",
+                       [{"text": " ".join(["w" * (i + 2)] * n)} for i, n in enumerate(counts)])
 
 
 @pytest.mark.parametrize("tokenizer, between", [(WordsWithEnd(), [99]), (Words(), [])])
@@ -332,7 +216,7 @@ def test_calibration_behind_bos_is_get_c4_a_token_later(tokenizer, corpus, seqle
 
 
 def test_calibration_keeps_to_documents_just_long_enough(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "ww"}, {"text": "www www"}])  # 3 and 4 tokens
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "ww"}, {"text": "www www"}])  # 3 and 4 tokens
     assert data.calibration_samples(Words(), path, 5, 3, 0).tolist() == [[0, 3, 3]] * 5
     assert data.calibration_samples(Words(), path, 5, 3, 0, bos=0).tolist() == [[0, 3, 3]] * 5  # begins with it
     with pytest.raises(UserError, match=r"none of the 2 documents .* more than 4 tokens: lower --seqlen"):
@@ -368,7 +252,7 @@ def test_windows_of_other_files_join_documents(tokenizer, corpus):
 
 
 def test_windows_refuse(corpus, tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "w w w"}])  # 5 tokens
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "w w w"}])  # 5 tokens
     assert data.perplexity_windows(Words(), path, 5).shape == (1, 5)
     with pytest.raises(UserError, match="only 5 tokens, fewer than one window of 6: lower --seqlen"):
         data.perplexity_windows(Words(), path, 6)
@@ -433,59 +317,6 @@ def test_hub_failures_are_one_line(use, error, monkeypatch):
     with pytest.raises(UserError, match=r"cannot read dataset .* local file or folder") as caught:
         use()
     assert "\n" not in str(caught.value)
-
-
-# ----------------------------------------------------------------------------------------------------- bad local input
-
-def broken_sources(folder):
-    rows = [{"a": "x", "b": "y"}]
-    write(folder / "two.jsonl", rows)
-    write(folder / "none.jsonl", [{"a": 1, "b": [2]}])
-    (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    (folder / "broken.json.gz").write_text("not gzip")
-    whole = gzip.compress(json.dumps({"text": "x" * 5000 + str(random.random())}).encode())
-    (folder / "cut.json.gz").write_bytes(whole[:-20])
-    (folder / "broken.parquet").write_text("not parquet")
-    (folder / "latin.txt").write_bytes(b"caf\xe9")
-    (folder / "table.csv").write_text("text\nx\n")
-    (folder / "nothing").mkdir()
-    datasets.DatasetDict({"a": datasets.Dataset.from_list(rows), "b": datasets.Dataset.from_list(rows)}).save_to_disk(
-        folder / "splits")
-
-
-@pytest.mark.parametrize("name, message", [
-    ("two.jsonl", "2 columns hold strings \\(columns: a, b\\), rename"),
-    ("none.jsonl", "0 columns hold strings"),
-    ("broken.jsonl", "check that the file is intact"),
-    ("broken.json.gz", "check that the file is intact"),
-    ("cut.json.gz", "check that the file is intact"),
-    ("broken.parquet", "check that the file is intact"),
-    ("latin.txt", "check that the file is intact"),
-    ("table.csv", "unknown kind of file"),
-    ("nothing", "holds no file"),
-    ("splits", "no split train but a, b"),
-    ("absent.jsonl", "no such file or folder"),
-    ("absent", "no such file or folder"),
-])
-def test_bad_local_sources_are_one_line(name, message, tmp_path, capfd):
-    broken_sources(tmp_path)
-    path = str(tmp_path / name)
-    capfd.readouterr()
-    uses = [lambda: list(data.documents(path)), lambda: data.minibatches(Words(), path, 1, 1, 2),
-            lambda: data.calibration_samples(Words(), path, 1, 2, 0), lambda: data.perplexity_windows(Words(), path, 2)]
-    for use in uses[:1] if name == "broken.jsonl" else uses:  # minibatches may stop before the broken line
-        with pytest.raises(UserError, match=message) as caught:
-            use()
-        assert "\n" not in str(caught.value)
-        assert name in str(caught.value)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_missing_file_is_never_looked_up_on_the_hub(hub):
-    for dataset in ["absent.parquet", "folder/absent.json.gz", "./absent", "/absent"]:
-        with pytest.raises(UserError, match="no such file or folder"):
-            next(data.documents(dataset))
-    assert hub.asked == []
 
 
 # --------------------------------------------------------------------------------------------------------- fingerprint

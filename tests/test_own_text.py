@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import data
 import evaluate
 import generate_text
 import get_mask
 import permute
 import prune
 import train
+from files.documents import documents
 from training import args as train_args
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def test_learning_from_questions_too(own_text, tmp_path):
     runs = [train_args.parse("", flags) for name, flags in own_text.commands if name == "train.py"]
     assert [Path(args.out).name for args in runs] == ["given0-900-7+facts+riddles", "given1-900-7+facts+riddles"]
     for args in runs:
-        found = list(data.documents(args.dataset))
+        found = list(documents(args.dataset))
         assert found == ["generated", "facts!", "facts?", "riddles!", "riddles?"]
         assert args.tokens >= len("".join(found))
 

@@ -17,13 +17,13 @@ from types import SimpleNamespace
 import pytest
 from tiny import write_corpus
 
-import data
 import evaluate
 import get_mask
 import inference_loss
 import prune
 import train
 from files import mask_files
+from files.documents import documents
 from training import args as train_args
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def tiny(tmp_path_factory, models):
     root = tmp_path_factory.mktemp("reproduce")
     shutil.copytree(models["llama"], root / "dense")
     write_corpus(root / "text.jsonl", 16)
-    (root / "held_out.txt").write_text("\n\n".join(data.documents(write_corpus(root / "other.jsonl", 4, seed=7))))
+    (root / "held_out.txt").write_text("\n\n".join(documents(write_corpus(root / "other.jsonl", 4, seed=7))))
     paths = dict(MODEL="dense", TRAIN_TEXT="text.jsonl", HELDOUT="held_out.txt", OUT="out")
     return SimpleNamespace(settings={**SETTINGS, **{key: str(root / name) for key, name in paths.items()}},
                            out=root / "out", root=root)

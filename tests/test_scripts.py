@@ -30,6 +30,7 @@ import pge
 import prune
 import train
 from files import mask_files
+from files.documents import documents
 from masking.spaces import PatternSpace
 from training import args as train_args
 
@@ -79,7 +80,7 @@ def pipelines(tmp_path_factory, models):
     """Model name -> folder in which all five commands have run: the Llama's in a shell, as a user runs them."""
     root = tmp_path_factory.mktemp("pipelines")
     write_corpus(root / "text.jsonl", 16)
-    (root / "held_out.txt").write_text("\n\n".join(data.documents(write_corpus(root / "other.jsonl", 2, seed=7))))
+    (root / "held_out.txt").write_text("\n\n".join(documents(write_corpus(root / "other.jsonl", 2, seed=7))))
 
     said = []
     for name in MODELS:

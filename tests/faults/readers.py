@@ -12,12 +12,12 @@ import tiny
 import torch
 from pyarrow import parquet
 
-import data
 import plot
 from evaluation import zero_shot
 from evaluation.comparison import comparison
 from faults import damage
 from files import mask_files, permutation_files
+from files.documents import documents
 from files.model_folder import base_model
 from files.packing import count_faults
 from files.records import read_lines
@@ -116,7 +116,7 @@ TEXTS = [f"Document {i} says é and ☃.\nIt goes on {i}." for i in range(12)]
 
 
 def _text_reader(name: str, files: list[Path], source: Path, damages: tuple) -> Reader:
-    return Reader(name, files, lambda: list(data.documents(str(source))), damages,
+    return Reader(name, files, lambda: list(documents(str(source))), damages,
                   lambda texts: all(isinstance(text, str) and text.encode() is not None for text in texts))
 
 

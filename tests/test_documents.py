@@ -1,0 +1,138 @@
+"""files/documents.py: every kind of source gives the same documents; what cannot be read is one line."""
+
+import gzip
+import json
+import random
+import socket
+
+from utils import UserError
+
+import datasets
+import pytest
+import torch
+from quizzes import write_lines
+from words import Words, read
+
+import data
+from files.documents import all_documents, documents
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl.gz", "json.gz", "array.json", "parquet", "txt", "folder",
+                                  "saved", "saved-splits", "column", "odd [name]*"])
+def test_every_kind_of_source_gives_the_same_minibatches(kind, tokenizers, corpus, tmp_path):
+    texts, path = read(corpus), tmp_path / f"corpus.{kind}"
+    rows = datasets.Dataset.from_dict({"text": texts, "n": list(range(len(texts)))})
+    if kind in ("json", "jsonl.gz", "json.gz"):
+        opener = gzip.open if kind.endswith("gz") else open
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text, "n": 1}) + "\n" for text in texts)
+    elif kind == "array.json":
+        path.write_text(json.dumps([{"text": text} for text in texts]))
+    elif kind == "parquet":
+        rows.to_parquet(path)
+    elif kind == "txt":
+        path.write_text("\n \n\n".join(texts) + "\n")
+    elif kind == "folder":
+        path.mkdir()
+        write_lines(path / "b.jsonl", [{"text": text} for text in texts[20:40]])
+        write_lines(path / "a.json", [{"text": text} for text in texts[:20]])
+        (path / "c.txt").write_text("\n\n".join(texts[40:]))
+        (path / "README.md").write_text("not a document")
+    elif kind == "saved":
+        rows.save_to_disk(path)
+    elif kind == "saved-splits":
+        datasets.DatasetDict({"test": rows.select([0]), "train": rows}).save_to_disk(path)
+    elif kind == "column":
+        path = write_lines(tmp_path / "column.jsonl", [{"content": text, "n": 1} for text in texts])
+    else:
+        path = tmp_path / "odd [name]*.jsonl"
+        write_lines(path, [{"text": text} for text in texts])
+    assert list(documents(str(path))) == texts
+    expected = data.minibatches(tokenizers["gpt2"], corpus, 32, 8, 64)
+    assert torch.equal(data.minibatches(tokenizers["gpt2"], str(path), 32, 8, 64), expected)
+
+
+def test_local_files_never_touch_the_network(corpus, monkeypatch):
+    calls = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: calls.append(args) or [])
+    assert list(documents(corpus)) == read(corpus)
+    assert calls == []
+
+
+def test_txt_documents_are_paragraphs(tmp_path):
+    (tmp_path / "p.txt").write_text("\n\none\nstill one\n\n\n  \ntwo: é\n\t\nthree", encoding="utf-8")
+    assert list(documents(str(tmp_path / "p.txt"))) == ["one\nstill one", "two: é", "three"]
+
+
+def test_missing_and_empty_texts_stay_documents(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": text, "t": "y"} for text in ("x", None, "")])
+    assert list(documents(path)) == ["x", "", ""]
+
+
+def test_a_question_is_a_document_for_every_choice(tmp_path):
+    """As evaluation judges them, context and choice; beside ordinary documents, whose own fields are left alone."""
+    question = {"context": "Bees make", "choices": [" honey", " wool"], "gold": 0}
+    path = write_lines(tmp_path / "quiz.jsonl", [question, {"text": "x", "context": "c", "choices": ["a"]}, question])
+    asked = ["Bees make honey", "Bees make wool"]
+    assert list(documents(path)) == [*asked, "x", *asked]
+    with pytest.raises(UserError, match="cannot read dataset"):
+        list(documents(write_lines(tmp_path / "odd.jsonl", [{**question, "choices": [1]}])))
+
+
+def test_questions_of_the_hub_are_documents_to_learn_from_and_to_calibrate_on(hub):
+    hub.columns = {"context": ["Bees make", "Sheep give"], "choices": [[" honey", " wool"], [" wool", " milk"]]}
+    asked = ["Bees make honey", "Bees make wool", "Sheep give wool", "Sheep give milk"]
+    assert list(documents("some/quiz")) == list(all_documents("some/quiz")) == asked
+
+
+# ----------------------------------------------------------------------------------------------------- bad local input
+
+def broken_sources(folder):
+    rows = [{"a": "x", "b": "y"}]
+    write_lines(folder / "two.jsonl", rows)
+    write_lines(folder / "none.jsonl", [{"a": 1, "b": [2]}])
+    (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (folder / "broken.json.gz").write_text("not gzip")
+    whole = gzip.compress(json.dumps({"text": "x" * 5000 + str(random.random())}).encode())
+    (folder / "cut.json.gz").write_bytes(whole[:-20])
+    (folder / "broken.parquet").write_text("not parquet")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "table.csv").write_text("text\nx\n")
+    (folder / "nothing").mkdir()
+    datasets.DatasetDict({"a": datasets.Dataset.from_list(rows), "b": datasets.Dataset.from_list(rows)}).save_to_disk(
+        folder / "splits")
+
+
+@pytest.mark.parametrize("name, message", [
+    ("two.jsonl", "2 columns hold strings \\(columns: a, b\\), rename"),
+    ("none.jsonl", "0 columns hold strings"),
+    ("broken.jsonl", "check that the file is intact"),
+    ("broken.json.gz", "check that the file is intact"),
+    ("cut.json.gz", "check that the file is intact"),
+    ("broken.parquet", "check that the file is intact"),
+    ("latin.txt", "check that the file is intact"),
+    ("table.csv", "unknown kind of file"),
+    ("nothing", "holds no file"),
+    ("splits", "no split train but a, b"),
+    ("absent.jsonl", "no such file or folder"),
+    ("absent", "no such file or folder"),
+])
+def test_bad_local_sources_are_one_line(name, message, tmp_path, capfd):
+    broken_sources(tmp_path)
+    path = str(tmp_path / name)
+    capfd.readouterr()
+    uses = [lambda: list(documents(path)), lambda: data.minibatches(Words(), path, 1, 1, 2),
+            lambda: data.calibration_samples(Words(), path, 1, 2, 0), lambda: data.perplexity_windows(Words(), path, 2)]
+    for use in uses[:1] if name == "broken.jsonl" else uses:  # minibatches may stop before the broken line
+        with pytest.raises(UserError, match=message) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+        assert name in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_file_is_never_looked_up_on_the_hub(hub):
+    for dataset in ["absent.parquet", "folder/absent.json.gz", "./absent", "/absent"]:
+        with pytest.raises(UserError, match="no such file or folder"):
+            next(documents(dataset))
+    assert hub.asked == []
