@@ -14,6 +14,12 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def random_mask(shape: tuple[int, ...], n: int, m: int, seed: int = 0) -> torch.Tensor:
+    """bool, N of every M consecutive ones along the last dimension."""
+    noise = torch.rand(*shape[:-1], shape[-1] // m, m, generator=seeded(seed))
+    return (noise.argsort(-1).argsort(-1) < n).view(*shape)
+
+
 def forward(model):
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
