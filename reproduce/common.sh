@@ -103,13 +103,10 @@ initial_mask() {  # Wanda's, where all learning starts
         --save "$folder/initial_mask.safetensors"
 }
 
-train() {  # train RUN FLAGS...: to RUN/mask.safetensors, evaluated on the original weights
+train() {  # train RUN FLAGS...: to RUN/mask.safetensors, evaluated on the original weights; one that stopped goes on
     local run=$1
     shift
-    if [ -e "$run" ] && [ ! -e "$run/mask.safetensors" ]; then
-        stop "$run has no mask.safetensors: it was interrupted or ran away, or is learning still; remove it to learn" \
-            "anew, or leave it out with VALUES="
-    fi
+    [ ! -e "$run" ] || once "$run/mask.safetensors" train.py --resume "$run"
     once "$run/mask.safetensors" train.py --model "$MODEL" --dtype "$DTYPE" --sparsity_type "$n_m" \
         --mask "$folder/initial_mask.safetensors" --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" --max_step "$STEPS" "$@" \
         --skip_checkpoint --out "$run"

@@ -201,13 +201,32 @@ def test_a_damaged_record_leaves_no_half_table(tiny, finished):
     assert not list(tiny.out.rglob("*.partial")) and not (tiny.out / "logits/table.md").exists()
 
 
-def test_a_run_without_its_mask_stops(tiny, finished):
-    run = tiny.out / "2of4/maskpro-size8-lr77-logits10-steps2"
+def test_a_run_that_stopped_goes_on(tiny, finished, monkeypatch):
+    settings, run = {**tiny.settings, "VALUES": "77"}, tiny.out / "2of4/maskpro-size8-lr77-logits10-steps2"
+    learn = next(flags for name, *flags in planned("learning_rate", settings) if name == "train.py")
+    step, taken = train.PolicyGradient.step, []
+
+    def stopping(*given):
+        if taken:
+            raise MemoryError
+        taken.append(step(*given))
+        return taken[0]
+    monkeypatch.setattr(train.PolicyGradient, "step", stopping)
+    with pytest.raises(MemoryError):
+        train.main([*learn, "--step", "eager"])
+    assert run.exists() and not (run / "mask.safetensors").exists()
+    done = bash("learning_rate", settings)
+    assert done.returncode == 0 and printed(done.stdout)[0] == ["train.py", "--resume", str(run)], done.stderr
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2 and (run / "mask.safetensors").exists()
+
+
+def test_a_folder_that_is_no_run_stops_the_script(tiny, finished):
+    run = tiny.out / "2of4/maskpro-size8-lr88-logits10-steps2"
     run.mkdir()
-    done = bash("learning_rate", {**tiny.settings, "VALUES": "77"})
+    done = bash("learning_rate", {**tiny.settings, "VALUES": "88"})
     run.rmdir()
-    assert done.returncode == 2 and "maskpro-size8-lr77-logits10-steps2 has no mask.safetensors" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not printed(done.stdout)
+    assert done.returncode == 2 and "maskpro-size8-lr88-logits10-steps2" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and len(printed(done.stdout)) == 1
 
 
 def test_outputs_of_other_settings_are_refused(tiny, finished):
