@@ -105,10 +105,10 @@ def _add_gradient_arguments(group: argparse._ArgumentGroup) -> None:
                        help="take gradients at the most probable mask, or at one drawn")
     group.add_argument("--distill", type=float, default=0.0,
                        help="the share, 0 to 1, of the loss that compares with the dense model's predictions instead "
-                            "of the text; a third more time")
+                            "of the text; a fifth more time")
     group.add_argument("--curvature", action=argparse.BooleanOptionalAction, default=False,
                        help="in the second half of the run, add the loss's second order in each weight "
-                            "(training/curvature.py); 4%% more time")
+                            "(training/curvature.py); 2 to 4%% more time")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
 
 
