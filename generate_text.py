@@ -75,6 +75,7 @@ def generate(model: nn.Module, tokenizer: Tokenizer, documents: int, length: int
     greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=end,
                               pad_token_id=start if end is None else end)
     begun = torch.full((documents, 1), start, device=input_device(model))
+    model.generation_config = GenerationConfig()  # its own may penalise what repeats
     written = model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=greedy,
                              logits_processor=LogitsProcessorList([Draw()]))[:, 1:].tolist()
     return [tokens[:tokens.index(end)] if end in tokens else tokens for tokens in written]
@@ -99,6 +100,8 @@ def choose_attention(model: nn.Module, tokenizer: Tokenizer, documents: int) -> 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.sqlen < 2:
+        raise UserError(f"--sqlen is {args.sqlen}: it must be at least 2 tokens, the first one is given")
     out = refuse_existing(args.out, "choose another --out or remove it")
     check_disk(out.parent, 8 * args.tokens)
     set_seed(args.seed)

@@ -125,7 +125,9 @@ def main(argv: list[str] | None = None) -> None:
         check_tokens(model, samples)
         if not args.bos and (hint := bos_hint(model, tokenizer, samples, "calibration sequence")):
             print(hint)
-    prune_model(model, layers, samples, way)
+    if missed := prune_model(model, layers, samples, way):
+        print(f"note: the text does not reach {len(missed)} of {len(layers)} layers, {missed[0]} among them; these are "
+              "pruned by magnitude")
     with atomic_write(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)

@@ -73,13 +73,14 @@ class ProcessGroup:
     def main_before_others(self) -> Iterator[None]:
         """Inside, the main process goes first, as long as it takes; all leave together."""
         if not self.is_main:
-            self._wait_patiently()
+            self.wait_patiently()
         yield
         if self.is_main:
-            self._wait_patiently()
-        self._wait_patiently()
+            self.wait_patiently()
+        self.wait_patiently()
 
-    def _wait_patiently(self) -> None:
+    def wait_patiently(self) -> None:
+        """Wait for all processes, of which the main one may be writing for long."""
         if self.size > 1:
             distributed.barrier(self._patient)
 
@@ -142,7 +143,7 @@ class ProcessGroup:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self.size > 1 and error is None:
-            self.barrier()  # no process is the last that writes
+            self.wait_patiently()  # no process is the last that writes
             distributed.destroy_process_group()
             self._finished = True
 

@@ -21,6 +21,12 @@ def chunk_of(tensor: Tensor) -> int:
     return GPU_CHUNK if tensor.device.type == "cuda" else CHUNK
 
 
+def blocks_at_a_time(space: Space, most: int) -> int:
+    """Of the score, which takes N 2^N numbers a block or, in the pattern space, one a pattern: no more of them together
+    than 2^18 blocks of 4:8 have."""
+    return max(1, min(most, CHUNK * 64 // max(space.width, space.n << space.n)))
+
+
 def _generator(key: Tensor, start: int) -> torch.Generator:
     return torch.Generator(key.device).manual_seed(int(key[:2].cpu().view(torch.int64)) ^ start)
 
@@ -40,7 +46,8 @@ def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: 
 def _move(logits: list[Tensor], masks: list[Tensor], coefficients: list[Tensor] | Tensor, key: Tensor, space: Space,
           start: int, chunk: int | None) -> None:
     """The update from these masks (bits `[blocks]`), rounded by the key."""
-    generator, chunk = _generator(~key, start), chunk or chunk_of(key)  # other numbers than this key's draws
+    generator = _generator(~key, start)  # other numbers than this key's draws
+    chunk = chunk or blocks_at_a_time(space, chunk_of(key))
     for begin in range(0, len(logits[0]), chunk):
         part = slice(begin, begin + chunk)
         before = torch.stack([plane[part] for plane in logits], 1).float()

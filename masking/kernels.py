@@ -171,7 +171,7 @@ class Kernels:
         scored = self._is_fused and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
         self._update = self._pass(fused_update, eager_update, exact_kernels.update, scored)
         self._update_many = self._pass(fused_update_many, eager_update_many, exact_kernels.update_many, scored)
-        self._draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, self._is_fused)
+        self._draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, scored)  # as `update_many` draws
         self._vjp, self._write = self.fastest(fused_vjp, eager_vjp), self.fastest(write_masked)
 
     def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:

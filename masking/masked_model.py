@@ -24,7 +24,8 @@ class MaskedModel:
     """A frozen model under masks that are learned: logits, the masks drawn from them, and the step that moves both.
 
     model: its layers named in `masks` (bool `[out, in]`) are masked; all of them if `learned` is None, else the named
-    ones have logits and the rest keep their mask. Logits start at C = `magnitude` where the mask keeps and 0 elsewhere.
+    ones have logits and the rest keep their mask; what that takes from them is remembered for `use_dense` where
+    `keep_dense` asks for it. Logits start at C = `magnitude` where the mask keeps and 0 elsewhere.
     mode: of the `Kernels`.
 
     Memory beside the model: the logits, one integer a block, and one scratch buffer as large as the largest layer, into
@@ -38,7 +39,7 @@ class MaskedModel:
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], space: Space, magnitude: float = 10.0,
                  logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
-                 mode: str = "compiled"):
+                 mode: str = "compiled", keep_dense: bool = False):
         self.model, self.space = model, space
         self.seed, self.steps = seed, 0  # which draws are keyed by
         self.kernels = Kernels(space, mode)
@@ -49,9 +50,13 @@ class MaskedModel:
         modules = find_layers(model, targets=[""])
         match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
+        self._pruned: list[tuple[Tensor, Tensor]] = []  # weights of the other layers; what m0 has taken from them
         for name in [name for name in masks if name not in learned]:
             weight = own_weight(modules[name])
-            weight.masked_fill_(~Rows.of(modules[name]).own(masks[name]).to(weight.device), 0.0)
+            pruned = ~Rows.of(modules[name]).own(masks[name]).to(weight.device)
+            if keep_dense:
+                self._pruned.append((weight, weight.masked_fill(~pruned, 0.0)))
+            weight.masked_fill_(pruned, 0.0)
         scratch = _scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
         self.handles = []  # with a `remove()`, for `finish`
@@ -198,16 +203,21 @@ class MaskedModel:
 
     @contextmanager
     def use_dense(self) -> Iterator[None]:
-        """Inside, the learned layers have no mask: they compute with their own weights, of which nothing is copied."""
+        """Inside, the layers have no mask: the learned ones compute with their own weights, of which nothing is copied;
+        the others too where `keep_dense` was asked for."""
         own = [layer for layer in self.layers.values() if not layer.sharded]
         with self.use_masks(dict.fromkeys(self.layers)):
             for layer in own:
                 layer.use(layer.weight)
+            for weight, pruned in self._pruned:
+                weight.add_(pruned)
             try:
                 yield
             finally:
                 for layer in own:
                     layer.use(layer.scratch)
+                for weight, pruned in self._pruned:
+                    weight.sub_(pruned)
 
     def keep_initial(self, masks: dict[str, Tensor]) -> None:
         """Remember m0 for `use_initial`: a quarter of a byte a weight at M = 4."""

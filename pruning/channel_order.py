@@ -141,7 +141,7 @@ def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[
         score = (weight.float() * norms[name]).square()
         score /= score.mean().clamp(min=1e-30)  # of a layer that never fires
         parts.append(score[:, along.to(score.device)].permute(1, 2, 0, 3).flatten(1, 2))
-    return torch.cat(parts, 1)
+    return torch.cat([part.to(parts[0].device) for part in parts], 1)
 
 
 @dataclass

@@ -5,7 +5,7 @@
     ria         (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) * ||x_j||^(1/2)      (Zhang et al., ICLR 2024)
     sparsegpt   see sparsegpt.py
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from utils import progress_bar
 
@@ -93,19 +93,24 @@ class OneShot:
 
 
 @torch.no_grad()
-def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot) -> None:
-    """Prune these layers in place; samples int64 `[sequences, tokens]`, None for magnitude."""
+def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot) -> list[str]:
+    """Prune these layers in place; samples int64 `[sequences, tokens]`, None for magnitude. Returns the names of those
+    that the samples do not reach, such as experts: they are pruned by magnitude."""
     if samples is not None and way.needs_one_pass:
-        _prune_in_one_pass(model, layers, samples, way)
-        return
-    norms = {} if samples is None else input_norms(model, layers, samples)
-    for name, module in progress_bar(layers.items(), desc="pruning", unit="layer"):
-        apply_masks(layers, {name: way.mask(weight_matrix(module).float(), norms.get(name))})
+        reached = _prune_in_one_pass(model, layers, samples, way)
+    else:
+        norms = {} if samples is None else input_norms(model, layers, samples)
+        reached = [name for name in layers if samples is None or norms[name].any()]
+        for name in progress_bar(reached, desc="pruning", unit="layer"):
+            apply_masks(layers, {name: way.mask(weight_matrix(layers[name]).float(), norms.get(name))})
+    missed, by_magnitude = [name for name in layers if name not in reached], replace(way, prune_method="magnitude")
+    apply_masks(layers, {name: by_magnitude.mask(weight_matrix(layers[name]).float(), None) for name in missed})
+    return missed
 
 
-def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, way: OneShot) -> None:
+def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, way: OneShot) -> set[str]:
     """Prune each layer when the pass of all samples through the decoder, without its head, gets there; with
-    true_sequential before the layer runs, else when the pass is over."""
+    true_sequential before the layer runs, else when the pass is over. Returns the names of the layers it got to."""
     pruned, hessians = {}, Hessians()
 
     def prune(name: str, inputs: Tensor) -> None:
@@ -121,3 +126,4 @@ def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: 
     for name in layers:
         if pruned.get(name) is not None:
             write(name)
+    return set(pruned)

@@ -59,6 +59,17 @@ def test_documents_end_where_the_model_ends_them(load, models, kind):
     assert generate_text.generate(model, tokenizer, 200, 20) == documents
 
 
+def test_the_models_own_settings_of_generation_change_nothing(load, models):
+    """A penalty on repetition would make the text another one than the model's own."""
+    tokenizer, texts = transformers.AutoTokenizer.from_pretrained(models["llama"]), []
+    for settings in {}, {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1}:
+        model = load("llama")
+        model.generation_config.update(**settings)
+        set_seed(1)
+        texts.append(generate_text.generate(model, tokenizer, 4, 30))
+    assert texts[0] == texts[1] and any(len(set(tokens)) < len(tokens) for tokens in texts[0])
+
+
 def test_the_script(models, tmp_path, capsys):
     """What it writes is a --dataset of at least so many tokens; a file that is there stays."""
     out = tmp_path / "generated.jsonl"

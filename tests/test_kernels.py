@@ -1,4 +1,5 @@
 """masking/kernels.py: the fused, the compiled and the exact step against pge.py, and what they learn."""
+import itertools
 import os
 import shutil
 from functools import partial
@@ -185,18 +186,20 @@ def test_slices_give_the_numbers_of_one_piece(n, m, dtype):
     assert all(torch.equal(a, b) for a, b in zip(whole, parts))
 
 
-@pytest.mark.parametrize("mode", ["eager", "exact"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_step_from_several_masks_draws_them_again_and_adds_their_scores(mode, dtype):
-    space, coefficients = LinearSpace(2, 4), torch.tensor([0.5, -0.25, 2.0])
-    logits = planes_of(torch.randn(3000, 4, generator=seeded(0)) * 2, dtype)
-    weight, out = torch.randn(12000, generator=seeded(1)), torch.empty(12000)
-    bits = torch.zeros(3000, dtype=torch.uint8)
+@pytest.mark.parametrize("n, m, mode, dtype", [
+    *itertools.product([2], [4], ["eager", "exact"], [torch.float32, torch.float16]),
+    (5, 8, "eager", torch.float32), (2, 16, "eager", torch.float32), (8, 16, "eager", torch.float32)])
+def test_a_step_from_several_masks_draws_them_again_and_adds_their_scores(n, m, mode, dtype):
+    """Also where a pattern is too wide for the fused score, though not for the fused draw."""
+    space, coefficients = LinearSpace(n, m), torch.tensor([0.5, -0.25, 2.0])
+    logits = planes_of(torch.randn(3000, m, generator=seeded(0)) * 2, dtype)
+    weight, out = torch.randn(3000 * m, generator=seeded(1)), torch.empty(3000 * m)
+    bits = torch.zeros(3000, dtype=bits_dtype(m))
     keys = torch.cat([layer_keys(0, 5, 1, sample) for sample in (0, 1, 2, 7, 8)])
     masks = []
     for key in keys[:3]:
         Kernels(space, mode).draw(logits, bits, weight, out, key)
-        masks.append(bits_to_mask(bits, 4))
+        masks.append(bits_to_mask(bits, m))
     before = torch.stack(logits, 1).float()
     expected = before - sum(c * pge.score(before.double(), mask) for c, mask in zip(coefficients, masks))
     Kernels(space, mode).update_many(logits, bits, weight, out, coefficients, keys)
@@ -206,7 +209,16 @@ def test_a_step_from_several_masks_draws_them_again_and_adds_their_scores(mode, 
     drawn, written = bits.clone(), out.clone()
     Kernels(space, mode).draw(logits, bits, weight, out, keys[-1])  # the next mask is the last key's
     assert torch.equal(bits, drawn) and torch.equal(out, written)
-    assert len({mask.numpy().tobytes() for mask in (*masks, bits_to_mask(bits, 4))}) == 4
+    assert len({mask.numpy().tobytes() for mask in (*masks, bits_to_mask(bits, m))}) == 4
+
+
+def test_the_exact_score_takes_fewer_blocks_at_a_time_where_they_are_wide():
+    """At 12:16 a block has 49,152 numbers: 2^22 blocks at a time would be terabytes."""
+    for space in (LinearSpace(2, 4), LinearSpace(8, 16), LinearSpace(12, 16), PatternSpace(8, 16)):
+        blocks = exact_kernels.blocks_at_a_time(space, 2**22)
+        numbers = space.n * 2**space.n if isinstance(space, LinearSpace) else space.width
+        assert blocks >= 1 and blocks * numbers <= 2**24
+    assert exact_kernels.blocks_at_a_time(LinearSpace(4, 8), 2**18) == 2**18
 
 
 def test_the_masks_of_a_step_have_keys_of_their_own():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import prune
 from masking.layers import check_sparsity, find_layers, weight_matrix
-from pruning.one_shot import OneShot, ria
+from pruning.one_shot import OneShot, largest, prune_model, ria
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,18 @@ def test_true_sequential_differs_only_after_the_first_layers(folder, tmp_path):
     names = list(a)
     assert all(torch.equal(a[name].weight, b[name].weight) for name in names[:3])  # q, k, v of the first block
     assert not all(torch.equal(a[name].weight, b[name].weight) for name in names[3:])
+
+
+@pytest.mark.parametrize("flags", [{}, {"true_sequential": True}, {"prune_method": "sparsegpt"}])
+def test_layers_that_the_text_does_not_reach_are_pruned_by_magnitude(load, flags):
+    """As an expert that no token is sent to, or a part of the model that text does not use."""
+    model = load("llama")
+    model.unused = torch.nn.Linear(8, 4)
+    layers = find_layers(model, [""])
+    size = model.unused.weight.detach().clone().abs()
+    samples = torch.arange(64).view(2, 32)
+    assert prune_model(model, layers, samples, OneShot(**flags)) == ["unused"]
+    assert torch.equal(model.unused.weight != 0, largest(size, 2, 4))
 
 
 def test_ria_follows_its_formula():

@@ -35,6 +35,7 @@ from pruning.swaps import confidence, refine_by_swaps
 from training import args as train_args
 from training import baselines, validation
 from training.progress import lr_multiplier
+from training.run_folder import RunFolder
 from training.straight_through import StraightThrough, random_walk_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -440,6 +441,12 @@ def trackers(monkeypatch):
     return told
 
 
+def test_only_the_main_process_has_trackers():
+    folder = SimpleNamespace(group=SimpleNamespace(is_main=False), trackers=[])
+    RunFolder.start_trackers(folder, [pytest.fail], 0)
+    assert folder.trackers == []
+
+
 def test_both_trackers_are_told_every_step(learn, trackers):
     run = learn(f"{GRADIENTS} --targets k_proj --val_fraction 0.2 --num_evals 2 --tensorboard --wandb")
     assert trackers.folder == str(run.folder / "tensorboard") and trackers.closed == ["tensorboard", "wandb"]
@@ -483,6 +490,15 @@ def test_a_model_uses_others_masks_or_none_and_comes_back(load):
     other = load()
     apply_masks(find_layers(other), {name: ~mask for name, mask in m0.items()})
     assert torch.equal(masked_by_them, forward(other)) and torch.equal(forward(masked.model), learned)
+
+
+def test_the_dense_model_is_dense_in_layers_that_are_not_learned_too(load):
+    masked, _, _ = make(load(), learned=["model.layers.0.self_attn.k_proj"], keep_dense=True)
+    plain, first = forward(load()), forward(masked.model)
+    assert not torch.equal(first, plain)
+    with masked.use_dense():
+        assert torch.equal(forward(masked.model), plain)
+    assert torch.equal(forward(masked.model), first)
 
 
 @pytest.mark.parametrize("n, m, space", [(2, 4, "linear"), (2, 4, "pattern"), (8, 16, "linear")])

@@ -173,6 +173,12 @@ def _check(args: Namespace, error: Callable[[str], NoReturn]) -> None:
         error(f"--val_fraction {args.val_fraction} is not in [0, 1)")
     if args.samples > 1 and args.estimator == "straight_through":
         error("--samples is for the forward-only estimators: straight_through takes one mask a step")
+    if args.estimator != "straight_through":
+        idle = [f"--{name}" for name in ("distill", "curvature", "gradient_checkpointing") if getattr(args, name)]
+        idle += ["--forward sample"] if args.forward == "sample" else []
+        if idle:
+            error(f"{', '.join(idle)}: only --estimator straight_through learns from gradients, {args.estimator} does "
+                  "not; leave that out")
     if args.tokens and args.baseline == "cached" and args.estimator in ("residual", "maskpro"):
         error("--tokens makes minibatches that no cached baseline knows: add --baseline online, or choose "
               "--estimator running or straight_through")

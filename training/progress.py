@@ -159,9 +159,10 @@ class Run:
                 due = self.checkpoints.due(self.step, self._elapsed_s(), last=self.progress == 1.0)
                 if self.sharded:  # all give their parts of the state
                     due = self.group.all_gather([float(bool(due))])[0][0]
-                if due or self._stopped_by:
+                if (due and (self.sharded or self.group.is_main)) or self._stopped_by:
                     self.save()
                 if self._stopped_by:
+                    self.group.wait_patiently()  # a launcher stops the others when one has left
                     self.group.log(f"stopped after step {self.step}, with its state saved")
                     sys.exit(128 + self._stopped_by)
         self.signals.deferred = False
@@ -202,6 +203,7 @@ class Run:
         saved = ""
         if self.folder.metrics:
             self.save()
+            self.group.wait_patiently()
             saved = f"; nothing has moved since step {begin - 1}, and that is saved"
         raise UserError(f"the loss is {loss} at step {begin} and at all up to step {self.step}; lower --lr, or use "
                         f"--dtype bfloat16 if the model overflows in its dtype{saved}")

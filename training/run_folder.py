@@ -207,8 +207,9 @@ class RunFolder:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def start_trackers(self, trackers: list[type], step: int) -> None:
-        """Let the experiment trackers go on where so many steps are done."""
-        self.trackers = [tracker(self.path, self._recorded, self.record["id"], step) for tracker in trackers]
+        """Let the experiment trackers go on where so many steps are done; the main process has them."""
+        if self.group.is_main:
+            self.trackers = [tracker(self.path, self._recorded, self.record["id"], step) for tracker in trackers]
 
     def log(self, line: dict, layers: dict | None = None) -> None:
         """A line for metrics.jsonl and the trackers and, where the layers were evaluated, for layers.jsonl."""

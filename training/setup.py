@@ -82,7 +82,8 @@ def read_inputs(folder: RunFolder, group: ProcessGroup, *, model: str, dtype: st
 
 
 def mask_model(inputs: Inputs, batches: Tensor, group: ProcessGroup, *, sparsity_type: tuple[int, int], space: str,
-               logits: float, init: str, logits_dtype: str, seed: int, step: str, is_restored: bool) -> MaskedModel:
+               logits: float, init: str, logits_dtype: str, seed: int, step: str, distill: float,
+               is_restored: bool) -> MaskedModel:
     """The model under masks that are learned, its logits as --init wants them; swaps come later, in `start`.
 
     is_restored: a saved state will replace the logits, so that nothing is measured for them.
@@ -91,7 +92,7 @@ def mask_model(inputs: Inputs, batches: Tensor, group: ProcessGroup, *, sparsity
     if init == "scores" and not is_restored:  # in the dense model
         norms = initialize.wanda_norms(inputs.model, inputs.learned, batches)
     masked = MaskedModel(inputs.model, masks, SPACES[space](*sparsity_type), logits, DTYPES[logits_dtype],
-                         inputs.learned, seed, step)
+                         inputs.learned, seed, step, keep_dense=distill > 0)
     if masked.is_sharded:  # FSDP wants its first pass to be of the whole model
         batch_loss(inputs.model, batches[0, :1, :2])
     if norms is not None:
