@@ -1,5 +1,6 @@
 """The rows of bench/rivals.py: which method each is, its settings, and its rate at each budget.
 
+KD: the loss compares with the dense model's predictions; KD 0.7: in this share, and in the rest with the text.
 learner: a key of `rival_methods.RIVALS`, or of `estimator_runs.GRADIENTS` with the settings of estimator_rows.py.
 tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: MaskLLM + KD at
 160 and 640 passes, STE at 160 and 640, the preset at 2500, SR-STE and ProxSparse (its strength too) at 160; the
@@ -13,15 +14,19 @@ RATES = {"straight_through": (0.8, 1.2, 1.8, 2.5), "curvature": (1.2, 1.8, 2.5, 
          "momentum": (0.3, 0.5, 0.8), "maskllm": (0.001, 0.002, 0.004, 0.008),
          "scores_ste": (0.005, 0.01, 0.02, 0.04), "sr_ste": (3e-4, 1e-3, 3e-3), "proxsparse": (3e-4, 1e-3, 3e-3)}
 TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16)}
+STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
+    160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005)})
+MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.001, batchsize=32)})
 ROWS = {
     "--preset fast": PRESET,
     "--preset fast, its rate tuned": dict(PRESET, tuned=TUNED),
     "the same without curvature": dict(SWAPS, tuned=TUNED),
-    "STE on scores + Adam + KD": dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
-        160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005)}),
+    "--preset fast, its rate tuned, KD 0.7": dict(PRESET, tuned=TUNED, distill=0.7),
+    "STE on scores + Adam + KD": STE,
+    "STE on scores + Adam + KD 0.7": dict(STE, distill=0.7),
     "MaskLLM": dict(learner="maskllm", **TEXT, tuned={160: dict(lr=0.001), 640: dict(lr=6e-4)}),
-    "MaskLLM + KD": dict(learner="maskllm", distill=1.0, **TEXT, tuned={
-        160: dict(lr=0.001), 2500: dict(lr=0.001, batchsize=32)}),
+    "MaskLLM + KD": MASKLLM,
+    "MaskLLM + KD 0.7": dict(MASKLLM, distill=0.7),
     "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={160: dict(lr=3e-4)}),
     "SR-STE": dict(learner="sr_ste", **TEXT, tuned={160: dict(lr=1e-3)}),
 }
