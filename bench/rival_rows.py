@@ -1,6 +1,6 @@
 """The rows of bench/rivals.py: which method each is, its settings, and its rate at each budget.
 
-KD: the loss compares with the dense model's predictions; KD 0.7: in this share, and in the rest with the text.
+KD: the loss compares with the dense model's predictions; KD 0.5: in this share, and in the rest with the text.
 learner: a key of `rival_methods.RIVALS`, or of `estimator_runs.GRADIENTS` with the settings of estimator_rows.py.
 tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: MaskLLM + KD at
 160 and 640 passes, STE at 160 and 640, the preset at 2500, SR-STE and ProxSparse (its strength too) at 160; the
@@ -21,12 +21,12 @@ ROWS = {
     "--preset fast": PRESET,
     "--preset fast, its rate tuned": dict(PRESET, tuned=TUNED),
     "the same without curvature": dict(SWAPS, tuned=TUNED),
-    "--preset fast, its rate tuned, KD 0.7": dict(PRESET, tuned=TUNED, distill=0.7),
+    "--preset fast, its rate tuned, KD 0.5": dict(PRESET, tuned=TUNED, distill=0.5),
     "STE on scores + Adam + KD": STE,
-    "STE on scores + Adam + KD 0.7": dict(STE, distill=0.7),
+    "STE on scores + Adam + KD 0.5": dict(STE, distill=0.5),
     "MaskLLM": dict(learner="maskllm", **TEXT, tuned={160: dict(lr=0.001), 640: dict(lr=6e-4)}),
     "MaskLLM + KD": MASKLLM,
-    "MaskLLM + KD 0.7": dict(MASKLLM, distill=0.7),
+    "MaskLLM + KD 0.5": dict(MASKLLM, distill=0.5),
     "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={160: dict(lr=3e-4)}),
     "SR-STE": dict(learner="sr_ste", **TEXT, tuned={160: dict(lr=1e-3)}),
 }
