@@ -7,7 +7,8 @@
     folder/                      what datasets' save_to_disk wrote, or such files, read in sorted order
 
 A document is the string in column `text`, or else in the only column of strings. Of a question, as in evaluate.py's
---task_file, {"context": ..., "choices": [...]}, every choice makes a document, put behind the context as it is judged.
+--task_file, {"context": ..., "choices": [...], "gold": 0}, the right choice makes a document, put behind the context as
+it is judged; where none is said to be right, every choice does.
 Hub ids need the network the first time. What a user can mend is raised as UserError, a one-line message.
 """
 from collections.abc import Iterable, Iterator, Sequence
@@ -120,12 +121,20 @@ def _is_question(row: dict) -> bool:
     return "text" not in row and isinstance(row.get("context"), str) and isinstance(row.get("choices"), list)
 
 
+def _right_choices(choices: list, gold: int | None = None, **_others: object) -> list:
+    if gold is None:
+        return choices
+    if gold not in range(len(choices)):
+        raise ValueError(f"gold is {gold} where there are {len(choices)} choices")
+    return [choices[gold]]
+
+
 def _texts(rows: Iterable[dict], dataset: str) -> Iterator[str]:
-    """The text of each row, where a missing one counts as empty; of a question, a text for every choice."""
+    """The text of each row, where a missing one counts as empty."""
     column = None
     for row in rows:
         if _is_question(row):
-            texts = [row["context"] + choice for choice in row["choices"]]
+            texts = [row["context"] + choice for choice in _right_choices(**row)]
         else:
             column = column or _text_column(row, dataset)
             texts = [row.get(column) or ""]

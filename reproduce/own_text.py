@@ -8,7 +8,7 @@
 
 For each seed the model generates text, and the preset learns from it: from a Wanda mask of the model as it is given,
 and of the same model with its channels reordered (permute.py). Wanda and the order are calibrated on demo/train.jsonl.
---questions are learned from beside this text, with all their choices: give none that --task_file judges.
+--questions are learned from beside this text, with their right answers: give none that --task_file judges.
 WIKITEXT is a text file; perplexity is of 64 windows of 512 tokens. The table has the mean ± deviation over seeds; the
 gap is that in log perplexity (or accuracy) between dense and the Wanda mask of the given model; minutes are
 the median that a run's scripts took for text, order, Wanda and learning, whatever else the machine did.

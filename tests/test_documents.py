@@ -69,19 +69,31 @@ def test_missing_and_empty_texts_stay_documents(tmp_path):
     assert list(documents(path)) == ["x", "", ""]
 
 
-def test_a_question_is_a_document_for_every_choice(tmp_path):
-    """As evaluation judges them, context and choice; beside ordinary documents, whose own fields are left alone."""
+def test_a_question_is_a_document_with_its_right_choice(tmp_path):
+    """As evaluation judges it; beside ordinary documents, whose own fields are left alone."""
     question = {"context": "Bees make", "choices": [" honey", " wool"], "gold": 0}
-    path = write_lines(tmp_path / "quiz.jsonl", [question, {"text": "x", "context": "c", "choices": ["a"]}, question])
-    asked = ["Bees make honey", "Bees make wool"]
-    assert list(documents(path)) == [*asked, "x", *asked]
+    path = write_lines(tmp_path / "quiz.jsonl", [question, {"text": "x", "context": "c", "choices": ["a"]},
+                                                 {**question, "gold": 1}])
+    assert list(documents(path)) == ["Bees make honey", "x", "Bees make wool"]
+
+
+def test_a_question_without_an_answer_is_a_document_for_every_choice(tmp_path):
+    question = {"context": "Bees make", "choices": [" honey", " wool"]}
+    path = write_lines(tmp_path / "quiz.jsonl", [question, {**question, "gold": None}])
+    assert list(documents(path)) == ["Bees make honey", "Bees make wool"] * 2
+
+
+@pytest.mark.parametrize("change", [{"choices": [1]}, {"gold": 2}, {"gold": -1}, {"gold": "0"}])
+def test_questions_that_are_none(tmp_path, change):
+    question = {"context": "Bees make", "choices": [" honey", " wool"], **change}
     with pytest.raises(UserError, match="cannot read dataset"):
-        list(documents(write_lines(tmp_path / "odd.jsonl", [{**question, "choices": [1]}])))
+        list(documents(write_lines(tmp_path / "odd.jsonl", [question])))
 
 
 def test_questions_of_the_hub_are_documents_to_learn_from_and_to_calibrate_on(hub):
-    hub.columns = {"context": ["Bees make", "Sheep give"], "choices": [[" honey", " wool"], [" wool", " milk"]]}
-    asked = ["Bees make honey", "Bees make wool", "Sheep give wool", "Sheep give milk"]
+    hub.columns = {"context": ["Bees make", "Sheep give"], "choices": [[" honey", " wool"], [" wool", " milk"]],
+                   "gold": [0, 1]}
+    asked = ["Bees make honey", "Sheep give milk"]
     assert list(documents("some/quiz")) == list(all_documents("some/quiz")) == asked
 
 

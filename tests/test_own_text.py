@@ -97,7 +97,7 @@ def test_learning_from_questions_too(own_text, tmp_path):
     assert [Path(args.out).name for args in runs] == ["given0-900-7+facts+riddles", "given1-900-7+facts+riddles"]
     for args in runs:
         found = list(documents(args.dataset))
-        assert found == ["generated", "facts!", "facts?", "riddles!", "riddles?"]
+        assert found == ["generated", "facts!", "riddles!"]
         assert args.tokens >= len("".join(found))
 
 
