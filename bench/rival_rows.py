@@ -2,9 +2,9 @@
 
 KD: the loss compares with the dense model's predictions; KD 0.5: in this share, and in the rest with the text.
 learner: a key of `rival_methods.RIVALS`, or of `estimator_runs.GRADIENTS` with the settings of estimator_rows.py.
-tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: MaskLLM + KD at
-160 and 640 passes, STE at 160 and 640, the preset at 2500, SR-STE and ProxSparse (its strength too) at 160; the
-preset's others are from docs/beyond_the_paper.md. The rest are first guesses.
+tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: the preset and
+MaskLLM + KD at all budgets, STE at 160 and 640, SR-STE and ProxSparse (its strength too) at 160; docs/beyond_the_paper.md
+has what was tried. The rest are first guesses.
 """
 from estimator_rows import PRESET, SWAPS
 
@@ -16,12 +16,13 @@ RATES = {"straight_through": (0.8, 1.2, 1.8, 2.5), "curvature": (1.2, 1.8, 2.5, 
 TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16)}
 STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
     160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005)})
-MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.001, batchsize=32)})
+MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)})
 ROWS = {
     "--preset fast": PRESET,
     "--preset fast, its rate tuned": dict(PRESET, tuned=TUNED),
     "the same without curvature": dict(SWAPS, tuned=TUNED),
-    "--preset fast, its rate tuned, KD 0.5": dict(PRESET, tuned=TUNED, distill=0.5),
+    "--preset fast, its rate tuned, KD 0.5": dict(PRESET, distill=0.5, tuned={
+        **TUNED, 2500: dict(lr=3.6, batchsize=16)}),
     "STE on scores + Adam + KD": STE,
     "STE on scores + Adam + KD 0.5": dict(STE, distill=0.5),
     "MaskLLM": dict(learner="maskllm", **TEXT, tuned={160: dict(lr=0.001), 640: dict(lr=6e-4)}),
