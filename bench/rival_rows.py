@@ -3,8 +3,8 @@
 KD: the loss compares with the dense model's predictions; KD 0.5: in this share, and in the rest with the text.
 learner: a key of `rival_methods.RIVALS`, or of `estimator_runs.GRADIENTS` with the settings of estimator_rows.py.
 tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: the preset and
-MaskLLM + KD at all budgets, STE at 160 and 640, SR-STE and ProxSparse (its strength too) at 160; docs/beyond_the_paper.md
-has what was tried. The rest are first guesses.
+MaskLLM + KD at all budgets, STE at 160 and 640, SR-STE and ProxSparse (its strength too) at 160. What was
+tried is in docs/beyond_the_paper.md; the rest are first guesses.
 """
 from estimator_rows import PRESET, SWAPS
 
