@@ -1,8 +1,10 @@
 """One layer under a mask that is learned: its weight, its logits, its mask, and what it computes from."""
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from masking import offload
 from masking.block_bits import bits_to_mask, mask_to_bits
@@ -98,3 +100,13 @@ class MaskedLayer:
         self.weight.masked_fill_(~self.mask_of(bits), 0.0)
         if not self.sharded:
             offload.set_weight(self.module, self.weight.T.contiguous() if is_transposed(self.module) else self.weight)
+
+
+def scratch_buffers(modules: dict[str, nn.Module]) -> dict[tuple, Tensor]:
+    """(device, dtype) -> an empty tensor that is as large as the largest weight there that is not sharded."""
+    sizes = Counter()
+    for module in modules.values():
+        weight = offload.weight_of(module)
+        if not isinstance(weight, DTensor):
+            sizes[weight.device, weight.dtype] = max(sizes[weight.device, weight.dtype], weight.numel())
+    return {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in sizes.items()}

@@ -1,18 +1,16 @@
 """A frozen model under masks that are learned: when its logits move, when its masks are drawn, which mask it uses."""
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from masking import offload
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.kernels import Kernels
 from masking.layers import find_layers, match_masks
-from masking.masked_layer import MaskedLayer
+from masking.masked_layer import MaskedLayer, scratch_buffers
 from masking.random_bits import layer_keys
 from masking.sharding import MaskedRows, Rows, Shard, own_weight
 from masking.spaces import Space
@@ -57,7 +55,7 @@ class MaskedModel:
             if keep_dense:
                 self._pruned.append((weight, weight.masked_fill(~pruned, 0.0)))
             weight.masked_fill_(pruned, 0.0)
-        scratch = _scratch_buffers({name: modules[name] for name in learned})
+        scratch = scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
         self.handles = []  # with a `remove()`, for `finish`
         self.gathered_bytes = 0  # handed to FSDP by this process
@@ -289,13 +287,3 @@ class MaskedModel:
         for name, layer in self.layers.items():
             layer.give_back(bits[name])
         return self.masks_of(bits)
-
-
-def _scratch_buffers(modules: dict[str, nn.Module]) -> dict:
-    """(device, dtype) -> an empty tensor that is as large as the largest weight there that is not sharded."""
-    sizes = Counter()
-    for module in modules.values():
-        weight = offload.weight_of(module)
-        if not isinstance(weight, DTensor):
-            sizes[weight.device, weight.dtype] = max(sizes[weight.device, weight.dtype], weight.numel())
-    return {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in sizes.items()}

@@ -1,0 +1,193 @@
+"""What test_bad_input.py is made of: commands that work, files that do not, and what a proper refusal is."""
+import contextlib
+import gzip
+import io
+import json
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import write_corpus
+
+import evaluate
+import get_mask
+import inference_loss
+import plot
+import prune
+import train
+from files import mask_files
+
+SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
+ALL = list(SCRIPTS)
+SCRIPTS |= {"convert": get_mask, "compare": evaluate, "plot": plot}  # what needs no model
+PLACE = "--model {w}/llama --dtype float32 --device cpu"
+DATA = "--dataset {w}/text.jsonl --dataset_size 8 --batchsize 4 --sqlen 32"
+COMMANDS = {
+    "prune": f"{PLACE} --dataset {{w}}/text.jsonl --nsamples 2 --seqlen 32 --save_model new",
+    "get_mask": "--model {w}/sparse --save new.safetensors",
+    "inference_loss": f"{PLACE} {DATA} --mask {{w}}/mask.safetensors --save new.npz",
+    "train": f"{PLACE} {DATA} --mask {{w}}/mask.safetensors --baseline_file {{w}}/baseline.npz --max_step 2 "
+             "--targets q_proj --step eager --out new",
+    "evaluate": f"{PLACE} --ppl {{w}}/held_out.txt --seqlen 32 --nwindows 2 --save new.json",
+    "convert": "--convert {w}/mask.safetensors --save new.safetensors",
+    "compare": "--compare {w}/record.json {w}/record.json",
+    "plot": "--out new {w}/run"}
+MASKED, TRAINING = ["inference_loss", "train", "evaluate"], ["prune", "inference_loss", "train"]
+
+
+def edited(source: Path, target: Path, change) -> None:
+    """A copy of a model folder whose weights went through change(tensors)."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors",
+              metadata={"format": "pt"})
+
+
+def quietly(script: str, arguments: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        SCRIPTS[script].main(arguments.split())
+
+
+def fill(w: Path, models: dict[str, Path]) -> None:
+    """Whole and broken models, masks, texts and baselines, in this folder."""
+    for kind in ("llama", "gpt2"):
+        shutil.copytree(models[kind], w / kind)
+    write_corpus(w / "text.jsonl", 12)
+    write_corpus(w / "other.jsonl", 12, seed=5)
+    write_corpus(w / "few.jsonl", 3)
+    texts = [json.loads(line)["text"] for line in (w / "text.jsonl").read_text().splitlines()]
+    (w / "held_out.txt").write_text(texts[0])
+    (w / "long.jsonl").write_text("".join(json.dumps({"text": " ".join([text] * 3)}) + "\n" for text in texts))
+    (w / "torn.jsonl").write_text('{"text": "a whole line"}\n{"text": "a torn')
+    (w / "numbers.jsonl").write_text('{"a": 1, "b": 2}\n' * 9)
+    (w / "nothing.jsonl").touch()
+    (w / "picture.png").write_bytes(b"\x89PNG")
+    (w / "empty").mkdir()
+
+    edited(w / "llama", w / "other", lambda tensors: [tensor.neg_() for tensor in tensors.values()])
+    edited(w / "llama", w / "nan", lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+    edited(w / "llama", w / "inf", lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(torch.inf))
+    for name, file, content in [("no_config", "config.json", None), ("bad_config", "config.json", b"{"),
+                                ("other_config", "config.json", b'{"model_type": "nonsense"}'),
+                                ("no_tokenizer", "tokenizer.model", None), ("no_weights", "model.safetensors", None),
+                                ("bad_tokenizer", "tokenizer.model", b"nonsense"),
+                                ("bad_weights", "model.safetensors", b"nonsense")]:
+        shutil.copytree(w / "llama", w / name)
+        (w / name / file).unlink()
+        if content:
+            (w / name / file).write_bytes(content)
+    (w / "no_tokenizer" / "tokenizer_config.json").unlink()
+
+    for model, sparsity, sparse, mask in [("llama", "2:4", "sparse", "mask"), ("llama", "4:8", "sparse8", "mask8"),
+                                          ("other", "2:4", "sparse_other", "mask_other"),
+                                          ("gpt2", "2:4", "sparse_gpt2", "mask_gpt2")]:
+        quietly("prune", f"--model {w}/{model} --dtype float32 --device cpu --prune_method magnitude "
+                         f"--sparsity_type {sparsity} --save_model {w}/{sparse}")
+        quietly("get_mask", f"--model {w}/{sparse} --sparsity_type {sparsity} --save {w}/{mask}.safetensors")
+    found = mask_files.load(w / "mask.safetensors")
+    attention = {name: mask for name, mask in found.masks.items() if "self_attn" in name}
+    mask_files.save(w / "attention.safetensors", attention, 2, 4, found.model, found.fingerprint)
+    mask_files.save(w / "flipped.safetensors", {name: ~mask for name, mask in found.masks.items()}, 2, 4, found.model,
+               found.fingerprint)
+    edited(w / "sparse", w / "minus_zero", lambda tensors: [tensor.copy_(torch.where(tensor == 0, -0.0, tensor))
+                                                            for tensor in tensors.values()])
+    edited(w / "sparse", w / "bad_record", lambda tensors: None)
+    (w / "bad_record" / "prune.json").write_text("{")
+
+    quietly("inference_loss", COMMANDS["inference_loss"].format(w=w) + f" --save {w}/baseline.npz")
+    with np.load(w / "baseline.npz") as file:
+        np.savez(w / "nan.npz", losses=file["losses"] * np.nan, depends_on=file["depends_on"])
+    for whole in ("mask.safetensors", "baseline.npz"):
+        (w / f"garbage_{whole}").write_bytes(b"nonsense" * 100)
+        (w / f"torn_{whole}").write_bytes((w / whole).read_bytes()[:-100])
+    hostile_files(w)
+    (w / "standing").mkdir()
+    for name in ("standing.json", "standing.npz", "standing.safetensors", "standing.png", "standing/file"):
+        (w / name).write_text("stands")
+
+
+def hostile_files(w: Path) -> None:
+    """Files that ask for more than is theirs, and damaged records."""
+    elsewhere = {"weight_map": {"a": "../llama/x.safetensors"}}
+    for name, file, content in [("escaping", "model.safetensors.index.json", elsewhere),
+                                ("adapter", "adapter_config.json", {"base_model_name_or_path": "elsewhere"})]:
+        shutil.copytree(w / "llama", w / name)
+        (w / name / file).write_text(json.dumps(content))
+    for name, change in [("kernels", {"attn_implementation": "somebody/attention"}),
+                         ("many_layers", {"num_hidden_layers": 10**9})]:
+        shutil.copytree(w / "llama", w / name)
+        config = json.loads((w / name / "config.json").read_text())
+        (w / name / "config.json").write_text(json.dumps(config | change))
+    shutil.copytree(w / "llama", w / "bad_length")
+    settings = json.loads((w / "llama" / "tokenizer_config.json").read_text())
+    (w / "bad_length" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": {}}))
+    edited(w / "llama", w / "few_rows", lambda tensors: tensors.update(
+        {name: tensors[name][:32] for name in ("model.embed_tokens.weight", "lm_head.weight")}))
+    config = json.loads((w / "llama" / "config.json").read_text())
+    (w / "few_rows" / "config.json").write_text(json.dumps(config | {"vocab_size": 32}))
+    edited(w / "llama", w / "few_weights", lambda tensors: tensors.pop("model.norm.weight"))
+
+    mask_files.save_folder(w / "evil", {"a": torch.eye(2, dtype=torch.bool).repeat(2, 2)})
+    torch.save(subprocess.Popen, w / "evil" / "a.pt")
+    with zipfile.ZipFile(w / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.layers.0.self_attn.q_proj.weight.mask.npy", bytes(2**24))
+        archive.writestr("losses.npy", bytes(2**26))
+    (w / "bomb.json.gz").write_bytes(gzip.compress(b"\n" * 2**22))
+    table = pyarrow.table({"text": ["a document"] * 9})
+    for name, file in [("saved", "data.arrow"), ("saved_escaping", "../saved/data.arrow")]:
+        (w / name).mkdir()
+        (w / name / "state.json").write_text(json.dumps({"_data_files": [{"filename": file}]}))
+        with pyarrow.OSFile(str(w / name / "data.arrow"), "wb") as out, pyarrow.ipc.new_stream(out, table.schema) as to:
+            to.write_table(table)
+    saved = w / "saved" / "data.arrow"
+    saved.write_bytes(saved.read_bytes().replace(b"a document", b"\xff" * 10))
+    (w / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n' * 9)
+    (w / "mixed.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
+    (w / "list.jsonl").write_text('{"text": "a"}\n["a"]\n')
+
+    (w / "record.json").write_text(json.dumps({"sparsity_type": "2:4", "density": 0.5}))
+    for name, content in [("not_json", "{"), ("deep", "[" * 10**5),
+                          ("word", '{"sparsity_type": "2:4", "density": "half"}'),
+                          ("endless", '{"sparsity_type": "2:4", "density": 1%s}' % ("0" * 400))]:
+        (w / f"{name}.record.json").write_text(content)
+    for name, line in [("deep", "[" * 10**5), ("gold", '{"context": "a", "choices": [" b", " c"], "gold": 2}')]:
+        (w / f"{name}.quiz.jsonl").write_text(line + "\n")
+    (w / "code.yaml").write_text("task: a\nprocess_docs: !function code.run\n")
+
+    step = json.dumps({"step": 1, "loss": 3.5, "baseline": 3.6, "delta": None})
+    for name, metrics, pattern in [("run", step, [2, 4]), ("no_step", "", [2, 4]),
+                                   ("no_pattern", step, [9**99, 9**999]), ("torn_step", f"{{\n{step}", [2, 4]),
+                                   ("deep_step", f"{'[' * 10**5}\n{step}", [2, 4]),
+                                   ("huge_step", f"{step.replace('3.5', '1' + '0' * 400)}\n{step}", [2, 4])]:
+        (w / name).mkdir()
+        (w / name / "metrics.jsonl").write_text(metrics + "\n")
+        (w / name / "run.json").write_text(json.dumps({"arguments": {"sparsity_type": pattern}}))
+
+
+def snapshot(*folders: Path) -> dict:
+    """Every file with its size and time, every folder."""
+    found = [path for folder in folders for path in folder.rglob("*")]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in found}
+
+
+def check_refusal(code, stderr, *words) -> None:
+    """words: each must be in the line; of alternatives in a tuple, one."""
+    lines = [line for line in stderr.splitlines() if "error:" in line]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in stderr, stderr
+    for word in words:
+        alternatives = word if isinstance(word, tuple) else (word,)
+        assert any(alternative in lines[0] for alternative in alternatives), f"{alternatives} not in: {lines[0]}"
+
+
+def cases(*rows):
+    """(scripts, flags, words...) -> a parameter for each script."""
+    return pytest.mark.parametrize("script, flags, words", [
+        pytest.param(script, flags, words, id=f"{script} {flags}".replace("{w}/", ""))
+        for scripts, flags, *words in rows for script in ([scripts] if isinstance(scripts, str) else scripts)])
