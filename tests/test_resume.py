@@ -246,6 +246,12 @@ def test_changed_settings_are_refused_by_name(stopped):
         train.main(["--resume", str(stopped)])
 
 
+def test_how_long_a_run_waits_may_change(stopped):
+    """What was too short to save the model must not be so for ever."""
+    train.main(["--resume", str(stopped), "--timeout_s", "1200"])
+    assert (stopped / "mask.safetensors").exists()
+
+
 def test_other_texts_and_masks_are_refused_by_name(w, stopped):
     record = json.loads((stopped / "run.json").read_text())
     for name in ("model", "mask", "text"):

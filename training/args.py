@@ -220,6 +220,7 @@ def _parse_again(docstring: str, argv: list[str] | None, run: Path, resume: bool
         raise UserError(f"{run / 'run.json'} is damaged or of another version ({reason}); start a new run")
     args = parse(docstring, _as_flags(make_parser(docstring), record["arguments"], refuse), refuse)
     args.out = str(run) if resume else given.get("out") or f"{run}_repeat"
+    args.timeout_s = given.get("timeout_s", args.timeout_s)
     args.resume, args.repeat = (str(run), None) if resume else (None, str(run))
     if args.trust_remote_code and not given.get("trust_remote_code"):
         raise UserError(f"{run} was started with --trust_remote_code, which a file cannot give: add the flag if you "

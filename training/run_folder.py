@@ -35,7 +35,7 @@ except ImportError:  # Windows has no flock: two runs in one folder are not told
     fcntl = None
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
-ASIDE = ("out", "resume", "repeat")  # arguments that say where a run is, not what it is
+ASIDE = ("out", "resume", "repeat", "timeout_s")  # arguments that say where a run is and waits, not what it is
 
 
 def is_finished(run: str | Path) -> bool:
@@ -153,6 +153,8 @@ class RunFolder:
 
     def check_arguments(self, there: dict | None, state: Path) -> None:
         """UserError unless a state was saved under the arguments that run.json has now."""
+        if isinstance(there, dict):
+            there = {name: value for name, value in there.items() if name not in ASIDE}
         if there != self.arguments:
             changed = [f"--{name} {there.get(name)} there, {value} here" for name, value in self.arguments.items()
                        if there.get(name) != value] if isinstance(there, dict) else ["all of them"]
