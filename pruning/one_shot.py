@@ -100,11 +100,12 @@ def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor 
         reached = _prune_in_one_pass(model, layers, samples, way)
     else:
         norms = {} if samples is None else input_norms(model, layers, samples)
-        reached = [name for name in layers if samples is None or norms[name].any()]
-        for name in progress_bar(reached, desc="pruning", unit="layer"):
+        reached = {name for name in layers if samples is None or norms[name].any()}
+        for name in progress_bar([name for name in layers if name in reached], desc="pruning", unit="layer"):
             apply_masks(layers, {name: way.mask(weight_matrix(layers[name]).float(), norms.get(name))})
     missed, by_magnitude = [name for name in layers if name not in reached], replace(way, prune_method="magnitude")
-    apply_masks(layers, {name: by_magnitude.mask(weight_matrix(layers[name]).float(), None) for name in missed})
+    for name in missed:
+        apply_masks(layers, {name: by_magnitude.mask(weight_matrix(layers[name]).float(), None)})
     return missed
 
 

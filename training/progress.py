@@ -156,10 +156,11 @@ class Run:
             while self.progress < 1:
                 yield self.step
                 self._bar.update()
-                due = self.checkpoints.due(self.step, self._elapsed_s(), last=self.progress == 1.0)
+                due = self.group.is_main and self.checkpoints.due(self.step, self._elapsed_s(),
+                                                                  last=self.progress == 1.0)
                 if self.sharded:  # all give their parts of the state
                     due = self.group.all_gather([float(bool(due))])[0][0]
-                if (due and (self.sharded or self.group.is_main)) or self._stopped_by:
+                if due or self._stopped_by:
                     self.save()
                 if self._stopped_by:
                     self.group.wait_patiently()  # a launcher stops the others when one has left

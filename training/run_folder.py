@@ -47,6 +47,10 @@ def is_finished(run: str | Path) -> bool:
     return True
 
 
+def _without_aside(arguments: dict) -> dict:
+    return {name: value for name, value in arguments.items() if name not in ASIDE}
+
+
 class RunFolder:
     """A run's folder, new or, `resume`, one that a run has left. A context manager: inside, the folder is this
     process's own, or that of the main one of several.
@@ -58,8 +62,7 @@ class RunFolder:
                  repeat: str | None = None):
         self.path, self.group, self.is_resumed = Path(path), group, resume
         self._recorded = {**arguments, "resume": None}
-        self.arguments = json.loads(json.dumps({name: value for name, value in arguments.items()
-                                                if name not in ASIDE}))  # as JSON gives them back
+        self.arguments = json.loads(json.dumps(_without_aside(arguments)))  # as JSON gives them back
         self._device = group.device or arguments.get("device")
         self._repeated = Path(repeat) if repeat else None
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"],
@@ -154,7 +157,7 @@ class RunFolder:
     def check_arguments(self, there: dict | None, state: Path) -> None:
         """UserError unless a state was saved under the arguments that run.json has now."""
         if isinstance(there, dict):
-            there = {name: value for name, value in there.items() if name not in ASIDE}
+            there = _without_aside(there)
         if there != self.arguments:
             changed = [f"--{name} {there.get(name)} there, {value} here" for name, value in self.arguments.items()
                        if there.get(name) != value] if isinstance(there, dict) else ["all of them"]
