@@ -42,7 +42,7 @@ from training.curvature import Curvature
 from training.multi_sample import MultiSample
 from training.progress import Run, StepResult, StopSignals, lr_multiplier
 from training.run_folder import RunFolder, is_finished
-from training.straight_through import StraightThrough
+from training.straight_through import StraightThrough, soft_temperature
 from training.validation import Validation
 
 
@@ -90,8 +90,8 @@ def make_learner(args: Namespace, masked: MaskedModel, batches: Tensor, baseline
     if args.estimator == "straight_through":
         curvature = Curvature(masked, lambda: run.progress, group) if args.curvature else None
         return StraightThrough(masked, batches, args.gradient_checkpointing, args.forward == "sample", args.distill,
-                               group=group, microbatch=args.microbatch, expected_steps=run.expected_steps,
-                               curvature=curvature)
+                               group, args.microbatch, run.expected_steps, curvature, args.normalize_gradient,
+                               lambda: soft_temperature(run.progress) if args.forward == "soft" else 0.0)
     estimator = pge.make_estimator(args.estimator, args.alpha, args.debias_tracker, args.normalize_advantage)
     if args.samples > 1:
         return MultiSample(masked, batches, baseline, estimator, group, args.samples, args.microbatch)

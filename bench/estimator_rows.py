@@ -3,7 +3,8 @@
 learner: a key of `estimator_runs.FORWARD_ONLY` or `GRADIENTS`, control_variate or leave_one_out; lr, logits (C),
 normalize, debias, sample, distill: as train.py's flags of that name; samples: masks a step; scores, swaps: where the
 logits start; batchsize, fresh: text that no run repeats, in minibatches of this size; sharpen: what C grows by over the
-run; ramp: where the curvature counts (training/curvature.py); stop: nats above m0 at which a run is given up.
+run; ramp: where the curvature counts (training/curvature.py); soft: masks are soft at first; stop: nats above m0 at
+which a run is given up.
 """
 from training.args import PRESETS
 from training.curvature import FULL, START
@@ -13,7 +14,8 @@ UNIT = dict(lr=0.1, logits=5, normalize=True)  # lr in logits
 FAST = dict(learner="straight_through", lr=PRESETS["fast"]["lr"], logits=PRESETS["fast"]["logits"], scores=True)
 FRESH = dict(FAST, distill=PRESETS["fast"]["distill"], batchsize=PRESETS["fast"]["batchsize"], fresh=True)
 SWAPS = {name: value for name, value in FRESH.items() if name != "scores"} | {"swaps": True}
-PRESET = dict(SWAPS, learner="curvature", ramp=(START, FULL))
+PRESET = dict(SWAPS, ramp=(START, FULL))
+SOFT = dict(PRESET, soft=True, normalize_gradient="block")
 ROWS = {
     "paper: vanilla (eta 0.03, C 5)": dict(learner="vanilla", lr=0.03, logits=5),
     "paper: residual (eta 10, C 5)": dict(learner="residual", **FITTED),
@@ -33,7 +35,6 @@ ROWS = {
     "+ swaps instead of scores": SWAPS,
     "+ curvature: the preset": PRESET,
     "without curvature, momentum 0.9": dict(SWAPS, learner="momentum"),
-    "without curvature, sign": dict(SWAPS, learner="sign"),
     "without curvature, C from 2 to 8": dict(SWAPS, logits=2.0, sharpen=4.0),
 }
 LONG = {  # with --long: (row, its share of the passes)

@@ -12,7 +12,7 @@ from utils import progress_bar
 
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
-from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
+from variants import ControlVariate, LeaveOneOut, Momentum, sharpen
 
 import data
 import pge
@@ -23,11 +23,10 @@ from masking.spaces import LinearSpace
 from training.curvature import EVERY, SEQUENCES, Curvature
 from training.initialize import TOKENS, init_from_scores, init_from_swaps, wanda_norms
 from training.progress import lr_multiplier
-from training.straight_through import StraightThrough, random_walk_step
+from training.straight_through import StraightThrough, random_walk_step, soft_temperature
 
 FORWARD_ONLY = {"vanilla": pge.Vanilla, "residual": pge.Residual, "maskpro": pge.MaskPro, "running": pge.Running}
-GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum, "sign": Sign,
-             "curvature": StraightThrough}
+GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum}
 Step = Callable[[Tensor, int, int], object]  # minibatch [sequences, tokens], the step's number, steps in all
 
 
@@ -81,20 +80,19 @@ def make_step(setting: dict, masked: MaskedModel, baselines: list[float]) -> tup
 
     def rate(t: int, steps: int) -> float:
         return setting["lr"] * lr_multiplier(schedule, t / steps)
-    if kind == "curvature":
-        progress = [0.0]
-        measured = Curvature(masked, lambda: progress[0], ramp=setting["ramp"])
-        learner = StraightThrough(masked, distill=distill, curvature=measured)
+    if kind in GRADIENTS:
+        progress, ramp = [0.0], setting.get("ramp")
+        learner = GRADIENTS[kind](
+            masked, sample=setting.get("sample", False), distill=distill,
+            normalize=setting.get("normalize_gradient", "layer"),
+            curvature=Curvature(masked, lambda: progress[0], ramp=ramp) if ramp else None,
+            temperature=lambda: soft_temperature(progress[0]) if setting.get("soft") else 0.0)
 
-        def by_curvature(batch: Tensor, t: int, steps: int) -> None:
+        def by_gradients(batch: Tensor, t: int, steps: int) -> None:
             progress[0] = t / steps
             learner.learn(batch, random_walk_step(rate(t, steps), steps))
-        share = min(1, SEQUENCES / setting["batchsize"]) * (1 - setting["ramp"][0])
-        return by_curvature, (4 if distill else 3) + 3 * share / EVERY  # passes that measure
-    if kind in GRADIENTS:
-        learner = GRADIENTS[kind](masked, sample=setting.get("sample", False), distill=distill)
-        return (lambda batch, t, steps: learner.learn(batch, random_walk_step(rate(t, steps), steps)),
-                4 if distill else 3)
+        measuring = 3 * min(1, SEQUENCES / setting["batchsize"]) * (1 - ramp[0]) / EVERY if ramp else 0.0
+        return by_gradients, (4 if distill else 3) + measuring
     if kind == "control_variate":
         learner = ControlVariate(masked)
         return lambda batch, t, steps: learner.learn(batch, rate(t, steps), baselines[t % 16]), 3

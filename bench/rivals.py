@@ -21,7 +21,7 @@ import time
 import common
 from utils import UserError, progress_bar, run_script
 
-from estimator_runs import Point, Problem, RunsFile, learn
+from estimator_runs import GRADIENTS, Point, Problem, RunsFile, learn
 from estimators import mean_and_deviation
 from rival_methods import RIVALS, Rival
 from rival_rows import BUDGETS, RATES, ROWS, STUDY, setting_of
@@ -103,8 +103,9 @@ def state_bytes(problem: Problem, setting: dict) -> float:
     masked = MaskedModel(problem.fresh_model(), problem.masks, LinearSpace(*problem.pattern), setting["logits"],
                          mode="eager")
     held = [tensor for layer in masked.layers.values() for tensor in (*layer.logits, layer.bits)]
-    extra = setting.get("extra_bytes", 0)
-    return extra + sum(tensor.nbytes for tensor in held) / sum(mask.numel() for mask in problem.masks.values())
+    normalize = setting.get("normalize_gradient", "layer")
+    held += GRADIENTS[setting["learner"]](masked, normalize=normalize).normalization.state().values()
+    return sum(tensor.nbytes for tensor in held) / sum(mask.numel() for mask in problem.masks.values())
 
 
 def sweep(args: argparse.Namespace, kept: RunsFile, planned: dict[str, dict]) -> list[dict]:

@@ -1,7 +1,7 @@
 """Estimators that train.py has not, tried in bench/estimators.py: each is an option that has to earn its place.
 
-Forward-only: `LeaveOneOut`, several masks a step. With gradients: `ControlVariate`, unbiased; `Momentum` and `Sign`,
-straight-through with another rule for the step; `sharpen`, to let C grow during a run.
+Forward-only: `LeaveOneOut`, several masks a step. With gradients: `ControlVariate`, unbiased; `Momentum`, on a running
+mean of gradients; `sharpen`, to let C grow during a run.
 """
 
 import torch
@@ -68,7 +68,8 @@ class ControlVariate(StraightThrough):
     """
 
     def __init__(self, masked: MaskedModel, decay: float = 0.9):
-        super().__init__(masked, sample=True, decay=decay)
+        super().__init__(masked, sample=True)
+        self.decay = decay
         self.saliencies: dict[str, Tensor] = {}  # G', by layer
         self.collected: dict[str, Tensor] = {}  # of this minibatch, by layer
         self.residual, self.steps = 0.0, 0
@@ -128,12 +129,3 @@ class Momentum(StraightThrough):
         mean = gradient if before is None else self.momentum * before.float() + (1 - self.momentum) * gradient
         self.means[layer.name] = mean.bfloat16()
         super().consume(layer, mean)
-
-
-class Sign(StraightThrough):
-    """Straight-through whose logits all move by the whole rate, in the direction of their gradient's sign."""
-
-    def begin_pass(self) -> None:
-        """Before a backward pass: any gradient will be clipped."""
-        self.mean_squares.fill_(1e-30)
-        super().begin_pass()

@@ -27,6 +27,11 @@ def blocks_at_a_time(space: Space, most: int) -> int:
     return max(1, min(most, CHUNK * 64 // max(space.width, space.n << space.n)))
 
 
+def patterns_at_a_time(space: Space) -> int:
+    """Blocks whose patterns' probabilities are enumerated at once."""
+    return max(1, 2**20 // comb(space.m, space.n))
+
+
 def _generator(key: Tensor, start: int) -> torch.Generator:
     return torch.Generator(key.device).manual_seed(int(key[:2].cpu().view(torch.int64)) ^ start)
 
@@ -86,22 +91,39 @@ def update_many(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor,
     draw(logits, bits, weight, out, keys[-1], space, start, chunk)
 
 
-def vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor, scale: Tensor, key: Tensor, space: Space,
-        start: int = 0) -> Tensor:
+def vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor, mean_squares: Tensor | None, scale: Tensor,
+        key: Tensor, space: Space, start: int = 0) -> Tensor:
     """`fused_vjp` by autograd of the exact inclusion probabilities."""
     squares, generator = [], _generator(~key, start)  # masks may be drawn under the same key
-    chunk = max(1, 2**20 // comb(space.m, space.n))
+    factor, step, inverse_temperature, kept = scale.double()
+    chunk = patterns_at_a_time(space)
     for begin in range(0, saliency.shape[1], chunk):
         part = slice(begin, begin + chunk)
         block_logits = torch.stack([plane[part] for plane in logits], 1).double().requires_grad_()
         with torch.enable_grad():
-            expected = (space.inclusion(block_logits) * saliency[:, part].T).sum()
-        gradient = torch.autograd.grad(expected, block_logits)[0]
-        is_finite = gradient.isfinite().all(1)
-        gradient = torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
-        moved = block_logits.detach() - (gradient * scale[0]).clamp(-1, 1) * scale[1]
+            expected = (space.inclusion(block_logits * inverse_temperature) * saliency[:, part].T).sum()
+        gradient = torch.autograd.grad(expected, block_logits)[0] / inverse_temperature
+        total = gradient.square().sum(1)
+        is_finite = total < torch.inf
+        if mean_squares is None:
+            move = (gradient * factor).clamp(-1, 1)
+        else:
+            now, before = total / space.width, mean_squares[part].double()
+            mean = torch.where(before < 0, now, before * kept + now * (1 - kept))
+            mean_squares[part] = torch.where(is_finite, mean, before).float()
+            move = gradient * torch.rsqrt(mean.clamp(min=1e-30))[:, None]
+        moved = block_logits.detach() - torch.where(is_finite[:, None], move, 0.0) * step
         stored = _store_blocks(logits, moved.float(), part, generator)
         if bits is not None:
             bits[part] = mask_to_bits(space.mode(stored))
-        squares.append(torch.where(is_finite, gradient.square().sum(1).float(), torch.nan))
+        squares.append(torch.where(is_finite, total.float(), torch.nan))
     return torch.cat(squares)
+
+
+def write_soft(logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor, space: Space) -> None:
+    """`fused_write_soft`."""
+    chunk = patterns_at_a_time(space)
+    for begin in range(0, len(out), chunk):
+        part = slice(begin, begin + chunk)
+        blocks = torch.stack([plane[part] for plane in logits], 1).double()
+        out[part] = (space.inclusion(blocks * inverse_temperature) * weight[part]).to(out.dtype)

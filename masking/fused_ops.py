@@ -158,7 +158,40 @@ def most_probable(logits: Planes, n: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a gradient in the inclusion probabilities says about the logits
+# the inclusion probabilities, and what a gradient in them says about the logits
+
+def has_short_walk(n: int, m: int) -> bool:
+    """Whether all sets that drawing goes through are followed; beyond, `time_of` stands in."""
+    return n <= 4 and m <= 8
+
+
+def time_of(w: Planes, n: int) -> Tensor:
+    """The one time at which the race is stopped, `[blocks]`: tau with sum_i P(i has come) = N."""
+    m = len(w)
+    tau = torch.full_like(w[0], -log(1 - 1 / (m - n + 1)))  # below the root, from where Newton's steps only grow
+    for _ in range(16):
+        late = [torch.exp(-x * tau) for x in w]
+        tau = tau + (sum_of(late) - (m - n)) / sum_of([x * y for x, y in zip(w, late)]).clamp(min=1e-30)
+    return tau
+
+
+def inclusion(logits: Planes, n: int) -> Planes:
+    """P(i is kept), which `vjp` differentiates: exact for N <= 4, M <= 8, of the stopped race beyond."""
+    m, w = len(logits), weights(logits, n)
+    if not has_short_walk(n, m):
+        tau = time_of(w, n)
+        return [1 - torch.exp(-x * tau) for x in w]
+    visits, kept = {(): torch.ones_like(w[0])}, [0] * m
+    for size in range(n):
+        for drawn in combinations(range(m), size):
+            left = [i for i in range(m) if i not in drawn]
+            share = visits[drawn] / sum_of([w[i] for i in left])
+            for i in left:
+                after = tuple(sorted((*drawn, i)))
+                kept[i] = kept[i] + share * w[i]
+                visits[after] = visits.get(after, 0) + share * w[i]
+    return kept
+
 
 def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
     """J^T saliency, J = d inclusion / d logits: the gradient of sum_i saliency_i P(i is kept) in the logits, a
@@ -169,15 +202,12 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
 
         gradient_i = sum_{T not holding i} P(walk visits T) P(i | T) (s_i + V(T + i) - V(T))
 
-    Beyond, the race is stopped at one time for all, tau with sum_i P(i has come) = N: inclusion_i = 1 - exp(-w_i tau),
-    the limit of large blocks (Hajek 1964). Within 0.1 of the exact probabilities, its direction within 25 degrees.
+    Beyond, the race is stopped at one time for all (`time_of`): inclusion_i = 1 - exp(-w_i tau), the limit of large
+    blocks (Hajek 1964). Within 0.1 of the exact probabilities, its direction within 25 degrees.
     """
     m, w = len(logits), weights(logits, n)
-    if n > 4 or m > 8:
-        tau = torch.full_like(w[0], -log(1 - 1 / (m - n + 1)))  # below the root, from where Newton's steps only grow
-        for _ in range(16):
-            late = [torch.exp(-x * tau) for x in w]
-            tau = tau + (sum_of(late) - (m - n)) / sum_of([x * y for x, y in zip(w, late)]).clamp(min=1e-30)
+    if not has_short_walk(n, m):
+        tau = time_of(w, n)
         rate = [x * tau * torch.exp(-x * tau) for x in w]  # d inclusion / d log tau
         mean = sum_of([x * y for x, y in zip(rate, saliency)]) / sum_of(rate).clamp(min=1e-30)
         return [x * (y - mean) for x, y in zip(rate, saliency)]

@@ -10,7 +10,7 @@ on a GPU, that touches every byte once. Without a compiler the same functions ru
 not 8 bytes (M = 8, or float32), the mask is drawn in one loop and the weight written in another: one loop would need
 temporaries.
 
-`Kernels` has the passes of one space and N:M: update, update_many, draw, vjp, write, and mode.
+`Kernels` has the passes of one space and N:M: update, update_many, draw, vjp, write, write_soft, and mode.
 """
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ from masking.block_bits import (
 )
 from masking.compiler import compiled
 from masking.exact_kernels import chunk_of
-from masking.fused_ops import draw, draws, most_probable, score, sum_of, vjp, weights
+from masking.fused_ops import draw, draws, inclusion, most_probable, score, sum_of, vjp, weights
 from masking.random_bits import random_bits, round_stochastically, uniform
 from masking.spaces import LinearSpace, Space
 
@@ -99,29 +99,44 @@ def fused_update_many(logits: list[Tensor], bits: Tensor, weight: Tensor | None,
 
 
 def fused_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype,
-              scale: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> Tensor:
-    """pi <- pi - clipped J^T G and, where there are bits, m <- the most probable mask, in place; returns the sum of
-    squares of each block's J^T G, float32 `[blocks]`, NaN where it is not finite, which moves nothing.
+              mean_squares: Tensor | None, scale: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> Tensor:
+    """pi <- pi - step * J^T G, normalized, and, where there are bits, m <- the most probable mask, in place; returns
+    the sum of squares of each block's J^T G, float32 `[blocks]`, NaN where it is not finite, which moves nothing.
 
     J is the Jacobian of the inclusion probabilities. saliency: G as planes float32 `[M, blocks]` or, where a block fits
     a word, the weights as words int64 `[blocks]` of numbers of this dtype, and their gradients as words too or as
-    float32 `[blocks, M]`, whose product G is;
-    scale float32 `[2]` or longer: what J^T G is multiplied with before it is clipped to +-1, and after.
+    float32 `[blocks, M]`, whose product G is. mean_squares: of each block's J^T G, float32 `[blocks]`, a running mean
+    that takes this one in first (negative: none yet), by whose root J^T G is divided; or None: it is multiplied with a
+    factor and clipped to +-1. scale float32 `[4]`: that factor, the step, 1 / temperature of the logits that
+    probabilities are made of, and what the mean keeps of the earlier ones.
     """
     if isinstance(saliency, tuple):
         weight, gradient = saliency
         gradient = list(gradient.unbind(1)) if gradient.dim() == 2 else planes_of_words(gradient, m, dtype)
         saliency = [w * g for w, g in zip(planes_of_words(weight, m, dtype), gradient)]
     planes = [plane.float() for plane in logits]
-    gradient = vjp(planes, list(saliency), n)
-    is_finite = sum_of(gradient).abs() < torch.inf
-    moved = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in gradient]
-    planes = [plane - (g * scale[0]).clamp(-1, 1) * scale[1] for plane, g in zip(planes, moved)]
+    gradient = vjp([plane * scale[2] for plane in planes], list(saliency), n)
+    squares = sum_of([g * g for g in gradient])
+    is_finite = squares < torch.inf
+    if mean_squares is None:
+        moves = [(g * scale[0]).clamp(-1, 1) for g in gradient]
+    else:
+        now = squares / len(gradient)
+        mean = torch.where(mean_squares < 0, now, mean_squares * scale[3] + now * (1 - scale[3]))
+        mean_squares.copy_(torch.where(is_finite, mean, mean_squares))
+        moves = [g * torch.rsqrt(mean.clamp(min=1e-30)) for g in gradient]
+    planes = [plane - torch.where(is_finite, move, 0.0) * scale[1] for plane, move in zip(planes, moves)]
     planes = _store(logits, planes, _counter(logits[0], n, m, start), key, n)
     if bits is not None:
         bits.copy_(most_probable(planes, n).to(bits.dtype))
-    squares = sum_of([g * g for g in moved])
     return torch.where(is_finite, squares, torch.nan)
+
+
+def fused_write_soft(logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor, n: int) -> None:
+    """out <- mu * w, mu the probabilities of being kept under the logits at a temperature. weight and out
+    `[blocks, M]`; inverse_temperature float32 `[]`."""
+    mu = inclusion([plane.float() * inverse_temperature for plane in logits], n)
+    out.copy_(torch.stack(mu, 1) * weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,16 +158,25 @@ def _sliced(function: Callable) -> Callable:
 eager_update, eager_update_many, eager_draw = map(_sliced, (fused_update, fused_update_many, fused_draw))
 
 
-def eager_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor | tuple[Tensor, Tensor], *rest,
-              start: int = 0, chunk: int | None = None) -> Tensor:
+def eager_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype,
+              mean_squares: Tensor | None, *rest, start: int = 0, chunk: int | None = None) -> Tensor:
     """`fused_vjp` without a compiler."""
     squares, chunk = [], chunk or chunk_of(logits[0])
     for begin in range(0, len(logits[0]), chunk):
         part = slice(begin, begin + chunk)
         some = tuple(words[part] for words in saliency) if isinstance(saliency, tuple) else saliency[:, part]
-        squares.append(fused_vjp([plane[part] for plane in logits], None if bits is None else bits[part], some, *rest,
-                                 start + begin))
+        squares.append(fused_vjp([plane[part] for plane in logits], None if bits is None else bits[part], some, dtype,
+                                 None if mean_squares is None else mean_squares[part], *rest, start + begin))
     return torch.cat(squares)
+
+
+def eager_write_soft(logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor, n: int,
+                     chunk: int | None = None) -> None:
+    """`fused_write_soft` without a compiler."""
+    chunk = chunk or chunk_of(logits[0])
+    for begin in range(0, len(logits[0]), chunk):
+        part = slice(begin, begin + chunk)
+        fused_write_soft([plane[part] for plane in logits], weight[part], out[part], inverse_temperature, n)
 
 
 class Kernels:
@@ -173,6 +197,7 @@ class Kernels:
         self._update_many = self._pass(fused_update_many, eager_update_many, exact_kernels.update_many, scored)
         self._draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, scored)  # as `update_many` draws
         self._vjp, self._write = self.fastest(fused_vjp, eager_vjp), self.fastest(write_masked)
+        self._write_soft = self.fastest(fused_write_soft, eager_write_soft)
 
     def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:
         """`function` compiled, where this mode compiles; else `eager`, or the function as it is."""
@@ -211,10 +236,10 @@ class Kernels:
         """m ~ p(pi); out <- m * w."""
         self._draw(logits, bits, weight, out, key, start=start)
 
-    def vjp(self, logits: list[Tensor], bits: Tensor | None, weight: Tensor, gradient: Tensor, scale: Tensor,
-            key: Tensor, start: int = 0) -> Tensor:
-        """pi <- pi - clipped J^T (weight * gradient), and m <- its most probable mask where there are bits; see
-        `fused_vjp`. weight and gradient `[out, in]`."""
+    def vjp(self, logits: list[Tensor], bits: Tensor | None, weight: Tensor, gradient: Tensor,
+            mean_squares: Tensor | None, scale: Tensor, key: Tensor, start: int = 0) -> Tensor:
+        """pi <- pi - step * J^T (weight * gradient), normalized, and m <- its most probable mask where there are bits;
+        see `fused_vjp`. weight and gradient `[out, in]`."""
         space, dtype = self.space, weight.dtype
         if self._is_fused and fits_a_word(space.m, dtype):
             gradient = (as_words(gradient.reshape(-1), space.m) if gradient.dtype == dtype
@@ -225,8 +250,16 @@ class Kernels:
             saliency = torch.empty(space.m, blocks, device=weight.device).copy_(weight.view(blocks, -1).T)
             saliency.mul_(gradient.reshape(blocks, -1).T)
         if not self._is_fused:
-            return exact_kernels.vjp(logits, bits, saliency, scale, key, space, start=start)
-        return self._vjp(list(logits), bits, saliency, dtype, scale, key, space.n, space.m, start=start)
+            return exact_kernels.vjp(logits, bits, saliency, mean_squares, scale, key, space, start=start)
+        return self._vjp(list(logits), bits, saliency, dtype, mean_squares, scale, key, space.n, space.m, start=start)
+
+    def write_soft(self, logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor) -> None:
+        """out <- mu * w, mu the probabilities of being kept at this temperature, float32 `[]`."""
+        weight, out = weight.view(-1, self.space.m), out.view(-1, self.space.m)
+        if self._is_fused:
+            self._write_soft(list(logits), weight, out, inverse_temperature, self.space.n)
+        else:
+            exact_kernels.write_soft(logits, weight, out, inverse_temperature, self.space)
 
     def write(self, weight: Tensor, bits: Tensor, out: Tensor, once: bool = False) -> None:
         """out <- m * w; `once`: it is not worth a compilation."""

@@ -31,7 +31,7 @@ class MaskedLayer:
         self.shape, self.sharded = torch.Size(weight_matrix(module).shape), scratch is None
         self.weight = own_weight(module).contiguous()  # [rows, in], dense
         self.width = self.shape[1] // self.m  # blocks of a row
-        self.bits = mask_to_bits(self.rows.own(mask).reshape(-1, self.m).to(self.weight.device))  # [blocks], m_t
+        self.bits = self.bits_of(mask)  # [blocks], m_t
         self.start = self.rows.begin * self.width  # the first block's number in the layer
         self.logits = [torch.empty(len(self.bits), dtype=logits_dtype, device=self.weight.device)
                        for _ in range(kernels.space.width)]  # planes [blocks]
@@ -69,6 +69,11 @@ class MaskedLayer:
         else:
             self.kernels.write(self.weight.view(-1), bits, out, once)
 
+    def write_soft(self, inverse_temperature: Tensor, out: Tensor | None = None) -> None:
+        """Write the weight times the probabilities of being kept at this temperature, as `write` does."""
+        out = self.scratch.view(-1) if out is None else out
+        self.kernels.write_soft(self.logits, self.weight.view(-1), out, inverse_temperature)
+
     def schedule(self, kernel: Callable, *arguments: Tensor) -> None:
         """Have a pass of `kernels` made when the next forward gets here: its arguments after weight and out."""
         self.arguments = arguments  # kept until the next: FSDP makes the pass on a stream of its own
@@ -90,6 +95,10 @@ class MaskedLayer:
     def shard(self, blocks: Tensor) -> Tensor | Shard:
         """A number for each block that is here, as a state is saved and read."""
         return Shard(blocks, self.rows, self.width) if self.sharded else blocks
+
+    def bits_of(self, mask: Tensor) -> Tensor:
+        """The layer's mask, bool `[out, in]`, as bits `[blocks]` of the rows that are here."""
+        return mask_to_bits(self.rows.own(mask).reshape(-1, self.m).to(self.weight.device))
 
     def mask_of(self, bits: Tensor) -> Tensor:
         """The mask that `bits` `[blocks]` stand for, bool `[rows, in]`."""

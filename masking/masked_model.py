@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from masking import offload
-from masking.block_bits import bits_to_mask, mask_to_bits
+from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
 from masking.layers import find_layers, match_masks
 from masking.masked_layer import MaskedLayer, scratch_buffers
@@ -43,6 +43,7 @@ class MaskedModel:
         self.kernels = Kernels(space, mode)
         self.initial: Bits | None = None  # of m0, kept only where the online baseline needs it
         self._used: Bits | None = None  # used instead of the masks drawn
+        self._soft: dict[torch.device, Tensor] = {}  # 1 / temperature of soft masks; empty: masks of 0 and 1
         self._drawn: tuple[int, int] | None = None  # (step, number) of what `draw` drew
         self._first_drawn = 0  # number of this step's first mask of `draw`
         modules = find_layers(model, targets=[""])
@@ -93,7 +94,10 @@ class MaskedModel:
 
     def write(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
         """Write the weight that the layer uses now into `out`, or the scratch buffer."""
-        layer.write(layer.bits if self._used is None else self._used[layer.name], out, once=self.steps == 0)
+        if self._soft and self._used is None:
+            layer.write_soft(self._soft[layer.weight.device], out)
+        else:
+            layer.write(layer.bits if self._used is None else self._used[layer.name], out, once=self.steps == 0)
 
     def rewrite(self, layer: MaskedLayer) -> None:
         """In a pass that has just reached this layer: have it use the mask that it has now."""
@@ -185,6 +189,11 @@ class MaskedModel:
 
     # ------------------------------------------------------------------------------------------- which mask is used
 
+    def use_soft_masks(self, temperature: float) -> None:
+        """From now on, where no masks are named (`use_masks`), a weight counts by its probability of being kept under
+        its block's logits / temperature; 0: by the mask drawn, as at first."""
+        self._soft = self._on_devices(1 / temperature) if temperature else {}
+
     @contextmanager
     def use_masks(self, bits: Bits) -> Iterator[None]:
         """Inside, the model is masked by these `bits`, and none is drawn."""
@@ -219,8 +228,7 @@ class MaskedModel:
 
     def keep_initial(self, masks: dict[str, Tensor]) -> None:
         """Remember m0 for `use_initial`: a quarter of a byte a weight at M = 4."""
-        self.initial = {name: mask_to_bits(layer.rows.own(masks[name]).reshape(-1, layer.m).to(layer.weight.device))
-                        for name, layer in self.layers.items()}
+        self.initial = {name: layer.bits_of(masks[name]) for name, layer in self.layers.items()}
 
     def mode_bits(self) -> dict[str, Tensor]:
         """The most probable mask of each learned layer, as bits `[blocks]`."""

@@ -107,3 +107,14 @@ def inclusion_by_drawings(logits: torch.Tensor, n: int) -> torch.Tensor:
 def jacobian(inclusion, logits: torch.Tensor) -> torch.Tensor:
     """d inclusion_i / d logits_j of one block, float64 `[M, width]`, by autograd."""
     return torch.autograd.functional.jacobian(inclusion, logits.double())
+
+
+def pattern_inclusion(x, n, m):
+    kept = torch.tensor([[i in s for i in range(m)] for s in combinations(range(m), n)]).double()
+    return x.softmax(0) @ kept
+
+
+def exact_vjp(space, logits, saliency):
+    """J^T saliency of `[blocks, width]` logits, float64, by autograd of the space's inclusion probabilities."""
+    logits = logits.double().requires_grad_()
+    return torch.autograd.grad((space.inclusion(logits) * saliency).sum(), logits)[0]

@@ -75,3 +75,14 @@ def assert_masked(weight, dense, mask):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def watch(learner):
+    """A list that gets, of each gradient consumed: the layer, the gradient, and the logits it is about to move."""
+    seen, consume = [], learner.consume
+
+    def record(layer, gradient):
+        seen.append((layer, gradient.clone(), logits_of(layer).double()))
+        consume(layer, gradient)
+    learner.consume = record
+    return seen

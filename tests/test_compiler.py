@@ -96,10 +96,10 @@ def test_gradients_are_read_as_words_to_the_bit(dtype):
     for words in (True, False):
         logits = [torch.linspace(-2, 2, 128) * (i + 1) for i in range(4)]
         bits, key = torch.zeros(128, dtype=torch.uint8), torch.tensor([5, 6, 0, 0], dtype=torch.int32)
-        scale = torch.tensor([0.3, 0.1, 0.0, 0.0])
+        scale = torch.tensor([0.3, 0.1, 1.0, 0.0])
         kernels = Kernels(LinearSpace(2, 4), "eager")
         given = (weight, gradient) if words else (weight.float(), gradient.float())
-        squares = kernels.vjp(logits, bits, *given, scale, key)
+        squares = kernels.vjp(logits, bits, *given, None, scale, key)
         results.append((*logits, bits, squares))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -109,7 +109,7 @@ def test_a_block_whose_gradient_is_not_finite_is_told():
         weight, gradient = torch.ones(2, 8, dtype=dtype), torch.ones(2, 8, dtype=dtype)
         gradient[1, 5] = torch.inf
         logits, bits = [torch.zeros(4) for _ in range(4)], torch.zeros(4, dtype=torch.uint8)
-        squares = Kernels(LinearSpace(2, 4), mode).vjp(logits, bits, weight, gradient, torch.tensor([1.0, 1.0, 0, 0]),
+        squares = Kernels(LinearSpace(2, 4), mode).vjp(logits, bits, weight, gradient, None, torch.ones(4),
                                                        torch.zeros(4, dtype=torch.int32))
         assert squares.isnan().tolist() == [False, False, False, True]
         assert all(plane.isfinite().all() for plane in logits)
@@ -167,7 +167,7 @@ def test_float32_weights_at_m_2_are_a_word_too():
     moved = []
     for mode in ("eager", "exact"):
         logits = [torch.zeros(12) for _ in range(2)]
-        Kernels(LinearSpace(1, 2), mode).vjp(logits, None, weight, gradient, torch.tensor([1.0, 1.0, 0, 0]),
+        Kernels(LinearSpace(1, 2), mode).vjp(logits, None, weight, gradient, None, torch.ones(4),
                                              torch.zeros(4, dtype=torch.int32))
         moved.append(torch.stack(logits))
     assert torch.allclose(*moved, atol=1e-5) and moved[0].abs().max() > 0.1

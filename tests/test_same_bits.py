@@ -38,6 +38,7 @@ COMMON = ("--model {w}/llama --dataset {w}/text.jsonl --dtype float32 --device c
           "--step eager --skip_checkpoint --save --logits 1 --lr 5 --num_evals 3 --mask {w}/2of4.safetensors ")
 ONLINE = "--dataset_size 16 --max_step 9 --baseline online "
 GRADIENTS = "--estimator straight_through --lr 0.5 --tokens 1500 --epoch 1 "
+SOFT = "--forward soft --normalize_gradient block "
 PRESET = "--preset fast --no-curvature --tokens 3000 --lr 0.8 "
 TRAIN = {  # name -> (processes, flags)
     "maskpro, cached": (1, "--dataset_size 16 --max_step 9 --baseline_file {w}/baseline.npz"),
@@ -68,9 +69,11 @@ TRAIN = {  # name -> (processes, flags)
     "gradients": (1, GRADIENTS + "--schedule linear --microbatch 2"),
     "gradients, sampled, checkpointing": (1, GRADIENTS + "--forward sample --gradient_checkpointing --distill 0.5"),
     "gradients, float16 logits, scores": (1, GRADIENTS + "--logits_dtype float16 --init scores"),
+    "gradients, soft, by block": (1, GRADIENTS + SOFT + "--curvature --microbatch 2"),
     "gradients, pattern space": (1, GRADIENTS + "--space pattern"),
     "2 processes": (2, ONLINE),
     "2 processes, gradients, --shard, swaps": (2, GRADIENTS + "--shard --init swaps --val_fraction 0.1"),
+    "2 processes, --shard, soft, by block": (2, GRADIENTS + SOFT + "--shard"),
 }
 CALIBRATION = "--nsamples 6 --seqlen 40 --dataset {w}/text.jsonl"
 PRUNE = {
@@ -238,7 +241,8 @@ def test_learning(w, tmp_path, record, same_rounding, name):
     check(train(w, tmp_path / "run", *TRAIN[name]), record["train"][name], same_rounding, compared)
 
 
-@pytest.mark.parametrize("name", ["maskpro, debiased, cosine", "gradients, float16 logits, scores"])
+@pytest.mark.parametrize("name", ["maskpro, debiased, cosine", "gradients, float16 logits, scores",
+                                  "gradients, soft, by block"])
 def test_learning_that_is_killed_and_resumed(w, tmp_path, record, same_rounding, name):
     found = killed_and_resumed(w, tmp_path / "run", TRAIN[name][1])
     check(found, record["train"][name], same_rounding, STEADY.get(name))

@@ -6,8 +6,19 @@ from itertools import combinations
 import pytest
 import torch
 import transformers
-from exact import by_orderings, inclusion_by_drawings, jacobian
-from masked import TOKENS, drawn_masks, forward, logits_of, magnitude_masks, make, same, seeded, used_weights
+from exact import by_orderings, exact_vjp, inclusion_by_drawings, jacobian, pattern_inclusion
+from masked import (
+    TOKENS,
+    drawn_masks,
+    forward,
+    logits_of,
+    magnitude_masks,
+    make,
+    same,
+    seeded,
+    used_weights,
+    watch,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,9 +31,10 @@ from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import SPACES, LinearSpace
-from training import straight_through
+from training import normalization
 from training.loss import summed_loss
-from training.straight_through import CLIP, StraightThrough
+from training.normalization import CLIP
+from training.straight_through import StraightThrough, soft_temperature
 
 KINDS = ["llama", "gpt2", "opt"]
 
@@ -34,33 +46,11 @@ def learner_of(model, n=2, m=4, space="linear", mode="eager", **kwargs):
     return StraightThrough(masked, **of_learner), masked, dense
 
 
-def watch(learner):
-    """A list that gets, of each gradient consumed: the layer, the gradient, and the logits it is about to move."""
-    seen, consume = [], learner.consume
-
-    def record(layer, gradient):
-        seen.append((layer, gradient.clone(), logits_of(layer).double()))
-        consume(layer, gradient)
-    learner.consume = record
-    return seen
-
-
-def exact_vjp(space, logits, saliency):
-    """J^T saliency of `[blocks, width]` logits, float64, by autograd of the space's inclusion probabilities."""
-    logits = logits.double().requires_grad_()
-    return torch.autograd.grad((space.inclusion(logits) * saliency).sum(), logits)[0]
-
-
 def all_logits(masked):
     return {name: logits_of(layer) for name, layer in masked.layers.items()}
 
 
 # ------------------------------------------------------------------------------------------ the step on its own: J^T G
-
-
-def pattern_inclusion(x, n, m):
-    kept = torch.tensor([[i in s for i in range(m)] for s in combinations(range(m), n)]).double()
-    return x.softmax(0) @ kept
 
 
 @pytest.mark.parametrize("space, n, m, mode", [
@@ -74,8 +64,8 @@ def test_the_step_follows_the_jacobian_of_the_inclusion_probabilities(space, n, 
     vjp = torch.stack([jacobian(inclusion, x).T @ g.double() for x, g in zip(logits, saliency)])
     planes = [plane.clone() for plane in logits.unbind(1)]
     bits = torch.zeros(5, dtype=bits_dtype(m))
-    squares = Kernels(made, mode).vjp(planes, bits, saliency, torch.ones_like(saliency), torch.tensor([4.0, 0.3]),
-                                      layer_keys(0, 0, 1)[0])
+    squares = Kernels(made, mode).vjp(planes, bits, saliency, torch.ones_like(saliency), None,
+                                      torch.tensor([4.0, 0.3, 1.0, 0.0]), layer_keys(0, 0, 1)[0])
     assert ((4 * vjp).abs() > 1).any() and ((4 * vjp).abs() < 1).any()  # some are clipped, some are not
     moved = torch.stack(planes, 1)
     assert torch.allclose(moved.double(), logits - (4 * vjp).clamp(-1, 1) * 0.3, atol=1e-5)
@@ -89,8 +79,8 @@ def test_the_exact_step_of_8_16_by_finite_differences():
     shift = 1e-5 * torch.eye(16).double()
     ends = pge.inclusion(torch.cat([logits.double() + shift, logits.double() - shift]), 8) @ saliency[0].double()
     planes = [plane.clone() for plane in logits.unbind(1)]
-    scale, key = torch.tensor([0.1, 1.0]), layer_keys(0, 0, 1)[0]
-    Kernels(space, "exact").vjp(planes, None, saliency, torch.ones_like(saliency), scale, key)
+    scale, key = torch.tensor([0.1, 1.0, 1.0, 0.0]), layer_keys(0, 0, 1)[0]
+    Kernels(space, "exact").vjp(planes, None, saliency, torch.ones_like(saliency), None, scale, key)
     expected = logits.double() - 0.1 * (ends[:16] - ends[16:]) / 2e-5
     assert torch.allclose(torch.stack(planes, 1).double(), expected, atol=1e-6)
 
@@ -103,8 +93,8 @@ def test_updates_below_a_16_bit_step_count_on_average(space, dtype):
     planes = [torch.full((blocks,), 3.0, dtype=dtype) for _ in range(made.width)]
     saliency = torch.tensor([1.0, -1.0, 0.5, 0.0]).expand(blocks, 4)
     rate = 1e-4
-    scale, key = torch.tensor([1.0, rate]), layer_keys(0, 0, 1)[0]
-    Kernels(made, "eager").vjp(planes, None, saliency.contiguous(), torch.ones(blocks, 4), scale, key)
+    scale, key = torch.tensor([1.0, rate, 1.0, 0.0]), layer_keys(0, 0, 1)[0]
+    Kernels(made, "eager").vjp(planes, None, saliency.contiguous(), torch.ones(blocks, 4), None, scale, key)
     vjp = exact_vjp(made, torch.full((1, made.width), 3.0), saliency[:1])[0]
     moved = torch.stack(planes, 1).double() - 3
     assert vjp.abs().max() > 0.1 and planes[0].dtype == dtype
@@ -118,8 +108,8 @@ def test_a_saliency_that_is_not_finite_moves_nothing_in_its_block(space, mode):
     logits, saliency = torch.randn(3, made.width, generator=seeded(0)), torch.randn(3, 4, generator=seeded(1))
     saliency[1, 2], saliency[2, 0] = torch.inf, torch.nan
     planes = [plane.clone() for plane in logits.unbind(1)]
-    squares = Kernels(made, mode).vjp(planes, None, saliency, torch.ones_like(saliency), torch.tensor([1.0, 1.0]),
-                                      layer_keys(0, 0, 1)[0])
+    squares = Kernels(made, mode).vjp(planes, None, saliency, torch.ones_like(saliency), None,
+                                      torch.ones(4), layer_keys(0, 0, 1)[0])
     moved = torch.stack(planes, 1)
     assert torch.equal(moved[1:], logits[1:]) and not torch.equal(moved[0], logits[0])
     assert squares[0] > 0 and squares[1:].isnan().all()  # and is told
@@ -141,7 +131,7 @@ class Stack(nn.Sequential):
 @pytest.mark.parametrize("n, m, sample", [(1, 4, False), (2, 4, False), (2, 4, True), (3, 6, True)])
 def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, sample, monkeypatch):
     """f = <V, x (m * W)^T + b>: d E f / d pi = sum over all masks of p(S) f(S) score(S), enumerated in decimals."""
-    monkeypatch.setattr(straight_through, "CLIP", 1e3)  # so far out that nothing is clipped
+    monkeypatch.setattr(normalization, "CLIP", 1e3)  # so far out that nothing is clipped
     generator = seeded(0)
     model = Stack(nn.Linear(12, 3)).requires_grad_(False)
     model[0].weight.copy_(torch.randn(3, 12, generator=generator))
@@ -155,12 +145,12 @@ def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, samp
             p, score = by_orderings(logits, kept, digits=40)
             truth[block] += float(p) * worth[block, list(kept)].sum() * torch.tensor([float(g) for g in score])
     before = logits_of(layer)
-    for learner.size in (0.0, 1e3):  # the first only measures
+    for size in (0.0, 1e3):  # the first only measures
         learner.keys = masked.keys()
         y = model(x)
-        learner.begin_pass()
+        learner.normalization.begin_pass(size, 0.0)
         y.backward(v)
-        learner.end_pass()
+        learner.normalization.end_pass()
         masked.count_step(redraw=sample)
         assert torch.allclose(y, nn.functional.linear(x, layer.scratch.view(3, 12), model[0].bias))
     move = (before - logits_of(layer)).double()
@@ -220,7 +210,8 @@ def test_updates_follow_the_formula(load, n, m, space, microbatch):
             move = (vjp / (CLIP * mean_square**0.5)).clamp(-1, 1) * rates[index // parts] / parts
             assert torch.allclose(after[index], logits - move, atol=2e-5)
             mean_square = 0.9 * mean_square + 0.1 * now
-        assert float(learner.mean_squares[learner.place[name]]) == pytest.approx(mean_square, rel=1e-3)
+        known = learner.normalization
+        assert float(known.mean_squares[known.place[name]]) == pytest.approx(mean_square, rel=1e-3)
     furthest = sum(rates[1:]) if parts == 1 else sum(rates) - rates[0] / parts
     started = masked.space.init(magnitude_masks(find_layers(load()), n, m)[name].view(-1, m), 1.0)
     assert 0 < (logits_of(layer) - started).abs().max() <= furthest + 1e-5
@@ -444,14 +435,14 @@ def test_finish_gives_everything_back(kind, load, checkpointing):
 def test_a_loss_that_is_not_finite_moves_nothing(load, sample):
     learner, masked, _ = learner_of(load(), sample=sample)
     learner.learn(TOKENS, 0.3)
-    before, squares = all_logits(masked), learner.mean_squares.clone()
+    before, squares = all_logits(masked), learner.normalization.mean_squares.clone()
     norm = masked.model.model.norm.weight.data
     kept = norm.clone()
     norm.fill_(torch.nan)
     assert not torch.isfinite(torch.tensor(learner.learn(TOKENS, 0.3)))
     norm.copy_(kept)
     assert all(torch.equal(logits, before[name]) for name, logits in all_logits(masked).items())
-    assert torch.equal(learner.mean_squares, squares)
+    assert torch.equal(learner.normalization.mean_squares, squares)
     assert torch.isfinite(torch.tensor(learner.learn(TOKENS, 0.3)))
     assert not all(torch.equal(logits, before[name]) for name, logits in all_logits(masked).items())
 
@@ -489,8 +480,8 @@ def generated_text(models):
 
 @pytest.mark.parametrize("space, of_masked, of_learner", [
     ("linear", {}, {}), ("linear", {}, {"distill": 1.0}), ("linear", {}, {"sample": True}), ("pattern", {}, {}),
-    ("linear", {"logits_dtype": torch.float16}, {"checkpointing": True})],
-    ids=["mode", "distill", "sample", "pattern", "float16"])
+    ("linear", {"logits_dtype": torch.float16}, {"checkpointing": True}), ("linear", {}, {"normalize": "block"})],
+    ids=["mode", "distill", "sample", "pattern", "float16", "soft, by block"])
 def test_it_learns(load, generated_text, space, of_masked, of_learner):
     """From a mask that keeps the smaller half of each block to one better than magnitude's, on text it did not see."""
     batches, heldout = generated_text
@@ -501,7 +492,9 @@ def test_it_learns(load, generated_text, space, of_masked, of_learner):
     masked = MaskedModel(model, {name: ~mask for name, mask in kept.items()}, SPACES[space](2, 4), magnitude=1.0,
                          mode="eager", **of_masked)
     start, target = batch_loss(model, heldout), batch_loss(larger, heldout)
-    learner = StraightThrough(masked, **of_learner)
+    is_soft, t = "normalize" in of_learner, 0
+    learner = StraightThrough(masked, **of_learner,
+                              temperature=lambda: soft_temperature(t / len(batches)) if is_soft else 0.0)
     for t, batch in enumerate(batches):
         learner.learn(batch, 0.2 * (1 - t / len(batches)))
     masks = masked.finish()

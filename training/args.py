@@ -22,6 +22,7 @@ from utils import (
 from files.records import read_record
 from masking.kernels import MODES
 from masking.spaces import SPACES
+from training.normalization import NORMALIZATIONS
 
 PRESETS = {"fast": dict(estimator="straight_through", init="swaps", logits=4.0, distill=1.0, curvature=True, lr=0.8,
                         schedule="linear", tokens=400_000, batchsize=8, epoch=1, val_fraction=0.02, num_evals=10)}
@@ -101,8 +102,13 @@ def _add_further_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_gradient_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--forward", choices=["mode", "sample"], default="mode",
-                       help="take gradients at the most probable mask, or at one drawn")
+    group.add_argument("--forward", choices=["mode", "sample", "soft"], default="mode",
+                       help="take gradients at the most probable mask; at one drawn; or, in the first half of the run, "
+                            "where weights count by their probabilities of being kept "
+                            "(training/straight_through.py)")
+    group.add_argument("--normalize_gradient", choices=list(NORMALIZATIONS), default="layer",
+                       help="divide a step by the layer's root mean square, and clip it; or by each block's own, a "
+                            "number a block more to keep (training/normalization.py)")
     group.add_argument("--distill", type=float, default=0.0,
                        help="the share, 0 to 1, of the loss that compares with the dense model's predictions instead "
                             "of the text; a fifth more time")
@@ -175,7 +181,9 @@ def _check(args: Namespace, error: Callable[[str], NoReturn]) -> None:
         error("--samples is for the forward-only estimators: straight_through takes one mask a step")
     if args.estimator != "straight_through":
         idle = [f"--{name}" for name in ("distill", "curvature", "gradient_checkpointing") if getattr(args, name)]
-        idle += ["--forward sample"] if args.forward == "sample" else []
+        idle += [f"--{name} {value}" for name, value, default in (
+            ("forward", args.forward, "mode"), ("normalize_gradient", args.normalize_gradient, "layer"))
+            if value != default]
         if idle:
             error(f"{', '.join(idle)}: only --estimator straight_through learns from gradients, {args.estimator} does "
                   "not; leave that out")

@@ -6,9 +6,14 @@ loss expected under the masks' distribution then has, to first order around m, t
 
     d E[f] / d pi  ~  J^T G,    J = d mu / d pi,    mu_i = P(i is kept)
 
-a vector-Jacobian product. It is biased where f is not linear in the mask (exact where it is). m is the most probable
-mask, which is what will be delivered, or, `sample`, drawn: an average over the distribution then, but noisier, and of a
-model that is masked worse than it needs to be.
+a vector-Jacobian product. It is biased where f is not linear in the mask (exact where it is). m is one of
+
+    mode      the most probable mask, which is what will be delivered
+    sample    a mask that is drawn: an average over the distribution then, but noisier, and of a model that is masked
+              worse than it needs to be
+    soft      mu itself, of the logits at a temperature that falls in the first half of the run (`soft_temperature`): a
+              weight is then there in part, and J^T G the true gradient of that model's loss, so that many masks are
+              weighed at once before one is settled on; then as `mode`
 
 No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's weight gradient to
 that layer's logits and frees it. All layers share the scratch buffer of `MaskedModel`, so a layer's masked weight is
@@ -31,9 +36,11 @@ from masking.masked_model import MaskedModel
 from training.curvature import Curvature
 from training.faster_model import SHORT, speed_up
 from training.loss import sequence_loss, summed_loss
+from training.normalization import NORMALIZATIONS, State
 from training.progress import StepResult
 
-CLIP = 0.1  # root mean squares beyond which J^T G counts no more
+HOT, COLD = 2.0, 0.4  # temperatures of soft masks, in logits: the first, the last
+SOFT = 0.5  # share of the run that has them
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -70,34 +77,24 @@ def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
 class StraightThrough:
     """Moves the logits of a MaskedModel by J^T G in each backward pass, and draws the next masks.
 
-    A step is clipped where J^T G exceeds CLIP of its root mean square over the layer, a running mean of earlier
-    minibatches: pi <- pi - size * clip(J^T G / (CLIP rms), +-1). So `size` is the furthest that a logit goes in a step,
-    whatever the model's size and the loss's scale. The first microbatch only measures.
-
-    J^T G has heavy tails: a few weights that matter enormously, in all models, make most of its mean square. With CLIP
-    well below 1 they go no faster than the many that matter a little.
-
     batches: int64 `[minibatches, sequences, tokens]`, for `step`. distill: the share, 0 to 1, of the loss that compares
-    with the dense model's predictions. curvature: what is added to G, if anything. expected_steps: how many steps the
-    run will have, as far as it is known by now.
+    with the dense model's predictions. expected_steps: how many steps the run will have, as far as it is known by now.
+    curvature: what is added to G, if anything. normalize: what J^T G is divided by, a key of
+    `normalization.NORMALIZATIONS`. temperature: of soft masks, in this step; 0: none.
     """
 
     def __init__(self, masked: MaskedModel, batches: Tensor | None = None, checkpointing: bool = False,
-                 sample: bool = False, distill: float = 0.0, decay: float = 0.9, group: ProcessGroup | None = None,
-                 microbatch: int = 32, expected_steps: Callable[[], float] = lambda: 3,
-                 curvature: Curvature | None = None):
+                 sample: bool = False, distill: float = 0.0, group: ProcessGroup | None = None, microbatch: int = 32,
+                 expected_steps: Callable[[], float] = lambda: 3, curvature: Curvature | None = None,
+                 normalize: str = "layer", temperature: Callable[[], float] = lambda: 0.0):
         self.masked, self.batches, self.curvature = masked, batches, curvature
-        self.sample, self.distill, self.decay = sample, distill, decay
+        self.sample, self.distill, self.temperature = sample, distill, temperature
         self.group, self.microbatch, self.expected_steps = group or ProcessGroup(), microbatch, expected_steps
         self.size, self.keys, self.reducing = 0.0, {}, None
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
         layers = list(masked.layers.values())
-        device = layers[0].weight.device
-        self.place = {layer.name: place for place, layer in enumerate(layers)}
-        self.mean_squares = torch.full((len(layers),), torch.nan, device=device)  # of J^T G; NaN: not measured yet
-        self._sizes = torch.tensor([float(layer.shape.numel()) for layer in layers], device=device)
-        self._squares: dict[int, Tensor] = {}  # sums over the rows that are here, of this backward pass
-        self._not_finite = torch.zeros((), dtype=torch.int64, device=device)  # blocks, of this step
+        self.normalization = NORMALIZATIONS[normalize](masked, self.group)
+        self._not_finite = torch.zeros((), dtype=torch.int64, device=layers[0].weight.device)  # blocks, of this step
         self._of_sequence = masked.kernels.fastest(sequence_loss)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -137,13 +134,15 @@ class StraightThrough:
         self._not_finite.zero_()
         if self.curvature:
             self.curvature.begin_step(parts[0])
-        total = 0.0
+        total, temperature = 0.0, self.temperature()
+        self.masked.use_soft_masks(temperature)
         for sequences in parts:
-            total += self._learn(sequences)
+            total += self._learn(sequences, temperature)
+        self.masked.use_soft_masks(0.0)
         self.masked.count_step(redraw=self.sample)
         return total / (batch.shape[0] * (batch.shape[1] - 1))
 
-    def _learn(self, sequences: Tensor) -> float:
+    def _learn(self, sequences: Tensor, temperature: float) -> float:
         """Of one microbatch; the loss summed over its tokens."""
         teacher = None
         if self.distill:
@@ -153,11 +152,12 @@ class StraightThrough:
         loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, self.distill,
                                      self._of_sequence)
         if math.isfinite(self.group.mean([loss])):
-            self.begin_pass()
+            self.normalization.begin_pass(self.size, temperature)
             if self.curvature:
                 self.curvature.tokens = sequences.numel()
             logits.backward(gradient)
-            self.end_pass()
+            self._move_last()
+            self.normalization.end_pass()
         return loss
 
     # ------------------------------------------------------------------------------------------- in the backward pass
@@ -168,8 +168,8 @@ class StraightThrough:
         return MaskedLinear.apply(x, self.anchor, layer, self)
 
     def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        """One layer's step, from df/dW `[out, in]` in any unit: it is measured by the layer's own mean square. With
-        several processes it is taken when the next layer's gradient is there: their mean is formed meanwhile."""
+        """One layer's step, from df/dW `[out, in]` in any unit: it is measured by earlier ones. With several processes
+        it is taken when the next layer's gradient is there: their mean is formed meanwhile."""
         if self.group.size == 1:
             self._move(layer, gradient)
             return
@@ -196,54 +196,22 @@ class StraightThrough:
         return bool(self.curvature and self.curvature.is_measuring)
 
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        bits = None if self.sample else layer.bits
-        place = self.place[layer.name]
-        if not len(layer.bits):  # a layer of fewer rows than there are processes
-            self._squares[place] = torch.zeros(())
-            return
-        if self.curvature:
+        if self.curvature and len(layer.bits):
             gradient = self.curvature.added_to(gradient, layer)
-        squares = self.masked.kernels.vjp(layer.logits, bits, layer.weight, gradient,
-                                          self._scales[layer.weight.device][place], self.keys[layer.name][0],
-                                          start=layer.start)  # NaN where a gradient is not finite
-        self._not_finite += squares.isnan().sum().to(self._not_finite.device)
-        self._squares[place] = squares.nan_to_num_(0.0).sum()
-
-    def begin_pass(self) -> None:
-        """Before a backward pass: what each layer's J^T G is multiplied with before it is clipped, and after; nothing
-        moves that has no mean square yet."""
-        means = self.mean_squares
-        scales = torch.stack([means.clamp(min=1e-30).rsqrt() / CLIP, torch.full_like(means, self.size)], 1)
-        scales = nn.functional.pad(scales.masked_fill(means.isnan()[:, None], 0.0), (0, 2))  # 16 bytes apart, as keys
-        self._scales = {layer.weight.device: scales.to(layer.weight.device) for layer in self.masked.layers.values()}
-        self._squares = {}
-
-    def end_pass(self) -> None:
-        """After a backward pass: the running mean squares, of all layers at once. One that overflows, or follows one
-        that did, is left out, and so are layers that the pass did not reach."""
-        self._move_last()
-        before, now = self.mean_squares, torch.full_like(self.mean_squares, torch.nan)
-        reached = list(self._squares)
-        if reached:
-            sums = torch.stack([self._squares[place].to(now.device) for place in reached])
-            if self.masked.is_sharded:  # over all their rows; 0 where no process reached a layer
-                sums = self.group.reduce_async(sums)() * self.group.size
-                sums[sums == 0] = torch.nan
-            now[reached] = sums / self._sizes[reached]
-        mean = torch.where(before.isfinite(), self.decay * before + (1 - self.decay) * now, now)
-        mean = torch.where(before.isnan(), now, torch.where(now.isfinite(), mean, before))
-        self.mean_squares = torch.where(now.isnan(), before, mean)
+        not_finite = self.normalization.move(layer, None if self.sample else layer.bits, gradient,
+                                             self.keys[layer.name][0])
+        self._not_finite += not_finite.to(self._not_finite.device)
 
     # ---------------------------------------------------------------------------------------------- saved and detached
 
-    def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """The running mean squares, float32 `[layers]`, NaN of layers that have none, and the curvature's."""
+    def state(self) -> tuple[dict, State]:
+        """The running mean squares of J^T G, and the curvature's."""
         further = {"curvature": self.curvature.mean_squares} if self.curvature else {}
-        return {}, {"mean_squares": self.mean_squares, **further}
+        return {}, self.normalization.state() | further
 
     def restore(self, scalars: dict, read: Callable) -> None:
         """From `state`."""
-        self.mean_squares = read("mean_squares", self.mean_squares).to(self.mean_squares.device)
+        self.normalization.restore(read)
         if self.curvature:
             self.curvature.mean_squares.copy_(read("curvature", self.curvature.mean_squares))
 
@@ -263,6 +231,14 @@ def random_walk_step(deviation: float, steps: float) -> float:
     A logit whose gradient is all noise then comes as far in a long run as in a short one, and one whose gradient is
     true comes further."""
     return deviation * math.sqrt(3 / steps)
+
+
+def soft_temperature(progress: float) -> float:
+    """At this share of the run, 0 to 1: from HOT to COLD by equal factors, then 0, masks of 0 and 1.
+
+    While a kept weight is e^(C / HOT) as likely as a pruned one, half the model counts in part: the mask that it starts
+    from is a hint and no more. Well below COLD soft masks are hard and J^T G mere noise."""
+    return HOT * (COLD / HOT) ** (progress / SOFT) if progress < SOFT else 0.0
 
 
 def enable_checkpointing(model: nn.Module) -> Callable[[], None]:
