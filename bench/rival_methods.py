@@ -112,6 +112,7 @@ class MaskLLM(Rival):
     """
     betas = (0.9, 0.95)
     noise, prior, norm_reward = 0.01, 3.0, 1e-5
+    gumbel = 1.0  # how much of the noise counts
     temperatures, scales = (4.0, 0.05), (100.0, 500.0)
 
     def start(self, name: str, mask: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class MaskLLM(Rival):
                               (self.temperatures, self.scales))
         logits = self.parameters[name]
         noise = -torch.empty_like(logits).exponential_(generator=self.generator).log_()  # Gumbel
-        probs = torch.softmax((scale * logits + noise) / temperature, 1)
+        probs = torch.softmax((scale * logits + self.gumbel * noise) / temperature, 1)
         weight = self.dense(name) * (probs @ pge.patterns(self.n, self.m).float()).view_as(self.layers[name].weight)
         self.penalty = self.penalty - self.norm_reward * weight.square().sum()
         return weight

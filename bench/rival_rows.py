@@ -6,20 +6,21 @@ tuned: what differs by budget, from the budget named on. Swept with --sweep, RAT
 MaskLLM + KD at all budgets, STE at 160 and 640, SR-STE and ProxSparse (its strength too) at 160. What was
 tried is in docs/beyond_the_paper.md; the rest are first guesses.
 """
-from estimator_rows import PRESET, SWAPS
+from estimator_rows import PRESET, SOFT, SWAPS
 
 BUDGETS = (160, 640, 2500)
 TEXT = dict(batchsize=8, fresh=True)  # text that no run repeats, as the preset's
-RATES = {"straight_through": (0.8, 1.2, 1.8, 2.5), "curvature": (1.2, 1.8, 2.5, 3.6),
-         "momentum": (0.3, 0.5, 0.8), "maskllm": (0.001, 0.002, 0.004, 0.008),
+RATES = {"straight_through": (1.2, 1.8, 2.5, 3.6), "momentum": (0.3, 0.5, 0.8), "maskllm": (0.001, 0.002, 0.004, 0.008),
          "scores_ste": (0.005, 0.01, 0.02, 0.04), "sr_ste": (3e-4, 1e-3, 3e-3), "proxsparse": (3e-4, 1e-3, 3e-3)}
 TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16)}
+TUNED_SOFT = {160: dict(lr=1.5, soft=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16)}
 STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
     160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005)})
 MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)})
 ROWS = {
     "--preset fast": PRESET,
     "--preset fast, its rate tuned": dict(PRESET, tuned=TUNED),
+    "the same, steps by block, soft masks from 640 passes on": dict(SOFT, tuned=TUNED_SOFT),
     "the same without curvature": dict(SWAPS, tuned=TUNED),
     "--preset fast, its rate tuned, KD 0.5": dict(PRESET, distill=0.5, tuned={
         **TUNED, 2500: dict(lr=3.6, batchsize=16)}),
@@ -37,6 +38,15 @@ STUDY = {  # of the long run: the preset with its rate tuned, and what one chang
     "curvature at the end": dict(PRESET, ramp=(0.75, 0.9), tuned=TUNED),
     "curvature growing over the run": dict(PRESET, ramp=(0.0, 1.0), tuned=TUNED),
     "curvature throughout": dict(PRESET, ramp=(0.0, 0.0), tuned=TUNED),
+    "steps by block": dict(PRESET, normalize_gradient="block", tuned={
+        160: dict(lr=1.5), 2500: dict(lr=1.5, batchsize=16)}),
+    "soft masks": dict(PRESET, soft=True, tuned=TUNED),
+    "soft masks, steps by block": dict(SOFT, tuned=TUNED_SOFT),
+    "MaskLLM + KD": MASKLLM,
+    "MaskLLM + KD, no Gumbel noise": dict(MASKLLM, changed=dict(gumbel=0.0)),
+    "MaskLLM + KD, no reward for the norm": dict(MASKLLM, changed=dict(norm_reward=0.0)),
+    "MaskLLM + KD, temperature from 1": dict(MASKLLM, changed=dict(temperatures=(1.0, 0.05))),
+    "MaskLLM + KD, Adam without momentum": dict(MASKLLM, changed=dict(betas=(0.0, 0.95))),
     "no curvature, momentum 0.9, its rate lowered": dict(SWAPS, learner="momentum", tuned={
         160: dict(lr=0.5), 640: dict(lr=0.8)}),
 }

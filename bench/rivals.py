@@ -59,6 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_rival(problem: Problem, setting: dict, seed: int, steps: int) -> Rival:
     """The method of a setting, on a model of its own."""
     kind = RIVALS[setting["learner"]]
+    if "changed" in setting:  # of the method itself
+        kind = type(kind.__name__, (kind,), setting["changed"])
     further = {name: setting[name] for name in ("distill", "strength") if name in setting}
     if "strength" in further:
         further["steps"] = steps

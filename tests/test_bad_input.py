@@ -344,7 +344,8 @@ def test_the_default_outputs_exist(refused, monkeypatch, tmp_path, script, name)
        ("train", "--distill 2", "--distill", "[0, 1]"),
        ("train", "--distill nonsense", "--distill", "nonsense"),
        *[("train", flag, flag.partition(" ")[0], "straight_through learns from gradients, maskpro does not")
-         for flag in ("--distill 1", "--curvature", "--gradient_checkpointing", "--forward sample")],
+         for flag in ("--distill 1", "--curvature", "--gradient_checkpointing", "--forward sample", "--forward soft",
+                      "--normalize_gradient block")],
        *[("train", f"--{name} nonsense", f"--{name}", word) for name, word in [
            ("schedule", "cosine"), ("forward", "sample"), ("preset", "fast"), ("logits_dtype", "float16"),
            ("step", "eager")]],

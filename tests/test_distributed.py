@@ -241,7 +241,8 @@ def test_logits_that_differ_stop_the_run():
 
 @pytest.mark.parametrize("processes, flags", [
     (3, f"{FORWARD_ONLY} --logits_dtype float16 --val_fraction 0.3"),
-    (2, f"{GRADIENTS} --gradient_checkpointing --val_fraction 0.2")])
+    (2, f"{GRADIENTS} --gradient_checkpointing --val_fraction 0.2"),
+    (2, f"{GRADIENTS} --forward soft --normalize_gradient block --curvature")])
 def test_sharded_layers_learn_what_copies_learn(w, tmp_path, processes, flags):
     """To the bit without gradients; with them but for the order in which squares are added up. The checkpoint, which
     one process gathers, is the model under its mask."""
