@@ -35,6 +35,7 @@ ROWS = {
     "+ swaps instead of scores": SWAPS,
     "+ curvature: the preset": PRESET,
     "without curvature, momentum 0.9": dict(SWAPS, learner="momentum"),
+    "without curvature, sign": dict(SWAPS, learner="sign"),
     "without curvature, C from 2 to 8": dict(SWAPS, logits=2.0, sharpen=4.0),
 }
 LONG = {  # with --long: (row, its share of the passes)

@@ -12,7 +12,7 @@ from utils import progress_bar
 
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
-from variants import ControlVariate, LeaveOneOut, Momentum, sharpen
+from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
 
 import data
 import pge
@@ -26,7 +26,7 @@ from training.progress import lr_multiplier
 from training.straight_through import StraightThrough, random_walk_step, soft_temperature
 
 FORWARD_ONLY = {"vanilla": pge.Vanilla, "residual": pge.Residual, "maskpro": pge.MaskPro, "running": pge.Running}
-GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum}
+GRADIENTS = {"straight_through": StraightThrough, "momentum": Momentum, "sign": Sign}
 Step = Callable[[Tensor, int, int], object]  # minibatch [sequences, tokens], the step's number, steps in all
 
 

@@ -123,6 +123,18 @@ def test_leave_one_out_is_unbiased(gradient):
     assert torch.allclose(mean, gradient, atol=2e-5)
 
 
+def test_sign_moves_every_logit_by_the_rate_against_its_gradient():
+    masked, layer = masked_toy()
+    plain, other = masked_toy()
+    variants.Sign(masked).learn(BATCH, LR)
+    learner = variants.StraightThrough(plain)
+    learner.normalization.mean_squares.fill_(1e8)  # far from the clip
+    learner.learn(BATCH, 1.0)
+    gradient = LOGITS - torch.stack(other.logits, 1)
+    assert torch.allclose(moved(layer), gradient.sign())
+    assert gradient.abs().min() > 0
+
+
 def test_momentum_moves_by_the_mean_of_the_gradients():
     """Two steps on minibatches x, y with no rate, then the running mean is 0.9 G(x) + 0.1 G(y)."""
     masked, layer = masked_toy()

@@ -1,7 +1,7 @@
 """Estimators that train.py has not, tried in bench/estimators.py: each is an option that has to earn its place.
 
-Forward-only: `LeaveOneOut`, several masks a step. With gradients: `ControlVariate`, unbiased; `Momentum`, on a running
-mean of gradients; `sharpen`, to let C grow during a run.
+Forward-only: `LeaveOneOut`, several masks a step. With gradients: `ControlVariate`, unbiased; `Momentum` and `Sign`,
+straight-through with another rule for the step; `sharpen`, to let C grow during a run.
 """
 
 import torch
@@ -129,3 +129,11 @@ class Momentum(StraightThrough):
         mean = gradient if before is None else self.momentum * before.float() + (1 - self.momentum) * gradient
         self.means[layer.name] = mean.bfloat16()
         super().consume(layer, mean)
+
+
+class Sign(StraightThrough):
+    """Straight-through whose logits all move by the whole rate, in the direction of their gradient's sign."""
+
+    def _learn(self, sequences: Tensor, temperature: float) -> float:
+        self.normalization.mean_squares.fill_(1e-30)  # any gradient will be clipped
+        return super()._learn(sequences, temperature)
