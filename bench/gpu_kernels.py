@@ -1,6 +1,6 @@
 """Rows of gpu.py about one layer: do kernels agree, are draws right, how many are launched, how long do they take."""
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import common
 from utils import DTYPES
@@ -34,13 +34,25 @@ class Layer:
         self.out = torch.empty_like(self.weight).view(-1)
         self.key = torch.nn.functional.pad(layer_keys(seed, 7, 1), (0, 2))[0].to(device)
         self.coefficient = torch.tensor(0.7, device=device)
-        self.scale = torch.tensor([3.0, 0.05, 0.0, 0.0], device=device)
+        self.scale = torch.tensor([3.0, 0.05, 1.0, 0.95], device=device)
+        self.mean_squares = torch.full((blocks,), -1.0, device=device)
 
     def update(self, kernels: Kernels) -> None:
         kernels.update(self.logits, self.bits, self.weight.view(-1), self.out, self.coefficient, self.key)
 
     def vjp(self, kernels: Kernels) -> Tensor:
-        return kernels.vjp(self.logits, self.bits, self.weight, self.gradient, self.scale, self.key)
+        return kernels.vjp(self.logits, self.bits, self.weight, self.gradient, None, self.scale, self.key)
+
+    def vjp_by_block(self, kernels: Kernels) -> Tensor:
+        return kernels.vjp(self.logits, self.bits, self.weight, self.gradient, self.mean_squares, self.scale, self.key)
+
+    def write_soft(self, kernels: Kernels) -> None:
+        kernels.write_soft(self.logits, self.weight.view(-1), self.out, self.coefficient)
+
+    def passes(self) -> list[tuple[str, Callable[[Kernels], object]]]:
+        """Each kernel of a step, by its name."""
+        return [("update", self.update), ("vjp", self.vjp), ("vjp by block", self.vjp_by_block),
+                ("soft weights", self.write_soft)]
 
 
 def _ulps(a: Tensor, b: Tensor) -> float:
@@ -64,14 +76,16 @@ def agreement(args: argparse.Namespace) -> Iterator[dict]:
                     layer.update(kernels)
                     drawn = layer.bits.cpu().clone()
                     layer.vjp(kernels)
-                    found.append((drawn, layer.logits, layer.bits.cpu()))
+                    layer.write_soft(kernels)
+                    found.append((drawn, layer.logits, layer.bits.cpu(), layer.out))
                 ours, eager, cpu = found
                 yield {"what": f"{n}:{m}, weights {weight_dtype}, logits {logits_dtype}".replace("torch.", ""),
                        "masks apart from eager": float((ours[0] != eager[0]).float().mean()),
                        "from the CPU's": float((ours[0] != cpu[0]).float().mean()),
                        "logits apart, ulp": max(map(_ulps, ours[1], eager[1])),
                        "from the CPU's, ulp": max(map(_ulps, ours[1], cpu[1])),
-                       "most probable masks apart": float((ours[2] != cpu[2]).float().mean())}
+                       "most probable masks apart": float((ours[2] != cpu[2]).float().mean()),
+                       "soft weights from the CPU's, ulp": _ulps(ours[3], cpu[3])}
 
 
 def draws(args: argparse.Namespace) -> Iterator[dict]:
@@ -88,7 +102,7 @@ def profile(args: argparse.Namespace) -> Iterator[dict]:
         return
     for n, m, dtype in [(2, 4, torch.bfloat16), (4, 8, torch.bfloat16), (2, 4, torch.float32)]:
         layer, kernels = Layer((1024, 1024), n, m, dtype, torch.float32, args.device), Kernels(LinearSpace(n, m))
-        for name, run in (("update", layer.update), ("vjp", layer.vjp)):
+        for name, run in layer.passes():
             run(kernels)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
                 run(kernels)
@@ -108,7 +122,7 @@ def kernels(args: argparse.Namespace) -> Iterator[dict]:
         copies = [(tensor, tensor.clone()) for tensor in (*layer.logits, layer.bits, layer.weight)]
         weights = shape[0] * shape[1]
         copy_s = common.queued_s(lambda copies=copies: [a.copy_(b) for a, b in copies], args.device, repeats)
-        for name, run in (("update", layer.update), ("vjp", layer.vjp)):
+        for name, run in layer.passes():
             kernel_s = common.queued_s(lambda run=run, ours=ours: run(ours), args.device, repeats)
             yield {"what": f"{name}, {n}:{m}, {shape[0]} x {shape[1]}", "ms": 1e3 * kernel_s, "of a copy":
                    kernel_s / copy_s, "ns a weight": 1e9 * kernel_s / weights}
