@@ -134,6 +134,6 @@ class Momentum(StraightThrough):
 class Sign(StraightThrough):
     """Straight-through whose logits all move by the whole rate, in the direction of their gradient's sign."""
 
-    def _learn(self, sequences: Tensor, temperature: float) -> float:
+    def _learn(self, sequences: Tensor) -> float:
         self.normalization.mean_squares.fill_(1e-30)  # any gradient will be clipped
-        return super()._learn(sequences, temperature)
+        return super()._learn(sequences)

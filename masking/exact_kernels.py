@@ -99,20 +99,21 @@ def vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor, mean_square
     chunk = patterns_at_a_time(space)
     for begin in range(0, saliency.shape[1], chunk):
         part = slice(begin, begin + chunk)
-        block_logits = torch.stack([plane[part] for plane in logits], 1).double().requires_grad_()
+        before = torch.stack([plane[part] for plane in logits], 1).double()
+        warm = (before * inverse_temperature).requires_grad_()
         with torch.enable_grad():
-            expected = (space.inclusion(block_logits * inverse_temperature) * saliency[:, part].T).sum()
-        gradient = torch.autograd.grad(expected, block_logits)[0] / inverse_temperature
+            expected = (space.inclusion(warm) * saliency[:, part].T).sum()
+        gradient = torch.autograd.grad(expected, warm)[0]
         total = gradient.square().sum(1)
         is_finite = total < torch.inf
         if mean_squares is None:
             move = (gradient * factor).clamp(-1, 1)
         else:
-            now, before = total / space.width, mean_squares[part].double()
-            mean = torch.where(before < 0, now, before * kept + now * (1 - kept))
-            mean_squares[part] = torch.where(is_finite, mean, before).float()
+            now, earlier = total / space.width, mean_squares[part].double()
+            mean = torch.where(earlier < 0, now, earlier * kept + now * (1 - kept))
+            mean_squares[part] = torch.where(is_finite, mean, earlier).float()
             move = gradient * torch.rsqrt(mean.clamp(min=1e-30))[:, None]
-        moved = block_logits.detach() - torch.where(is_finite[:, None], move, 0.0) * step
+        moved = before - torch.where(is_finite[:, None], move, 0.0) * step
         stored = _store_blocks(logits, moved.float(), part, generator)
         if bits is not None:
             bits[part] = mask_to_bits(space.mode(stored))

@@ -175,22 +175,29 @@ def time_of(w: Planes, n: int) -> Tensor:
     return tau
 
 
-def inclusion(logits: Planes, n: int) -> Planes:
-    """P(i is kept), which `vjp` differentiates: exact for N <= 4, M <= 8, of the stopped race beyond."""
-    m, w = len(logits), weights(logits, n)
-    if not has_short_walk(n, m):
-        tau = time_of(w, n)
-        return [1 - torch.exp(-x * tau) for x in w]
-    visits, kept = {(): torch.ones_like(w[0])}, [0] * m
+def walk(w: Planes, n: int) -> tuple[dict[tuple, Tensor], dict[tuple, Tensor]]:
+    """Of drawing, a walk through the sets drawn so far: P(it visits T) by the sorted tuple T, P(i | T) by (T, i)."""
+    m = len(w)
+    visits, chance = {(): torch.ones_like(w[0])}, {}
     for size in range(n):
         for drawn in combinations(range(m), size):
             left = [i for i in range(m) if i not in drawn]
-            share = visits[drawn] / sum_of([w[i] for i in left])
+            inverse = 1 / sum_of([w[i] for i in left])
             for i in left:
+                chance[drawn, i] = w[i] * inverse
                 after = tuple(sorted((*drawn, i)))
-                kept[i] = kept[i] + share * w[i]
-                visits[after] = visits.get(after, 0) + share * w[i]
-    return kept
+                visits[after] = visits.get(after, 0) + visits[drawn] * chance[drawn, i]
+    return visits, chance
+
+
+def inclusion(logits: Planes, n: int) -> Planes:
+    """P(i is kept), which `vjp` differentiates: exact for N <= 4, M <= 8, of the stopped race beyond."""
+    w = weights(logits, n)
+    if not has_short_walk(n, len(w)):
+        tau = time_of(w, n)
+        return [1 - torch.exp(-x * tau) for x in w]
+    visits, chance = walk(w, n)
+    return [sum_of([visits[drawn] * p for (drawn, j), p in chance.items() if j == i]) for i in range(len(w))]
 
 
 def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
@@ -211,16 +218,7 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
         rate = [x * tau * torch.exp(-x * tau) for x in w]  # d inclusion / d log tau
         mean = sum_of([x * y for x, y in zip(rate, saliency)]) / sum_of(rate).clamp(min=1e-30)
         return [x * (y - mean) for x, y in zip(rate, saliency)]
-    visits, expected, chance = {(): torch.ones_like(w[0])}, {}, {}
-    for size in range(n):
-        for drawn in combinations(range(m), size):
-            left = [i for i in range(m) if i not in drawn]
-            inverse = 1 / sum_of([w[i] for i in left])
-            for i in left:
-                chance[drawn, i] = w[i] * inverse
-                after = tuple(sorted((*drawn, i)))
-                visits[after] = visits.get(after, 0) + visits[drawn] * chance[drawn, i]
-    gradient = [0] * m
+    (visits, chance), expected, gradient = walk(w, n), {}, [0] * m
     for size in reversed(range(n)):
         for drawn in combinations(range(m), size):
             left = [i for i in range(m) if i not in drawn]

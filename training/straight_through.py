@@ -134,15 +134,15 @@ class StraightThrough:
         self._not_finite.zero_()
         if self.curvature:
             self.curvature.begin_step(parts[0])
-        total, temperature = 0.0, self.temperature()
-        self.masked.use_soft_masks(temperature)
+        total = 0.0
+        self.masked.use_soft_masks(self.temperature())
         for sequences in parts:
-            total += self._learn(sequences, temperature)
+            total += self._learn(sequences)
         self.masked.use_soft_masks(0.0)
         self.masked.count_step(redraw=self.sample)
         return total / (batch.shape[0] * (batch.shape[1] - 1))
 
-    def _learn(self, sequences: Tensor, temperature: float) -> float:
+    def _learn(self, sequences: Tensor) -> float:
         """Of one microbatch; the loss summed over its tokens."""
         teacher = None
         if self.distill:
@@ -152,7 +152,7 @@ class StraightThrough:
         loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, self.distill,
                                      self._of_sequence)
         if math.isfinite(self.group.mean([loss])):
-            self.normalization.begin_pass(self.size, temperature)
+            self.normalization.begin_pass(self.size, self.temperature())
             if self.curvature:
                 self.curvature.tokens = sequences.numel()
             logits.backward(gradient)
