@@ -3,7 +3,10 @@
     python generate_text.py --model MODEL --dtype auto --tokens 100000 --out generated.jsonl
     python train.py --model MODEL --dtype auto --preset fast --dataset generated.jsonl
 
-Self-generated calibration text: no data is needed.
+    python generate_text.py --model MODEL --dtype auto --tokens 100000 --after PASSAGES --out alike.jsonl
+
+Self-generated calibration text: no data is needed. With --after, a few passages of the kind of text that the model will
+meet are: each document goes on from one of them.
 
 Documents begin as the tokenizer begins a text, follow the model's own probabilities, neither sharpened nor cut, and end
 where the model ends them or after --sqlen tokens. Writes one JSON object a line, {"text": ...}, as every --dataset is.
@@ -11,8 +14,11 @@ where the model ends them or after --sqlen tokens. Writes one JSON object a line
 import argparse
 import json
 import math
+import random
 import sys
 import time
+from functools import partial
+from itertools import islice
 
 from utils import (
     UserError,
@@ -31,9 +37,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from files.atomic import atomic_write, check_disk, refuse_existing
+from files.documents import documents
 from masking.loading import check_length, input_device, load_model
 
 ATTENTION, TRIED_TOKENS = ("eager", "sdpa"), 8
+MOST_PASSAGES = 1000
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,6 +50,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive_int, default=100_000, help="to generate, at least")
     parser.add_argument("--sqlen", type=positive_int, default=128, help="tokens in a document, at most")
     parser.add_argument("--batchsize", type=positive_int, default=256, help="documents generated at a time")
+    parser.add_argument("--after", metavar="DATASET",
+                        help=f"passages, as for train.py --dataset, the first {MOST_PASSAGES}: each document goes on "
+                             "from the first --sqlen tokens of one of them, which are left out")
     parser.add_argument("--attention", choices=["auto", *ATTENTION], default="auto",
                         help="auto: what is faster here, tried for a few tokens; another one writes other text")
     parser.add_argument("--out", default="generated_text.jsonl", help="file to write, must be new")
@@ -57,6 +68,15 @@ def start_of_text(tokenizer: Tokenizer) -> int:
     return first[0]
 
 
+def read_passages(dataset: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Token ids of the first documents of a dataset, each of up to `length` tokens, without special ones. UserError
+    where there are none, and those of `documents`."""
+    texts = [text for text in islice(documents(dataset), MOST_PASSAGES) if text]
+    if not texts:
+        raise UserError(f"--after {dataset} holds no passages: give a text of each kind that is wanted")
+    return tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length).input_ids
+
+
 class Draw(LogitsProcessor):
     """Draws the next token and leaves no other: one uniform number a document, where generate's own sampling makes one
     for each word of the vocabulary, which takes a CPU half of the time."""
@@ -69,19 +89,25 @@ class Draw(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(model: nn.Module, tokenizer: Tokenizer, documents: int, length: int) -> list[list[int]]:
-    """Token ids of so many documents, each of up to `length` tokens, the first one and the end of text left out."""
+def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int,
+             passages: list[list[int]] | None = None) -> list[list[int]]:
+    """Token ids of so many documents, each of up to `length` tokens, the first one and the end of text left out; and
+    the passage, where each goes on from one of these, drawn for it."""
     start, end = start_of_text(tokenizer), tokenizer.eos_token_id
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=end,
-                              pad_token_id=start if end is None else end)
-    begun = torch.full((documents, 1), start, device=input_device(model))
+    pad = start if end is None else end
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=end, pad_token_id=pad)
+    chosen = random.choices(passages, k=count) if passages else [[]] * count
+    begun = [torch.tensor([start, *passage]) for passage in chosen]
+    in_front = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")  # so all go on at one place
+    tokens = in_front(begun, padding_value=pad).to(input_device(model))
+    is_text = in_front([torch.ones_like(row) for row in begun]).to(tokens.device)
     model.generation_config = GenerationConfig()  # its own may penalise what repeats
-    written = model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=greedy,
-                             logits_processor=LogitsProcessorList([Draw()]))[:, 1:].tolist()
+    written = model.generate(tokens, attention_mask=is_text, generation_config=greedy,
+                             logits_processor=LogitsProcessorList([Draw()]))[:, tokens.shape[1]:].tolist()
     return [tokens[:tokens.index(end)] if end in tokens else tokens for tokens in written]
 
 
-def choose_attention(model: nn.Module, tokenizer: Tokenizer, documents: int) -> str:
+def choose_attention(model: nn.Module, tokenizer: Tokenizer, count: int) -> str:
     """Have the model use the attention that is faster here, for one query at a time: on some processors that is not the
     fused kernel. Its name; the random numbers to come are as if nothing had been tried."""
     if not hasattr(model, "set_attn_implementation"):  # transformers before 4.56
@@ -91,7 +117,7 @@ def choose_attention(model: nn.Module, tokenizer: Tokenizer, documents: int) -> 
         for name in (*ATTENTION, *ATTENTION):  # the first round only warms up
             model.set_attn_implementation(name)
             started = time.perf_counter()
-            generate(model, tokenizer, documents, TRIED_TOKENS)
+            generate(model, tokenizer, count, TRIED_TOKENS)
             seconds[name] = time.perf_counter() - started
     best = min(seconds, key=seconds.get)
     model.set_attn_implementation(best)
@@ -106,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     check_disk(out.parent, 8 * args.tokens)
     set_seed(args.seed)
     model, tokenizer = load_model(**arguments_of(load_model, args))
-    check_length(model, args.sqlen, "--sqlen")
+    passages = read_passages(args.after, tokenizer, args.sqlen) if args.after else []
+    check_length(model, args.sqlen + max(map(len, passages), default=0), "--sqlen")
     if args.attention == "auto":
         args.attention = choose_attention(model, tokenizer, args.batchsize)
         print(f"attention: {args.attention}", file=sys.stderr)
@@ -115,12 +142,13 @@ def main(argv: list[str] | None = None) -> None:
     texts, found = [], 0
     with progress_bar(total=args.tokens, desc="generating", unit="token") as progress:
         while found < args.tokens:
-            documents = [tokens for tokens in generate(model, tokenizer, args.batchsize, args.sqlen - 1) if tokens]
-            if not documents:
+            written = generate(model, tokenizer, args.batchsize, args.sqlen - 1, passages)
+            written = [tokens for tokens in written if tokens]
+            if not written:
                 raise UserError("the model ends every text at once, so it writes none")
-            texts += tokenizer.batch_decode(documents)
-            found += sum(map(len, documents))
-            progress.update(sum(map(len, documents)))
+            texts += tokenizer.batch_decode(written)
+            found += sum(map(len, written))
+            progress.update(sum(map(len, written)))
     with atomic_write(out) as beside:
         beside.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     print(f"{len(texts)} documents, {found} tokens -> {out}")

@@ -5,10 +5,13 @@
     python reproduce/own_text.py --ppl WIKITEXT --steps 100 --tokens 100000 --seeds 0     # ten minutes
     python reproduce/own_text.py --ppl WIKITEXT --task_file piqa.jsonl arc_easy.jsonl     # accuracy as well
     python reproduce/own_text.py --ppl WIKITEXT --task_file piqa.jsonl --questions others.jsonl   # and from questions
+    python reproduce/own_text.py --ppl WIKITEXT --after reproduce/articles.jsonl        # half of it after passages
 
 For each seed the model generates text, and the preset learns from it: from a Wanda mask of the model as it is given,
 and of the same model with its channels reordered (permute.py). Wanda and the order are calibrated on demo/train.jsonl.
---questions are learned from beside this text, with their right answers: give none that --task_file judges.
+With --after, half of the text goes on from these passages (generate_text.py). --questions are learned from beside the
+text, with their right answers: give none that --task_file judges. reproduce/articles.jsonl has twelve short articles,
+written and made up for this, in the manner of WikiText: its kinds of subject, its headings, its spaces between words.
 WIKITEXT is a text file; perplexity is of 64 windows of 512 tokens. The table has the mean ± deviation over seeds; the
 gap is that in log perplexity (or accuracy) between dense and the Wanda mask of the given model; minutes are
 the median that a run's scripts took for text, order, Wanda and learning, whatever else the machine did.
@@ -39,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ppl", nargs="+", required=True, help="held-out text files")
     parser.add_argument("--task_file", nargs="+", default=[], help="multiple-choice items, as of evaluate.py")
     parser.add_argument("--questions", nargs="+", default=[], help="such items, to learn from")
+    parser.add_argument("--after", default=None, help="passages that half of the generated text goes on from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--orders", nargs="+", choices=list(LABELS), default=list(LABELS))
     parser.add_argument("--steps", type=positive_int, default=560)
@@ -95,31 +99,37 @@ def evaluated(kept: Kept, args: argparse.Namespace, name: str, model: Path, mask
     return found
 
 
-def with_questions(text: Path, questions: list[str], names: str) -> Path:
-    """A file beside the text of it and all these, one after the other; the same for every order and length of run."""
-    out = text.with_name(f"{text.stem}{names}.jsonl")
-    out.write_bytes(b"".join(Path(file).read_bytes().strip() + b"\n" for file in [text, *questions]))
-    return out
+def learned_text(kept: Kept, args: argparse.Namespace, seed: int, names: str) -> tuple[Path, float]:
+    """The text of a seed, and the seconds that it took: generated, half of it after passages where there are some, and
+    the questions; the same for every order and length of run. names: of the files that it is made with."""
+    kinds = {"text": []} | ({Path(args.after).stem: ["--after", args.after]} if args.after else {})
+    tokens, parts, seconds = args.tokens // len(kinds), [], 0.0
+    for kind, flags in kinds.items():
+        parts.append(kept.folder / f"{kind}{seed}-{tokens}.jsonl")
+        seconds += kept.make(parts[-1].name, "generate_text.py", "--model", MODEL, "--dtype", "auto", "--tokens",
+                             tokens, "--seed", seed, "--out", parts[-1], *flags)
+    parts += map(Path, args.questions)
+    if len(parts) == 1:
+        return parts[0], seconds
+    out = kept.folder / f"text{seed}-{args.tokens}{names}.jsonl"
+    out.write_bytes(b"".join(part.read_bytes().strip() + b"\n" for part in parts))
+    return out, seconds
 
 
 def learned(kept: Kept, args: argparse.Namespace, order: str, seed: int) -> tuple[dict[str, float], float]:
     """What one run's mask comes to, and the minutes of everything before its evaluation."""
     model, m0, seconds = wanda_mask(kept, order)
-    text, tokens = kept.folder / f"text{seed}-{args.tokens}.jsonl", args.tokens
-    seconds += kept.make(text.name, "generate_text.py", "--model", MODEL, "--dtype", "auto", "--tokens", args.tokens,
-                         "--seed", seed, "--out", text)
+    names = "".join("+" + Path(file).stem for file in filter(None, [args.after, *args.questions]))
+    text, taken = learned_text(kept, args, seed, names)
+    tokens = text.stat().st_size if names else args.tokens  # all of it: no text has more tokens than bytes
     flags = args.train_flags.split()
-    name = f"{order}{seed}-{args.tokens}-{args.steps}{''.join(flags).replace('--', '-')}"
-    if args.questions:
-        names = "".join("+" + Path(file).stem for file in args.questions)
-        name, text = name + names, with_questions(text, args.questions, names)
-        tokens = text.stat().st_size  # all of it: no text has more tokens than bytes
+    name = f"{order}{seed}-{args.tokens}-{args.steps}{''.join(flags).replace('--', '-')}{names}"
     run = kept.folder / name
     start = ["--model", model, "--dtype", "auto", "--mask", m0, "--dataset", text, "--preset", "fast", "--tokens",
              tokens, "--max_step", args.steps, "--epoch", args.steps, "--seed", seed, "--skip_checkpoint", *flags,
              "--out", run]
-    seconds += kept.make(name, "train.py", *(["--resume", run] if (run / "run.json").exists() else start))
-    return evaluated(kept, args, name, model, run / "mask.safetensors"), seconds / 60
+    taken += kept.make(name, "train.py", *(["--resume", run] if (run / "run.json").exists() else start))
+    return evaluated(kept, args, name, model, run / "mask.safetensors"), (seconds + taken) / 60
 
 
 def mean_and_deviation(values: list[float], write: Callable[[float], float] = float) -> str:

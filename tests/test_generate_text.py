@@ -59,6 +59,34 @@ def test_documents_end_where_the_model_ends_them(load, models, kind):
     assert generate_text.generate(model, tokenizer, 200, 20) == documents
 
 
+def test_documents_go_on_from_passages(load, models, monkeypatch):
+    """Each from one of them, as if no longer one were in the same batch, and each about as often."""
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(models["llama"]), load("llama")
+    passages = [[5, 9, 7], [11], [4, 8, 15, 16, 23, 42]]
+    monkeypatch.setattr(generate_text.Draw, "__call__", lambda self, tokens, scores: scores)  # the most probable
+    alone = [generate_text.generate(model, tokenizer, 1, 12, [passage])[0] for passage in passages]
+    sequence = torch.tensor([[generate_text.start_of_text(tokenizer), *passages[0]]])
+    for token in alone[0]:
+        assert model(input_ids=sequence).logits[0, -1].argmax() == token
+        sequence = torch.cat([sequence, torch.tensor([[token]])], 1)
+    assert len({tuple(tokens) for tokens in alone}) == 3
+    set_seed(0)
+    together = generate_text.generate(model, tokenizer, 60, 12, passages)
+    counts = [together.count(tokens) for tokens in alone]
+    assert sum(counts) == 60 and min(counts) > 9
+
+
+def test_passages_are_cut_and_empty_ones_left_out(models, tmp_path):
+    tokenizer, file = transformers.AutoTokenizer.from_pretrained(models["llama"]), tmp_path / "passages.jsonl"
+    file.write_text('{"text": ""}\n{"text": "some of the kind of text that is wanted"}\n{"text": "short"}\n')
+    long, short = generate_text.read_passages(str(file), tokenizer, 4)
+    whole = tokenizer("some of the kind of text that is wanted", add_special_tokens=False).input_ids
+    assert long == whole[:4] and len(whole) > 4 and short == tokenizer("short", add_special_tokens=False).input_ids[:4]
+    file.write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="no passages"):
+        generate_text.read_passages(str(file), tokenizer, 4)
+
+
 def test_the_models_own_settings_of_generation_change_nothing(load, models):
     """A penalty on repetition would make the text another one than the model's own."""
     tokenizer, texts = transformers.AutoTokenizer.from_pretrained(models["llama"]), []
@@ -82,6 +110,8 @@ def test_the_script(models, tmp_path, capsys):
     assert data.token_sequences(tokenizer, str(out), 512, 4, 32, 0).shape == (4, 4, 32)
     with pytest.raises(UserError, match="exists"):
         generate_text.main(flags.split())
+    generate_text.main(f"{flags.replace(str(out), str(tmp_path / 'alike.jsonl'))} --after {out}".split())
+    assert (tmp_path / "alike.jsonl").read_text() != out.read_text()
 
 
 def test_a_model_that_ends_every_text_at_once(models, tmp_path, monkeypatch):

@@ -79,25 +79,38 @@ def test_what_it_runs(own_text, tmp_path):
     assert len(own_text.commands) == before
 
 
-def test_learning_from_questions_too(own_text, tmp_path):
-    """From the generated text and from all that the files have, in a run of its own name."""
-    for name in ("facts", "riddles"):
-        (tmp_path / f"{name}.jsonl").write_text(f'{{"context": "{name}", "choices": ["!", "?"], "gold": 0}}\n\n')
+def write_what_is_generated(own_text):
+    """Each file of generated text has one document, which says what it goes on from."""
     make = own_text.script
 
     def script(name, *flags):
         make(name, *flags)
         if name == "generate_text.py":
-            out = Path(generate_text.parse_args([str(flag) for flag in flags]).out)
-            out.rmdir()
-            out.write_text('{"text": "generated"}\n')
+            args = generate_text.parse_args([str(flag) for flag in flags])
+            Path(args.out).rmdir()
+            Path(args.out).write_text(json.dumps({"text": f"{args.tokens} after {args.after}"}) + "\n")
     own_text.script = script
+
+
+def test_half_of_the_text_goes_on_from_passages(own_text, tmp_path):
+    write_what_is_generated(own_text)
+    run(own_text, tmp_path, "--orders given --after some/news.jsonl")
+    runs = [train_args.parse("", flags) for name, flags in own_text.commands if name == "train.py"]
+    assert [Path(args.out).name for args in runs] == ["given0-900-7+news", "given1-900-7+news"]
+    assert all(list(documents(args.dataset)) == ["450 after None", "450 after some/news.jsonl"] for args in runs)
+
+
+def test_learning_from_questions_too(own_text, tmp_path):
+    """From the generated text and from all that the files have, in a run of its own name."""
+    for name in ("facts", "riddles"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"context": "{name}", "choices": ["!", "?"], "gold": 0}}\n\n')
+    write_what_is_generated(own_text)
     run(own_text, tmp_path, f"--orders given --questions {tmp_path}/facts.jsonl {tmp_path}/riddles.jsonl")
     runs = [train_args.parse("", flags) for name, flags in own_text.commands if name == "train.py"]
     assert [Path(args.out).name for args in runs] == ["given0-900-7+facts+riddles", "given1-900-7+facts+riddles"]
     for args in runs:
         found = list(documents(args.dataset))
-        assert found == ["generated", "facts!", "riddles!"]
+        assert found == ["900 after None", "facts!", "riddles!"]
         assert args.tokens >= len("".join(found))
 
 
