@@ -77,6 +77,12 @@ def read_passages(dataset: str, tokenizer: Tokenizer, length: int) -> list[list[
     return tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length).input_ids
 
 
+def contiguous(head: nn.Module, inputs: tuple) -> tuple:
+    """A hook: of the slice that the last tokens of the passages are, PyTorch's product would copy the head's weight for
+    each document, which takes gigabytes."""
+    return (inputs[0].contiguous(),)
+
+
 class Draw(LogitsProcessor):
     """Draws the next token and leaves no other: one uniform number a document, where generate's own sampling makes one
     for each word of the vocabulary, which takes a CPU half of the time."""
@@ -132,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     check_disk(out.parent, 8 * args.tokens)
     set_seed(args.seed)
     model, tokenizer = load_model(**arguments_of(load_model, args))
+    model.get_output_embeddings().register_forward_pre_hook(contiguous)
     passages = read_passages(args.after, tokenizer, args.sqlen) if args.after else []
     check_length(model, args.sqlen + max(map(len, passages), default=0), "--sqlen")
     if args.attention == "auto":
