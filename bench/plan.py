@@ -29,6 +29,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from masking.layers import find_layers, weight_matrix
+from training.normalization import NORMALIZATIONS
 
 GIB = 2**30
 DEVICES = {  # bytes of memory; data sheet: dense 16-bit FLOP/s, memory bytes/s, link to the others, link to the host
@@ -50,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sqlen", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--m", type=int, default=4, help="M of N:M")
     parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float16")
+    parser.add_argument("--normalize_gradient", choices=list(NORMALIZATIONS), default="layer", help="as of train.py")
     parser.add_argument("--matmul", type=float, default=0.5, help="share of the data sheet's FLOP/s")
     parser.add_argument("--bandwidth", type=float, default=0.8, help="share of the data sheet's memory bandwidth")
     parser.add_argument("--host_bandwidth", type=float, default=100e9, help="bytes/s of the host's memory")
@@ -83,12 +85,13 @@ class ModelSize:
 
 @dataclass
 class Settings:
-    """Of a run: the minibatch's sequences and tokens, M of N:M, the dtype of the logits."""
+    """Of a run: the minibatch's sequences and tokens, M of N:M, the dtype of the logits, how gradients are measured."""
     batchsize: int
     microbatch: int
     sqlen: int
     m: int = 4
     logits_dtype: str = "float16"
+    normalize_gradient: str = "layer"
 
     @property
     def tokens(self) -> int:
@@ -98,6 +101,11 @@ class Settings:
     @property
     def logits_itemsize(self) -> int:
         return DTYPES[self.logits_dtype].itemsize
+
+    @property
+    def measured_bytes(self) -> float:
+        """A weight, of the gradients' mean squares: one a block, or one a layer."""
+        return torch.float32.itemsize / self.m if self.normalize_gradient == "block" else 0.0
 
 
 @dataclass
@@ -129,6 +137,8 @@ def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes
     # head's turn: what the last layer's gather left
     gathered = size.learned / size.layers * size.itemsize if processes > 1 else 0
     at_work = gathered * ((5 if gradients else 3) + 1 / processes)
+    if gradients:
+        found["mean squares"] = own * settings.measured_bytes
     if gradients:  # each layer's input; predictions of student and teacher, their gradient; a copy of it, or parts
         kept = size.layers * wide * size.hidden
         once = 3 * body + size.largest * (size.itemsize + 8)  # a layer again, and the gradient of its weight
@@ -152,7 +162,7 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
     if layout == "sharded":  # gathered for each pass but the recomputed one, and gradients go to the rows' owners
         return everything, packed_bytes(size) * gpus, (4 if gradients else 1) * others * weights
     if layout == "device_map":
-        spread = parts["weights"] + parts["logits"] + parts["masks"]
+        spread = sum(parts.get(name, 0) for name in ("weights", "logits", "masks", "mean squares"))
         wire = passes * (gpus - 1) * settings.tokens * size.hidden * size.itemsize
         return spread / gpus + everything - spread, host, wire
     here = everything - (parts["logits"] + parts["masks"] + weights)  # the head, the embeddings and norms stay
@@ -174,7 +184,8 @@ def layout_row(layout: str, size: ModelSize, settings: Settings, rates: Rates, g
     parts = memory_bytes(size, settings, gradients, gpus if layout == "sharded" else 1)
     here, host, wire = layout_costs(layout, size, settings, parts, gpus, gradients)
     compute = forward_passes(gradients) * 2 * size.weights * settings.tokens / rates.flops
-    step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize)
+    measured = 2 * settings.measured_bytes * gradients
+    step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize + measured)
     if layout == "offload":
         step = step_bytes / rates.host_memory
     else:
