@@ -110,7 +110,7 @@ def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int,
     model.generation_config = GenerationConfig()  # its own may penalise what repeats
     written = model.generate(tokens, attention_mask=is_text, generation_config=greedy,
                              logits_processor=LogitsProcessorList([Draw()]))[:, tokens.shape[1]:].tolist()
-    return [tokens[:tokens.index(end)] if end in tokens else tokens for tokens in written]
+    return [row[:row.index(end)] if end in row else row for row in written]
 
 
 def choose_attention(model: nn.Module, tokenizer: Tokenizer, count: int) -> str:
