@@ -77,7 +77,7 @@ def read_passages(dataset: str, tokenizer: Tokenizer, length: int) -> list[list[
     return tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length).input_ids
 
 
-def contiguous(head: nn.Module, inputs: tuple) -> tuple:
+def contiguous(_head: nn.Module, inputs: tuple) -> tuple:
     """A hook: of the slice that the last tokens of the passages are, PyTorch's product would copy the head's weight for
     each document, which takes gigabytes."""
     return (inputs[0].contiguous(),)
