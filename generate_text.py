@@ -149,8 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     texts, found = [], 0
     with progress_bar(total=args.tokens, desc="generating", unit="token") as progress:
         while found < args.tokens:
-            written = generate(model, tokenizer, args.batchsize, args.sqlen - 1, passages)
-            written = [tokens for tokens in written if tokens]
+            written = [row for row in generate(model, tokenizer, args.batchsize, args.sqlen - 1, passages) if row]
             if not written:
                 raise UserError("the model ends every text at once, so it writes none")
             texts += tokenizer.batch_decode(written)

@@ -132,13 +132,12 @@ def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes
     body = wide * (4 * size.hidden + 4 * size.inner)  # what one decoder layer has at a time
     own, copies = size.learned / processes, size.weights - size.learned
     found = {"weights": (copies + own) * size.itemsize, "logits": own * settings.logits_itemsize,
-             "masks": own / settings.m * width, "scratch": 0 if processes > 1 else size.largest * size.itemsize}
+             "masks": own / settings.m * width, "mean squares": own * settings.measured_bytes * gradients,
+             "scratch": 0 if processes > 1 else size.largest * size.itemsize}
     # of a sharded decoder layer: rows sent, gathered twice, the layer; backward: its gradient, and that sent; in the
     # head's turn: what the last layer's gather left
     gathered = size.learned / size.layers * size.itemsize if processes > 1 else 0
     at_work = gathered * ((5 if gradients else 3) + 1 / processes)
-    if gradients:
-        found["mean squares"] = own * settings.measured_bytes
     if gradients:  # each layer's input; predictions of student and teacher, their gradient; a copy of it, or parts
         kept = size.layers * wide * size.hidden
         once = 3 * body + size.largest * (size.itemsize + 8)  # a layer again, and the gradient of its weight
@@ -162,7 +161,7 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
     if layout == "sharded":  # gathered for each pass but the recomputed one, and gradients go to the rows' owners
         return everything, packed_bytes(size) * gpus, (4 if gradients else 1) * others * weights
     if layout == "device_map":
-        spread = sum(parts.get(name, 0) for name in ("weights", "logits", "masks", "mean squares"))
+        spread = sum(parts[name] for name in ("weights", "logits", "masks", "mean squares"))
         wire = passes * (gpus - 1) * settings.tokens * size.hidden * size.itemsize
         return spread / gpus + everything - spread, host, wire
     here = everything - (parts["logits"] + parts["masks"] + weights)  # the head, the embeddings and norms stay
