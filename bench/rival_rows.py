@@ -12,10 +12,11 @@ BUDGETS = (160, 640, 2500)
 TEXT = dict(batchsize=8, fresh=True)  # text that no run repeats, as the preset's
 RATES = {"straight_through": (1.2, 1.8, 2.5, 3.6), "momentum": (0.3, 0.5, 0.8), "maskllm": (0.001, 0.002, 0.004, 0.008),
          "scores_ste": (0.005, 0.01, 0.02, 0.04), "sr_ste": (3e-4, 1e-3, 3e-3), "proxsparse": (3e-4, 1e-3, 3e-3)}
-TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16)}
-TUNED_SOFT = {160: dict(lr=1.5, soft=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16)}
+TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16), 10000: dict(lr=2.5, batchsize=32)}
+TUNED_SOFT = {160: dict(lr=1.5, soft=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16),
+              10000: dict(lr=3.0, batchsize=32)}
 STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
-    160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005)})
+    160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005), 10000: dict(lr=0.005, batchsize=32)})
 MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)})
 ROWS = {
     "--preset fast": PRESET,
