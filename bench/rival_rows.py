@@ -20,10 +20,10 @@ STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
 MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)})
 ROWS = {
     "--preset fast": PRESET,
-    "--preset fast, its rate tuned": dict(PRESET, tuned=TUNED),
-    "the same, steps by block, soft masks from 640 passes on": dict(SOFT, tuned=TUNED_SOFT),
-    "the same without curvature": dict(SWAPS, tuned=TUNED),
-    "--preset fast, its rate tuned, KD 0.5": dict(PRESET, distill=0.5, tuned={
+    "the preset with its rate tuned": dict(PRESET, tuned=TUNED),
+    "steps by block and soft masks from 640 passes on": dict(SOFT, tuned=TUNED_SOFT),
+    "the preset without curvature": dict(SWAPS, tuned=TUNED),
+    "the preset with its rate tuned and KD 0.5": dict(PRESET, distill=0.5, tuned={
         **TUNED, 2500: dict(lr=3.6, batchsize=16)}),
     "STE on scores + Adam + KD": STE,
     "STE on scores + Adam + KD 0.5": dict(STE, distill=0.5),
@@ -34,8 +34,8 @@ ROWS = {
     "SR-STE": dict(learner="sr_ste", **TEXT, tuned={160: dict(lr=1e-3)}),
 }
 STUDY = {  # of the long run: the preset with its rate tuned, and what one change makes of it
-    "the preset, its rate tuned": ROWS["--preset fast, its rate tuned"],
-    "no curvature": ROWS["the same without curvature"],
+    "the preset with its rate tuned": ROWS["the preset with its rate tuned"],
+    "no curvature": ROWS["the preset without curvature"],
     "curvature at the end": dict(PRESET, ramp=(0.75, 0.9), tuned=TUNED),
     "curvature growing over the run": dict(PRESET, ramp=(0.0, 1.0), tuned=TUNED),
     "curvature throughout": dict(PRESET, ramp=(0.0, 0.0), tuned=TUNED),

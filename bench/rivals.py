@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="demo/small", help="folder that bench/small_model.py wrote")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="forward passes of a run, by commas")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", default="", help="only the rows whose names contain one of these, by commas")
+    parser.add_argument("--rows", default="", help="only the rows of these names or parts of names, by commas")
     parser.add_argument("--study", action="store_true", help="the rows of the long run's study instead")
     parser.add_argument("--sweep", action="store_true", help="all rates of each row, one seed, on the other windows")
     parser.add_argument("--rates", default="", help="with --sweep, in place of the rows' own rates, by commas")

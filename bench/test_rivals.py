@@ -157,10 +157,18 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--rows", "KD 0.5"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["method"] for row in rows] == [
-        "dense", "m0", "--preset fast, its rate tuned, KD 0.5", "STE on scores + Adam + KD 0.5", "MaskLLM + KD 0.5"]
+        "dense", "m0", "the preset with its rate tuned and KD 0.5", "STE on scores + Adam + KD 0.5", "MaskLLM + KD 0.5"]
     assert all("12 passes" in row for row in rows)
     rivals.main(["--quick", "--device", "cpu", "--sweep", "--rows", "SR-STE", "--rates", "0.001"])
     assert "0.001: " in capsys.readouterr().out
+
+
+def test_rows_are_chosen_by_parts_of_their_names_or_by_a_whole_one():
+    names = {"MaskLLM": 1, "MaskLLM + KD": 2, "SR-STE": 3, "STE + KD": 4}
+    assert common.chosen(names, "") == list(names)
+    assert common.chosen(names, "Mask,SR") == ["MaskLLM", "MaskLLM + KD", "SR-STE"]
+    assert common.chosen(names, "MaskLLM") == ["MaskLLM"]
+    assert common.chosen(names, "STE + KD,MaskLLM + KD") == ["MaskLLM + KD", "STE + KD"]
 
 
 def test_a_row_that_is_not_there_is_an_error():
