@@ -27,11 +27,13 @@ ROWS = {
         **TUNED, 2500: dict(lr=3.6, batchsize=16)}),
     "STE on scores + Adam + KD": STE,
     "STE on scores + Adam + KD 0.5": dict(STE, distill=0.5),
-    "MaskLLM": dict(learner="maskllm", **TEXT, tuned={160: dict(lr=0.001), 640: dict(lr=6e-4)}),
+    "MaskLLM": dict(MASKLLM, distill=0.0, tuned={**MASKLLM["tuned"], 640: dict(lr=6e-4)}),
     "MaskLLM + KD": MASKLLM,
     "MaskLLM + KD 0.5": dict(MASKLLM, distill=0.5),
-    "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={160: dict(lr=3e-4)}),
-    "SR-STE": dict(learner="sr_ste", **TEXT, tuned={160: dict(lr=1e-3)}),
+    "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={
+        160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}),
+    "SR-STE": dict(learner="sr_ste", **TEXT, tuned={
+        160: dict(lr=1e-3), 2500: dict(lr=1e-3, batchsize=32)}),
 }
 STUDY = {  # of the long run: the preset with its rate tuned, and what one change makes of it
     "the preset with its rate tuned": ROWS["the preset with its rate tuned"],
