@@ -14,8 +14,8 @@ test: $(VENV)/.test-ready
 # The core of the suite on the oldest torch that requirements.txt admits.
 test-oldest:
 	$(MAKE) .venv-oldest/.test-ready VENV=.venv-oldest TRANSFORMERS="torch==2.6.0 transformers==4.45.2"
-	.venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile tests/test_compiler.py tests/test_kernels.py tests/test_random_bits.py \
-	    tests/test_layers.py tests/test_masked_model.py tests/test_train.py tests/test_faster_model.py
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile $(patsubst %,tests/test_%.py,compiler kernels random_bits \
+	    layers masked_model block_stats train validation faster_model)
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/python reproduce/demo.py $(DEMO_FLAGS)

@@ -1,9 +1,21 @@
+from itertools import count
+
 import datasets
 import pytest
 import tiny
 import torch
 import transformers
+from faults import kill
+from masked import magnitude_masks
 from quizzes import make_folder
+from runs import run_train
+from stopped_runs import VANILLA, arguments, raises
+
+import train
+from files import mask_files
+from masking.layers import find_layers
+from masking.loading import model_fingerprint
+from training import validation
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,6 +37,57 @@ def load(models):
     def fresh(kind="llama", dtype=torch.float32):
         return transformers.AutoModelForCausalLM.from_pretrained(models[kind]).to(dtype).eval().requires_grad_(False)
     return fresh
+
+
+@pytest.fixture(scope="session")
+def text_and_masks(tmp_path_factory, models):
+    """A text, and the Llama's magnitude masks of several N:M, for train.py."""
+    folder = tmp_path_factory.mktemp("text_and_masks")
+    tiny.write_corpus(folder / "text.jsonl", 12)
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"])
+    for n, m in ((1, 4), (2, 4), (4, 8), (8, 16)):
+        masks = magnitude_masks(find_layers(model), n, m)
+        mask_files.save(folder / f"{n}_{m}.safetensors", masks, n, m, "llama", model_fingerprint(model))
+    return folder
+
+
+@pytest.fixture
+def learn(text_and_masks, models, tmp_path):
+    """Flags -> a run of train.py, as `runs.run_train` has it."""
+    number = count()
+    return lambda flags: run_train(tmp_path / f"run{next(number)}", text_and_masks, models["llama"], flags)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """That of tests/faults/kill.py."""
+    folder = tmp_path_factory.mktemp("workshop")
+    kill.workshop(folder)
+    return folder
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """step -> what the loss of that step is instead (a function of no argument); counts the forward passes
+    of steps, of which --estimator vanilla makes one each, and of held-out minibatches."""
+    said, passes = {}, count(1)
+    true = train.batch_loss
+
+    def loss(*given):
+        number = next(passes)
+        return said[number]() if number in said else true(*given)
+    for module in (train, validation):
+        monkeypatch.setattr(module, "batch_loss", loss)
+    return said
+
+
+@pytest.fixture
+def stopped(workshop, tmp_path, losses):
+    """A run that stopped after three steps."""
+    losses[4] = raises(MemoryError())
+    with pytest.raises(MemoryError):
+        train.main(arguments(workshop, tmp_path / "run", VANILLA))
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="module")

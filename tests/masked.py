@@ -6,6 +6,7 @@ from masking.layers import find_layers, weight_matrix
 from masking.masked_model import MaskedModel
 from masking.spaces import SPACES
 from training.initialize import init_at_random
+from training.straight_through import StraightThrough
 
 TOKENS = torch.arange(40).view(2, 20) % 32
 
@@ -86,3 +87,14 @@ def watch(learner):
         consume(layer, gradient)
     learner.consume = record
     return seen
+
+
+def learner_of(model, n=2, m=4, space="linear", mode="eager", **kwargs):
+    """(StraightThrough, its MaskedModel, the dense weights), the logits' magnitude 1."""
+    of_learner = {key: kwargs.pop(key) for key in ("checkpointing", "sample", "distill", "microbatch") if key in kwargs}
+    masked, _, dense = make(model, n, m, space, mode=mode, **({"magnitude": 1.0} | kwargs))
+    return StraightThrough(masked, **of_learner), masked, dense
+
+
+def all_logits(masked):
+    return {name: logits_of(layer) for name, layer in masked.layers.items()}

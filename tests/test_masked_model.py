@@ -8,7 +8,7 @@ from masked import assert_masked, drawn_masks, forward, logits_of, magnitude_mas
 from torch import nn
 
 import pge
-from masking.block_bits import write_masked
+from masking.block_bits import mask_to_bits, write_masked
 from masking.layers import apply_masks, check_sparsity, find_layers, weight_matrix
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
@@ -331,3 +331,35 @@ def test_masks_of_a_step_are_drawn_in_any_order(load, order):
         other.update_many(coefficients)
         assert one.checksum() == other.checksum()
     assert one.checksum() != make(load("llama"), magnitude=1.0)[0].checksum()
+
+
+# ---------------------------------------------------------------------------------------------- which mask a model uses
+
+
+def test_a_model_uses_others_masks_or_none_and_comes_back(load):
+    masked, m0, _ = make(load(), magnitude=1.0)
+    first = forward(masked.model)
+    plain = forward(load())
+    masked.update(0.5)
+    masked.flush()
+    learned = forward(masked.model)
+    assert not torch.equal(learned, first)
+    with masked.use_dense():
+        assert torch.equal(forward(masked.model), plain)
+    assert torch.equal(forward(masked.model), learned)
+    flipped = {name: mask_to_bits(~mask.view(-1, 4)) for name, mask in m0.items()}
+    with pytest.raises(KeyboardInterrupt), masked.use_masks(flipped):
+        masked_by_them = forward(masked.model)
+        raise KeyboardInterrupt
+    other = load()
+    apply_masks(find_layers(other), {name: ~mask for name, mask in m0.items()})
+    assert torch.equal(masked_by_them, forward(other)) and torch.equal(forward(masked.model), learned)
+
+
+def test_the_dense_model_is_dense_in_layers_that_are_not_learned_too(load):
+    masked, _, _ = make(load(), learned=["model.layers.0.self_attn.k_proj"], keep_dense=True)
+    plain, first = forward(load()), forward(masked.model)
+    assert not torch.equal(first, plain)
+    with masked.use_dense():
+        assert torch.equal(forward(masked.model), plain)
+    assert torch.equal(forward(masked.model), first)

@@ -4,7 +4,6 @@ Each script runs in a subprocess on three models, one command after the other wi
 variations of a script run in this process, on the Llama.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -32,11 +31,9 @@ import train
 from files import mask_files
 from files.documents import documents
 from masking.spaces import PatternSpace
-from training import args as train_args
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
-OLD_NAMES = {"--looks", "--exchange"}  # of flags, hidden: see test_train.py and test_prune.py
 MODELS = {  # name -> maskable layers, a late one whose inputs have been through most of the model
     "llama": (14, "model.layers.1.mlp.down_proj"), "gpt2": (8, "transformer.h.1.mlp.c_proj"),
     "opt": (12, "model.decoder.layers.1.fc2")}
@@ -464,51 +461,3 @@ def test_a_dense_model_is_evaluated_too(llama, capsys):
     evaluate.main(f"--model dense {PLACE} --ppl ../held_out.txt --seqlen {WINDOW} --nwindows 2".split())
     said = capsys.readouterr().out
     assert f"(2 windows of {WINDOW} tokens); density 1.000000" in said
-
-
-# --------------------------------------------------------------------------------------------------------- the command
-
-
-def parse(command: str) -> argparse.Namespace:
-    _, script, *arguments = command.split()
-    name = script.removesuffix(".py")
-    return train_args.parse(train.__doc__, arguments) if name == "train" else SCRIPTS[name].parse_args(arguments)
-
-
-def test_the_authors_commands_parse_to_the_papers_settings():
-    of_mask = parse("python get_mask.py")
-    of_loss = parse("python inference_loss.py --dataset_size 512 --batchsize 32")
-    of_train = parse("python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625")
-    assert of_mask.sparsity_type == of_train.sparsity_type == (2, 4)
-    assert of_mask.save == of_loss.mask == of_train.mask  # one command's output is the next one's input
-    assert of_mask.model == parse("python prune.py").save_model
-    for args in (of_loss, of_train):
-        assert (args.model, args.dataset) == ("meta-llama/Llama-2-7b-hf", "allenai/c4")
-        assert (args.dataset_size, args.batchsize, args.sqlen) == (512, 32, 128)
-        assert (args.dtype, args.seed, args.device_map) == ("float16", 0, None)
-    assert (of_train.lr, of_train.logits, of_train.epoch, of_train.alpha) == (50, 10, 625, 0.99)
-    assert (of_train.estimator, of_train.space, of_train.init) == ("maskpro", "linear", "mask")
-    assert (of_train.baseline, of_train.targets) == ("cached", None)
-    assert not of_train.save and not of_train.debias_tracker
-    steps = of_train.epoch * of_train.dataset_size // of_train.batchsize
-    assert min(of_train.max_step, steps) == steps == 10000
-    assert vars(parse("python train.py")) == vars(parse("python train.py --lr 50 --logits 10 --epoch 10000"))
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_explains_every_flag(name, monkeypatch, capsys):
-    script, parsers, parse_args = SCRIPTS[name], [], argparse.ArgumentParser.parse_known_args
-
-    def noting(parser, *arguments):
-        parsers.append(parser)
-        return parse_args(parser, *arguments)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", noting)
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--help"])
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and script.__doc__.splitlines()[0] in said
-    for action in parsers[0]._actions:
-        if action.help == argparse.SUPPRESS:  # the old name of a flag
-            assert action.option_strings[-1] not in said and action.option_strings[-1] in OLD_NAMES
-        else:
-            assert action.help and len(action.help) > 10 and action.option_strings[-1] in said

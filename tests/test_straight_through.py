@@ -1,121 +1,37 @@
 """training/straight_through.py: its gradient against autograd and enumeration, its update by an independent formula,
-its memory as operators allocate it, and what it learns."""
-import weakref
+and what it learns."""
 from itertools import combinations
 
 import pytest
 import torch
 import transformers
-from exact import by_orderings, exact_vjp, inclusion_by_drawings, jacobian, pattern_inclusion
+from exact import by_orderings, exact_vjp
 from masked import (
     TOKENS,
+    all_logits,
     drawn_masks,
-    forward,
+    learner_of,
     logits_of,
     magnitude_masks,
-    make,
     same,
     seeded,
     used_weights,
     watch,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import pge
-from masking.block_bits import bits_dtype, bits_to_mask
-from masking.kernels import Kernels
 from masking.layers import apply_masks, find_layers, is_transposed, weight_matrix
 from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
-from masking.random_bits import layer_keys
-from masking.spaces import SPACES, LinearSpace
+from masking.spaces import SPACES
 from training import normalization
-from training.loss import summed_loss
 from training.normalization import CLIP
 from training.straight_through import StraightThrough, soft_temperature
 
 KINDS = ["llama", "gpt2", "opt"]
 
 
-def learner_of(model, n=2, m=4, space="linear", mode="eager", **kwargs):
-    """(StraightThrough, its MaskedModel, the dense weights), the logits' magnitude 1."""
-    of_learner = {key: kwargs.pop(key) for key in ("checkpointing", "sample", "distill", "microbatch") if key in kwargs}
-    masked, _, dense = make(model, n, m, space, mode=mode, **({"magnitude": 1.0} | kwargs))
-    return StraightThrough(masked, **of_learner), masked, dense
-
-
-def all_logits(masked):
-    return {name: logits_of(layer) for name, layer in masked.layers.items()}
-
-
-# ------------------------------------------------------------------------------------------ the step on its own: J^T G
-
-
-@pytest.mark.parametrize("space, n, m, mode", [
-    *[("linear", n, m, mode) for n, m in ((1, 4), (2, 4), (3, 4), (4, 8)) for mode in ("eager", "exact")],
-    ("linear", 5, 6, "exact"), ("pattern", 1, 4, "eager"), ("pattern", 2, 4, "eager"), ("pattern", 3, 6, "exact")])
-def test_the_step_follows_the_jacobian_of_the_inclusion_probabilities(space, n, m, mode):
-    """pi - clip(J^T G * scale, +-1) * rate, the squares of J^T G, and the mode of the result."""
-    made = SPACES[space](n, m)
-    logits, saliency = torch.randn(5, made.width, generator=seeded(n)), torch.randn(5, m, generator=seeded(m))
-    inclusion = (lambda x: pattern_inclusion(x, n, m)) if space == "pattern" else lambda x: inclusion_by_drawings(x, n)
-    vjp = torch.stack([jacobian(inclusion, x).T @ g.double() for x, g in zip(logits, saliency)])
-    planes = [plane.clone() for plane in logits.unbind(1)]
-    bits = torch.zeros(5, dtype=bits_dtype(m))
-    squares = Kernels(made, mode).vjp(planes, bits, saliency, torch.ones_like(saliency), None,
-                                      torch.tensor([4.0, 0.3, 1.0, 0.0]), layer_keys(0, 0, 1)[0])
-    assert ((4 * vjp).abs() > 1).any() and ((4 * vjp).abs() < 1).any()  # some are clipped, some are not
-    moved = torch.stack(planes, 1)
-    assert torch.allclose(moved.double(), logits - (4 * vjp).clamp(-1, 1) * 0.3, atol=1e-5)
-    assert torch.allclose(squares.double(), vjp.square().sum(1), rtol=1e-4)
-    assert torch.equal(bits_to_mask(bits, m), made.mode(moved))
-
-
-def test_the_exact_step_of_8_16_by_finite_differences():
-    space = LinearSpace(8, 16)
-    logits, saliency = torch.randn(1, 16, generator=seeded(0)), torch.randn(1, 16, generator=seeded(1))
-    shift = 1e-5 * torch.eye(16).double()
-    ends = pge.inclusion(torch.cat([logits.double() + shift, logits.double() - shift]), 8) @ saliency[0].double()
-    planes = [plane.clone() for plane in logits.unbind(1)]
-    scale, key = torch.tensor([0.1, 1.0, 1.0, 0.0]), layer_keys(0, 0, 1)[0]
-    Kernels(space, "exact").vjp(planes, None, saliency, torch.ones_like(saliency), None, scale, key)
-    expected = logits.double() - 0.1 * (ends[:16] - ends[16:]) / 2e-5
-    assert torch.allclose(torch.stack(planes, 1).double(), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("space", ["linear", "pattern"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_updates_below_a_16_bit_step_count_on_average(space, dtype):
-    """Rounded to the nearest, not one logit of 3 would move."""
-    made, blocks = SPACES[space](2, 4), 2**16
-    planes = [torch.full((blocks,), 3.0, dtype=dtype) for _ in range(made.width)]
-    saliency = torch.tensor([1.0, -1.0, 0.5, 0.0]).expand(blocks, 4)
-    rate = 1e-4
-    scale, key = torch.tensor([1.0, rate, 1.0, 0.0]), layer_keys(0, 0, 1)[0]
-    Kernels(made, "eager").vjp(planes, None, saliency.contiguous(), torch.ones(blocks, 4), None, scale, key)
-    vjp = exact_vjp(made, torch.full((1, made.width), 3.0), saliency[:1])[0]
-    moved = torch.stack(planes, 1).double() - 3
-    assert vjp.abs().max() > 0.1 and planes[0].dtype == dtype
-    assert ((moved.mean(0) + rate * vjp).abs() < 5 * moved.std(0) / blocks**0.5 + 1e-7).all()
-
-
-@pytest.mark.parametrize("space, mode", [("linear", "eager"), ("linear", "exact"), ("pattern", "eager")])
-def test_a_saliency_that_is_not_finite_moves_nothing_in_its_block(space, mode):
-    """float16 gradients overflow where one weight matters enormously."""
-    made = SPACES[space](2, 4)
-    logits, saliency = torch.randn(3, made.width, generator=seeded(0)), torch.randn(3, 4, generator=seeded(1))
-    saliency[1, 2], saliency[2, 0] = torch.inf, torch.nan
-    planes = [plane.clone() for plane in logits.unbind(1)]
-    squares = Kernels(made, mode).vjp(planes, None, saliency, torch.ones_like(saliency), None,
-                                      torch.ones(4), layer_keys(0, 0, 1)[0])
-    moved = torch.stack(planes, 1)
-    assert torch.equal(moved[1:], logits[1:]) and not torch.equal(moved[0], logits[0])
-    assert squares[0] > 0 and squares[1:].isnan().all()  # and is told
-
-
-# ----------------------------------------------------------------------------- the gradient, where it is exactly right
+# ------------------------------------------------------------------------------ the gradient, where it is exactly right
 
 
 class Stack(nn.Sequential):
@@ -183,7 +99,7 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, distill):
         assert torch.allclose(gradient, wanted, atol=2e-4 * float(wanted.abs().max()))
 
 
-# ----------------------------------------------------------------------------------------------------- the bookkeeping
+# ------------------------------------------------------------------------------------------------------ the bookkeeping
 
 
 @pytest.mark.parametrize("n, m, space, microbatch", [(2, 4, "linear", 32), (2, 4, "linear", 1), (4, 8, "linear", 32),
@@ -264,171 +180,7 @@ def test_sampling_draws_afresh_each_step_and_repeats_with_the_seed(load):
     assert not any(same(runs[0][t], runs[0][t + 1]) for t in range(3))
 
 
-# ---------------------------------------------------------------------------------------------------------- distilling
-
-
-@pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_summed_loss_and_its_gradient_are_autograds(distill, dtype):
-    logits = (torch.randn(3, 7, 11, generator=seeded(0)) * 3).to(dtype)
-    teacher = torch.randn(3, 7, 11, generator=seeded(1)) * 3
-    sequences = torch.randint(11, (3, 7), generator=seeded(2))
-    followed = logits.double().requires_grad_()
-    flat = followed[:, :-1].flatten(0, 1)
-    text = nn.functional.cross_entropy(flat, sequences[:, 1:].flatten(), reduction="sum")
-    copied = nn.functional.cross_entropy(flat, teacher[:, :-1].double().softmax(-1).flatten(0, 1), reduction="sum")
-    expected, = torch.autograd.grad((1 - distill) * text + distill * copied, followed)
-    loss, gradient = summed_loss(logits, sequences, teacher if distill else None, distill)
-    assert loss == pytest.approx(float(text), rel=1e-5) and gradient.dtype == dtype
-    assert torch.allclose(gradient.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.01)
-
-
-def test_a_perfect_pupil_has_nothing_to_learn():
-    """Distilled from itself, the gradient is zero though the text surprises it."""
-    logits, sequences = torch.randn(2, 5, 9, generator=seeded(0)), torch.zeros(2, 5, dtype=torch.int64)
-    loss, gradient = summed_loss(logits, sequences, logits, 1.0)
-    assert loss > 1 and gradient.abs().max() < 1e-6
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-def deep_llama(layers):
-    """A Llama of narrow layers, whose weights outweigh the activations of a few tokens."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_attention_heads=4,
-                                      num_hidden_layers=layers, initializer_range=0.1)
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-def storages(values):
-    """The storages of all tensors in a nest of values."""
-    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
-
-
-class Allocated(TorchDispatchMode):
-    """Follows what operators allocate inside: the bytes of the storages that are alive, and the most at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak = {}, 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        given = storages((args, kwargs))
-        for storage in storages(result):
-            if id(storage) not in self.alive and all(storage is not one for one in given):  # no view, not in place
-                self.alive[id(storage)] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, id(storage))
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return result
-
-
-def peak_bytes(function):
-    """The most memory that tensors made inside had taken at once."""
-    with Allocated() as allocated:
-        function()
-    return allocated.peak
-
-
-def growth(peak_of_depth):
-    """Bytes that each further decoder layer adds to the peak."""
-    return (peak_of_depth(8) - peak_of_depth(2)) / 6
-
-
-WEIGHTS = 4 * (4 * 64 * 64 + 3 * 64 * 128)  # bytes of a decoder layer's projections
-
-
-def peak_of_learning(depth, tokens, **kwargs):
-    learner = learner_of(deep_llama(depth), **kwargs)[0]
-    learner.learn(tokens, 0.1)  # after it, what stays is there already
-    return peak_bytes(lambda: learner.learn(tokens, 0.1))
-
-
-def peak_of_autograd(depth, tokens):
-    model = deep_llama(depth)
-    for module in find_layers(model).values():
-        module.weight.requires_grad_()
-    def learn():
-        model(input_ids=tokens, labels=tokens).loss.backward()
-    return peak_bytes(learn)
-
-
-def test_the_peak_does_not_grow_by_the_weight_gradients():
-    """A layer more adds its activations, where ordinary backward adds its weights' gradients to them."""
-    tokens = TOKENS[:1, :4]
-    assert growth(lambda depth: peak_of_autograd(depth, tokens)) >= WEIGHTS
-    assert growth(lambda depth: peak_of_learning(depth, tokens)) < WEIGHTS / 4
-
-
-def test_checkpointing_keeps_a_layers_input_only():
-    tokens = TOKENS.repeat(4, 3)
-    plain, saved = (growth(lambda depth, c=c: peak_of_learning(depth, tokens, checkpointing=c)) for c in (False, True))
-    assert saved < 2 * 4 * 64 * tokens.numel() < plain / 4
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_freed_one_by_one(kind, load, checkpointing):
-    """When a layer's gradient comes, those of the layers before are gone; no parameter has a .grad."""
-    learner, masked, _ = learner_of(load(kind), checkpointing=checkpointing)
-    consume, alive, counts = learner.consume, [], []
-
-    def record(layer, gradient):
-        counts.append(sum(reference() is not None for reference in alive))
-        alive.append(weakref.ref(gradient))
-        consume(layer, gradient)
-    learner.consume = record
-    learner.learn(TOKENS, 0.1)
-    assert counts == [0] * len(masked.layers) and all(reference() is None for reference in alive)
-    assert all(parameter.grad is None for parameter in masked.model.parameters())
-
-
-def with_chances(model, chance=0.5):
-    """The model with every dropout and layerdrop it has at this chance."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")):
-                setattr(module, name, chance)
-    for module in model.modules():
-        if hasattr(module, "layerdrop"):
-            module.layerdrop = chance
-    return model
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_changes_no_number(kind, load):
-    """Nor do dropout and layerdrop, which the libraries' checkpointing would switch on."""
-    runs = []
-    for checkpointing in (False, True):
-        learner, masked, _ = learner_of(with_chances(load(kind)), checkpointing=checkpointing)
-        losses = [learner.learn(TOKENS, 0.3) for _ in range(3)]
-        runs.append((losses, all_logits(masked), forward(masked.model)))
-    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
-    assert all(torch.allclose(runs[0][1][name], runs[1][1][name], atol=1e-5) for name in runs[0][1])
-    assert torch.allclose(runs[0][2], runs[1][2], atol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------- ends, and odd numbers
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_finish_gives_everything_back(kind, load, checkpointing):
-    model = with_chances(load(kind))
-    state = [{name: value for name, value in vars(module).items() if isinstance(value, (float, bool))}
-             for module in model.modules()]
-    hooks = [len(module._forward_hooks) for module in model.modules()]
-    learner, masked, dense = learner_of(model, checkpointing=checkpointing)
-    learner.learn(TOKENS, 0.3)
-    used = forward(model)
-    masks = masked.finish()
-    assert [{name: vars(module)[name] for name in before} for module, before in zip(model.modules(), state)] == state
-    assert [len(module._forward_hooks) for module in model.modules()] == hooks
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert not getattr(model, "is_gradient_checkpointing", False) and not model.training
-    assert torch.allclose(forward(model), used, atol=1e-5)
-    assert all(torch.equal(weight, dense[name] * masks[name]) for name, weight in used_weights(model).items())
+# ---------------------------------------------------------------------------------------------------------- odd numbers
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -464,7 +216,7 @@ def test_weights_of_16_bits(kind, load, dtype):
     assert large.sum() > 1000 and (moves[0].sign() == moves[1].sign())[large].float().mean() > 0.95
 
 
-# ------------------------------------------------------------------------------------------------------------ learning
+# ------------------------------------------------------------------------------------------------------------- learning
 
 
 @pytest.fixture(scope="module")

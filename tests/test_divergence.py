@@ -1,0 +1,92 @@
+"""Losses that are not finite, and losses that rise: what `train.py` makes of them."""
+import json
+import math
+import random
+from itertools import pairwise
+
+from utils import UserError
+
+import pytest
+import torch
+from stopped_runs import VANILLA, arguments, steps_of
+
+import train
+from files import mask_files
+from training import checkpoint, straight_through, validation
+
+# --------------------------------------------------------------------------------------------------- not finite numbers
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(workshop, tmp_path, losses, capsys):
+    losses[2] = losses[3] = losses[5] = lambda: math.nan
+    train.main(arguments(workshop, tmp_path / "run", VANILLA))
+    assert steps_of(tmp_path / "run") == [1, 4, 6]
+    assert json.loads((tmp_path / "run/run.json").read_text())["summary"]["steps_skipped"] == 3
+    assert "3 skipped" in capsys.readouterr().out
+
+
+def test_three_in_a_row_stop_the_run_with_its_last_good_state(workshop, tmp_path, losses):
+    losses.update(dict.fromkeys([3, 4, 5], lambda: math.inf))
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"the loss is inf at step 3 and at all up to step 5; lower --lr.*--resume"):
+        train.main(arguments(workshop, run, VANILLA))
+    before, after = (checkpoint.StateFile(run / f"state/step0000000{step}.safetensors") for step in (4, 5))
+    assert after.scalars["position"]["skipped"] == 3 and steps_of(run) == [1, 2]
+    for name in after.names:
+        if "logits" in name:
+            assert torch.equal(after.file.get_tensor(name), before.file.get_tensor(name))
+            assert after.file.get_tensor(name).isfinite().all()
+    train.main(["--resume", str(run)])
+    assert steps_of(run) == [1, 2, 6]
+
+
+def test_a_straight_through_step_that_is_not_finite_moves_nothing(workshop, tmp_path, monkeypatch):
+    seen = []
+
+    def learn(learner, *given):
+        seen.append({name: tensor.clone() for name, tensor in learner.masked.state()[1].items()})
+        if len(seen) in (3, 4):
+            monkeypatch.setattr("training.straight_through.summed_loss", lambda logits, *_: (math.nan, logits))
+        else:
+            monkeypatch.setattr("training.straight_through.summed_loss", true)
+        return original(learner, *given)
+    original, true = straight_through.StraightThrough.learn, straight_through.summed_loss
+    monkeypatch.setattr(straight_through.StraightThrough, "learn", learn)
+    train.main(arguments(workshop, tmp_path / "run", "--estimator straight_through --lr 1"))
+    assert steps_of(tmp_path / "run") == [1, 2, 5, 6]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(seen)]
+    assert same == [True, False, True, True, False]  # the first step only measures
+
+
+# ----------------------------------------------------------------------------------------------------------- divergence
+
+
+def lines(losses, heldout=()):
+    return [{"step": t + 1, "loss": loss, **({"heldout": heldout[t]} if t < len(heldout) else {})}
+            for t, loss in enumerate(losses)]
+
+
+def test_divergence_is_above_the_start_for_long():
+    noise = random.Random(0)
+    flat = [3 + noise.gauss(0, 0.1) for _ in range(128)]
+    rising = [loss + t / 300 for t, loss in enumerate(flat)]
+    assert validation.diverging(lines(flat), 4, math.inf) is None
+    assert validation.diverging(lines(flat[:96] + [9.0] * 32), 4, math.inf) is None  # not for long
+    assert validation.diverging(lines(rising[:127]), 4, math.inf) is None  # the fourth window is not full
+    assert "the training loss is" in validation.diverging(lines(rising), 4, math.inf)
+    assert validation.diverging(lines(flat, [3.1, 3.2]), 4, 3.0) is None
+    assert validation.diverging(lines(flat, [3.1, 3.2, 2.9]), 4, 3.0) is None
+    assert "above the 3.0000 of m0" in validation.diverging(lines(flat, [2.9, 3.1, 3.2, 3.1]), 4, 3.0)
+
+
+def test_divergence_is_announced_once_and_the_best_mask_delivered(workshop, tmp_path, losses, capsys):
+    heldout = dict(zip([1, 3, 5, 7, 9, 11, 13], [3.0, 2.0, 3.1, 3.2, 3.3, 3.4, 3.5]))  # m0, then after each step
+    losses.update({count: lambda value=value: value for count, value in heldout.items()})
+    train.main(arguments(workshop, tmp_path / "run", f"{VANILLA} --val_fraction 0.2 --save --lr 3"))
+    said, summary = capsys.readouterr(), json.loads((tmp_path / "run/run.json").read_text())["summary"]
+    assert said.err.count("diverges") == 1 and "the mask of step 1 will be delivered" in said.err
+    assert summary["diverged_at_step"] == 4 and summary["mask_of_step"] == 1 and summary["heldout_loss"] == 2.0
+    losses.update({14: lambda: 3.0, 16: lambda: 2.0})  # m0 and after the first step again
+    train.main(arguments(workshop, tmp_path / "one", f"{VANILLA} --val_fraction 0.2 --lr 3 --max_step 1"))
+    one, delivered = (mask_files.load(tmp_path / name / "mask.safetensors").masks for name in ("one", "run"))
+    assert all(torch.equal(one[name], mask) for name, mask in delivered.items())
