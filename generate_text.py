@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(**arguments_of(load_model, args))
     model.get_output_embeddings().register_forward_pre_hook(contiguous)
     passages = read_passages(args.after, tokenizer, args.sqlen) if args.after else []
-    check_length(model, args.sqlen + max(map(len, passages), default=0), "--sqlen")
+    check_length(model, args.sqlen, "--sqlen", before=max(map(len, passages), default=0))
     if args.attention == "auto":
         args.attention = choose_attention(model, tokenizer, args.batchsize)
         print(f"attention: {args.attention}", file=sys.stderr)

@@ -155,11 +155,13 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_length(model: nn.Module, tokens: int, flag: str) -> None:
-    """UserError where sequences of so many tokens would run past the model's positions."""
+def check_length(model: nn.Module, tokens: int, flag: str, before: int = 0) -> None:
+    """UserError where sequences of so many tokens, behind so many of a passage, would run past the model's
+    positions."""
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and tokens > longest:
-        raise UserError(f"{flag} {tokens} is more than the {longest} positions of the model; lower {flag}")
+    if longest and before + tokens > longest:
+        behind = f", behind a passage of {before} tokens," if before else ""
+        raise UserError(f"{flag} {tokens}{behind} is more than the {longest} positions of the model; lower {flag}")
 
 
 def check_tokens(model: nn.Module, tokens: Tensor) -> None:

@@ -114,6 +114,16 @@ def test_the_script(models, tmp_path, capsys):
     assert (tmp_path / "alike.jsonl").read_text() != out.read_text()
 
 
+@pytest.mark.parametrize("passage, words", [("", "--sqlen 300 is more than the 256"),
+                                            ("a long one " * 200, "--sqlen 200, behind a passage of 200 tokens, is")])
+def test_more_tokens_than_the_model_has_positions(models, tmp_path, passage, words):
+    (tmp_path / "passages.txt").write_text(passage)
+    flags = f"--model {models['llama']} --dtype float32 --device cpu --out {tmp_path}/generated.jsonl "
+    flags += f"--sqlen 200 --after {tmp_path}/passages.txt" if passage else "--sqlen 300"
+    with pytest.raises(UserError, match=words):
+        generate_text.main(flags.split())
+
+
 def test_a_model_that_ends_every_text_at_once(models, tmp_path, monkeypatch):
     monkeypatch.setattr(generate_text, "generate", lambda *args: [[], []])
     flags = f"--model {models['llama']} --dtype float32 --device cpu --out {tmp_path}/generated.jsonl"
