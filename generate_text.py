@@ -5,8 +5,8 @@
 
     python generate_text.py --model MODEL --dtype auto --tokens 100000 --after PASSAGES --out alike.jsonl
 
-Self-generated calibration text: no data is needed. With --after, a few passages of the kind of text that the model will
-meet are: each document goes on from one of them.
+Self-generated calibration text: no data is needed. Only --after needs some, a few passages of the kind of text that the
+model will meet: each document then goes on from one of them.
 
 Documents begin as the tokenizer begins a text, follow the model's own probabilities, neither sharpened nor cut, and end
 where the model ends them or after --sqlen tokens. Writes one JSON object a line, {"text": ...}, as every --dataset is.

@@ -1,4 +1,4 @@
-"""Extract the initial mask from a sparse model, which weights are not zero, or convert a mask file.
+"""Extract the initial mask (which weights are not zero) from a sparse model, or convert a mask file.
 
     python get_mask.py                                        # folder `out`, 2:4 -> initial_mask.safetensors
     python get_mask.py --model SPARSE_FOLDER --sparsity_type 4:8 --save my_mask.safetensors

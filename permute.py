@@ -12,8 +12,8 @@ is searched in which the best N:M mask keeps the most of the weights' scores (pr
     (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the calibration tokens
 
 summed over all layers that read the channels: the share of a layer's output, its inputs taken as independent, that
-Wanda's mask keeps. Calibration is that of prune.py. The residual stream is read by very many rows; --rows of them are
-drawn.
+Wanda's mask keeps. Calibration is that of prune.py without --bos. The residual stream is read by very many rows;
+--rows of them are drawn.
 
 Writes a plain Hugging Face folder, the weights as they are stored and in another order, with permute.json beside them,
 and the order itself to NAME.permutation.safetensors next to the folder NAME: the original model, that file and a mask

@@ -1,7 +1,7 @@
 """Learn an N:M mask of a frozen model by policy gradient, from forward passes only (MaskPro, arXiv 2506.12876).
 
     python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625
-    python train.py --model MODEL --dataset text.jsonl --dtype auto --lr 10 --logits 5 --debias_tracker --max_step 1000
+    python train.py --model MODEL --dataset text.jsonl --dtype auto --lr 1 --logits 5 --debias_tracker  # if it is small
     python train.py --model MODEL --dataset text.jsonl --baseline online      # without inference_loss.py
     python train.py --model MODEL --dataset text.jsonl --preset fast          # beyond the paper: by gradients
     python train.py --resume results/RUN                                      # goes on with a run that was stopped
@@ -20,8 +20,8 @@ torchrun --nproc_per_node R train.py ... learns with R processes (masking/distri
 with the same mask, or with --samples K its share of K masks a step on the same minibatch. --shard shares each layer's
 rows out to them, for a model that none could hold (masking/sharding.py).
 
-A run can be stopped at any time, by Ctrl-C, a signal or the power's failure: --resume makes the same mask as if it had
-not been. --repeat RUN does a run again, from its run.json.
+A run can be stopped at any time, by Ctrl-C, a signal or a power failure: --resume makes the mask that it would have
+made (on a GPU with --deterministic). --repeat RUN does a run again, from its run.json.
 """
 from argparse import Namespace
 from statistics import fmean as mean

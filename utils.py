@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
-# Threads that wait spin, which costs another process's threads three to eight times their time; a short spin costs
-# nothing alone (docs/measurements.md). OpenMP reads these when torch is loaded.
+# Threads that wait spin, on cores that another process may want; a short spin costs nothing alone
+# (docs/measurements.md). OpenMP reads these when torch is loaded.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")
 

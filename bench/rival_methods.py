@@ -5,8 +5,8 @@
     SRSTE       Zhou et al., arXiv 2102.04010: the same on the weights themselves, pruned ones pulled towards 0
     ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step bring to 2:4
 
-All move their parameters with Adam. What is delivered is a mask, and it is judged on the frozen weights. `distill`, the
-loss against the dense model's predictions, is no part of any of the papers.
+All move their parameters with Adam. What is delivered is a mask, evaluated on the frozen weights. `distill`, the loss
+against the dense model's predictions, is no part of any of the papers.
 """
 import math
 from collections.abc import Callable

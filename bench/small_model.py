@@ -1,4 +1,4 @@
-"""Make the small model of the learning benches: a byte-level Llama of 0.8 M weights, trained here on the demo's text.
+"""Make the small model of the learning benches: a byte-level Llama of 0.87 M weights, trained here on the demo's text.
 
     python bench/small_model.py [--quick] [--out demo/small]
 

@@ -8,7 +8,7 @@
 
 A document is the string in column `text`, or else in the only column of strings. Of a question, as in evaluate.py's
 --task_file, {"context": ..., "choices": [...], "gold": 0}, the right choice makes a document, put behind the context as
-it is judged; where none is said to be right, every choice does.
+evaluation puts it; where none is said to be right, every choice does.
 Hub ids need the network the first time. What a user can mend is raised as UserError, a one-line message.
 """
 from collections.abc import Iterable, Iterator, Sequence

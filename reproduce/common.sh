@@ -51,7 +51,7 @@ stop() {
 if [ "$DEMO" = 1 ] && [ ! -e "$MODEL" ]; then
     stop "there is no $MODEL; \`make demo DEMO_FLAGS=--quick\` makes it"
 elif [ "$SMALL" = 1 ] && [ ! -e "$MODEL" ]; then
-    stop "there is no $MODEL; \`python bench/small_model.py --steps 1200\` makes it"
+    stop "there is no $MODEL; \`make demo DEMO_FLAGS=--quick\`, then \`python bench/small_model.py --steps 1200\` make it"
 fi
 # one $OUT, one protocol; what its files are named by, such as STEPS, may vary
 settings="$MODEL $DTYPE; ${calibration[*]}; batchsize $BATCHSIZE, sqlen $SQLEN; ${protocol[*]}; ${preset[*]}"

@@ -1,7 +1,7 @@
 """The loss's second order in each weight, for masks learned from gradients. This project's addition to the paper.
 
-G_i, the saliency of a weight, is the loss's slope at the mask as it is. To second order, adding weight i changes the
-loss by G_i + h_i / 2, and having kept one has changed it by G_i - h_i / 2: the slope half way,
+G_i, the saliency of a weight, is the loss's gradient at the mask as it is. To second order, adding weight i changes the
+loss by G_i + h_i / 2, and having kept one has changed it by G_i - h_i / 2: the gradient half way,
 
     G_i + h_i (1/2 - m_i),    h_i = w_i^2 F_i
 

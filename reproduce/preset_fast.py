@@ -1,16 +1,16 @@
-"""The README's results of --preset fast on a real model: SmolLM2-135M, 2:4, from text that it generates itself.
+"""The README's results of --preset fast on a real model: SmolLM2-135M, 2:4, from text that the model generates.
 
     make demo DEMO_FLAGS=--quick                                        # first: the model
-    python reproduce/own_text.py --ppl WIKITEXT demo/heldout.txt        # half an hour for each seed and order
-    python reproduce/own_text.py --ppl WIKITEXT --steps 100 --tokens 100000 --seeds 0     # ten minutes
-    python reproduce/own_text.py --ppl WIKITEXT --task_file piqa.jsonl arc_easy.jsonl     # accuracy as well
-    python reproduce/own_text.py --ppl WIKITEXT --task_file piqa.jsonl --questions others.jsonl   # and from questions
-    python reproduce/own_text.py --ppl WIKITEXT --after reproduce/articles.jsonl        # half of it after passages
+    python reproduce/preset_fast.py --ppl WIKITEXT demo/heldout.txt        # half an hour for each seed and order
+    python reproduce/preset_fast.py --ppl WIKITEXT --orders given --steps 97 --tokens 100000 --seeds 0     # ten minutes
+    python reproduce/preset_fast.py --ppl WIKITEXT --task_file piqa.jsonl arc_easy.jsonl     # accuracy as well
+    python reproduce/preset_fast.py --ppl WIKITEXT --task_file piqa.jsonl --questions others.jsonl  # and from some
+    python reproduce/preset_fast.py --ppl WIKITEXT --after reproduce/articles.jsonl        # half of it after passages
 
 For each seed the model generates text, and the preset learns from it: from a Wanda mask of the model as it is given,
 and of the same model with its channels reordered (permute.py). Wanda and the order are calibrated on demo/train.jsonl.
 With --after, half of the text goes on from these passages (generate_text.py). --questions are learned from beside the
-text, with their right answers: give none that --task_file judges. reproduce/articles.jsonl has twelve short articles,
+text, with their right answers: give none that --task_file has. reproduce/articles.jsonl has twelve short articles,
 written and made up for this, in the manner of WikiText: its kinds of subject, its headings, its spaces between words.
 WIKITEXT is a text file; perplexity is of 64 windows of 512 tokens. The table has the mean ± deviation over seeds; the
 gap is that in log perplexity (or accuracy) between dense and the Wanda mask of the given model; minutes are
@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive_int, default=250_000, help="to generate and to learn from")
     parser.add_argument("--windows", type=positive_int, default=64)
     parser.add_argument("--train_flags", default="", help="further ones, in one string, such as '--lr 1.2'")
-    parser.add_argument("--out", default="demo/own_text")
+    parser.add_argument("--out", default="demo/preset_fast")
     return parser.parse_args(argv)
 
 
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         runs, minutes = zip(*(learned(kept, args, order, seed) for seed in args.seeds))
         rows.append((f"{LABELS[order]}, {args.steps} steps", runs, statistics.median(minutes)))
 
-    print(f"\nSmolLM2-135M, 2:4, {args.tokens} tokens of its own text, seeds {args.seeds}\n")
+    print(f"\nSmolLM2-135M, 2:4, {args.tokens} tokens of generated text, seeds {args.seeds}\n")
     print("| mask | " + " | ".join(f"{name} | of the gap (%)" for name in dense) + " | minutes |")
     print("|---" * (2 * len(dense) + 2) + "|")
     for label, runs, minutes in rows:
