@@ -99,18 +99,20 @@ def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int,
              passages: list[list[int]] | None = None) -> list[list[int]]:
     """Token ids of so many documents, each of up to `length` tokens, the first one and the end of text left out; and
     the passage, where each goes on from one of these, drawn for it."""
-    start, end = start_of_text(tokenizer), tokenizer.eos_token_id
-    pad = start if end is None else end
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=end, pad_token_id=pad)
+    start, own = start_of_text(tokenizer), model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    pad = start if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=sorted(ends) or None,
+                              pad_token_id=pad)
     chosen = random.choices(passages, k=count) if passages else [[]] * count
     begun = [torch.tensor([start, *passage]) for passage in chosen]
     in_front = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")  # so all go on at one place
     tokens = in_front(begun, padding_value=pad).to(input_device(model))
     is_text = in_front([torch.ones_like(row) for row in begun]).to(tokens.device)
-    model.generation_config = GenerationConfig()  # its own may penalise what repeats
+    model.generation_config = GenerationConfig(eos_token_id=own)  # the rest of its own may penalise what repeats
     written = model.generate(tokens, attention_mask=is_text, generation_config=greedy,
                              logits_processor=LogitsProcessorList([Draw()]))[:, tokens.shape[1]:].tolist()
-    return [row[:row.index(end)] if end in row else row for row in written]
+    return [row[:next((i for i, token in enumerate(row) if token in ends), length)] for row in written]
 
 
 def choose_attention(model: nn.Module, tokenizer: Tokenizer, count: int) -> str:
@@ -144,8 +146,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.attention == "auto":
         args.attention = choose_attention(model, tokenizer, args.batchsize)
         print(f"attention: {args.attention}", file=sys.stderr)
-    else:
+    elif hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation(args.attention)
+    else:
+        raise UserError("--attention needs transformers 4.56 or later; install it, or leave --attention out")
     texts, found = [], 0
     with progress_bar(total=args.tokens, desc="generating", unit="token") as progress:
         while found < args.tokens:

@@ -77,6 +77,8 @@ def search(args: argparse.Namespace) -> tuple[Orders, dict]:
         raise UserError(f"the channels of {args.model} are reordered already; give the model that it was made from")
     sets, layers = channel_sets(model), find_layers(model)
     check_divisible(layers, args.sparsity_type[1])
+    if args.seqlen < 2:
+        raise UserError(f"--seqlen is {args.seqlen}: it must be at least 2 tokens, one to predict the next from")
     check_length(model, args.seqlen, "--seqlen")
     check_disk(args.save_model, sum(parameter.nbytes for parameter in model.parameters()) + 2**24)  # and the tokenizer
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)

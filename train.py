@@ -10,8 +10,8 @@ Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses 
 results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), metrics.jsonl (one line a step),
 layers.jsonl, curve.png, run.json.
 
-The first mask is m0 itself, or with --init swaps what swaps make of it (pruning/swaps.py); the final one keeps the N
-largest logits of each block. With --val_fraction the best mask on held-out minibatches is delivered instead.
+The first mask is m0 itself, or with --init swaps what swaps make of it (pruning/swaps.py); with --samples the first
+are drawn. The final one keeps the N largest logits of each block, or with --val_fraction does best on held-out text.
 
 --estimator straight_through takes gradients from backward passes (training/straight_through.py). --preset fast is that
 with settings that fit any model; flags that are given besides go before the preset's.

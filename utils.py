@@ -47,8 +47,8 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0][:120]}); lower --microbatch or use 16-bit dtypes",
-              file=sys.stderr)
+        print(f"error: out of memory ({str(error).splitlines()[0][:120]}); use a 16-bit --dtype, or lower "
+              "--microbatch, --batchsize, --nsamples or --seqlen, where the script has it", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -81,7 +81,7 @@ class _Lines(tqdm):
 
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
     """tqdm's bar on a terminal; elsewhere a line every LINE_S, so that whoever reads the log sees that work goes on."""
-    if names.pop("disable", False) or sys.stderr.isatty():
+    if names.get("disable") or sys.stderr.isatty():
         return tqdm(iterable, **names)
     return _Lines(iterable, **{**names, "mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
                                "leave": False, "ncols": 100, "ascii": True})
@@ -230,8 +230,11 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
 
 def environment(device: str | torch.device | None = None) -> dict:
     """Versions, commit and the hardware of a device, for run records and benches."""
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                            capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                                capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
     return {"commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
             "transformers": version("transformers"), "hardware": hardware(device)}
 

@@ -156,7 +156,7 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
     host = packed_bytes(size) + size.weights * size.itemsize  # m0, and the model while it is loaded
     passes = forward_passes(gradients)
     if layout == "replicas":
-        wire = (2 * others * weights if gradients else 32.0) * (gpus > 1)
+        wire = (2 * others * weights if gradients else 40.0) * (gpus > 1)
         return everything, host * gpus, wire
     if layout == "sharded":  # gathered for each pass but the recomputed one, and gradients go to the rows' owners
         return everything, packed_bytes(size) * gpus, (4 if gradients else 1) * others * weights

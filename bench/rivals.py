@@ -21,6 +21,7 @@ import time
 import common
 from utils import UserError, progress_bar, run_script
 
+import torch
 from estimator_runs import GRADIENTS, Point, Problem, RunsFile, learn
 from estimators import mean_and_deviation
 from rival_methods import RIVALS, Rival
@@ -147,6 +148,7 @@ def compare(args: argparse.Namespace, kept: RunsFile, planned: dict[str, dict]) 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    torch.set_flush_denormal(True)  # MaskLLM's soft masks end in denormal numbers, each of which costs a CPU a detour
     rows = STUDY if args.study else ROWS
     planned = {name: rows[name] for name in common.chosen(rows, args.rows)}
     table = (sweep if args.sweep else compare)(args, RunsFile(args.runs), planned)

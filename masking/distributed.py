@@ -45,6 +45,7 @@ class ProcessGroup:
 
     def _begin(self, on_cpu: bool, timeout: timedelta) -> None:
         backend = {} if on_cpu else {"backend": "cpu:gloo,cuda:nccl"}
+        self._timeout = timeout
         with self.reported():
             state = PartialState(cpu=on_cpu, timeout=timeout, **backend)
             # a model takes longer to fetch than a process may take to answer; one that has gone is noticed at once
@@ -65,22 +66,24 @@ class ProcessGroup:
 
     # ----------------------------------------------------------------------------------------------------- in order
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self.all_gather([0.0])
-
     @contextmanager
     def main_before_others(self) -> Iterator[None]:
         """Inside, the main process goes first, as long as it takes; all leave together."""
         if not self.is_main:
-            self.wait_patiently()
+            self.wait_for_main()
         yield
         if self.is_main:
-            self.wait_patiently()
-        self.wait_patiently()
+            self.wait_for_main()
+        self.wait_for_all()
 
-    def wait_patiently(self) -> None:
-        """Wait for all processes, of which the main one may be writing for long."""
+    def wait_for_main(self) -> None:
+        """The others wait for the main process, however long it is writing; it waits for them as long as `timeout_s`,
+        as they have nothing else to do."""
+        if self.size > 1:
+            distributed.monitored_barrier(self._patient, self._timeout if self.is_main else FETCHING)
+
+    def wait_for_all(self) -> None:
+        """Wait for all processes, however long each takes."""
         if self.size > 1:
             distributed.barrier(self._patient)
 
@@ -143,7 +146,7 @@ class ProcessGroup:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self.size > 1 and error is None:
-            self.wait_patiently()  # no process is the last that writes
+            self.wait_for_main()  # no process is the last that writes
             distributed.destroy_process_group()
             self._finished = True
 

@@ -96,10 +96,10 @@ def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int 
 
 
 def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
-    """Zero the pruned weights in place, to +0.0."""
+    """Zero the pruned weights in place, to +0.0; a kept weight that is -0.0 becomes +0.0, too."""
     for name, mask in masks.items():
         weight = weight_matrix(layers[name])
-        weight.masked_fill_(~mask.to(weight.device), 0.0)
+        weight.masked_fill_(~mask.to(weight.device), 0.0).add_(0.0)
 
 
 def apply_mask(model: nn.Module, file: str | Path, permutation: str | Path | None = None) -> nn.Module:

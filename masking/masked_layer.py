@@ -106,7 +106,7 @@ class MaskedLayer:
 
     def give_back(self, bits: Tensor) -> None:
         """Mask the weight by these bits for good, and have the module use it."""
-        self.weight.masked_fill_(~self.mask_of(bits), 0.0)
+        self.weight.masked_fill_(~self.mask_of(bits), 0.0).add_(0.0)  # a kept -0.0 becomes +0.0, too
         if not self.sharded:
             offload.set_weight(self.module, self.weight.T.contiguous() if is_transposed(self.module) else self.weight)
 

@@ -55,7 +55,7 @@ class MaskedModel:
             pruned = ~Rows.of(modules[name]).own(masks[name]).to(weight.device)
             if keep_dense:
                 self._pruned.append((weight, weight.masked_fill(~pruned, 0.0)))
-            weight.masked_fill_(pruned, 0.0)
+            weight.masked_fill_(pruned, 0.0).add_(0.0)  # a kept -0.0 becomes +0.0, too
         scratch = scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
         self.handles = []  # with a `remove()`, for `finish`

@@ -2,8 +2,12 @@
 
 Minimises ||W X - W' X||^2 over a layer's inputs X, column by column with the inverse Hessian, H = X X^T.
 """
+from utils import UserError
+
 import torch
 from torch import Tensor
+
+import pge
 
 
 def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
@@ -24,14 +28,12 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
             if not failed:
                 return upper
         damp = damp * 10
-    raise ValueError("the Hessian is not positive definite; raise percdamp")
+    raise UserError("a layer's Hessian is not positive definite; raise --percdamp, or give more calibration text")
 
 
 def _kept(weight: Tensor, diagonal: Tensor, n: int) -> Tensor:
     """Keep the n of these m columns whose removal would cost most, w^2 / U_ii^2; `[out, m]` -> bool."""
-    cost = weight.square() / diagonal.square()
-    best = cost.sort(dim=1, descending=True, stable=True).indices[:, :n]
-    return torch.zeros_like(cost, dtype=torch.bool).scatter_(1, best, True)
+    return pge.mode(weight.square() / diagonal.square(), n)
 
 
 def solve(weight: Tensor, hessian: Tensor, pattern: tuple[int, int] | None, sparsity: float = 0.5,

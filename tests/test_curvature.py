@@ -118,6 +118,14 @@ def test_every_layer_is_measured_now_and_then(load, kind, checkpointing):
     assert not torch.equal(measured[EVERY], measured[0])
 
 
+def test_any_seed_can_be_measured_with():
+    masked = one_layer()
+    masked.seed = 2**63 - 1
+    curvature = Curvature(masked, lambda: 1.0)
+    StraightThrough(masked, curvature=curvature).learn(WORDS, 0.1)
+    assert curvature.mean_squares.isfinite().all()
+
+
 def test_what_is_not_finite_is_not_taken_in():
     masked = one_layer()
     curvature = Curvature(masked, lambda: 1.0)

@@ -201,6 +201,18 @@ def test_a_signal_ends_all_processes_after_the_same_step(w, tmp_path):
     assert kill.contents(run) == kill.contents(tmp_path / "whole/run")
 
 
+def test_a_state_may_take_longer_to_write_than_a_process_to_answer(w, tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, sys, time\nsys.path.append(os.getcwd())\nimport train, utils\n"
+        "from training import checkpoint\nsave = checkpoint.save\n"
+        "checkpoint.save = lambda *given: (time.sleep(5), save(*given))\n"
+        "utils.run_script(train.main)\n")
+    flags = f"{FORWARD_ONLY} --batchsize 2 --max_step 2 --checkpoint_every 1 --timeout_s 3"
+    launched = Launched(2, [tmp_path / "script.py", *arguments(w, tmp_path / "run", flags)], tmp_path / "said.txt")
+    assert launched.wait() == 0, launched.said
+    assert (tmp_path / "run/mask.safetensors").exists()
+
+
 def test_masks_that_cannot_be_split_are_refused(w, tmp_path):
     launched = Launched(2, [ROOT / "train.py", *arguments(w, tmp_path / "run", f"{FORWARD_ONLY} --samples 3")],
                         tmp_path / "said.txt")

@@ -59,6 +59,20 @@ def test_documents_end_where_the_model_ends_them(load, models, kind):
     assert generate_text.generate(model, tokenizer, 200, 20) == documents
 
 
+def test_a_model_may_have_several_ends(load, models):
+    """Those of its generation_config count beside the tokenizer's."""
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(models["llama"]), load("llama")
+    set_seed(1)
+    whole = generate_text.generate(model, tokenizer, 50, 20)
+    other = whole[0][3]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    for _ in range(2):
+        set_seed(1)
+        documents = generate_text.generate(model, tokenizer, 50, 20)
+        assert not any(other in tokens for tokens in documents) and len(documents[0]) <= 3
+        assert documents[0] == whole[0][:whole[0].index(other)]
+
+
 def test_documents_go_on_from_passages(load, models, monkeypatch):
     """Each from one of them, as if no longer one were in the same batch, and each about as often."""
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(models["llama"]), load("llama")

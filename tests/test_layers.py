@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from masked import assert_masked, magnitude_masks
+from masked import assert_masked, magnitude_masks, make
 
 from masking.layers import (
     apply_masks,
@@ -132,6 +132,21 @@ def test_apply_masks_zeroes_in_place(kind, load):
     assert storages == [layer.weight.data_ptr() for layer in layers.values()]
     for name, layer in layers.items():
         assert_masked(weight_matrix(layer), dense[name], masks[name])
+
+
+def test_a_kept_weight_that_is_minus_zero_becomes_zero(load):
+    """As small weights do in 16 bits; where a block has fewer than N others, one is kept."""
+    layers = find_layers(load())
+    masks = magnitude_masks(layers)
+    for layer in layers.values():
+        layer.weight.copy_(torch.where(layer.weight < 0.3, -0.0, layer.weight))
+    apply_masks(layers, masks)
+    assert check_sparsity(layers, (2, 4)) < 0.5
+    masked, *_ = make(load())
+    for layer in masked.layers.values():
+        layer.weight.copy_(torch.where(layer.weight < 0.3, -0.0, layer.weight))
+    masked.finish()
+    assert check_sparsity(find_layers(masked.model), (2, 4)) < 0.5
 
 
 def test_check_sparsity(load):

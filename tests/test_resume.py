@@ -142,6 +142,14 @@ def test_changed_settings_are_refused_by_name(stopped):
         train.main(["--resume", str(stopped)])
 
 
+def test_the_step_of_the_state_is_known(stopped, monkeypatch):
+    """So that the last one is saved however little time has gone by."""
+    known = []
+    monkeypatch.setattr(checkpoint.Checkpoints, "due", lambda self, *_, **__: known.append(self.step))
+    train.main(["--resume", str(stopped)])
+    assert known[0] == 3
+
+
 def test_how_long_a_run_waits_may_change(stopped):
     """What was too short to save the model must not be so for ever."""
     train.main(["--resume", str(stopped), "--timeout_s", "1200"])

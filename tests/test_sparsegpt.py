@@ -1,4 +1,6 @@
 """SparseGPT against brute force: the exact least-squares reconstruction of a layer for its mask."""
+from utils import UserError
+
 import pytest
 import torch
 
@@ -107,3 +109,8 @@ def test_dead_inputs_and_singular_hessians(layer):
 def test_m_must_divide(layer):
     with pytest.raises(ValueError, match="does not divide"):
         sparsegpt.solve(layer[0], torch.eye(IN), (2, 5))
+
+
+def test_a_hessian_that_no_damping_mends_is_told():
+    with pytest.raises(UserError, match="raise --percdamp"):
+        sparsegpt.inverse_factor(torch.ones(4, 4), 0.0)

@@ -59,3 +59,10 @@ def test_without_held_out_minibatches_the_last_mask_is_delivered(learn):
     assert not any("heldout" in line for line in run.metrics)
     for name, logits in run.logits.items():
         assert torch.equal(run.masks[name].view(-1, 4), pge.mode(logits, 2))
+
+
+def test_m0_is_the_first_even_where_all_logits_are_the_same(load):
+    masked, m0, _ = make(load(), magnitude=0.0)
+    best = validation.Validation(masked, torch.arange(40).view(1, 2, 20) % 32, ProcessGroup())
+    best.evaluate(0)
+    assert same(masked.finish(best.bits), m0)

@@ -5,8 +5,8 @@
 
 A state is written beside, synced and renamed, and only then is the oldest one removed. One that is torn or damaged all
 the same is told by its checksum, and the one before it is used. Random numbers are hashes of the step
-(masking/random_bits.py), so that they need a count and no state; torch's own generators are saved for models that draw
-some.
+(masking/random_bits.py), so that they need a count and no state; torch's generator for the CPU is saved for models that
+draw some.
 """
 import hashlib
 import json

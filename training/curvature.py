@@ -91,7 +91,8 @@ class Curvature:
 
     def _drawn(self, logits: Tensor, sequences: Tensor) -> Tensor:
         """Sequences whose every next token the model has drawn itself; its random numbers are those of this step."""
-        generator = torch.Generator(logits.device).manual_seed(self.masked.seed * 1_000_003 + self.masked.steps)
+        seed = (self.masked.seed * 1_000_003 + self.masked.steps) % 2**63
+        generator = torch.Generator(logits.device).manual_seed(seed)
         drawn = [torch.multinomial(some[:-1].float().softmax(-1), 1, generator=generator).T for some in logits]
         return torch.cat([sequences[:, :1].to(logits.device), torch.cat(drawn)], 1)
 

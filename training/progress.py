@@ -158,12 +158,11 @@ class Run:
                 self._bar.update()
                 due = self.group.is_main and self.checkpoints.due(self.step, self._elapsed_s(),
                                                                   last=self.progress == 1.0)
-                if self.sharded:  # all give their parts of the state
-                    due = self.group.all_gather([float(bool(due))])[0][0]
+                due = self.group.all_gather([float(bool(due))])[0][0]  # as the main process says
                 if due or self._stopped_by:
                     self.save()
+                    self.group.wait_for_main()  # writing may take longer than a process may take to answer
                 if self._stopped_by:
-                    self.group.wait_patiently()  # a launcher stops the others when one has left
                     self.group.log(f"stopped after step {self.step}, with its state saved")
                     sys.exit(128 + self._stopped_by)
         self.signals.deferred = False
@@ -204,8 +203,8 @@ class Run:
         saved = ""
         if self.folder.metrics:
             self.save()
-            self.group.wait_patiently()
-            saved = f"; nothing has moved since step {begin - 1}, and that is saved"
+            self.group.wait_for_main()
+            saved = "; the state is saved"
         raise UserError(f"the loss is {loss} at step {begin} and at all up to step {self.step}; lower --lr, or use "
                         f"--dtype bfloat16 if the model overflows in its dtype{saved}")
 
@@ -251,7 +250,7 @@ class Run:
         with self.group.main_before_others():
             if saved:
                 self._restore(saved)
-            self.checkpoints.saved_at = self.position.seconds
+            self.checkpoints.step, self.checkpoints.saved_at = self.position.step, self.position.seconds
             self.folder.open_logs(self.position.metrics_bytes, self.position.layers_bytes)
             if self.folder.is_resumed:
                 self.group.log(f"going on after step {self.step} of {self.folder.path}")

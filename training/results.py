@@ -35,7 +35,7 @@ def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Ru
     final = masked.finish(validation.bits)
     if not group.is_main:
         if masked.is_sharded and not skip_checkpoint:
-            group.wait_patiently()
+            group.wait_for_main()
             save_sharded(inputs.model, folder.path, is_main=False)  # give this process's rows
         return
     if logits:
@@ -46,7 +46,7 @@ def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Ru
     if not skip_checkpoint:
         with atomic_write(folder.path / "checkpoint") as sparse_model:
             if masked.is_sharded:
-                group.wait_patiently()
+                group.wait_for_main()
                 save_sharded(inputs.model, sparse_model, is_main=True)
             else:
                 inputs.model.save_pretrained(sparse_model)

@@ -238,7 +238,10 @@ class RunFolder:
 def lock(folder: Path) -> TextIO:
     """The folder's lock, an open file; UserError where a living process holds it."""
     while True:
-        file = open(folder / "lock", "a+")
+        try:
+            file = open(folder / "lock", "a+")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); resume a copy of it that can be")
         if fcntl is None:
             return file
         try:

@@ -127,7 +127,7 @@ class StraightThrough:
         """Forward and backward of the masked model on int64 `[sequences, tokens]`; returns the loss, f(m_t * w), nats.
 
         The logits have moved when it returns, by `size` in all, and the next masks are due in the next forward pass.
-        A loss that is not finite moves nothing; of several microbatches, the finite ones before it have moved.
+        A loss that is not finite moves nothing; of several microbatches, the finite ones have moved.
         """
         parts = batch.to(input_device(self.masked.model)).split(self.microbatch)
         self.size, self.keys = size / len(parts), self.masked.keys()

@@ -35,7 +35,8 @@ class Validation:
             self.group.check_same(self.masked.checksum(), "the logits")
         if not self.has_text:
             return None
-        bits = self.masked.mode_bits()
+        bits = self.masked.mode_bits() if step else {  # m0 itself, also with logits that are all 0
+            name: layer.bits.clone() for name, layer in self.masked.layers.items()}
         with self.masked.use_masks(bits):
             losses = [batch_loss(self.masked.model, batch, self.microbatch) for batch in self.heldout]
         loss = fmean(self.group.all_gather(losses)[0]) if self.masked.is_sharded else self.group.mean(losses)
