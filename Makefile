@@ -5,7 +5,8 @@ VENV ?= .venv
 TRANSFORMERS ?=
 TORCH_INDEX ?=
 DEMO_FLAGS ?=
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(INDEX)
 
 .PHONY: test test-oldest demo lint reproduce-env clean
 test: $(VENV)/.test-ready
@@ -28,13 +29,11 @@ reproduce-env: .venv-lock/.ready
 
 .venv-lock/.ready: requirements-lock.txt
 	$(PYTHON) -m venv .venv-lock
-	$(if $(TORCH_INDEX),.venv-lock/bin/python -m pip install --quiet --index-url $(TORCH_INDEX) torch)
-	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lock.txt
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check $(INDEX) -r requirements-lock.txt
 	touch $@
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
 	$(PIP) -r requirements.txt $(TRANSFORMERS)
 	touch $@
 
@@ -49,4 +48,4 @@ $(VENV)/.demo-ready: $(VENV)/.ready requirements-demo.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* demo/run results
+	rm -rf .venv .venv-* demo/run

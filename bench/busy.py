@@ -29,6 +29,7 @@ BUSY = "x = 1\nwhile True: x = x * 3 % 1000003"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
+    parser.set_defaults(device="cpu")  # that is what it measures
     parser.add_argument("--measure", action="store_true", help="in this process, as its environment says")
     return parser.parse_args(argv)
 

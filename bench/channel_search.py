@@ -31,6 +31,7 @@ N, M = 2, 4
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
+    parser.set_defaults(device="cpu")  # that is what it measures
     parser.add_argument("--model", default="demo/model", help="folder of a causal LM")
     parser.add_argument("--layers", default="3,15,27", help="decoder layers, by commas")
     parser.add_argument("--steps", default="10,20,40,80", help="by commas")

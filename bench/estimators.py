@@ -28,6 +28,7 @@ from estimator_runs import Point, Problem, RunsFile
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
+    parser.set_defaults(device="cpu")  # seconds are the processor's
     parser.add_argument("--model", default="demo/small", help="folder that bench/small_model.py wrote")
     parser.add_argument("--passes", type=int, default=480, help="forward passes of a run")
     parser.add_argument("--seeds", type=int, default=3)
@@ -77,7 +78,7 @@ def compare_patterns(args: argparse.Namespace, kept: RunsFile) -> list[dict]:
     for pattern in PATTERNS:
         problem, name = Problem(args.model, pattern, args.windows, args.device), f"{pattern[0]}:{pattern[1]}"
         losses = [kept.get(problem, f"the preset, {name}", PRESET, args.passes, seed, args.num_evals)[-1].loss
-                  for seed in range(args.seeds)]
+                  for seed in range(args.seed, args.seed + args.seeds)]
         gained = problem.m0_loss - statistics.mean(losses)
         rows.append({"N:M": name, "dense": f"{problem.dense_loss:.4f}", "m0": f"{problem.m0_loss:.4f}",
                      "the preset": mean_and_deviation(losses), "passes": args.passes, "seeds": args.seeds,
@@ -95,9 +96,9 @@ def planned_rows(passes: int, long: int, parts: str) -> dict[str, tuple[dict, in
 
 def compare_estimators(args: argparse.Namespace, kept: RunsFile) -> list[dict]:
     """The table's rows of the estimators; --figure draws them."""
-    planned = planned_rows(args.passes, args.long, args.rows)
+    planned, seeds = planned_rows(args.passes, args.long, args.rows), range(args.seed, args.seed + args.seeds)
     problem = Problem(args.model, (2, 4), args.windows, args.device)
-    curves = {name: [kept.get(problem, name, *plan, seed, args.num_evals) for seed in range(args.seeds)]
+    curves = {name: [kept.get(problem, name, *plan, seed, args.num_evals) for seed in seeds]
               for name, plan in planned.items()}
     short = {name: curves[name] for name, (_, passes) in planned.items() if passes == args.passes} or curves
     limit_s = min(points[-1].seconds for runs in short.values() for points in runs)

@@ -19,6 +19,7 @@ import gpu_kernels
 import gpu_models
 import gpu_runs
 import torch
+from gpu_runs import WRONG
 
 from files.records import write_json
 
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:  # whatever it is, the rows that are left are worth having
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             rows.append({"what": "failed", "error": reason})
+            failed.append(name)
+        if any(value in WRONG for row in rows for value in row.values()):
             failed.append(name)
         common.print_table(rows)
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)

@@ -1,5 +1,6 @@
 """Rows of gpu.py about whole models: seconds, memory and waiting of a step, and methods that run before learning."""
 import argparse
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ def _model(args: argparse.Namespace) -> tuple[nn.Module, str]:
     shape = "tiny" if args.quick else "llama2-7b" if args.device.startswith("cuda") else "smollm2-135m"
     dtype = torch.float16 if args.device.startswith("cuda") else torch.bfloat16
     if args.device.startswith("cuda"):
+        gc.collect()  # a model goes with its cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return common.random_llama(shape, args.device, dtype, args.seed), shape

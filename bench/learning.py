@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             for name, model in (("dense", dense), ("m0 (Wanda)", m0))]
     for name in names:
         runs = [learn(copy.deepcopy(dense), masks, batches, baselines, heldout, steps, seed, **ROWS[name])
-                for seed in range(seeds)]
+                for seed in range(args.seed, args.seed + seeds)]
         rows.append({"setting": name, "steps": steps, "seeds": seeds, **{
             column: f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if seeds > 1 else 0:.4f}"
             for column, values in zip(COLUMNS, zip(*runs))}})

@@ -153,7 +153,10 @@ def used_bytes(shape: str, way: str, logits_dtype: str, device: str, dtype: torc
     with ProcessGroup(device) as group:
         prepare_learning("tiny", way, logits_dtype, device, dtype, group)()  # loads what is loaded at first use
         base = present_bytes(device)
-        return most_bytes(prepare_learning(shape, way, logits_dtype, device, dtype, group), device) - base
+
+        def learn() -> None:  # with the swaps
+            prepare_learning(shape, way, logits_dtype, device, dtype, group)()
+        return most_bytes(learn, device) - base
 
 
 def measured_bytes(shape: str, way: str, logits_dtype: str = "float32", device: str = "cpu", processes: int = 1) -> int:

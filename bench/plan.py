@@ -227,9 +227,9 @@ def described(name: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
 
 
-def check(shapes: list[str], sqlen: int, m: int) -> list[dict]:
-    """Rows of the memory that is predicted and used, on the CPU."""
-    rows, settings = [], Settings(batchsize=8, microbatch=8, sqlen=sqlen, m=m, logits_dtype="float32")
+def check(shapes: list[str]) -> list[dict]:
+    """Rows of the memory that is predicted and used, on the CPU, by what bench/memory.py runs."""
+    rows, settings = [], Settings(batchsize=8, microbatch=8, sqlen=128, m=4, logits_dtype="float32")
     for shape in shapes:
         size = ModelSize.of(described(shape))
         for way, gradients in (("forward-only", False), ("straight_through, checkpointing, distillation", True)):
@@ -245,8 +245,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.check:
         shapes = ["smollm2-135m"] if args.quick else ["smollm2-135m", "llama3.2-1b"]
-        common.report(check(shapes, args.sqlen, args.m), args, "8 sequences of 128 tokens, bfloat16 weights, float32 "
-                                                               "logits, resident memory over that of the libraries")
+        args.device = "cpu"
+        common.report(check(shapes), args, "8 sequences of 128 tokens, 2:4, bfloat16 weights, float32 logits, resident "
+                                           "memory over that of the libraries")
         return
     size, sheet = ModelSize.of(described(args.model)), DEVICES[args.gpu]
     rates = Rates(**{**sheet, "flops": args.matmul * sheet["flops"], "bandwidth": args.bandwidth * sheet["bandwidth"]},

@@ -37,6 +37,7 @@ WINDOWS = 256  # of 128 bytes: the first are reported, the next are what rates a
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
+    parser.set_defaults(device="cpu")  # seconds are the processor's
     parser.add_argument("--model", default="demo/small", help="folder that bench/small_model.py wrote")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="forward passes of a run, by commas")
     parser.add_argument("--seeds", type=int, default=3)
@@ -106,8 +107,9 @@ def state_bytes(problem: Problem, setting: dict) -> float:
     masked = MaskedModel(problem.fresh_model(), problem.masks, LinearSpace(*problem.pattern), setting["logits"],
                          mode="eager")
     held = [tensor for layer in masked.layers.values() for tensor in (*layer.logits, layer.bits)]
-    normalize = setting.get("normalize_gradient", "layer")
-    held += GRADIENTS[setting["learner"]](masked, normalize=normalize).normalization.state().values()
+    learner = GRADIENTS[setting["learner"]](masked, normalize=setting.get("normalize_gradient", "layer"))
+    learner.learn(batch, 0.0)
+    held += [*learner.normalization.state().values(), *getattr(learner, "means", {}).values()]
     return sum(tensor.nbytes for tensor in held) / sum(mask.numel() for mask in problem.masks.values())
 
 

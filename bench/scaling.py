@@ -44,6 +44,7 @@ WORDS = "the a cat dog horse bird watches follows hears avoids small old quiet r
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
+    parser.set_defaults(device="cpu")  # that is what it measures
     parser.add_argument("--count", action="store_true", help="under torchrun: print the collectives of a step only")
     return parser.parse_args(argv)
 

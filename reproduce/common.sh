@@ -41,7 +41,7 @@ fi
 # the sequential pass: later layers are calibrated on the pruned earlier ones, as in Wanda's and SparseGPT's own code
 calibration=(--dataset "$TRAIN_TEXT" --nsamples "$NSAMPLES" --seqlen "$CALIBRATION_SEQLEN" --true_sequential)
 rows=() planned=" "  # the table's records; outputs made or, with DRY=1, printed by now
-SEED=0  # of the draws of `learned`
+: "${SEED:=0}"  # of the draws of `learned`
 
 stop() {
     echo "error: $*" >&2

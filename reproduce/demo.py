@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils import UserError, environment, fast_dtype, run_script
+from utils import UserError, default_device, environment, fast_dtype, run_script
 
 import torch
 import transformers
@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None) -> None:
                *(["--sparsity_type", "2:4"] if name != "dense" else []), "--save", work / f"{name}.json")
     script("plot.py", work / "fast", work / "paper", "--out", work / "learning")
 
-    print(f"\nSmolLM2-135M, 2:4, {str(fast_dtype('cpu')).removeprefix('torch.')} on {environment()['hardware']}; "
-          f"{time.time() - started:.0f} s in all\n")
+    dtype = str(fast_dtype(default_device())).removeprefix("torch.")
+    print(f"\nSmolLM2-135M, 2:4, {dtype} on {environment()['hardware']}; {time.time() - started:.0f} s in all\n")
     print("| mask | held-out perplexity | steps | seconds to make | peak memory (GiB) |")
     print("|---|---|---|---|---|")
     for name, label in LABELS.items():

@@ -14,7 +14,8 @@ text, with their right answers: give none that --task_file has. reproduce/articl
 written and made up for this, in the manner of WikiText: its kinds of subject, its headings, its spaces between words.
 WIKITEXT is a text file; perplexity is of 64 windows of 512 tokens. The table has the mean ± deviation over seeds; the
 gap is that in log perplexity (or accuracy) between dense and the Wanda mask of the given model; minutes are
-the median that a run's scripts took for text, order, Wanda and learning, whatever else the machine did.
+the median that a run's scripts took for text, order, Wanda and learning, whatever else the machine did; of learning
+that was interrupted, the part since then.
 
 What is made stays in --out, so that a run that was interrupted goes on, and further texts, seeds and steps are added.
 """
@@ -88,12 +89,12 @@ def evaluated(kept: Kept, args: argparse.Namespace, name: str, model: Path, mask
     found = {}
     base = ["evaluate.py", "--model", model, "--dtype", "auto", *(["--mask", mask] if mask else [])]
     for text in args.ppl:
-        record = f"{name}.{Path(text).stem}.json"
+        record = f"{name}.{Path(text).stem}-{args.windows}.json"
         kept.make(record, *base, "--ppl", text, "--seqlen", 512, "--nwindows", args.windows, "--save",
                   kept.folder / record)
         found[f"perplexity, {Path(text).stem}"] = json.loads((kept.folder / record).read_text())["nats"]
     if args.task_file:
-        record = f"{name}.tasks.json"
+        record = f"{name}.{'+'.join(Path(file).stem for file in args.task_file)}.json"
         kept.make(record, *base, "--ppl", "none", "--task_file", *args.task_file, "--save", kept.folder / record)
         found["accuracy (%)"] = 100 * json.loads((kept.folder / record).read_text())["mean_acc"]
     return found
@@ -140,7 +141,10 @@ def mean_and_deviation(values: list[float], write: Callable[[float], float] = fl
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if not (MODEL).exists():
+    for files in (args.ppl, args.task_file, args.questions):
+        if len({Path(file).stem for file in files}) < len(files):
+            raise UserError("two of these files have one name, which what is made from them goes by; rename one")
+    if not MODEL.exists():
         raise UserError(f"there is no {MODEL}; `make demo DEMO_FLAGS=--quick` makes it")
     kept = Kept((ROOT / args.out).resolve())
     dense = evaluated(kept, args, "dense", MODEL, None)

@@ -250,7 +250,10 @@ def test_learning_that_is_killed_and_resumed(w, tmp_path, record, same_rounding,
 
 @pytest.mark.parametrize("name", PRUNE)
 def test_pruning(w, tmp_path, record, same_rounding, name):
-    check(prune(w, tmp_path / "out", PRUNE[name]), record["prune"][name], same_rounding)
+    found = prune(w, tmp_path / "out", PRUNE[name])
+    if not same_rounding:
+        pytest.skip("this machine rounds otherwise than the record's, and weights have no looser comparison")
+    assert found == record["prune"][name]
 
 
 @pytest.mark.parametrize("name", EXIT_CODES)
