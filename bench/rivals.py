@@ -150,7 +150,6 @@ def compare(args: argparse.Namespace, kept: RunsFile, planned: dict[str, dict]) 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.set_flush_denormal(True)  # MaskLLM's soft masks end in denormal numbers, each of which costs a CPU a detour
     rows = STUDY if args.study else ROWS
     planned = {name: rows[name] for name in common.chosen(rows, args.rows)}
     table = (sweep if args.sweep else compare)(args, RunsFile(args.runs), planned)
@@ -159,4 +158,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
     run_script(main)
