@@ -111,7 +111,7 @@ def learn(args: Namespace, folder: RunFolder, group: ProcessGroup, signals: Stop
     baseline = setup.make_baseline(inputs, masked, args.microbatch)
     validation = Validation(masked, heldout, group, args.microbatch)
     run = Run(folder, group, signals, validation, len(batches), width=1 if args.samples > 1 else group.size,
-              sharded=masked.is_sharded, **arguments_of(Run, args))
+              **arguments_of(Run, args))
     learner = make_learner(args, masked, batches, baseline, group, run)
     if not run.restore(saved, masked=masked, learner=learner, validation=validation):
         setup.start(run, masked, validation, batches, group, args.init, args.logits)

@@ -95,11 +95,16 @@ def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int 
     return found
 
 
+def zero_weights(weight: Tensor, pruned: Tensor) -> None:
+    """Zero these weights in place, to +0.0; a kept one that is -0.0 becomes +0.0, too. Both `[out, in]`."""
+    weight.masked_fill_(pruned, 0.0).add_(0.0)
+
+
 def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
-    """Zero the pruned weights in place, to +0.0; a kept weight that is -0.0 becomes +0.0, too."""
+    """Zero the pruned weights in place, see `zero_weights`."""
     for name, mask in masks.items():
         weight = weight_matrix(layers[name])
-        weight.masked_fill_(~mask.to(weight.device), 0.0).add_(0.0)
+        zero_weights(weight, ~mask.to(weight.device))
 
 
 def apply_mask(model: nn.Module, file: str | Path, permutation: str | Path | None = None) -> nn.Module:

@@ -10,7 +10,7 @@ from masking import offload
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import chunk_of
 from masking.kernels import Kernels
-from masking.layers import is_transposed, weight_matrix
+from masking.layers import is_transposed, weight_matrix, zero_weights
 from masking.sharding import Rows, Shard, own_weight
 
 SAMPLE = 4096  # blocks of a layer, at least, that statistics are taken from, where it has so many
@@ -106,7 +106,7 @@ class MaskedLayer:
 
     def give_back(self, bits: Tensor) -> None:
         """Mask the weight by these bits for good, and have the module use it."""
-        self.weight.masked_fill_(~self.mask_of(bits), 0.0).add_(0.0)  # a kept -0.0 becomes +0.0, too
+        zero_weights(self.weight, ~self.mask_of(bits))
         if not self.sharded:
             offload.set_weight(self.module, self.weight.T.contiguous() if is_transposed(self.module) else self.weight)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from masking import offload
 from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
-from masking.layers import find_layers, match_masks
+from masking.layers import find_layers, match_masks, zero_weights
 from masking.masked_layer import MaskedLayer, scratch_buffers
 from masking.random_bits import layer_keys
 from masking.sharding import MaskedRows, Rows, Shard, own_weight
@@ -55,7 +55,7 @@ class MaskedModel:
             pruned = ~Rows.of(modules[name]).own(masks[name]).to(weight.device)
             if keep_dense:
                 self._pruned.append((weight, weight.masked_fill(~pruned, 0.0)))
-            weight.masked_fill_(pruned, 0.0).add_(0.0)  # a kept -0.0 becomes +0.0, too
+            zero_weights(weight, pruned)
         scratch = scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
         self.handles = []  # with a `remove()`, for `finish`

@@ -110,11 +110,10 @@ class Run:
     """
 
     def __init__(self, folder: RunFolder, group: ProcessGroup, signals: StopSignals, validation: Validation,
-                 minibatches: int, width: int, epoch: int, max_step: int, max_minutes: float | None, num_evals: int,
-                 sharded: bool = False):
+                 minibatches: int, width: int, epoch: int, max_step: int, max_minutes: float | None, num_evals: int):
         self.folder, self.group, self.signals = folder, group, signals
         self.checkpoints, self.validation = folder.checkpoints, validation
-        self.minibatches, self.width, self.sharded = minibatches, width, sharded
+        self.minibatches, self.width = minibatches, width
         self.passes, self.max_step, self.num_evals = epoch * minibatches, max_step, num_evals
         self.max_s = 60 * (max_minutes or math.inf)
         self.position, self.parts = Position(), {}
