@@ -28,6 +28,7 @@ ROWS = {
         **TUNED, 2500: dict(lr=3.6, batchsize=16)}),
     "STE on scores + Adam + KD": STE,
     "STE on scores + Adam + KD 0.5": dict(STE, distill=0.5),
+    "STE on scores + Adam": dict(STE, distill=0.0),
     "MaskLLM": dict(MASKLLM, distill=0.0, tuned={**MASKLLM["tuned"], 640: dict(lr=6e-4)}),
     "MaskLLM + KD": MASKLLM,
     "MaskLLM + KD 0.5": dict(MASKLLM, distill=0.5),
