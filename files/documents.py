@@ -17,8 +17,6 @@ from pathlib import Path
 
 from utils import UserError
 
-import datasets
-
 from files import text_files
 
 READERS = {".jsonl": text_files.json_rows, ".json": text_files.json_rows, ".jsonl.gz": text_files.json_rows,
@@ -103,6 +101,7 @@ def _hub_arguments(dataset: str) -> dict:
 
 
 def _loaded(path: str, **arguments):
+    import datasets  # takes a second, which a local file need not wait for
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
     return datasets.load_dataset(path, verification_mode="no_checks", **arguments)  # one shard is not all a card lists
 
