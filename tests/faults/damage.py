@@ -134,7 +134,8 @@ def _zipped(members, method=zipfile.ZIP_STORED) -> bytes:
     with warnings.catch_warnings(), zipfile.ZipFile(target, "w", method) as archive:
         warnings.simplefilter("ignore")  # of names that come twice
         for name, content in members:
-            archive.writestr(name.encode("utf-8", "replace").decode() or "x", content)
+            member = zipfile.ZipInfo(name.encode("utf-8", "replace").decode() or "x")  # dated 1980: the same bytes always
+            archive.writestr(member, content, method)
     return target.getvalue()
 
 
@@ -241,7 +242,7 @@ def gzip_bomb(raw, rng):
 
 def other_text(raw, rng):
     """Damaged before it was packed."""
-    return gzip.compress(rng.choice((*BYTES, edited_json))(gzip.decompress(raw), rng), 1)
+    return gzip.compress(rng.choice((*BYTES, edited_json))(gzip.decompress(raw), rng), 1, mtime=0)
 
 
 GZIP = (other_text, other_text, gzip_bomb)
