@@ -1,40 +1,83 @@
-"""Commands that run in several processes under torchrun, as a user starts them."""
+"""Commands that run in several processes, as torchrun starts them; but forked from one that has imported torch.
+
+A new interpreter takes seconds to import torch and transformers. Here multiprocessing's fork server does it once, and
+forks; in the fork runs torchrun's own agent, which forks the processes. What torchrun itself makes of a command is
+tests/test_same_bits.py's, and a user's.
+"""
+import multiprocessing
 import os
-import subprocess
+import runpy
+import signal
 import sys
+import time
+import uuid
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "torch.distributed.launcher.api"])
 
 
 class Launched:
-    """A command in so many processes, under torchrun."""
+    """A command, a script and its flags, in so many processes; both streams of all go to `log`."""
 
-    def __init__(self, processes: int, command: list[str], log: Path):
+    def __init__(self, processes: int, command: list, log: Path):
         self.log = log
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with open(log, "w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                 *map(str, command)], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        log.write_text("")
+        self.process = FORKS.Process(target=launch, args=(processes, [str(word) for word in command], log))
+        self.process.start()
 
     def wait(self) -> int:
         try:
-            return self.process.wait(timeout=120)
+            assert wait([self.process.sentinel], timeout=120), self.said
+            self.process.join()
+            return self.process.exitcode
         finally:
             self.process.kill()
+
+    def wait_until(self, condition) -> None:
+        """Condition of no argument; an error where the command ends before it holds."""
+        for _ in range(600):
+            if condition():
+                return
+            assert self.process.exitcode is None, self.said
+            time.sleep(0.1)
+        raise AssertionError(self.said)
+
+    def send_signal(self, number: int) -> None:
+        """To torchrun's agent, which passes it on."""
+        os.kill(self.process.pid, number)
 
     @property
     def said(self) -> str:
         return self.log.read_text()
 
     def pid_of(self, rank: int) -> int:
-        """The process that torchrun has started as that rank."""
-        for status in Path("/proc").glob("[0-9]*/status"):
-            try:
-                if (f"PPid:\t{self.process.pid}\n" in status.read_text()
-                        and f"\0RANK={rank}\0" in (status.parent / "environ").read_text()):
-                    return int(status.parent.name)
-            except OSError:
-                pass  # ended meanwhile
-        raise AssertionError(f"no process of rank {rank}: {self.said}")
+        return int(pid_file(self.log, rank).read_text())
+
+
+def pid_file(log: Path, rank: int | str) -> Path:
+    return log.with_name(f"{log.name}.{rank}")
+
+
+def launch(processes: int, command: list[str], log: Path) -> None:
+    """What `torchrun --standalone` does, in the fork."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.chdir(ROOT)
+    elastic_launch(LaunchConfig(1, 1, processes, run_id=str(uuid.uuid4()), rdzv_backend="c10d", start_method="fork",
+                                rdzv_endpoint="localhost:0", max_restarts=0), run)(command, log)
+
+
+def run(command: list[str], log: Path) -> None:
+    """What python does with a script, in one of the processes."""
+    import torch
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's own came with the fork
+    torch.set_num_threads(1)
+    pid_file(log, os.environ["RANK"]).write_text(str(os.getpid()))
+    sys.argv = command
+    sys.path[:0] = [str(Path(command[0]).parent), str(ROOT)]
+    runpy.run_path(command[0], run_name="__main__")

@@ -1,4 +1,4 @@
-"""train.py in several processes, started by torchrun as a user would: the bits of one process, and no run is lost.
+"""train.py in several processes, as torchrun starts them: the bits of one process, and no run is lost.
 
 What the processes tell one another is held against one process that does the same work alone.
 """
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 from utils import UserError
@@ -49,15 +48,6 @@ def learn(processes: int, w: Path, out: Path, flags: str, without: str = "") -> 
     return out
 
 
-def wait_for(condition, launched: Launched) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        assert launched.process.poll() is None, launched.said
-        time.sleep(0.1)
-    raise AssertionError(launched.said)
-
-
 def steps_of(out: Path) -> int:
     log = out / "metrics.jsonl"
     return log.read_text().count("\n") if log.exists() else 0
@@ -66,7 +56,7 @@ def steps_of(out: Path) -> int:
 def killed(w: Path, run: Path, flags: str) -> Launched:
     """A run of two processes, the second of which was killed at work."""
     launched = Launched(2, [ROOT / "train.py", *arguments(w, run, flags)], w / "said.txt")
-    wait_for(lambda: steps_of(run) > 3, launched)
+    launched.wait_until(lambda: steps_of(run) > 3)
     os.kill(launched.pid_of(1), signal.SIGKILL)
     assert launched.wait() != 0
     return launched
@@ -178,10 +168,10 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(w, tmp_path):
 def test_a_process_that_hangs_is_reported(w, tmp_path):
     flags = f"{FORWARD_ONLY} --batchsize 2 --max_step 100000 --epoch 100000 --checkpoint_every 1 --timeout_s 4"
     launched = Launched(2, [ROOT / "train.py", *arguments(w, tmp_path / "run", flags)], tmp_path / "said.txt")
-    wait_for(lambda: steps_of(tmp_path / "run") > 3, launched)
+    launched.wait_until(lambda: steps_of(tmp_path / "run") > 3)
     hanging = launched.pid_of(1)
     os.kill(hanging, signal.SIGSTOP)
-    wait_for(lambda: "error: process 0 has lost another, which has ended or hangs" in launched.said, launched)
+    launched.wait_until(lambda: "error: process 0 has lost another, which has ended or hangs" in launched.said)
     os.kill(hanging, signal.SIGKILL)
     assert launched.wait() != 0
     assert f"go on with: python train.py --resume {tmp_path}/run" in launched.said
@@ -191,8 +181,8 @@ def test_a_signal_ends_all_processes_after_the_same_step(w, tmp_path):
     flags = f"{GRADIENTS} --batchsize 2 --max_step 40 --epoch 100 --checkpoint_every 10m"
     run = tmp_path / "stopped/run"
     launched = Launched(2, [ROOT / "train.py", *arguments(w, run, flags)], tmp_path / "said.txt")
-    wait_for(lambda: steps_of(run) > 3, launched)
-    launched.process.send_signal(signal.SIGTERM)
+    launched.wait_until(lambda: steps_of(run) > 3)
+    launched.send_signal(signal.SIGTERM)
     assert launched.wait() != 0
     assert f"stopped after step {steps_of(run)}, with its state saved" in launched.said
     resumed = Launched(2, [ROOT / "train.py", "--resume", run], tmp_path / "said.txt")
@@ -286,8 +276,8 @@ def test_a_run_of_sharded_layers_goes_on_with_any_number_of_processes(w, tmp_pat
     assert again.wait() == 0, again.said
     assert kill.contents(run) == kill.contents(learn(2, w, tmp_path / "whole/run", flags))
     three = Launched(3, [ROOT / "train.py", "--resume", tmp_path / "others"], tmp_path / "again.txt")
-    wait_for(lambda: steps_of(tmp_path / "others") > done, three)
-    three.process.send_signal(signal.SIGTERM)
+    three.wait_until(lambda: steps_of(tmp_path / "others") > done)
+    three.send_signal(signal.SIGTERM)
     assert three.wait() != 0
     train.main(["--resume", str(tmp_path / "others")])
     assert steps_of(tmp_path / "others") == 16
