@@ -134,7 +134,7 @@ def _zipped(members, method=zipfile.ZIP_STORED) -> bytes:
     with warnings.catch_warnings(), zipfile.ZipFile(target, "w", method) as archive:
         warnings.simplefilter("ignore")  # of names that come twice
         for name, content in members:
-            member = zipfile.ZipInfo(name.encode("utf-8", "replace").decode() or "x")  # dated 1980: the same bytes always
+            member = zipfile.ZipInfo(name.encode("utf-8", "replace").decode() or "x")  # dated 1980, always
             archive.writestr(member, content, method)
     return target.getvalue()
 
