@@ -50,7 +50,8 @@ def parser(docstring: str) -> argparse.ArgumentParser:
 def chosen(names: Iterable[str], parts: str) -> list[str]:
     """The names that contain one of the parts, which are separated by commas; all of them if there is no part. A part
     that is a whole name stands for that one alone. UserError where a name is wanted and none is found."""
-    wanted, names = [part for part in parts.split(",") if part], list(names)
+    names = list(names)
+    wanted = [parts] if parts in names else [part for part in parts.split(",") if part]  # a name may have commas, too
     found = [name for name in names
              if not wanted or any(part == name or (part not in names and part in name) for part in wanted)]
     if not found:
