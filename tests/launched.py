@@ -14,6 +14,9 @@ import uuid
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "torch.distributed.launcher.api"])
@@ -63,7 +66,6 @@ def pid_file(log: Path, rank: int | str) -> Path:
 
 def launch(processes: int, command: list[str], log: Path) -> None:
     """What `torchrun --standalone` does, in the fork."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
@@ -74,7 +76,6 @@ def launch(processes: int, command: list[str], log: Path) -> None:
 
 def run(command: list[str], log: Path) -> None:
     """What python does with a script, in one of the processes."""
-    import torch
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's own came with the fork
     torch.set_num_threads(1)
     pid_file(log, os.environ["RANK"]).write_text(str(os.getpid()))
