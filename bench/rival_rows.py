@@ -4,7 +4,7 @@ KD: the loss compares with the dense model's predictions; KD 0.5: in this share,
 learner: a key of `rival_methods.RIVALS`, or of `estimator_runs.GRADIENTS` with the settings of estimator_rows.py.
 tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: the preset and
 MaskLLM + KD at all budgets, STE at 160 and 640, SR-STE and ProxSparse (its strength too) at 160. What was
-tried is in docs/beyond_the_paper.md; the rest are first guesses.
+tried is in docs/rivals.md; the rest are first guesses.
 """
 from estimator_rows import PRESET, SOFT, SWAPS
 
@@ -14,7 +14,7 @@ RATES = {"straight_through": (1.2, 1.8, 2.5, 3.6), "momentum": (0.3, 0.5, 0.8), 
          "scores_ste": (0.005, 0.01, 0.02, 0.04), "sr_ste": (3e-4, 1e-3, 3e-3), "proxsparse": (3e-4, 1e-3, 3e-3)}
 TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16), 10000: dict(lr=2.5, batchsize=32)}
 TUNED_SOFT = {160: dict(lr=1.5, soft=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16),
-              10000: dict(lr=2.0, batchsize=32)}
+              10000: dict(lr=2.0, logits=0.5, batchsize=32)}
 TUNED_TEXT = {160: dict(lr=1.5, soft=False), 640: dict(lr=2.0, logits=1.0),  # soft masks without KD
               2500: dict(lr=2.0, logits=0.5, batchsize=16), 10000: dict(lr=2.0, logits=0.5, batchsize=32)}
 STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
