@@ -3,8 +3,8 @@
 KD: the loss compares with the dense model's predictions; KD 0.5: in this share, and in the rest with the text.
 learner: a key of `rival_methods.RIVALS`, or of `estimator_runs.GRADIENTS` with the settings of estimator_rows.py.
 tuned: what differs by budget, from the budget named on. Swept with --sweep, RATES and their neighbours: the preset and
-MaskLLM + KD at all budgets, STE at 160 and 640, SR-STE and ProxSparse (its strength too) at 160. What was
-tried is in docs/rivals.md; the rest are first guesses.
+MaskLLM + KD up to 2500 passes, MaskLLM from 2500 on, STE at 160 and 640, SR-STE and ProxSparse (its strength, too) at
+160. What was tried is in docs/rivals.md; the rest are first guesses.
 """
 from estimator_rows import PRESET, SOFT, SWAPS
 
@@ -31,7 +31,8 @@ ROWS = {
     "STE on scores + Adam + KD": STE,
     "STE on scores + Adam + KD 0.5": dict(STE, distill=0.5),
     "STE on scores + Adam": dict(STE, distill=0.0),
-    "MaskLLM": dict(MASKLLM, distill=0.0, tuned={**MASKLLM["tuned"], 640: dict(lr=6e-4)}),
+    "MaskLLM": dict(MASKLLM, distill=0.0, tuned={
+        **MASKLLM["tuned"], 640: dict(lr=6e-4), 10000: dict(lr=0.001, batchsize=32)}),
     "MaskLLM + KD": MASKLLM,
     "MaskLLM + KD 0.5": dict(MASKLLM, distill=0.5),
     "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={
