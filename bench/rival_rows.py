@@ -15,8 +15,6 @@ RATES = {"straight_through": (1.2, 1.8, 2.5, 3.6), "momentum": (0.3, 0.5, 0.8), 
 TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16), 10000: dict(lr=2.5, batchsize=32)}
 TUNED_SOFT = {160: dict(lr=1.5, soft=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16),
               10000: dict(lr=2.0, logits=0.5, batchsize=32)}
-TUNED_TEXT = {160: dict(lr=1.5, soft=False), 640: dict(lr=2.0, logits=1.0),  # soft masks without KD
-              2500: dict(lr=2.0, logits=0.5, batchsize=16), 10000: dict(lr=2.0, logits=0.5, batchsize=32)}
 STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
     160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005), 10000: dict(lr=0.005, batchsize=32)})
 MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)})
@@ -24,7 +22,8 @@ ROWS = {
     "--preset fast": PRESET,
     "the preset with its rate tuned": dict(PRESET, tuned=TUNED),
     "steps by block and soft masks from 640 passes on": dict(SOFT, tuned=TUNED_SOFT),
-    "steps by block and soft masks from 640 passes on, no KD": dict(SOFT, distill=0.0, tuned=TUNED_TEXT),
+    "steps by block and soft masks from 640 passes on, no KD": dict(SOFT, distill=0.0, tuned={
+        **TUNED_SOFT, 640: dict(lr=2.0, logits=1.0), 2500: dict(lr=2.0, logits=0.5, batchsize=16)}),
     "the preset without curvature": dict(SWAPS, tuned=TUNED),
     "the preset with its rate tuned and KD 0.5": dict(PRESET, distill=0.5, tuned={
         **TUNED, 2500: dict(lr=3.6, batchsize=16)}),
