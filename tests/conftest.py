@@ -7,7 +7,7 @@ import torch
 import transformers
 from faults import kill
 from masked import magnitude_masks
-from quizzes import make_folder
+from quizzes import hf_model, make_folder
 from runs import run_train
 from stopped_runs import VANILLA, arguments, raises
 
@@ -94,6 +94,12 @@ def stopped(workshop, tmp_path, losses):
 def folder(tmp_path_factory, models):
     """The models, a text and a quiz, for evaluate.py."""
     return make_folder(tmp_path_factory.mktemp("evaluate"), models)
+
+
+@pytest.fixture(params=list(tiny.MODELS))
+def loaded(request, folder):
+    """Each of these models with its tokenizer."""
+    return hf_model(folder / request.param)
 
 
 @pytest.fixture

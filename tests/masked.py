@@ -15,6 +15,11 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def planes_of(logits: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """[blocks, M] -> M planes [blocks], each a tensor of its own."""
+    return [plane.clone() for plane in logits.to(dtype).unbind(1)]
+
+
 def random_mask(shape: tuple[int, ...], n: int, m: int, seed: int = 0) -> torch.Tensor:
     """bool, N of every M consecutive ones along the last dimension."""
     noise = torch.rand(*shape[:-1], shape[-1] // m, m, generator=seeded(seed))

@@ -6,12 +6,11 @@ import struct
 
 from utils import UserError
 
-import datasets
 import pytest
 import torch
 import transformers
 from quizzes import write_lines
-from words import Words, read
+from words import Words, get_c4, read
 
 import data
 
@@ -180,21 +179,6 @@ def test_token_sequences_refuse(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- calibration samples
 
-def get_c4(tokenizer, texts, nsamples, seqlen, seed):
-    """As published with SparseGPT and Wanda, on the global random module."""
-    random.seed(seed)
-    samples = []
-    for _ in range(nsamples):
-        while True:
-            i = random.randint(0, len(texts) - 1)
-            ids = torch.tensor([tokenizer(texts[i]).input_ids])
-            if ids.shape[1] > seqlen:
-                break
-        i = random.randint(0, ids.shape[1] - seqlen - 1)
-        samples.append(ids[:, i : i + seqlen])
-    return torch.cat(samples)
-
-
 @pytest.mark.parametrize("seqlen", [16, 700])  # about half of the documents are too short for 700
 def test_calibration_equals_get_c4(tokenizer, corpus, seqlen):
     random.seed(123)
@@ -259,64 +243,6 @@ def test_windows_refuse(corpus, tmp_path):
     for seqlen, limit in [(1, None), (4, 0)]:
         with pytest.raises(UserError, match="needs at least"):
             data.perplexity_windows(Words(), path, seqlen, limit)
-
-
-# ------------------------------------------------------------------------------------- the Hub, by what is asked of it
-
-C4 = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
-
-
-@pytest.mark.parametrize("dataset, arguments", [
-    ("allenai/c4", C4),
-    ("some/name", {"path": "some/name", "name": None, "split": "train"}),
-    ("some/name:config", {"path": "some/name", "name": "config", "split": "train"}),
-])
-def test_hub_ids(dataset, arguments, hub):
-    streamed = data.minibatches(Words(), dataset, 4, 2, 3)
-    assert streamed[0, 1].tolist() == [0, 8, 1]
-    drawn = data.calibration_samples(Words(), dataset, 8, 3, 0)
-    assert torch.equal(drawn, get_c4(lambda text: Words()(text, False), hub.texts, 8, 3, 0))
-    assert hub.asked == [{**arguments, "streaming": True, "verification_mode": "no_checks"},
-                         {**arguments, "verification_mode": "no_checks"}]
-
-
-def test_hub_perplexity_protocols(hub, tokenizers):
-    tokenizer = tokenizers["sentencepiece"]
-    hub.texts = ["", " = Title = \n", "", " A line . \n"] * 20
-    ids = tokenizer("\n\n".join(hub.texts)).input_ids
-    windows = data.perplexity_windows(tokenizer, "wikitext2", 16)
-    assert windows.flatten().tolist() == ids[: len(ids) // 16 * 16]
-    assert hub.asked[-1] == {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test",
-                             "streaming": True, "verification_mode": "no_checks"}
-    hub.texts = [f"document {i}" for i in range(1200)]
-    ids = tokenizer(" ".join(hub.texts[:1100])).input_ids
-    assert data.perplexity_windows(tokenizer, "c4", 16).flatten().tolist() == ids[: 256 * 16]
-    windows = data.perplexity_windows(tokenizer, "c4", 64)  # fewer than 256: all there are
-    assert windows.flatten().tolist() == ids[: len(ids) // 64 * 64]
-    assert data.perplexity_windows(tokenizer, "c4", 16, limit=3).shape == (3, 16)
-    assert hub.asked[-1]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    assert hub.asked[-1]["split"] == "validation"
-
-
-@pytest.mark.parametrize("use", [
-    lambda: next(data.documents("nobody/nothing")),
-    lambda: data.minibatches(Words(), "nobody/nothing", 4, 2, 8),
-    lambda: data.calibration_samples(Words(), "nobody/nothing", 4, 8, 0),
-    lambda: data.perplexity_windows(Words(), "wikitext2", 8),
-])
-@pytest.mark.parametrize("error", [
-    ConnectionError("Couldn't reach it on the Hub\n(LocalEntryNotFoundError)"),
-    datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist on the Hub or cannot be accessed."),
-    ValueError("Config name is missing.\nPlease pick one among the available configs"),
-])
-def test_hub_failures_are_one_line(use, error, monkeypatch):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"cannot read dataset .* local file or folder") as caught:
-        use()
-    assert "\n" not in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------------- fingerprint

@@ -1,25 +1,16 @@
-"""evaluation/zero_shot.py: scores against plain loops, by hand and against lm-evaluation-harness itself; task files."""
+"""evaluation/zero_shot.py: scores against plain loops and by hand; task files."""
 
-import json
 import math
-import sys
 from types import SimpleNamespace
 
 from utils import UserError
 
-import datasets
 import pytest
 import torch
-from quizzes import hf_model, quiz, run, write_lines
-from tiny import MODELS, POSITIONS
+from quizzes import quiz, run, write_lines
+from tiny import POSITIONS
 
 from evaluation import zero_shot
-
-
-@pytest.fixture(params=list(MODELS))
-def loaded(request, folder):
-    return hf_model(folder / request.param)
-
 
 # ------------------------------------------------------------------------------------------------------------- scoring
 
@@ -174,126 +165,6 @@ def test_good_files(tmp_path):
                                           + b"\r\n" + GOOD.encode())
     items = zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
     assert [item["context"] for item in items] == ["The sky\u2028\x0b is", "The sky is"]
-
-
-# ------------------------------------------------------------------------------------------------------------- harness
-
-
-@pytest.fixture
-def local_task(tmp_path, monkeypatch):
-    """The quiz as a YAML task of the harness over a local file; its choices there have no leading space, the harness
-    puts one between. Without the items whose contexts end in spaces."""
-    pytest.importorskip("lm_eval")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    items = [item for item in quiz() if item["context"].strip() and item["choices"][0][0] == " "]
-    write_lines(tmp_path / "own.jsonl", items)
-    write_lines(tmp_path / "theirs.jsonl",
-                [{**item, "choices": [choice[1:] for choice in item["choices"]]} for item in items])
-
-    def task(output: str = "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: gold",
-             metrics: tuple[str, ...] = ("acc", "acc_norm")) -> str:
-        (tmp_path / "local.yaml").write_text(
-            f"task: local_quiz\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/theirs.jsonl}}\n"
-            f"test_split: train\ndoc_to_text: context\n{output}\nmetric_list: "
-            f"[{', '.join(f'{{metric: {metric}}}' for metric in metrics)}]\n")
-        return str(tmp_path / "local.yaml")
-    return task
-
-
-@pytest.mark.parametrize("flags", ["", "--tasks_no_bos --tasks_batchsize 3", "--task_limit 5"])
-def test_files_score_as_in_the_harness(folder, tmp_path, local_task, flags, capsys):
-    for name in MODELS:
-        run(f"--model {folder}/{name} --ppl none --tasks {local_task()} --task_file {tmp_path}/own.jsonl {flags} "
-              f"--save {tmp_path}/{name}.json")
-        record = json.loads((tmp_path / f"{name}.json").read_text())
-        own, theirs = record["tasks"]["own"], record["tasks"]["local_quiz"]
-        assert own.pop("source").startswith("file ") and theirs.pop("source").startswith("lm_eval 0.")
-        assert own == pytest.approx(theirs)
-        assert own["items"] == (5 if "limit" in flags else 13)
-        assert record["mean_acc"] == pytest.approx(own["acc"])
-        said = capsys.readouterr().out
-        assert f"mean acc {100 * own['acc']:.2f} % (acc, not acc_norm; tasks: 2)" in said
-        assert ("first 5 items" if "limit" in flags else "(13 items)") in said
-
-
-@pytest.mark.parametrize("bos", [True, False])
-def test_every_score_is_the_harness_one(loaded, bos):
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-    model, tokenizer = loaded
-    pairs = [(item["context"], choice) for item in quiz() for choice in item["choices"] if item["context"].strip()]
-    pairs += [("", "the old cat"), ("", "Every bird"), ("The old cat " * 60, " watches the doctor.")]
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=None if bos else False)
-    theirs = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
-    requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs]
-    requests = [(ids[-POSITIONS - 1:], start - max(0, len(ids) - POSITIONS - 1)) for ids, start in requests]
-    assert zero_shot.log_likelihoods(model, requests, 4) == pytest.approx([score for score, _ in theirs], abs=1e-4)
-
-
-HUB = {  # rows of the Hub's data sets for the field's seven tasks, and for a group
-    "Rowan/hellaswag": {"ctx_a": "A cat sits.", "ctx_b": "the cat", "activity_label": "Cats", "label": "1",
-                        "endings": ["hears a fox.", "follows the bird.", "is old.", "carries it."]},
-    "EleutherAI/race": {"article": "The old cat watches the doctor.", "problems": str(
-        [{"question": "Who watches?", "answer": "B", "options": ["A fox.", "The cat.", "A bird.", "No one."]}])},
-    "baber/piqa": {"goal": "Hear the bird", "sol1": "Be quiet.", "sol2": "Follow the fox.", "label": 0},
-    "allenai/winogrande": {"sentence": "The dog follows the child because _ is small.", "option1": "the dog",
-                           "option2": "the child", "answer": "2"},
-    "allenai/ai2_arc": {"question": "What hears?", "choices": {"text": ["a river", "a bird", "rain"],
-                                                               "label": ["A", "B", "C"]}, "answerKey": "B"},
-    "allenai/openbookqa": {"question_stem": "After rain, the river is", "choices": {"text": ["bright", "heavy"],
-                                                                                    "label": ["A", "B"]},
-                           "answerKey": "B"},
-    "cais/mmlu": {"question": "What hears?", "choices": ["A fox", "Rain", "Winter", "Ice"], "answer": 0}}
-SEVEN = "hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa"
-
-
-def test_the_fields_seven_tasks(folder, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lm_eval")
-
-    def load_dataset(path, *args, **kwargs):
-        rows = datasets.Dataset.from_list([HUB[path]] * 3)
-        return datasets.DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), rows))
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    arc = HUB["allenai/ai2_arc"]
-    write_lines(tmp_path / "arc.jsonl", [{"context": f"Question: {arc['question']}\nAnswer:", "gold": 1,
-                                          "choices": [f" {choice}" for choice in arc["choices"]["text"]]}] * 2)
-    run(f"--model {folder}/llama --ppl none --tasks {SEVEN} --task_limit 2 --task_file {tmp_path}/arc.jsonl "
-          f"--save {tmp_path}/seven.json")
-    record, said = json.loads((tmp_path / "seven.json").read_text()), capsys.readouterr().out
-    assert list(record["tasks"]) == ["arc", *SEVEN.split(",")] and record["task_limit"] == 2
-    assert {name for name, task in record["tasks"].items() if "acc_norm" not in task} == {"race", "winogrande"}
-    own, theirs = record["tasks"]["arc"], record["tasks"]["arc_easy"]
-    assert {**own, "source": ""} == {**theirs, "source": ""} == {
-        "acc": own["acc"], "acc_stderr": 0, "acc_norm": own["acc_norm"], "acc_norm_stderr": 0, "items": 2, "source": ""}
-    assert record["mean_acc"] == sum(task["acc"] for task in record["tasks"].values()) / 8
-    assert f"mean acc {100 * record['mean_acc']:.2f} % (acc, not acc_norm; tasks: 8)" in said
-    assert list(zero_shot.load_harness(["ai2_arc"])) == ["arc_challenge", "arc_easy"]  # a tag stands for its tasks
-    with pytest.raises(UserError, match="--tasks mmlu_other is a group; name its tasks: mmlu_"):
-        zero_shot.load_harness(["mmlu_other"])
-
-
-def test_tasks_that_are_refused(folder, local_task, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    rolling = local_task("output_type: loglikelihood_rolling\ndoc_to_target: context", ("word_perplexity",))
-    for name, words in [("wikitext", "perplexity by words.*--ppl wikitext2"), ("helaswag", "no such task.*hellaswag"),
-                        (rolling, "local_quiz has no acc but word_perplexity.*leave it out")]:
-        with pytest.raises(UserError, match=words):
-            run(f"--model {folder}/llama --tasks {name}")
-
-    def no_network(*args, **kwargs):
-        raise ConnectionError("no network")
-    monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(UserError, match=r"piqa cannot be loaded.*no network.*--task_file"):
-        run(f"--model {folder}/llama --tasks piqa")
-
-
-def test_without_the_harness(folder, monkeypatch):
-    zero_shot._task_manager.cache_clear()
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks.manager", None)
-    with pytest.raises(UserError, match=r"--tasks needs.*pip install 'lm_eval"):
-        run(f"--model {folder}/llama --tasks piqa")
 
 
 def test_two_tasks_of_one_name(folder, tmp_path):

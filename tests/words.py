@@ -1,6 +1,8 @@
 """Texts and a tokenizer whose counts are plain to see, for the tests of what text becomes."""
 import json
+import random
 
+import torch
 import transformers
 
 
@@ -15,3 +17,18 @@ class Words:
 
     def __call__(self, text, verbose=True):
         return transformers.BatchEncoding({"input_ids": [0, *map(len, text.split()), 1]})
+
+
+def get_c4(tokenizer, texts, nsamples, seqlen, seed):
+    """As published with SparseGPT and Wanda, on the global random module."""
+    random.seed(seed)
+    samples = []
+    for _ in range(nsamples):
+        while True:
+            i = random.randint(0, len(texts) - 1)
+            ids = torch.tensor([tokenizer(texts[i]).input_ids])
+            if ids.shape[1] > seqlen:
+                break
+        i = random.randint(0, ids.shape[1] - seqlen - 1)
+        samples.append(ids[:, i : i + seqlen])
+    return torch.cat(samples)
