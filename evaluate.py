@@ -46,9 +46,11 @@ from evaluation.evaluation_file import add_evaluation, check_new
 from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
 from files import mask_files
 from files.atomic import check_disk, refuse_existing
-from masking.channels import apply_permutation
-from masking.layers import apply_masks, check_divisible, check_sparsity, find_layers, read_masks
-from masking.loading import Tokenizer, batch_loss, bos_hint, check_length, devices_of, load_model, perplexity
+from masking.layers import apply_masks, check_sparsity, read_masks
+from models.layers import check_divisible, find_layers
+from models.loading import Tokenizer, check_length, devices_of, load_model
+from models.loss import batch_loss, bos_hint, perplexity
+from pruning.channels import apply_permutation
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

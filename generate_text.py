@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from files.atomic import atomic_write, check_disk, refuse_existing
 from files.documents import documents
-from masking.loading import check_length, input_device, load_model
+from models.loading import check_length, input_device, load_model
 
 ATTENTION, TRIED_TOKENS = ("eager", "sdpa"), 8
 MOST_PASSAGES = 1000

@@ -21,8 +21,9 @@ from utils import UserError, add_model_arguments, arguments_of, run_script, scri
 from files import mask_files
 from files.atomic import check_disk, refuse_existing
 from files.model_folder import base_model
-from masking.layers import check_divisible, find_layers, nonzero_mask, read_masks, weight_matrix
-from masking.loading import load_model, model_fingerprint
+from masking.layers import nonzero_mask, read_masks
+from models.layers import check_divisible, find_layers, weight_matrix
+from models.loading import load_model, model_fingerprint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -23,8 +23,10 @@ from utils import (
 
 import data
 from files.atomic import check_disk, refuse_existing
-from masking.layers import apply_masks, find_layers, read_masks
-from masking.loading import batch_loss, check_length, devices_of, load_model
+from masking.layers import apply_masks, read_masks
+from models.layers import find_layers
+from models.loading import check_length, devices_of, load_model
+from models.loss import batch_loss
 from training import baselines
 
 

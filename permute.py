@@ -6,7 +6,7 @@
     python evaluate.py --model MODEL --permutation permuted.permutation.safetensors --mask results/RUN/mask.safetensors
 
 Which M weights of a row share a block is arbitrary where channels can change places without changing what the model
-computes: those of the residual stream, of v and o within each KV head, and of each MLP (masking/channels.py). An order
+computes: those of the residual stream, of v and o within each KV head, and of each MLP (pruning/channels.py). An order
 is searched in which the best N:M mask keeps the most of the weights' scores (pruning/channel_order.py)
 
     (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the calibration tokens
@@ -43,11 +43,12 @@ import data
 from files import permutation_files
 from files.atomic import atomic_write, check_disk, refuse_existing
 from files.records import write_json
-from masking.channels import Orders, channel_sets, reorder
-from masking.layers import check_divisible, find_layers
-from masking.loading import batch_loss, check_length, check_tokens, devices_of, load_model, model_fingerprint
+from models.layers import check_divisible, find_layers
+from models.loading import check_length, devices_of, load_model, model_fingerprint
+from models.loss import batch_loss, check_tokens
 from pruning.calibration import input_norms
 from pruning.channel_order import find_orders
+from pruning.channels import Orders, channel_sets, reorder
 
 KINDS = ("residual", "value", "hidden")
 LOSS_TOLERANCE = 0.05  # nats, of one sequence in 16 bits, before and after

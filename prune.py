@@ -54,8 +54,9 @@ from utils import (
 import data
 from files.atomic import atomic_write, check_disk, refuse_existing
 from files.records import write_json
-from masking.layers import check_divisible, find_layers
-from masking.loading import bos_hint, check_length, check_tokens, devices_of, load_model
+from models.layers import check_divisible, find_layers
+from models.loading import check_length, devices_of, load_model
+from models.loss import bos_hint, check_tokens
 from pruning.one_shot import METHODS, OneShot, prune_model
 
 

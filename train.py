@@ -16,9 +16,9 @@ are drawn. The final one keeps the N largest logits of each block, or with --val
 --estimator straight_through takes gradients from backward passes (training/straight_through.py). --preset fast is that
 with settings that fit any model; flags that are given besides go before the preset's.
 
-torchrun --nproc_per_node R train.py ... learns with R processes (masking/distributed.py): each scores another minibatch
+torchrun --nproc_per_node R train.py ... learns with R processes (models/processes.py): each scores another minibatch
 with the same mask, or with --samples K its share of K masks a step on the same minibatch. --shard shares each layer's
-rows out to them, for a model that none could hold (masking/sharding.py).
+rows out to them, for a model that none could hold (models/sharding.py).
 
 A run can be stopped at any time, by Ctrl-C, a signal or a power failure: --resume makes the mask that it would have
 made (on a GPU with --deterministic). --repeat RUN does a run again, from its run.json.
@@ -32,9 +32,9 @@ from torch import Tensor
 
 import pge
 from masking.block_stats import block_stats
-from masking.distributed import ProcessGroup
-from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
+from models.loss import batch_loss
+from models.processes import ProcessGroup
 from training import args as arguments
 from training import results, setup, tracking
 from training.baselines import Baseline

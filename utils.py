@@ -156,7 +156,7 @@ def positive_int(text: str) -> int:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LLAMA2) -> None:
-    """Which model, where, of what dtype: the parameters of `masking.loading.load_model`, and the seed."""
+    """Which model, where, of what dtype: the parameters of `models.loading.load_model`, and the seed."""
     parser.add_argument("--model", default=model_default, help="Hugging Face causal LM: hub id or folder")
     parser.add_argument("--dtype", default="float16", choices=["auto", "checkpoint", *DTYPES],
                         help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")

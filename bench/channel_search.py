@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 import data
-from masking.channels import channel_sets
-from masking.layers import find_layers
-from masking.loading import load_model
+from models.layers import find_layers
+from models.loading import load_model
 from pruning import channel_order
 from pruning.calibration import input_norms
+from pruning.channels import channel_sets
 
 N, M = 2, 4
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from files.records import write_json
-from masking.layers import find_layers, weight_matrix
+from models.layers import find_layers, weight_matrix
 from pruning.calibration import input_norms
 from pruning.one_shot import OneShot
 

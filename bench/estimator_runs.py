@@ -16,10 +16,12 @@ from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
 
 import data
 import pge
-from masking.layers import apply_masks, find_layers
-from masking.loading import batch_loss, model_fingerprint
+from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.layers import find_layers
+from models.loading import model_fingerprint
+from models.loss import batch_loss
 from training.curvature import EVERY, SEQUENCES, Curvature
 from training.initialize import TOKENS, init_from_scores, init_from_swaps, wanda_norms
 from training.progress import lr_multiplier

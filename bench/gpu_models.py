@@ -12,10 +12,10 @@ import common
 import torch
 from torch import Tensor, nn
 
-from masking.layers import find_layers, weight_matrix
-from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.layers import find_layers, weight_matrix
+from models.loss import batch_loss
 from pruning import sparsegpt, swaps
 from pruning.one_shot import largest
 from training.straight_through import StraightThrough

@@ -15,9 +15,9 @@ import torch
 from accelerate import dispatch_model
 from scaling import make_inputs
 
-from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.loss import batch_loss
 
 FLAGS = ("--model {w}/dense --mask {w}/mask.safetensors --dataset {w}/text.jsonl --sqlen 24 --batchsize 4 --logits 1 "
          "--dtype {dtype} --device {device} --skip_checkpoint --num_evals 2 --max_step {steps}")
@@ -85,7 +85,7 @@ NCCL = """
 import os, sys
 from datetime import timedelta
 sys.path.insert(0, {root!r})
-from masking.distributed import ProcessGroup
+from models.processes import ProcessGroup
 import torch
 from torch import distributed
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")

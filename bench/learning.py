@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import data
 import pge
-from masking.layers import apply_masks, find_layers
-from masking.loading import batch_loss
+from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.layers import find_layers
+from models.loss import batch_loss
 
 ROWS = {  # what is varied: eta, C, the tracker, the step
     "authors' defaults: eta 50, C 10": dict(lr=50, logits=10),

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import data
-from masking.layers import find_layers, weight_matrix
-from masking.loading import batch_loss, load_model, perplexity
+from models.layers import find_layers, weight_matrix
+from models.loading import load_model
+from models.loss import batch_loss, perplexity
 from pruning.calibration import Hessians, visit_in_order
 from pruning.one_shot import OneShot, prune_model
 

@@ -28,12 +28,12 @@ from torch.distributed.tensor import DTensor
 
 from files import mask_files
 from files.packing import pack
-from masking.distributed import ProcessGroup
-from masking.layers import find_layers, weight_matrix
-from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
-from masking.sharding import own_weight, shard
 from masking.spaces import LinearSpace
+from models.layers import find_layers, weight_matrix
+from models.loss import batch_loss
+from models.processes import ProcessGroup
+from models.sharding import own_weight, shard
 from training.initialize import TOKENS, init_from_swaps
 from training.straight_through import StraightThrough
 

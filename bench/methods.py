@@ -18,8 +18,10 @@ from utils import UserError, progress_bar, run_script
 from torch import Tensor, nn
 
 import data
-from masking.layers import apply_masks, check_sparsity, find_layers, nonzero_mask, weight_matrix
-from masking.loading import batch_loss, load_model, perplexity
+from masking.layers import apply_masks, check_sparsity, nonzero_mask
+from models.layers import find_layers, weight_matrix
+from models.loading import load_model
+from models.loss import batch_loss, perplexity
 from pruning.one_shot import OneShot, prune_model
 
 METHODS = {  # of OneShot

@@ -14,7 +14,7 @@ from utils import fast_dtype, run_script
 import naive_baseline
 import torch
 
-from masking.layers import find_layers
+from models.layers import find_layers
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

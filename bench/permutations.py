@@ -27,11 +27,13 @@ from torch import Tensor, nn
 
 import data
 from files import mask_files
-from masking.channels import Orders, channel_sets, reorder
-from masking.layers import apply_masks, check_sparsity, find_layers, nonzero_mask, weight_matrix
-from masking.loading import Tokenizer, batch_loss, load_model, model_fingerprint, perplexity
+from masking.layers import apply_masks, check_sparsity, nonzero_mask
+from models.layers import find_layers, weight_matrix
+from models.loading import Tokenizer, load_model, model_fingerprint
+from models.loss import batch_loss, perplexity
 from pruning.calibration import input_norms
 from pruning.channel_order import Found, find_orders
+from pruning.channels import Orders, channel_sets, reorder
 from pruning.one_shot import OneShot, prune_model
 
 ORDERS = {"nothing": (), "V/O": ("value",), "V/O, residual": ("value", "residual"),

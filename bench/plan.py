@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from masking.layers import find_layers, weight_matrix
+from models.layers import find_layers, weight_matrix
 from training.normalization import NORMALIZATIONS
 
 GIB = 2**30

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import pge
-from masking.layers import find_layers
+from models.layers import find_layers
 from training.loss import summed_loss
 from training.progress import lr_multiplier
 

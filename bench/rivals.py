@@ -27,10 +27,11 @@ from estimators import mean_and_deviation
 from rival_methods import RIVALS, Rival
 from rival_rows import BUDGETS, RATES, ROWS, STUDY, setting_of
 
-from masking.layers import apply_masks, find_layers
-from masking.loading import batch_loss
+from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.layers import find_layers
+from models.loss import batch_loss
 
 WINDOWS = 256  # of 128 bytes: the first are reported, the next are what rates are chosen on
 

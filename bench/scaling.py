@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from files import mask_files
 from files.records import read_record
-from masking.distributed import ProcessGroup
-from masking.loading import model_fingerprint
+from models.loading import model_fingerprint
+from models.processes import ProcessGroup
 
 ROOT = Path(__file__).parent.parent
 WAYS = {

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from files.atomic import atomic_write, refuse_existing
-from masking.loading import batch_loss, load_model
+from models.loading import load_model
+from models.loss import batch_loss
 
 TEXT, HELDOUT = "demo/train.jsonl", "demo/heldout.txt"  # what the model is trained, pruned, learned and evaluated on
 

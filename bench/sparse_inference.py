@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
-from masking.layers import apply_masks, find_layers
+from masking.layers import apply_masks
+from models.layers import find_layers
 
 CALLS = 10  # queued before the GPU is waited for
 

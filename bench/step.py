@@ -25,10 +25,11 @@ import torch
 
 from masking.block_bits import mask_to_bits
 from masking.kernels import Kernels
-from masking.layers import apply_masks, find_layers
+from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
+from models.layers import find_layers
 from training import straight_through
 from training.args import PRESETS
 

@@ -9,9 +9,9 @@ from torch import nn
 
 import pge
 from masking.block_bits import mask_to_bits, write_masked
-from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.loss import batch_loss
 
 LR, BATCH = 0.5, torch.tensor([[0, 1, 2, 3, 1], [3, 2, 2, 0, 1]])
 

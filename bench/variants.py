@@ -10,9 +10,9 @@ from torch import Tensor
 import pge
 from masking.block_bits import kept_planes
 from masking.fused_ops import score, vjp, weights
-from masking.loading import batch_loss
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
+from models.loss import batch_loss
 from training.straight_through import StraightThrough
 
 

@@ -23,7 +23,7 @@ from utils import UserError, progress_bar
 import torch
 from torch import nn
 
-from masking.loading import Tokenizer, input_device
+from models.loading import Tokenizer, input_device
 
 
 def read_items(path: str) -> list[dict]:

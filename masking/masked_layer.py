@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from masking import offload
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import chunk_of
 from masking.kernels import Kernels
-from masking.layers import is_transposed, weight_matrix, zero_weights
-from masking.sharding import Rows, Shard, own_weight
+from masking.layers import zero_weights
+from models import offload
+from models.layers import is_transposed, weight_matrix
+from models.sharding import Rows, Shard, own_weight
 
 SAMPLE = 4096  # blocks of a layer, at least, that statistics are taken from, where it has so many
 

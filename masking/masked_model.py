@@ -6,14 +6,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from masking import offload
 from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
-from masking.layers import find_layers, match_masks, zero_weights
+from masking.layers import match_masks, zero_weights
 from masking.masked_layer import MaskedLayer, scratch_buffers
 from masking.random_bits import layer_keys
-from masking.sharding import MaskedRows, Rows, Shard, own_weight
 from masking.spaces import Space
+from models import offload
+from models.layers import find_layers
+from models.sharding import MaskedRows, Rows, Shard, own_weight
 
 Bits = dict[str, Tensor | None]  # layer name -> mask as integers [blocks], None: dense
 
@@ -31,7 +32,7 @@ class MaskedModel:
     update of the layer's logits and the drawing of its next mask, so `update` only notes the coefficient and the
     following `forward` carries it out.
 
-    A model that FSDP shards (masking/sharding.py) has no scratch buffer: each process writes its own masked rows when
+    A model that FSDP shards (models/sharding.py) has no scratch buffer: each process writes its own masked rows when
     they are about to be gathered. All processes then must run every forward and backward together.
     """
 

@@ -7,8 +7,8 @@ from utils import UserError, progress_bar
 import torch
 from torch import Tensor, nn
 
-from masking.layers import weight_matrix
-from masking.loading import input_device
+from models.layers import weight_matrix
+from models.loading import input_device
 
 
 def check_finite(inputs: Tensor, name: str, model: nn.Module) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from masking.channels import ChannelSet, Orders
-from masking.layers import is_transposed, weight_matrix
+from models.layers import is_transposed, weight_matrix
+from pruning.channels import ChannelSet, Orders
 
 TOGETHER = 128  # blocks, at most, that exchange channels in one step
 GAIN = 1e-4  # of what is kept: less than that in 2 M^2 steps, in which most pairs of channels meet, ends a search

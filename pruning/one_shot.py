@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import pge
-from masking.layers import apply_masks, weight_matrix
+from masking.layers import apply_masks
+from models.layers import weight_matrix
 from pruning import sparsegpt
 from pruning.calibration import Hessians, input_norms, visit_in_order
 from pruning.swaps import refine_by_swaps

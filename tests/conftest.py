@@ -13,8 +13,8 @@ from stopped_runs import VANILLA, arguments, raises
 
 import train
 from files import mask_files
-from masking.layers import find_layers
-from masking.loading import model_fingerprint
+from models.layers import find_layers
+from models.loading import model_fingerprint
 from training import validation
 
 

@@ -2,9 +2,9 @@
 import torch
 
 import pge
-from masking.layers import find_layers, weight_matrix
 from masking.masked_model import MaskedModel
 from masking.spaces import SPACES
+from models.layers import find_layers, weight_matrix
 from training.initialize import init_at_random
 from training.straight_through import StraightThrough
 

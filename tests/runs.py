@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 import data
 import train
 from files import mask_files
-from masking.layers import apply_masks, find_layers
-from masking.loading import batch_loss
+from masking.layers import apply_masks
+from models.layers import find_layers
+from models.loss import batch_loss
 
 GRADIENTS = "--estimator straight_through --logits 1 --lr 0.3 --tokens 768 --epoch 1"  # six minibatches
 

@@ -18,13 +18,14 @@ from torch.distributed.tensor import DTensor
 
 from masking import sharded_files
 from masking.block_bits import mask_to_bits
-from masking.distributed import ProcessGroup
-from masking.layers import find_layers, weight_matrix
-from masking.loading import batch_loss, load_model, model_fingerprint
 from masking.masked_model import MaskedModel
-from masking.sharded_files import load_sharded, save_sharded
-from masking.sharding import Rows, own_weight, shard
 from masking.spaces import LinearSpace
+from models.layers import find_layers, weight_matrix
+from models.loading import load_model, model_fingerprint
+from models.loss import batch_loss
+from models.processes import ProcessGroup
+from models.sharded_files import load_sharded, save_sharded
+from models.sharding import Rows, own_weight, shard
 from training import checkpoint
 from training.curvature import Curvature
 from training.initialize import init_from_swaps

@@ -19,8 +19,10 @@ import prune
 import train
 from files import mask_files
 from files.documents import documents
-from masking.layers import apply_masks, find_layers
-from masking.loading import batch_loss, bos_hint, model_fingerprint
+from masking.layers import apply_masks
+from models.layers import find_layers
+from models.loading import model_fingerprint
+from models.loss import batch_loss, bos_hint
 
 PLACE = "--dtype float32 --device cpu"
 HINT = "--bos is for this model: with the beginning-of-text token in front, the loss of the first "

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from masking import compiler, exact_kernels
 from masking.kernels import Kernels
-from masking.layers import find_layers
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.layers import find_layers
 from training.loss import summed_loss
 from training.straight_through import weight_gradient
 

@@ -14,8 +14,9 @@ import get_mask
 import prune
 import train
 from files import mask_files
-from masking.layers import apply_mask, find_layers, weight_matrix
-from masking.loading import model_fingerprint
+from masking.layers import apply_mask
+from models.layers import find_layers, weight_matrix
+from models.loading import model_fingerprint
 
 PLACE = "--dtype float32 --device cpu"
 

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import train
 from files import mask_files
-from masking.distributed import ProcessGroup
-from masking.layers import apply_masks, find_layers
+from masking.layers import apply_masks
+from models.layers import find_layers
+from models.processes import ProcessGroup
 
 FORWARD_ONLY = "--baseline online --logits 1 --lr 5 --debias_tracker --dataset_size 16 --epoch 4"
 GRADIENTS = "--estimator straight_through --logits 1 --lr 3 --dataset_size 16 --epoch 3 --distill 0.5"
@@ -64,7 +65,7 @@ def killed(w: Path, run: Path, flags: str) -> Launched:
 
 SCRIPT = """
 import sys, torch
-from masking.distributed import ProcessGroup
+from models.processes import ProcessGroup
 from utils import UserError
 group = ProcessGroup("cpu", 30)
 assert group.size == int(sys.argv[1])
@@ -107,7 +108,7 @@ def test_what_processes_tell_one_another(tmp_path, processes):
 
 PATIENCE = """
 import time
-from masking.distributed import ProcessGroup
+from models.processes import ProcessGroup
 with ProcessGroup("cpu", timeout_s=2.0) as group:
     with group.main_before_others():
         time.sleep(4 if group.is_main else 0)  # a large model is fetched: longer than a process may take to answer

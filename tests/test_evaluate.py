@@ -15,8 +15,8 @@ import data
 import evaluate
 from evaluation.comparison import percent
 from files import mask_files
-from masking.layers import find_layers
-from masking.loading import model_fingerprint
+from models.layers import find_layers
+from models.loading import model_fingerprint
 
 
 @pytest.fixture

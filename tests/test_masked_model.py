@@ -9,9 +9,10 @@ from torch import nn
 
 import pge
 from masking.block_bits import mask_to_bits, write_masked
-from masking.layers import apply_masks, check_sparsity, find_layers, weight_matrix
+from masking.layers import apply_masks, check_sparsity
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.layers import find_layers, weight_matrix
 
 
 @pytest.fixture(params=["llama", "gpt2", "opt"])

@@ -7,9 +7,9 @@ from masked import TOKENS, forward, logits_of, make, seeded, watch
 
 from masking.block_bits import bits_dtype, bits_to_mask
 from masking.kernels import Kernels
-from masking.layers import find_layers
 from masking.random_bits import layer_keys
 from masking.spaces import SPACES
+from models.layers import find_layers
 from training.normalization import KEPT_BY_BLOCK
 from training.straight_through import COLD, HOT, StraightThrough, soft_temperature
 

@@ -17,9 +17,9 @@ import get_mask
 import inference_loss
 import prune
 import train
-from masking import offload
-from masking.layers import find_layers, weight_matrix
-from masking.loading import input_device, load_model, model_fingerprint
+from models import offload
+from models.layers import find_layers, weight_matrix
+from models.loading import input_device, load_model, model_fingerprint
 from training.straight_through import StraightThrough
 
 

@@ -16,9 +16,9 @@ import permute
 import prune
 import train
 from files import permutation_files
-from masking.channels import apply_permutation, channel_sets
 from masking.layers import apply_mask
-from masking.loading import model_fingerprint
+from models.loading import model_fingerprint
+from pruning.channels import apply_permutation, channel_sets
 
 PLACE = "--dtype float32 --device cpu"
 

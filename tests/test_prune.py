@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import prune
-from masking.layers import check_sparsity, find_layers, weight_matrix
+from masking.layers import check_sparsity
+from models.layers import find_layers, weight_matrix
 from pruning.one_shot import OneShot, largest, prune_model, ria
 
 

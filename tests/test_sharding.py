@@ -12,10 +12,11 @@ from sharded_script import TOKENS, masks_of
 from torch import nn
 from torch.distributed import fsdp
 
-from masking.loading import DTYPE, batch_loss, load_model
 from masking.masked_model import MaskedModel
-from masking.sharding import check_version, decoder_layers
 from masking.spaces import LinearSpace
+from models.loading import DTYPE, load_model
+from models.loss import batch_loss
+from models.sharding import check_version, decoder_layers
 from training.checkpoint import StateFile
 
 pytestmark = pytest.mark.skipif("ignored_params" not in inspect.signature(fsdp.fully_shard).parameters,

@@ -20,10 +20,11 @@ from masked import (
 )
 from torch import nn
 
-from masking.layers import apply_masks, find_layers, is_transposed, weight_matrix
-from masking.loading import batch_loss
+from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import SPACES
+from models.layers import find_layers, is_transposed, weight_matrix
+from models.loss import batch_loss
 from training import normalization
 from training.normalization import CLIP
 from training.straight_through import StraightThrough, soft_temperature

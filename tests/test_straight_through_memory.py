@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from masking.layers import find_layers
+from models.layers import find_layers
 
 KINDS = ["llama", "gpt2", "opt"]
 

@@ -8,8 +8,9 @@ from runs import GRADIENTS, column, loss_under, sequences_of
 
 import pge
 from files import mask_files
-from masking.layers import apply_masks, find_layers
+from masking.layers import apply_masks
 from masking.spaces import logits_from_scores
+from models.layers import find_layers
 from pruning.swaps import confidence, refine_by_swaps
 
 # ----------------------------------------------------------------------------------------------------------- the preset

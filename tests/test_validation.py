@@ -8,7 +8,7 @@ from runs import GRADIENTS, loss_under, sequences_of
 
 import pge
 from files import mask_files
-from masking.distributed import ProcessGroup
+from models.processes import ProcessGroup
 from training import validation
 from training.straight_through import StraightThrough
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import data
 from files import mask_files, npz
 from files.atomic import atomic_write, refuse_existing
-from masking.loading import batch_loss, model_fingerprint
 from masking.masked_model import MaskedModel
+from models.loading import model_fingerprint
+from models.loss import batch_loss
 
 MOST_BYTES = {"losses": 8 * 2**22, "depends_on": 4 * 2**16}  # four million minibatches, and as JSON what they are of
 

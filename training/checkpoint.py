@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from files.atomic import atomic_write
-from masking.sharding import Shard
+from models.sharding import Shard
 
 START = b'{"__metadata__": {"checksum": "'
 VERSION = "3"

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from masking.block_bits import bits_to_mask
-from masking.distributed import ProcessGroup
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
+from models.processes import ProcessGroup
 from training.loss import sequence_loss, summed_loss
 
 START, FULL = 0.5, 0.9  # shares of the run

@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 
 from masking.kernels import Kernels
-from masking.loading import input_device
+from models.loading import input_device
 
 SHORT = 256
 

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import CHUNK
-from masking.layers import find_layers
 from masking.masked_model import MaskedModel
+from models.layers import find_layers
 from pruning import swaps
 from pruning.calibration import Hessians, input_norms, visit_in_order
 from pruning.one_shot import wanda

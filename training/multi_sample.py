@@ -3,9 +3,9 @@ from statistics import fmean
 
 from torch import Tensor
 
-from masking.distributed import ProcessGroup
-from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
+from models.loss import batch_loss
+from models.processes import ProcessGroup
 from pge import Estimator
 from training.baselines import Baseline
 from training.progress import StepResult

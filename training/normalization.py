@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from masking.distributed import ProcessGroup
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
-from masking.sharding import Shard
+from models.processes import ProcessGroup
+from models.sharding import Shard
 
 CLIP = 0.1  # root mean squares beyond which a layer's J^T G counts no more
 KEPT_BY_LAYER, KEPT_BY_BLOCK = 0.9, 0.95  # what a running mean keeps of the earlier ones, a minibatch

@@ -15,8 +15,8 @@ from utils import UserError, progress_bar
 
 import torch
 
-from masking.distributed import ProcessGroup
-from masking.sharding import Shard
+from models.processes import ProcessGroup
+from models.sharding import Shard
 from training.checkpoint import StateFile, give_shards
 from training.run_folder import RunFolder
 from training.validation import Validation

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from files import mask_files
 from files.atomic import atomic_write
-from masking.distributed import ProcessGroup
-from masking.loading import devices_of
 from masking.masked_model import MaskedModel
-from masking.sharded_files import save_sharded
+from models.loading import devices_of
+from models.processes import ProcessGroup
+from models.sharded_files import save_sharded
 from training import figures
 from training.progress import Run
 from training.run_folder import RunFolder

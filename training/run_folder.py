@@ -5,7 +5,7 @@
     state/           checkpoints, until the run is finished (checkpoint.py)
     lock             held by the process that writes here; the system frees that of a dead one
 
-Of several processes (masking/distributed.py) the main one writes; the others read. A run that ends before its first
+Of several processes (models/processes.py) the main one writes; the others read. A run that ends before its first
 step leaves nothing.
 """
 import errno
@@ -25,7 +25,7 @@ import torch
 
 from files.atomic import check_disk, refuse_existing, sync
 from files.records import cut_lines, lines_up_to, read_record, write_json
-from masking.distributed import ProcessGroup
+from models.processes import ProcessGroup
 from training import tracking
 from training.checkpoint import Checkpoints, StateFile
 

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 import data
 import pge
 from files import mask_files
-from masking.distributed import ProcessGroup
-from masking.layers import check_divisible, find_layers, read_masks
-from masking.loading import batch_loss, check_length, load_model, model_fingerprint
+from masking.layers import read_masks
 from masking.masked_model import MaskedModel
-from masking.sharded_files import load_sharded
-from masking.sharding import REDUCES_UNUSED
 from masking.spaces import SPACES
+from models.layers import check_divisible, find_layers
+from models.loading import check_length, load_model, model_fingerprint
+from models.loss import batch_loss
+from models.processes import ProcessGroup
+from models.sharded_files import load_sharded
+from models.sharding import REDUCES_UNUSED
 from training import baselines, initialize
 from training.progress import Run
 from training.run_folder import RunFolder

@@ -29,10 +29,10 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 
-from masking.distributed import ProcessGroup
-from masking.loading import input_device
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
+from models.loading import input_device
+from models.processes import ProcessGroup
 from training.curvature import Curvature
 from training.faster_model import SHORT, speed_up
 from training.loss import sequence_loss, summed_loss

@@ -5,9 +5,9 @@ from statistics import fmean, mean, stdev
 
 from torch import Tensor
 
-from masking.distributed import ProcessGroup
-from masking.loading import batch_loss
 from masking.masked_model import MaskedModel
+from models.loss import batch_loss
+from models.processes import ProcessGroup
 
 WINDOW = 32  # steps at least, whose mean loss is compared with that of the first so many
 PATIENCE = 3  # windows, or evaluations, in a row above where the run started: it diverges

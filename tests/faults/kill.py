@@ -35,8 +35,8 @@ import tiny
 import train
 from faults import report
 from files import mask_files
-from masking.layers import find_layers
-from masking.loading import load_model, model_fingerprint
+from models.layers import find_layers
+from models.loading import load_model, model_fingerprint
 from training import checkpoint
 
 COMMON = "--dtype float32 --device cpu --sqlen 24 --step eager --save --checkpoint_every 2 --num_evals 5 --max_step 8"

@@ -21,7 +21,7 @@ from files.documents import documents
 from files.model_folder import base_model
 from files.packing import count_faults
 from files.records import read_lines
-from masking.loading import load_model, model_fingerprint
+from models.loading import load_model, model_fingerprint
 from training import baselines, figures
 
 SHAPES = {"model.layers.0.q_proj": (8, 32), "model.layers.0.o_proj": (8, 32), "model.layers.1.up_proj": (24, 16)}

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from masking.distributed import ProcessGroup
-from masking.loading import DTYPE, Tokenizer, explained, local_folder, read_tokenizer
-from masking.sharding import Rows, TransposedLinear, check_version, own_weight, shard
+from models.loading import DTYPE, Tokenizer, explained, local_folder, read_tokenizer
+from models.processes import ProcessGroup
+from models.sharding import Rows, TransposedLinear, check_version, own_weight, shard
 
 MOST_BYTES = 4 * 2**30  # of a file that is written, but for a tensor that is larger
 

@@ -17,7 +17,7 @@ from torch.distributed import device_mesh, fsdp
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardOf
 
-from masking.layers import find_layers, is_transposed, weight_matrix
+from models.layers import find_layers, is_transposed, weight_matrix
 
 # torch 2.13; before it, gradients of experts that the text of some processes does not reach would be mixed with others
 REDUCES_UNUSED = hasattr(fsdp.FSDPModule, "set_reduce_scatter_unused_params")

@@ -5,7 +5,7 @@
 Forward-only learning needs a few numbers a process and step: its losses, its baseline, the time. From these every
 process computes the same advantages and moves its own copy of all logits alike, to the bit: masks are drawn by numbers
 that any process can compute again. straight_through averages each layer's gradient over the processes while backward
-goes on. With --shard a process has its part of each layer's rows only (masking/sharding.py).
+goes on. With --shard a process has its part of each layer's rows only (models/sharding.py).
 
 The processes are started by torchrun or accelerate and talk through torch.distributed. Numbers go by gloo, which
 notices a process that has gone and says so, where nccl would abort this one; tensors on GPUs go by nccl.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from files import permutation_files
-from masking.loading import model_fingerprint
+from models.loading import model_fingerprint
 
 # What the dimensions of each module's weight are, outputs first whatever way they are stored; a bias is an output.
 #   r  residual stream          v    values [KV heads, head]                   h   hidden channels of the MLP

@@ -1,0 +1,62 @@
+"""A model's maskable layers.
+
+Blocks run along the input dimension. nn.Linear keeps its weight as `[out, in]`; GPT-2's Conv1D keeps `[in, out]` and is
+seen transposed. Only whole-model forwards are used, so any decoder works whose projections are such modules.
+"""
+import re
+from contextlib import suppress
+
+from utils import UserError
+
+from torch import Tensor, nn
+
+from models import offload
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is kept as `[in, out]`."""
+    return type(module).__name__ == "Conv1D"
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as `[out, in]` (a view), where it is kept: with offloading in the host's memory."""
+    weight = offload.weight_of(module)
+    return weight.T if is_transposed(module) else weight
+
+
+def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Module]:
+    """Name -> module of every nn.Linear and Conv1D but the output head, in model order.
+
+    `targets` keep the layers whose name contains one of them; a target that no name contains is a regular expression.
+    UserError for a target that matches nothing, and for fused 3-D experts that would be left out in silence.
+    """
+    head = model.get_output_embeddings()
+    layers = {name: module for name, module in model.named_modules()
+              if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head
+              and "lm_head" not in name and module.weight is not model.get_input_embeddings().weight}
+    if targets is None:
+        experts = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+        if experts:
+            raise UserError(f"{experts[0][0]} {list(experts[0][1])} and {len(experts) - 1} more are fused experts, not "
+                            "nn.Linear, and cannot be masked; name the layers to mask with --targets, such as "
+                            "--targets self_attn, and the experts stay dense")
+        return layers
+    chosen = set()
+    for target in targets:
+        found = [name for name in layers if target in name]
+        if not found:
+            with suppress(re.error):
+                found = [name for name in layers if re.search(target, name)]
+        if not found:
+            raise UserError(f"--targets {target} matches no layer; names look like {', '.join(list(layers)[:3])}")
+        chosen.update(found)
+    return {name: module for name, module in layers.items() if name in chosen}
+
+
+def check_divisible(layers: dict[str, nn.Module], m: int) -> None:
+    """UserError unless M divides the in_features of every layer."""
+    for name, module in layers.items():
+        width = weight_matrix(module).shape[1]
+        if width % m:
+            raise UserError(f"M = {m} does not divide the {width} input features of {name}; choose another "
+                            "--sparsity_type or leave the layer out with --targets")
