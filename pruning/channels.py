@@ -83,7 +83,7 @@ def channel_sets(model: nn.Module) -> dict[str, ChannelSet]:
             axes = axes[::-1]
         if parameter.is_meta or part not in ("weight", "bias") or len(axes) != parameter.ndim:
             raise UserError(f"how the channels of {name} can be reordered is not known, or its weights are not here; "
-                            "load the model as it was published, and without --device_map")
+                            "load the model as it was published, and without --device auto")
         for dim, axis in enumerate(axes):
             if axis != "-":
                 _add(sets, model.config, name, dim, axis, parameter.shape[dim])
