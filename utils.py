@@ -5,7 +5,6 @@ To be imported before torch, which every script and bench does: it says how long
 import argparse
 import ctypes
 import inspect
-import math
 import os
 import platform
 import random
@@ -126,12 +125,13 @@ def sparsity_type(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def finite(lowest: float) -> Callable[[str], float]:
-    """A float type for argparse: finite and at least `lowest`."""
+def finite(lowest: float, highest: float = sys.float_info.max) -> Callable[[str], float]:
+    """A float type for argparse: finite, at least `lowest` and at most `highest`."""
     def number(text: str) -> float:
         value = float(text)
-        if not lowest <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of at least {lowest:g}")
+        if not lowest <= value <= highest:
+            upto = f" and at most {highest:g}" if highest < sys.float_info.max else ""
+            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of at least {lowest:g}{upto}")
         return value
     return number
 
@@ -206,6 +206,13 @@ def fast_dtype(device: str) -> torch.dtype:
     has_bf16 = any(getattr(torch.cpu, name, lambda: False)()
                    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def gradient_dtype(dtype: str, device: str | None) -> str:
+    """The dtype to learn with by gradients: for auto on a GPU that has it, bfloat16, since float16 overflows."""
+    if dtype == "auto" and checked_device(device).startswith("cuda") and torch.cuda.is_bf16_supported():
+        return "bfloat16"
+    return dtype
 
 
 def reuse_freed_memory() -> None:
