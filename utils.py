@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 # Threads that wait spin, on cores that another process may want; a short spin costs nothing alone
-# (docs/measurements.md). OpenMP reads these when torch is loaded.
+# (docs/lab_notebook.md). OpenMP reads these when torch is loaded.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")
 
