@@ -32,8 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a document, at most")
     parser.add_argument("--batchsize", type=positive_int, default=256, help="documents generated at a time")
     parser.add_argument("--after", metavar="DATASET",
-                        help="passages, as for train.py --dataset: each document continues the first --seqlen tokens of "
-                             "one of them, which are left out")
+                        help="passages, as for train.py --dataset: each document continues the first --seqlen tokens "
+                             "of one of them, which are left out")
     parser.add_argument("--attention", choices=["auto", *generation.ATTENTION], default="auto",
                         help="auto: what is faster here, tried for a few tokens; another one writes other text")
     parser.add_argument("--out", default="generated_text.jsonl", help="file to write, must be new")

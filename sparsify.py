@@ -54,7 +54,7 @@ from training.straight_through import StraightThrough, step_size
 from training.validation import Validation
 
 EVALUATIONS = 10  # of the held-out loss, in a run
-WINDOW = 512  # tokens, of --ppl
+WINDOW, WINDOWS = 512, 64  # tokens in one, and how many, of --ppl
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -89,7 +89,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                         help="what divides a gradient: its root mean square over the layer, or over its block")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time a step")
     parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
-                        help=f"further texts for the table, in windows of {WINDOW} tokens: wikitext2, c4 or files")
+                        help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, c4 or "
+                             "files")
     arguments.add_run_arguments(parser)
     args = arguments.parse(parser, argv, lambda args: "results/sparsify_{}_{}of{}".format(
         Path(args.model).name, *args.sparsity_type))
@@ -146,7 +147,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     learner = StraightThrough(masked, args.seqlen, args.distill, args.curvature, args.normalize, args.soft_masks,
                               args.gradient_checkpointing)
     validation, reported = Validation(masked, selecting), Validation(masked, unseen)
-    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW) for text in args.ppl}
+    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS) for text in args.ppl}
 
     def nats() -> dict[str, float]:
         """Text -> loss of the mask in use."""
