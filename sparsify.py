@@ -89,8 +89,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                         help="what divides a gradient: its root mean square over the layer, or over its block")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time a step")
     parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
-                        help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, c4 or "
-                             "files")
+                        help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, "
+                             "c4 or files")
     arguments.add_run_arguments(parser)
     args = arguments.parse(parser, argv, lambda args: "results/sparsify_{}_{}of{}".format(
         Path(args.model).name, *args.sparsity_type))
