@@ -25,16 +25,17 @@ from training.straight_through import StraightThrough
 
 @pytest.fixture
 def lent(monkeypatch):
-    """A function after which --device_map loads models offloaded: run on the CPU, their weights kept apart."""
-    def patch():
+    """A function after which --device auto loads models offloaded: run on the CPU, their weights kept apart, by this
+    function of accelerate."""
+    def patch(offload_by=accelerate.cpu_offload, **settings):
         load = transformers.AutoModelForCausalLM.from_pretrained
 
-        def offloaded(*given, **names):
-            if names.pop("device_map", None) is None:
-                return load(*given, **names)
+        def offloaded(*given, device_map=None, **names):
             model, found = load(*given, **names)
-            model.hf_device_map = {"model": "cpu", "lm_head": 0}  # as --device_map leaves; saving looks for it
-            return accelerate.cpu_offload(model.eval(), execution_device="cpu"), found
+            if device_map is None:
+                return model, found
+            model.hf_device_map = {"model": "cpu", "lm_head": 0}  # as --device auto leaves; saving looks for it
+            return offload_by(model.eval(), execution_device="cpu", **settings), found
         monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", offloaded)
     return patch
 
@@ -46,8 +47,7 @@ def test_masks_are_learned_on_lent_weights(load, kind):
     assert torch.equal(forward(models[0]), forward(models[1]))
     masked = [make(model)[0] for model in models]
     for step in range(4):
-        losses = [forward(model) for model in models]
-        assert torch.equal(*losses)
+        assert torch.equal(*(forward(model) for model in models))
         for one in masked:
             one.update(0.3 * step)
     assert masked[0].checksum() == masked[1].checksum()
@@ -69,51 +69,38 @@ def test_where_weights_are_kept(load):
 def test_the_whole_pipeline(models, tmp_path, lent):
     """prune, get_mask, inference_loss, train and evaluate, offloaded and not: the same files, the same numbers."""
     write_corpus(tmp_path / "text.jsonl", 16)
-    for name in ("plain", "lent"):
-        if name == "lent":
-            lent()
-        w = tmp_path / name
+    text, methods, found = f"--dataset {tmp_path}/text.jsonl", ("wanda", "sparsegpt", "magnitude"), []
+    for device in ("cpu", "auto"):
+        w, placed = tmp_path / device, f"--dtype float32 --device {device}"
         w.mkdir()
-        placed = "--dtype float32 --device cpu" + (" --device_map auto" if name == "lent" else "")
-        text = f"--dataset {tmp_path}/text.jsonl"
-        for method in ("wanda", "sparsegpt", "magnitude"):
+        if device == "auto":
+            lent()
+        for method in methods:
             prune.main(f"--model {models['llama']} {placed} {text} --prune_method {method} --nsamples 4 --seqlen 32 "
                        f"--save_model {w}/{method}".split())
         get_mask.main(f"--model {w}/wanda --save {w}/mask.safetensors".split())
-        data = f"{text} --dataset_size 8 --batchsize 4 --sqlen 32 --mask {w}/mask.safetensors"
+        data = f"{text} --dataset_size 8 --batchsize 4 --seqlen 32 --mask {w}/mask.safetensors"
         inference_loss.main(f"--model {models['llama']} {placed} {data} --save {w}/losses.json".split())
-        train.main(f"--model {models['llama']} {placed} {data} --baseline_file {w}/losses.json --step eager --save "
-                   f"--logits 1 --lr 5 --epoch 4 --out {w}/run".split())
+        train.main(f"--model {models['llama']} {placed} {data} --baseline {w}/losses.json --save --logits 1 --lr 5 "
+                   f"--epoch 4 --out {w}/run".split())
         evaluate.main(f"--model {w}/run/checkpoint {placed} --ppl {tmp_path}/text.jsonl --seqlen 64".split())
-    for method in ("wanda", "sparsegpt", "magnitude"):
-        first, second = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / method).state_dict()
-                         if name == "plain" else _weights(tmp_path / name / method) for name in ("plain", "lent"))
-        assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
-    plain, other = (kill.contents(tmp_path / name / "run") for name in ("plain", "lent"))
-    assert plain["summary"] == other["summary"] and plain["metrics"] == other["metrics"]
-    assert all(plain[key] == other[key] for key in plain if isinstance(plain[key], tuple))
-    found = [json.loads((tmp_path / name / "run/checkpoint/evaluation.json").read_text()) for name in ("plain", "lent")]
-    found = [{key: one[key] for key in ("ppl", "density", "fingerprint", "tokens")} for one in found]
+        run = kill.contents(w / "run")
+        levels = json.loads((w / "run/checkpoint/evaluation.json").read_text())
+        found.append([run["summary"], run["metrics"], {key: run[key] for key in run if isinstance(run[key], tuple)},
+                      [levels[key] for key in ("ppl", "density", "fingerprint", "tokens")]])
+        found[-1][0].pop("device", None)
     assert found[0] == found[1]
+    for method in methods:
+        assert same(*(load_file(tmp_path / device / method / "model.safetensors") for device in ("cpu", "auto")))
 
 
-def _weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def test_weights_on_the_disk_are_refused(models, tmp_path, monkeypatch):
-    load = transformers.AutoModelForCausalLM.from_pretrained
-
-    def to_disk(*given, **names):
-        names.pop("device_map", None)
-        model, found = load(*given, **names)
-        return accelerate.disk_offload(model.eval(), str(tmp_path / "disk"), execution_device="cpu"), found
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", to_disk)
+def test_weights_on_the_disk_are_refused(models, tmp_path, lent):
+    lent(accelerate.disk_offload, offload_dir=str(tmp_path / "disk"))
     with pytest.raises(UserError, match="weights on the disk cannot be masked"):
-        load_model(models["llama"], dtype="float32", device="cpu", device_map="auto")
+        load_model(models["llama"], dtype="float32", device="auto")
 
 
 def test_gradients_are_not_taken_on_lent_weights(load):
     masked = make(accelerate.cpu_offload(load("llama"), execution_device="cpu"))[0]
-    with pytest.raises(UserError, match="straight_through needs all weights on GPUs"):
+    with pytest.raises(UserError, match="needs all weights on GPUs"):
         StraightThrough(masked)

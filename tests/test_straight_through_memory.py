@@ -4,13 +4,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from masked import (
-    TOKENS,
-    all_logits,
-    forward,
-    learner_of,
-    used_weights,
-)
+from masked import TOKENS, all_logits, forward, learner_of, used_weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -68,8 +62,8 @@ WEIGHTS = 4 * (4 * 64 * 64 + 3 * 64 * 128)  # bytes of a decoder layer's project
 
 def peak_of_learning(depth, tokens, **kwargs):
     learner = learner_of(deep_llama(depth), **kwargs)[0]
-    learner.learn(tokens, 0.1)  # after it, what stays is there already
-    return peak_bytes(lambda: learner.learn(tokens, 0.1))
+    learner.step(tokens, 0.1)  # after it, what stays is there already
+    return peak_bytes(lambda: learner.step(tokens, 0.1))
 
 
 def peak_of_autograd(depth, tokens):
@@ -106,7 +100,7 @@ def test_gradients_are_freed_one_by_one(kind, load, checkpointing):
         alive.append(weakref.ref(gradient))
         consume(layer, gradient)
     learner.consume = record
-    learner.learn(TOKENS, 0.1)
+    learner.step(TOKENS, 0.1)
     assert counts == [0] * len(masked.layers) and all(reference() is None for reference in alive)
     assert all(parameter.grad is None for parameter in masked.model.parameters())
 
@@ -129,7 +123,7 @@ def test_checkpointing_changes_no_number(kind, load):
     runs = []
     for checkpointing in (False, True):
         learner, masked, _ = learner_of(with_chances(load(kind)), checkpointing=checkpointing)
-        losses = [learner.learn(TOKENS, 0.3) for _ in range(3)]
+        losses = [learner.step(TOKENS, 0.3).loss for _ in range(3)]
         runs.append((losses, all_logits(masked), forward(masked.model)))
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
     assert all(torch.allclose(runs[0][1][name], runs[1][1][name], atol=1e-5) for name in runs[0][1])
@@ -144,7 +138,7 @@ def test_finish_gives_everything_back(kind, load, checkpointing):
              for module in model.modules()]
     hooks = [len(module._forward_hooks) for module in model.modules()]
     learner, masked, dense = learner_of(model, checkpointing=checkpointing)
-    learner.learn(TOKENS, 0.3)
+    learner.step(TOKENS, 0.3)
     used = forward(model)
     masks = masked.finish()
     assert [{name: vars(module)[name] for name in before} for module, before in zip(model.modules(), state)] == state
