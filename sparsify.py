@@ -117,7 +117,7 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
         max_s = preparation.TEXT_SHARE * 60 * args.minutes if args.minutes else math.inf
         with stages.stage("text", f"the model generates up to {tokens:,} tokens"):
             datasets = preparation.generated_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after,
-                                                  args.seed, max_s)
+                                                  args.seed, max_s, preparation.FEWEST * args.batchsize * args.seqlen)
     minibatches = data.token_sequences(tokenizer, datasets, plan["tokens"], args.batchsize, args.seqlen, args.seed)
     sequences = preparation.split(minibatches)[0].flatten(0, 1)
 
