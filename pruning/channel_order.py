@@ -50,10 +50,7 @@ def assignment(value: Tensor) -> Tensor:
     cost = -value.double().cpu().numpy()
     n, price = len(cost), cost.min(0)
     column_of, row_of = np.full(n, -1), np.full(n, -1)
-    for column, row in enumerate(cost.argmin(0)):  # rows that are a column's cheapest
-        if column_of[row] < 0:
-            column_of[row], row_of[column] = column, row
-    for start in np.flatnonzero(column_of < 0):
+    for start in range(n):
         distance, before, is_open, reached = cost[start] - price, np.full(n, start), np.ones(n, dtype=bool), []
         while True:
             column = distance.argmin()
