@@ -26,7 +26,7 @@ def test_the_mask_is_strict_and_the_update_lowers_the_error(layer, n, m, blocksi
     assert (updated[~mask] == 0).all() and not torch.signbit(updated[~mask]).any()
     found, masked, by_magnitude = (float(((weight - other) @ inputs.T).square().sum()) for other in (
         updated, weight * mask, weight * largest(weight.abs(), n, m)))
-    assert found < 0.7 * masked and found < by_magnitude
+    assert found < 0.9 * masked and found < by_magnitude
 
 
 def refit(row, fixed, inputs):
