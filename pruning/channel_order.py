@@ -179,6 +179,7 @@ def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: 
     """
     if getattr(model.config, "channel_permutation", None):
         raise UserError("the channels of this model were reordered before; give the model that it was made from")
+    channel_sets(model)  # an unknown architecture is refused before the calibration
     found = find_orders(model, layers, input_norms(model, layers, samples), pattern, steps, seed=seed)
     before = batch_loss(model, samples[:1])
     reorder(model, found.orders)
