@@ -146,8 +146,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
     parser.add_argument("--dtype", default="float16", choices=["auto", "checkpoint", *DTYPES],
                         help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")
     parser.add_argument("--device", default=None,
-                        help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs and the "
-                             "host's memory, as accelerate does (default: cuda if there is one)")
+                        help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs by accelerate "
+                             "(default: cuda if there is one)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
 

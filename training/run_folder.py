@@ -1,7 +1,7 @@
 """A run's folder, kept so that a run is hard to lose: claimed, locked, recorded.
 
     run.json         arguments, fingerprints of what was read, environment; once the run is finished, its summary
-    metrics.jsonl    one line a step          layers.jsonl    one line an evaluation (logs.py)
+    metrics.jsonl    one line a step (log.py)
     state/           checkpoints, until the run is finished (checkpoint.py)
     lock             held by the process that writes here; the system frees that of a dead one
 
@@ -127,19 +127,11 @@ class RunFolder:
         self.write_record()
 
     def newest_state(self) -> StateFile | None:
-        """The newest state that is whole, of a run that goes on; None: it starts. UserError where it was saved under
-        other arguments than run.json has now."""
+        """The newest state that is whole, of a run that goes on; None: it starts."""
         if not self.is_resumed:
             return None
         with processes.main_before_others():
-            saved = self.checkpoints.newest()
-        there = saved.scalars["arguments"] if saved else self.arguments
-        changed = [f"--{name} {there.get(name)} there, {value} here" for name, value in self.arguments.items()
-                   if there.get(name) != value]
-        if changed:
-            raise UserError(f"{self.path / 'run.json'} was changed since {saved.path} was saved: {'; '.join(changed)}; "
-                            "undo that, or start a new run")
-        return saved
+            return self.checkpoints.newest()
 
     def finish(self, summary: dict) -> None:
         """The last of a run's files, which says that all others are whole."""
