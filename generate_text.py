@@ -20,7 +20,7 @@ from utils import (
     set_seed,
 )
 
-from files.atomic import check_disk, refuse_existing
+from files.atomic import refuse_existing
 from models import generation
 from models.loading import check_length, load_model
 
@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.seqlen < 2:
         raise UserError(f"--seqlen is {args.seqlen}: it must be at least 2 tokens, the first one is given")
     out = refuse_existing(args.out, "choose another --out or remove it")
-    check_disk(out.parent, 8 * args.tokens)
     set_seed(args.seed)
     model, tokenizer = load_model(**arguments_of(load_model, args))
     check_length(model, args.seqlen, "--seqlen")

@@ -34,7 +34,7 @@ from utils import (
 
 import data
 from files import permutation_files
-from files.atomic import atomic_write, check_disk, refuse_existing
+from files.atomic import atomic_write, refuse_existing
 from files.records import write_json
 from models.layers import check_divisible, find_layers
 from models.loading import check_length, devices_of, load_model, model_fingerprint
@@ -64,7 +64,6 @@ def search(args: argparse.Namespace) -> tuple[Found, dict]:
     if args.seqlen < 2:
         raise UserError(f"--seqlen is {args.seqlen}: it must be at least 2 tokens, one to predict the next from")
     check_length(model, args.seqlen, "--seqlen")
-    check_disk(args.save_model, sum(parameter.nbytes for parameter in model.parameters()) + 2**24)  # and the tokenizer
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
     check_tokens(model, samples)
     return (search_and_reorder(model, layers, samples, args.sparsity_type, args.steps, args.seed),

@@ -47,7 +47,7 @@ from utils import (
 )
 
 import data
-from files.atomic import atomic_write, check_disk, refuse_existing
+from files.atomic import atomic_write, refuse_existing
 from files.records import write_json
 from models.layers import check_divisible, find_layers
 from models.loading import check_length, devices_of, load_model
@@ -88,7 +88,6 @@ def main(argv: list[str] | None = None) -> None:
     way = OneShot(**arguments_of(OneShot, args))
     layers = find_layers(model, args.targets)
     check_divisible(layers, args.sparsity_type[1])
-    check_disk(out, sum(parameter.nbytes for parameter in model.parameters()) + 2**24)  # 16 MiB for the tokenizer
     samples = None
     if way.needs_text:
         check_length(model, args.seqlen, "--seqlen")

@@ -13,7 +13,7 @@
 
 How much text there is, and the size of a step, follow from the budget, --minutes or --steps, and from measured speeds.
 Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), report.json,
-curve.png, metrics.jsonl (one line a step), layers.jsonl, run.json. Finished stages are not done again.
+curve.png, metrics.jsonl (one line a step), run.json. Finished stages are not done again.
 """
 import argparse
 import math
@@ -117,7 +117,7 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
         max_s = preparation.TEXT_SHARE * 60 * args.minutes if args.minutes else math.inf
         with stages.stage("text", f"the model generates up to {tokens:,} tokens"):
             datasets = preparation.generated_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after,
-                                                  args.seed, max_s)
+                                                  args.seed, max_s, preparation.FEWEST * args.batchsize * args.seqlen)
     minibatches = data.token_sequences(tokenizer, datasets, plan["tokens"], args.batchsize, args.seqlen, args.seed)
     sequences = preparation.split(minibatches)[0].flatten(0, 1)
 
@@ -166,7 +166,6 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
             initialize.start(masked, "swaps", args.logits, batches.flatten(0, 1), args.seed, validation)
             folder.write_record()
             run.save()
-    run.check_disk(results.most_bytes(masked, run.total_steps, False, args.skip_checkpoint))
 
     # the loop
     with stages.stage("learning", f"from {len(batches)} minibatches"):

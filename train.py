@@ -8,7 +8,7 @@
 
 Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses (inference_loss.py). Writes a new folder
 results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), metrics.jsonl (one line a step),
-layers.jsonl, curve.png, run.json. The first mask is m0 itself; the final one keeps the N largest logits of each block
+curve.png, run.json. The first mask is m0 itself; the final one keeps the N largest logits of each block
 or, with --val_fraction, does best on held-out text. A run that was stopped goes on to the same bits with --resume.
 """
 from argparse import Namespace
@@ -99,7 +99,6 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     run = Run(folder, signals, validation, len(batches), args.max_step, args.epoch)
     if not run.restore(saved, masked=masked, learner=learner, validation=validation):
         initialize.start(masked, args.init, args.logits, batches.flatten(0, 1), args.seed, validation)
-    run.check_disk(results.most_bytes(masked, run.total_steps, args.save, args.skip_checkpoint))
 
     # the loop
     for _ in run.steps():

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
 
 # Threads that wait spin, on cores that another process may want; a short spin costs nothing alone
 # (docs/lab_notebook.md). OpenMP reads these when torch is loaded.
@@ -31,7 +30,7 @@ except ImportError:  # Windows
     resource = None
 
 STATUS = Path("/proc/self/status")  # Linux
-LINE_S = 30  # between two lines of progress
+LINE_S = 30  # between two bars in a log
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -64,29 +63,12 @@ def printable(error: Exception) -> str:
     return line if len(line) <= 2000 else line[:2000] + " ..."
 
 
-class _Lines(tqdm):
-    """Progress as plain lines, for what is no terminal."""
-
-    @staticmethod
-    def status_printer(file: TextIO) -> Callable[[str], None]:
-        """A line for each text there is."""
-        return lambda text: text.strip() and print(text.strip(), file=file, flush=True)
-
-    def moveto(self, n: int) -> None:
-        """Nowhere: lines follow one another."""
-
-    def close(self) -> None:
-        """Without a last line, which short work does not need."""
-        self.disable = True
-        self._decr_instances(self)
-
-
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
-    """tqdm's bar on a terminal; elsewhere a line every LINE_S, so that whoever reads the log sees that work goes on."""
-    if names.get("disable") or sys.stderr.isatty():
-        return tqdm(iterable, **names)
-    return _Lines(iterable, **{**names, "mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
-                               "leave": False, "ncols": 100, "ascii": True})
+    """tqdm's bar; where it is no terminal that reads it, one every LINE_S, so that logs stay short."""
+    if not sys.stderr.isatty():
+        names |= {"mininterval": LINE_S, "maxinterval": LINE_S, "miniters": 1, "delay": LINE_S, "ncols": 100,
+                  "ascii": True}
+    return tqdm(iterable, **names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,8 +146,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
     parser.add_argument("--dtype", default="float16", choices=["auto", "checkpoint", *DTYPES],
                         help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")
     parser.add_argument("--device", default=None,
-                        help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs and the "
-                             "host's memory, as accelerate does (default: cuda if there is one)")
+                        help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs by accelerate "
+                             "(default: cuda if there is one)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
 

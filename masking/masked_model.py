@@ -12,7 +12,6 @@ from masking.layers import match_masks, zero_weights
 from masking.masked_layer import MaskedLayer, scratch_buffers
 from masking.random_bits import layer_keys
 from masking.spaces import Space
-from models import offload
 from models.layers import find_layers
 from models.loss import batch_loss
 from models.sharding import MaskedRows, Rows, Shard, own_weight
@@ -61,7 +60,7 @@ class MaskedModel:
         self.gathered_bytes = 0  # handed to FSDP by this process
         self._passes, self._written = 0, {}  # of the model; layer name -> the pass that its rows were last written for
         for name in learned:
-            weight = offload.weight_of(modules[name])
+            weight = modules[name].weight.data
             layer = MaskedLayer(name, modules[name], masks[name], self.kernels, logits_dtype,
                                 scratch.get((weight.device, weight.dtype)))
             layer.set_logits(lambda part, layer=layer: space.init(bits_to_mask(layer.bits[part], space.m), magnitude))

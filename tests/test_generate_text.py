@@ -135,12 +135,13 @@ def test_the_script(models, llama, tmp_path, capsys):
 
 
 def test_text_is_written_until_the_time_is_over(llama, tmp_path, monkeypatch):
-    """A batch at least."""
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(generation.time, "monotonic", lambda: next(clock))
-    for max_s, documents in ((25, 6), (1, 2), (math.inf, 8)):
-        path = tmp_path / f"{max_s}.jsonl"
-        assert generation.write_text(path, *llama, 8 * 7, 8, 2, max_s=max_s)[0] == documents
+    """But the least of it at any rate; two documents of seven tokens are written at a time, of 56 tokens wanted."""
+    monkeypatch.setattr(generation, "generate", lambda *_: [[5] * 7] * 2)
+    for max_s, least, documents in ((25, 0, 4), (25, 29, 6), (math.inf, 0, 8)):
+        clock = iter(range(0, 1000, 10))
+        monkeypatch.setattr(generation.time, "monotonic", lambda clock=clock: next(clock))
+        path = tmp_path / f"{max_s} {least}.jsonl"
+        assert generation.write_text(path, *llama, 56, 8, 2, max_s=max_s, least=least)[0] == documents
 
 
 @pytest.mark.parametrize("passage, words", [("", "--seqlen 300 is more than the 256"),

@@ -232,7 +232,7 @@ def test_the_compiled_step_is_the_eager_one(n, m, compiler, capsys):
     weight = torch.randn(mask.numel(), generator=seeded(2)).bfloat16()
     fast = take(run, logits, mask, 0.3, weight=weight, args=())
     slow = take(eager_update, logits, mask, 0.3, weight=weight)
-    assert "no working compiler" not in capsys.readouterr().err
+    assert "torch.compile failed" not in capsys.readouterr().err
     assert torch.allclose(fast[0], slow[0], atol=1e-5, rtol=1e-5)
     assert (fast[1] != slow[1]).any(1).float().mean() < 1e-4
     assert same_bits(fast[2], torch.where(fast[1].flatten(), weight, torch.zeros_like(weight)))
