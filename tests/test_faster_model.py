@@ -3,12 +3,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from masked import TOKENS, make
+from masked import TOKENS
 
 from masking.kernels import Kernels
 from masking.spaces import LinearSpace
 from training.faster_model import SHORT, speed_up
-from training.straight_through import StraightThrough
 
 NORMED = {
     "llama": lambda: transformers.LlamaConfig(num_key_value_heads=2, **SIZES),
@@ -68,12 +67,3 @@ def test_what_is_not_the_models_own_stays():
     speed_up(model, Kernels(LinearSpace(2, 4), "eager"), SHORT + 1)
     assert model.config._attn_implementation == "sdpa"
     assert vars(moved)["forward"] is hooked and "forward" in vars(model.model.layers[0].input_layernorm)
-
-
-def test_a_learner_puts_the_model_back():
-    model = model_of("llama")
-    masked, _, _ = make(model)
-    StraightThrough(masked)
-    assert "forward" in vars(model.model.norm)
-    masked.finish()
-    assert "forward" not in vars(model.model.norm)

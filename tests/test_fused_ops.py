@@ -4,7 +4,7 @@ from math import cos, radians
 
 import pytest
 import torch
-from exact import by_inclusion_exclusion, by_orderings, drawings, inclusion_by_drawings, jacobian
+from exact import by_orderings, drawings, inclusion_by_drawings, jacobian
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from masked import seeded
@@ -93,16 +93,6 @@ def test_score_is_that_of_the_definition(block, seed):
         p, expected = by_orderings(x.tolist(), indices, digits=40)
         if p > 1e-25:  # less is never drawn, and beyond float32
             assert torch.allclose(row, torch.tensor([float(g) for g in expected]), rtol=1e-5, atol=2e-6)
-
-
-def test_score_of_8_16():
-    logits = torch.randn(2, 16, generator=seeded(0))
-    bits = fused_ops.earliest(split(torch.rand(2, 16, generator=seeded(1))), 8)
-    kept = [(bits >> i & 1).float() for i in range(16)]
-    found = joined(fused_ops.score(fused_ops.weights(split(logits), 8), kept, 8))
-    for x, indices, row in zip(logits, kept_by(bits, 16), found):
-        expected = by_inclusion_exclusion(x.tolist(), indices, digits=60)[1]
-        assert torch.allclose(row, torch.tensor([float(g) for g in expected]), atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -218,11 +208,3 @@ def test_vjp_of_saturated_blocks_is_finite_and_small(n, m, lead):
     found = vjp_of(logits, saliency, n)
     assert found.isfinite().all() and found.abs().max() < 50 * m * n * max(torch.tensor(-lead).exp().item(), 1e-6)
     assert vjp_of(torch.randn(1, m, generator=seeded(1)), torch.ones(1, m), n).abs().max() < 1e-5
-
-
-def test_vjp_in_closed_form_for_one_of_m():
-    """N = 1: mu = softmax, so J^T G = p (G - p G)."""
-    logits, saliency = torch.randn(50, 6, generator=seeded(0)), torch.randn(50, 6, generator=seeded(1))
-    p = logits.double().softmax(1)
-    expected = p * (saliency - (p * saliency).sum(1, keepdim=True))
-    assert torch.allclose(vjp_of(logits, saliency, 1), expected, atol=1e-6)

@@ -1,10 +1,9 @@
 """Kernels.vjp, the step along J^T G, and soft masks (masking/kernels.py): against enumeration and finite differences."""
 import pytest
 import torch
-from exact import exact_vjp, inclusion_by_drawings, jacobian, pattern_inclusion
+from exact import inclusion_by_drawings, jacobian, pattern_inclusion
 from masked import planes_of, seeded
 
-import pge
 from masking.block_bits import bits_dtype, bits_to_mask
 from masking.kernels import Kernels
 from masking.random_bits import layer_keys
@@ -49,26 +48,6 @@ def test_the_step_follows_the_jacobian_at_the_temperature(space, n, m, mode, by_
     assert torch.allclose(squares.double(), vjp.square().sum(1), rtol=1e-4)
     assert torch.equal(mask, made.mode(moved))
     assert not by_block or torch.allclose(mean_squares.double(), expected, rtol=1e-4)
-
-
-def test_the_exact_step_of_8_16_by_finite_differences():
-    logits, saliency = torch.randn(1, 16, generator=seeded(0)), torch.randn(1, 16, generator=seeded(1))
-    shift = 1e-5 * torch.eye(16).double()
-    ends = pge.inclusion(torch.cat([logits.double() + shift, logits.double() - shift]), 8) @ saliency[0].double()
-    moved = step(SPACES["linear"](8, 16), "exact", logits, saliency, None, 0.1, 1.0, 1.0, 0.0)[0]
-    assert torch.allclose(moved.double(), logits.double() - 0.1 * (ends[:16] - ends[16:]) / 2e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("space", ["linear", "pattern"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_updates_below_a_16_bit_step_count_on_average(space, dtype):
-    """Rounded to the nearest, not one logit of 3 would move."""
-    made, blocks, size = SPACES[space](2, 4), 2**16, 1e-4
-    logits, saliency = torch.full((blocks, made.width), 3.0), torch.tensor([1.0, -1.0, 0.5, 0.0]).expand(blocks, 4)
-    moved = step(made, "eager", logits, saliency, None, 1.0, size, 1.0, 0.0, dtype=dtype)[0].double() - 3
-    vjp = exact_vjp(made, logits[:1], saliency[:1])[0]
-    assert vjp.abs().max() > 0.1
-    assert ((moved.mean(0) + size * vjp).abs() < 5 * moved.std(0) / blocks**0.5 + 1e-7).all()
 
 
 @pytest.mark.parametrize("space, mode", [("linear", "eager"), ("linear", "exact"), ("pattern", "eager")])

@@ -10,7 +10,7 @@ from masked import planes_of, seeded
 
 import pge
 from masking import exact_kernels
-from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits, write_masked
+from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits
 from masking.kernels import Kernels, eager_update
 from masking.random_bits import layer_keys, random_bits, round_stochastically
 from masking.spaces import LinearSpace, PatternSpace
@@ -68,7 +68,7 @@ def test_write_masked(m, dtype):
     weight[::7], weight[1::11], weight[2::13] = -0.0, torch.nan, -torch.inf
     mask = torch.rand(300, m, generator=seeded(m + 1)) < 0.5
     out, before = torch.full_like(weight, torch.nan), weight.clone()
-    write_masked(weight, mask_to_bits(mask), out, m)
+    Kernels(LinearSpace(1, m), "eager").write(weight, mask_to_bits(mask), out)
     assert same_bits(out, torch.where(mask.flatten(), weight, torch.zeros_like(weight)))
     assert same_bits(weight, before)
 
@@ -86,20 +86,6 @@ def test_a_step_writes_the_weight_under_the_mask_it_drew(n, m, dtype):
     if n <= 4:
         parts = take(partial(eager_update, chunk=96), logits, pge.mode(logits, n), 0.1, dtype, weight)
         assert all(torch.equal(a, b) for a, b in zip(whole, parts))
-
-
-@pytest.mark.parametrize("mode", ["eager", "exact"])
-@pytest.mark.parametrize("space", [LinearSpace(2, 4), LinearSpace(8, 16), PatternSpace(2, 4)])
-def test_the_mode_and_the_weight_masked_by_it(space, mode):
-    kernels, logits = Kernels(space, mode), torch.randn(40, space.width, generator=seeded(0))
-    bits = kernels.mode(planes_of(logits))
-    mask = bits_to_mask(bits, space.m)
-    assert bits.dtype == bits_dtype(space.m) and torch.equal(mask, space.mode(logits))
-    weight = -torch.rand(mask.numel(), generator=seeded(1)) - 0.1
-    for once in (False, True):
-        out = torch.full_like(weight, torch.nan)
-        kernels.write(weight, bits, out, once)
-        assert same_bits(out, torch.where(mask.flatten(), weight, torch.zeros_like(weight)))
 
 
 # ---------------------------------------------------------------------------------------------------------- the update
@@ -143,12 +129,14 @@ def test_extreme_logits_stay_finite(n, m):
 @pytest.mark.parametrize("space", [LinearSpace(1, 4), LinearSpace(2, 4), LinearSpace(2, 8), LinearSpace(3, 4),
                                    LinearSpace(4, 8), LinearSpace(8, 16), PatternSpace(2, 4)])
 def test_the_update_is_minus_coefficient_times_score(space):
-    """By `Kernels` as by the exact routines, whose draws repeat with the step's key."""
+    """By the fused routines as by the exact ones; draws repeat with the step's key; the mode is the space's."""
     logits = torch.randn(300, space.width, generator=seeded(0)) * 3
     mask = space.sample(logits, seeded(1))
     expected = logits - 0.37 * space.score(logits, mask)
     for mode in ("eager", "exact"):
-        step = partial(take, Kernels(space, mode).update, logits, mask, 0.37, args=())
+        kernels = Kernels(space, mode)
+        assert torch.equal(bits_to_mask(kernels.mode(planes_of(logits)), space.m), space.mode(logits))
+        step = partial(take, kernels.update, logits, mask, 0.37, args=())
         updated, drawn, _ = step()
         assert torch.allclose(updated, expected, atol=2e-6, rtol=0)
         assert (drawn.sum(1) == space.n).all() and not torch.equal(drawn, mask)
@@ -164,14 +152,15 @@ def test_the_exact_score_takes_fewer_blocks_at_a_time_where_they_are_wide():
     assert exact_kernels.blocks_at_a_time(LinearSpace(4, 8), 2**18) == 2**18
 
 
+@pytest.mark.parametrize("mode", ["eager", "exact"])
 @pytest.mark.parametrize("dtype, value", [(torch.float16, 3.0), (torch.bfloat16, 3.0), (torch.float16, 0.0)])
-def test_updates_far_below_a_16_bit_step_count_on_average(dtype, value):
+def test_updates_far_below_a_16_bit_step_count_on_average(dtype, value, mode):
     """Rounded to nearest, not one logit of 3 would move: the update is a 200th (1600th) of the step between numbers.
     Planes 2k and 2k+1 share their random bits: their roundings must not go together."""
     logits = torch.full((2**18, 4), value)
     mask = torch.tensor([True, True, False, False]).expand(2**18, 4)
     coefficient = 2e-5 if value else 1e-8
-    moved = take(eager_update, logits, mask, coefficient, dtype)[0].double() - value
+    moved = take(Kernels(LinearSpace(2, 4), mode).update, logits, mask, coefficient, dtype, args=())[0].double() - value
     expected = -coefficient * pge.score(logits[:1], mask[:1])[0].double()
     spread = moved.std(0) / 2**9
     assert (spread > 0).all() and ((moved.mean(0) - expected).abs() < 5 * spread).all()

@@ -43,7 +43,8 @@ def go(tmp_path, clock):
                         break
                 clock.now += 1000  # stopped, or over
             run.save()
-            evaluated = [json.loads(line)["step"] for line in (folder.path / "layers.jsonl").open()]
+            lines = map(json.loads, (folder.path / "metrics.jsonl").open())
+            evaluated = [line["step"] for line in lines if "changed" in line]
         return seen, evaluated
     return go
 

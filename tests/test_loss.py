@@ -1,9 +1,7 @@
 """training/loss.py: the loss, distilled or not, and its gradient against autograd."""
 import pytest
 import torch
-from masked import (
-    seeded,
-)
+from masked import seeded
 from torch import nn
 
 from training.loss import summed_loss

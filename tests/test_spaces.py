@@ -50,19 +50,10 @@ def test_score_of_the_pattern_space_is_autograd_of_its_log_prob():
     assert torch.allclose(space.score(logits.detach(), mask), gradient, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SPACES)
-def test_initial_logits_prefer_the_initial_mask(name):
-    space = SPACES[name](2, 4)
-    mask = pge.sample(torch.zeros(100, 4), 2, seeded(0))
-    logits = space.init(mask, 10.0)
-    assert logits.shape == (100, space.width) and sorted(set(logits.flatten().tolist())) == [0.0, 10.0]
-    assert torch.equal(space.mode(logits), mask)
-
-
 @st.composite
 def scored_masks(draw):
     """A space, a mask [4, M] of its N:M, scores [4, M] that may be 0, equal, or far apart, and C."""
-    m = draw(st.integers(2, 8))
+    m = draw(st.sampled_from([*range(2, 9), 16]))
     n = draw(st.integers(1, m - 1))
     generator = seeded(draw(st.integers(0, 2**31)))
     spread = draw(st.sampled_from([0.0, 0.1, 1.0, 15.0]))
@@ -105,14 +96,6 @@ def test_pattern_logits_from_scores_add_up_what_they_keep():
     linear, pattern = (SPACES[name](2, 4).init(mask, 2.0, score)[0] for name in ("linear", "pattern"))
     assert linear.tolist() == pytest.approx([1 + 2 * log(Decimal(2)), -2 * log(Decimal(2)), 1, -4 * log(Decimal(2))])
     assert pattern.tolist() == pytest.approx([float(linear[a] + linear[b]) for a, b in combinations(range(4), 2)])
-
-
-def test_logits_from_scores_of_8_16():
-    score = torch.rand(50, 16, generator=seeded(0)) + 0.1
-    mask = pge.mode(score, 8)
-    for name in SPACES:
-        space = SPACES[name](8, 16)
-        assert torch.equal(space.mode(space.init(mask, 4.0, score)), mask)
 
 
 def test_a_block_of_2_4_leaves_its_mask_once_in_7000_draws():

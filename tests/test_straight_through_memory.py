@@ -88,23 +88,6 @@ def test_checkpointing_keeps_a_layers_input_only():
     assert saved < 2 * 4 * 64 * tokens.numel() < plain / 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_freed_one_by_one(kind, load, checkpointing):
-    """When a layer's gradient comes, those of the layers before are gone; no parameter has a .grad."""
-    learner, masked, _ = learner_of(load(kind), checkpointing=checkpointing)
-    consume, alive, counts = learner.consume, [], []
-
-    def record(layer, gradient):
-        counts.append(sum(reference() is not None for reference in alive))
-        alive.append(weakref.ref(gradient))
-        consume(layer, gradient)
-    learner.consume = record
-    learner.step(TOKENS, 0.1)
-    assert counts == [0] * len(masked.layers) and all(reference() is None for reference in alive)
-    assert all(parameter.grad is None for parameter in masked.model.parameters())
-
-
 def with_chances(model, chance=0.5):
     """The model with every dropout and layerdrop it has at this chance."""
     for module in model.modules():
@@ -138,8 +121,10 @@ def test_finish_gives_everything_back(kind, load, checkpointing):
              for module in model.modules()]
     hooks = [len(module._forward_hooks) for module in model.modules()]
     learner, masked, dense = learner_of(model, checkpointing=checkpointing)
+    assert kind != "llama" or "forward" in vars(model.model.norm)  # made faster
     learner.step(TOKENS, 0.3)
     used = forward(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
     masks = masked.finish()
     assert [{name: vars(module)[name] for name in before} for module, before in zip(model.modules(), state)] == state
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
