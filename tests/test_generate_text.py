@@ -2,6 +2,7 @@
 import json
 import math
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 from utils import UserError, set_seed
 
@@ -24,18 +25,15 @@ def drawn(*given, seed=1):
     return generation.generate(*given)
 
 
-def test_tokens_are_drawn_with_the_probabilities_of_the_model():
-    """A million draws; what has no probability is never drawn."""
+def test_tokens_are_drawn_with_the_probabilities_of_the_model(monkeypatch):
+    """A million draws; what has no probability is never drawn. Rounding may bring the drawn number up to the sum of
+    all probabilities."""
     logits = torch.tensor([0.0, -1.0, 2.0, -torch.inf, 1.5, -6.0])
     set_seed(0)
     drawn = generation.Draw()(None, logits.expand(1_000_000, 6))
     assert (drawn.isfinite().sum(1) == 1).all()
     seen, wanted = drawn.isfinite().double().mean(0), logits.double().softmax(0)
     assert ((seen - wanted).abs() <= 5 * (wanted * (1 - wanted) / 1e6).sqrt()).all() and seen[3] == 0
-
-
-def test_the_last_token_is_the_furthest_that_is_drawn(monkeypatch):
-    """Rounding may bring the drawn number up to the sum of all probabilities."""
     monkeypatch.setattr(torch, "rand", torch.ones)
     assert generation.Draw()(None, torch.zeros(2, 5)).argmax(1).tolist() == [4, 4]
 
@@ -47,12 +45,11 @@ def test_a_document_begins_as_the_tokenizer_begins_one(models, kind, first):
 
 
 def test_a_tokenizer_without_a_beginning_is_refused():
-    class Tokenizer(SimpleNamespace):
-        def __call__(self, text):
-            return SimpleNamespace(input_ids=[])
-    assert generation.start_of_text(Tokenizer(bos_token_id=0, eos_token_id=None)) == 0
+    def tokenizer(bos):
+        return Mock(return_value=SimpleNamespace(input_ids=[]), bos_token_id=bos, eos_token_id=None)
+    assert generation.start_of_text(tokenizer(0)) == 0
     with pytest.raises(UserError, match="no token that begins or ends a text"):
-        generation.start_of_text(Tokenizer(bos_token_id=None, eos_token_id=None))
+        generation.start_of_text(tokenizer(None))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -65,19 +62,12 @@ def test_documents_end_where_the_model_ends_them(load, models, kind):
     documents = drawn(model, tokenizer, 200, 20)
     assert len(documents) == 200 and all(len(tokens) <= 20 and end not in tokens for tokens in documents)
     assert any(len(tokens) < 20 for tokens in documents) and any(len(tokens) == 20 for tokens in documents)
-    assert drawn(model, tokenizer, 200, 20) == documents
-
-
-def test_a_model_may_have_several_ends(llama):
-    """Those of its generation_config count beside the tokenizer's."""
-    model, tokenizer = llama
-    whole = drawn(*llama, 50, 20)
-    other = whole[0][3]
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    whole = next(tokens for tokens in documents if len(tokens) == 20)
+    model.generation_config.eos_token_id = [end, whole[3]]  # its own count beside the tokenizer's
     for _ in range(2):
-        documents = drawn(*llama, 50, 20)
-        assert not any(other in tokens for tokens in documents)
-        assert documents[0] == whole[0][:whole[0].index(other)]
+        again = drawn(model, tokenizer, 200, 20)
+        assert not any(whole[3] in tokens for tokens in again)
+        assert again[documents.index(whole)] == whole[:whole.index(whole[3])]
 
 
 def test_documents_go_on_from_passages(llama, monkeypatch):
@@ -134,14 +124,18 @@ def test_the_script(models, llama, tmp_path, capsys):
     assert (tmp_path / "alike.jsonl").read_text() != out.read_text()
 
 
-def test_text_is_written_until_the_time_is_over(llama, tmp_path, monkeypatch):
-    """But the least of it at any rate; two documents of seven tokens are written at a time, of 56 tokens wanted."""
-    monkeypatch.setattr(generation, "generate", lambda *_: [[5] * 7] * 2)
-    for max_s, least, documents in ((25, 0, 4), (25, 29, 6), (math.inf, 0, 8)):
-        clock = iter(range(0, 1000, 10))
-        monkeypatch.setattr(generation.time, "monotonic", lambda clock=clock: next(clock))
-        path = tmp_path / f"{max_s} {least}.jsonl"
-        assert generation.write_text(path, *llama, 56, 8, 2, max_s=max_s, least=least)[0] == documents
+@pytest.mark.parametrize("max_s, least, documents", [(25, 0, 6), (25, 43, 8), (math.inf, 0, 12)])
+def test_text_is_written_until_the_time_is_over(llama, tmp_path, monkeypatch, max_s, least, documents):
+    """But the least of it at any rate; two documents of seven tokens take ten seconds, and 84 tokens are wanted."""
+    clock = [0]
+
+    def generate(*_):
+        clock[0] += 10
+        return [[5] * 7] * 2
+    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(generation.time, "monotonic", lambda: clock[0])
+    written = generation.write_text(tmp_path / "text.jsonl", *llama, 84, 8, 2, max_s=max_s, least=least)
+    assert written == (documents, 7 * documents)
 
 
 @pytest.mark.parametrize("passage, words", [("", "--seqlen 300 is more than the 256"),
@@ -153,11 +147,11 @@ def test_more_tokens_than_the_model_has_positions(models, tmp_path, passage, wor
         generate_text.main(f"{flags(models, tmp_path / 'generated.jsonl')} {further}".split())
 
 
-def test_a_model_that_ends_every_text_at_once(models, tmp_path, monkeypatch):
+def test_a_model_that_ends_every_text_at_once(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "generate", lambda *args: [[], []])
     with pytest.raises(UserError, match="ends every text at once"):
-        generate_text.main(flags(models, tmp_path / "generated.jsonl").split())
-    assert not (tmp_path / "generated.jsonl").exists()
+        generation.write_text(tmp_path / "text.jsonl", *llama, 84, 8, 2)
+    assert not (tmp_path / "text.jsonl").exists()
 
 
 def test_the_faster_attention_is_taken_and_no_random_number_used_up(llama, monkeypatch):

@@ -1,4 +1,4 @@
-"""Kernels.vjp, the step along J^T G, and soft masks (masking/kernels.py): against enumeration and finite differences."""
+"""Kernels.vjp, the step along J^T G, and soft masks (masking/kernels.py): against enumeration."""
 import pytest
 import torch
 from exact import inclusion_by_drawings, jacobian, pattern_inclusion

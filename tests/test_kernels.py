@@ -1,5 +1,6 @@
 """masking/kernels.py: the fused, the compiled and the exact step against pge.py."""
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import pge
 from masking import exact_kernels
 from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits
 from masking.kernels import Kernels, eager_update
-from masking.random_bits import layer_keys, random_bits, round_stochastically
+from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace, PatternSpace
 
 FUSED = [(n, m) for n in range(1, 5) for m in range(n + 1, 9)]
@@ -37,10 +38,6 @@ def take(function, logits, mask, coefficient=0.0, dtype=torch.float32, weight=No
     function(planes, bits, weight, out, torch.tensor(coefficient), key, *((n, m) if args is None else args))
     assert planes[0].dtype == dtype and bits.dtype == bits_dtype(m)
     return torch.stack(planes, 1), bits_to_mask(bits, m), out
-
-
-def exact_step(space):
-    return partial(exact_kernels.update, space=space)
 
 
 def fused_score(logits, mask):
@@ -150,6 +147,7 @@ def test_the_exact_score_takes_fewer_blocks_at_a_time_where_they_are_wide():
         numbers = space.n * 2**space.n if isinstance(space, LinearSpace) else space.width
         assert blocks >= 1 and blocks * numbers <= 2**24
     assert exact_kernels.blocks_at_a_time(LinearSpace(4, 8), 2**18) == 2**18
+    assert exact_kernels.chunk_of(torch.ones(1)) < exact_kernels.chunk_of(Mock(device=torch.device("cuda")))  # launches
 
 
 @pytest.mark.parametrize("mode", ["eager", "exact"])
@@ -175,23 +173,19 @@ DRAWS = [  # n, m and the bits of the weights that lead; by one number and a tab
 ]
 
 
-def check_draws(function, n, m, code, gap, times, weight=None, args=None):
+def check_draws(function, n, m, code, gap, times, **given):
     """The patterns drawn where the weights of these bits lead by a gap: `times` steps of 2^18 blocks, coefficient 0."""
     logits = bits_to_mask(torch.tensor([code]), m)[0] * gap
     block = logits.expand(2**18, -1)
     mask = pge.mode(block, n)
-    counts = sum(pattern_counts(take(function, block, mask, t=t, weight=weight, args=args)[1]) for t in range(times))
+    counts = sum(pattern_counts(take(function, block, mask, t=t, args=(), **given)[1]) for t in range(times))
     assert chi_square(counts, distribution(logits.tolist(), n)) > 1e-4
 
 
 @pytest.mark.parametrize("gap", [0.0, 3.0, 10.0])
-@pytest.mark.parametrize("n, m, code", DRAWS)
-def test_masks_drawn_have_the_exact_distribution(n, m, code, gap):
-    check_draws(eager_update, n, m, code, gap, 4 if m < 6 else 2)
-
-
-def test_masks_drawn_by_the_exact_step_have_the_same_distribution():
-    check_draws(exact_step(LinearSpace(2, 4)), 2, 4, 0b1010, 3.0, 1, args=())
+@pytest.mark.parametrize("n, m, code, mode", [*[(*draw, "eager") for draw in DRAWS], (2, 4, 0b1010, "exact")])
+def test_masks_drawn_have_the_exact_distribution(n, m, code, mode, gap):
+    check_draws(Kernels(LinearSpace(n, m), mode).update, n, m, code, gap, 4 if m < 6 else 2)
 
 
 def test_masks_are_drawn_from_the_updated_logits():
@@ -207,32 +201,39 @@ def test_masks_are_drawn_from_the_updated_logits():
     assert chi_square(pattern_counts(drawn[chosen]), distribution(updated[chosen][0].tolist(), 2)) > 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_maskpro_finds_the_best_mask(dtype):
+    """From the worst mask there is, from losses alone, f = sum of the w_i^2 that are pruned + |e|^2: that of a linear
+    regression on orthonormal inputs, whose noise e is each minibatch's own."""
+    order = torch.rand(16, 4, generator=seeded(0)).argsort(1)  # the best mask keeps the two largest of each block
+    weight = torch.tensor([2.0, 1.5, 0.5, 0.25])[order].flatten() / 4
+    worst, noise = order >= 2, (0.0, 1.0, 25.0)
+    loss = weight.square().sum() - (weight * worst.flatten()).square().sum()
+    logits, bits, out = planes_of(worst.float(), dtype), mask_to_bits(worst), weight * worst.flatten()
+    estimator = pge.MaskPro(0.99, debias=True)
+    for t in range(3000):
+        found = weight.square().sum() - out.square().sum()
+        advantage = estimator.advantage(float(found + noise[t % 3]), float(loss + noise[t % 3]))
+        eager_update(logits, bits, weight, out, torch.tensor(0.3 * advantage), layer_keys(0, t, 1)[0], 2, 4)
+    assert torch.equal(pge.mode(torch.stack(logits, 1).float(), 2), order < 2)
+
+
 # -------------------------------------------------------------------------------------------------------- the compiler
 
-@pytest.mark.parametrize("n, m", [(2, 4), (2, 5)], ids=["table", "race"])
-def test_the_compiled_step_is_the_eager_one(n, m, compiler, capsys):
-    """Same logits, same masks but for a vanishing share (a sum may be rounded otherwise), the same distribution.
+@pytest.mark.parametrize("n, m, dtype", [(2, 4, torch.float32), (2, 5, torch.bfloat16)], ids=["table", "race"])
+def test_the_compiled_step_is_the_eager_one(n, m, dtype, compiler, capsys):
+    """Same logits and masks but for a vanishing share (a sum may be rounded otherwise), the same distribution.
 
     A compilation takes 10 to 15 s on two cores, so there are only two: one for each way to draw.
     """
-    run = Kernels(LinearSpace(n, m)).update
-    logits = torch.randn(2**18, m, generator=seeded(0)) * 3
+    kernels, logits = Kernels(LinearSpace(n, m)), torch.randn(2**18, m, generator=seeded(0)) * 3
     mask = pge.sample(logits, n, seeded(1))
-    weight = torch.randn(mask.numel(), generator=seeded(2)).bfloat16()
-    fast = take(run, logits, mask, 0.3, weight=weight, args=())
-    slow = take(eager_update, logits, mask, 0.3, weight=weight)
+    given = {"dtype": dtype, "weight": torch.randn(mask.numel(), generator=seeded(2)).bfloat16()}
+    fast = take(kernels.update, logits, mask, 0.3, args=(), **given)
+    slow = take(eager_update, logits, mask, 0.3, **given)
     assert "torch.compile failed" not in capsys.readouterr().err
-    assert torch.allclose(fast[0], slow[0], atol=1e-5, rtol=1e-5)
+    assert torch.isclose(fast[0], slow[0], atol=1e-5, rtol=1e-5).all(1).float().mean() > 1 - 1e-3
     assert (fast[1] != slow[1]).any(1).float().mean() < 1e-4
-    assert same_bits(fast[2], torch.where(fast[1].flatten(), weight, torch.zeros_like(weight)))
+    assert same_bits(fast[2], torch.where(fast[1].flatten(), given["weight"], torch.zeros_like(given["weight"])))
     for gap in (0.0, 3.0, 10.0):
-        check_draws(run, n, m, 0b1010, gap, 4, weight, ())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_compiled_rounding_is_the_eager_one(dtype, compiler):
-    """Of the step with 16-bit logits, what differs from that with 32: it compiles in a second."""
-    x = torch.randn(2**14, generator=seeded(0)) * torch.tensor([1e-6, 1e-4, 1.0, 1e3]).repeat(2**12)
-    bits = random_bits(torch.arange(2**14, dtype=torch.int32), layer_keys(0, 0, 1)[0])
-    fast = torch.compile(round_stochastically, dynamic=False)(x, dtype, bits)
-    assert same_bits(fast, round_stochastically(x, dtype, bits))
+        check_draws(kernels.update, n, m, 0b1010, gap, 4, **given)

@@ -1,4 +1,6 @@
 """masking/masked_model.py: what a model under learned masks computes, layer by layer, bit for bit."""
+import math
+
 from utils import UserError
 
 import pytest
@@ -6,7 +8,6 @@ import torch
 import transformers
 from masked import (
     TOKENS,
-    Stack,
     all_logits,
     assert_masked,
     drawn_masks,
@@ -15,12 +16,13 @@ from masked import (
     magnitude_masks,
     make,
     same,
+    seeded,
     used_weights,
 )
-from torch import nn
 
 import pge
 from masking.block_bits import mask_to_bits
+from masking.block_stats import block_stats
 from masking.layers import apply_masks, check_sparsity
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
@@ -56,9 +58,11 @@ def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, loa
     """The first mask is m0 itself; each update moves the logits by the score of the mask, and draws another."""
     masked, masks, dense = make(load(kind), n, m, space, magnitude=1.0)
     seen = [masks]
+    assert same(all_logits(masked), {name: masked.space.init(masks[name].view(-1, m), 1.0) for name in masks})
     for t in range(3):
         used, drawn, before = used_weights(masked.model), drawn_masks(masked), all_logits(masked)
         assert same(drawn, seen[0]) == (t == 0)
+        assert same({name: x.T for name, x in before.items()}, masked.whole_logits())
         for name, weight in used.items():
             assert (drawn[name].reshape(-1, m).sum(1) == n).all()
             assert_masked(weight, dense[name], drawn[name])
@@ -78,7 +82,7 @@ def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, loa
 
 def test_a_forward_carries_out_the_update_as_flush_does(kind, load):
     """Whether forward passes come after each update or not at all: the same logits, masks and outputs."""
-    lazy, eager = make(load(kind), magnitude=1.0)[0], make(load(kind), magnitude=1.0)[0]
+    lazy, eager = (make(load(kind), magnitude=1.0, logits_dtype=torch.float16)[0] for _ in range(2))
     for t in range(3):
         for masked in (lazy, eager):
             masked.update(0.2 * (-1) ** t)
@@ -86,7 +90,8 @@ def test_a_forward_carries_out_the_update_as_flush_does(kind, load):
         eager.flush()
         eager.flush()  # nothing is due any more
     assert same(all_logits(lazy), all_logits(eager)) and same(lazy.bits(), eager.bits())
-    assert lazy.checksum() == eager.checksum() != make(load(kind), magnitude=1.0)[0].checksum()
+    assert lazy.checksum() == eager.checksum()
+    assert all(x.dtype == torch.float16 and x.isfinite().all() for x in all_logits(lazy).values())
     assert torch.equal(forward(lazy.model), forward(eager.model))
 
 
@@ -120,63 +125,49 @@ def test_a_model_uses_others_masks_or_none_and_comes_back(kind, load):
     assert not same(drawn, m0) and masked.checksum() != make(load(kind), magnitude=1.0)[0].checksum()
     for name, weight in used_weights(masked.model).items():
         assert_masked(weight, dense[name], drawn[name])
+    masked.use_soft_masks(2.0)  # only where no mask is named
+    soft = forward(masked.model)
+    assert not torch.allclose(soft, learned, atol=1e-3)
     with masked.use_dense():
         assert torch.equal(forward(masked.model), forward(load(kind)))
-    assert torch.equal(forward(masked.model), learned)
     flipped = {name: mask_to_bits(~mask.view(-1, 4)) for name, mask in m0.items()}
     with pytest.raises(KeyboardInterrupt), masked.use_masks(flipped):
         masked_by_them = forward(masked.model)
         raise KeyboardInterrupt
     assert torch.equal(masked_by_them, forward(under(load(kind), {name: ~mask for name, mask in m0.items()})))
+    assert torch.equal(forward(masked.model), soft)
+    masked.use_soft_masks(0.0)
     assert torch.equal(forward(masked.model), learned)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def test_learning_some_layers_keeps_the_others_at_m0(load):
-    """The dense model is dense in these too, where that is asked for."""
+def test_learning_some_layers_keeps_the_others_at_m0_or_dense(load):
+    """The dense model is dense in those at m0 too, where that is asked for."""
     model = load()
-    names = list(find_layers(model))
-    learned = [name for name in names if "self_attn" in name]
-    masked, masks, dense = make(model, magnitude=0.5, learned=learned, keep_dense=True)
+    layers = find_layers(model)
+    dense = {name: weight_matrix(layer).clone() for name, layer in layers.items()}
+    learned = [name for name in layers if "self_attn" in name]
+    masks = magnitude_masks({name: layer for name, layer in layers.items() if "up_proj" not in name})
+    masked = MaskedModel(model, masks, LinearSpace(2, 4), 0.5, learned=learned, mode="eager", keep_dense=True)
     first = forward(model)
     with masked.use_dense():
         assert torch.equal(forward(model), forward(load()))
     assert torch.equal(forward(model), first) and list(masked.layers) == learned
     masked.update(0.5)
-    used = used_weights(model)
-    drawn = drawn_masks(masked)
+    used, drawn = used_weights(model), drawn_masks(masked)
     assert not any(torch.equal(drawn[name], masks[name]) for name in learned)
-    for name in names:
-        assert_masked(used[name], dense[name], (masks | drawn)[name])
+    for name in layers:
+        assert_masked(used[name], dense[name], (masks | drawn).get(name, dense[name] != 0))
     assert list(masked.finish()) == learned
-    assert check_sparsity(find_layers(model), (2, 4)) == 0.5
-
-
-def test_layers_without_a_mask_stay_dense(load):
-    model = load()
-    masks = magnitude_masks(find_layers(model, ["mlp"]))
-    masked = MaskedModel(model, masks, LinearSpace(2, 4), mode="eager")
-    forward(model)
-    assert list(masked.layers) == list(masks)
-    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, load().model.layers[0].self_attn.q_proj.weight)
 
 
 def test_a_mask_of_another_model_is_refused_before_anything_changes(load):
-    model, other = load(), load("opt")
+    model = load()
     with pytest.raises(UserError, match="another model"):
-        MaskedModel(model, magnitude_masks(find_layers(other)), LinearSpace(2, 4))
+        MaskedModel(model, magnitude_masks(find_layers(load("opt"))), LinearSpace(2, 4))
     assert check_sparsity(find_layers(model), None) == 1.0
-
-
-@pytest.mark.parametrize("space", ["linear", "pattern"])
-def test_initial_logits_prefer_m0(load, space):
-    masked, masks, _ = make(load(), space=space, magnitude=7.0)
-    for name, logits in all_logits(masked).items():
-        assert torch.equal(logits, masked.space.init(masks[name].view(-1, 4), 7.0))
-        assert torch.equal(masked.whole_logits()[name], logits.T)
-    assert same(masked.masks_of(masked.mode_bits()), masks)
 
 
 def test_random_logits_start_at_their_own_mode(load):
@@ -189,18 +180,6 @@ def test_random_logits_start_at_their_own_mode(load):
     for name, weight in used_weights(masked.model).items():
         assert_masked(weight, dense[name], drawn[name])
     assert same(drawn, drawn_masks(runs[1][0])) and not same(drawn, drawn_masks(runs[2][0]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("init", ["mask", "random"])
-def test_logits_of_16_bits(load, dtype, init):
-    masked = make(load(), logits_dtype=dtype, init=init, magnitude=2.0)[0]
-    for _ in range(3):
-        masked.update(0.5)
-        forward(masked.model)
-    assert all(x.dtype == dtype and x.isfinite().all() for x in all_logits(masked).values())
-    masked.finish()
-    assert check_sparsity(find_layers(masked.model), (2, 4)) == 0.5
 
 
 def test_all_layers_share_one_buffer_and_keep_their_dense_weight_without_a_copy(kind, load):
@@ -241,11 +220,23 @@ def test_finish_leaves_an_ordinary_model_under_the_mode(kind, load, tmp_path):
     assert torch.equal(forward(again), forward(model))
 
 
-def test_a_plain_stack_of_linears_is_a_model_too():
-    """Only forward passes of modules are used, and embeddings may be missing."""
-    model = Stack(nn.Linear(16, 8, bias=False), nn.ReLU(), nn.Linear(8, 4))
-    masked, masks, dense = make(model)
-    x = torch.randn(3, 16)
-    expected = nn.functional.linear(x, dense["0"] * masks["0"]).relu()
-    expected = nn.functional.linear(expected, dense["2"] * masks["2"], model[2].bias)
-    assert torch.allclose(model(x), expected, atol=1e-6) and list(masked.layers) == ["0", "2"]
+# -------------------------------------------------------------------------------------------------------- statistics
+
+
+NAMES = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"]  # small enough to be looked at whole
+
+
+@pytest.mark.parametrize("n, m, space", [(2, 4, "linear"), (2, 4, "pattern"), (8, 16, "linear")])
+def test_block_stats(load, n, m, space):
+    masked, m0, _ = make(load(), n, m, space, magnitude=1.0, learned=NAMES)
+    for layer in masked.layers.values():
+        for plane in layer.logits[::3]:
+            plane.add_(torch.randn(len(plane), generator=seeded(1)))
+    found = block_stats(masked)
+    logits = torch.cat([logits_of(layer) for layer in masked.layers.values()])
+    changed = masked.space.mode(logits) != torch.cat([m0[name].view(-1, m) for name in NAMES])
+    assert found["changed"] == pytest.approx(float(changed.any(1).float().mean())) and 0 < found["changed"] < 1
+    if m == 4:
+        probs = masked.space.pattern_probs(logits.double())
+        assert found["entropy"] == pytest.approx(float(-(probs * probs.log()).sum(1).mean()), rel=1e-4)
+    assert 0 < found["entropy"] < math.log(math.comb(m, n))
