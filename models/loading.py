@@ -13,7 +13,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from files import model_folder
 from models import offload
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
@@ -26,7 +25,7 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None, de
 
     dtype: a name of utils.DTYPES, auto or checkpoint.
     """
-    device, source = checked_device(device), local_folder(model, trust_remote_code)
+    device, source = checked_device(device), local_folder(model)
     torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
@@ -51,10 +50,9 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None, de
     return found.eval(), tokenizer
 
 
-def local_folder(model: str, trusted: bool) -> str | Path:
-    """The model's folder, checked, or its hub id as it is. UserError where it should be a folder and is none."""
+def local_folder(model: str) -> str | Path:
+    """The model's folder, or its hub id as it is. UserError where it should be a folder and is none."""
     if Path(model).expanduser().is_dir():
-        model_folder.check(Path(model).expanduser(), trusted)
         return Path(model).expanduser()
     if any(model.startswith(mark) for mark in (".", "/", "~")):
         raise UserError(f"--model {model}: there is no such folder")

@@ -86,7 +86,7 @@ def test_a_question_without_an_answer_is_a_document_for_every_choice(tmp_path):
 @pytest.mark.parametrize("change", [{"choices": [1]}, {"gold": 2}, {"gold": -1}, {"gold": "0"}])
 def test_questions_that_are_none(tmp_path, change):
     question = {"context": "Bees make", "choices": [" honey", " wool"], **change}
-    with pytest.raises(UserError, match="cannot read dataset"):
+    with pytest.raises(UserError, match="cannot be read"):
         list(documents(write_lines(tmp_path / "odd.jsonl", [question])))
 
 
