@@ -33,7 +33,7 @@ def base_model(model: str) -> str:
         return str(json.loads(path.read_bytes())["arguments"]["model"]) if path.is_file() else model
 
 
-def read_lines(path: Path, fits: Callable[[object], bool]) -> list[dict]:
+def read_lines(path: Path, fits: Callable[[dict], bool]) -> list[dict]:
     """The objects of a .jsonl file, each of which must fit; without the last line where it is torn."""
     with explained(path, "give run folders that train.py wrote"):
         lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
@@ -45,7 +45,7 @@ def read_lines(path: Path, fits: Callable[[object], bool]) -> list[dict]:
                 if number == len(lines):
                     break
                 row = None
-            if not fits(row):
+            if not isinstance(row, dict) or not fits(row):
                 raise UserError(f"line {number} is damaged; delete it to draw the others")
             found.append(row)
         return found
