@@ -65,7 +65,5 @@ def lines_up_to(path: Path, size_bytes: int) -> list[dict]:
 def cut_lines(path: Path, size_bytes: int) -> None:
     """Shorten a .jsonl to the bytes that a state knows of; UserError as `lines_up_to`."""
     lines_up_to(path, size_bytes)
-    if size_bytes:
+    if path.exists():
         os.truncate(path, size_bytes)
-    else:
-        path.unlink(missing_ok=True)

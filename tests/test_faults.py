@@ -67,10 +67,13 @@ def test_damaged_files(make, tmp_path, monkeypatch):
         file = generator.choice(files)
         good = file.read_bytes()
         kill.tear(file, generator)
+        refusal = None
         try:
             assert read() == original
         except UserError as error:
-            assert str(tmp_path) in str(error) and file.name in str(error) and "\n" not in str(error)
+            refusal = str(error)
+        if refusal is not None:
+            assert str(tmp_path) in refusal and file.name in refusal and "\n" not in refusal
             refused += 1
         file.write_bytes(good)
     assert refused > 75
@@ -80,6 +83,7 @@ def test_the_campaign_is_a_command(monkeypatch, capsys):
     counts = {"kills": 2, "runs": 1, "same": 1}
     monkeypatch.setattr(kill, "campaign", lambda folder, flags, kills, generator: {**counts, "kills": kills})
     assert kill.main(["--kills", "5", "--seed", "3"]) == 0
-    assert "| run | kills | runs | same |\n| --- | --- | --- | --- |\n| maskpro | 5 | 1 | 1 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| run | kills | runs | same |\n| --- | --- | --- | --- |\n| maskpro | 5 | 1 | 1 |" in said
     counts["same"] = 0
     assert kill.main(["--kills", "5"]) == 1
