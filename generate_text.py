@@ -20,7 +20,7 @@ from utils import (
     set_seed,
 )
 
-from files.atomic import check_disk, refuse_existing
+from files.atomic import refuse_existing
 from models import generation
 from models.loading import check_length, load_model
 
@@ -32,8 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a document, at most")
     parser.add_argument("--batchsize", type=positive_int, default=256, help="documents generated at a time")
     parser.add_argument("--after", metavar="DATASET",
-                        help=f"passages, as for train.py --dataset, the first {generation.MOST_PASSAGES}: each document "
-                             "continues the first --seqlen tokens of one, which are left out")
+                        help="passages, as for train.py --dataset: each document continues the first --seqlen tokens "
+                             "of one of them, which are left out")
     parser.add_argument("--attention", choices=["auto", *generation.ATTENTION], default="auto",
                         help="auto: what is faster here, tried for a few tokens; another one writes other text")
     parser.add_argument("--out", default="generated_text.jsonl", help="file to write, must be new")
@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.seqlen < 2:
         raise UserError(f"--seqlen is {args.seqlen}: it must be at least 2 tokens, the first one is given")
     out = refuse_existing(args.out, "choose another --out or remove it")
-    check_disk(out.parent, 8 * args.tokens)
     set_seed(args.seed)
     model, tokenizer = load_model(**arguments_of(load_model, args))
     check_length(model, args.seqlen, "--seqlen")

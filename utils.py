@@ -5,7 +5,6 @@ To be imported before torch, which every script and bench does: it says how long
 import argparse
 import ctypes
 import inspect
-import math
 import os
 import platform
 import random
@@ -16,10 +15,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
 
 # Threads that wait spin, on cores that another process may want; a short spin costs nothing alone
-# (docs/measurements.md). OpenMP reads these when torch is loaded.
+# (docs/lab_notebook.md). OpenMP reads these when torch is loaded.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")
 
@@ -32,7 +30,7 @@ except ImportError:  # Windows
     resource = None
 
 STATUS = Path("/proc/self/status")  # Linux
-LINE_S = 30  # between two lines of progress
+LINE_S = 30  # between two bars in a log
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -65,29 +63,12 @@ def printable(error: Exception) -> str:
     return line if len(line) <= 2000 else line[:2000] + " ..."
 
 
-class _Lines(tqdm):
-    """Progress as plain lines, for what is no terminal."""
-
-    @staticmethod
-    def status_printer(file: TextIO) -> Callable[[str], None]:
-        """A line for each text there is."""
-        return lambda text: text.strip() and print(text.strip(), file=file, flush=True)
-
-    def moveto(self, n: int) -> None:
-        """Nowhere: lines follow one another."""
-
-    def close(self) -> None:
-        """Without a last line, which short work does not need."""
-        self.disable = True
-        self._decr_instances(self)
-
-
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
-    """tqdm's bar on a terminal; elsewhere a line every LINE_S, so that whoever reads the log sees that work goes on."""
-    if names.get("disable") or sys.stderr.isatty():
-        return tqdm(iterable, **names)
-    return _Lines(iterable, **{**names, "mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
-                               "leave": False, "ncols": 100, "ascii": True})
+    """tqdm's bar; where it is no terminal that reads it, one every LINE_S, so that logs stay short."""
+    if not sys.stderr.isatty():
+        names |= {"mininterval": LINE_S, "maxinterval": LINE_S, "miniters": 1, "delay": LINE_S, "ncols": 100,
+                  "ascii": True}
+    return tqdm(iterable, **names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,12 +107,13 @@ def sparsity_type(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def finite(lowest: float) -> Callable[[str], float]:
-    """A float type for argparse: finite and at least `lowest`."""
+def finite(lowest: float, highest: float = sys.float_info.max) -> Callable[[str], float]:
+    """A float type for argparse: finite, at least `lowest` and at most `highest`."""
     def number(text: str) -> float:
         value = float(text)
-        if not lowest <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of at least {lowest:g}")
+        if not lowest <= value <= highest:
+            upto = f" and at most {highest:g}" if highest < sys.float_info.max else ""
+            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of at least {lowest:g}{upto}")
         return value
     return number
 
@@ -206,6 +188,13 @@ def fast_dtype(device: str) -> torch.dtype:
     has_bf16 = any(getattr(torch.cpu, name, lambda: False)()
                    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def gradient_dtype(dtype: str, device: str | None) -> str:
+    """The dtype to learn with by gradients: for auto on a GPU that has it, bfloat16, since float16 overflows."""
+    if dtype == "auto" and checked_device(device).startswith("cuda") and torch.cuda.is_bf16_supported():
+        return "bfloat16"
+    return dtype
 
 
 def reuse_freed_memory() -> None:

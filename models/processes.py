@@ -143,6 +143,11 @@ def all_gather(values: list[float | None]) -> list[list[float | None]]:
             for numbers in everyone]
 
 
+def agreed(value: float) -> float:
+    """The main process's value, such as a time, in all processes."""
+    return all_gather([value])[0][0]
+
+
 def mean(values: list[float]) -> float:
     """The mean of all numbers of all processes, which may give different numbers of them. It is rounded once, so that
     it does not depend on who gives which."""

@@ -50,10 +50,7 @@ def assignment(value: Tensor) -> Tensor:
     cost = -value.double().cpu().numpy()
     n, price = len(cost), cost.min(0)
     column_of, row_of = np.full(n, -1), np.full(n, -1)
-    for column, row in enumerate(cost.argmin(0)):  # rows that are a column's cheapest
-        if column_of[row] < 0:
-            column_of[row], row_of[column] = column, row
-    for start in np.flatnonzero(column_of < 0):
+    for start in range(n):
         distance, before, is_open, reached = cost[start] - price, np.full(n, start), np.ones(n, dtype=bool), []
         while True:
             column = distance.argmin()
@@ -182,6 +179,7 @@ def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: 
     """
     if getattr(model.config, "channel_permutation", None):
         raise UserError("the channels of this model were reordered before; give the model that it was made from")
+    channel_sets(model)  # an unknown architecture is refused before the calibration
     found = find_orders(model, layers, input_norms(model, layers, samples), pattern, steps, seed=seed)
     before = batch_loss(model, samples[:1])
     reorder(model, found.orders)

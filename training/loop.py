@@ -132,7 +132,7 @@ class Run:
                 self._bar.update()
                 due = processes.is_main() and self.checkpoints.due(self.step, self._elapsed_s(),
                                                                    last=self.progress == 1.0)
-                due = processes.all_gather([float(bool(due))])[0][0]  # as the main process says
+                due = processes.agreed(float(bool(due)))
                 if due or self._stopped_by:
                     self.save()
                 if self._stopped_by:

@@ -24,10 +24,11 @@ def most_bytes(masked: MaskedModel, steps: float, saves_logits: bool, skips_chec
     return weights // 8 + saves_logits * logits + (not skips_checkpoint) * model + lines
 
 
-def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_logits: bool,
-            skips_checkpoint: bool) -> dict:
+def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_logits: bool, skips_checkpoint: bool,
+            levels: dict[str, float] | None = None) -> dict:
     """Write the best mask, or the last, and the model under it; returns the run's summary, which `RunFolder.finish`
-    takes. initial: m0, of which the layers that are not learned keep theirs. All processes have to ask at once."""
+    takes. initial: m0, of which the layers that are not learned keep theirs; levels: lines of the curve, label -> loss
+    in nats. All processes have to ask at once."""
     masked, validation, folder = run.validation.masked, run.validation, run.folder.path
     logits, devices = masked.whole_logits() if saves_logits else {}, devices_of(masked.model)
     final = masked.finish(validation.bits)
@@ -41,7 +42,7 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     masks = {**initial.masks, **final}
     mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, run.folder.arguments["model"],
                     run.folder.record["fingerprints"]["model"])
-    figures.learning_curve({folder.name: run.logs.metrics}, folder / "curve.png")
+    figures.learning_curve({folder.name: run.logs.metrics}, folder / "curve.png", levels)
     return {**_summary(run, devices), **_changes(initial.masks, final, initial.m),
             "mask_fingerprint": mask_files.fingerprint(masks)}
 

@@ -3,7 +3,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from utils import peak_memory, reset_peak_memory
+from utils import checked_device, peak_memory, reset_peak_memory
 
 import torch
 
@@ -14,11 +14,11 @@ from training.run_folder import RunFolder
 class Stages:
     """Announces and times the stages of a run. A stage that is done is known to be when the run goes on.
 
-    device: whose memory is looked at.
+    device: as --device; its memory is looked at.
     """
 
-    def __init__(self, folder: RunFolder, device: str):
-        self.folder, self.devices = folder, [torch.device(device)]
+    def __init__(self, folder: RunFolder, device: str | None):
+        self.folder, self.devices = folder, [torch.device(checked_device(device))]
         self.done: dict[str, dict] = folder.record.setdefault("stages", {})
         self._started = time.monotonic() - sum(stage["seconds"] for stage in self.done.values())
 
