@@ -15,7 +15,8 @@ from utils import UserError, progress_bar
 import torch
 import transformers
 
-from files.documents import all_documents, documents, explained, hub_texts
+from files.documents import all_documents, documents, hub_texts
+from files.errors import explained
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
@@ -148,16 +149,16 @@ def windows_and_tokens(tokenizer: Tokenizer, dataset: str, seqlen: int,
     """`perplexity_windows`, and the number of tokens that the whole text has, the remainder included."""
     if seqlen < 2 or (limit is not None and limit < 1):
         raise UserError(f"--seqlen is {seqlen} and the limit {limit}: needs at least 2 tokens and 1 window")
-    with explained(dataset):
-        if dataset == "wikitext2":
-            text = "\n\n".join(hub_texts(dataset, **WIKITEXT2_TEST))
-        elif dataset == "c4":
-            text = " ".join(itertools.islice(hub_texts(dataset, **C4_VALIDATION), 1100))
-            limit = min(limit or 256, 256)
-        elif Path(dataset).is_file() and dataset.endswith(".txt"):
+    if dataset == "wikitext2":
+        text = "\n\n".join(hub_texts(dataset, **WIKITEXT2_TEST))
+    elif dataset == "c4":
+        text = " ".join(itertools.islice(hub_texts(dataset, **C4_VALIDATION), 1100))
+        limit = min(limit or 256, 256)
+    elif Path(dataset).is_file() and dataset.endswith(".txt"):
+        with explained(f"dataset {dataset}", "check that the file is intact"):
             text = Path(dataset).read_bytes().decode("utf-8")
-        else:
-            text = "\n\n".join(documents(dataset))
+    else:
+        text = "\n\n".join(documents(dataset))
     tokens = _tokens(tokenizer, text)
     windows = len(tokens) // seqlen
     if windows == 0:

@@ -20,7 +20,7 @@ from utils import UserError, add_model_arguments, arguments_of, run_script, scri
 
 from files import mask_files
 from files.atomic import refuse_existing
-from files.model_folder import base_model
+from files.records import base_model
 from masking.layers import nonzero_mask, read_masks
 from models.layers import check_divisible, find_layers, weight_matrix
 from models.loading import load_model, model_fingerprint
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     if out.suffix not in (".safetensors", ".npz", ""):
         raise UserError(f"--save {out} must end in .safetensors, in .npz, or have no suffix, for a folder of .pt")
     found = convert(args) if args.convert else extract(args)
-    mask_files.save_as(out, found)
+    mask_files.save(out, **vars(found))
     if out.suffix == ".safetensors" and not found.fingerprint:
         print(f"warning: {out} can be checked against no model later, it has no fingerprint; give --model for one",
               file=sys.stderr)

@@ -1,6 +1,6 @@
 """How small a mask gets, and how fast: bits a weight against the least possible, packed and unpacked weights a second.
 
-    python bench/pack.py [--quick] [--json FILE] [--device cuda]
+    python bench/pack.py [--quick] [--json FILE]
 
 One mask of a 4096 x 11008 layer (--quick: a sixteenth of it), its blocks' patterns drawn uniformly, which no code holds
 in less than log2 C(M,N) bits a block. First packing.pack and packing.unpack, every round trip compared bit by bit. Then
@@ -9,7 +9,6 @@ them.
 """
 import argparse
 import tempfile
-from collections.abc import Callable
 from itertools import count
 from math import comb, log2, prod
 from pathlib import Path
@@ -24,10 +23,7 @@ import pge
 from files import mask_files, packing
 
 PATTERNS = [(1, 2), *((n, 4) for n in range(1, 4)), *((n, 8) for n in range(1, 8)), (8, 16)]
-FORMATS = {  # name -> ending, function of a path and of masks by layer name
-    "a .safetensors": (".safetensors", lambda path, masks: mask_files.save(path, masks, 2, 4, "", "")),
-    "MaskLLM's .npz": (".npz", mask_files.save_npz),
-    "the authors' folder of .pt": ("", mask_files.save_folder)}
+FORMATS = {"a .safetensors": ".safetensors", "MaskLLM's .npz": ".npz", "the authors' folder of .pt": ""}
 Shape = tuple[int, int]  # [out, in]
 
 
@@ -48,24 +44,24 @@ def table_row(n: int, m: int, kept_as: str, weights: int, size_bytes: int, write
             "unpack (M weights/s)": weights / read_s / 1e6, "exact": "yes" if exact else "NO"}
 
 
-def measure_packing(shape: Shape, n: int, m: int, device: str, repeats: int) -> dict:
-    """The table's row of `pack` and `unpack` on a device."""
-    mask = random_mask(shape, n, m).to(device)
+def measure_packing(shape: Shape, n: int, m: int, repeats: int) -> dict:
+    """The table's row of `pack` and `unpack`."""
+    mask = random_mask(shape, n, m)
     packed = packing.pack(mask, n, m)
     exact = torch.equal(packing.unpack(packed, shape, n, m), mask)
-    pack_s = common.median_s(lambda: packing.pack(mask, n, m), device, repeats)
-    unpack_s = common.median_s(lambda: packing.unpack(packed, shape, n, m), device, repeats)
-    width, blocks = packing.word_size(n, m)
-    return table_row(n, m, f"{blocks} blocks in {8 * width} bits", prod(shape), packed.numel(), pack_s, unpack_s, exact)
+    pack_s = common.median_s(lambda: packing.pack(mask, n, m), "cpu", repeats)
+    unpack_s = common.median_s(lambda: packing.unpack(packed, shape, n, m), "cpu", repeats)
+    kept_as = "three blocks in a byte" if (n, m) == (2, 4) else "deflated bits"
+    return table_row(n, m, kept_as, prod(shape), packed.numel(), pack_s, unpack_s, exact)
 
 
-def measure_file(shape: Shape, kept_as: str, ending: str, write: Callable[[Path, dict], None], repeats: int) -> dict:
+def measure_file(shape: Shape, kept_as: str, ending: str, repeats: int) -> dict:
     """The table's row of a 2:4 mask's file in one format."""
     masks = {"layer": random_mask(shape, 2, 4)}
     with tempfile.TemporaryDirectory() as folder:
         paths = (Path(folder) / f"{number}{ending}" for number in count())  # no format overwrites
-        write_s = common.median_s(lambda: write(next(paths), masks), "cpu", repeats)
-        write(path := next(paths), masks)
+        write_s = common.median_s(lambda: mask_files.save(next(paths), masks, 2, 4), "cpu", repeats)
+        mask_files.save(path := next(paths), masks, 2, 4)
         size_bytes = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
         found = mask_files.load(path, 2, 4, {"layer": shape}).masks["layer"]
         read_s = common.median_s(lambda: mask_files.load(path, 2, 4, {"layer": shape}), "cpu", repeats)
@@ -76,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     shape, repeats = ((1024, 2752), 3) if args.quick else ((4096, 11008), 5)
     torch.manual_seed(args.seed)
-    rows = [measure_packing(shape, n, m, args.device, repeats) for n, m in PATTERNS]
-    rows += [measure_file(shape, name, ending, write, repeats) for name, (ending, write) in FORMATS.items()]
+    rows = [measure_packing(shape, n, m, repeats) for n, m in PATTERNS]
+    rows += [measure_file(shape, name, ending, repeats) for name, ending in FORMATS.items()]
     common.report(rows, args)
 
 

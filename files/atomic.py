@@ -1,4 +1,4 @@
-"""Files that last: refused where there is one already, checked for room, written beside and renamed, or not there."""
+"""Files that are whole or not there: written beside, synced and renamed."""
 import glob
 import os
 import shutil
@@ -22,21 +22,6 @@ def refuse_existing(path: str | Path, remedy: str) -> Path:
     return path
 
 
-def check_name(name: str, source: Path) -> None:
-    """UserError unless a name that the file `source` holds is that of a file in its own folder."""
-    if Path(name).name != name or name == "..":
-        raise UserError(f"{source} names {name!r}, which is not a file of its folder: restore it")
-
-
-def check_disk(folder: str | Path, needed_bytes: float) -> None:
-    """UserError where fewer bytes than needed are free on the disk of a folder, which need not exist yet."""
-    above = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(above).free
-    if free < needed_bytes:
-        raise UserError(f"{folder} needs {needed_bytes / 2**20:,.1f} MiB, but its disk has {free / 2**20:,.1f} MiB "
-                        "left; free some space, or choose a place on another disk")
-
-
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write a file or folder at; only when the block ends well is it synced and takes its real name.
@@ -50,9 +35,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         yield beside
+        umask = os.umask(0)
+        os.umask(umask)
         for written in [*beside.rglob("*"), beside]:
             if written.is_file():  # safetensors writes files that only their owner can read
-                written.chmod(0o666 & ~_umask())
+                written.chmod(0o666 & ~umask)
             sync(written)
         os.replace(beside, path)
         sync(path.parent)  # the rename itself
@@ -69,12 +56,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _remove(path: Path) -> None:

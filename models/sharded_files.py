@@ -59,7 +59,7 @@ def load_sharded(model: str, dtype: str, device: str, trust_remote_code: bool = 
     """The frozen causal LM of this folder or hub id, in eval mode, its projections shared out to all processes, and its
     tokenizer. UserError if it cannot be had so."""
     check_version()
-    source = local_folder(model, trust_remote_code)
+    source = local_folder(model)
     processes.log(f"loading {model}, its layers shared out to {processes.size()} processes")
     with processes.main_before_others(), explained(model):  # the main one may have to fetch it
         tokenizer = read_tokenizer(source, trust_remote_code)

@@ -104,7 +104,7 @@ def test_beside_the_mask(folder, model_copy, tmp_path, kind):
     if kind == "file":
         mask_files.save(mask, masks, 2, 4, "model", model_fingerprint(model))
     else:
-        mask_files.save_folder(mask, masks)
+        mask_files.save(mask, masks, 2, 4)
     run(f"--model {model_copy} --mask {mask} --ppl none")
     record = json.loads((tmp_path / "mask.v1.evaluation.json").read_text())
     assert record["density"] == 0.5 and record["mask_fingerprint"] == mask_files.fingerprint(masks)
@@ -116,7 +116,7 @@ def test_beside_the_mask(folder, model_copy, tmp_path, kind):
     if kind == "file":
         mask_files.save(mask, other, 2, 4, "model", model_fingerprint(model))
     else:
-        mask_files.save_folder(mask, other)
+        mask_files.save(mask, other, 2, 4)
     with pytest.raises(UserError, match=rf"another model: the mask \({record['mask_fingerprint']} there, "):
         run(f"--model {model_copy} --mask {mask} --ppl {folder}/text.txt --seqlen 50")
 

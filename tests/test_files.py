@@ -12,7 +12,7 @@ from utils import UserError
 import pytest
 from safetensors import SafetensorError
 
-from files import atomic
+from files import atomic, records
 from files.atomic import atomic_write, check_disk
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,8 @@ def test_a_folder_takes_its_name_with_all_its_files_readable(tmp_path):
         (beside / "in").mkdir(parents=True)
         (beside / "in" / "file").touch(mode=0o600)
     assert os.listdir(tmp_path) == ["folder"]
-    assert (tmp_path / "folder" / "in" / "file").stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "folder" / "in" / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, monkeypatch):
@@ -116,3 +117,32 @@ def test_messages_are_one_printable_line():
     error = UserError("a\x1b[2Jb\n c\u202e\x07" + "d" * 5000)
     assert utils.printable(error).startswith("a\ufffd[2Jb c\ufffd\ufffdddd") and len(utils.printable(error)) < 2100
     assert utils.printable(error).isprintable()
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+def test_the_model_that_a_folder_was_pruned_from(tmp_path):
+    assert records.base_model("some/model") == "some/model"
+    assert records.base_model(str(tmp_path)) == str(tmp_path)
+    records.write_json(tmp_path / "prune.json", {"arguments": {"model": "some/model"}})
+    assert records.base_model(str(tmp_path)) == "some/model"
+    for damaged in ("{", "[]", '{"arguments": 1}'):
+        (tmp_path / "prune.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"prune.json cannot be read .*; remove it, or prune anew"):
+            records.base_model(str(tmp_path))
+
+
+def test_lines_are_read_up_to_a_torn_one_and_cut_to_what_a_state_knows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert records.read_lines(path, lambda line: "step" in line) == [{"step": 1}, {"step": 2}]
+    assert records.lines_up_to(path, 24) == [{"step": 1}, {"step": 2}]
+    records.cut_lines(path, 12)
+    assert path.read_text() == '{"step": 1}\n'
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*lines are missing.*; bring it back"):
+        records.cut_lines(path, 24)
+    path.write_text('{"step": 1}\n[]\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is damaged; delete it"):
+        records.read_lines(path, lambda line: "step" in line)
+    records.cut_lines(path, 0)
+    assert path.read_text() == ""
