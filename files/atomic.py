@@ -1,5 +1,4 @@
 """Files that are whole or not there: written beside, synced and renamed."""
-import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,14 +25,15 @@ def refuse_existing(path: str | Path, remedy: str) -> Path:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write a file or folder at; only when the block ends well is it synced and takes its real name.
 
-    Whatever interrupts, `path` is either as it was or whole. What a killed process left beside it is removed first.
+    Whatever interrupts, `path` is either as it was or whole. What a killed process left beside it is removed first, so
+    that there may be one writer of a path at a time.
     UserError where the disk is full or cannot be written to.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        _remove(beside)
         yield beside
         umask = os.umask(0)
         os.umask(umask)
@@ -63,22 +63,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what this process, or one that is no more, began to write of `path`."""
-    for beside in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = beside.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not is_alive(int(pid))):
-            _remove(beside)
-
-
-def is_alive(pid: int) -> bool:
-    """Is there a process of this number on this machine?"""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
