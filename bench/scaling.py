@@ -1,12 +1,11 @@
-"""One mask learned by 1, 2, 3 and 4 processes: the same result, and what goes over the wire.
+"""One mask learned by 1, 2, 3 and 4 processes: whether the result is the same, and what goes over the wire.
 
     python bench/scaling.py [--quick] [--json FILE]
 
-A model of two layers, made here, gloo on the CPU, one thread a process. The processes share this machine's cores, so
-this shows that they agree and what they send, not how fast several machines would be. `--samples 12`: twelve masks a
-step, split over the processes. Minibatches: one mask, 12 sequences a step, split over them. The wire: bytes that a
-process hands to torch.distributed a step, start, checks and held-out losses included; a ring sends up to twice as many.
-Collectives: of a step with --shard, of tensors and of numbers, counted by torch.
+A model of two layers is made here. The processes communicate by gloo, have one thread each, and share the cores of this
+machine, so this says nothing about speed. A step has 12 sequences, split over the processes. The wire: bytes that a
+process hands to torch.distributed a step, with those of the start, of checks and of held-out losses; a ring sends up to
+twice as many. Collectives: in a step with --shard, of tensors and of numbers, as torch counts them.
 """
 import argparse
 import json
@@ -32,26 +31,27 @@ from files.records import read_record
 from models.loading import model_fingerprint
 from models.processes import ProcessGroup
 
-ROOT = Path(__file__).parent.parent
-WAYS = {
-    "forward-only, --samples 12": "--baseline online --debias_tracker --lr 5 --samples 12 --batchsize 12",
-    "forward-only, minibatches": "--baseline online --debias_tracker --lr 5 --batchsize {batchsize}",
-    "forward-only, minibatches, --shard": "--baseline online --debias_tracker --lr 5 --batchsize {batchsize} --shard",
-    "straight_through, --shard": "--estimator straight_through --distill 1 --lr 3 --batchsize {batchsize} --shard",
-    "straight_through": "--estimator straight_through --distill 1 --lr 3 --batchsize {batchsize}"}
+SCRIPTS = {"forward-only": "train.py --baseline online --debias_tracker --lr 5",
+           "gradients": "train.py --estimator straight_through --distill 1 --lr 3"}
+FLAGS = ("--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl --dtype float32 "
+         "--sqlen 24 --dataset_size 12 --logits 1 --step eager --num_evals 4 --epoch 1000 --skip_checkpoint --save")
 WORDS = "the a cat dog horse bird watches follows hears avoids small old quiet river morning before after near"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.set_defaults(device="cpu")  # that is what it measures
-    parser.add_argument("--count", action="store_true", help="under torchrun: print the collectives of a step only")
+    parser.set_defaults(device="cpu")  # the processes share one machine's cores
+    parser.add_argument("--child", default=None, metavar="FOLDER",
+                        help="under torchrun: count the collectives of a step, and write the counts to a folder")
     return parser.parse_args(argv)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# small runs of the scripts, for bench/gpu.py, too
+
 def make_inputs(folder: Path, seed: int) -> None:
-    """In a folder: `dense`, a byte-level model of random weights, spread widely so that a mask moves the loss;
-    text.jsonl, twelve documents of such words; and mask.safetensors, the weights' 2:4 mask by magnitude."""
+    """Write to a folder: `dense`, a byte-level model whose random weights vary so much that a mask moves the loss;
+    text.jsonl, twelve documents; and mask.safetensors, the 2:4 mask by magnitude."""
     model = common.random_llama("tiny", "cpu", torch.float32, seed, layers=2, num_key_value_heads=2,
                                 initializer_range=0.2, tie_word_embeddings=False, max_position_embeddings=256)
     model.save_pretrained(folder / "dense")
@@ -59,26 +59,36 @@ def make_inputs(folder: Path, seed: int) -> None:
     generator = random.Random(seed)
     documents = [" ".join(generator.choices(WORDS.split(), k=60)) for _ in range(12)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    mask_files.save(folder / "mask.safetensors", common.magnitude_masks(model, 2, 4), 2, 4, "dense",
-                    model_fingerprint(model))
+    mask_files.save(folder / "mask.safetensors", common.magnitude_masks(model), 2, 4, "dense", model_fingerprint(model))
 
 
-def learn(folder: Path, processes: int, flags: str, steps: int, name: str) -> tuple[dict, dict[str, Tensor]]:
-    """A run's summary and its logits, layer name -> `[width, blocks]`."""
-    out = folder / f"{name}{processes}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-               "train.py", *f"--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl "
-               "--dtype float32 --device cpu --sqlen 24 --step eager --skip_checkpoint --save --logits 1 "
-               f"--num_evals 4 --dataset_size 12 --epoch 1000 --max_step {steps} --out {out} {flags}".split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
+def command(folder: Path, way: str, steps: int, out: Path, device: str, batchsize: int = 4) -> list[str]:
+    """The words of a command that learns a mask from the files of `make_inputs`; way: a key of SCRIPTS."""
+    return [*SCRIPTS[way].split(), *FLAGS.format(folder=folder).split(), "--device", device, "--batchsize",
+            str(batchsize), "--max_step", str(steps), "--out", str(out)]
+
+
+def run(command: list[str]) -> None:
+    """Run a command with one thread. UserError with the end of its messages if it fails."""
+    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise UserError(f"{processes} processes failed: {done.stderr.strip()[-500:]}")
+        raise UserError(f"a run failed: {done.stderr.strip()[-500:]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+def learn(folder: Path, way: str, processes: int, is_sharded: bool, steps: int) -> tuple[dict, dict[str, Tensor]]:
+    """The summary of a run by so many processes, and its logits: layer name -> `[M, blocks]`."""
+    out = folder / f"{way}{processes}{'sharded' * is_sharded}"
+    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+         *command(folder, way, steps, out, "cpu", batchsize=12 // processes), *["--shard"] * is_sharded])
     return read_record(out)["summary"], load_file(out / "logits.safetensors")
 
 
 class Collectives(TorchDispatchMode):
-    """Counts those that are started inside."""
+    """A context that counts the collectives started inside."""
 
     def __init__(self):
         super().__init__()
@@ -90,54 +100,46 @@ class Collectives(TorchDispatchMode):
 
 
 def collectives_here() -> dict[str, float]:
-    """Way of learning -> collectives of a step of a sharded model of one decoder layer, in this process of several."""
+    """Way to learn -> collectives in a step of a sharded model of one decoder layer, in this process of several."""
     found = {}
     with ProcessGroup("cpu") as group:
-        for way in ("forward-only", "straight_through, checkpointing, distillation"):
-            run_steps = memory.prepare_learning("tiny", way, "float32", "cpu", torch.float32, group)
-            run_steps()
+        for way, name in zip(SCRIPTS, memory.PREDICTED):
+            learning = memory.Learning("tiny", name, "float32", "cpu", torch.float32, group)
+            learning.take_steps()
             with Collectives() as counted:
-                run_steps()
-            found[way.split(",")[0]] = counted.number / 3
+                learning.take_steps()
+            found[way] = counted.number / 3
     return found
 
 
-def count_collectives(processes: int) -> dict[str, float]:
-    """`collectives_here` of so many processes."""
-    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                            str(processes), __file__, "--count"], capture_output=True, text=True, check=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return json.loads(found.stdout.strip().splitlines()[-1])
-
-
-def compare(folder: Path, number: int, way: str, counts: tuple[int, ...], steps: int) -> list[dict]:
-    """The table's rows of one way of learning, with these numbers of processes, of which the first is 1."""
+def compare(folder: Path, way: str, is_sharded: bool, counts: tuple[int, ...], steps: int) -> list[dict]:
+    """The table's rows of one way to learn, by numbers of processes of which the first is 1."""
     rows, alone, mask = [], {}, ""
-    collectives = count_collectives(2) if "--shard" in way else {}
+    collectives = common.run_child(__file__, ["--child"], 2)[0][way] if is_sharded else ""
     for processes in counts:
-        flags = WAYS[way].format(batchsize=12 // processes)
-        summary, logits = learn(folder, processes, flags, steps, f"run{number}_")
+        summary, logits = learn(folder, way, processes, is_sharded, steps)
         if processes == 1:
             alone, mask = logits, summary["mask_fingerprint"]
         apart = max(float((logits[name] - alone[name]).abs().max()) for name in alone)
-        rows.append({"learning": way, "processes": processes, "steps": summary["steps"],
+        rows.append({"learning": way + ", --shard" * is_sharded, "processes": processes, "steps": summary["steps"],
                      "logits apart from one process's, at most": apart,
                      "the same mask": "yes" if summary["mask_fingerprint"] == mask else "no",
                      "sent a process and step (bytes)": round(summary["sent_bytes"] / summary["steps"]),
-                     "collectives a step": collectives.get(way.split(",")[0], "") if processes > 1 else ""})
+                     "collectives a step": collectives if processes > 1 else ""})
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.count:
-        print(json.dumps(collectives_here()))
+    if args.child:
+        common.hand_back(args.child, collectives_here())
         return
-    steps = 4 if args.quick else 12  # in many, a mask is drawn differently for a last bit, and all follows
+    steps = 4 if args.quick else 12  # in long runs a last bit changes a draw, and then everything after it
     counts = (1, 2) if args.quick else (1, 2, 3, 4)
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.seed)
-        rows = [row for number, way in enumerate(WAYS) for row in compare(Path(folder), number, way, counts, steps)]
+        rows = [row for way in SCRIPTS for is_sharded in (False, True)
+                for row in compare(Path(folder), way, is_sharded, counts, steps)]
     common.report(rows, args, "the processes share the cores of one machine: no statement about speed")
 
 
