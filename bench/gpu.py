@@ -120,8 +120,8 @@ def agreement(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def draws(args: argparse.Namespace) -> Iterator[dict]:
-    count, blocks = (2 * 10**7, 2**20) if args.quick else (10**9, 2**22)
-    for n, m, gap in DRAWS[1:3] if args.quick else DRAWS:
+    count, blocks = (4 * 10**6, 2**20) if args.quick else (10**9, 2**22)
+    for n, m, gap in DRAWS[1:2] if args.quick else DRAWS:
         one = torch.tensor([float(gap)] * n + [0.0] * (m - n)) + torch.linspace(0, 0.5, m)  # all patterns differ
         rounds = -(-count // blocks)
         seen = drawn_counts(one, n, blocks, rounds, args.seed, args.device)
@@ -237,7 +237,8 @@ def runs(args: argparse.Namespace) -> Iterator[dict]:
         for way in ("forward-only", "gradients"):
             outs = [folder / f"{way}{number}" for number in range(3)]
             commands = [[sys.executable, *scaling.command(folder, way, 8 if args.quick else 30, out, args.device),
-                         "--deterministic"] for out in outs]
+                         "--deterministic", *["--dtype", "bfloat16", "--step", "compiled"] * (not args.quick)]
+                        for out in outs]
             for command in commands[:2]:
                 scaling.run(command)
             killed = kill(commands[2], outs[2])

@@ -82,8 +82,9 @@ def run(command: list[str]) -> None:
 def learn(folder: Path, way: str, processes: int, is_sharded: bool, steps: int) -> tuple[dict, dict[str, Tensor]]:
     """The summary of a run by so many processes, and its logits: layer name -> `[M, blocks]`."""
     out = folder / f"{way}{processes}{'sharded' * is_sharded}"
-    run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-         *command(folder, way, steps, out, "cpu", batchsize=12 // processes), *["--shard"] * is_sharded])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+    run([sys.executable, *launcher, *command(folder, way, steps, out, "cpu", batchsize=12 // processes),
+         *["--shard"] * is_sharded])
     return read_record(out)["summary"], load_file(out / "logits.safetensors")
 
 
@@ -112,20 +113,19 @@ def collectives_here() -> dict[str, float]:
     return found
 
 
-def compare(folder: Path, way: str, is_sharded: bool, counts: tuple[int, ...], steps: int) -> list[dict]:
-    """The table's rows of one way to learn, by numbers of processes of which the first is 1."""
-    rows, alone, mask = [], {}, ""
-    collectives = common.run_child(__file__, ["--child"], 2)[0][way] if is_sharded else ""
-    for processes in counts:
-        summary, logits = learn(folder, way, processes, is_sharded, steps)
-        if processes == 1:
-            alone, mask = logits, summary["mask_fingerprint"]
-        apart = max(float((logits[name] - alone[name]).abs().max()) for name in alone)
-        rows.append({"learning": way + ", --shard" * is_sharded, "processes": processes, "steps": summary["steps"],
-                     "logits apart from one process's, at most": apart,
-                     "the same mask": "yes" if summary["mask_fingerprint"] == mask else "no",
-                     "sent a process and step (bytes)": round(summary["sent_bytes"] / summary["steps"]),
-                     "collectives a step": collectives if processes > 1 else ""})
+def compare(folder: Path, way: str, counts: tuple[int, ...], steps: int, collectives: float) -> list[dict]:
+    """The table's rows of one way to learn: one process, then these numbers of processes, without and with --shard."""
+    alone, logits_alone = learn(folder, way, 1, False, steps)
+    rows = [{"learning": way, "processes": 1, "steps": alone["steps"]}]
+    for is_sharded in (False, True):
+        for processes in counts:
+            summary, logits = learn(folder, way, processes, is_sharded, steps)
+            apart = max(float((logits[name] - logits_alone[name]).abs().max()) for name in logits)
+            is_same = summary["mask_fingerprint"] == alone["mask_fingerprint"]
+            rows.append({"learning": way + ", --shard" * is_sharded, "processes": processes, "steps": summary["steps"],
+                         "logits apart from one process's, at most": apart, "the same mask": "yes" if is_same else "no",
+                         "sent a process and step (bytes)": round(summary["sent_bytes"] / summary["steps"]),
+                         "collectives a step": collectives if is_sharded else ""})
     return rows
 
 
@@ -135,11 +135,11 @@ def main(argv: list[str] | None = None) -> None:
         common.hand_back(args.child, collectives_here())
         return
     steps = 4 if args.quick else 12  # in long runs a last bit changes a draw, and then everything after it
-    counts = (1, 2) if args.quick else (1, 2, 3, 4)
+    counts = (2,) if args.quick else (2, 3, 4)
+    collectives = common.run_child(__file__, ["--child"], 2)[0]
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.seed)
-        rows = [row for way in SCRIPTS for is_sharded in (False, True)
-                for row in compare(Path(folder), way, is_sharded, counts, steps)]
+        rows = [row for way in SCRIPTS for row in compare(Path(folder), way, counts, steps, collectives[way])]
     common.report(rows, args, "the processes share the cores of one machine: no statement about speed")
 
 
