@@ -42,12 +42,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    path = args.save or baselines.default_path(args.dataset_size, args.batchsize, args.sqlen)
+    path = args.save or baselines.default_path(args.dataset_size, args.batchsize, args.seqlen)
     out = refuse_existing(path, "choose another --save or remove it")
     check_disk(out.parent, 2**20)
     set_seed(args.seed)
     model, tokenizer = load_model(**arguments_of(load_model, args))
-    check_length(model, args.sqlen, "--sqlen")
+    check_length(model, args.seqlen, "--seqlen")
     layers = find_layers(model, targets=[""])
     masks = {} if args.mask == "none" else read_masks(args.mask, model).masks
     batches = data.minibatches(tokenizer, **arguments_of(data.minibatches, args))

@@ -24,13 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from files.records import write_json
 from masking.masked_model import MaskedModel
 from models.layers import find_layers, weight_matrix
-from models.loss import batch_loss
-from models.processes import ProcessGroup
 from pruning.one_shot import OneShot
-from training.args import PRESETS
 from training.straight_through import StraightThrough
 
-PRESET = PRESETS["fast"]  # this project's settings for learning from gradients
+PRESET = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)  # the defaults of sparsify.py
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
                  num_key_value_heads=4, vocab_size=256, tie_word_embeddings=True),
@@ -128,17 +125,16 @@ def forward_step(masked: MaskedModel) -> Callable[[Tensor], float]:
     """A function that learns from forward passes: one small step on int64 `[sequences, tokens]`; returns the loss,
     nats."""
     def step(batch: Tensor) -> float:
-        loss = batch_loss(masked.model, batch)
+        loss = masked.loss(batch)
         masked.update(0.01)
         return loss
     return step
 
 
-def gradient_step(masked: MaskedModel, group: ProcessGroup | None = None, checkpointing: bool = False,
-                  distill: float = 0.0) -> Callable[[Tensor], float]:
+def gradient_step(masked: MaskedModel, checkpointing: bool = False, distill: float = 0.0) -> Callable[[Tensor], float]:
     """A function that learns from gradients: one small step on int64 `[sequences, tokens]`; returns the loss, nats."""
-    learner = StraightThrough(masked, checkpointing=checkpointing, distill=distill, group=group)
-    return lambda batch: learner.learn(batch, 0.01)
+    learner = StraightThrough(masked, distill=distill, checkpointing=checkpointing)
+    return lambda batch: learner.step(batch, 0.01).loss
 
 
 def run_child(bench: str, flags: list[str], processes: int = 1) -> list:

@@ -11,11 +11,11 @@
     profile     the kernels and copies that one layer's pass launches, counted by torch's profiler.
     kernels     time of each pass beside that of a copy of the bytes that it reads and writes.
     step        whole model, 2:4: a step from forward passes on 32 x 128 tokens, and one from gradients with
-                checkpointing and distillation on 8 x 128; waits: how often the host waits for the device in it.
-    runs        whole runs with --deterministic: the same seed twice, and once killed and resumed. The same mask?
+                checkpointing and distillation on 8 x 128.
+    runs        whole runs of both scripts: the same seed twice, and once killed and resumed. The same mask?
 
-Each row goes to --json as soon as it is measured, so a time limit loses nothing. A measurement that fails says why, and
-the next one starts; the exit code is then 1.
+Each row goes to --json at once, so a time limit loses nothing. After a failure the next measurement starts; the exit
+code is then 1.
 """
 import argparse
 import gc
@@ -25,15 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import common
 from utils import DTYPES, environment, run_script
 
-import scaling
 import torch
+from scaling import make_inputs
 from torch import Tensor
 
 import pge
@@ -46,6 +45,12 @@ from masking.spaces import LinearSpace
 
 PATTERNS = [(1, 4), (2, 4), (2, 8), (4, 8)]
 DRAWS = [(2, 4, 0), (2, 4, 10), (2, 4, 16), (1, 4, 10), (4, 8, 10)]  # N, M, gap
+SCRIPTS = {
+    "train.py": "--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl --dtype auto "
+                "--seqlen 24 --batchsize 4 --dataset_size 12 --baseline online --lr 5 --logits 1 --max_step {steps} "
+                "--skip_checkpoint",
+    "sparsify.py": "--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl --dtype auto "
+                   "--seqlen 24 --batchsize 4 --steps {steps} --skip_checkpoint"}
 NOT_MEASURED, APART = "not measured", "NOT THE SAME"
 
 
@@ -215,45 +220,40 @@ def step_row(args: argparse.Namespace, what: str, sequences: int, logits_dtype: 
     step_s = common.median_s(lambda: learn(batch), device)
     return {"what": f"{what}, {shape}, {batch.numel()} tokens", "first step, compiling (s)": compile_s,
             "forward (s)": forward_s, "step (s)": step_s, "of a forward": step_s / forward_s,
-            "waits": waits(lambda: learn(batch)) if gpu else NOT_MEASURED,
             "allocated (GiB)": torch.cuda.max_memory_allocated() / 2**30 if gpu else NOT_MEASURED,
             "reserved (GiB)": torch.cuda.max_memory_reserved() / 2**30 if gpu else NOT_MEASURED}
-
-
-def waits(function: Callable[[], object]) -> int:
-    """How often the host waits for the GPU in a call."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        function()
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in found)
 
 
 def runs(args: argparse.Namespace) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        scaling.make_inputs(folder, args.seed)
-        for way in ("forward-only", "gradients"):
-            outs = [folder / f"{way}{number}" for number in range(3)]
-            commands = [[sys.executable, *scaling.command(folder, way, 8 if args.quick else 30, out, args.device),
-                         "--deterministic", *["--dtype", "bfloat16", "--step", "compiled"] * (not args.quick)]
-                        for out in outs]
+        make_inputs(folder, args.seed)
+        for script, flags in SCRIPTS.items():
+            outs = [folder / f"{script}{number}" for number in range(3)]
+            commands = [[script, *flags.format(folder=folder, steps=8 if args.quick else 30).split(), "--device",
+                         args.device, "--out", str(out)] for out in outs]
             for command in commands[:2]:
-                scaling.run(command)
+                run(command)
             killed = kill(commands[2], outs[2])
             if killed:
-                scaling.run([sys.executable, commands[2][1], "--resume", str(outs[2])])
+                run([script, "--resume", str(outs[2])])
             once, again, resumed = (json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"]
                                     for out in outs)
-            yield {"what": way, "the same seed twice": "same" if again == once else APART, "killed and resumed":
+            yield {"what": script, "the same seed twice": "same" if again == once else APART, "killed and resumed":
                    APART if resumed != once else "same" if killed else "it ended before it was killed"}
+
+
+def run(command: list[str]) -> None:
+    """Run a script. RuntimeError with the end of its messages if it fails."""
+    done = subprocess.run([sys.executable, *command], cwd=common.ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-400:])
 
 
 def kill(command: list[str], out: Path) -> bool:
     """Start a run and kill it after its third step; False if it has ended before."""
-    process = subprocess.Popen([*command, "--checkpoint_every", "1"], cwd=common.ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *command, "--checkpoint_every", "1"], cwd=common.ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = out / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 2):
         time.sleep(0.02)
@@ -293,8 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{name}")
         common.print_table(rows)
     print(f"failed: {', '.join(failed) or 'nothing'}")
-    if failed:
-        raise SystemExit(1)
+    raise SystemExit(bool(failed))
 
 
 if __name__ == "__main__":

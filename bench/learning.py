@@ -12,14 +12,12 @@ import pge
 from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
-from models.layers import find_layers, weight_matrix
+from models.layers import find_layers
 from models.loss import batch_loss
 from pruning.calibration import input_norms
-from pruning.one_shot import OneShot
-from training.curvature import EVERY, FULL, SEQUENCES, START, Curvature
-from training.initialize import wanda_norms
-from training.progress import lr_multiplier
-from training.straight_through import StraightThrough, random_walk_step, soft_temperature
+from pruning.one_shot import OneShot, one_shot_masks
+from training.curvature import EVERY, SEQUENCES, START
+from training.straight_through import StraightThrough, step_size
 
 N, M = 2, 4
 
@@ -32,8 +30,10 @@ class Problem:
         self.model, self.tokenizer = load_small(model, "auto", device)
         self.fixed = data.minibatches(self.tokenizer, TEXT, 512, 32, 128)
         self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[skip:]
-        self.masks = wanda_masks(self.model, data.calibration_samples(self.tokenizer, TEXT, 128, 128, 0))
-        self.norms = wanda_norms(self.model, list(self.masks), self.fixed)
+        layers = find_layers(self.model)
+        samples = data.calibration_samples(self.tokenizer, TEXT, 128, 128, 0)
+        self.masks = one_shot_masks(self.model, layers, samples, OneShot("wanda", (N, M)))
+        self.norms = input_norms(self.model, layers, self.fixed.flatten(0, 1)[:64])
         m0 = self.masked_model(self.masks)
         self.dense_loss, self.m0_loss = batch_loss(self.model, self.heldout), batch_loss(m0, self.heldout)
         self.baselines = [batch_loss(m0, batch) for batch in self.fixed]
@@ -52,16 +52,8 @@ class Problem:
         """The minibatches of a run, int64 `[minibatches, sequences, tokens]`. Of `fresh` text no sequence is repeated;
         otherwise these are the fixed ones, in an order of the seed's."""
         if setting.get("fresh"):
-            return data.token_sequences(self.tokenizer, TEXT, passes * 32 * 128, setting["batchsize"], 128, seed)
+            return data.token_sequences(self.tokenizer, [TEXT], passes * 32 * 128, setting["batchsize"], 128, seed)
         return self.fixed.roll(-5 * seed, 0)
-
-
-def wanda_masks(model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
-    """The masks that prune.py computes: layer name -> bool `[out, in]`. samples: calibration text, int64 `[sequences,
-    tokens]`."""
-    found, way = find_layers(model), OneShot("wanda", (N, M))
-    norms = input_norms(model, found, samples)
-    return {name: way.mask(weight_matrix(module).float(), norms[name]) for name, module in found.items()}
 
 
 class ForwardOnly:
@@ -77,12 +69,12 @@ class ForwardOnly:
     def learn(self, batch: Tensor, step: int, steps: int) -> None:
         """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
         index = step % len(self.baselines)
-        loss = batch_loss(self.masked.model, batch)
+        loss = self.masked.loss(batch)
         self.masked.update(self.lr * self.estimator.advantage(loss, self.baselines[index], index))
 
     def masks(self) -> dict[str, Tensor]:
         """The most probable masks."""
-        return self.masked.mode_masks()
+        return self.masked.masks_of(self.masked.mode_bits())
 
     def kept(self) -> list[Tensor]:
         """The tensors that are kept beside the model."""
@@ -95,21 +87,17 @@ class ForwardOnly:
 
 
 class Gradients(ForwardOnly):
-    """This project's way: straight-through gradients. ramp: where in the run curvature counts, if it does; normalize:
-    what gradients are divided by; soft: whether masks are soft in the first half of the run."""
+    """This project's way: straight-through gradients, as sparsify.py learns."""
 
     def __init__(self, problem: Problem, setting: dict, seed: int):
         super().__init__(problem, {"estimator": pge.Vanilla, **setting}, seed)
-        self.soft, self.progress, ramp = setting.get("soft"), 0.0, setting.get("ramp")
-        self.learner = StraightThrough(
-            self.masked, distill=setting.get("distill", 0.0), normalize=setting.get("normalize", "layer"),
-            curvature=Curvature(self.masked, lambda: self.progress, ramp=ramp) if ramp else None,
-            temperature=lambda: soft_temperature(self.progress) if self.soft else 0.0)
+        self.learner = StraightThrough(self.masked, distill=setting["distill"], curvature=True,
+                                       normalize=setting.get("normalize", "layer"),
+                                       soft_masks=setting.get("soft_masks", False))
 
     def learn(self, batch: Tensor, step: int, steps: int) -> None:
         """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
-        self.progress = step / steps
-        self.learner.learn(batch, random_walk_step(self.lr * lr_multiplier("linear", self.progress), steps))
+        self.learner.step(batch, step_size(self.lr, step / steps, steps), step / steps)
 
     def kept(self) -> list[Tensor]:
         """The tensors that are kept beside the model."""
@@ -121,11 +109,10 @@ def passes_a_step(setting: dict) -> float:
     distillation as one, the curvature as its measurements."""
     if setting["learner"] == "forward_only":
         return 1
-    size, ramp = setting["batchsize"], setting.get("ramp")
-    measuring = 3 * min(1, SEQUENCES / size) * (1 - ramp[0]) / EVERY if ramp else 0.0
+    size = setting["batchsize"]
+    measuring = 3 * min(1, SEQUENCES / size) * (1 - START) / EVERY if setting["learner"] == "gradients" else 0.0
     return ((4 if setting.get("distill") else 3) + measuring) * size / 32
 
 
 OURS: dict[str, Callable] = {"forward_only": ForwardOnly, "gradients": Gradients}
-PRESET = dict(learner="gradients", lr=common.PRESET["lr"], logits=common.PRESET["logits"], swaps=True, fresh=True,
-              distill=common.PRESET["distill"], batchsize=common.PRESET["batchsize"], ramp=(START, FULL))
+PRESET = dict(common.PRESET, learner="gradients", swaps=True, fresh=True)

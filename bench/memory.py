@@ -26,10 +26,10 @@ from files import mask_files
 from files.packing import pack
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models import processes
 from models.layers import find_layers, weight_matrix
-from models.processes import ProcessGroup
 from models.sharding import own_weight, shard
-from training.initialize import TOKENS, init_from_swaps
+from training.initialize import TOKENS, from_swaps
 
 WAYS = {  # name -> settings of `common.gradient_step`; None: forward passes only
     "forward-only": None,
@@ -86,11 +86,11 @@ def first_half_masks(model: nn.Module) -> mask_files.PackedMasks:
     return mask_files.PackedMasks(packed, shapes, 2, 4)
 
 
-def sharded_llama(shape: str, device: str, dtype: torch.dtype, group: ProcessGroup) -> nn.Module:
+def sharded_llama(shape: str, device: str, dtype: torch.dtype) -> nn.Module:
     """A Llama of random weights of which each process has a part of each layer's rows."""
     with init_empty_weights(include_buffers=False):
         model = common.random_llama(shape, device, dtype)
-    shard(model, torch.device(device), group.size)
+    shard(model, torch.device(device), processes.size())
     layers = find_layers(model)
     for tensor in [*map(own_weight, layers.values()), *(parameter for parameter in model.parameters()
                                                         if not isinstance(parameter, DTensor))]:
@@ -101,16 +101,16 @@ def sharded_llama(shape: str, device: str, dtype: torch.dtype, group: ProcessGro
 class Learning:
     """A model of random weights and a way to learn its mask."""
 
-    def __init__(self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, group: ProcessGroup):
-        model = (sharded_llama(shape, device, dtype, group) if group.size > 1 else
-                 common.random_llama(shape, device, dtype))
+    def __init__(self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype):
+        make = sharded_llama if processes.size() > 1 else common.random_llama
+        model = make(shape, device, dtype)
         self.m0 = first_half_masks(model)  # stays in the host's memory, packed, as in a run
         self.masked = MaskedModel(model, self.m0, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype], mode="eager")
         if way.endswith("from swaps"):
-            init_from_swaps(self.masked, torch.randint(0, 256, (TOKENS // 128, 128)), common.PRESET["logits"])
+            from_swaps(self.masked, common.PRESET["logits"], torch.randint(0, 256, (TOKENS // 128, 128)))
         settings = WAYS[way]
         self.learn = (common.forward_step(self.masked) if settings is None else
-                      common.gradient_step(self.masked, group, **settings))
+                      common.gradient_step(self.masked, **settings))
 
     def take_steps(self) -> None:
         """Three steps."""
@@ -128,12 +128,12 @@ def measure(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.d
     """Bytes that a way to learn uses in this process, and that it keeps for each masked weight."""
     if device == "cpu":
         reuse_freed_memory()
-    with ProcessGroup(device) as group:
-        Learning("tiny", way, logits_dtype, device, dtype, group).take_steps()  # loads libraries
+    with processes.joined(device) as device:
+        Learning("tiny", way, logits_dtype, device, dtype).take_steps()  # loads libraries
         base, found = present_bytes(device), {}
 
         def learn() -> None:
-            learning = Learning(shape, way, logits_dtype, device, dtype, group)
+            learning = Learning(shape, way, logits_dtype, device, dtype)
             learning.take_steps()
             found["kept"] = learning.kept_bytes()
         return {"used": most_bytes(learn, device) - base, **found}
@@ -142,16 +142,16 @@ def measure(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.d
 # ---------------------------------------------------------------------------------------------------------------------
 # the table
 
-def table_row(shape: str, way: str, logits_dtype: str, device: str, processes: int) -> dict:
-    """A row of the table; of several processes, the one that uses most."""
+def table_row(shape: str, way: str, logits_dtype: str, device: str, number: int) -> dict:
+    """A row of the table, measured in so many processes; the one that uses most counts."""
     flags = ["--shape", shape, "--device", device, "--child", way, logits_dtype]
-    most = max(common.run_child(__file__, flags, processes), key=lambda result: result["used"])
-    row = {"learning": way, "logits": logits_dtype, "processes": processes, "kept (bytes a weight)": most["kept"],
+    most = max(common.run_child(__file__, flags, number), key=lambda result: result["used"])
+    row = {"learning": way, "logits": logits_dtype, "processes": number, "kept (bytes a weight)": most["kept"],
            "used (MiB)": most["used"] / 2**20}
     if way in PREDICTED:
         size = plan.ModelSize.of(plan.described(shape))
         settings = plan.Settings(batchsize=8, microbatch=8, sqlen=128, m=4, logits_dtype=logits_dtype)
-        parts = plan.memory_bytes(size, settings, WAYS[way] is not None, processes)
+        parts = plan.memory_bytes(size, settings, WAYS[way] is not None, number)
         host = 0 if device.startswith("cuda") else plan.packed_bytes(size)
         row["predicted (MiB)"] = (sum(parts.values()) + host) / 2**20
         row["predicted / used"] = row["predicted (MiB)"] / row["used (MiB)"]

@@ -26,7 +26,7 @@ from rival_methods import RIVALS, Rival
 
 import pge
 from models.loss import batch_loss
-from training.initialize import TOKENS, init_from_swaps
+from training.initialize import TOKENS, from_swaps
 
 WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
 
@@ -35,8 +35,8 @@ WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
 # rates were tried; the others are first guesses.
 TEXT = dict(batchsize=8, fresh=True)
 TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16), 10000: dict(lr=2.5, batchsize=32)}
-SOFT = dict(PRESET, soft=True, normalize="block")
-TUNED_SOFT = {160: dict(lr=1.5, soft=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16),
+SOFT = dict(PRESET, soft_masks=True, normalize="block")
+TUNED_SOFT = {160: dict(lr=1.5, soft_masks=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16),
               10000: dict(lr=2.0, logits=0.5, batchsize=32)}
 STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
     160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005), 10000: dict(lr=0.005, batchsize=32)})
@@ -113,7 +113,7 @@ def learn(problem: Problem, setting: dict, passes: int, seed: int) -> tuple[floa
     method = make_method(problem, setting, seed, steps)
     start = time.process_time()
     if len(samples):
-        init_from_swaps(method.masked, samples, setting["logits"])
+        from_swaps(method.masked, setting["logits"], samples)
     for t in progress_bar(range(steps), desc=f"seed {seed}", unit="step"):
         method.learn(batches[t % len(batches)], t, steps)
     seconds = time.process_time() - start

@@ -3,51 +3,44 @@
     python bench/scaling.py [--quick] [--json FILE]
 
 A model of two layers is made here. The processes communicate by gloo, have one thread each, and share the cores of this
-machine, so this says nothing about speed. A step has 12 sequences, split over the processes. The wire: bytes that a
-process hands to torch.distributed a step, with those of the start, of checks and of held-out losses; a ring sends up to
-twice as many. Collectives: in a step with --shard, of tensors and of numbers, as torch counts them.
+machine, so this says nothing about speed. A step has 12 sequences, split over the processes; with --shard each process
+has a part of each layer's rows. The wire: bytes that a process hands to torch.distributed in a step; a ring sends up to
+twice as many. Collectives: in a step, of tensors and of numbers, as torch counts them; two decoder layers have twice
+the gathers of one.
 """
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import common
-from utils import UserError, run_script
+from utils import run_script
 
-import memory
 import torch
-from safetensors.torch import load_file
 from small_model import byte_tokenizer
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from files import mask_files
-from files.records import read_record
-from models.loading import model_fingerprint
-from models.processes import ProcessGroup
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
+from models import processes
+from models.loading import load_model, model_fingerprint
+from models.sharded_files import load_sharded
+from training.straight_through import StraightThrough
 
-SCRIPTS = {"forward-only": "train.py --baseline online --debias_tracker --lr 5",
-           "gradients": "train.py --estimator straight_through --distill 1 --lr 3"}
-FLAGS = ("--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl --dtype float32 "
-         "--sqlen 24 --dataset_size 12 --logits 1 --step eager --num_evals 4 --epoch 1000 --skip_checkpoint --save")
+WAYS = ("forward-only", "gradients")
+SEQUENCES, TOKENS = 12, 24  # in a step, in a sequence
 WORDS = "the a cat dog horse bird watches follows hears avoids small old quiet river morning before after near"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.set_defaults(device="cpu")  # the processes share one machine's cores
-    parser.add_argument("--child", default=None, metavar="FOLDER",
-                        help="under torchrun: count the collectives of a step, and write the counts to a folder")
+    parser.add_argument("--child", nargs=5, default=None, metavar=("INPUTS", "WAY", "SHARD", "STEPS", "FOLDER"),
+                        help="learn in this process, and write the result to a folder")
     return parser.parse_args(argv)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# small runs of the scripts, for bench/gpu.py, too
 
 def make_inputs(folder: Path, seed: int) -> None:
     """Write to a folder: `dense`, a byte-level model whose random weights vary so much that a mask moves the loss;
@@ -62,32 +55,6 @@ def make_inputs(folder: Path, seed: int) -> None:
     mask_files.save(folder / "mask.safetensors", common.magnitude_masks(model), 2, 4, "dense", model_fingerprint(model))
 
 
-def command(folder: Path, way: str, steps: int, out: Path, device: str, batchsize: int = 4) -> list[str]:
-    """The words of a command that learns a mask from the files of `make_inputs`; way: a key of SCRIPTS."""
-    return [*SCRIPTS[way].split(), *FLAGS.format(folder=folder).split(), "--device", device, "--batchsize",
-            str(batchsize), "--max_step", str(steps), "--out", str(out)]
-
-
-def run(command: list[str]) -> None:
-    """Run a command with one thread. UserError with the end of its messages if it fails."""
-    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise UserError(f"a run failed: {done.stderr.strip()[-500:]}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# processes
-
-def learn(folder: Path, way: str, processes: int, is_sharded: bool, steps: int) -> tuple[dict, dict[str, Tensor]]:
-    """The summary of a run by so many processes, and its logits: layer name -> `[M, blocks]`."""
-    out = folder / f"{way}{processes}{'sharded' * is_sharded}"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
-    run([sys.executable, *launcher, *command(folder, way, steps, out, "cpu", batchsize=12 // processes),
-         *["--shard"] * is_sharded])
-    return read_record(out)["summary"], load_file(out / "logits.safetensors")
-
-
 class Collectives(TorchDispatchMode):
     """A context that counts the collectives started inside."""
 
@@ -100,46 +67,60 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def collectives_here() -> dict[str, float]:
-    """Way to learn -> collectives in a step of a sharded model of one decoder layer, in this process of several."""
-    found = {}
-    with ProcessGroup("cpu") as group:
-        for way, name in zip(SCRIPTS, memory.PREDICTED):
-            learning = memory.Learning("tiny", name, "float32", "cpu", torch.float32, group)
-            learning.take_steps()
-            with Collectives() as counted:
-                learning.take_steps()
-            found[way] = counted.number / 3
-    return found
+def learn(inputs: Path, way: str, is_sharded: bool, steps: int) -> dict:
+    """A run in this process of several: the logits of all layers, in the main process, and what a step sent."""
+    load = load_sharded if is_sharded else load_model
+    model, _ = load(str(inputs / "dense"), "float32", "cpu")
+    masks = mask_files.load(inputs / "mask.safetensors", 2, 4).masks
+    masked = MaskedModel(model, masks, LinearSpace(2, 4), magnitude=1.0, mode="eager")
+    learner = StraightThrough(masked, distill=1.0) if way == "gradients" else None
+    generator, m0_loss = torch.Generator().manual_seed(0), None
+    before = processes.traffic["sent_bytes"] + masked.gathered_bytes
+    with Collectives() as counted:
+        for _ in range(steps):
+            batch = processes.split(torch.randint(97, 123, (SEQUENCES, TOKENS), generator=generator))
+            if learner:
+                learner.step(batch, 0.5)
+                continue
+            loss = processes.mean([masked.loss(batch)])
+            m0_loss = loss if m0_loss is None else m0_loss
+            masked.update(5.0 * (loss - m0_loss))
+    sent_bytes = processes.traffic["sent_bytes"] + masked.gathered_bytes - before
+    logits = {name: layer.flatten().tolist() for name, layer in masked.whole_logits().items()}
+    masks = masked.masks_of(masked.mode_bits())
+    mask = mask_files.fingerprint(masks) if processes.is_main() else ""
+    return {"logits": logits, "mask": mask, "sent_bytes": sent_bytes / steps, "collectives": counted.number / steps}
 
 
-def compare(folder: Path, way: str, counts: tuple[int, ...], steps: int, collectives: float) -> list[dict]:
+def compare(inputs: Path, way: str, counts: tuple[int, ...], steps: int) -> list[dict]:
     """The table's rows of one way to learn: one process, then these numbers of processes, without and with --shard."""
-    alone, logits_alone = learn(folder, way, 1, False, steps)
-    rows = [{"learning": way, "processes": 1, "steps": alone["steps"]}]
+    def run(number: int, is_sharded: bool) -> tuple[dict, torch.Tensor]:
+        flags = ["--child", str(inputs), way, str(int(is_sharded)), str(steps)]
+        result = common.run_child(__file__, flags, number)[0]
+        return result, torch.tensor([logit for _, layer in sorted(result["logits"].items()) for logit in layer])
+    (result_alone, alone), rows = run(1, False), []
     for is_sharded in (False, True):
-        for processes in counts:
-            summary, logits = learn(folder, way, processes, is_sharded, steps)
-            apart = max(float((logits[name] - logits_alone[name]).abs().max()) for name in logits)
-            is_same = summary["mask_fingerprint"] == alone["mask_fingerprint"]
-            rows.append({"learning": way + ", --shard" * is_sharded, "processes": processes, "steps": summary["steps"],
-                         "logits apart from one process's, at most": apart, "the same mask": "yes" if is_same else "no",
-                         "sent a process and step (bytes)": round(summary["sent_bytes"] / summary["steps"]),
-                         "collectives a step": collectives if is_sharded else ""})
+        for number in counts:
+            result, logits = run(number, is_sharded)
+            rows.append({"learning": way + ", --shard" * is_sharded, "processes": number, "steps": steps,
+                         "logits apart from one process's, at most": float((logits - alone).abs().max()),
+                         "the same mask": "yes" if result["mask"] == result_alone["mask"] else "no",
+                         "sent a process and step (bytes)": round(result["sent_bytes"]),
+                         "collectives a step": result["collectives"]})
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.child:
-        common.hand_back(args.child, collectives_here())
+        inputs, way, is_sharded, steps, folder = args.child
+        with processes.joined("cpu"):
+            common.hand_back(folder, learn(Path(inputs), way, bool(int(is_sharded)), int(steps)))
         return
     steps = 4 if args.quick else 12  # in long runs a last bit changes a draw, and then everything after it
-    counts = (2,) if args.quick else (2, 3, 4)
-    collectives = common.run_child(__file__, ["--child"], 2)[0]
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.seed)
-        rows = [row for way in SCRIPTS for row in compare(Path(folder), way, counts, steps, collectives[way])]
+        rows = [row for way in WAYS for row in compare(Path(folder), way, (2,) if args.quick else (2, 3, 4), steps)]
     common.report(rows, args, "the processes share the cores of one machine: no statement about speed")
 
 

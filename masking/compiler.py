@@ -1,4 +1,8 @@
-"""torch.compile for functions that run on many shapes, from any thread, with or without a working compiler."""
+"""torch.compile for functions that run on many shapes, from any thread, with or without a working compiler.
+
+TORCH_COMPILE_DISABLE=1 in the environment, PyTorch's own switch, has everything run eagerly.
+"""
+import os
 import subprocess
 import sys
 import threading
@@ -41,7 +45,10 @@ def compiler_errors() -> tuple[type[Exception], ...]:
 
 @lru_cache
 def compiled(function: Callable, eager: Callable) -> Callable:
-    """`function`, compiled once for each shape; `eager`, said once, where there is no working compiler."""
+    """`function`, compiled once for each shape; `eager`, said once, where there is no working compiler, and where
+    the environment says so."""
+    if "1" in (os.environ.get("TORCH_COMPILE_DISABLE"), os.environ.get("TORCHDYNAMO_DISABLE")):
+        return eager
     fast = torch.compile(function, dynamic=False, options={"max_fusion_size": 10_000})  # one loop, no temporaries
     broken = []
 
