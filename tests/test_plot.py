@@ -221,14 +221,3 @@ def test_sparse_inference_says_what_it_needs():
     done = shell("bench/sparse_inference.py", "--quick", "--device", "cpu")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
     assert done.stderr.startswith("error: 2:4 products need an NVIDIA GPU")
-
-
-def test_pack_measures_every_pattern(tmp_path):
-    done = shell("bench/pack.py", "--quick", "--device", "cpu", "--json", tmp_path / "rows.json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    packed, files = rows[:12], rows[12:]
-    assert [row["N:M"] for row in packed] == ["1:2", "1:4", "2:4", "3:4", *(f"{n}:8" for n in range(1, 8)), "8:16"]
-    assert all(row["exact"] == "yes" and row["N:M"] in done.stdout for row in rows)
-    assert all(row["log2 C(M,N) / M"] <= row["bits a weight"] < 1.05 * row["log2 C(M,N) / M"] for row in packed)
-    assert [row["bits a weight"] for row in files] == pytest.approx([2 / 3, 0.678, 8], rel=0.01)
