@@ -1,7 +1,6 @@
 """Records of runs: a run's run.json, and its logs, a JSON object a line."""
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from utils import UserError
@@ -28,23 +27,14 @@ def read_record(run: str | Path) -> dict:
     return record
 
 
-def read_lines(path: Path, fits: Callable[[object], bool]) -> list[dict]:
-    """The objects of a .jsonl file, each of which must fit; without the last line where it is torn."""
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file, without a last line that is still being written; UserError where it is damaged."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give run folders that train.py wrote")
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break
-            found.append(None)
-        if not fits(found[-1]):
-            raise UserError(f"{path}: line {number} is damaged; delete it to draw the others")
-    return found
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged"
+        raise UserError(f"{path} cannot be read ({reason}); give run folders")
 
 
 def lines_up_to(path: Path, size_bytes: int) -> list[dict]:

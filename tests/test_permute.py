@@ -10,7 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import evaluate
 import get_mask
 import permute
 import prune
@@ -64,16 +63,10 @@ def test_the_script_writes_a_plain_folder_and_the_order(folder):
         f"model.layers.{i}.{kind}" for i in range(2) for kind in ("hidden", "value")}
 
 
-def test_the_model_the_order_and_the_mask_are_all_that_is_shipped(folder, tmp_path):
-    """apply_mask on the original makes the pruned folder to the bit, and evaluate.py evaluates it."""
+def test_the_model_the_order_and_the_mask_are_all_that_is_shipped(folder):
+    """apply_mask on the original makes the pruned folder to the bit."""
     model = apply_mask(load(folder / "dense"), folder / "a.safetensors", folder / "a.permutation.safetensors")
     assert same_bits(model, load(folder / "sparse_a"))
-    measured = f"{PLACE} --ppl {folder}/text.jsonl --seqlen 64 --nwindows 4"
-    evaluate.main(f"--model {folder}/dense --permutation {folder}/a.permutation.safetensors --mask "
-                  f"{folder}/a.safetensors {measured} --save {tmp_path}/a.json".split())
-    evaluate.main(f"--model {folder}/sparse_a --sparsity_type 2:4 {measured} --save {tmp_path}/b.json".split())
-    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
-    assert a["ppl"] == b["ppl"] and a["density"] == b["density"]
 
 
 def test_learning_goes_on_from_it(folder, tmp_path):

@@ -12,17 +12,15 @@ import tiny
 import torch
 from pyarrow import parquet
 
-import plot
 from evaluation import zero_shot
-from evaluation.comparison import comparison
+from evaluation.comparison import comparison, read_evaluation
 from faults import damage
 from files import mask_files, permutation_files
 from files.documents import documents
 from files.model_folder import base_model
 from files.packing import count_faults
-from files.records import read_lines
 from models.loading import load_model, model_fingerprint
-from training import baselines, figures
+from training import baselines
 
 SHAPES = {"model.layers.0.q_proj": (8, 32), "model.layers.0.o_proj": (8, 32), "model.layers.1.up_proj": (24, 16)}
 
@@ -155,37 +153,17 @@ def text_saved(folder: Path) -> Reader:
 # -------------------------------------------------------------------------------------------------- records and models
 
 def evaluation_record(folder: Path) -> Reader:
-    path, other = folder / "evaluation.json", folder / "other.json"
+    path = folder / "evaluation.json"
     task = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.4, "acc_norm_stderr": None, "items": 9, "source": "file 0"}
     record = {"sparsity_type": "2:4", "density": 0.5, "ppl": 9.5, "text": "a/b.txt", "windows": 3, "seqlen": 8,
               "fingerprint": "0" * 16, "tasks": {"quiz": task, "other": task}, "mean_acc": 0.5}
-    record["later"] = [{**record, "ppl": 8.5, "bos": True}]
-    for file in (path, other):
-        file.write_text(json.dumps(record, indent=1))
+    path.write_text(json.dumps(record, indent=1))
 
     def sound(table: str) -> bool:
-        lines = table.split("\n\nNot all were measured alike")[0].split("\n")
+        lines = table.split("\n\nCompare numbers")[0].split("\n")
         return len(lines) == 4 and len({line.count("|") for line in lines}) == 1
-    return Reader("evaluation.json", [path], lambda: comparison([str(path), str(other)]),
+    return Reader("evaluation.json", [path], lambda: comparison([read_evaluation(str(path)), ("other", record)]),
                   damage.BYTES + damage.JSON * 8, sound)
-
-
-def run_folder(folder: Path) -> Reader:
-    run = folder / "run"
-    run.mkdir()
-    step = {"loss": 3.5, "baseline": 3.6, "advantage": 0.1, "delta": None, "seconds": 1.5}
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1, **step}) + "\n" for i in range(12)))
-    layers = {"a.0.b": 3, "a.1.b": 4}
-    state = {"changed": layers, "entropy": layers, "blocks": layers}
-    (run / "layers.jsonl").write_text("".join(json.dumps({"step": i, **state}) + "\n" for i in (6, 12)))
-    (run / "run.json").write_text(json.dumps({"arguments": {"sparsity_type": [2, 4]}, "environment": {}}))
-
-    def read():
-        metrics = read_lines(run / "metrics.jsonl", plot.is_step)
-        layers = read_lines(run / "layers.jsonl", plot.is_state)
-        return figures.curves(metrics, layers), list(map(figures.layer_grid, layers)), plot.most_nats(run / "run.json")
-    return Reader("run folder", sorted(run.iterdir()), read, damage.BYTES + damage.JSON * 8,
-                  lambda found: isinstance(found[2], float))
 
 
 def prune_record(folder: Path) -> Reader:
@@ -217,4 +195,4 @@ def _tensor_names(path: Path) -> list[str]:
 
 
 READERS = (mask_safetensors, mask_npz, mask_folder, permutation, baseline_npz, task_file, text_jsonl, text_gz, text_txt,
-           text_parquet, text_saved, evaluation_record, run_folder, prune_record, model_folder)
+           text_parquet, text_saved, evaluation_record, prune_record, model_folder)
