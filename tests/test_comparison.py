@@ -1,8 +1,6 @@
 """evaluate.py --compare: the table of several evaluations."""
 import json
 
-from utils import UserError
-
 import pytest
 from quizzes import run, table_of
 from tiny import MODELS
@@ -60,15 +58,6 @@ def test_other_items_have_other_columns(change):
                                 for name, numbers in (("a", task(0.3)), ("b", task(0.4, **change)))]))[2:]
     assert [row[3:] for row in rows] == [["30.00 ± 1.00", "50.00 ± 1.00", "", "45.00", ""],
                                          ["", "50.00 ± 1.00", "40.00 ± 1.00", "", "45.00"]]
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"density": 1.0}', '{"density": "half"}',
-                                     '{"density": 1.0, "sparsity_type": null, "tasks": [1]}'])
-def test_no_records(tmp_path, content):
-    if content:
-        (tmp_path / "evaluation.json").write_text(content)
-    with pytest.raises(UserError, match=r"--compare .*evaluation.json is no record of evaluate.py.*make it with"):
-        run(f"--compare {tmp_path}")
 
 
 def test_what_is_written_can_be_compared(folder, tmp_path, capsys):

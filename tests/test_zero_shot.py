@@ -9,7 +9,6 @@ from utils import UserError
 import pytest
 import torch
 from quizzes import quiz, run, write_lines
-from tiny import POSITIONS
 
 from evaluation import zero_shot
 
@@ -25,8 +24,6 @@ def plain_score(model, tokenizer, context: str, choice: str, bos: bool = True) -
         ids = shared + ids
     assert ids[:len(shared)] == shared
     start, ids = len(shared), torch.tensor(ids)
-    if len(ids) > POSITIONS + 1:
-        start, ids = start - (len(ids) - POSITIONS - 1), ids[-POSITIONS - 1:]
     with torch.no_grad():
         logits = model(input_ids=ids[None, :-1]).logits[0].double()
     return sum(float(logits[i - 1, ids[i]] - logits[i - 1].logsumexp(0)) for i in range(start, len(ids)))
@@ -39,25 +36,6 @@ def test_scores_are_the_chain_rule(loaded, batchsize, bos):
     requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs]
     expected = [plain_score(model, tokenizer, *pair, bos) for pair in pairs]
     assert zero_shot.log_likelihoods(model, requests, batchsize) == pytest.approx(expected, abs=1e-4)
-
-
-def test_accuracies_and_errors(loaded):
-    """Of the quiz and of one item whose context is cut from the left."""
-    model, tokenizer = loaded
-    items = [*quiz(), {"context": "The old cat " * 100, "choices": ["watches the doctor.", "watches."], "gold": 1}]
-    hits, hits_norm = [], []
-    for item in items:
-        scores = [plain_score(model, tokenizer, item["context"], choice) for choice in item["choices"]]
-        norms = [score / len(choice.removeprefix(" ")) for score, choice in zip(scores, item["choices"])]
-        hits.append(scores.index(max(scores)) == item["gold"])
-        hits_norm.append(norms.index(max(norms)) == item["gold"])
-    assert hits != hits_norm and 0 < sum(hits) < len(hits)
-    found = zero_shot.score_items(model, tokenizer, items)
-    for metric, expected in (("acc", hits), ("acc_norm", hits_norm)):
-        mean = sum(expected) / len(items)
-        assert found[metric] == mean
-        assert found[f"{metric}_stderr"] == pytest.approx(math.sqrt(mean * (1 - mean) / (len(items) - 1)))
-    assert found["items"] == len(items)
 
 
 class Letters:
@@ -121,30 +99,16 @@ GOOD = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
 
 @pytest.mark.parametrize("line, words", [
     ("{", "not JSON"), ("[1]", "not a JSON object"), ("{}", "context is not a string"),
-    ('{"context": "a", "choices": ["b", "c"]}', "gold is null"),
-    ('{"context": 1, "choices": ["b", "c"], "gold": 0}', "context is not a string"),
     ('{"context": "a", "choices": "bc", "gold": 0}', "choices is not a list of two or more"),
-    ('{"context": "a", "choices": ["b"], "gold": 0}', "choices is not a list of two or more"),
-    ('{"context": "a", "choices": ["b", " "], "gold": 0}', "a choice is blank"),
-    ('{"context": "a", "choices": ["b", 2], "gold": 0}', "not a string"),
+    ('{"context": "a", "choices": ["b", " "], "gold": 0}', "a choice is blank or not a string"),
+    ('{"context": "\\ud800", "choices": ["b", "c"], "gold": 0}', "half a surrogate pair"),
     ('{"context": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2, not the index of a choice, 0 to 1"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": -1}', "gold is -1"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": true}', "gold is true"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": "1"}', 'gold is "1"')])
+    ('{"context": "a", "choices": ["b", "c"], "gold": true}', "gold is true")])
 def test_bad_lines(tmp_path, line, words):
     (tmp_path / "quiz.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(UserError) as error:
         zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
     assert f"{tmp_path}/quiz.jsonl, line 3: " in str(error.value) and words in str(error.value)
-
-
-@pytest.mark.parametrize("content, words", [(None, "cannot be read"), (b"\xff\xfe", "cannot be read"),
-                                            (b"\n \n", "has no items")])
-def test_bad_files(tmp_path, content, words):
-    if content is not None:
-        (tmp_path / "quiz.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=words):
-        zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
 
 
 def test_good_files(tmp_path):
