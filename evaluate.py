@@ -34,7 +34,7 @@ from evaluation.comparison import comparison, percent, read_evaluation
 from evaluation.perplexity import evaluate_windows, read_text
 from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
 from files import mask_files
-from files.atomic import check_disk, refuse_existing
+from files.atomic import refuse_existing
 from files.records import write_json
 from masking.layers import apply_masks, check_sparsity, read_masks
 from models.layers import check_divisible, find_layers
@@ -74,7 +74,6 @@ def output_file(model: str, mask: str | None, save: str | None, overwrite: bool)
         out = Path(model).expanduser() / "evaluation.json"
     else:
         return None
-    check_disk(out.parent, 2**20)
     replaced = overwrite and out.is_file()
     return out if replaced else refuse_existing(out, "replace it with --overwrite, or choose another --save")
 

@@ -85,8 +85,6 @@ PRUNE = {
     "ria, 1:4": "--prune_method ria --sparsity_type 1:4",
     "sparsegpt": "--prune_method sparsegpt",
     "sparsegpt, true sequential, gpt2": "--prune_method sparsegpt --true_sequential --model {w}/gpt2",
-    "sparsegpt, unstructured": "--prune_method sparsegpt --sparsity_type unstructured --sparsity_ratio 0.6",
-    "wanda, unstructured": "--prune_method wanda --sparsity_type unstructured",
 }
 EXIT_CODES = {  # name -> (script, flags)
     "no such mask": ("train.py", "--mask {w}/none.safetensors --baseline online --dataset_size 16 --max_step 1"),

@@ -112,7 +112,7 @@ class Checkpoints:
     every: '500', steps, or '10m', minutes.
     """
 
-    def __init__(self, folder: Path, every: str, keep: int):
+    def __init__(self, folder: Path, every: str, keep: int = 2):
         self.folder, self.keep = folder, keep
         self.steps = None if every.endswith("m") else int(every)
         self.minutes = float(every[:-1]) if every.endswith("m") else None
