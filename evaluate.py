@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     harness = load_harness(args.tasks.split(","), args.trust_remote_code) if args.tasks else {}
     if len(files) < len(args.task_file) or files.keys() & harness.keys():
         raise UserError("two tasks have one name; rename a file of --task_file, or name it once")
-    model, tokenizer = load_model(args.model, args.dtype, args.device, args.device_map, args.trust_remote_code)
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     result = {"model": args.model, "mask": args.mask, "dtype": str(model.dtype).removeprefix("torch."),
               **apply_and_verify(model, args.mask, args.sparsity_type, args.targets)}
     if args.ppl != "none":
