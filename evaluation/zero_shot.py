@@ -191,12 +191,11 @@ def run_harness(model: nn.Module, tokenizer: Tokenizer, loaded: dict, batchsize:
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False)
     told = lm_eval.simple_evaluate(model=lm, tasks=list(loaded.values()), task_manager=_task_manager(), num_fewshot=0,
                                    limit=limit, log_samples=False)
-    source = f"lm_eval {lm_eval.__version__}"
+    source = f"lm_eval {lm_eval.__version__}" if bos else f"lm_eval {lm_eval.__version__}, no BOS"
     results = {}
     for name in loaded:
         numbers = {key.partition(",")[0]: value for key, value in told["results"][name].items()}  # "acc,none" -> acc
         results[name] = {key: None if numbers[key] == "N/A" else float(numbers[key])
                          for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr") if key in numbers}
-        results[name] |= {"items": told["n-samples"][name]["effective"],
-                          "source": source if bos else f"{source}, no BOS"}
+        results[name] |= {"items": told["n-samples"][name]["effective"], "source": source}
     return results

@@ -1,10 +1,7 @@
 """Records of scripts: prune.json, a run's run.json, and its logs, a JSON object a line."""
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-
-from utils import UserError
 
 from files.atomic import atomic_write
 from files.errors import explained
@@ -33,22 +30,10 @@ def base_model(model: str) -> str:
         return str(json.loads(path.read_bytes())["arguments"]["model"]) if path.is_file() else model
 
 
-def read_lines(path: Path, fits: Callable[[dict], bool]) -> list[dict]:
-    """The objects of a .jsonl file, each of which must fit; without the last line where it is torn."""
-    with explained(path, "give run folders that train.py wrote"):
-        lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-        found = []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                if number == len(lines):
-                    break
-                row = None
-            if not isinstance(row, dict) or not fits(row):
-                raise UserError(f"line {number} is damaged; delete it to draw the others")
-            found.append(row)
-        return found
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file, without a last line that is still being written; UserError where it is damaged."""
+    with explained(path, "give run folders"):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def lines_up_to(path: Path, size_bytes: int) -> list[dict]:

@@ -140,13 +140,9 @@ def damaged_files(w: Path) -> None:
     (w / "code.yaml").write_text("task: a\nprocess_docs: !function code.run\n")
 
     step = json.dumps({"step": 1, "loss": 3.5, "baseline": 3.6, "delta": None})
-    for name, metrics, pattern in [("run", step, [2, 4]), ("no_step", "", [2, 4]),
-                                   ("no_pattern", step, [9**99, 9**999]), ("torn_step", f"{{\n{step}", [2, 4]),
-                                   ("deep_step", f"{'[' * 10**5}\n{step}", [2, 4]),
-                                   ("huge_step", f"{step.replace('3.5', '1' + '0' * 400)}\n{step}", [2, 4])]:
+    for name, metrics in [("run", f"{step}\n"), ("no_step", '{"step": 1'), ("damaged_step", "{\n")]:
         (w / name).mkdir()
-        (w / name / "metrics.jsonl").write_text(metrics + "\n")
-        (w / name / "run.json").write_text(json.dumps({"arguments": {"sparsity_type": pattern}}))
+        (w / name / "metrics.jsonl").write_text(metrics)
 
 
 def snapshot(*folders: Path) -> dict:

@@ -460,4 +460,4 @@ def test_base_and_mask_are_the_checkpoint(made, tmp_path, one_layer):
 def test_a_dense_model_is_evaluated_too(llama, capsys):
     evaluate.main(f"--model dense {PLACE} --ppl ../held_out.txt --seqlen {WINDOW} --nwindows 2".split())
     said = capsys.readouterr().out
-    assert f"(2 windows of {WINDOW} tokens); density 1.000000" in said
+    assert f"(2 windows of {WINDOW} tokens from a text of " in said and "density 1.000000" in said
