@@ -14,8 +14,7 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 from torch.distributed import device_mesh, fsdp
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as ShardOf
+from torch.distributed.tensor import DTensor, Shard
 
 from models.layers import find_layers, is_transposed, weight_matrix
 
@@ -64,6 +63,23 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     model.tie_weights()
 
 
+def own_rows(tensor: Tensor) -> tuple[int, int]:
+    """The rows of a tensor that this process has, from `begin` to `end`; all of them, unless it is a DTensor.
+
+    FSDP shares rows out by torch.chunk: the last processes may have fewer, or none.
+    """
+    count = tensor.shape[0]
+    if not isinstance(tensor, DTensor):
+        return 0, count
+    most, rank = -(-count // tensor.device_mesh.size()), tensor.device_mesh.get_local_rank()
+    return min(count, most * rank), min(count, most * (rank + 1))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself. A DTensor is gathered from all processes, which have to call this at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @dataclass
 class Rows:
     """Which rows of a layer's weight this process has: from `begin` to `end` of `count`, all where `mesh` is None."""
@@ -74,13 +90,9 @@ class Rows:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Rows":
-        """Of a layer, as FSDP shares it out: by torch.chunk, so that the last processes may have fewer, or none."""
-        count, mesh = weight_matrix(module).shape[0], None
-        begin, end = 0, count
-        if isinstance(module.weight, DTensor):
-            mesh = module.weight.device_mesh
-            begin, end = (min(count, -(-count // mesh.size()) * (mesh.get_local_rank() + after)) for after in (0, 1))
-        return cls(count, begin, end, mesh)
+        """Of a layer."""
+        weight = weight_matrix(module)
+        return cls(weight.shape[0], *own_rows(weight), weight.device_mesh if isinstance(weight, DTensor) else None)
 
     @property
     def is_main(self) -> bool:
@@ -91,31 +103,17 @@ class Rows:
         """This process's part of a tensor of all rows `[count, ...]`."""
         return matrix[self.begin:self.end]
 
-    def whole(self, part: Tensor, width: int) -> Tensor:
-        """All rows, 1-D, from this process's, of `width` elements each; all processes have to ask at once."""
+    def share(self, part: Tensor, width: int) -> Tensor:
+        """This process's part of a tensor, 1-D with `width` elements a row, as a DTensor `[count, width]`; the part
+        itself where the layer is not sharded."""
         if self.mesh is None:
             return part
-        width *= part.itemsize  # as bytes: not every backend knows every dtype
-        rows = DTensor.from_local(part.view(torch.uint8).view(-1, width), self.mesh, [ShardOf(0)], run_check=False,
+        return DTensor.from_local(part.detach().view(-1, width), self.mesh, [Shard(0)], run_check=False,
                                   shape=torch.Size([self.count, width]), stride=(width, 1))
-        return rows.full_tensor().view(-1).view(part.dtype)
 
-
-class Shard:
-    """One process's part of a 1-D tensor that all processes together have, as a state is saved and read."""
-
-    def __init__(self, part: Tensor, rows: Rows, width: int):
-        self.part, self.rows, self.width = part, rows, width
-        self.dtype, self.itemsize = part.dtype, part.itemsize
-        self.shape, self.nbytes = [rows.count * width], rows.count * width * part.itemsize
-
-    def whole(self) -> Tensor:
-        """Gathered; all processes have to ask at once."""
-        return self.rows.whole(self.part, self.width)
-
-    def read(self, stored: Tensor) -> Tensor:
-        """This process's part of what is stored of the whole, a tensor or a slice of a file."""
-        return stored[self.rows.begin * self.width:self.rows.end * self.width]
+    def whole(self, part: Tensor, width: int) -> Tensor:
+        """All rows, 1-D, from the parts of all processes, which have to call this at the same time."""
+        return whole(self.share(part, width)).view(-1)
 
 
 def own_weight(module: nn.Module) -> Tensor:

@@ -16,7 +16,6 @@ from utils import UserError, progress_bar
 import torch
 
 from models.processes import ProcessGroup
-from models.sharding import Shard
 from training.checkpoint import StateFile, give_shards
 from training.run_folder import RunFolder
 from training.validation import Validation
@@ -283,8 +282,7 @@ class Run:
 
     def state_bytes(self) -> int:
         """Of the states that are kept, those that are not there yet, the one being written included."""
-        tensors: list[torch.Tensor | Shard] = [tensor for part in self.parts.values()
-                                               for tensor in part.state()[1].values()]
+        tensors = [tensor for part in self.parts.values() for tensor in part.state()[1].values()]
         return self.checkpoints.missing * sum(tensor.nbytes for tensor in tensors)
 
     def elapsed_s(self) -> float:
