@@ -6,6 +6,7 @@ files/documents.py reads. What a user can mend is raised as UserError, a one-lin
 import hashlib
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,18 +23,18 @@ C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-valid
 WIKITEXT2_TEST = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
 
 
-def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize: int, sqlen: int) -> torch.Tensor:
-    """The fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize, batchsize, sqlen].
+def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize: int, seqlen: int) -> torch.Tensor:
+    """The fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize, batchsize, seqlen].
 
-    The first dataset_size documents, in file order, with more than sqlen tokens (special tokens included), cut to
-    sqlen. Unshuffled and never padded; reading stops when enough were found. Same samples as the authors' scripts.
+    The first dataset_size documents, in file order, with more than seqlen tokens (special tokens included), cut to
+    seqlen. Unshuffled and never padded; reading stops when enough were found. Same samples as the authors' scripts.
 
     Errors: UserError for sizes that do not fit together, too few documents long enough, and those of `documents`.
     """
     if dataset_size < 1:
         raise UserError(f"--dataset_size is {dataset_size}: it must be at least 1 document")
-    if sqlen < 2:
-        raise UserError(f"--sqlen is {sqlen}: it must be at least 2 tokens, one to predict the next from")
+    if seqlen < 2:
+        raise UserError(f"--seqlen is {seqlen}: it must be at least 2 tokens, one to predict the next from")
     if batchsize < 1 or dataset_size % batchsize:
         divisors = [size for size in range(1, dataset_size + 1) if dataset_size % size == 0]
         below, above = [d for d in divisors if d < batchsize], [d for d in divisors if d > batchsize]
@@ -44,38 +45,39 @@ def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize
         for text in documents(dataset):
             read += 1
             tokens = _tokens(tokenizer, text)
-            if len(tokens) > sqlen:
-                samples.append(tokens[:sqlen])
+            if len(tokens) > seqlen:
+                samples.append(tokens[:seqlen])
                 bar.update()
             if len(samples) == dataset_size:
                 break
     if len(samples) < dataset_size:
-        raise UserError(f"only {len(samples)} of the {read} documents in {dataset} have more than {sqlen} tokens, "
-                        f"--dataset_size asks for {dataset_size}: lower --dataset_size or --sqlen")
-    return torch.stack(samples).view(-1, batchsize, sqlen)
+        raise UserError(f"only {len(samples)} of the {read} documents in {dataset} have more than {seqlen} tokens, "
+                        f"--dataset_size asks for {dataset_size}: lower --dataset_size or --seqlen")
+    return torch.stack(samples).view(-1, batchsize, seqlen)
 
 
-def token_sequences(tokenizer: Tokenizer, dataset: str, tokens: int, batchsize: int, sqlen: int,
+def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, batchsize: int, seqlen: int,
                     seed: int) -> torch.Tensor:
-    """Minibatches of about so many tokens of running text, shuffled: int64 [minibatches, batchsize, sqlen].
+    """Minibatches of about so many tokens of running text, shuffled: int64 [minibatches, batchsize, seqlen].
 
-    Documents are read in file order, joined with the end-of-text token if there is one, and cut into sequences without
-    a remainder, so that no text is lost; reading stops when there are enough. A dataset of less gives what it has.
-    Where the tokenizer puts a token before a text, a sequence is that token and sqlen - 1 of the running text, which
+    Documents are read in the order of the datasets and their files, joined with the end-of-text token if there is one,
+    and cut into sequences without a remainder, so that no text is lost; reading stops when there are enough tokens.
+    Datasets of less give what they have.
+    Where the tokenizer puts a token before a text, a sequence is that token and seqlen - 1 of the running text, which
     has it nowhere else: it stands where it stands in use, in front.
 
-    Errors: UserError for a dataset of less than one minibatch, and those of `documents`.
+    Errors: UserError for less than one minibatch, and those of `documents`.
     """
-    if sqlen < 2:
-        raise UserError(f"--sqlen is {sqlen}: it must be at least 2 tokens, one to predict the next from")
+    if seqlen < 2:
+        raise UserError(f"--seqlen is {seqlen}: it must be at least 2 tokens, one to predict the next from")
     bos = added_bos(tokenizer)
     begin = 0 if bos is None else 1
-    minibatch = batchsize * (sqlen - begin)  # tokens of the text in one
-    wanted = max(1, tokens // (batchsize * sqlen)) * minibatch
+    minibatch = batchsize * (seqlen - begin)  # tokens of the text in one
+    wanted = max(1, tokens // (batchsize * seqlen)) * minibatch
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces, found = [], 0
     with progress_bar(total=wanted, desc="reading tokens", leave=False) as bar:
-        for text in documents(dataset):
+        for text in itertools.chain.from_iterable(map(documents, datasets)):
             pieces.append(torch.cat([_tokens(tokenizer, text)[begin:], torch.tensor(between, dtype=torch.int64)]))
             found += len(pieces[-1])
             bar.update(len(pieces[-1]))
@@ -83,12 +85,12 @@ def token_sequences(tokenizer: Tokenizer, dataset: str, tokens: int, batchsize: 
                 break
     minibatches = min(wanted, found) // minibatch
     if not minibatches:
-        raise UserError(f"{dataset} has only {found} tokens, fewer than one minibatch of {batchsize} x {sqlen}: lower "
-                        "--batchsize or --sqlen or use a longer text")
-    sequences = torch.cat(pieces)[:minibatches * minibatch].view(-1, sqlen - begin)
+        raise UserError(f"{', '.join(datasets)} has only {found} tokens, fewer than one minibatch of {batchsize} x "
+                        f"{seqlen}: lower --batchsize or --seqlen or use a longer text")
+    sequences = torch.cat(pieces)[:minibatches * minibatch].view(-1, seqlen - begin)
     sequences = torch.nn.functional.pad(sequences, (begin, 0), value=bos)
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
-    return sequences[order].view(minibatches, batchsize, sqlen)
+    return sequences[order].view(minibatches, batchsize, seqlen)
 
 
 def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqlen: int, seed: int,

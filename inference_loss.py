@@ -22,7 +22,7 @@ from utils import (
 )
 
 import data
-from files.atomic import check_disk, refuse_existing
+from files.atomic import refuse_existing
 from masking.layers import apply_masks, read_masks
 from models.layers import find_layers
 from models.loading import check_length, devices_of, load_model
@@ -42,12 +42,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    path = args.save or baselines.default_path(args.dataset_size, args.batchsize, args.sqlen)
+    path = args.save or baselines.default_path(args.dataset_size, args.batchsize, args.seqlen)
     out = refuse_existing(path, "choose another --save or remove it")
-    check_disk(out.parent, 2**20)
     set_seed(args.seed)
     model, tokenizer = load_model(**arguments_of(load_model, args))
-    check_length(model, args.sqlen, "--sqlen")
+    check_length(model, args.seqlen, "--seqlen")
     layers = find_layers(model, targets=[""])
     masks = {} if args.mask == "none" else read_masks(args.mask, model).masks
     batches = data.minibatches(tokenizer, **arguments_of(data.minibatches, args))

@@ -5,7 +5,6 @@ To be imported before torch, which every script and bench does: it says how long
 import argparse
 import ctypes
 import inspect
-import math
 import os
 import platform
 import random
@@ -13,12 +12,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
 
 # Threads that wait spin, on cores that another process may want; a short spin costs nothing alone
-# (docs/measurements.md). OpenMP reads these when torch is loaded.
+# (docs/lab_notebook.md). OpenMP reads these when torch is loaded.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")
 
@@ -30,8 +29,10 @@ try:
 except ImportError:  # Windows
     resource = None
 
-LINE_S = 30  # between two lines of progress
+STATUS = Path("/proc/self/status")  # Linux
+LINE_S = 30  # between two bars in a log
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -62,29 +63,12 @@ def printable(error: Exception) -> str:
     return line if len(line) <= 2000 else line[:2000] + " ..."
 
 
-class _Lines(tqdm):
-    """Progress as plain lines, for what is no terminal."""
-
-    @staticmethod
-    def status_printer(file: TextIO) -> Callable[[str], None]:
-        """A line for each text there is."""
-        return lambda text: text.strip() and print(text.strip(), file=file, flush=True)
-
-    def moveto(self, n: int) -> None:
-        """Nowhere: lines follow one another."""
-
-    def close(self) -> None:
-        """Without a last line, which short work does not need."""
-        self.disable = True
-        self._decr_instances(self)
-
-
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
-    """tqdm's bar on a terminal; elsewhere a line every LINE_S, so that whoever reads the log sees that work goes on."""
-    if names.get("disable") or sys.stderr.isatty():
-        return tqdm(iterable, **names)
-    return _Lines(iterable, **{**names, "mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
-                               "leave": False, "ncols": 100, "ascii": True})
+    """tqdm's bar; where it is no terminal that reads it, one every LINE_S, so that logs stay short."""
+    if not sys.stderr.isatty():
+        names |= {"mininterval": LINE_S, "maxinterval": LINE_S, "miniters": 1, "delay": LINE_S, "ncols": 100,
+                  "ascii": True}
+    return tqdm(iterable, **names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,12 +107,13 @@ def sparsity_type(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def finite(lowest: float) -> Callable[[str], float]:
-    """A float type for argparse: finite and at least `lowest`."""
+def finite(lowest: float, highest: float = sys.float_info.max) -> Callable[[str], float]:
+    """A float type for argparse: finite, at least `lowest` and at most `highest`."""
     def number(text: str) -> float:
         value = float(text)
-        if not lowest <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of at least {lowest:g}")
+        if not lowest <= value <= highest:
+            upto = f" and at most {highest:g}" if highest < sys.float_info.max else ""
+            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of at least {lowest:g}{upto}")
         return value
     return number
 
@@ -160,9 +145,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
     parser.add_argument("--model", default=model_default, help="Hugging Face causal LM: hub id or folder")
     parser.add_argument("--dtype", default="float16", choices=["auto", "checkpoint", *DTYPES],
                         help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    parser.add_argument("--device_map", default=None,
-                        help="spread the layers over several GPUs and the host's memory: auto, balanced ...")
+    parser.add_argument("--device", default=None,
+                        help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs and the "
+                             "host's memory, as accelerate does (default: cuda if there is one)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
 
@@ -174,7 +159,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                              "evaluate.py's --task_file has them")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
     parser.add_argument("--batchsize", type=positive_int, default=32, help="sequences in a minibatch")
-    parser.add_argument("--sqlen", type=positive_int, default=128, help="tokens in a sequence")
+    parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a sequence")
+    add_old_name(parser, "sqlen", "seqlen")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
 
 
@@ -187,7 +173,7 @@ def default_device() -> str:
 
 def checked_device(device: str | None = None) -> str:
     """The device itself, or the default one; UserError where it cannot be used."""
-    device = device or default_device()
+    device = default_device() if device is None or device in DEVICE_MAPS else device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -204,6 +190,13 @@ def fast_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def gradient_dtype(dtype: str, device: str | None) -> str:
+    """The dtype to learn with by gradients: for auto on a GPU that has it, bfloat16, since float16 overflows."""
+    if dtype == "auto" and checked_device(device).startswith("cuda") and torch.cuda.is_bf16_supported():
+        return "bfloat16"
+    return dtype
+
+
 def reuse_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors: to give it back after each large one costs a CPU run two fifths of
     its time, in page faults. Takes some more memory; does nothing where there is no glibc."""
@@ -216,13 +209,14 @@ def reuse_freed_memory() -> None:
 
 
 def set_seed(seed: int, deterministic: bool = False) -> None:
-    """Of Python's and torch's generators. deterministic: let a GPU use only algorithms that give the same bits every
-    time, from here on; to be called before it is used."""
+    """Of Python's and torch's generators. deterministic: have a GPU use algorithms that give the same bits every time,
+    where it has them, from here on; to be called before it is used."""
     random.seed(seed)
     torch.manual_seed(seed)
-    if deterministic:
+    if deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs time and changes no result
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,13 +248,23 @@ def hardware(device: str | torch.device | None = None) -> str:
 
 
 def peak_memory(devices: Iterable[torch.device]) -> dict[str, int]:
-    """The most memory this process has used, bytes: of these devices' GPUs, `peak_memory_bytes` allocated and
-    `peak_reserved_bytes`; where none of them is one, resident."""
+    """The most memory this process has used since its start or `reset_peak_memory`, bytes: of these devices' GPUs,
+    `peak_memory_bytes` allocated and `peak_reserved_bytes`; where none of them is one, resident."""
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:
         return {"peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)),
                 "peak_reserved_bytes": sum(map(torch.cuda.max_memory_reserved, gpus))}
+    if STATUS.exists():
+        return {"peak_memory_bytes": 1024 * int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1])}
     if resource is None:
         return {"peak_memory_bytes": 0}
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes}
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # macOS: in bytes
+
+
+def reset_peak_memory(devices: Iterable[torch.device]) -> None:
+    """Count the peaks from here on, where the system can."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

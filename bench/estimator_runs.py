@@ -12,6 +12,7 @@ from utils import progress_bar
 
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
+from training.progress import lr_multiplier
 from variants import ControlVariate, LeaveOneOut, Momentum, Sign, sharpen
 
 import data
@@ -24,7 +25,6 @@ from models.loading import model_fingerprint
 from models.loss import batch_loss
 from training.curvature import EVERY, SEQUENCES, Curvature
 from training.initialize import TOKENS, init_from_scores, init_from_swaps, wanda_norms
-from training.progress import lr_multiplier
 from training.straight_through import StraightThrough, random_walk_step, soft_temperature
 
 FORWARD_ONLY = {"vanilla": pge.Vanilla, "residual": pge.Residual, "maskpro": pge.MaskPro, "running": pge.Running}

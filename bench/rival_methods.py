@@ -14,11 +14,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from training.progress import lr_multiplier
 
 import pge
 from models.layers import find_layers
 from training.loss import summed_loss
-from training.progress import lr_multiplier
 
 
 class Rival:

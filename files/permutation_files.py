@@ -1,7 +1,7 @@
-"""Permutation files: which order a model's channels were brought into; one small .safetensors, verified when read.
+"""Permutation files: the order into which a model's channels were brought, one small .safetensors.
 
-Its tensors are orders, set of channels -> uint16 `[groups, size]`; its metadata hold the model's name, its fingerprint
-before and after, and a checksum. Files are not trusted: each order is held against the model's channels.
+The tensors are the orders, set of channels -> uint16 `[groups, size]`. The metadata hold the model's name, its
+fingerprint before it was reordered, and a checksum.
 """
 import hashlib
 import json
@@ -20,47 +20,37 @@ FORMAT = {"format": "maskpro-permutation", "version": "1"}
 
 @dataclass
 class PermutationFile:
-    """orders: set -> int64 `[groups, size]`, which channel of its group comes to each place."""
+    """orders: set of channels -> int64 `[groups, size]`, which channel of its group comes to each place; model: name
+    of the model that they reorder; model_fingerprint: its fingerprint before."""
     orders: dict[str, Tensor]
     model: str
     model_fingerprint: str
-    permuted_fingerprint: str
 
 
 def save(path: str | Path, found: PermutationFile) -> None:
-    """Write it, into a folder that nobody reads yet."""
+    """Write it to a temporary path, such as `atomic_write` gives."""
     packed = {name: order.cpu().to(torch.uint16 if order.shape[1] <= 2**16 else torch.int32).contiguous()
               for name, order in found.orders.items()}
-    metadata = FORMAT | {"model": found.model, "model_fingerprint": found.model_fingerprint,
-                         "permuted_fingerprint": found.permuted_fingerprint}
+    metadata = FORMAT | {"model": found.model, "model_fingerprint": found.model_fingerprint}
     save_file(packed, path, metadata | {"checksum": _digest(metadata, packed)})
 
 
-def load(path: str | Path, shapes: dict[str, tuple[int, int]]) -> PermutationFile:
-    """Read and verify; shapes: set -> (groups, size) of the model. UserError: no such file, damaged, of other sets."""
-    path = Path(path)
+def load(path: str | Path) -> PermutationFile:
+    """Read the file and verify its checksum. UserError if it is missing, damaged or of another format."""
     try:
-        if not path.is_file():
-            raise UserError("no such file; permute.py writes NAME.permutation.safetensors beside the model")
-        with safe_open(path, framework="pt") as file:  # it checks the header against the file's size
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if not FORMAT.items() <= metadata.items():
-                raise UserError("is no maskpro-permutation of version 1: give the file that permute.py wrote")
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        if not FORMAT.items() <= metadata.items():
+            raise ValueError("not in the format maskpro-permutation, version 1")
         if metadata.pop("checksum", None) != _digest(metadata, packed):
-            raise UserError("its contents do not match their checksum, the file is damaged: restore it")
-        for name, order in packed.items():
-            if name not in shapes or tuple(order.shape) != tuple(shapes[name]):
-                raise UserError(f"is of another model: it orders {name} {list(order.shape)}")
-            if not (order.long().sort(dim=1).values == torch.arange(order.shape[1])).all():
-                raise UserError(f"its order of {name} names a channel twice: restore it")
+            raise ValueError("its contents do not match their checksum")
         return PermutationFile({name: order.long() for name, order in packed.items()}, metadata["model"],
-                               metadata["model_fingerprint"], metadata["permuted_fingerprint"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever a parser makes of a damaged file is the file's fault
+                               metadata["model_fingerprint"])
+    except Exception as error:  # the libraries raise many kinds of errors for a damaged file
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{path} is damaged or no permutation file ({reason}): restore it") from error
+        raise UserError(f"{path} cannot be read as a permutation file ({reason}): give the "
+                        "NAME.permutation.safetensors that permute.py wrote, or restore it") from error
 
 
 def _digest(metadata: dict, packed: dict[str, Tensor]) -> str:

@@ -48,53 +48,32 @@ def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: 
     return blocks.float()
 
 
-def _move(logits: list[Tensor], masks: list[Tensor], coefficients: list[Tensor] | Tensor, key: Tensor, space: Space,
-          start: int, chunk: int | None) -> None:
-    """The update from these masks (bits `[blocks]`), rounded by the key."""
-    generator = _generator(~key, start)  # other numbers than this key's draws
-    chunk = chunk or blocks_at_a_time(space, chunk_of(key))
-    for begin in range(0, len(logits[0]), chunk):
-        part = slice(begin, begin + chunk)
-        before = torch.stack([plane[part] for plane in logits], 1).float()
-        moved = before
-        for bits, coefficient in zip(masks, coefficients):
-            moved = moved - coefficient * space.score(before, bits_to_mask(bits[part], space.m))
-        _store_blocks(logits, moved, part, generator)
-
-
-def _drawn(logits: list[Tensor], key: Tensor, space: Space, start: int, chunk: int | None) -> Tensor:
-    """The mask that a key draws, bits `[blocks]`: another for the same blocks if they start elsewhere in the layer."""
-    generator = _generator(key, start)
-    chunks = zip(*(plane.split(chunk or chunk_of(plane)) for plane in logits))
-    return torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks])
-
-
 def draw(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, space: Space, start: int = 0,
          chunk: int | None = None) -> None:
-    """`fused_draw`; logits: `width` planes."""
-    bits.copy_(_drawn(logits, key, space, start, chunk))
+    """`fused_draw`; logits: `width` planes. Blocks that start elsewhere in the layer draw other masks."""
+    generator = _generator(key, start)
+    chunks = zip(*(plane.split(chunk or chunk_of(plane)) for plane in logits))
+    bits.copy_(torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks]))
     write_masked(weight, bits, out, space.m)
 
 
 def update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
            space: Space, start: int = 0, chunk: int | None = None) -> None:
     """`fused_update`."""
-    _move(logits, [bits], [coefficient], key, space, start, chunk)
+    generator = _generator(~key, start)  # other numbers than this key's draws
+    at_a_time = chunk or blocks_at_a_time(space, chunk_of(key))
+    for begin in range(0, len(logits[0]), at_a_time):
+        part = slice(begin, begin + at_a_time)
+        before = torch.stack([plane[part] for plane in logits], 1).float()
+        moved = before - coefficient * space.score(before, bits_to_mask(bits[part], space.m))
+        _store_blocks(logits, moved, part, generator)
     draw(logits, bits, weight, out, key, space, start, chunk)
 
 
-def update_many(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficients: Tensor, keys: Tensor,
-                space: Space, start: int = 0, chunk: int | None = None) -> None:
-    """`fused_update_many`."""
-    masks = [_drawn(logits, key, space, start, chunk) for key in keys[:-2]]
-    _move(logits, masks, coefficients, keys[-2], space, start, chunk)
-    draw(logits, bits, weight, out, keys[-1], space, start, chunk)
-
-
-def vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor, mean_squares: Tensor | None, scale: Tensor,
+def vjp(logits: list[Tensor], bits: Tensor, saliency: Tensor, mean_squares: Tensor | None, scale: Tensor,
         key: Tensor, space: Space, start: int = 0) -> Tensor:
     """`fused_vjp` by autograd of the exact inclusion probabilities."""
-    squares, generator = [], _generator(~key, start)  # masks may be drawn under the same key
+    squares, generator = [], _generator(~key, start)
     factor, step, inverse_temperature, kept = scale.double()
     chunk = patterns_at_a_time(space)
     for begin in range(0, saliency.shape[1], chunk):
@@ -115,8 +94,7 @@ def vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor, mean_square
             move = gradient * torch.rsqrt(mean.clamp(min=1e-30))[:, None]
         moved = before - torch.where(is_finite[:, None], move, 0.0) * step
         stored = _store_blocks(logits, moved.float(), part, generator)
-        if bits is not None:
-            bits[part] = mask_to_bits(space.mode(stored))
+        bits[part] = mask_to_bits(space.mode(stored))
         squares.append(torch.where(is_finite, total.float(), torch.nan))
     return torch.cat(squares)
 

@@ -10,7 +10,7 @@ on a GPU, that touches every byte once. Without a compiler the same functions ru
 not 8 bytes (M = 8, or float32), the mask is drawn in one loop and the weight written in another: one loop would need
 temporaries.
 
-`Kernels` has the passes of one space and N:M: update, update_many, draw, vjp, write, write_soft, and mode.
+`Kernels` has the passes of one space and N:M: update, draw, vjp, write, write_soft, and mode.
 """
 from collections.abc import Callable
 
@@ -46,11 +46,6 @@ def _counter(bits: Tensor, n: int, m: int, start: int) -> Tensor:
     return (torch.arange(bits.shape[0], device=bits.device, dtype=torch.int32) + start) * lanes
 
 
-def _drawn(w: list[Tensor], counter: Tensor, key: Tensor, n: int) -> Tensor:
-    """The mask that a key draws, bits `[blocks]` int32."""
-    return draw(w, n, [uniform(random_bits(counter + k, key)) for k in range(draws(n, len(w)))])
-
-
 def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Tensor, n: int) -> list[Tensor]:
     """Write float32 planes into the logits, rounded stochastically where these have 16 bits; returns what is stored."""
     m, dtype = len(planes), logits[0].dtype
@@ -66,7 +61,9 @@ def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Ten
 def fused_draw(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None, key: Tensor, n: int,
                m: int, start: int = 0) -> None:
     """Draw the next mask and write the masked weight, the logits left as they are; arguments as `fused_update`."""
-    drawn = _drawn(weights([plane.float() for plane in logits], n), _counter(bits, n, m, start), key, n)
+    counter = _counter(bits, n, m, start)
+    drawn = draw(weights([plane.float() for plane in logits], n), n,
+                 [uniform(random_bits(counter + k, key)) for k in range(draws(n, m))])
     bits.copy_(drawn.to(bits.dtype))
     if weight is not None:
         write_masked(weight, drawn, out, m)
@@ -84,24 +81,10 @@ def fused_update(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out:
     fused_draw(logits, bits, weight, out, key, n, m, start)
 
 
-def fused_update_many(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None,
-                      coefficients: Tensor, keys: Tensor, n: int, m: int, start: int = 0) -> None:
-    """The step from K masks of one distribution, pi <- pi - sum_k coefficient_k d log p(m_k | pi) / d pi. None of them
-    is kept: each is drawn again by its key. Arguments as `fused_update`; coefficients float32 `[K]`; keys int32
-    `[K + 2, 2]` or wider: of the K masks, of the rounding, of the next mask."""
-    planes = [plane.float() for plane in logits]
-    w, counter = weights(planes, n), _counter(bits, n, m, start)
-    for k in range(coefficients.shape[0]):
-        gradient = score(w, kept_planes(_drawn(w, counter, keys[k], n), m), n)
-        planes = [plane - coefficients[k] * g for plane, g in zip(planes, gradient)]
-    _store(logits, planes, counter, keys[-2], n)
-    fused_draw(logits, bits, weight, out, keys[-1], n, m, start)
-
-
-def fused_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype,
+def fused_vjp(logits: list[Tensor], bits: Tensor, saliency: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype,
               mean_squares: Tensor | None, scale: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> Tensor:
-    """pi <- pi - step * J^T G, normalized, and, where there are bits, m <- the most probable mask, in place; returns
-    the sum of squares of each block's J^T G, float32 `[blocks]`, NaN where it is not finite, which moves nothing.
+    """pi <- pi - step * J^T G, normalized, and m <- the most probable mask, in place; returns the sum of squares of
+    each block's J^T G, float32 `[blocks]`, NaN where it is not finite, which moves nothing.
 
     J is the Jacobian of the inclusion probabilities. saliency: G as planes float32 `[M, blocks]` or, where a block fits
     a word, the weights as words int64 `[blocks]` of numbers of this dtype, and their gradients as words too or as
@@ -127,8 +110,7 @@ def fused_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor | tupl
         moves = [g * torch.rsqrt(mean.clamp(min=1e-30)) for g in gradient]
     planes = [plane - torch.where(is_finite, move, 0.0) * scale[1] for plane, move in zip(planes, moves)]
     planes = _store(logits, planes, _counter(logits[0], n, m, start), key, n)
-    if bits is not None:
-        bits.copy_(most_probable(planes, n).to(bits.dtype))
+    bits.copy_(most_probable(planes, n).to(bits.dtype))
     return torch.where(is_finite, squares, torch.nan)
 
 
@@ -155,17 +137,17 @@ def _sliced(function: Callable) -> Callable:
     return run
 
 
-eager_update, eager_update_many, eager_draw = map(_sliced, (fused_update, fused_update_many, fused_draw))
+eager_update, eager_draw = map(_sliced, (fused_update, fused_draw))
 
 
-def eager_vjp(logits: list[Tensor], bits: Tensor | None, saliency: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype,
+def eager_vjp(logits: list[Tensor], bits: Tensor, saliency: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype,
               mean_squares: Tensor | None, *rest, start: int = 0, chunk: int | None = None) -> Tensor:
     """`fused_vjp` without a compiler."""
     squares, chunk = [], chunk or chunk_of(logits[0])
     for begin in range(0, len(logits[0]), chunk):
         part = slice(begin, begin + chunk)
         some = tuple(words[part] for words in saliency) if isinstance(saliency, tuple) else saliency[:, part]
-        squares.append(fused_vjp([plane[part] for plane in logits], None if bits is None else bits[part], some, dtype,
+        squares.append(fused_vjp([plane[part] for plane in logits], bits[part], some, dtype,
                                  None if mean_squares is None else mean_squares[part], *rest, start + begin))
     return torch.cat(squares)
 
@@ -194,8 +176,7 @@ class Kernels:
         self._is_fused = self._is_linear and mode != "exact"
         scored = self._is_fused and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
         self._update = self._pass(fused_update, eager_update, exact_kernels.update, scored)
-        self._update_many = self._pass(fused_update_many, eager_update_many, exact_kernels.update_many, scored)
-        self._draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, scored)  # as `update_many` draws
+        self._draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, scored)
         self._vjp, self._write = self.fastest(fused_vjp, eager_vjp), self.fastest(write_masked)
         self._write_soft = self.fastest(fused_write_soft, eager_write_soft)
 
@@ -226,20 +207,15 @@ class Kernels:
         """pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w, all in place; coefficient float32 `[]`."""
         self._update(logits, bits, weight, out, coefficient, key, start=start)
 
-    def update_many(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficients: Tensor,
-                    keys: Tensor, start: int = 0) -> None:
-        """`update` from K masks drawn by their keys; coefficients float32 `[K]`, keys int32 `[K + 2, 2]` or wider."""
-        self._update_many(logits, bits, weight, out, coefficients, keys, start=start)
-
     def draw(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor,
              start: int = 0) -> None:
         """m ~ p(pi); out <- m * w."""
         self._draw(logits, bits, weight, out, key, start=start)
 
-    def vjp(self, logits: list[Tensor], bits: Tensor | None, weight: Tensor, gradient: Tensor,
-            mean_squares: Tensor | None, scale: Tensor, key: Tensor, start: int = 0) -> Tensor:
-        """pi <- pi - step * J^T (weight * gradient), normalized, and m <- its most probable mask where there are bits;
-        see `fused_vjp`. weight and gradient `[out, in]`."""
+    def vjp(self, logits: list[Tensor], bits: Tensor, weight: Tensor, gradient: Tensor, mean_squares: Tensor | None,
+            scale: Tensor, key: Tensor, start: int = 0) -> Tensor:
+        """pi <- pi - step * J^T (weight * gradient), normalized, and m <- its most probable mask; see `fused_vjp`.
+        weight and gradient `[out, in]`."""
         space, dtype = self.space, weight.dtype
         if self._is_fused and fits_a_word(space.m, dtype):
             gradient = (as_words(gradient.reshape(-1), space.m) if gradient.dtype == dtype

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from files import mask_files
-from models.layers import find_layers, weight_matrix
+from models.layers import check_divisible, find_layers, weight_matrix
 from models.loading import model_fingerprint
 
 
@@ -37,6 +37,18 @@ def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int 
                         "the input embeddings differ; give the --mask that get_mask.py made from this --model, or the "
                         "permutation that the mask was made for")
     return found
+
+
+def learned_layers(model: nn.Module, found: mask_files.MaskFile, targets: list[str] | None) -> list[str]:
+    """Names of the layers whose masks are to be learned: of those with a mask, the ones that the targets name.
+    UserError where there is none, or where M does not divide their inputs."""
+    layers = find_layers(model, targets or [""])
+    check_divisible(layers, found.m)
+    learned = [name for name in found.masks if name in layers]
+    if not learned:
+        raise UserError("the mask has none of the layers that --targets name; give the --mask of a model in which they "
+                        "are pruned")
+    return learned
 
 
 def zero_weights(weight: Tensor, pruned: Tensor) -> None:

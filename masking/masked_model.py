@@ -1,6 +1,6 @@
 """A frozen model under masks that are learned: when its logits move, when its masks are drawn, which mask it uses."""
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from masking.random_bits import layer_keys
 from masking.spaces import Space
 from models import offload
 from models.layers import find_layers
+from models.loss import batch_loss
 from models.sharding import MaskedRows, Rows, own_weight
 
 Bits = dict[str, Tensor | None]  # layer name -> mask as integers [blocks], None: dense
@@ -24,8 +25,8 @@ class MaskedModel:
 
     model: its layers named in `masks` (bool `[out, in]`) are masked; all of them if `learned` is None, else the named
     ones have logits and the rest keep their mask; what that takes from them is remembered for `use_dense` where
-    `keep_dense` asks for it. Logits start at C = `magnitude` where the mask keeps and 0 elsewhere.
-    mode: of the `Kernels`.
+    `keep_dense` asks for it. Logits start at C = `magnitude` where the mask keeps and 0 elsewhere, as the paper's do;
+    training/initialize.py has other starts. mode: of the `Kernels`; microbatch: sequences in one forward pass, at most.
 
     Memory beside the model: the logits, one integer a block, and one scratch buffer as large as the largest layer, into
     which a layer's masked weight is written when the forward pass reaches it. That write is one pass together with the
@@ -38,15 +39,12 @@ class MaskedModel:
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], space: Space, magnitude: float = 10.0,
                  logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
-                 mode: str = "compiled", keep_dense: bool = False):
-        self.model, self.space = model, space
+                 mode: str = "compiled", keep_dense: bool = False, microbatch: int = 32):
+        self.model, self.space, self.microbatch = model, space, microbatch
         self.seed, self.steps = seed, 0  # which draws are keyed by
         self.kernels = Kernels(space, mode)
-        self.initial: Bits | None = None  # of m0, kept only where the online baseline needs it
         self._used: Bits | None = None  # used instead of the masks drawn
         self._soft: dict[torch.device, Tensor] = {}  # 1 / temperature of soft masks; empty: masks of 0 and 1
-        self._drawn: tuple[int, int] | None = None  # (step, number) of what `draw` drew
-        self._first_drawn = 0  # number of this step's first mask of `draw`
         modules = find_layers(model, targets=[""])
         match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
@@ -76,6 +74,7 @@ class MaskedModel:
         if self.is_sharded:
             self.handles += [model.register_forward_pre_hook(self._begin_pass, prepend=True),
                              model.register_forward_hook(self._check_pass)]
+            self.loss(torch.zeros(1, 2, dtype=torch.int64))  # FSDP wants its first pass to be of the whole model
 
     @property
     def is_sharded(self) -> bool:
@@ -130,11 +129,13 @@ class MaskedModel:
 
     # --------------------------------------------------------------------------------------------------- learning
 
-    def keys(self, steps: int | None = None, samples: list[int] = (0,)) -> dict[str, Tensor]:
-        """Random keys of a step (default: this one) for its masks of these numbers, by the layer's name: int32
-        `[samples, 4]`, of which two count, beside its weight."""
-        steps = self.steps if steps is None else steps
-        keys = torch.stack([layer_keys(self.seed, steps, len(self.layers), sample) for sample in samples], 1)
+    def loss(self, batch: Tensor) -> float:
+        """f(m * w, batch), nats, of the mask in use; batch int64 `[sequences, tokens]`. It carries out what is due."""
+        return batch_loss(self.model, batch, self.microbatch)
+
+    def keys(self) -> dict[str, Tensor]:
+        """Random keys of this step, by the layer's name: int32 `[4]`, of which two count, beside its weight."""
+        keys = layer_keys(self.seed, self.steps, len(self.layers))
         keys = torch.nn.functional.pad(keys, (0, 2))  # 16 bytes apart: a compiler copies what is aligned worse
         keys = {device: keys.to(device) for device in self._devices()}
         return {name: keys[layer.weight.device][index] for index, (name, layer) in enumerate(self.layers.items())}
@@ -142,50 +143,22 @@ class MaskedModel:
     def _devices(self) -> set[torch.device]:
         return {layer.weight.device for layer in self.layers.values()}
 
-    def _on_devices(self, values: float | list[float]) -> dict[torch.device, Tensor]:
-        return {device: torch.tensor(values, dtype=torch.float32, device=device) for device in self._devices()}
+    def _on_devices(self, value: float) -> dict[torch.device, Tensor]:
+        return {device: torch.tensor(value, dtype=torch.float32, device=device) for device in self._devices()}
 
     def update(self, coefficient: float) -> None:
         """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer."""
         self.flush()
         keys, coefficients = self.keys(), self._on_devices(coefficient)
         for name, layer in self.layers.items():
-            layer.schedule(self.kernels.update, coefficients[layer.weight.device], keys[name][0])
+            layer.schedule(self.kernels.update, coefficients[layer.weight.device], keys[name])
         self.steps += 1
 
-    def draw(self, sample: int) -> None:
-        """The next forward is masked by this step's mask of that number, drawn from the logits as they are: any process
-        can draw any of them."""
-        if self._drawn == (self.steps, sample):
-            return
-        if self._drawn is None or self._drawn[0] != self.steps:
-            self._first_drawn = sample
-        self.flush()
-        keys = self.keys(samples=[sample])
+    def redraw(self) -> None:
+        """m_{t+1} ~ p(pi), the logits as they are: due in the next forward, and a step all the same."""
+        keys = self.keys()
         for name, layer in self.layers.items():
-            layer.schedule(self.kernels.draw, keys[name][0])
-        self._drawn = self.steps, sample
-
-    def update_many(self, coefficients: list[float]) -> None:
-        """pi <- pi - sum_k coefficient_k * score(pi, m_k) over the step's masks 0, 1, ... as `draw` draws them. The
-        next forward is masked by that mask of the next step that this process drew first in this one."""
-        self.flush()
-        drawn = self.keys(samples=range(len(coefficients)))
-        after = self.keys(self.steps + 1, [0, self._first_drawn])  # 0: they must round alike in all processes
-        values = self._on_devices(coefficients)
-        for name, layer in self.layers.items():
-            keys = torch.cat([drawn[name], after[name]])
-            layer.schedule(self.kernels.update_many, values[layer.weight.device], keys)
-        self.steps += 1
-        self._drawn = self.steps, self._first_drawn
-
-    def count_step(self, redraw: bool) -> None:
-        """Count a step whose logits have moved by themselves, or not at all; `redraw`: m_{t+1} ~ p(pi), due in the next
-        forward."""
-        if redraw:
-            keys = self.keys()
-            for name, layer in self.layers.items():
-                layer.schedule(self.kernels.draw, keys[name][0])
+            layer.schedule(self.kernels.draw, keys[name])
         self.steps += 1
 
     # ------------------------------------------------------------------------------------------- which mask is used
@@ -205,10 +178,6 @@ class MaskedModel:
         finally:
             self._used = None
 
-    def use_initial(self) -> AbstractContextManager:
-        """Inside, the model is masked by m0, which `keep_initial` has kept."""
-        return self.use_masks(self.initial)
-
     @contextmanager
     def use_dense(self) -> Iterator[None]:
         """Inside, the layers have no mask: the learned ones compute with their own weights, of which nothing is copied;
@@ -227,9 +196,9 @@ class MaskedModel:
                 for weight, pruned in self._pruned:
                     weight.sub_(pruned)
 
-    def keep_initial(self, masks: dict[str, Tensor]) -> None:
-        """Remember m0 for `use_initial`: a quarter of a byte a weight at M = 4."""
-        self.initial = {name: layer.bits_of(masks[name]) for name, layer in self.layers.items()}
+    def bits(self) -> dict[str, Tensor]:
+        """A copy of each learned layer's mask as it is, as bits `[blocks]`: a quarter of a byte a weight at M = 4."""
+        return {name: layer.bits.clone() for name, layer in self.layers.items()}
 
     def mode_bits(self) -> dict[str, Tensor]:
         """The most probable mask of each learned layer, as bits `[blocks]`."""
@@ -277,10 +246,6 @@ class MaskedModel:
     def masks_of(self, bits: dict[str, Tensor]) -> dict[str, Tensor]:
         """Masks bool `[out, in]`, as `_collected`."""
         return self._collected(lambda layer: layer.mask_of(layer.whole(bits[layer.name])))
-
-    def mode_masks(self) -> dict[str, Tensor]:
-        """The most probable mask of each learned layer, bool `[out, in]`, as `_collected`."""
-        return self.masks_of(self.mode_bits())
 
     def whole_logits(self) -> dict[str, Tensor]:
         """`[width, blocks]`, as `_collected`."""

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 
-def layer_keys(seed: int, step: int, layers: int, sample: int = 0) -> Tensor:
-    """Two int32 keys a layer, `[layers, 2]`: SplitMix64 of (seed, step, layer), and of which of the step's masks."""
+def layer_keys(seed: int, step: int, layers: int) -> Tensor:
+    """Two int32 keys a layer, `[layers, 2]`: SplitMix64 of (seed, step, layer)."""
     def splitmix(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
     base = splitmix(splitmix(seed) ^ step)
-    base = splitmix(base ^ sample) if sample else base
     words = torch.tensor([splitmix(base ^ layer) - 2**63 for layer in range(layers)], dtype=torch.int64)
     return words.view(torch.int32).view(layers, 2)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from utils import DTYPES, UserError, checked_device, fast_dtype, reuse_freed_memory
+from utils import DEVICE_MAPS, DTYPES, UserError, checked_device, fast_dtype, reuse_freed_memory
 
 import torch
 import transformers
@@ -20,13 +20,15 @@ Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it
 
 
-def load_model(model: str, dtype: str = "float16", device: str | None = None, device_map: str | None = None,
+def load_model(model: str, dtype: str = "float16", device: str | None = None,
                trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
     """The frozen causal LM of this folder or hub id, in eval mode, and its tokenizer. UserError if it cannot be had.
 
-    dtype: a name of utils.DTYPES, auto or checkpoint.
+    dtype: a name of utils.DTYPES, auto or checkpoint. device: None, a torch device, or one of utils.DEVICE_MAPS, by
+    which accelerate spreads the layers over all GPUs and the host's memory.
     """
-    device, source = checked_device(device), local_folder(model, trust_remote_code)
+    device_map = device if device in DEVICE_MAPS else None
+    device, source = checked_device(None if device_map else device), local_folder(model, trust_remote_code)
     torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
@@ -41,7 +43,7 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None, de
         raise UserError(f"--model {model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
                         "restore it, or give the folder of a whole causal LM")
     if any(offload.is_on_disk(module) for module in found.modules() if isinstance(module, nn.Linear)):
-        raise UserError(f"{model} does not fit the devices of --device_map {device_map} and the host's memory, and "
+        raise UserError(f"{model} does not fit the devices of --device {device_map} and the host's memory, and "
                         "weights on the disk cannot be masked; use more or larger GPUs, or a larger host")
     if not device_map:
         found.to(device)

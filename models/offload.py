@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps in the host's memory and lends to a GPU for each forward pass (--device_map auto).
+"""Weights that accelerate keeps in the host's memory and lends to a GPU for each forward pass (--device auto).
 
 Such a module's own weight is on the meta device, and a hook of accelerate holds a map from names to tensors. Pruning
 changes those tensors in place. Learning puts there a masked weight that is made on the host, one layer at a time.

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from models import processes
 from models.loading import DTYPE, Tokenizer, explained, local_folder, read_tokenizer
-from models.processes import ProcessGroup
 from models.sharding import Rows, TransposedLinear, check_version, own_weight, shard
 
 MOST_BYTES = 4 * 2**30  # of a file that is written, but for a tensor that is larger
@@ -55,24 +55,24 @@ class StoredTensors:
         return None
 
 
-def load_sharded(model: str, dtype: str, group: ProcessGroup, trust_remote_code: bool) -> tuple[nn.Module, Tokenizer]:
+def load_sharded(model: str, dtype: str, device: str, trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
     """The frozen causal LM of this folder or hub id, in eval mode, its projections shared out to all processes, and its
     tokenizer. UserError if it cannot be had so."""
     check_version()
     source = local_folder(model, trust_remote_code)
-    group.log(f"loading {model}, its layers shared out to {group.size} processes")
-    with group.main_before_others(), explained(model):  # the main one may have to fetch it
+    processes.log(f"loading {model}, its layers shared out to {processes.size()} processes")
+    with processes.main_before_others(), explained(model):  # the main one may have to fetch it
         tokenizer = read_tokenizer(source, trust_remote_code)
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         stored = StoredTensors(source)
-    torch_dtype = {"auto": fast_dtype(checked_device(str(group.device))), **DTYPES}.get(dtype)
+    torch_dtype = {"auto": fast_dtype(checked_device(device)), **DTYPES}.get(dtype)
     with explained(model):
         torch_dtype = torch_dtype or stored_dtype(stored)
         with init_empty_weights(include_buffers=False):  # rotary frequencies are computed, and no file has them
             found = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, **{DTYPE: torch_dtype})
         found.tie_weights()
-        shard(found, group.device, group.size)
+        shard(found, torch.device(device), processes.size())
         read_rows(found, stored, model)
         with suppress(OSError):  # it may have none
             found.generation_config = transformers.GenerationConfig.from_pretrained(source)

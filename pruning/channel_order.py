@@ -1,29 +1,38 @@
-"""Which channels should share a block? A search for the order that lets an N:M mask keep the most.
+"""Search for an order of the channels by which N:M masks keep more.
 
-X `[rows, size]` holds a score for each weight that reads the channels of a set; of every M channels of a row the N
-largest are kept. Take one channel out of each of B blocks. A row then keeps, of a block that gets channel x instead,
+The channels of a set are read by the rows of some layers. The score of a weight is what it adds to its layer's output,
+inputs taken as independent, relative to the mean of the layer:
+
+    (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the calibration tokens
+
+Of every M channels of a row the N with the largest scores are kept. The search maximises the sum of what is kept, over
+all rows. One step takes a channel out of each of B blocks. If a block gets channel x instead, a row of it keeps
 
     the N - 1 largest of the M - 1 left  +  max(t, x)        t: the N-th largest of those left
 
-and sum max(t, x) = 1/2 (sum t + sum x + sum |t - x|). So how to give the B channels back to the B blocks is an
-assignment problem whose values are L1 distances, and its optimum is found exactly (`assignment`): of B! ways the best
-in one step, where a swap tries one pair. Steps are repeated with other channels taken out; none makes the order worse.
+and sum max(t, x) = 1/2 (sum t + sum x + sum |t - x|). So how best to give B channels back to B blocks is an assignment
+problem with L1 distances as values, which is solved exactly. The next step takes other channels. No step makes the
+order worse.
 """
 import math
-import time
+from collections import defaultdict
 from dataclasses import dataclass
 
-from utils import progress_bar
+from utils import UserError, progress_bar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.layers import is_transposed, weight_matrix
-from pruning.channels import ChannelSet, Orders
+from models.loss import batch_loss
+from pruning.calibration import input_norms
+from pruning.channels import ChannelSet, Orders, channel_sets, reorder
 
-TOGETHER = 128  # blocks, at most, that exchange channels in one step
-GAIN = 1e-4  # of what is kept: less than that in 2 M^2 steps, in which most pairs of channels meet, ends a search
+STEPS = 20  # in each set of channels
+ROWS = 16384  # drawn of those that read a set of channels, at most
+TOGETHER = 128  # blocks, at most, that exchange channels at once
+LOSS_TOLERANCE_NATS = 0.05  # of one sequence in 16 bits, before and after
 
 
 def kept(score: Tensor, n: int, m: int) -> float:
@@ -35,16 +44,13 @@ def kept(score: Tensor, n: int, m: int) -> float:
 def assignment(value: Tensor) -> Tensor:
     """The permutation p, int64 `[n]`, of the largest sum of value[i, p[i]]; value `[n, n]`.
 
-    Shortest augmenting paths (Jonker & Volgenant 1987): row after row is added, and Dijkstra's algorithm on reduced
-    costs, kept non-negative by prices of the columns, finds whom it displaces.
+    Shortest augmenting paths (Jonker & Volgenant 1987): rows are added one by one. Dijkstra's algorithm finds which
+    rows each displaces; prices of the columns keep its costs non-negative.
     """
     cost = -value.double().cpu().numpy()
     n, price = len(cost), cost.min(0)
     column_of, row_of = np.full(n, -1), np.full(n, -1)
-    for column, row in enumerate(cost.argmin(0)):  # rows that are a column's cheapest
-        if column_of[row] < 0:
-            column_of[row], row_of[column] = column, row
-    for start in np.flatnonzero(column_of < 0):
+    for start in range(n):
         distance, before, is_open, reached = cost[start] - price, np.full(n, start), np.ones(n, dtype=bool), []
         while True:
             column = distance.argmin()
@@ -76,46 +82,38 @@ def _nth_largest(values: Tensor, n: int) -> Tensor:
 
 
 def _striped(columns: Tensor, m: int) -> Tensor:
-    """Blocks of one channel from each M-th of them by size; int64 `[blocks, M]`."""
+    """Deal the channels out by size: a block takes every (size / M)-th of them; int64 `[blocks, M]`."""
     return columns.sum(1).argsort(descending=True).view(m, -1).T.contiguous()
 
 
-def best_order(score: Tensor, n: int, m: int, steps: int, generator: torch.Generator,
-               deadline: float = float("inf")) -> Tensor:
-    """An order of the channels by which N:M masks keep more of their score, and never less, than as they are.
+def best_order(score: Tensor, n: int, m: int, steps: int, generator: torch.Generator) -> Tensor:
+    """An order of the channels by which an N:M mask keeps more of their score, and never less, than as they are.
 
-    score: float32 of at least 0, `[rows, size]`, M divides size; steps: at most; deadline: by time.monotonic().
-    int64 `[size]`: which channel comes to each place.
+    score: float32 of at least 0, `[rows, size]`, M divides size. Returns int64 `[size]`: which channel comes to each
+    place.
     """
     columns = score.T.contiguous()  # a channel's scores lie together
     given = torch.arange(len(columns), device=score.device).view(-1, m)
     blocks = max((given, _striped(columns, m)), key=lambda order: kept(score[:, order.flatten()], n, m)).clone()
-    total, gains = kept(score, n, m), []
     for _ in range(steps):
-        gains.append(sum(_exchange(columns, blocks, some.to(score.device), n, generator)
-                         for some in torch.randperm(len(blocks), generator=generator).split(TOGETHER)))
-        if time.monotonic() > deadline or (len(gains) >= 2 * m * m and sum(gains[-2 * m * m:]) < GAIN * total):
-            break
+        for some in torch.randperm(len(blocks), generator=generator).split(TOGETHER):
+            _exchange(columns, blocks, some.to(score.device), n, generator)
     return blocks.flatten()
 
 
-def _exchange(columns: Tensor, blocks: Tensor, some: Tensor, n: int, generator: torch.Generator) -> float:
-    """Take a channel out of each of some blocks and give them back in the best way, in place; what is kept more.
-    columns `[size, rows]`, blocks int64 `[blocks, M]`, some: int64, which of them."""
+def _exchange(columns: Tensor, blocks: Tensor, some: Tensor, n: int, generator: torch.Generator) -> None:
+    """Take a channel out of each of some blocks and give them back in the best way, in place. columns `[size, rows]`,
+    blocks int64 `[blocks, M]`, some: int64, indices of blocks."""
     m = blocks.shape[1]
     hole = torch.randint(m, (len(some), 1), generator=generator).to(some.device)
     taken = blocks[some].gather(1, hole).squeeze(1)
     left = blocks[some].gather(1, (hole + torch.arange(1, m, device=some.device)) % m)
     value = torch.cdist(_nth_largest(columns[left], n), columns[taken], p=1)
-    best = assignment(value).to(some.device)
-    gain = float((value.gather(1, best[:, None]).squeeze(1) - value.diagonal()).double().sum()) / 2
-    if gain > 0:
-        blocks[some, hole.squeeze(1)] = taken[best]
-    return max(gain, 0.0)
+    blocks[some, hole.squeeze(1)] = taken[assignment(value).to(some.device)]
 
 
 def readers(channels: ChannelSet, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The layers whose inputs these channels are -> where they lie among them, int64 `[groups, copies, size]`."""
+    """The layers that have these channels as inputs -> their positions there, int64 `[groups, copies, size]`."""
     found = {}
     for parameter, (dim, places) in channels.places.items():
         name = parameter.removesuffix(".weight")
@@ -126,11 +124,9 @@ def readers(channels: ChannelSet, layers: dict[str, nn.Module]) -> dict[str, Ten
 
 def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[str, Tensor], most_rows: int,
            generator: torch.Generator) -> Tensor:
-    """What each weight that reads these channels adds to its layer's output, (w ||x||)^2, over the mean of the layer's
-    weights: float32 `[groups, rows, size]`, the rows of all layers `places` one below the other.
-
-    most_rows: of more than so many rows that many are drawn, the same share of each layer's.
-    """
+    """Scores of the weights that read these channels, see the top: float32 `[groups, rows, size]`, the rows of all
+    layers in `places` one below the other. Of more than `most_rows` rows that many are drawn, the same share of each
+    layer's."""
     rows = sum(weight_matrix(layers[name]).shape[0] for name in places)
     parts = []
     for name, along in places.items():
@@ -146,41 +142,49 @@ def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[
 
 @dataclass
 class Found:
-    """What a search found: orders, and by kind of set how many orders, and the share of the score that the best N:M
-    mask keeps before and after."""
+    """What a search found: orders; and for each kind of set the share of the score that the best N:M mask keeps,
+    (before, after)."""
     orders: Orders
-    kinds: dict[str, dict]
+    shares: dict[str, tuple[float, float]]
 
 
 @torch.no_grad()
-def find_orders(sets: dict[str, ChannelSet], layers: dict[str, nn.Module], norms: dict[str, Tensor],
-                pattern: tuple[int, int], steps: int, most_rows: int, seed: int,
-                max_minutes: float | None = None) -> Found:
-    """Search an order for each of these sets, by `scores`. Sets whose groups M does not divide stay as they are.
+def find_orders(model: nn.Module, layers: dict[str, nn.Module], norms: dict[str, Tensor], pattern: tuple[int, int],
+                steps: int = STEPS, most_rows: int = ROWS, seed: int = 0) -> Found:
+    """Search for an order of every set of channels that these layers read; sets that M does not divide are left out.
 
-    layers: all that a mask will have; norms: ||x_j|| of their inputs, float32 `[in]`; max_minutes: shared out among the
-    sets by what they take.
+    layers: all that a mask will have; norms: ||x_j|| of their inputs, float32 `[in]` each; pattern: (N, M).
     """
     n, m = pattern
-    generator, deadline = torch.Generator().manual_seed(seed), time.monotonic() + 60 * (max_minutes or math.inf)
-    places = {name: readers(channels, layers) for name, channels in sets.items()}
-    work = {name: min(most_rows, sum(weight_matrix(layers[reader]).shape[0] * along.shape[1]
-                                     for reader, along in places[name].items())) * sets[name].groups * sets[name].size
-            for name in sets if places[name] and sets[name].size % m == 0}
-    found, left = Found({}, {}), sum(work.values())
-    for name in progress_bar(work, desc="searching", unit="set"):
-        began = time.monotonic()
-        share = (deadline - began) * work[name] / left  # of the time that is left
+    generator, orders = torch.Generator().manual_seed(seed), {}
+    sums = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))  # of the score: all, kept before, kept after
+    places = {name: readers(channels, layers) for name, channels in channel_sets(model).items()
+              if channels.size % m == 0}
+    for name in progress_bar([name for name in places if places[name]], desc="searching", unit="set"):
         score = scores(layers, norms, places[name], most_rows, generator)
-        orders = [best_order(group, n, m, steps, generator, began + share * (i + 1) / len(score))
-                  for i, group in enumerate(score)]
-        found.orders[name] = torch.stack(orders).cpu()
-        kind = found.kinds.setdefault(name.rpartition(".")[2], {"orders": 0, "channels": sets[name].size, "total": 0.0,
-                                                                "before": 0.0, "after": 0.0, "seconds": 0.0})
-        kind["orders"] += len(score)
-        kind["total"] += float(score.sum(dtype=torch.float64))
-        kind["before"] += sum(kept(group, n, m) for group in score)
-        kind["after"] += sum(kept(group[:, order], n, m) for group, order in zip(score, orders))
-        kind["seconds"] += time.monotonic() - began
-        left -= work[name]
+        order = torch.stack([best_order(group, n, m, steps, generator) for group in score])
+        orders[name], after = order.cpu(), score.gather(2, order[:, None].expand_as(score))
+        sums[name.rpartition(".")[2]] += torch.tensor([score.sum(dtype=torch.float64), kept(score.flatten(0, 1), n, m),
+                                                       kept(after.flatten(0, 1), n, m)])
+    return Found(orders, {kind: tuple((part[1:] / part[0]).tolist()) for kind, part in sums.items()})
+
+
+def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, pattern: tuple[int, int],
+                       steps: int = STEPS, seed: int = 0) -> Found:
+    """Search for the best orders on calibration samples, int64 `[sequences, tokens]`, at least 2 tokens each, and
+    reorder the model in place. layers: all that a mask will have; pattern: (N, M).
+
+    UserError if the model was reordered before, if its architecture is not known, or if the reordered model has another
+    loss on the first sample.
+    """
+    if getattr(model.config, "channel_permutation", None):
+        raise UserError("the channels of this model were reordered before; give the model that it was made from")
+    channel_sets(model)  # an unknown architecture is refused before the calibration
+    found = find_orders(model, layers, input_norms(model, layers, samples), pattern, steps, seed=seed)
+    before = batch_loss(model, samples[:1])
+    reorder(model, found.orders)
+    after = batch_loss(model, samples[:1])
+    if not abs(after - before) < LOSS_TOLERANCE_NATS:
+        raise UserError(f"the loss of a calibration sequence is {after:.4f} nats in the new order, and was "
+                        f"{before:.4f}; use the model as it is, and report its architecture")
     return found

@@ -1,10 +1,11 @@
-"""One-shot pruning: a score for each weight, of which the largest stay, or SparseGPT's way; layer by layer.
+"""One-shot pruning, layer by layer: keep the weights with the largest scores, or SparseGPT.
 
     magnitude   |w_ij|
     wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens (arXiv 2306.11695)
     ria         (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) * ||x_j||^(1/2)      (Zhang et al., ICLR 2024)
     sparsegpt   see sparsegpt.py
 """
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from utils import progress_bar
@@ -48,16 +49,13 @@ def largest(score: Tensor, n: int, m: int) -> Tensor:
 
 @dataclass
 class OneShot:
-    """A way to prune. sparsity_type: (N, M), or None for unstructured, the share `sparsity_ratio` of the weights;
-    true_sequential: later layers see the earlier ones pruned; swaps: sweeps of `refine_by_swaps`, at most, over an N:M
-    mask; percdamp and blocksize: sparsegpt's."""
+    """How to prune. sparsity_type: (N, M); true_sequential: later layers see the earlier ones pruned; swaps: sweeps of
+    `refine_by_swaps` over the score's mask, at most; percdamp: sparsegpt's damping."""
     prune_method: str = "wanda"
-    sparsity_type: tuple[int, int] | None = (2, 4)
-    sparsity_ratio: float = 0.5
+    sparsity_type: tuple[int, int] = (2, 4)
     true_sequential: bool = False
     swaps: int = 0
     percdamp: float = 0.01
-    blocksize: int = 128
 
     @property
     def needs_text(self) -> bool:
@@ -66,26 +64,21 @@ class OneShot:
 
     @property
     def needs_one_pass(self) -> bool:
-        """Whether all samples have to be at a layer together."""
+        """Whether a layer needs its inputs on all samples at once."""
         return self.needs_text and (self.prune_method == "sparsegpt" or self.true_sequential or self.swaps > 0)
 
     def mask(self, weight: Tensor, norms: Tensor | None) -> Tensor:
-        """A layer's mask by the method's score, bool `[out, in]`; unstructured is N:M with the layer or a row for M."""
-        score = SCORES[self.prune_method](weight, norms)
-        if self.sparsity_type:
-            n, m = self.sparsity_type
-        else:
-            m = score.numel() if self.prune_method == "magnitude" else score.shape[1]
-            n = m - int(self.sparsity_ratio * m)
-        return largest(score, n, m)
+        """Mask by the method's score, bool `[out, in]`, of weight float32 `[out, in]` and norms `[in]`; by magnitude if
+        all norms are 0."""
+        reached = norms is None or bool(norms.any())
+        return largest(SCORES[self.prune_method if reached else "magnitude"](weight, norms), *self.sparsity_type)
 
     def pruned_weight(self, weight: Tensor, inputs: Tensor, hessians: Hessians) -> Tensor:
         """A layer's sparse weight, float32 `[out, in]`, from its inputs on the calibration tokens
         `[sequences, tokens, in]`."""
         weight = weight.float()
         if self.prune_method == "sparsegpt":
-            return sparsegpt.solve(weight, hessians.of(inputs), self.sparsity_type, self.sparsity_ratio, self.percdamp,
-                                   self.blocksize)[0]
+            return sparsegpt.solve(weight, hessians.of(inputs), self.sparsity_type, self.percdamp)[0]
         norms = sum(part.float().square().sum(0) for part in inputs.flatten(0, -2).split(8192)).sqrt()
         mask = self.mask(weight, norms)
         if self.swaps:
@@ -94,38 +87,58 @@ class OneShot:
 
 
 @torch.no_grad()
-def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot) -> list[str]:
-    """Prune these layers in place; samples int64 `[sequences, tokens]`, None for magnitude. Returns the names of those
-    that the samples do not reach, such as experts: they are pruned by magnitude."""
+def one_shot_masks(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None,
+                   way: OneShot) -> dict[str, Tensor]:
+    """Masks of these layers by a score, name -> bool `[out, in]`; no weight changes. samples: int64
+    `[sequences, tokens]`, None for magnitude; way: of its settings, prune_method and sparsity_type. Layers that the
+    samples do not reach, such as experts, get masks by magnitude, and a line says so."""
+    return dict(_masks(model, layers, samples, way))
+
+
+def _masks(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None,
+           way: OneShot) -> Iterator[tuple[str, Tensor]]:
+    """The items of `one_shot_masks`, one at a time."""
+    norms = {} if samples is None else input_norms(model, layers, samples)
+    _note_unreached([name for name, norm in norms.items() if not norm.any()], len(layers))
+    for name in progress_bar(layers, desc="pruning", unit="layer", disable=not layers):
+        yield name, way.mask(weight_matrix(layers[name]).float(), norms.get(name))
+
+
+def _note_unreached(names: list[str], layers: int) -> None:
+    if names:
+        print(f"note: the text does not reach {len(names)} of {layers} layers, {names[0]} among them; these are pruned "
+              "by magnitude")
+
+
+@torch.no_grad()
+def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot) -> None:
+    """Prune these layers in place. samples: int64 `[sequences, tokens]`, None for magnitude. Layers that the samples do
+    not reach, such as experts, are pruned by magnitude, and a line says so."""
     if samples is not None and way.needs_one_pass:
-        reached = _prune_in_one_pass(model, layers, samples, way)
-    else:
-        norms = {} if samples is None else input_norms(model, layers, samples)
-        reached = {name for name in layers if samples is None or norms[name].any()}
-        for name in progress_bar([name for name in layers if name in reached], desc="pruning", unit="layer"):
-            apply_masks(layers, {name: way.mask(weight_matrix(layers[name]).float(), norms.get(name))})
-    missed, by_magnitude = [name for name in layers if name not in reached], replace(way, prune_method="magnitude")
-    for name in missed:
-        apply_masks(layers, {name: by_magnitude.mask(weight_matrix(layers[name]).float(), None)})
-    return missed
+        reached, everything = _prune_in_one_pass(model, layers, samples, way), len(layers)
+        layers = {name: module for name, module in layers.items() if name not in reached}
+        _note_unreached(list(layers), everything)
+        samples, way = None, replace(way, prune_method="magnitude")
+    for name, mask in _masks(model, layers, samples, way):
+        apply_masks(layers, {name: mask})
 
 
 def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, way: OneShot) -> set[str]:
-    """Prune each layer when the pass of all samples through the decoder, without its head, gets there; with
-    true_sequential before the layer runs, else when the pass is over. Returns the names of the layers it got to."""
-    pruned, hessians = {}, Hessians()
+    """Compute each layer's sparse weight when the pass of all samples through the decoder gets there; write it at once
+    with true_sequential, else after the pass. Returns the names of the layers that the pass got to."""
+    reached, pending, hessians = set(), {}, Hessians()
 
     def prune(name: str, inputs: Tensor) -> None:
         weight = weight_matrix(layers[name])
-        pruned[name] = way.pruned_weight(weight.to(inputs.device), inputs, hessians).to(weight)
+        reached.add(name)
+        pending[name] = way.pruned_weight(weight.to(inputs.device), inputs, hessians).to(weight)
         if way.true_sequential:
-            write(name)
+            write_pending()
 
-    def write(name: str) -> None:
-        weight_matrix(layers[name]).copy_(pruned[name]).add_(0.0)  # a kept weight that rounds to -0.0 becomes +0.0
-        pruned[name] = None
+    def write_pending() -> None:
+        for name, pruned in pending.items():
+            weight_matrix(layers[name]).copy_(pruned).add_(0.0)  # a kept weight that rounds to -0.0 becomes +0.0
+        pending.clear()
     visit_in_order(model, layers, samples, prune, "pruning")
-    for name in layers:
-        if pruned.get(name) is not None:
-            write(name)
-    return set(pruned)
+    write_pending()
+    return reached

@@ -1,6 +1,6 @@
-"""SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune a layer and let the kept weights make up for the pruned.
+"""SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune a layer and update the kept weights to make up for it.
 
-Minimises ||W X - W' X||^2 over a layer's inputs X, column by column with the inverse Hessian, H = X X^T.
+Minimises ||W X - W' X||^2 over a layer's inputs X, column by column, with the inverse of the Hessian H = X X^T.
 """
 from utils import UserError
 
@@ -13,8 +13,9 @@ import pge
 def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     """Upper Cholesky factor U of (H + damp I)^-1 = U^T U; float32 `[in, in]`, damp = percdamp * mean(diag H).
 
-    Row i of U, from i on, is what column i's error spreads by once columns before i are final. Inputs that never
-    fired get a diagonal of 1. Damping grows tenfold, five times at most, where H is not positive definite in float32.
+    Row i of U, from i on, spreads column i's error over the later columns, once the columns before i are final. Inputs
+    that are always 0 get a diagonal of 1. If H is not positive definite in float32, damping is increased, each time ten
+    times as much, five times at most; then UserError.
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
@@ -31,41 +32,31 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     raise UserError("a layer's Hessian is not positive definite; raise --percdamp, or give more calibration text")
 
 
-def _kept(weight: Tensor, diagonal: Tensor, n: int) -> Tensor:
-    """Keep the n of these m columns whose removal would cost most, w^2 / U_ii^2; `[out, m]` -> bool."""
-    return pge.mode(weight.square() / diagonal.square(), n)
-
-
-def solve(weight: Tensor, hessian: Tensor, pattern: tuple[int, int] | None, sparsity: float = 0.5,
-          percdamp: float = 0.01, blocksize: int = 128) -> tuple[Tensor, Tensor]:
+def solve(weight: Tensor, hessian: Tensor, pattern: tuple[int, int], percdamp: float = 0.01,
+          blocksize: int = 128) -> tuple[Tensor, Tensor]:
     """(updated weight float32, mask bool), both `[out, in]`, pruned weights +0.0.
 
-    weight `[out, in]`, hessian float32 `[in, in]`, pattern (N, M), or None for unstructured: the share `sparsity` of
-    each run of `blocksize` columns goes. ValueError where M does not divide `in`.
+    weight `[out, in]`, hessian float32 `[in, in]`, pattern (N, M), blocksize: columns that are pruned before the later
+    ones are updated. Of M columns the N whose removal costs most stay, w^2 / U_ii^2. ValueError unless M divides `in`.
     """
-    columns = weight.shape[1]
-    if pattern:
-        n, m = pattern
-        if columns % m:
-            raise ValueError(f"{m} does not divide {columns}")
-        blocksize = max(m, blocksize // m * m)  # a block of M is decided in one run
+    columns, (n, m) = weight.shape[1], pattern
+    if columns % m:
+        raise ValueError(f"{m} does not divide {columns}")
+    blocksize = max(m, blocksize // m * m)  # a block of M is decided in one run
     weight = weight.float().clone()
-    weight[:, hessian.diagonal() == 0] = 0  # inputs that never fire
+    weight[:, hessian.diagonal() == 0] = 0  # inputs that are always 0
     mask = torch.zeros_like(weight, dtype=torch.bool)
     upper = inverse_factor(hessian, percdamp)
     for start in range(0, columns, blocksize):
         end = min(start + blocksize, columns)
-        run, factor = weight[:, start:end], upper[start:end, start:end]  # a view: written in place
+        run, kept, factor = weight[:, start:end], mask[:, start:end], upper[start:end, start:end]  # views
         errors = torch.zeros_like(run)
-        if not pattern:
-            cost = run.square() / factor.diagonal().square()
-            threshold = cost.flatten().kthvalue(max(1, int(sparsity * cost.numel()))).values
-            mask[:, start:end] = cost > threshold
         for i in range(end - start):
-            if pattern and i % m == 0:
-                mask[:, start + i:start + i + m] = _kept(run[:, i:i + m], factor.diagonal()[i:i + m], n)
+            if i % m == 0:
+                block = slice(i, i + m)
+                kept[:, block] = pge.mode(run[:, block].square() / factor.diagonal()[block].square(), n)
             column = run[:, i]
-            final = torch.where(mask[:, start + i], column, 0.0)
+            final = torch.where(kept[:, i], column, 0.0)
             errors[:, i] = (column - final) / factor[i, i]
             run[:, i:] -= errors[:, i:i + 1] * factor[i, i:]
             run[:, i] = final

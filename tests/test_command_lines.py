@@ -15,7 +15,7 @@ from training import args as train_args
 
 SCRIPTS = {script.__name__: script for script in (
     prune, get_mask, inference_loss, train, evaluate, permute, generate_text, plot)}
-OLD_NAMES = {"--looks", "--exchange"}  # of flags, hidden: see test_args.py and test_prune.py
+OLD_NAMES = {"--looks"}  # of flags, hidden: see test_args.py
 
 
 def parse(command: str) -> argparse.Namespace:

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("prune", "get_mask", "inference_loss", "train", "evaluate", "generate_text", "plot", "permute")
-FLOORS = [{"utils", "pge"}, {"files"}, {"models", "data"}, {"masking"}, {"pruning", "evaluation"}, {"training"}, set(SCRIPTS)]
+FLOORS = [{"utils", "pge"}, {"files"}, {"models", "data"}, {"masking"}, {"pruning", "evaluation"}, {"training"},
+          set(SCRIPTS)]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = {"models", "files", "masking", "pruning", "evaluation", "training"}
 OPTIONAL = {"matplotlib", "tensorboard", "torch.utils.tensorboard", "wandb", "lm_eval", "datasets", "llmcompressor"}

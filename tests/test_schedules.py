@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import GRADIENTS, column
+from training.progress import lr_multiplier
 
 from masking.masked_model import MaskedModel
-from training.progress import lr_multiplier
 from training.straight_through import StraightThrough, random_walk_step
 
 

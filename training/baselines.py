@@ -4,7 +4,7 @@ A baseline file is an .npz of the losses and of everything they depend on, so th
 """
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils import UserError
@@ -17,44 +17,39 @@ from files import mask_files, npz
 from files.atomic import atomic_write, refuse_existing
 from masking.masked_model import MaskedModel
 from models.loading import model_fingerprint
-from models.loss import batch_loss
 
 MOST_BYTES = {"losses": 8 * 2**22, "depends_on": 4 * 2**16}  # four million minibatches, and as JSON what they are of
 
-Baseline = Callable[[int, Tensor], float | None]  # a minibatch's number and its tokens -> f(m0 * w, minibatch), nats
+
+class OnlineBaseline:
+    """By a second forward pass a step: minibatch number -> loss, nats, of the model under the masks that it had when
+    this was made, m0.
+
+    batches: int64 `[minibatches, sequences, tokens]`.
+    """
+
+    def __init__(self, masked: MaskedModel, batches: Tensor):
+        self.masked, self.batches, self.bits = masked, batches, masked.bits()
+
+    def __getitem__(self, index: int) -> float:
+        with self.masked.use_masks(self.bits):
+            return self.masked.loss(self.batches[index])
 
 
-def no_baseline(index: int, batch: Tensor) -> None:
-    """For estimators that need none."""
+Baseline = Sequence[float] | OnlineBaseline | None  # minibatch number -> f(m0 * w, minibatch), nats
 
 
-def cached_baseline(losses: list[float]) -> Baseline:
-    """From the losses of all minibatches, as `load` reads them."""
-    return lambda index, batch: losses[index]
-
-
-def online_baseline(masked: MaskedModel, microbatch: int = 32) -> Baseline:
-    """By a second forward a step, of the model masked by m0, which `keep_initial` has kept."""
-    def baseline(_index: int, batch: Tensor) -> float:
-        with masked.use_initial():
-            return batch_loss(masked.model, batch, microbatch)
-    return baseline
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the file
-
-def default_path(dataset_size: int, batchsize: int, sqlen: int) -> str:
+def default_path(dataset_size: int, batchsize: int, seqlen: int) -> str:
     """The authors' naming, without the dataset's."""
-    return f"inference_loss_{dataset_size}_bs{batchsize}_sql{sqlen}.npz"
+    return f"inference_loss_{dataset_size}_bs{batchsize}_sql{seqlen}.npz"
 
 
 def conditions(model: nn.Module, masks: dict[str, Tensor], batches: Tensor, dataset: str) -> dict[str, str]:
     """Everything the losses of these minibatches depend on; call it while the model's weights are still its own."""
-    minibatches, batchsize, sqlen = batches.shape
+    minibatches, batchsize, seqlen = batches.shape
     return {"model": model_fingerprint(model), "mask": mask_files.fingerprint(masks),
             "tokens": data.fingerprint(batches), "dataset": dataset, "dataset_size": str(minibatches * batchsize),
-            "batchsize": str(batchsize), "sqlen": str(sqlen), "dtype": str(model.dtype).removeprefix("torch.")}
+            "batchsize": str(batchsize), "sqlen": str(seqlen), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def save(path: str | Path, losses: list[float], depends_on: dict[str, str]) -> None:
@@ -64,8 +59,12 @@ def save(path: str | Path, losses: list[float], depends_on: dict[str, str]) -> N
         np.savez(file, losses=np.array(losses, np.float64), depends_on=np.array(json.dumps(depends_on)))
 
 
-def load(path: str | Path, wanted: dict[str, str]) -> list[float]:
-    """The losses of a file computed under exactly the wanted conditions; UserError naming what differs."""
+def load(source: str, model: nn.Module, masks: dict[str, Tensor], batches: Tensor, dataset: str) -> list[float]:
+    """The losses of these minibatches from a file, that of the default name where `source` is "cached". UserError
+    where it was computed under other conditions, naming them."""
+    minibatches, batchsize, seqlen = batches.shape
+    wanted = conditions(model, masks, batches, dataset)
+    path = default_path(minibatches * batchsize, batchsize, seqlen) if source == "cached" else source
     if not os.path.exists(path):
         raise UserError(f"{path}: there is no such baseline; run inference_loss.py with the same --model, --mask and "
                         "data flags first, or train with --baseline online")
@@ -79,7 +78,6 @@ def load(path: str | Path, wanted: dict[str, str]) -> list[float]:
                         "anew with inference_loss.py")
     stale = [f"{key} {str(found.get(key))[:80]} there, {value} here"
              for key, value in wanted.items() if found.get(key) != value]
-    minibatches = int(wanted["dataset_size"]) // int(wanted["batchsize"])
     if not stale and len(losses) != minibatches:
         stale = [f"{len(losses)} minibatches there, {minibatches} here"]
     if stale:

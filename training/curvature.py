@@ -13,7 +13,6 @@ F is the Fisher information's diagonal, factored as in K-FAC (Martens & Grosse, 
 the layer's input in a column times that of the loss's gradient at its output in a row, the tokens that follow being
 drawn from the model's own predictions. That is a number a row and a column instead of one a weight.
 """
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from masking.block_bits import bits_to_mask
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
-from models.processes import ProcessGroup
+from models import processes
 from training.loss import sequence_loss, summed_loss
 
 START, FULL = 0.5, 0.9  # shares of the run
@@ -40,13 +39,12 @@ def with_curvature(gradient: Tensor, weight: Tensor, bits: Tensor, outputs: Tens
 class Curvature:
     """Adds the curvature to the gradients of a MaskedModel's layers, and measures it from time to time.
 
-    progress: the share of the run that is done, 0 to 1; ramp: START and FULL. tokens: how many there are in this pass,
-    over which its gradients are summed; set before it.
+    ramp: the shares of the run at which it begins to count, and counts in full. tokens: how many there are in this
+    pass, over which its gradients are summed; set before it.
     """
 
-    def __init__(self, masked: MaskedModel, progress: Callable[[], float], group: ProcessGroup | None = None,
-                 ramp: tuple[float, float] = (START, FULL)):
-        self.masked, self.progress, self.group, self.ramp = masked, progress, group or ProcessGroup(), ramp
+    def __init__(self, masked: MaskedModel, ramp: tuple[float, float] = (START, FULL)):
+        self.masked, self.ramp = masked, ramp
         self.share, self.tokens, self.is_measuring = 0.0, 1, False
         layers = list(masked.layers.values())
         self._sizes = [size for layer in layers for size in layer.shape]
@@ -55,10 +53,11 @@ class Curvature:
         self.factors = {layer.name: pair for layer, pair in zip(layers, zip(places[::2], places[1::2]))}  # [out], [in]
         self._add, self._of_sequence = map(masked.kernels.fastest, (with_curvature, sequence_loss))
 
-    def begin_step(self, sequences: Tensor) -> None:
-        """Before a step on int64 `[sequences, tokens]`: measure on the first of them where it is time."""
+    def begin_step(self, sequences: Tensor, progress: float) -> None:
+        """Before a step on int64 `[sequences, tokens]`, at this share of the run, 0 to 1: measure on the first of them
+        where it is time."""
         start, full = self.ramp
-        self.share = min(1.0, max(0.0, self.progress() - start) / max(full - start, 1e-9))
+        self.share = min(1.0, max(0.0, progress - start) / max(full - start, 1e-9))
         if self.share and (self.masked.steps % EVERY == 0 or bool(self.mean_squares.isnan().all())):
             self.measure(sequences[:SEQUENCES])
 
@@ -77,7 +76,7 @@ class Curvature:
         hooks = [layer.module.register_forward_hook(partial(_watch, next(places), next(places)))
                  for layer in self.masked.layers.values()]
         logits = self.masked.model(input_ids=sequences, use_cache=False).logits
-        if self.group.mean([float(logits.isfinite().all())]) == 1:  # else nothing can be drawn, and found stays NaN
+        if processes.mean([float(logits.isfinite().all())]) == 1:  # else nothing can be drawn, and found stays NaN
             drawn = self._drawn(logits.detach(), sequences)
             _, gradient = summed_loss(logits.detach(), drawn, of_sequence=self._of_sequence)
             self.is_measuring = True
@@ -85,7 +84,7 @@ class Curvature:
             self.is_measuring = False
         for hook in hooks:
             hook.remove()
-        found = self.group.reduce_async(found)()
+        found = processes.reduce_async(found)()
         mixed = torch.where(self.mean_squares.isfinite(), torch.lerp(found, self.mean_squares, KEPT), found)
         self.mean_squares.copy_(torch.where(found.isfinite(), mixed, self.mean_squares))
 

@@ -1,35 +1,50 @@
-"""Where learning starts: logits from m0, from the weights' scores, from swaps, or at random."""
+"""Where learning starts, if not from C * m0: logits from the weights' scores, from swaps, or at random."""
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import CHUNK
 from masking.masked_model import MaskedModel
-from models.layers import find_layers
+from models import processes
 from pruning import swaps
 from pruning.calibration import Hessians, input_norms, visit_in_order
 from pruning.one_shot import wanda
+from training.validation import Validation
 
+STARTS = ("mask", "scores", "swaps", "random")
 SEQUENCES = 64  # of text that scores measure the layers' inputs on
 TOKENS = 30_000  # of text, at most, that swaps measure them on
 
 
-def wanda_norms(model: nn.Module, names: list[str], batches: Tensor) -> dict[str, Tensor]:
-    """||x_j|| of the inputs of these layers in the dense model, on the first SEQUENCES sequences; layer name -> float32
-    `[in]`. batches: int64 `[minibatches, sequences, tokens]`."""
-    layers = find_layers(model, [""])
-    return input_norms(model, {name: layers[name] for name in names}, batches.flatten(0, 1)[:SEQUENCES])
+def start(masked: MaskedModel, how: str, magnitude: float, sequences: Tensor, seed: int,
+          validation: Validation) -> None:
+    """Set the logits before the first step, one of STARTS; "mask" leaves them at C = `magnitude` times m0. The held-out
+    loss of m0 is evaluated on the way, before swaps improve it; at random, that of the first mask.
+
+    sequences: of text, int64 `[sequences, tokens]`, for scores and swaps.
+    """
+    if how == "random":
+        from_random_numbers(masked, magnitude, seed)
+    if how == "scores":
+        from_scores(masked, magnitude, sequences[:SEQUENCES])
+    validation.evaluate(0)
+    if how == "swaps":
+        from_swaps(masked, magnitude, sequences)
+        processes.check_same(masked.checksum(), "the logits at the start")
 
 
-def init_from_scores(masked: MaskedModel, norms: dict[str, Tensor], magnitude: float) -> None:
-    """Logits as confident of m0 as Wanda's scores |w| ||x|| are: close calls are the least certain."""
+def from_scores(masked: MaskedModel, magnitude: float, sequences: Tensor) -> None:
+    """Logits follow Wanda's scores |w| ||x||, the norms measured in the dense model: blocks whose scores are close are
+    the least certain of m0."""
+    with masked.use_dense():
+        norms = input_norms(masked.model, {name: layer.module for name, layer in masked.layers.items()}, sequences)
     for name, layer in masked.layers.items():
         score = wanda(layer.weight.float(), norms[name].to(layer.weight.device)).view(-1, layer.m)
         layer.set_logits(lambda part, layer=layer, score=score: masked.space.init(
             bits_to_mask(layer.bits[part], layer.m), magnitude, score[part]))
 
 
-def init_at_random(masked: MaskedModel, magnitude: float, seed: int) -> None:
+def from_random_numbers(masked: MaskedModel, magnitude: float, seed: int) -> None:
     """Logits that are C times normal random numbers, and the masks most probable under them."""
     generator = torch.Generator().manual_seed(seed)
     for layer in masked.layers.values():
@@ -42,9 +57,9 @@ def init_at_random(masked: MaskedModel, magnitude: float, seed: int) -> None:
         layer.remember_start()
 
 
-def init_from_swaps(masked: MaskedModel, sequences: Tensor, magnitude: float, sweeps: int = 6) -> None:
-    """Have a MaskedModel start from masks that swaps have improved, and from logits as confident of them as the next
-    swap is costly (`swaps.confidence`).
+def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, sweeps: int = 6) -> None:
+    """Masks improved by swaps; a logit is the larger, the more the best swap of its weight would cost
+    (`swaps.confidence`).
 
     One pass of the sequences, int64 `[sequences, tokens]`, the first TOKENS tokens of them, through the decoder without
     its head; a layer is improved when the pass reaches it, so that it sees what the improved masks before it make of

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
-from models.processes import ProcessGroup
+from models import processes
 
 CLIP = 0.1  # root mean squares beyond which a layer's J^T G counts no more
 KEPT_BY_LAYER, KEPT_BY_BLOCK = 0.9, 0.95  # what a running mean keeps of the earlier ones, a minibatch
@@ -26,8 +26,8 @@ State = dict[str, Tensor]
 class ByLayer:
     """The running mean squares of earlier minibatches, one a layer; nothing moves in the first, which only measures."""
 
-    def __init__(self, masked: MaskedModel, group: ProcessGroup):
-        self.masked, self.group = masked, group
+    def __init__(self, masked: MaskedModel):
+        self.masked = masked
         layers = list(masked.layers.values())
         device = layers[0].weight.device
         self.place = {layer.name: place for place, layer in enumerate(layers)}
@@ -44,13 +44,13 @@ class ByLayer:
         self._scales = {layer.weight.device: scales.to(layer.weight.device) for layer in self.masked.layers.values()}
         self._squares = {}
 
-    def move(self, layer: MaskedLayer, bits: Tensor | None, gradient: Tensor, key: Tensor) -> Tensor:
+    def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> Tensor:
         """One layer's step by df/dW `[rows, in]`; returns how many blocks' J^T G is not finite, int64 `[]`."""
         place = self.place[layer.name]
         if not len(layer.bits):  # a layer of fewer rows than there are processes
             self._squares[place] = torch.zeros(())
             return torch.zeros((), dtype=torch.int64)
-        squares = self.masked.kernels.vjp(layer.logits, bits, layer.weight, gradient, None,
+        squares = self.masked.kernels.vjp(layer.logits, layer.bits, layer.weight, gradient, None,
                                           self._scales[layer.weight.device][place], key, start=layer.start)
         not_finite = squares.isnan().sum()
         self._squares[place] = squares.nan_to_num_(0.0).sum()
@@ -64,7 +64,7 @@ class ByLayer:
         if reached:
             sums = torch.stack([self._squares[place].to(now.device) for place in reached])
             if self.masked.is_sharded:  # over all their rows; 0 where no process reached a layer
-                sums = self.group.reduce_async(sums)() * self.group.size
+                sums = processes.reduce_async(sums)() * processes.size()
                 sums[sums == 0] = torch.nan
             now[reached] = sums / self._sizes[reached]
         mean = torch.where(before.isfinite(), KEPT_BY_LAYER * before + (1 - KEPT_BY_LAYER) * now, now)
@@ -83,7 +83,7 @@ class ByLayer:
 class ByBlock:
     """The running mean squares, one a block, of the blocks that are here, this minibatch's included."""
 
-    def __init__(self, masked: MaskedModel, group: ProcessGroup):
+    def __init__(self, masked: MaskedModel):
         self.masked = masked
         self.mean_squares = {layer.name: torch.full(layer.bits.shape, -1.0, device=layer.weight.device)
                              for layer in masked.layers.values()}  # of J^T G; negative: not measured yet
@@ -93,12 +93,13 @@ class ByBlock:
         scale = torch.tensor([0.0, size, 1 / (temperature or 1.0), KEPT_BY_BLOCK])
         self._scales = {layer.weight.device: scale.to(layer.weight.device) for layer in self.masked.layers.values()}
 
-    def move(self, layer: MaskedLayer, bits: Tensor | None, gradient: Tensor, key: Tensor) -> Tensor:
+    def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> Tensor:
         """As `ByLayer.move`."""
         if not len(layer.bits):
             return torch.zeros((), dtype=torch.int64)
-        squares = self.masked.kernels.vjp(layer.logits, bits, layer.weight, gradient, self.mean_squares[layer.name],
-                                          self._scales[layer.weight.device], key, start=layer.start)
+        squares = self.masked.kernels.vjp(layer.logits, layer.bits, layer.weight, gradient,
+                                          self.mean_squares[layer.name], self._scales[layer.weight.device], key,
+                                          start=layer.start)
         return squares.isnan().sum()
 
     def end_pass(self) -> None:

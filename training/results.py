@@ -3,76 +3,73 @@ from utils import peak_memory
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from files import mask_files
 from files.atomic import atomic_write
 from masking.masked_model import MaskedModel
-from models.loading import devices_of
-from models.processes import ProcessGroup
+from models import processes
+from models.loading import Tokenizer, devices_of
 from models.sharded_files import save_sharded
 from training import figures
-from training.progress import Run
-from training.run_folder import RunFolder
-from training.setup import Inputs
-from training.validation import Validation
+from training.loop import EVALUATIONS, Run
 
 
-def most_bytes(masked: MaskedModel, steps: int, *, save: bool, skip_checkpoint: bool, num_evals: int) -> int:
+def most_bytes(masked: MaskedModel, steps: float, saves_logits: bool, skips_checkpoint: bool) -> float:
     """What the run will write beside its states, at most: masks at a bit a weight, logits, the model, a line a step."""
     weights = sum(layer.shape.numel() for layer in masked.layers.values())
     logits = sum(layer.shard(plane).nbytes for layer in masked.layers.values() for plane in layer.logits)
     model = sum(parameter.nbytes for parameter in masked.model.parameters())
-    lines = 200 * steps + 150 * num_evals * len(masked.layers)
-    return weights // 8 + save * logits + (not skip_checkpoint) * model + lines
+    lines = 200 * min(steps, 1e6) + 150 * EVALUATIONS * len(masked.layers)
+    return weights // 8 + saves_logits * logits + (not skips_checkpoint) * model + lines
 
 
-def deliver(inputs: Inputs, masked: MaskedModel, validation: Validation, run: Run, folder: RunFolder,
-            group: ProcessGroup, *, model: str, sparsity_type: tuple[int, int], save: bool,
-            skip_checkpoint: bool) -> None:
-    """Write the best mask, or the last, and the model under it; print what came of the run."""
-    logits, devices = masked.whole_logits() if save else None, devices_of(masked.model)
+def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_logits: bool, skips_checkpoint: bool,
+            levels: dict[str, float] | None = None) -> dict:
+    """Write the best mask, or the last, and the model under it; returns the run's summary, which `RunFolder.finish`
+    takes. initial: m0, of which the layers that are not learned keep theirs; levels: lines of the curve, label -> loss
+    in nats. All processes have to ask at once."""
+    masked, validation, folder = run.validation.masked, run.validation, run.folder.path
+    logits, devices = masked.whole_logits() if saves_logits else {}, devices_of(masked.model)
     final = masked.finish(validation.bits)
-    if not group.is_main:
-        if masked.is_sharded and not skip_checkpoint:
-            group.wait_for_main()
-            save_sharded(inputs.model, folder.path, is_main=False)  # give this process's rows
-        return
+    if not skips_checkpoint:
+        _write_checkpoint(masked.model, tokenizer, folder / "checkpoint", masked.is_sharded)
+    if not processes.is_main():
+        return {}
     if logits:
-        with atomic_write(folder.path / "logits.safetensors") as beside:
+        with atomic_write(folder / "logits.safetensors") as beside:
             save_file(logits, beside)
-    masks = {**inputs.mask_file.masks, **final}
-    mask_files.save(folder.path / "mask.safetensors", masks, *sparsity_type, model, inputs.fingerprints["model"])
-    if not skip_checkpoint:
-        with atomic_write(folder.path / "checkpoint") as sparse_model:
-            if masked.is_sharded:
-                group.wait_for_main()
-                save_sharded(inputs.model, sparse_model, is_main=True)
+    masks = {**initial.masks, **final}
+    mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, run.folder.arguments["model"],
+                    run.folder.record["fingerprints"]["model"])
+    figures.learning_curve({folder.name: run.logs.metrics}, folder / "curve.png", levels)
+    return {**_summary(run, devices), **_changes(initial.masks, final, initial.m),
+            "mask_fingerprint": mask_files.fingerprint(masks)}
+
+
+def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_sharded: bool) -> None:
+    """The sparse model as a plain Hugging Face folder."""
+    if processes.is_main():
+        with atomic_write(path) as beside:
+            if is_sharded:
+                processes.wait_for_main()
+                save_sharded(model, beside, is_main=True)
             else:
-                inputs.model.save_pretrained(sparse_model)
-            inputs.tokenizer.save_pretrained(sparse_model)
-    figures.learning_curve({folder.path.name: folder.metrics}, folder.path / "curve.png")
-    summary = {**_summary(run, folder, group, validation, devices, masked.gathered_bytes),
-               **_changes(inputs.mask_file.masks, final, sparsity_type[1]),
-               "mask_fingerprint": mask_files.fingerprint(masks)}
-    folder.finish(summary)
-    if validation.bits:
-        print(f"held-out loss of the mask delivered, that of step {validation.step}, {validation.loss:.4f} nats, of m0 "
-              f"{validation.m0_loss:.4f}")
-    skipped = f", {run.position.skipped} skipped for a loss that was not finite" if run.position.skipped else ""
-    print(f"{run.step} steps in {summary['seconds']:.0f} s{skipped}, last epoch's mean loss "
-          f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "
-          f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> {folder.path}")
+                model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+    elif is_sharded:
+        processes.wait_for_main()
+        save_sharded(model, path, is_main=False)  # give this process's rows
 
 
-def _summary(run: Run, folder: RunFolder, group: ProcessGroup, validation: Validation,
-             devices: set[torch.device], gathered_bytes: int) -> dict:
-    position = run.position
-    tail = [line["loss"] for line in folder.metrics[-run.minibatches:]]  # of the last epoch
+def _summary(run: Run, devices: set[torch.device]) -> dict:
+    position, validation = run.position, run.validation
+    tail = [line["loss"] for line in run.logs.metrics[-run.minibatches:]]  # of the last epoch
     summary = {"steps": position.step, "seconds": round(run.elapsed_s(), 1),
-               "seconds_swapping": round(position.seconds_swapping, 1),
+               "seconds_before": round(position.seconds_before, 1),
                "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
-               "processes": group.size, "sent_bytes": group.sent_bytes + gathered_bytes,
+               "processes": processes.size(),
+               "sent_bytes": processes.traffic["sent_bytes"] + validation.masked.gathered_bytes,
                "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped,
                "diverged_at_step": position.diverged, "mask_of_step": position.step}
     if validation.bits:
@@ -85,3 +82,14 @@ def _changes(initial: dict[str, Tensor], final: dict[str, Tensor], m: int) -> di
     """Blocks of the learned layers, and how many of them are not as in m0."""
     changed = sum(int((mask != initial[name]).reshape(-1, m).any(1).sum()) for name, mask in final.items())
     return {"blocks": sum(mask.numel() // m for mask in final.values()), "blocks_changed": changed}
+
+
+def in_words(summary: dict, folder: object) -> str:
+    """A finished run in a line or two."""
+    heldout = "" if "heldout_loss" not in summary else (
+        f"held-out loss of the mask delivered, that of step {summary['mask_of_step']}, {summary['heldout_loss']:.4f} "
+        f"nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n")
+    skipped = f", {summary['steps_skipped']} skipped for a loss that was not finite" if summary["steps_skipped"] else ""
+    return (f"{heldout}{summary['steps']} steps in {summary['seconds']:.0f} s{skipped}, last epoch's mean loss "
+            f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "
+            f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> {folder}")

@@ -6,14 +6,10 @@ loss expected under the masks' distribution then has, to first order around m, t
 
     d E[f] / d pi  ~  J^T G,    J = d mu / d pi,    mu_i = P(i is kept)
 
-a vector-Jacobian product. It is biased where f is not linear in the mask (exact where it is). m is one of
-
-    mode      the most probable mask, which is what will be delivered
-    sample    a mask that is drawn: an average over the distribution then, but noisier, and of a model that is masked
-              worse than it needs to be
-    soft      mu itself, of the logits at a temperature that falls in the first half of the run (`soft_temperature`): a
-              weight is then there in part, and J^T G the true gradient of that model's loss, so that many masks are
-              weighed at once before one is settled on; then as `mode`
+a vector-Jacobian product. It is biased where f is not linear in the mask (exact where it is). m is the most probable
+mask, the one that will be delivered. With soft masks, m in the first half of the run is mu itself, of the logits at a
+temperature that falls (`soft_temperature`): each weight counts in part, and J^T G is the true gradient of that model's
+loss, which compares many masks at once.
 
 No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's weight gradient to
 that layer's logits and frees it. All layers share the scratch buffer of `MaskedModel`, so a layer's masked weight is
@@ -31,13 +27,14 @@ from torch import Tensor, nn
 
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
+from models import processes
 from models.loading import input_device
-from models.processes import ProcessGroup
+from models.sharding import REDUCES_UNUSED
 from training.curvature import Curvature
 from training.faster_model import SHORT, speed_up
+from training.loop import StepResult
 from training.loss import sequence_loss, summed_loss
 from training.normalization import NORMALIZATIONS, State
-from training.progress import StepResult
 
 HOT, COLD = 2.0, 0.4  # temperatures of soft masks, in logits: the first, the last
 SOFT = 0.5  # share of the run that has them
@@ -75,32 +72,31 @@ def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
 
 
 class StraightThrough:
-    """Moves the logits of a MaskedModel by J^T G in each backward pass, and draws the next masks.
+    """Moves the logits of a MaskedModel by J^T G in each backward pass; the next mask is the most probable one.
 
-    batches: int64 `[minibatches, sequences, tokens]`, for `step`. distill: the share, 0 to 1, of the loss that compares
-    with the dense model's predictions. expected_steps: how many steps the run will have, as far as it is known by now.
-    curvature: what is added to G, if anything. normalize: what J^T G is divided by, a key of
-    `normalization.NORMALIZATIONS`. temperature: of soft masks, in this step; 0: none.
+    tokens: in a sequence. distill: the share, 0 to 1, of the loss that compares with the dense model's predictions.
+    curvature: adds the loss's second order to G. normalize: what J^T G is divided by, a key of
+    `normalization.NORMALIZATIONS`. soft_masks: in the first half of the run. checkpointing: of activations.
     """
 
-    def __init__(self, masked: MaskedModel, batches: Tensor | None = None, checkpointing: bool = False,
-                 sample: bool = False, distill: float = 0.0, group: ProcessGroup | None = None, microbatch: int = 32,
-                 expected_steps: Callable[[], float] = lambda: 3, curvature: Curvature | None = None,
-                 normalize: str = "layer", temperature: Callable[[], float] = lambda: 0.0):
-        self.masked, self.batches, self.curvature = masked, batches, curvature
-        self.sample, self.distill, self.temperature = sample, distill, temperature
-        self.group, self.microbatch, self.expected_steps = group or ProcessGroup(), microbatch, expected_steps
-        self.size, self.keys, self.reducing = 0.0, {}, None
+    def __init__(self, masked: MaskedModel, tokens: int = SHORT, distill: float = 0.0, curvature: bool = False,
+                 normalize: str = "layer", soft_masks: bool = False, checkpointing: bool = False):
+        self.masked, self.distill, self.soft_masks = masked, distill, soft_masks
+        self.curvature = Curvature(masked) if curvature else None
+        self.keys, self.reducing = {}, None
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
         layers = list(masked.layers.values())
-        self.normalization = NORMALIZATIONS[normalize](masked, self.group)
+        self.normalization = NORMALIZATIONS[normalize](masked)
         self._not_finite = torch.zeros((), dtype=torch.int64, device=layers[0].weight.device)  # blocks, of this step
         self._of_sequence = masked.kernels.fastest(sequence_loss)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if any(layer.module.weight.is_meta for layer in layers):
-            raise UserError("straight_through needs all weights on GPUs: the model does not fit them, use more, or a "
-                            "forward-only estimator")
+            raise UserError("sparsify.py needs all weights on GPUs: the model does not fit them, use more, or train.py")
+        if (processes.size() > 1 and any("expert" in layer.name for layer in layers)
+                and not (masked.is_sharded and REDUCES_UNUSED)):
+            raise UserError("experts that one process's text does not reach would keep the other processes waiting: "
+                            "use --shard with torch 2.13, name other layers with --targets, or start one process")
         if any(layer.sharded and layer.weight.dtype == torch.float16 for layer in layers):
             raise UserError("float16 overflows in gradients of sharded layers, which are summed over tokens: use "
                             "--dtype bfloat16 with --shard")
@@ -110,39 +106,35 @@ class StraightThrough:
                     partial(self._take_gradient, layer)))
             else:
                 layer.module.forward = partial(self._forward, layer)
-        tokens = SHORT if batches is None else batches.shape[-1]
         self._undo = [speed_up(masked.model, masked.kernels, tokens, masked.is_sharded)]
         if checkpointing:
             self._undo.append(enable_checkpointing(masked.model))
         masked.handles.append(self)
 
-    def step(self, batch_indices: list[int], lr: float) -> StepResult:
-        """One step on each process's minibatch of these; lr: see `random_walk_step`."""
-        batch = self.batches[batch_indices[self.group.rank]]
-        loss = self.learn(batch, random_walk_step(lr, self.expected_steps()))
-        losses, not_finite = zip(*self.group.all_gather([loss, float(self._not_finite)]))
-        return StepResult(losses, not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
+    def step(self, batch: Tensor, size: float, progress: float = 0.0) -> StepResult:
+        """Forward and backward of the masked model on this process's minibatch, int64 `[sequences, tokens]`, at this
+        share of the run, 0 to 1.
 
-    def learn(self, batch: Tensor, size: float) -> float:
-        """Forward and backward of the masked model on int64 `[sequences, tokens]`; returns the loss, f(m_t * w), nats.
-
-        The logits have moved when it returns, by `size` in all, and the next masks are due in the next forward pass.
-        A loss that is not finite moves nothing; of several microbatches, the finite ones have moved.
+        The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not finite moves nothing;
+        of several microbatches, the finite ones have moved.
         """
-        parts = batch.to(input_device(self.masked.model)).split(self.microbatch)
-        self.size, self.keys = size / len(parts), self.masked.keys()
+        parts = batch.to(input_device(self.masked.model)).split(self.masked.microbatch)
+        self.keys = self.masked.keys()
         self._not_finite.zero_()
         if self.curvature:
-            self.curvature.begin_step(parts[0])
+            self.curvature.begin_step(parts[0], progress)
+        temperature = soft_temperature(progress) if self.soft_masks else 0.0
+        self.masked.use_soft_masks(temperature)
         total = 0.0
-        self.masked.use_soft_masks(self.temperature())
         for sequences in parts:
-            total += self._learn(sequences)
+            total += self._learn(sequences, size / len(parts), temperature)
         self.masked.use_soft_masks(0.0)
-        self.masked.count_step(redraw=self.sample)
-        return total / (batch.shape[0] * (batch.shape[1] - 1))
+        self.masked.steps += 1
+        loss = total / (batch.shape[0] * (batch.shape[1] - 1))
+        losses, not_finite = zip(*processes.all_gather([loss, float(self._not_finite)]))
+        return StepResult(losses, not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
 
-    def _learn(self, sequences: Tensor) -> float:
+    def _learn(self, sequences: Tensor, size: float, temperature: float) -> float:
         """Of one microbatch; the loss summed over its tokens."""
         teacher = None
         if self.distill:
@@ -151,8 +143,8 @@ class StraightThrough:
         logits = self.masked.model(input_ids=sequences, use_cache=False).logits
         loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, self.distill,
                                      self._of_sequence)
-        if math.isfinite(self.group.mean([loss])):
-            self.normalization.begin_pass(self.size, self.temperature())
+        if math.isfinite(processes.mean([loss])):
+            self.normalization.begin_pass(size, temperature)
             if self.curvature:
                 self.curvature.tokens = sequences.numel()
             logits.backward(gradient)
@@ -170,10 +162,10 @@ class StraightThrough:
     def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
         """One layer's step, from df/dW `[out, in]` in any unit: it is measured by earlier ones. With several processes
         it is taken when the next layer's gradient is there: their mean is formed meanwhile."""
-        if self.group.size == 1:
+        if processes.size() == 1:
             self._move(layer, gradient)
             return
-        reducing = layer, self.group.reduce_async(gradient)
+        reducing = layer, processes.reduce_async(gradient)
         self._move_last()
         self.reducing = reducing
 
@@ -182,7 +174,7 @@ class StraightThrough:
         gradient, parameter.grad = parameter.grad.to_local(), None
         if self.is_measuring:
             return
-        self.group.sent_bytes += layer.shape.numel() * gradient.itemsize
+        processes.traffic["sent_bytes"] += layer.shape.numel() * gradient.itemsize
         self._move(layer, gradient)
 
     def _move_last(self) -> None:
@@ -198,8 +190,7 @@ class StraightThrough:
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
         if self.curvature and len(layer.bits):
             gradient = self.curvature.added_to(gradient, layer)
-        not_finite = self.normalization.move(layer, None if self.sample else layer.bits, gradient,
-                                             self.keys[layer.name][0])
+        not_finite = self.normalization.move(layer, gradient, self.keys[layer.name])
         self._not_finite += not_finite.to(self._not_finite.device)
 
     # ---------------------------------------------------------------------------------------------- saved and detached
@@ -224,13 +215,15 @@ class StraightThrough:
             undo()
 
 
-def random_walk_step(deviation: float, steps: float) -> float:
-    """The step by which a random walk of so many, decaying linearly, has this standard deviation at its end:
-    sum of (1 - t/T)^2 = T/3.
+def step_size(lr: float, progress: float, steps: float) -> float:
+    """The distance of the next step, in logits, of a run of so many `steps` of which the share `progress` is done. It
+    decays linearly, after a warm-up in the first fiftieth.
 
-    A logit whose gradient is all noise then comes as far in a long run as in a short one, and one whose gradient is
-    true comes further."""
-    return deviation * math.sqrt(3 / steps)
+    lr: the standard deviation, in logits, of the movement expected from pure-noise gradients over the whole run. Such a
+    random walk has the variance size^2 sum of (1 - t/T)^2 = size^2 T/3. A logit whose gradient is noise then moves as
+    far in a long run as in a short one, and one whose gradient is true moves further.
+    """
+    return lr * ((1 - progress) * min(1.0, (progress + 1e-3) / 0.02)) * math.sqrt(3 / steps)
 
 
 def soft_temperature(progress: float) -> float:

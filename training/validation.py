@@ -3,14 +3,23 @@ import math
 from collections.abc import Callable
 from statistics import fmean, mean, stdev
 
+from utils import UserError
+
 from torch import Tensor
 
 from masking.masked_model import MaskedModel
-from models.loss import batch_loss
-from models.processes import ProcessGroup
+from models import processes
 
 WINDOW = 32  # steps at least, whose mean loss is compared with that of the first so many
 PATIENCE = 3  # windows, or evaluations, in a row above where the run started: it diverges
+
+
+def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Minibatches to learn from, and the last ones, held out. UserError where none is left to learn from."""
+    heldout = math.ceil(fraction * len(minibatches))
+    if heldout == len(minibatches):
+        raise UserError(f"--val_fraction {fraction} of {len(minibatches)} minibatches leaves none to learn from")
+    return minibatches[:len(minibatches) - heldout], minibatches[len(minibatches) - heldout:]
 
 
 class Validation:
@@ -21,9 +30,9 @@ class Validation:
     of them run together; may be empty: then only the processes are compared, and the last mask is delivered.
     """
 
-    def __init__(self, masked: MaskedModel, heldout: Tensor, group: ProcessGroup, microbatch: int = 32):
-        self.masked, self.group, self.microbatch = masked, group, microbatch
-        self.heldout = heldout if masked.is_sharded else group.split(heldout)
+    def __init__(self, masked: MaskedModel, heldout: Tensor):
+        self.masked = masked
+        self.heldout = heldout if masked.is_sharded else processes.split(heldout)
         self.has_text = len(heldout) > 0
         self.bits: dict[str, Tensor] | None = None  # of the best mask
         self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
@@ -31,20 +40,26 @@ class Validation:
     def evaluate(self, step: int) -> float | None:
         """The held-out loss of the present mask, that after so many steps; None where it is not finite, or nothing is
         held out. UserError where the processes' logits are no longer the same."""
-        if self.group.size > 1:
-            self.group.check_same(self.masked.checksum(), "the logits")
+        if processes.size() > 1:
+            processes.check_same(self.masked.checksum(), "the logits")
         if not self.has_text:
             return None
-        bits = self.masked.mode_bits() if step else {  # m0 itself, also with logits that are all 0
-            name: layer.bits.clone() for name, layer in self.masked.layers.items()}
+        bits = self.masked.mode_bits() if step else self.masked.bits()  # m0 itself, also with logits that are all 0
         with self.masked.use_masks(bits):
-            losses = [batch_loss(self.masked.model, batch, self.microbatch) for batch in self.heldout]
-        loss = fmean(self.group.all_gather(losses)[0]) if self.masked.is_sharded else self.group.mean(losses)
+            loss = self.heldout_loss()
         if step == 0:
             self.m0_loss = loss
+            if not math.isfinite(loss):
+                raise UserError(f"the held-out loss of m0 is not finite; use --dtype bfloat16 if the model overflows "
+                                f"in {self.masked.model.dtype}")
         if loss < self.loss:
             self.bits, self.loss, self.step = bits, loss, step
         return loss if math.isfinite(loss) else None
+
+    def heldout_loss(self) -> float:
+        """Of the mask in use, or of the dense model, nats."""
+        losses = [self.masked.loss(batch) for batch in self.heldout]
+        return fmean(processes.all_gather(losses)[0]) if self.masked.is_sharded else processes.mean(losses)
 
     def divergence(self, metrics: list[dict], minibatches: int) -> str | None:
         """A warning where the run diverges, see `diverging`."""

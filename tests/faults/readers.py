@@ -85,10 +85,10 @@ def permutation(folder: Path) -> Reader:
     path, shapes = folder / "model.permutation.safetensors", {"residual": (1, 32), "model.layers.0.value": (2, 8)}
     orders = {name: torch.rand(shape, generator=torch.Generator().manual_seed(0)).argsort(1)
               for name, shape in shapes.items()}
-    permutation_files.save(path, permutation_files.PermutationFile(orders, "some/model", "0" * 16, "1" * 16))
+    permutation_files.save(path, permutation_files.PermutationFile(orders, "some/model", "0" * 16))
 
     def read():
-        found = permutation_files.load(path, shapes)
+        found = permutation_files.load(path)
         return {name: order.tolist() for name, order in found.orders.items()}, found.model, found.model_fingerprint
     return Reader("permutation", [path], read, damage.BYTES + damage.SAFETENSORS * 3, None)
 

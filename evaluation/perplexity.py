@@ -1,0 +1,29 @@
+"""Perplexity on disjoint windows of a text, the protocol of SparseGPT, Wanda and MaskLLM."""
+import math
+
+from utils import UserError, progress_bar
+
+from torch import Tensor, nn
+
+import data
+from models.loading import Tokenizer
+from models.loss import batch_loss, perplexity
+
+
+def read_text(tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None, bos: bool) -> tuple[Tensor, dict]:
+    """The windows of a text, int64 `[windows, seqlen]`, and the fields of a record that describe them."""
+    windows, text_tokens = data.windows_and_tokens(tokenizer, ppl, seqlen, nwindows)
+    return windows, {"text": ppl, "seqlen": seqlen, "windows": len(windows), "tokens": windows.numel(),
+                     "text_tokens": text_tokens, "bos": bos, "fingerprint": data.fingerprint(windows)}
+
+
+def evaluate_windows(model: nn.Module, windows: Tensor, bos: int | None = None) -> dict[str, float]:
+    """`ppl`, the perplexity, and `nats`, the mean loss, over int64 `[windows, tokens]`.
+
+    bos: a token to put before each window that does not begin with it. UserError where the perplexity is not finite.
+    """
+    losses = [batch_loss(model, window[None], bos=None if window[0] == bos else bos)
+              for window in progress_bar(windows, desc="perplexity", unit="window")]
+    if not math.isfinite(perplexity(losses)):
+        raise UserError(f"the perplexity is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
+    return {"ppl": perplexity(losses), "nats": sum(losses) / len(losses)}

@@ -1,0 +1,131 @@
+"""Text that a model generates itself, to learn its mask from: what it was trained on, as far as it remembers it.
+
+Documents begin as the tokenizer begins a text, follow the model's own probabilities, neither sharpened nor cut, and end
+where the model ends them or after so many tokens. With passages each goes on from one of them, which is left out.
+"""
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from utils import UserError, progress_bar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from files.atomic import atomic_write
+from files.documents import documents
+from models.loading import Tokenizer, check_length, input_device
+
+ATTENTION, TRIED_TOKENS = ("eager", "sdpa"), 8
+MOST_PASSAGES = 1000
+
+
+def start_of_text(tokenizer: Tokenizer) -> int:
+    """The token that a document of this tokenizer begins with or, where it has none, the one that ends the last."""
+    first = tokenizer("").input_ids[:1] or [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+                                            if token is not None][:1]
+    if not first:
+        raise UserError("this tokenizer has no token that begins or ends a text, so the model cannot begin one")
+    return first[0]
+
+
+def read_passages(dataset: str, model: nn.Module, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Token ids of the first MOST_PASSAGES documents of a dataset, each of up to `length` tokens, without special ones.
+    UserError where there are none, where model has no positions for a document behind one, and those of `documents`."""
+    texts = [text for text in islice(documents(dataset), MOST_PASSAGES) if text]
+    if not texts:
+        raise UserError(f"--after {dataset} holds no passages: give a text of each kind that is wanted")
+    passages = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length).input_ids
+    check_length(model, length, "--seqlen", before=max(map(len, passages)))
+    return passages
+
+
+class Draw(LogitsProcessor):
+    """Draws the next token and leaves no other: one uniform number a document, where generate's own sampling makes one
+    for each word of the vocabulary, which takes a CPU half of the time."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        reached = scores.float().softmax(-1).cumsum(-1)
+        wanted = torch.rand(len(scores), 1, device=scores.device) * reached[:, -1:]
+        chosen = torch.searchsorted(reached, wanted, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int,
+             passages: list[list[int]] | None = None) -> list[list[int]]:
+    """Token ids of so many documents, each of up to `length` tokens, the first one and the end of text left out; and
+    the passage, where each goes on from one of these, drawn for it."""
+    start, own = start_of_text(tokenizer), model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    pad = start if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=sorted(ends) or None,
+                              pad_token_id=pad)
+    chosen = random.choices(passages, k=count) if passages else [[]] * count
+    begun = [torch.tensor([start, *passage]) for passage in chosen]
+    in_front = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")  # so all go on at one place
+    tokens = in_front(begun, padding_value=pad).to(input_device(model))
+    is_text = in_front([torch.ones_like(row) for row in begun]).to(tokens.device)
+    model.generation_config = GenerationConfig(eos_token_id=own)  # the rest of its own may penalise what repeats
+    written = model.generate(tokens, attention_mask=is_text, generation_config=greedy,
+                             logits_processor=LogitsProcessorList([Draw()]))[:, tokens.shape[1]:].tolist()
+    return [row[:next((i for i, token in enumerate(row) if token in ends), length)] for row in written]
+
+
+@contextmanager
+def made_fast(model: nn.Module, tokenizer: Tokenizer, count: int, attention: str = "auto") -> Iterator[str]:
+    """Inside, the model generates with this attention or, "auto", with the one that is faster here for one query at a
+    time, which on some processors is not the fused kernel. Yields its name. The random numbers to come are as if
+    nothing had been tried."""
+    def contiguous(_head: nn.Module, inputs: tuple) -> tuple:
+        # of the slice that the last tokens of passages are, PyTorch's product would copy the head's weight for each
+        return (inputs[0].contiguous(),)
+    own, seconds = getattr(model.config, "_attn_implementation", None), {}
+    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
+    if attention != "auto":
+        if not hasattr(model, "set_attn_implementation"):
+            raise UserError("--attention needs transformers 4.56 or later; install it, or leave --attention out")
+        seconds[attention] = 0.0
+    elif hasattr(model, "set_attn_implementation"):
+        with torch.random.fork_rng():
+            for name in (*ATTENTION, *ATTENTION):  # the first round only warms up
+                with suppress(ValueError):  # of a model that has no such attention
+                    model.set_attn_implementation(name)
+                    started = time.perf_counter()
+                    generate(model, tokenizer, count, TRIED_TOKENS)
+                    seconds[name] = time.perf_counter() - started
+    try:
+        best = min(seconds, key=seconds.get, default="the model's")
+        if seconds:
+            model.set_attn_implementation(best)
+        yield best
+    finally:
+        hook.remove()
+        if seconds and own:
+            model.set_attn_implementation(own)
+
+
+def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, length: int, batchsize: int,
+               passages: list[list[int]] | None = None, max_s: float = math.inf, least: int = 0) -> tuple[int, int]:
+    """Generate documents until there are so many tokens or, beyond the `least`, so many seconds are over, into a new
+    .jsonl file, {"text": ...} a line. Returns the numbers of documents and of tokens. batchsize: documents at a time.
+    """
+    texts, found, started = [], 0, time.monotonic()
+    with progress_bar(total=tokens, desc="generating", unit="token") as progress:
+        while found < tokens and (found < least or time.monotonic() - started < max_s):
+            written = [row for row in generate(model, tokenizer, batchsize, length - 1, passages) if row]
+            if not written:
+                raise UserError("the model ends every text at once, so it writes none")
+            texts += tokenizer.batch_decode(written)
+            found += sum(map(len, written))
+            progress.update(sum(map(len, written)))
+    with atomic_write(path) as beside:
+        beside.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return len(texts), found

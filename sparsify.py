@@ -1,0 +1,202 @@
+"""From a dense model to an N:M-sparse one, in one command.
+
+    python sparsify.py --model MODEL                                          # half an hour; needs nothing else
+    python sparsify.py --model MODEL --minutes 180 --after PASSAGES.jsonl     # half of the text continues passages
+    python sparsify.py --model MODEL --dataset text.jsonl questions.jsonl --distill 0.5 --sparsity_type 4:8
+    python sparsify.py --resume results/RUN                                   # goes on with a run that was stopped
+
+    text      --dataset, or text that the model generates itself (models/generation.py)
+    m0        --mask, or Wanda's mask on the same text; with --permute, channels are reordered before
+    swaps     weights of a block change places while a layer's output comes closer to the dense one (pruning/swaps.py)
+    learning  gradients of backward passes move the logits; the weights stay frozen (training/straight_through.py)
+    table     held-out perplexity of the dense model, m0 and the learned mask, on text that selected nothing
+
+How much text there is, and the size of a step, follow from the budget, --minutes or --steps, and from measured speeds.
+Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), report.json,
+curve.png, metrics.jsonl (one line a step), layers.jsonl, run.json. Finished stages are not done again.
+"""
+import argparse
+import math
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from utils import (
+    DTYPES,
+    add_model_arguments,
+    finite,
+    gradient_dtype,
+    positive_float,
+    positive_int,
+    run_script,
+    script_parser,
+    set_seed,
+)
+
+import data
+from evaluation.perplexity import evaluate_windows
+from files.mask_files import fingerprint
+from masking.layers import learned_layers, read_masks
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
+from models import processes
+from models.loading import check_length, load_model, model_fingerprint
+from models.sharded_files import load_sharded
+from pruning.channels import apply_permutation
+from training import args as arguments
+from training import initialize, preparation, report, results
+from training.loop import Run
+from training.normalization import NORMALIZATIONS
+from training.run_folder import RunFolder, is_finished
+from training.signals import StopSignals
+from training.stages import Stages
+from training.straight_through import StraightThrough, step_size
+from training.validation import Validation
+
+EVALUATIONS = 10  # of the held-out loss, in a run
+WINDOW, WINDOWS = 512, 64  # tokens in one, and how many, of --ppl
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = script_parser(__doc__)
+    add_model_arguments(parser)
+    parser.set_defaults(dtype="auto")
+    parser.add_argument("--dataset", nargs="+", default=None,
+                        help="training text, in this order, as much as the budget needs: hub ids, .json.gz, .jsonl, "
+                             ".parquet, .txt or folders; also questions, as evaluate.py's --task_file (default: the "
+                             "model generates it)")
+    parser.add_argument("--after", metavar="PASSAGES", default=None,
+                        help="half of the generated text continues these passages: a dataset of the kind of text that "
+                             "the model will meet")
+    parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a sequence")
+    parser.add_argument("--batchsize", type=positive_int, default=8, help="sequences in a step of each process")
+    parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=positive_float, default=None, help="for everything (default: 30)")
+    budget.add_argument("--steps", type=positive_int, default=None, help="of learning, in place of minutes")
+    arguments.add_mask_arguments(parser, mask_default=None)
+    parser.add_argument("--permute", action="store_true", help="first reorder channels, so that masks keep more")
+    parser.add_argument("--lr", type=finite(0), default=0.8,
+                        help="standard deviation, in logits, of the movement expected from pure-noise gradients")
+    parser.add_argument("--logits", type=finite(0), default=4.0, help="C: scale of the first logits")
+    parser.add_argument("--distill", type=finite(0, 1), default=1.0,
+                        help="share of the loss that compares with the dense model's predictions, not with the text")
+    parser.add_argument("--curvature", action=argparse.BooleanOptionalAction, default=True,
+                        help="add the loss's second order to its gradient")
+    parser.add_argument("--soft_masks", action="store_true",
+                        help="in the first half, weights count by their probability of being kept")
+    parser.add_argument("--normalize", choices=list(NORMALIZATIONS), default="layer",
+                        help="what divides a gradient: its root mean square over the layer, or over its block")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time a step")
+    parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
+                        help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, "
+                             "c4 or files")
+    arguments.add_run_arguments(parser)
+    args = arguments.parse(parser, argv, lambda args: "results/sparsify_{}_{}of{}".format(
+        Path(args.model).name, *args.sparsity_type))
+    if args.shard and not args.resume and not (args.dataset and args.mask):
+        parser.error("--shard needs --dataset and --mask: text and m0 are made by one process that has the whole model")
+    if args.minutes is None and args.steps is None:
+        args.minutes = 30.0
+    return args
+
+
+def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stages) -> tuple:
+    """What is learned from: the model and its tokenizer, minibatches, int64 `[minibatches, sequences, tokens]`, and m0,
+    a MaskFile."""
+    n_m, plan = args.sparsity_type, folder.record.setdefault("plan", {})
+    load = load_sharded if args.shard and processes.size() > 1 else load_model
+    model, tokenizer = load(args.model, gradient_dtype(args.dtype, device), device, args.trust_remote_code)
+    check_length(model, args.seqlen, "--seqlen")
+    if "tokens" not in plan:
+        plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen)
+
+    datasets = args.dataset
+    if not datasets:
+        tokens = min(plan["tokens"], preparation.MOST_GENERATED)
+        max_s = preparation.TEXT_SHARE * 60 * args.minutes if args.minutes else math.inf
+        with stages.stage("text", f"the model generates up to {tokens:,} tokens"):
+            datasets = preparation.generated_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after,
+                                                  args.seed, max_s, preparation.FEWEST * args.batchsize * args.seqlen)
+    minibatches = data.token_sequences(tokenizer, datasets, plan["tokens"], args.batchsize, args.seqlen, args.seed)
+    sequences = preparation.split(minibatches)[0].flatten(0, 1)
+
+    order, wanda = folder.path / "order.permutation.safetensors", folder.path / "initial_mask.safetensors"
+    if args.permute and order.exists():
+        apply_permutation(model, order)
+    elif args.permute:
+        with stages.stage("order", "channels are reordered"):
+            preparation.reorder_channels(order, model, args.model, args.targets, n_m, sequences, args.seed)
+    if not args.mask and not wanda.exists():
+        with stages.stage("m0", "Wanda's mask"):
+            preparation.wanda_mask(wanda, model, args.model, args.targets, n_m, sequences)
+    m0 = read_masks(args.mask or wanda, model, *n_m)
+    folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
+    return model, tokenizer, minibatches, m0
+
+
+def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
+    """The run from its start, or from where it was stopped, to its results."""
+    set_seed(args.seed)
+    saved, stages = folder.newest_state(), Stages(folder, device)
+    model, tokenizer, minibatches, m0 = prepare(args, device, folder, stages)
+    batches, selecting, unseen = preparation.split(minibatches)
+    masked = MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
+                         learned_layers(model, m0, args.targets), args.seed, keep_dense=True,
+                         microbatch=args.microbatch)
+    learner = StraightThrough(masked, args.seqlen, args.distill, args.curvature, args.normalize, args.soft_masks,
+                              args.gradient_checkpointing)
+    validation, reported = Validation(masked, selecting), Validation(masked, unseen)
+    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS) for text in args.ppl}
+
+    def nats() -> dict[str, float]:
+        """Text -> loss of the mask in use."""
+        return {"held-out text": reported.heldout_loss(),
+                **{name: evaluate_windows(model, windows)["nats"] for name, windows in texts.items()}}
+
+    run = Run(folder, signals, validation, len(batches), args.steps or math.inf, evaluations=EVALUATIONS)
+    table, plan = folder.record.setdefault("nats", {}), folder.record["plan"]
+    if not run.restore(saved, masked=masked, learner=learner, validation=validation):
+        with stages.stage("swaps", "the dense model and m0 are evaluated; then swaps improve m0"):
+            with masked.use_dense():
+                table["dense"] = nats()
+            with masked.use_masks(masked.bits()):
+                began, table["m0"] = time.monotonic(), nats()
+            plan["table_s"] = processes.agreed(time.monotonic() - began)
+            initialize.start(masked, "swaps", args.logits, batches.flatten(0, 1), args.seed, validation)
+            folder.write_record()
+            run.save()
+    run.check_disk(results.most_bytes(masked, run.total_steps, False, args.skip_checkpoint))
+
+    # the loop
+    with stages.stage("learning", f"from {len(batches)} minibatches"):
+        if args.minutes and "learning_s" not in plan:
+            plan["learning_s"] = processes.agreed(60 * args.minutes - stages.elapsed_s() - plan["table_s"])
+            folder.write_record()
+        run.max_s = max(1.0, plan.get("learning_s", math.inf))
+        for _ in run.steps():
+            batch = batches[run.next_batches()[processes.rank()]]
+            run.advance(learner.step(batch, step_size(args.lr, run.progress, run.expected_steps()), run.progress))
+        run.save()
+
+    with stages.stage("table", "the learned mask is evaluated and written"):
+        with masked.use_masks(validation.bits):
+            table["learned"] = nats()
+        summary = results.deliver(run, m0, tokenizer, False, args.skip_checkpoint, levels={
+            row: found["held-out text"] for row, found in table.items()})
+    processes.say(report.write(folder.path, folder.record, summary))
+    folder.finish(summary)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.resume and is_finished(args.resume):
+        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
+        return
+    with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), "sparsify.py", bool(args.resume)) as
+          folder, StopSignals() as signals):
+        sparsify(args, device, folder, signals)
+
+
+if __name__ == "__main__":
+    run_script(main)

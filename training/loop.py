@@ -1,0 +1,266 @@
+"""The loop's frame: training-loop bookkeeping before and after each step, the same in all processes."""
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+
+from utils import UserError, progress_bar
+
+import torch
+
+from files.atomic import check_disk
+from masking.block_stats import block_stats
+from models import processes
+from training.checkpoint import StateFile, give_shards
+from training.logs import Logs
+from training.run_folder import RunFolder
+from training.signals import StopSignals
+from training.validation import Validation
+
+BAD_LOSSES = 3  # in a row end a run
+EVALUATIONS = 20  # of the layers and the held-out loss, in a run
+RECENT = 20  # steps whose mean time says how many are to come
+
+
+@dataclass
+class StepResult:
+    """What a learner's step came to, the same in all processes: the losses of its masks, nats, the baselines they are
+    compared with, and the advantage that moved the logits, if one did."""
+    losses: Sequence[float]
+    references: Sequence[float | None] = ()
+    advantage: float | None = None
+    delta: float | None = None
+    not_finite: int | None = None  # blocks whose gradient was not
+
+    @property
+    def loss(self) -> float:
+        """Their mean."""
+        return fmean(self.losses)
+
+    @property
+    def reference(self) -> float | None:
+        """Their mean, None where there is no baseline."""
+        return None if None in self.references or not self.references else fmean(self.references)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether anything can be learned from it."""
+        return math.isfinite(self.loss + (self.reference or 0))
+
+
+@dataclass
+class Position:
+    """Where a run is. Saved with every state."""
+    step: int = 0  # steps done
+    minibatches: int = 0  # that the run has gone through
+    progress: float = 0.0  # share of the run, 0 to 1
+    evaluations: int = 0  # of the layers and of the held-out loss
+    skipped: int = 0  # steps whose loss was not finite
+    skipped_in_a_row: int = 0
+    diverged: int | None = None  # the step at which that was announced
+    seconds: float = 0.0  # of the loop
+    first_s: float = 0.0  # of the first step of a time budget, which compiles: progress counts from its end
+    a_step_s: float | None = None  # of a recent step; None: not known yet
+    seconds_before: float = 0.0  # of swaps and the like, before the loop
+    seconds_saving: float = 0.0  # of the loop, for states
+    metrics_bytes: int = 0
+    layers_bytes: int = 0
+
+
+class Run:
+    """A run's steps: which minibatches come next, when the run ends, what is logged and saved.
+
+    minibatches: how many there are, of which each process takes one a step; the run ends after max_step steps, epoch
+    passes through the minibatches, or max_s seconds, whichever comes first. validation: evaluates the masks.
+    """
+
+    def __init__(self, folder: RunFolder, signals: StopSignals, validation: Validation, minibatches: int,
+                 max_step: float = math.inf, epoch: float = math.inf, max_s: float = math.inf,
+                 evaluations: int = EVALUATIONS):
+        self.folder, self.signals, self.validation = folder, signals, validation
+        self.checkpoints, self.minibatches = folder.checkpoints, minibatches
+        self.passes, self.max_step, self.max_s = epoch * minibatches, max_step, max_s
+        self.evaluations = evaluations
+        self.position, self.parts = Position(), {}
+        self.logs: Logs | None = None  # from `restore` on
+        self._ends = []  # seconds of the run at which the last RECENT steps ended
+        self._stopped_by = 0
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.position.step
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        return self.position.progress
+
+    @property
+    def total_steps(self) -> float:
+        """Steps in all, if time does not end the run."""
+        position = self.position
+        left = (self.passes - position.minibatches) / processes.size()
+        return min(self.max_step, position.step + (math.ceil(left) if left < math.inf else left))
+
+    def expected_steps(self) -> float:
+        """Steps in all: those of the budget or, of a time budget, as many as the speed of the recent ones leads to."""
+        if self.max_s == math.inf:
+            return self.total_steps
+        left_s = (1 - self.progress) * (self.max_s - self.position.first_s)
+        return min(self.total_steps, max(self.step + left_s / (self.position.a_step_s or 1.0), self.step + 1))
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def steps(self) -> Iterator[int]:
+        """Yield each step there is still to do. When it is done the state is saved if that is due, or if a signal came,
+        which then ends the process as it would have at once."""
+        self.signals.deferred = True
+        if not self.step:
+            self.position.seconds_before = time.monotonic() - self._restored_at
+        self._started = time.monotonic() - self.position.seconds
+        total = self.total_steps if self.total_steps < math.inf else None
+        self._bar = progress_bar(total=total, initial=self.step, desc="learning", unit="step",
+                                 disable=not processes.is_main())
+        with self._bar:
+            while self.progress < 1:
+                yield self.step
+                self._bar.update()
+                due = processes.is_main() and self.checkpoints.due(self.step, self._elapsed_s(),
+                                                                   last=self.progress == 1.0)
+                due = processes.agreed(float(bool(due)))
+                if due or self._stopped_by:
+                    self.save()
+                if self._stopped_by:
+                    processes.log(f"stopped after step {self.step}, with its state saved")
+                    sys.exit(128 + self._stopped_by)
+        self.signals.deferred = False
+
+    def next_batches(self) -> list[int]:
+        """The minibatches of the step to come, one for each process."""
+        return [(self.position.minibatches + i) % self.minibatches for i in range(processes.size())]
+
+    def _elapsed_s(self) -> float:
+        """Of the loop, without the time in which it was stopped."""
+        return time.monotonic() - self._started
+
+    def advance(self, result: StepResult) -> None:
+        """Count a step, evaluate its mask where that is due, and log it; UserError after BAD_LOSSES losses in a row
+        that are not finite, which are not logged. All processes take one time as theirs, and learn of a signal that
+        one of them got."""
+        found = processes.all_gather([self._elapsed_s(), float(self.signals.received)])
+        seconds, self._stopped_by = found[0][0], int(max(received for _, received in found))
+        position = self.position
+        position.step += 1
+        position.minibatches += processes.size()
+        self._measure(seconds)
+        if not result.is_finite:
+            self._skip(result.loss + (result.reference or 0))
+            return
+        position.skipped_in_a_row = 0
+        line = {"step": self.step, "loss": result.loss, "baseline": result.reference, "advantage": result.advantage,
+                "delta": result.delta, "seconds": round(seconds, 3)}
+        if result.not_finite is not None:
+            line["blocks_not_finite"] = result.not_finite
+        before, position.evaluations = position.evaluations, int(self.progress * self.evaluations)
+        stats = None
+        if position.evaluations > before:  # evenly spread over the run
+            stats, heldout = block_stats(self.validation.masked), self.validation.evaluate(self.step)
+            line |= {"heldout": heldout} if self.validation.has_text else {}
+        self.logs.write(line, stats)
+        self.folder.has_results = True
+        improvement = "" if result.reference is None else f" ({result.reference - result.loss:+.4f} against m0)"
+        self._bar.set_postfix_str(f"loss {result.loss:.4f}{improvement}", refresh=False)
+        if stats and position.diverged is None:
+            self._warn_of_divergence()
+
+    def _measure(self, seconds: float) -> None:
+        """Progress and speed, so many seconds after the run's start."""
+        position = self.position
+        if position.step == 1 and self.max_s < math.inf:
+            position.first_s = min(seconds, self.max_s / 2)
+        in_time = (seconds - position.first_s) / (self.max_s - position.first_s)
+        position.progress = min(1.0, max(position.step / self.max_step, position.minibatches / self.passes, in_time))
+        self._ends = [*self._ends, seconds][-RECENT:]
+        if len(self._ends) > 1:
+            position.a_step_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+    def _skip(self, loss: float) -> None:
+        position = self.position
+        position.skipped += 1
+        position.skipped_in_a_row += 1
+        if position.skipped_in_a_row < BAD_LOSSES and (self.logs.metrics or self.progress < 1):
+            processes.log(f"the loss is {loss} at step {self.step}: skipped")
+            return
+        begin = self.step - position.skipped_in_a_row + 1
+        position.skipped_in_a_row = 0  # resumed, the run goes on after them
+        saved = ""
+        if self.logs.metrics:
+            self.save()
+            saved = "; the state is saved"
+        raise UserError(f"the loss is {loss} at step {begin} and at all up to step {self.step}; lower --lr, or use "
+                        f"--dtype bfloat16 if the model overflows in its dtype{saved}")
+
+    def _warn_of_divergence(self) -> None:
+        if warning := self.validation.divergence(self.logs.metrics, self.minibatches):
+            self.position.diverged = self.step
+            processes.log(f"\nat step {self.step} {warning}")
+
+    # ----------------------------------------------------------------------------------------------- saved and restored
+
+    def restore(self, saved: StateFile | None, **parts) -> bool:
+        """Put the run, these parts of it included, where a state is; False: there is none, it starts.
+
+        parts: what has `state()`, (scalars, tensors), and `restore(scalars, read)`.
+        """
+        self.parts = parts
+        with processes.main_before_others():
+            if saved:
+                self._restore(saved)
+            self.checkpoints.step, self.checkpoints.saved_at = self.position.step, self.position.seconds
+            self.logs = Logs(self.folder.path, (self.position.metrics_bytes, self.position.layers_bytes))
+        self._restored_at = time.monotonic()
+        if saved:
+            processes.log(f"going on after step {self.step} of {self.folder.path}")
+        return bool(saved)
+
+    def _restore(self, saved: StateFile) -> None:
+        try:
+            self.position = Position(**saved.scalars["position"])
+            for name, part in self.parts.items():
+                part.restore(saved.scalars[name], lambda key, like, name=name: saved.read(f"{name}.{key}", like))
+            torch.set_rng_state(saved.read("random", torch.get_rng_state()))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{saved.path} is a state of another version ({reason}); start a new run")
+
+    def save(self) -> None:
+        """Save the state; the other processes wait, since writing may take longer than a process may take to answer.
+        The logs are synced first: a state that is there has its lines there."""
+        self.folder.has_results = True
+        states = {name: part.state() for name, part in self.parts.items()}
+        tensors = {f"{name}.{key}": tensor for name, (_, found) in states.items() for key, tensor in found.items()}
+        if processes.is_main():
+            self.position.metrics_bytes, self.position.layers_bytes = self.logs.sync()
+            if self.step:
+                self.position.seconds = self._elapsed_s()
+            scalars = {"position": asdict(self.position), "arguments": self.folder.arguments,
+                       **{name: found for name, (found, _) in states.items()}}
+            tensors["random"] = torch.get_rng_state()
+            self.checkpoints.save(self.step, self.position.seconds, scalars, tensors)
+            self.position.seconds_saving += self.checkpoints.cost_s
+        else:
+            give_shards(tensors)
+        processes.wait_for_main()
+
+    def check_disk(self, results_bytes: float) -> None:
+        """UserError unless there is room for the results and for the states that are not there yet."""
+        tensors = [tensor for part in self.parts.values() for tensor in part.state()[1].values()]
+        states_bytes = self.checkpoints.missing * sum(tensor.nbytes for tensor in tensors)
+        check_disk(self.folder.path, states_bytes + results_bytes)
+
+    def elapsed_s(self) -> float:
+        """Seconds of the whole run, swaps included."""
+        return self._elapsed_s() + self.position.seconds_before

@@ -1,0 +1,98 @@
+"""What sparsify.py learns from: how much text its budget needs, the text itself, the order of the channels, m0."""
+import math
+import time
+from pathlib import Path
+
+from utils import UserError, set_seed
+
+import torch
+from torch import Tensor, nn
+
+from files import mask_files, permutation_files
+from files.atomic import atomic_write
+from models import generation, processes
+from models.layers import check_divisible, find_layers
+from models.loading import Tokenizer, model_fingerprint
+from models.loss import batch_loss
+from pruning.channel_order import search_and_reorder
+from pruning.one_shot import OneShot, one_shot_masks
+
+HELDOUT, MOST_HELDOUT = 0.02, 8  # share of the minibatches, and how many at most, to select the mask; as many to report
+PARTS = 2  # that are held out
+TEXT_SHARE, LEARNING_SHARE = 0.3, 0.6  # of the minutes: for generating text, at most; for learning, about
+FORWARDS = 6  # that a step of learning costs
+MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
+FEWEST = 16  # minibatches of text, however short the time
+SEQUENCES = 128  # of text that Wanda and the order are measured on
+
+
+def heldout_of(minibatches: int) -> int:
+    """How many of the minibatches select the mask."""
+    return min(MOST_HELDOUT, math.ceil(HELDOUT * minibatches))
+
+
+def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, batchsize: int, seqlen: int) -> int:
+    """Tokens of text for one pass in so many steps or, by the measured speed of a forward pass, in so many minutes."""
+    if steps is None:
+        batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
+        for _ in range(2):  # the first warms up
+            began = time.perf_counter()
+            batch_loss(model, batch)
+        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(time.perf_counter() - began))
+        steps = max(FEWEST, math.ceil(steps))
+    wanted = steps * processes.size()
+    found = wanted
+    while found - PARTS * heldout_of(found) < wanted:
+        found += 1
+    return found * batchsize * seqlen
+
+
+def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Minibatches to learn from, those that select the mask, and those that only the final table uses. UserError where
+    there are fewer than three."""
+    heldout = heldout_of(len(minibatches))
+    learned = len(minibatches) - PARTS * heldout
+    if learned < 1:
+        raise UserError(f"the text makes {len(minibatches)} minibatches and at least {PARTS + 1} are needed: give more "
+                        "text, or lower --batchsize or --seqlen")
+    return minibatches[:learned], minibatches[learned:learned + heldout], minibatches[len(minibatches) - heldout:]
+
+
+def generated_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, seqlen: int, after: str | None,
+                   seed: int, max_s: float, least: int) -> list[str]:
+    """Files of documents that the model generates, so many tokens in all or, beyond the `least`, as many as so many
+    seconds give. With `after`, passages, half of it continues them. A file that is there already is kept."""
+    passages = generation.read_passages(after, model, tokenizer, seqlen) if after else []
+    files = {folder / "generated.jsonl": []} | ({folder / "generated_after.jsonl": passages} if after else {})
+    tokens, batchsize = tokens // len(files), min(256, max(16, tokens // len(files) // (8 * seqlen)))
+    with processes.main_before_others():
+        missing = [file for file in files if not file.exists()]
+        if missing and processes.is_main():
+            with generation.made_fast(model, tokenizer, batchsize):
+                for number, file in enumerate(files):
+                    set_seed(seed + number)  # the same text after a stop
+                    if file in missing:
+                        generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, files[file],
+                                              max_s / len(files), least // len(files))
+    return [str(file) for file in files]
+
+
+def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],
+                     sequences: Tensor, seed: int) -> None:
+    """Bring the model's channels into an order in which masks of this pattern keep more; the order goes to a file."""
+    original = model_fingerprint(model)
+    found = search_and_reorder(model, find_layers(model, targets), sequences[:SEQUENCES], pattern, seed=seed)
+    if processes.is_main():
+        with atomic_write(file) as beside:
+            permutation_files.save(beside, permutation_files.PermutationFile(found.orders, name, original))
+
+
+def wanda_mask(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],
+               sequences: Tensor) -> None:
+    """Write Wanda's mask of these layers, measured on the first SEQUENCES sequences, int64 `[sequences, tokens]`."""
+    layers = find_layers(model, targets)
+    check_divisible(layers, pattern[1])
+    with processes.main_before_others():
+        if processes.is_main() and not file.exists():
+            masks = one_shot_masks(model, layers, sequences[:SEQUENCES], OneShot("wanda", pattern))
+            mask_files.save(file, masks, *pattern, name, model_fingerprint(model))

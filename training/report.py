@@ -1,0 +1,38 @@
+"""What sparsify.py tells at its end: perplexities, the share of the gap that was closed, time and memory by stage."""
+import math
+from pathlib import Path
+
+from evaluation.comparison import markdown_table
+from files.records import write_json
+
+ROWS = ("dense", "m0", "learned")
+
+
+def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
+    """Row -> text -> loss in nats, as perplexities; the gap is that in loss between the dense model and m0."""
+    heading, lines = ["mask"], [[row] for row in ROWS]
+    for text in nats["dense"]:
+        heading += [f"perplexity, {text}", "gap closed (%)"]
+        dense, m0 = nats["dense"][text], nats["m0"][text]
+        for line, row in zip(lines, ROWS):
+            closed = f"{100 * (m0 - nats[row][text]) / (m0 - dense):.1f}" if row == "learned" and m0 > dense else ""
+            line += [f"{math.exp(nats[row][text]):.3f}", closed]
+    return markdown_table(heading, lines)
+
+
+def stage_table(stages: dict[str, dict]) -> str:
+    """Minutes and peak memory of each stage."""
+    return markdown_table(["stage", "minutes", "peak memory (GiB)"],
+                          [[name, f"{stage['seconds'] / 60:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f}"]
+                           for name, stage in stages.items()])
+
+
+def write(folder: Path, record: dict, summary: dict) -> str:
+    """Write report.json, a run's record with its table and summary; returns what is to be printed. The main process
+    has a summary; the others write nothing."""
+    if not summary:
+        return ""
+    write_json(folder / "report.json", {**record, "summary": summary})
+    changed = f"{summary['blocks_changed']:,} of {summary['blocks']:,} blocks changed from m0"
+    return (f"\n{perplexity_table(record['nats'])}\n\n{stage_table(record['stages'])}\n\n{changed}, "
+            f"{summary['steps']} steps -> {folder}")

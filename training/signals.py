@@ -1,0 +1,32 @@
+"""Signals that end a run: SIGTERM, SIGHUP and Ctrl-C end it after the step it is at; a second one ends it at once."""
+import signal
+import sys
+import threading
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class StopSignals:
+    """A context manager: inside, a signal ends the process at once or, while `deferred`, is kept in `received`."""
+
+    def __init__(self):
+        self.received, self.deferred = 0, False
+        self._before = {}
+
+    def __enter__(self):
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, or a shell's background
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.deferred and not self.received:
+            self.received = number
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            sys.exit(128 + number)

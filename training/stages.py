@@ -1,0 +1,42 @@
+"""The stages of a long run, each done once: what each took is kept in the run's record."""
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from utils import checked_device, peak_memory, reset_peak_memory
+
+import torch
+
+from models import processes
+from training.run_folder import RunFolder
+
+
+class Stages:
+    """Announces and times the stages of a run. A stage that is done is known to be when the run goes on.
+
+    device: as --device; its memory is looked at.
+    """
+
+    def __init__(self, folder: RunFolder, device: str | None):
+        self.folder, self.devices = folder, [torch.device(checked_device(device))]
+        self.done: dict[str, dict] = folder.record.setdefault("stages", {})
+        self._started = time.monotonic() - sum(stage["seconds"] for stage in self.done.values())
+
+    def elapsed_s(self) -> float:
+        """Of this run, the time of an unfinished stage in an earlier process not counted."""
+        return time.monotonic() - self._started
+
+    @contextmanager
+    def stage(self, name: str, doing: str) -> Iterator[None]:
+        """Inside is this stage; when it ends well it is recorded as done. It may have been done in part before."""
+        processes.log(f"[{name}] {doing}")
+        reset_peak_memory(self.devices)
+        began = time.monotonic()
+        yield
+        before = self.done.get(name, {"seconds": 0.0, "peak_memory_bytes": 0})
+        seconds = before["seconds"] + time.monotonic() - began
+        peak = max(before["peak_memory_bytes"], peak_memory(self.devices)["peak_memory_bytes"])
+        self.done[name] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak}
+        self.folder.has_results = True
+        self.folder.write_record()
+        processes.log(f"[{name}] {seconds / 60:.1f} minutes, peak memory {peak / 2**30:.2f} GiB")
