@@ -70,7 +70,7 @@ class Killer:
         for name in ("fsync", "replace", "unlink"):
             setattr(os, name, self.before(getattr(os, name), "file"))
         checkpoint.CHUNK_BYTES = 4096
-        checkpoint.hashlib = SimpleNamespace(sha256=lambda start: self.counting(hashlib.sha256(start)))
+        checkpoint.hashlib = SimpleNamespace(sha256=lambda *head: self.counting(hashlib.sha256(*head)))
 
     def moment(self, kind: str) -> None:
         self.counts[kind] += 1
@@ -84,7 +84,7 @@ class Killer:
         return called
 
     def counting(self, digest):
-        return SimpleNamespace(update=self.before(digest.update, "chunk"), hexdigest=digest.hexdigest)
+        return SimpleNamespace(update=self.before(digest.update, "chunk"), digest=digest.digest)
 
 
 def in_process(folder: Path, arguments: list[str], kind: str = "", number: int = 0, sent: int = 0) -> tuple[int, str]:
