@@ -13,7 +13,6 @@ from utils import (
     UserError,
     add_model_arguments,
     add_old_name,
-    arguments_of,
     positive_int,
     run_script,
     script_parser,
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--seqlen is {args.seqlen}: it must be at least 2 tokens, the first one is given")
     out = refuse_existing(args.out, "choose another --out or remove it")
     set_seed(args.seed)
-    model, tokenizer = load_model(**arguments_of(load_model, args))
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     passages = generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []
     with generation.made_fast(model, tokenizer, args.batchsize, args.attention) as attention:

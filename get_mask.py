@@ -16,7 +16,7 @@ a foreign format get the fingerprint by which a mask of another model is refused
 import argparse
 import sys
 
-from utils import UserError, add_model_arguments, arguments_of, run_script, script_parser, sparsity_type
+from utils import UserError, add_model_arguments, run_script, script_parser, sparsity_type
 
 from files import mask_files
 from files.atomic import refuse_existing
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def extract(args: argparse.Namespace) -> mask_files.MaskFile:
     """The mask of the weights of --model that are not zero."""
     n, m = args.sparsity_type
-    model, _ = load_model(**arguments_of(load_model, args))
+    model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     layers = find_layers(model, args.targets)
     check_divisible(layers, m)
     masks, broken, filled = {}, {}, 0
@@ -71,7 +71,7 @@ def convert(args: argparse.Namespace) -> mask_files.MaskFile:
     n, m = args.sparsity_type or (None, None)
     if not args.model:
         return mask_files.load(args.convert, n, m)
-    model, _ = load_model(**arguments_of(load_model, args))
+    model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     found = read_masks(args.convert, model, n, m)
     return mask_files.MaskFile(found.masks, found.n, found.m, base_model(args.model), model_fingerprint(model))
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from utils import (
     UserError,
     add_model_arguments,
-    arguments_of,
     environment,
     peak_memory,
     positive_int,
@@ -58,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def search(args: argparse.Namespace) -> tuple[Found, dict]:
     """What the search found, and the memory that it took."""
-    model, tokenizer = load_model(**arguments_of(load_model, args))
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     layers = find_layers(model)
     check_divisible(layers, args.sparsity_type[1])
     if args.seqlen < 2:

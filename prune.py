@@ -35,7 +35,6 @@ import time
 
 from utils import (
     add_model_arguments,
-    arguments_of,
     environment,
     finite,
     peak_memory,
@@ -84,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     out = refuse_existing(args.save_model, "choose another --save_model or remove it")
     set_seed(args.seed)
     started = time.time()
-    model, tokenizer = load_model(**arguments_of(load_model, args))
-    way = OneShot(**arguments_of(OneShot, args))
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
+    way = OneShot(args.prune_method, args.sparsity_type, args.true_sequential, args.swaps, args.percdamp)
     layers = find_layers(model, args.targets)
     check_divisible(layers, args.sparsity_type[1])
     samples = None

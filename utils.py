@@ -4,7 +4,6 @@ To be imported before torch, which every script and bench does: it says how long
 """
 import argparse
 import ctypes
-import inspect
 import os
 import platform
 import random
@@ -45,7 +44,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0][:120]}); use a 16-bit --dtype, or lower "
@@ -54,13 +53,6 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def printable(error: Exception) -> str:
-    """Its message in one line; what a file put into it can move no cursor and is cut where it is endless."""
-    line = " ".join(str(error).split())
-    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line)
-    return line if len(line) <= 2000 else line[:2000] + " ..."
 
 
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
@@ -93,12 +85,6 @@ def add_old_name(parser: argparse.ArgumentParser, old: str, name: str) -> None:
                         help=argparse.SUPPRESS)
 
 
-def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
-    """Those of a script's arguments that a function has parameters for: `load_model(**arguments_of(load_model, args))`.
-    Below the scripts nobody knows a command line, only these names."""
-    return {name: value for name, value in vars(args).items() if name in inspect.signature(function).parameters}
-
-
 def sparsity_type(text: str) -> tuple[int, int]:
     """'N:M' -> (N, M) with 1 <= N < M <= 16; for argparse, so a bad one is a usage error."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -116,14 +102,6 @@ def finite(lowest: float, highest: float = sys.float_info.max) -> Callable[[str]
             raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of at least {lowest:g}{upto}")
         return value
     return number
-
-
-def positive_float(text: str) -> float:
-    """For argparse."""
-    value = finite(0)(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of more than 0")
-    return value
 
 
 def seed_number(text: str) -> int:

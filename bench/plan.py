@@ -16,11 +16,11 @@ link's rate, one after another.
 """
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import common
-from utils import DTYPES, UserError, arguments_of, run_script
+from utils import DTYPES, UserError, run_script
 
 import torch
 from torch import nn
@@ -217,7 +217,8 @@ def described(name: str) -> nn.Module:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     size = ModelSize.of(described(args.model))
-    common.report(plan(size, Settings(**arguments_of(Settings, args)), DEVICES[args.gpu], args.gpus), args,
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    common.report(plan(size, settings, DEVICES[args.gpu], args.gpus), args,
                   f"{args.model}: {size.weights / 1e9:.4g} G weights, {size.learned / 1e9:.4g} G of them with a mask, "
                   f"on {args.gpus} x {args.gpu}; {args.batchsize} x {args.sqlen} tokens a minibatch, "
                   f"{args.logits_dtype} logits; fits: below 92 % of the memory")

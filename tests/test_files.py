@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import utils
 from utils import UserError
 
 import pytest
@@ -84,12 +83,6 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and len(os.listdir(tmp_path)) == 3
     write(path)
     assert path.read_text() == "new" and sorted(os.listdir(tmp_path)) == ["file", "other"]
-
-
-def test_messages_are_one_printable_line():
-    error = UserError("a\x1b[2Jb\n c\u202e\x07" + "d" * 5000)
-    assert utils.printable(error).startswith("a\ufffd[2Jb c\ufffd\ufffdddd") and len(utils.printable(error)) < 2100
-    assert utils.printable(error).isprintable()
 
 
 # ------------------------------------------------------------------------------------------------------------- records
