@@ -25,7 +25,16 @@ mask. Such a file holds one evaluation. --overwrite replaces it; --save chooses 
 import argparse
 from pathlib import Path
 
-from utils import UserError, add_model_arguments, environment, positive_int, run_script, script_parser, sparsity_type
+from utils import (
+    UserError,
+    add_model_arguments,
+    environment,
+    positive_int,
+    run_script,
+    script_parser,
+    sequence_length,
+    sparsity_type,
+)
 
 from torch import nn
 
@@ -49,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparsity_type", type=sparsity_type, default=None, help="N:M to verify (default: of --mask)")
     parser.add_argument("--targets", nargs="+", default=None, help="verify the layers whose names contain one of these")
     parser.add_argument("--ppl", default="wikitext2", help="held-out text: wikitext2, c4, a file, or none")
-    parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a window")
+    parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a window")
     parser.add_argument("--nwindows", type=positive_int, default=None, help="windows, at most (default: all)")
     parser.add_argument("--bos", action="store_true", help="put the beginning-of-text token, unscored, before windows")
     parser.add_argument("--tasks", default=None, help="tasks of lm-evaluation-harness, separated by commas")

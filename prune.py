@@ -41,6 +41,7 @@ from utils import (
     positive_int,
     run_script,
     script_parser,
+    sequence_length,
     set_seed,
     sparsity_type,
 )
@@ -61,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M, keep N of every M weights")
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
-    parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a calibration sequence")
+    parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence")
     parser.add_argument("--bos", action="store_true",
                         help="begin each calibration sequence with the beginning-of-text token")
     parser.add_argument("--true_sequential", action="store_true", help="later layers see the earlier ones pruned")

@@ -29,6 +29,7 @@ from utils import (
     positive_int,
     run_script,
     script_parser,
+    sequence_length,
     set_seed,
 )
 
@@ -67,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--after", metavar="PASSAGES", default=None,
                         help="half of the generated text continues these passages: a dataset of the kind of text that "
                              "the model will meet")
-    parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a sequence")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
     parser.add_argument("--batchsize", type=positive_int, default=8, help="sequences in a step of each process")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
     budget = parser.add_mutually_exclusive_group()

@@ -104,18 +104,16 @@ def finite(lowest: float, highest: float = sys.float_info.max) -> Callable[[str]
     return number
 
 
-def seed_number(text: str) -> int:
-    """For argparse: what a generator takes."""
-    if not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^63 - 1")
-    return int(text)
+def whole(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
+    """An int type for argparse: at least `lowest` and at most `highest`."""
+    def number(text: str) -> int:
+        if not text.isdigit() or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {lowest} to {highest}")
+        return int(text)
+    return number
 
 
-def positive_int(text: str) -> int:
-    """For argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
+positive_int, sequence_length = whole(1), whole(2)  # a sequence has at least a token, and one to predict from it
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LLAMA2) -> None:
@@ -126,7 +124,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
     parser.add_argument("--device", default=None,
                         help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs by accelerate "
                              "(default: cuda if there is one)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of every random choice")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
 
 
@@ -137,7 +135,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                              "evaluate.py's --task_file has them")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
     parser.add_argument("--batchsize", type=positive_int, default=32, help="sequences in a minibatch")
-    parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a sequence")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
     add_old_name(parser, "sqlen", "seqlen")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
 
