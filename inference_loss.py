@@ -13,7 +13,6 @@ from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
-    arguments_of,
     peak_memory,
     progress_bar,
     run_script,
@@ -45,11 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     path = args.save or baselines.default_path(args.dataset_size, args.batchsize, args.seqlen)
     out = refuse_existing(path, "choose another --save or remove it")
     set_seed(args.seed)
-    model, tokenizer = load_model(**arguments_of(load_model, args))
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     layers = find_layers(model, targets=[""])
     masks = {} if args.mask == "none" else read_masks(args.mask, model).masks
-    batches = data.minibatches(tokenizer, **arguments_of(data.minibatches, args))
+    batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
     depends_on = baselines.conditions(model, masks, batches, args.dataset)
     apply_masks(layers, masks)
     losses = [batch_loss(model, batch, args.microbatch)

@@ -26,10 +26,10 @@ from utils import (
     add_model_arguments,
     finite,
     gradient_dtype,
-    positive_float,
     positive_int,
     run_script,
     script_parser,
+    sequence_length,
     set_seed,
 )
 
@@ -68,11 +68,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--after", metavar="PASSAGES", default=None,
                         help="half of the generated text continues these passages: a dataset of the kind of text that "
                              "the model will meet")
-    parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a sequence")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
     parser.add_argument("--batchsize", type=positive_int, default=8, help="sequences in a step of each process")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=positive_float, default=None, help="for everything (default: 30)")
+    budget.add_argument("--minutes", type=finite(0.01), default=None,
+                        help="for everything (default: 30)")
     budget.add_argument("--steps", type=positive_int, default=None, help="of learning, in place of minutes")
     arguments.add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true", help="first reorder channels, so that masks keep more")

@@ -4,7 +4,6 @@ To be imported before torch, which every script and bench does: it says how long
 """
 import argparse
 import ctypes
-import inspect
 import os
 import platform
 import random
@@ -45,7 +44,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0][:120]}); use a 16-bit --dtype, or lower "
@@ -54,13 +53,6 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def printable(error: Exception) -> str:
-    """Its message in one line; what a file put into it can move no cursor and is cut where it is endless."""
-    line = " ".join(str(error).split())
-    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line)
-    return line if len(line) <= 2000 else line[:2000] + " ..."
 
 
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
@@ -93,12 +85,6 @@ def add_old_name(parser: argparse.ArgumentParser, old: str, name: str) -> None:
                         help=argparse.SUPPRESS)
 
 
-def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
-    """Those of a script's arguments that a function has parameters for: `load_model(**arguments_of(load_model, args))`.
-    Below the scripts nobody knows a command line, only these names."""
-    return {name: value for name, value in vars(args).items() if name in inspect.signature(function).parameters}
-
-
 def sparsity_type(text: str) -> tuple[int, int]:
     """'N:M' -> (N, M) with 1 <= N < M <= 16; for argparse, so a bad one is a usage error."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -118,26 +104,16 @@ def finite(lowest: float, highest: float = sys.float_info.max) -> Callable[[str]
     return number
 
 
-def positive_float(text: str) -> float:
-    """For argparse."""
-    value = finite(0)(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of more than 0")
-    return value
+def whole(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
+    """An int type for argparse: at least `lowest` and at most `highest`."""
+    def number(text: str) -> int:
+        if not text.isdigit() or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {lowest} to {highest}")
+        return int(text)
+    return number
 
 
-def seed_number(text: str) -> int:
-    """For argparse: what a generator takes."""
-    if not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
-def positive_int(text: str) -> int:
-    """For argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
+positive_int, sequence_length = whole(1), whole(2)  # a sequence has at least a token, and one to predict from it
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LLAMA2) -> None:
@@ -148,7 +124,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
     parser.add_argument("--device", default=None,
                         help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs by accelerate "
                              "(default: cuda if there is one)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of every random choice")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
 
 
@@ -159,7 +135,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                              "evaluate.py's --task_file has them")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
     parser.add_argument("--batchsize", type=positive_int, default=32, help="sequences in a minibatch")
-    parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a sequence")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
     add_old_name(parser, "sqlen", "seqlen")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
 

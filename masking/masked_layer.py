@@ -11,7 +11,7 @@ from masking.exact_kernels import chunk_of
 from masking.kernels import Kernels
 from masking.layers import zero_weights
 from models.layers import is_transposed, weight_matrix
-from models.sharding import Rows, Shard, own_weight
+from models.sharding import Rows, own_weight
 
 SAMPLE = 4096  # blocks of a layer, at least, that statistics are taken from, where it has so many
 
@@ -93,9 +93,9 @@ class MaskedLayer:
         """A number for each block of the layer, from those of this process; all processes have to ask at once."""
         return self.rows.whole(blocks, self.width)
 
-    def shard(self, blocks: Tensor) -> Tensor | Shard:
-        """A number for each block that is here, as a state is saved and read."""
-        return Shard(blocks, self.rows, self.width) if self.sharded else blocks
+    def shard(self, blocks: Tensor) -> Tensor:
+        """A number for each block that is here, as a state is saved and read: a DTensor where the layer is sharded."""
+        return self.rows.share(blocks, self.width)
 
     def bits_of(self, mask: Tensor) -> Tensor:
         """The layer's mask, bool `[out, in]`, as bits `[blocks]` of the rows that are here."""

@@ -14,7 +14,7 @@ from masking.random_bits import layer_keys
 from masking.spaces import Space
 from models.layers import find_layers
 from models.loss import batch_loss
-from models.sharding import MaskedRows, Rows, Shard, own_weight
+from models.sharding import MaskedRows, Rows, own_weight
 
 Bits = dict[str, Tensor | None]  # layer name -> mask as integers [blocks], None: dense
 
@@ -221,12 +221,12 @@ class MaskedModel:
                 yield f"logits.{i}.{name}", layer, plane
             yield f"bits.{name}", layer, layer.bits
 
-    def state(self) -> tuple[dict, dict[str, Tensor | Shard]]:
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
         """For a checkpoint: the count that random numbers are made from, and the tensors themselves, no copies."""
         self.flush()
         return {"steps": self.steps}, {name: layer.shard(tensor) for name, layer, tensor in self._moving()}
 
-    def restore(self, scalars: dict, read: Callable[[str, Tensor | Shard], Tensor]) -> None:
+    def restore(self, scalars: dict, read: Callable[[str, Tensor], Tensor]) -> None:
         """From `state`; read(name, like): the tensor of this name, as large as `like`."""
         self.steps = scalars["steps"]
         for name, layer, tensor in self._moving():

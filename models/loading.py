@@ -13,8 +13,6 @@ import torch
 import transformers
 from torch import nn
 
-from files import model_folder
-
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it
 
@@ -27,7 +25,7 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     which accelerate spreads the layers over all GPUs.
     """
     device_map = device if device in DEVICE_MAPS else None
-    device, source = checked_device(None if device_map else device), local_folder(model, trust_remote_code)
+    device, source = checked_device(None if device_map else device), local_folder(model)
     torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
@@ -52,10 +50,9 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     return found.eval(), tokenizer
 
 
-def local_folder(model: str, trusted: bool) -> str | Path:
-    """The model's folder, checked, or its hub id as it is. UserError where it should be a folder and is none."""
+def local_folder(model: str) -> str | Path:
+    """The model's folder, or its hub id as it is. UserError where it should be a folder and is none."""
     if Path(model).expanduser().is_dir():
-        model_folder.check(Path(model).expanduser(), trusted)
         return Path(model).expanduser()
     if any(model.startswith(mark) for mark in (".", "/", "~")):
         raise UserError(f"--model {model}: there is no such folder")

@@ -97,10 +97,6 @@ def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
        ("inference_loss", "--model {w}/bad_length", "bad_length cannot be loaded"),
        ("inference_loss", "--model {w}/few_rows --mask none", "the tokenizer makes token", "32 embeddings", "its own"),
        (["prune", "evaluate"], "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
-       (ALL, "--model {w}/escaping", "escaping", "'../llama/x.safetensors'", "not a file of its folder", "restore"),
-       (ALL, "--model {w}/many_layers", "many_layers", "claims num_hidden_layers 1000000000", "restore"),
-       ("evaluate", "--model {w}/adapter", "is an adapter", "merge it"),
-       ("evaluate", "--model {w}/kernels", "'somebody/attention' of the Hub", "--trust_remote_code"),
        ("inference_loss", "--device_map nonsense", "nonsense", "device_map"),
        (ALL, "--device nonsense", "--device nonsense cannot be used", "--device cpu"),
        (ALL, "--device cuda:99", "--device cuda:99 cannot be used", "--device cpu"))
@@ -139,17 +135,16 @@ REMEDY = ("--mask", "get_mask.py", "--model")
        (MASKED, "--mask {w}/mask_other.safetensors", "mask", "another model", REMEDY),
        (MASKED, "--mask {w}/absent.safetensors", "absent.safetensors", "no such mask", "get_mask.py"),
        (MASKED, "--mask {w}/empty", "empty", "holds no masks"),
-       (MASKED, "--mask {w}/garbage_mask.safetensors", "garbage_mask.safetensors", "damaged", "make it anew"),
-       (MASKED, "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors", "damaged", "make it anew"),
-       (MASKED, "--mask {w}/evil", "evil", "a.pt is not one tensor as torch.save writes it"),
-       (MASKED, "--mask {w}/bomb.npz", "bomb.npz", "would take 16777216 bytes", "make it anew"),
+       (MASKED, "--mask {w}/garbage_mask.safetensors", "garbage_mask.safetensors cannot be read", "make it anew"),
+       (MASKED, "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors cannot be read", "make it anew"),
+       (MASKED, "--mask {w}/evil", "evil: a.pt cannot be read", "make it anew"),
+       (MASKED, "--mask {w}/foreign.npz", "foreign.npz", "'elsewhere' is not one of the model's"),
        ("convert", "--convert {w}/absent", "absent", "no such mask", "get_mask.py"),
        ("convert", "--convert {w}/empty", "empty", "holds no masks"),
-       ("convert", "--convert {w}/garbage_mask.safetensors", "garbage_mask.safetensors is damaged", "make it anew"),
-       ("convert", "--convert {w}/torn_mask.safetensors", "torn_mask.safetensors is damaged", "make it anew"),
-       ("convert", "--convert {w}/evil", "evil", "a.pt is not one tensor as torch.save writes it"),
-       ("convert", "--convert {w}/bomb.npz", "bomb.npz", "does not hold the shapes", "--model"),
-       ("convert", "--convert {w}/bomb.npz --model {w}/llama", "bomb.npz", "would take 16777216 bytes"),
+       ("convert", "--convert {w}/garbage_mask.safetensors", "garbage_mask.safetensors cannot be read", "make it anew"),
+       ("convert", "--convert {w}/torn_mask.safetensors", "torn_mask.safetensors cannot be read", "make it anew"),
+       ("convert", "--convert {w}/evil", "evil: a.pt cannot be read", "make it anew"),
+       ("convert", "--convert {w}/foreign.npz", "foreign.npz", "does not hold the shapes", "--model"),
        ("convert", "--model {w}/gpt2", "another model", "get_mask.py"),
        ("convert", "--model {w}/absent", "--model", "no such folder"),
        ("convert", "--sparsity_type 4:8", "2:4, not 4:8"),
@@ -187,26 +182,24 @@ def test_layers_and_patterns(refused, script, flags, words):
 
 
 @cases((TRAINING, "--dataset {w}/absent.jsonl", "absent.jsonl", "no such file", "check the path"),
-       (TRAINING, "--dataset {w}/torn.jsonl", "torn.jsonl", ("cannot read", "only ", "none of")),
+       (TRAINING, "--dataset {w}/torn.jsonl", "torn.jsonl", ("cannot be read", "only ", "none of")),
        (TRAINING, "--dataset {w}/numbers.jsonl", "numbers.jsonl", "text"),
        (TRAINING, "--dataset {w}/nothing.jsonl", "nothing.jsonl"),
-       (TRAINING, "--dataset {w}/picture.png", "picture.png", "unknown kind of file", ".jsonl"),
-       (TRAINING, "--dataset {w}/empty", "empty", "holds no file", ".jsonl"),
+       (TRAINING, "--dataset {w}/picture.png", "picture.png", "no file that ends with", ".jsonl"),
+       (TRAINING, "--dataset {w}/empty", "empty", "no file that ends with", ".jsonl"),
        (["inference_loss", "train"], "--dataset {w}/few.jsonl", "only 3 of the 3 documents", "lower --dataset_size"),
        (["inference_loss", "train"], "--sqlen 5000", ("only 0 of the 12 documents", "256 positions"), "--sqlen"),
        (["inference_loss", "train"], "--batchsize 3", "--batchsize 3 does not divide --dataset_size 8", "use 2 or 4"),
        (["inference_loss", "train"], "--sqlen 1", "--sqlen is 1", "at least 2"),
-       (TRAINING, "--dataset {w}/bomb.json.gz", "bomb.json.gz", "over 100 times its size", "intact"),
-       (TRAINING, "--dataset {w}/saved", "saved", "cannot read", "intact"),
-       (TRAINING, "--dataset {w}/saved_escaping", "saved_escaping", "'../saved/data.arrow'", "restore it"),
+       (TRAINING, "--dataset {w}/torn.json.gz", "torn.json.gz cannot be read", "intact"),
        (TRAINING, "--dataset {w}/surrogate.jsonl", "surrogate.jsonl", "surrogates not allowed", "intact"),
        (TRAINING, "--dataset {w}/mixed.jsonl", "mixed.jsonl", "'int'", "intact"),
-       (TRAINING, "--dataset {w}/list.jsonl", "list.jsonl", "line 2 is not a JSON object", "intact"),
+       (TRAINING, "--dataset {w}/list.jsonl", "list.jsonl", "row 2 is not a JSON object", "intact"),
        ("prune", "--seqlen 5000", ("none of the 12 documents", "256 positions"), "lower --seqlen"),
        ("evaluate", "--ppl {w}/absent.txt", "absent.txt", "no such file", "check the path"),
-       ("evaluate", "--ppl {w}/torn.jsonl", "torn.jsonl", ("cannot read", "fewer than one window")),
+       ("evaluate", "--ppl {w}/torn.jsonl", "torn.jsonl", ("cannot be read", "fewer than one window")),
        ("evaluate", "--ppl {w}/nothing.jsonl", "nothing.jsonl"),
-       ("evaluate", "--ppl {w}/picture.png", "picture.png", "unknown kind of file", ".txt"),
+       ("evaluate", "--ppl {w}/picture.png", "picture.png", "no file that ends with", ".txt"),
        ("evaluate", "--seqlen 5000", ("fewer than one window of 5000", "256 positions"), "lower --seqlen"),
        ("evaluate", "--seqlen 1", "--seqlen is 1", "at least 2"))
 def test_texts(refused, script, flags, words):
@@ -241,13 +234,12 @@ def test_numbers_that_are_not_finite(refused, script, flags, words):
 AGAIN = "inference_loss.py"
 
 
-@cases(("train", "--baseline_file {w}/absent.npz", "absent.npz", "no such baseline", AGAIN, "--baseline online"),
-       ("train", "--baseline_file {w}/garbage_baseline.npz", "garbage_baseline.npz", "not a baseline file", AGAIN),
-       ("train", "--baseline_file {w}/torn_baseline.npz", "torn_baseline.npz", "not a baseline file", AGAIN),
-       ("train", "--baseline_file {w}/mask.safetensors", "mask.safetensors", "not a baseline file", AGAIN),
-       ("train", "--baseline_file {w}/empty", "empty", "not a baseline file", AGAIN),
-       ("train", "--baseline_file {w}/bomb.npz", "bomb.npz", "not a baseline file", AGAIN),
-       ("train", "--baseline_file {w}/nan.npz", "nan.npz", "not finite", AGAIN),
+@cases(("train", "--baseline {w}/absent.npz", "absent.npz", "no such baseline", AGAIN, "--baseline online"),
+       ("train", "--baseline {w}/garbage_baseline.npz", "garbage_baseline.npz", "not a baseline file", AGAIN),
+       ("train", "--baseline {w}/torn_baseline.npz", "torn_baseline.npz", "not a baseline file", AGAIN),
+       ("train", "--baseline {w}/mask.safetensors", "mask.safetensors", "not a baseline file", AGAIN),
+       ("train", "--baseline {w}/empty", "empty", "not a baseline file", AGAIN),
+       ("train", "--baseline {w}/nan.npz", "nan.npz", "not finite", AGAIN),
        ("train", "--mask {w}/flipped.safetensors", "baseline.npz is stale: mask", AGAIN),
        ("train", "--dataset {w}/other.jsonl", "baseline.npz is stale: tokens", AGAIN),
        ("train", "--sqlen 16", "baseline.npz is stale", "sqlen 32 there, 16 here", AGAIN),
@@ -260,7 +252,7 @@ def test_baselines(refused, script, flags, words):
 
 
 def test_the_default_baseline_is_missing(refused, monkeypatch):
-    monkeypatch.setitem(COMMANDS, "train", COMMANDS["train"].replace("--baseline_file {w}/baseline.npz", ""))
+    monkeypatch.setitem(COMMANDS, "train", COMMANDS["train"].replace("--baseline {w}/baseline.npz", ""))
     refused("train", "", "inference_loss_8_bs4_sql32.npz: there is no such baseline", AGAIN)
 
 
@@ -376,10 +368,8 @@ def test_arguments(refused, script, flags, words):
        *[("compare", f"--compare {{w}}/record.json {{w}}/{name}.record.json", f"{name}.record.json is no record",
           "make it with evaluate.py") for name in ("not_json", "deep", "word", "endless")],
        ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders"),
-       ("plot", "{w}/no_step", "holds no step yet", "give another run"),
-       *[("plot", f"{{w}}/{name}", f"{name}/metrics.jsonl: line 1 is damaged", "delete it")
-         for name in ("torn_step", "deep_step", "huge_step")],
-       ("plot", "{w}/no_pattern", "no_pattern/run.json is damaged", "give another run"))
+       ("plot", "{w}/no_step", "has no step yet", "give another run"),
+       ("plot", "{w}/damaged_step", "damaged_step/metrics.jsonl cannot be read (it is damaged)"))
 def test_tasks_records_and_runs(refused, script, flags, words):
     refused(script, flags, *words)
 
@@ -387,7 +377,7 @@ def test_tasks_records_and_runs(refused, script, flags, words):
 # ------------------------------------------------------------------------------------------------------------ the disk
 
 
-@pytest.mark.parametrize("script", ["prune", "get_mask", "inference_loss", "evaluate", "convert"])
+@pytest.mark.parametrize("script", ["prune", "inference_loss", "evaluate"])
 def test_a_disk_that_is_full(refused, monkeypatch, script):
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
     refused(script, "", "0.0 MiB left", "free some space")

@@ -60,6 +60,6 @@ def test_hub_failures_are_one_line(use, error, monkeypatch):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"cannot read dataset .* local file or folder") as caught:
+    with pytest.raises(UserError, match=r"dataset .* cannot be read .* local file or folder") as caught:
         use()
     assert "\n" not in str(caught.value)

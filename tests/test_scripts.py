@@ -247,7 +247,7 @@ def test_masks_of_the_other_formats(made, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(made.folder)
     m0 = mask_files.load("initial_mask.safetensors").masks
     mask = tmp_path / {"folder": "m0", "npz": "m0.npz"}[kind]
-    {"folder": mask_files.save_folder, "npz": mask_files.save_npz}[kind](mask, m0)
+    mask_files.save(mask, m0, 2, 4)
     inference_loss.main(f"--model dense {PLACE} {DATA} --mask {mask} --save {tmp_path}/losses.npz".split())
     expected = np.load(f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz")["losses"]
     np.testing.assert_allclose(np.load(tmp_path / "losses.npz")["losses"], expected, atol=1e-5)
@@ -460,4 +460,4 @@ def test_base_and_mask_are_the_checkpoint(made, tmp_path, one_layer):
 def test_a_dense_model_is_evaluated_too(llama, capsys):
     evaluate.main(f"--model dense {PLACE} --ppl ../held_out.txt --seqlen {WINDOW} --nwindows 2".split())
     said = capsys.readouterr().out
-    assert f"(2 windows of {WINDOW} tokens); density 1.000000" in said
+    assert f"(2 windows of {WINDOW} tokens from a text of " in said and "density 1.000000" in said

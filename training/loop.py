@@ -62,7 +62,6 @@ class Position:
     seconds: float = 0.0  # of the loop
     first_s: float = 0.0  # of the first step of a time budget, which compiles: progress counts from its end
     a_step_s: float | None = None  # of a recent step; None: not known yet
-    seconds_before: float = 0.0  # of swaps and the like, before the loop
     seconds_saving: float = 0.0  # of the loop, for states
     log_bytes: int = 0
 
@@ -116,8 +115,6 @@ class Run:
         """Yield each step there is still to do. When it is done the state is saved if that is due, or if a signal came,
         which then ends the process as it would have at once."""
         self.signals.deferred = True
-        if not self.step:
-            self.position.seconds_before = time.monotonic() - self._restored_at
         self._started = time.monotonic() - self.position.seconds
         total = self.total_steps if self.total_steps < math.inf else None
         self._bar = progress_bar(total=total, initial=self.step, desc="learning", unit="step",
@@ -126,7 +123,7 @@ class Run:
             while self.progress < 1:
                 yield self.step
                 self._bar.update()
-                due = processes.is_main() and self.checkpoints.due(self.step, self._elapsed_s(),
+                due = processes.is_main() and self.checkpoints.due(self.step, self.elapsed_s(),
                                                                    last=self.progress == 1.0)
                 due = processes.agreed(float(bool(due)))
                 if due or self._stopped_by:
@@ -140,7 +137,7 @@ class Run:
         """The minibatches of the step to come, one for each process."""
         return [(self.position.minibatches + i) % self.minibatches for i in range(processes.size())]
 
-    def _elapsed_s(self) -> float:
+    def elapsed_s(self) -> float:
         """Of the loop, without the time in which it was stopped."""
         return time.monotonic() - self._started
 
@@ -148,7 +145,7 @@ class Run:
         """Count a step, evaluate its mask where that is due, and log it; UserError after BAD_LOSSES losses in a row
         that are not finite, which are not logged. All processes take one time as theirs, and learn of a signal that
         one of them got."""
-        found = processes.all_gather([self._elapsed_s(), float(self.signals.received)])
+        found = processes.all_gather([self.elapsed_s(), float(self.signals.received)])
         seconds, self._stopped_by = found[0][0], int(max(received for _, received in found))
         position = self.position
         position.step += 1
@@ -219,20 +216,15 @@ class Run:
                 self._restore(saved)
             self.checkpoints.step, self.checkpoints.saved_at = self.position.step, self.position.seconds
             self.log = Log(self.folder.path, self.position.log_bytes)
-        self._restored_at = time.monotonic()
         if saved:
             processes.log(f"going on after step {self.step} of {self.folder.path}")
         return bool(saved)
 
     def _restore(self, saved: StateFile) -> None:
-        try:
-            self.position = Position(**saved.scalars["position"])
-            for name, part in self.parts.items():
-                part.restore(saved.scalars[name], lambda key, like, name=name: saved.read(f"{name}.{key}", like))
-            torch.set_rng_state(saved.read("random", torch.get_rng_state()))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{saved.path} is a state of another version ({reason}); start a new run")
+        self.position = Position(**saved.scalars["position"])
+        for name, part in self.parts.items():
+            part.restore(saved.scalars[name], lambda key, like, name=name: saved.read(f"{name}.{key}", like))
+        torch.set_rng_state(saved.read("random", torch.get_rng_state()))
 
     def save(self) -> None:
         """Save the state; the other processes wait, since writing may take longer than a process may take to answer.
@@ -243,7 +235,7 @@ class Run:
         if processes.is_main():
             self.position.log_bytes = self.log.sync()
             if self.step:
-                self.position.seconds = self._elapsed_s()
+                self.position.seconds = self.elapsed_s()
             scalars = {"position": asdict(self.position), **{name: found for name, (found, _) in states.items()}}
             tensors["random"] = torch.get_rng_state()
             self.checkpoints.save(self.step, self.position.seconds, scalars, tensors)
@@ -251,7 +243,3 @@ class Run:
         else:
             give_shards(tensors)
         processes.wait_for_main()
-
-    def elapsed_s(self) -> float:
-        """Seconds of the whole run, swaps included."""
-        return self._elapsed_s() + self.position.seconds_before

@@ -56,7 +56,6 @@ def _summary(run: Run, devices: set[torch.device]) -> dict:
     position, validation = run.position, run.validation
     tail = [line["loss"] for line in run.log.lines[-run.minibatches:]]  # of the last epoch
     summary = {"steps": position.step, "seconds": round(run.elapsed_s(), 1),
-               "seconds_before": round(position.seconds_before, 1),
                "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
                "processes": processes.size(),
                "sent_bytes": processes.traffic["sent_bytes"] + validation.masked.gathered_bytes,

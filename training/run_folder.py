@@ -10,7 +10,6 @@ step and no finished stage, leaves nothing.
 """
 import errno
 import json
-import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -61,7 +60,7 @@ class RunFolder:
             if processes.is_main():
                 self._lock = lock(self.path)
             self.record = (read_record(self.path) if self.is_resumed else
-                           {"id": secrets.token_hex(4), "arguments": self.arguments, "environment": self._here()})
+                           {"arguments": self.arguments, "environment": self._here()})
             if self.is_resumed and processes.is_main():
                 self._remove_leftovers()
             self.write_record()
@@ -75,11 +74,7 @@ class RunFolder:
         if (self.path / "run.json").is_file():
             remedy = f"go on with it: {self.resume_command}, or {remedy}"
         refuse_existing(self.path, remedy)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.path.mkdir()
-        except FileExistsError:
-            raise UserError(f"{self.path} exists already; choose another --out")
+        self.path.mkdir(parents=True)
         sync(self.path.parent)
 
     def _remove_leftovers(self) -> None:
