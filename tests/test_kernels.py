@@ -211,7 +211,7 @@ def test_maskpro_finds_the_best_mask(dtype):
     loss = weight.square().sum() - (weight * worst.flatten()).square().sum()
     logits, bits, out = planes_of(worst.float(), dtype), mask_to_bits(worst), weight * worst.flatten()
     estimator = pge.MaskPro(0.99, debias=True)
-    for t in range(6000):
+    for t in range(4500):
         found = weight.square().sum() - out.square().sum()
         advantage = estimator.advantage(float(found + noise[t % 3]), float(loss + noise[t % 3]))
         eager_update(logits, bits, weight, out, torch.tensor(0.3 * advantage), layer_keys(0, t, 1)[0], 2, 4)
