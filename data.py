@@ -121,8 +121,10 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
     return torch.stack(samples)
 
 
-def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int, limit: int | None = None) -> torch.Tensor:
-    """Disjoint windows of one long text to measure perplexity on: int64 [windows, seqlen].
+def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int,
+                       limit: int | None = None) -> tuple[torch.Tensor, int]:
+    """Disjoint windows of one long text to measure perplexity on, int64 [windows, seqlen], and the number of tokens
+    that the whole text has, the remainder included.
 
     The text is tokenised in one call, cut into windows of seqlen tokens, the remainder dropped; `limit` keeps the first
     so many windows. Protocol of SparseGPT, Wanda and MaskLLM:
@@ -133,12 +135,6 @@ def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int, limit: i
 
     Errors: UserError for a text shorter than one window, and those of `documents`.
     """
-    return windows_and_tokens(tokenizer, dataset, seqlen, limit)[0]
-
-
-def windows_and_tokens(tokenizer: Tokenizer, dataset: str, seqlen: int,
-                       limit: int | None = None) -> tuple[torch.Tensor, int]:
-    """`perplexity_windows`, and the number of tokens that the whole text has, the remainder included."""
     if dataset == "wikitext2":
         text = "\n\n".join(hub_texts(dataset, **WIKITEXT2_TEST))
     elif dataset == "c4":

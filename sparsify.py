@@ -44,10 +44,10 @@ from models.loading import check_length, load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from pruning.channels import apply_permutation
 from training import args as arguments
-from training import initialize, preparation, report, results
+from training import initialize, preparation, report, results, run_folder
 from training.loop import Run
 from training.normalization import NORMALIZATIONS
-from training.run_folder import RunFolder, is_finished
+from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.stages import Stages
 from training.straight_through import StraightThrough, step_size
@@ -148,7 +148,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     learner = StraightThrough(masked, args.seqlen, args.distill, args.curvature, args.normalize, args.soft_masks,
                               args.gradient_checkpointing)
     validation, reported = Validation(masked, selecting), Validation(masked, unseen)
-    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS) for text in args.ppl}
+    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS)[0] for text in args.ppl}
 
     def nats() -> dict[str, float]:
         """Text -> loss of the mask in use."""
@@ -189,13 +189,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    if args.resume and is_finished(args.resume):
-        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
-        return
-    with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), "sparsify.py", bool(args.resume)) as
-          folder, StopSignals() as signals):
-        sparsify(args, device, folder, signals)
+    run_folder.run("sparsify.py", parse_args(argv), sparsify)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from models import processes
 from models.loading import check_length, load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from training import args as arguments
-from training import baselines, initialize, results
+from training import baselines, initialize, results, run_folder
 from training.loop import Run, StepResult
-from training.run_folder import RunFolder, is_finished
+from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.validation import Validation, hold_out
 
@@ -110,13 +110,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments.parse_paper(script_parser(__doc__), argv)
-    if args.resume and is_finished(args.resume):
-        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
-        return
-    with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), "train.py", bool(args.resume)) as
-          folder, StopSignals() as signals):
-        learn(args, device, folder, signals)
+    run_folder.run("train.py", arguments.parse_paper(script_parser(__doc__), argv), learn)
 
 
 if __name__ == "__main__":

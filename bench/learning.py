@@ -29,7 +29,7 @@ class Problem:
     def __init__(self, model: str, windows: int, device: str, skip: int = 0):
         self.model, self.tokenizer = load_small(model, "auto", device)
         self.fixed = data.minibatches(self.tokenizer, TEXT, 512, 32, 128)
-        self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[skip:]
+        self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[0][skip:]
         layers = find_layers(self.model)
         samples = data.calibration_samples(self.tokenizer, TEXT, 128, 128, 0)
         self.masks = one_shot_masks(self.model, layers, samples, OneShot("wanda", (N, M)))

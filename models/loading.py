@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import nn
 
+from files import errors
+
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it
 
@@ -64,14 +66,8 @@ def explained(model: str) -> Iterator[None]:
     """Turns whatever the libraries find wrong with a model into one line."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with errors.explained(f"--model {model}", "give a folder or hub id of a causal LM (gated: first `hf auth login`)"):
         yield
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers and safetensors raise classes of their own for damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model {model} cannot be loaded: {reason[:300]} (a folder or hub id of a causal LM is "
-                        "wanted; a gated one needs `huggingface-cli login`)") from error
 
 
 def read_tokenizer(source: str | Path, trusted: bool) -> Tokenizer:

@@ -151,7 +151,7 @@ def test_a_tokenizer_that_has_no_such_token(folder, models, tmp_path):
 
 def judged(folder, model, tokenizer) -> float:
     """Loss on the held-out text as the model is used, behind the token."""
-    return nats_behind(model, 1, data.perplexity_windows(tokenizer, str(folder / "heldout.txt"), 48, 12))
+    return nats_behind(model, 1, data.perplexity_windows(tokenizer, str(folder / "heldout.txt"), 48, 12)[0])
 
 
 def test_calibrating(folder, tmp_path, tokenizer, capsys):
