@@ -135,9 +135,8 @@ table() {  # table NAME: of the rows so far, to NAME/table.md
     [ "$SMALL" = 0 ] || compare=(reproduce/learned_table.py)
     echo "\$ python ${compare[*]} ${rows[*]}"
     [ "$DRY" = 0 ] || return 0
+    local made
+    made=$("$PYTHON" "${compare[@]}" "${rows[@]}")
     mkdir -p "$OUT/$1"
-    trap 'rm -f "$OUT"/*/.table.md.partial' EXIT  # of a comparison that failed
-    "$PYTHON" "${compare[@]}" "${rows[@]}" > "$OUT/$1/.table.md.partial"
-    mv "$OUT/$1/.table.md.partial" "$OUT/$1/table.md"
-    cat "$OUT/$1/table.md"
+    echo "$made" | tee "$OUT/$1/table.md"
 }

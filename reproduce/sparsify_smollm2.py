@@ -60,26 +60,28 @@ def once(output: Path, *command: object) -> dict:
     return json.loads((ROOT / output).read_text()) if output.suffix == ".json" else {}
 
 
+def file_name(words: list[str]) -> str:
+    """A name for what these words make."""
+    return re.sub(r"[^\w.-]+", "_", " ".join(words))
+
+
 def evaluated(args: argparse.Namespace, model: Path, name: str) -> dict[str, float]:
     """Log perplexity of each text, and mean accuracy in percent."""
-    def evaluate(measured: str, *flags: object) -> dict:
-        record = args.out / f"{name}.{measured}.json"
+    def evaluate(files: list[str], *flags: object) -> dict:
+        record = args.out / f"{name}.{file_name(files)}.json"
         return once(record, "evaluate.py", "--model", model, "--dtype", "auto", *flags, "--save", record)
 
-    found = {}
-    for text in args.ppl:
-        record = evaluate(Path(text).stem, "--ppl", text, "--seqlen", 512, "--nwindows", 64)
-        found[f"perplexity, {Path(text).stem}"] = record["nats"]
+    found = {f"perplexity, {text}": evaluate([text], "--ppl", text, "--seqlen", 512, "--nwindows", 64)["nats"]
+             for text in args.ppl}
     if args.task_file:
-        tasks = "+".join(Path(file).stem for file in args.task_file)
-        record = evaluate(tasks, "--ppl", "none", "--task_file", *args.task_file)
+        record = evaluate(args.task_file, "--ppl", "none", "--task_file", *args.task_file)
         found["accuracy (%)"] = 100 * record["mean_acc"]
     return found
 
 
 def learned(args: argparse.Namespace, flags: list[str], order: str, seed: int) -> tuple[dict[str, float], float]:
     """What evaluation finds of one run's sparse model, and the minutes of the run."""
-    name = re.sub(r"[^\w.-]+", "_", " ".join([f"{order}{seed}", *flags]))
+    name = file_name([f"{order}{seed}", *flags])
     run = args.out / name
     flags = [flag.replace("{seed}", str(seed)) for flag in flags]
     start = ["--model", MODEL, "--seed", seed, *ORDERS[order], *flags, "--out", run]
@@ -94,9 +96,6 @@ def cell(values: list[float]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args, flags = parse_args(argv)
-    for files in (args.ppl, args.task_file):
-        if len({Path(file).stem for file in files}) < len(files):
-            raise UserError("two files have the same name, which their records would share; rename one")
     if not (ROOT / MODEL).exists():
         raise UserError(f"there is no {MODEL}; `make demo DEMO_FLAGS=--quick` makes it")
     pruned = args.out / "wanda"

@@ -80,8 +80,10 @@ def finished(tmp_path_factory, models):
     (root / "held_out.txt").write_text("\n\n".join(documents(write_corpus(root / "other.jsonl", 4, seed=7))))
     paths = dict(MODEL="dense", TRAIN_TEXT="text.jsonl", HELDOUT="held_out.txt", OUT="out")
     settings = {**SETTINGS, **{key: str(root / name) for key, name in paths.items()}}
-    for name, *flags in planned("llama2_7b_2of4", settings)[:-1]:
-        COMMANDS[name].main(flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        for name, *flags in planned("llama2_7b_2of4", settings)[:-1]:
+            COMMANDS[name].main(flags)
     return SimpleNamespace(settings=settings, out=root / "out", root=root)
 
 
@@ -120,9 +122,8 @@ def test_the_small_models_settings(tmp_path):
     for run in runs:
         assert (run.lr, run.logits, run.seqlen, run.dataset_size, run.batchsize) == (5, 5, 128, 512, 8)
         assert min(run.max_step, run.epoch * 64) == 2500 and run.sparsity_type == (1, 4)
-    cached, online = trained(planned("baselines", settings))
-    differ = {name for name, value in vars(cached).items() if vars(online)[name] != value}
-    assert differ == {"baseline", "out"} and online.baseline == "online"
+    cached, online = [vars(run) for run in trained(planned("baselines", settings))]
+    assert {name for name, value in cached.items() if online[name] != value} == {"baseline", "out"}
 
 
 def test_the_table_of_the_small_model_is_over_seeds(tmp_path, capsys):
@@ -160,16 +161,6 @@ def test_an_interrupted_script_goes_on(finished):
     table = (finished.out / "llama2_7b_2of4/table.md").read_text()
     assert done.stdout.endswith(table) and table.count("\n") == 2 + 6
     assert all(f"2of4/{run} | 2:4 | 0.5" in table for run in (RUN, "sparsify-steps2"))
-
-
-def test_a_damaged_record_leaves_no_half_table(finished):
-    record = finished.out / "2of4/wanda.json"
-    whole = record.read_text()
-    record.write_text("{")
-    done = bash("logits", {**finished.settings, "VALUES": "10"})
-    record.write_text(whole)
-    assert done.returncode == 2 and "wanda.json is no record of evaluate.py" in done.stderr
-    assert not list((finished.out / "logits").iterdir())
 
 
 def test_a_run_that_stopped_goes_on(finished):
