@@ -45,8 +45,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--ppl", nargs="+", required=True, help="held-out text files")
     parser.add_argument("--task_file", nargs="+", default=[], help="multiple-choice items, as of evaluate.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--orders", nargs="+", choices=list(ORDERS), default=list(ORDERS))
-    parser.add_argument("--out", type=Path, default=Path("demo/sparsify_smollm2"))
+    parser.add_argument("--orders", nargs="+", choices=list(ORDERS), default=list(ORDERS), help="of the channels")
+    parser.add_argument("--out", type=Path, default=Path("demo/sparsify_smollm2"), help="folder of what is made")
     return parser.parse_known_args(argv)
 
 
