@@ -1,7 +1,7 @@
 # Sourced by the scripts of this folder: the settings, and the steps. The settings are the paper's; with DEMO=1 the
 # demo's; with SMALL=1 the paper's scaled to the model of bench/small_model.py, where they learn in minutes on a CPU.
 #
-# A script says for which pattern, names the rows of its table with `dense`, `pruned`, `learned` and `fast`, and ends
+# A script says for which pattern, names the rows of its table with `dense`, `pruned`, `learned` and `ours`, and ends
 # with `table`. What a row needs is made first, if it is not there yet: all scripts of a mode share $OUT, so nothing is
 # computed twice, and a script that was interrupted goes on where it stopped. DRY=1 prints the commands left to run.
 # Every setting can be given in the environment, MODEL=... STEPS=... bash reproduce/estimators.sh; paths in it are
@@ -23,20 +23,17 @@ if [ "$DEMO" = 1 ]; then  # what `make demo` leaves in demo/, in minutes on a CP
     : "${TRAIN_TEXT:=demo/train.jsonl}" "${NSAMPLES:=64}" "${CALIBRATION_SEQLEN:=256}"
     : "${SIZE:=128}" "${BATCHSIZE:=8}" "${STEPS:=48}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=512}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=32}")
-    preset=(--preset fast --tokens "${TOKENS:=50000}" --num_evals 4)
 elif [ "$SMALL" = 1 ]; then  # bytes for tokens; text and windows are those of bench/rivals.py
     : "${OUT:=results/reproduce-small}" "${MODEL:=demo/small}" "${DTYPE:=auto}"
     : "${TRAIN_TEXT:=demo/train.jsonl}" "${NSAMPLES:=128}" "${CALIBRATION_SEQLEN:=128}"
     : "${SIZE:=512}" "${BATCHSIZE:=8}" "${STEPS:=2500}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=128}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=256}")
-    preset=(--preset fast --tokens "${TOKENS:=400000}")
 else
     : "${OUT:=results/reproduce}" "${MODEL:=meta-llama/Llama-2-7b-hf}" "${DTYPE:=float16}"
     : "${TRAIN_TEXT:=allenai/c4}" "${NSAMPLES:=128}" "${CALIBRATION_SEQLEN:=2048}"
     : "${SIZE:=512}" "${BATCHSIZE:=32}" "${STEPS:=10000}" "${HELDOUT:=wikitext2}" "${SEQLEN:=4096}"
     : "${TASKS:=hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --tasks "$TASKS" --tasks_no_bos)  # no BOS, as in older figures
-    preset=(--preset fast)
 fi
 # the sequential pass: later layers are calibrated on the pruned earlier ones, as in Wanda's and SparseGPT's own code
 calibration=(--dataset "$TRAIN_TEXT" --nsamples "$NSAMPLES" --seqlen "$CALIBRATION_SEQLEN" --true_sequential)
@@ -54,7 +51,7 @@ elif [ "$SMALL" = 1 ] && [ ! -e "$MODEL" ]; then
     stop "there is no $MODEL; \`make demo DEMO_FLAGS=--quick\`, then \`python bench/small_model.py --steps 1200\` make it"
 fi
 # one $OUT, one protocol; what its files are named by, such as STEPS, may vary
-settings="$MODEL $DTYPE; ${calibration[*]}; batchsize $BATCHSIZE, sqlen $SQLEN; ${protocol[*]}; ${preset[*]}"
+settings="$MODEL $DTYPE; ${calibration[*]}; batchsize $BATCHSIZE, sqlen $SQLEN; ${protocol[*]}"
 if [ "$DRY" = 0 ]; then
     mkdir -p "$OUT"
     [ -e "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
@@ -103,13 +100,12 @@ initial_mask() {  # Wanda's, where all learning starts
         --save "$folder/initial_mask.safetensors"
 }
 
-train() {  # train RUN FLAGS...: to RUN/mask.safetensors, evaluated on the original weights; one that stopped goes on
-    local run=$1
-    shift
-    [ ! -e "$run" ] || once "$run/mask.safetensors" train.py --resume "$run"
-    once "$run/mask.safetensors" train.py --model "$MODEL" --dtype "$DTYPE" --sparsity_type "$n_m" \
-        --mask "$folder/initial_mask.safetensors" --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" --max_step "$STEPS" "$@" \
-        --skip_checkpoint --out "$run"
+learn() {  # learn SCRIPT RUN FLAGS...: RUN/mask.safetensors, evaluated on the original weights; resumes a stopped run
+    local script=$1 run=$2
+    shift 2
+    [ ! -e "$run" ] || once "$run/mask.safetensors" "$script" --resume "$run"
+    once "$run/mask.safetensors" "$script" --model "$MODEL" --sparsity_type "$n_m" --dataset "$TRAIN_TEXT" \
+        --mask "$folder/initial_mask.safetensors" --seqlen "$SQLEN" "$@" --skip_checkpoint --out "$run"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 
@@ -120,18 +116,18 @@ learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's loss
     if [ "${5:-cached}" = online ]; then
         run=$run-online source=(--baseline online)
     else
-        source=(--baseline_file "$baseline")
+        source=(--baseline "$baseline")
         once "$baseline" inference_loss.py --model "$MODEL" --dtype "$DTYPE" --mask "$folder/initial_mask.safetensors" \
             --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" "${minibatches[@]}" --save "$baseline"
     fi
     [ "$SEED" = 0 ] || run=$run-seed$SEED
-    train "$folder/$run" --estimator "$1" "${minibatches[@]}" --lr "$3" --logits "$4" --epoch "$STEPS" \
-        "${source[@]}" --seed "$SEED"
+    learn train.py "$folder/$run" --dtype "$DTYPE" --estimator "$1" "${minibatches[@]}" --lr "$3" --logits "$4" \
+        --epoch "$STEPS" --max_step "$STEPS" "${source[@]}" --seed "$SEED"
 }
 
-fast() {  # not the paper's but this project's way to learn, by gradients
+ours() {  # this project's own method, by backward passes, in the dtype that sparsify.py chooses
     initial_mask
-    train "$folder/ours-preset_fast-max_step$STEPS" "${preset[@]}"
+    learn sparsify.py "$folder/sparsify-steps$STEPS" --steps "$STEPS"
 }
 
 table() {  # table NAME: of the rows so far, to NAME/table.md
@@ -139,9 +135,8 @@ table() {  # table NAME: of the rows so far, to NAME/table.md
     [ "$SMALL" = 0 ] || compare=(reproduce/learned_table.py)
     echo "\$ python ${compare[*]} ${rows[*]}"
     [ "$DRY" = 0 ] || return 0
+    local made
+    made=$("$PYTHON" "${compare[@]}" "${rows[@]}")
     mkdir -p "$OUT/$1"
-    trap 'rm -f "$OUT"/*/.table.md.partial' EXIT  # of a comparison that failed
-    "$PYTHON" "${compare[@]}" "${rows[@]}" > "$OUT/$1/.table.md.partial"
-    mv "$OUT/$1/.table.md.partial" "$OUT/$1/table.md"
-    cat "$OUT/$1/table.md"
+    echo "$made" | tee "$OUT/$1/table.md"
 }

