@@ -7,27 +7,21 @@ from utils import UserError
 
 import pytest
 from faults import kill
-from stopped_runs import VANILLA, arguments, raises, states_of
+from runs import VANILLA, arguments, raises, states_of
 
 import train
-from training import checkpoint, run_folder
-
-# ---------------------------------------------------------------------------------------------------------- two at once
+from training import checkpoint, logs, run_folder
 
 
-def test_the_second_run_in_a_folder_is_refused(stopped, capsys):
+def test_the_second_run_in_a_folder_is_refused(workshop, stopped):
+    with pytest.raises(UserError, match=r"exists already; go on with it: python train.py --resume .*or choose another"):
+        train.main(arguments(workshop, stopped))
     words = rf"another run \(process {os.getpid()} on .*\); wait for its end"
     with run_folder.lock(stopped), pytest.raises(UserError, match=words):
         train.main(["--resume", str(stopped)])
-    assert (stopped / "state").exists()
     with open(stopped / "lock", "a") as file:  # of a process that is no more
         file.write("process 1 on another machine")
     train.main(["--resume", str(stopped)])
-
-
-def test_a_stopped_runs_folder_says_how_to_go_on(workshop, stopped):
-    with pytest.raises(UserError, match=r"exists already; go on with it: python train.py --resume .*or choose another"):
-        train.main(arguments(workshop, stopped))
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_nothing(workshop, tmp_path, losses):
@@ -35,9 +29,6 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(workshop, tmp_pat
     with pytest.raises(MemoryError):
         train.main(arguments(workshop, tmp_path / "a/b/run", VANILLA))
     assert not (tmp_path / "a").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------- disk
 
 
 def test_too_little_disk_is_said_before_the_first_step(workshop, tmp_path, monkeypatch):
@@ -51,22 +42,22 @@ def test_too_little_disk_is_said_before_the_first_step(workshop, tmp_path, monke
 @pytest.mark.parametrize("place", ["state", "metrics"])
 def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(workshop, tmp_path, monkeypatch, place):
     full = OSError(errno.ENOSPC, "No space left on device")
-    save, log = checkpoint.save, run_folder.RunFolder.log
+    save, write = checkpoint.save, logs.Logs.write
 
     def failing_save(path, scalars, tensors):
         if "step00000003" in path.name:
             raise UserError(f"{path} cannot be written ({full}); free some space") from full
         save(path, scalars, tensors)
 
-    def failing_log(folder, line, layers=None):
+    def failing_write(self, line, layers=None):
         if line["step"] == 3:
             raise full
-        log(folder, line, layers)
+        write(self, line, layers)
     with monkeypatch.context() as patch:
         if place == "state":
             patch.setattr(checkpoint, "save", failing_save)
         else:
-            patch.setattr(run_folder.RunFolder, "log", failing_log)
+            patch.setattr(logs.Logs, "write", failing_write)
         with pytest.raises(UserError, match=r"cannot be written.*No space left.*go on with: python train.py --resume"):
             train.main(arguments(workshop, tmp_path / "run"))
     assert states_of(tmp_path / "run") == ["step00000001.safetensors", "step00000002.safetensors"]
