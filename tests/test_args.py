@@ -37,7 +37,7 @@ def test_the_default_folder_says_what_a_run_is(flags, name):
 
 
 def test_sparsify_has_a_folder_and_a_budget():
-    args = sparsify.parse_args("--model some/model --sparsity_type 4:8".split())
+    args = sparsify.parse_args(["--model", "some/model", "--sparsity_type", "4:8"])
     assert (args.out, args.minutes, args.steps, args.dtype) == ("results/sparsify_model_4of8", 30, None, "auto")
     assert sparsify.parse_args(["--steps", "7"]).minutes is None
 

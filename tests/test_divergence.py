@@ -50,8 +50,8 @@ def test_a_step_of_sparsify_that_is_not_finite_moves_nothing(workshop, tmp_path,
         monkeypatch.setattr(straight_through, "summed_loss", planted)
         return original(learner, *given)
     monkeypatch.setattr(straight_through.StraightThrough, "step", step)
-    sparsify.main(f"--model {workshop}/dense --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl --dtype "
-                  f"float32 --device cpu --seqlen 24 --batchsize 2 --steps 6 --out {tmp_path}/run".split())
+    sparsify.main(f"--model {workshop}/dense --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl "
+                  f"--dtype float32 --device cpu --seqlen 24 --batchsize 2 --steps 6 --out {tmp_path}/run".split())
     assert steps_of(tmp_path / "run") == [1, 2, 5, 6]
     same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(seen)]
     assert same == [True, False, True, True, False]  # the first step only measures
