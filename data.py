@@ -15,7 +15,8 @@ from utils import UserError, progress_bar
 import torch
 import transformers
 
-from files.documents import all_documents, documents, explained, hub_texts
+from files.documents import all_documents, documents, hub_texts
+from files.errors import explained
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
@@ -31,11 +32,7 @@ def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize
 
     Errors: UserError for sizes that do not fit together, too few documents long enough, and those of `documents`.
     """
-    if dataset_size < 1:
-        raise UserError(f"--dataset_size is {dataset_size}: it must be at least 1 document")
-    if seqlen < 2:
-        raise UserError(f"--seqlen is {seqlen}: it must be at least 2 tokens, one to predict the next from")
-    if batchsize < 1 or dataset_size % batchsize:
+    if dataset_size % batchsize:
         divisors = [size for size in range(1, dataset_size + 1) if dataset_size % size == 0]
         below, above = [d for d in divisors if d < batchsize], [d for d in divisors if d > batchsize]
         nearest = " or ".join(map(str, below[-1:] + above[:1]))
@@ -68,8 +65,6 @@ def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, 
 
     Errors: UserError for less than one minibatch, and those of `documents`.
     """
-    if seqlen < 2:
-        raise UserError(f"--seqlen is {seqlen}: it must be at least 2 tokens, one to predict the next from")
     bos = added_bos(tokenizer)
     begin = 0 if bos is None else 1
     minibatch = batchsize * (seqlen - begin)  # tokens of the text in one
@@ -102,10 +97,8 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
     crop from the first token on begins as the tokenizer begins a text. With `bos` each begins with that token, and ends
     a token earlier; this is not their protocol, not even for Llama, and so never the default.
 
-    Errors: UserError for sizes below 1, no document long enough, and those of `documents`.
+    Errors: UserError where no document is long enough, and those of `documents`.
     """
-    if nsamples < 1 or seqlen < 1:
-        raise UserError(f"--nsamples is {nsamples} and --seqlen {seqlen}: both must be at least 1")
     generator = random.Random(seed)  # the stream of random.seed(seed), without touching the global one
     texts = all_documents(dataset)
     samples, short = [], set()  # short: indices of documents known to be too short
@@ -128,8 +121,10 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
     return torch.stack(samples)
 
 
-def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int, limit: int | None = None) -> torch.Tensor:
-    """Disjoint windows of one long text to measure perplexity on: int64 [windows, seqlen].
+def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int,
+                       limit: int | None = None) -> tuple[torch.Tensor, int]:
+    """Disjoint windows of one long text to measure perplexity on, int64 [windows, seqlen], and the number of tokens
+    that the whole text has, the remainder included.
 
     The text is tokenised in one call, cut into windows of seqlen tokens, the remainder dropped; `limit` keeps the first
     so many windows. Protocol of SparseGPT, Wanda and MaskLLM:
@@ -138,26 +133,18 @@ def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int, limit: i
         file.txt       the file as it is
         others         the documents of the dataset joined with two newlines
 
-    Errors: UserError for seqlen < 2, limit < 1, a text shorter than one window, and those of `documents`.
+    Errors: UserError for a text shorter than one window, and those of `documents`.
     """
-    return windows_and_tokens(tokenizer, dataset, seqlen, limit)[0]
-
-
-def windows_and_tokens(tokenizer: Tokenizer, dataset: str, seqlen: int,
-                       limit: int | None = None) -> tuple[torch.Tensor, int]:
-    """`perplexity_windows`, and the number of tokens that the whole text has, the remainder included."""
-    if seqlen < 2 or (limit is not None and limit < 1):
-        raise UserError(f"--seqlen is {seqlen} and the limit {limit}: needs at least 2 tokens and 1 window")
-    with explained(dataset):
-        if dataset == "wikitext2":
-            text = "\n\n".join(hub_texts(dataset, **WIKITEXT2_TEST))
-        elif dataset == "c4":
-            text = " ".join(itertools.islice(hub_texts(dataset, **C4_VALIDATION), 1100))
-            limit = min(limit or 256, 256)
-        elif Path(dataset).is_file() and dataset.endswith(".txt"):
+    if dataset == "wikitext2":
+        text = "\n\n".join(hub_texts(dataset, **WIKITEXT2_TEST))
+    elif dataset == "c4":
+        text = " ".join(itertools.islice(hub_texts(dataset, **C4_VALIDATION), 1100))
+        limit = min(limit or 256, 256)
+    elif Path(dataset).is_file() and dataset.endswith(".txt"):
+        with explained(f"dataset {dataset}", "check that the file is intact"):
             text = Path(dataset).read_bytes().decode("utf-8")
-        else:
-            text = "\n\n".join(documents(dataset))
+    else:
+        text = "\n\n".join(documents(dataset))
     tokens = _tokens(tokenizer, text)
     windows = len(tokens) // seqlen
     if windows == 0:

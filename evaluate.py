@@ -25,7 +25,16 @@ mask. Such a file holds one evaluation. --overwrite replaces it; --save chooses 
 import argparse
 from pathlib import Path
 
-from utils import UserError, add_model_arguments, environment, positive_int, run_script, script_parser, sparsity_type
+from utils import (
+    UserError,
+    add_model_arguments,
+    environment,
+    positive_int,
+    run_script,
+    script_parser,
+    sequence_length,
+    sparsity_type,
+)
 
 from torch import nn
 
@@ -34,7 +43,7 @@ from evaluation.comparison import comparison, percent, read_evaluation
 from evaluation.perplexity import evaluate_windows, read_text
 from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
 from files import mask_files
-from files.atomic import check_disk, refuse_existing
+from files.atomic import refuse_existing
 from files.records import write_json
 from masking.layers import apply_masks, check_sparsity, read_masks
 from models.layers import check_divisible, find_layers
@@ -49,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparsity_type", type=sparsity_type, default=None, help="N:M to verify (default: of --mask)")
     parser.add_argument("--targets", nargs="+", default=None, help="verify the layers whose names contain one of these")
     parser.add_argument("--ppl", default="wikitext2", help="held-out text: wikitext2, c4, a file, or none")
-    parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a window")
+    parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a window")
     parser.add_argument("--nwindows", type=positive_int, default=None, help="windows, at most (default: all)")
     parser.add_argument("--bos", action="store_true", help="put the beginning-of-text token, unscored, before windows")
     parser.add_argument("--tasks", default=None, help="tasks of lm-evaluation-harness, separated by commas")
@@ -74,14 +83,13 @@ def output_file(model: str, mask: str | None, save: str | None, overwrite: bool)
         out = Path(model).expanduser() / "evaluation.json"
     else:
         return None
-    check_disk(out.parent, 2**20)
     replaced = overwrite and out.is_file()
     return out if replaced else refuse_existing(out, "replace it with --overwrite, or choose another --save")
 
 
 def apply_and_verify(loaded: nn.Module, mask: str | None, sparsity_type: tuple[int, int] | None,
                      targets: list[str] | None) -> dict:
-    """Apply the mask to a loaded model, verify the layers' N:M, and print and return what they are."""
+    """Apply the mask to a loaded model, verify the N:M of its layers, and print and return their sparsity."""
     layers, fingerprint = find_layers(loaded, targets=targets or [""]), None
     if mask:
         found = read_masks(mask, loaded, *(sparsity_type or (None, None)))
@@ -116,8 +124,7 @@ def evaluate_tasks(model: nn.Module, tokenizer: Tokenizer, files: dict, harness:
                    batchsize: int, bos: bool, limit: int | None) -> dict:
     """The results, printed, of `files` (name -> items) and `harness` (name -> lm_eval's task), and mean acc."""
     tasks = {name: score_items(model, tokenizer, items, batchsize, bos) for name, items in files.items()}
-    if harness:
-        tasks |= run_harness(model, tokenizer, harness, batchsize, limit, bos)
+    tasks |= run_harness(model, tokenizer, harness, batchsize, limit, bos) if harness else {}
     for name, task in tasks.items():
         metrics = [f"{metric} {percent(task, metric)} %" for metric in ("acc", "acc_norm") if metric in task]
         print(f"{name}: {', '.join(metrics)} ({'first ' if limit else ''}{task['items']} items)")
@@ -136,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     harness = load_harness(args.tasks.split(","), args.trust_remote_code) if args.tasks else {}
     if len(files) < len(args.task_file) or files.keys() & harness.keys():
         raise UserError("two tasks have one name; rename a file of --task_file, or name it once")
-    model, tokenizer = load_model(args.model, args.dtype, args.device, args.device_map, args.trust_remote_code)
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     result = {"model": args.model, "mask": args.mask, "dtype": str(model.dtype).removeprefix("torch."),
               **apply_and_verify(model, args.mask, args.sparsity_type, args.targets)}
     if args.ppl != "none":

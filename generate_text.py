@@ -10,17 +10,16 @@ import argparse
 import sys
 
 from utils import (
-    UserError,
     add_model_arguments,
     add_old_name,
-    arguments_of,
     positive_int,
     run_script,
     script_parser,
+    sequence_length,
     set_seed,
 )
 
-from files.atomic import check_disk, refuse_existing
+from files.atomic import refuse_existing
 from models import generation
 from models.loading import check_length, load_model
 
@@ -29,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument("--tokens", type=positive_int, default=100_000, help="to generate, at least")
-    parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a document, at most")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a document, at most")
     parser.add_argument("--batchsize", type=positive_int, default=256, help="documents generated at a time")
     parser.add_argument("--after", metavar="DATASET",
                         help="passages, as for train.py --dataset: each document continues the first --seqlen tokens "
@@ -43,12 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.seqlen < 2:
-        raise UserError(f"--seqlen is {args.seqlen}: it must be at least 2 tokens, the first one is given")
     out = refuse_existing(args.out, "choose another --out or remove it")
-    check_disk(out.parent, 8 * args.tokens)
     set_seed(args.seed)
-    model, tokenizer = load_model(**arguments_of(load_model, args))
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     passages = generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []
     with generation.made_fast(model, tokenizer, args.batchsize, args.attention) as attention:

@@ -16,11 +16,11 @@ a foreign format get the fingerprint by which a mask of another model is refused
 import argparse
 import sys
 
-from utils import UserError, add_model_arguments, arguments_of, run_script, script_parser, sparsity_type
+from utils import UserError, add_model_arguments, run_script, script_parser, sparsity_type
 
 from files import mask_files
-from files.atomic import check_disk, refuse_existing
-from files.model_folder import base_model
+from files.atomic import refuse_existing
+from files.records import base_model
 from masking.layers import nonzero_mask, read_masks
 from models.layers import check_divisible, find_layers, weight_matrix
 from models.loading import load_model, model_fingerprint
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def extract(args: argparse.Namespace) -> mask_files.MaskFile:
     """The mask of the weights of --model that are not zero."""
     n, m = args.sparsity_type
-    model, _ = load_model(**arguments_of(load_model, args))
+    model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     layers = find_layers(model, args.targets)
     check_divisible(layers, m)
     masks, broken, filled = {}, {}, 0
@@ -71,7 +71,7 @@ def convert(args: argparse.Namespace) -> mask_files.MaskFile:
     n, m = args.sparsity_type or (None, None)
     if not args.model:
         return mask_files.load(args.convert, n, m)
-    model, _ = load_model(**arguments_of(load_model, args))
+    model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     found = read_masks(args.convert, model, n, m)
     return mask_files.MaskFile(found.masks, found.n, found.m, base_model(args.model), model_fingerprint(model))
 
@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     if out.suffix not in (".safetensors", ".npz", ""):
         raise UserError(f"--save {out} must end in .safetensors, in .npz, or have no suffix, for a folder of .pt")
     found = convert(args) if args.convert else extract(args)
-    check_disk(out, mask_files.most_bytes(found.masks, out.suffix))
-    mask_files.save_as(out, found)
+    mask_files.save(out, **vars(found))
     if out.suffix == ".safetensors" and not found.fingerprint:
         print(f"warning: {out} can be checked against no model later, it has no fingerprint; give --model for one",
               file=sys.stderr)

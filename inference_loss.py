@@ -13,7 +13,6 @@ from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
-    arguments_of,
     peak_memory,
     progress_bar,
     run_script,
@@ -22,7 +21,7 @@ from utils import (
 )
 
 import data
-from files.atomic import check_disk, refuse_existing
+from files.atomic import refuse_existing
 from masking.layers import apply_masks, read_masks
 from models.layers import find_layers
 from models.loading import check_length, devices_of, load_model
@@ -44,13 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.save or baselines.default_path(args.dataset_size, args.batchsize, args.seqlen)
     out = refuse_existing(path, "choose another --save or remove it")
-    check_disk(out.parent, 2**20)
     set_seed(args.seed)
-    model, tokenizer = load_model(**arguments_of(load_model, args))
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     layers = find_layers(model, targets=[""])
     masks = {} if args.mask == "none" else read_masks(args.mask, model).masks
-    batches = data.minibatches(tokenizer, **arguments_of(data.minibatches, args))
+    batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
     depends_on = baselines.conditions(model, masks, batches, args.dataset)
     apply_masks(layers, masks)
     losses = [batch_loss(model, batch, args.microbatch)

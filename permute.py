@@ -21,20 +21,19 @@ import time
 from pathlib import Path
 
 from utils import (
-    UserError,
     add_model_arguments,
-    arguments_of,
     environment,
     peak_memory,
     positive_int,
     run_script,
     script_parser,
+    sequence_length,
     sparsity_type,
 )
 
 import data
 from files import permutation_files
-from files.atomic import atomic_write, check_disk, refuse_existing
+from files.atomic import atomic_write, refuse_existing
 from files.records import write_json
 from models.layers import check_divisible, find_layers
 from models.loading import check_length, devices_of, load_model, model_fingerprint
@@ -50,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M of the masks to come")
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
-    parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a calibration sequence")
+    parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence")
     parser.add_argument("--steps", type=positive_int, default=STEPS, help="search steps in each set of channels")
     parser.add_argument("--save_model", default="permuted", help="folder of the reordered model, must be new")
     return parser.parse_args(argv)
@@ -58,13 +57,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def search(args: argparse.Namespace) -> tuple[Found, dict]:
     """What the search found, and the memory that it took."""
-    model, tokenizer = load_model(**arguments_of(load_model, args))
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     layers = find_layers(model)
     check_divisible(layers, args.sparsity_type[1])
-    if args.seqlen < 2:
-        raise UserError(f"--seqlen is {args.seqlen}: it must be at least 2 tokens, one to predict the next from")
     check_length(model, args.seqlen, "--seqlen")
-    check_disk(args.save_model, sum(parameter.nbytes for parameter in model.parameters()) + 2**24)  # and the tokenizer
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
     check_tokens(model, samples)
     return (search_and_reorder(model, layers, samples, args.sparsity_type, args.steps, args.seed),

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     runs = {}
     for run in args.runs:
-        runs[run] = read_lines(Path(run) / "metrics.jsonl", lambda line: "loss" in line)
+        runs[run] = read_lines(Path(run) / "metrics.jsonl")
         if not runs[run]:
             raise UserError(f"{run}/metrics.jsonl has no step yet; wait for the first, or give another run")
     prefix = args.out or (f"{args.runs[0]}/plot" if len(args.runs) == 1 else "comparison")

@@ -35,19 +35,19 @@ import time
 
 from utils import (
     add_model_arguments,
-    arguments_of,
     environment,
     finite,
     peak_memory,
     positive_int,
     run_script,
     script_parser,
+    sequence_length,
     set_seed,
     sparsity_type,
 )
 
 import data
-from files.atomic import atomic_write, check_disk, refuse_existing
+from files.atomic import atomic_write, refuse_existing
 from files.records import write_json
 from models.layers import check_divisible, find_layers
 from models.loading import check_length, devices_of, load_model
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M, keep N of every M weights")
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
-    parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens in a calibration sequence")
+    parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence")
     parser.add_argument("--bos", action="store_true",
                         help="begin each calibration sequence with the beginning-of-text token")
     parser.add_argument("--true_sequential", action="store_true", help="later layers see the earlier ones pruned")
@@ -84,11 +84,10 @@ def main(argv: list[str] | None = None) -> None:
     out = refuse_existing(args.save_model, "choose another --save_model or remove it")
     set_seed(args.seed)
     started = time.time()
-    model, tokenizer = load_model(**arguments_of(load_model, args))
-    way = OneShot(**arguments_of(OneShot, args))
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
+    way = OneShot(args.prune_method, args.sparsity_type, args.true_sequential, args.swaps, args.percdamp)
     layers = find_layers(model, args.targets)
     check_divisible(layers, args.sparsity_type[1])
-    check_disk(out, sum(parameter.nbytes for parameter in model.parameters()) + 2**24)  # 16 MiB for the tokenizer
     samples = None
     if way.needs_text:
         check_length(model, args.seqlen, "--seqlen")

@@ -13,7 +13,7 @@
 
 How much text there is, and the size of a step, follow from the budget, --minutes or --steps, and from measured speeds.
 Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), report.json,
-curve.png, metrics.jsonl (one line a step), layers.jsonl, run.json. Finished stages are not done again.
+curve.png, metrics.jsonl (one line a step), run.json. Finished stages are not done again.
 """
 import argparse
 import math
@@ -26,10 +26,10 @@ from utils import (
     add_model_arguments,
     finite,
     gradient_dtype,
-    positive_float,
     positive_int,
     run_script,
     script_parser,
+    sequence_length,
     set_seed,
 )
 
@@ -44,10 +44,10 @@ from models.loading import check_length, load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from pruning.channels import apply_permutation
 from training import args as arguments
-from training import initialize, preparation, report, results
+from training import initialize, preparation, report, results, run_folder
 from training.loop import Run
 from training.normalization import NORMALIZATIONS
-from training.run_folder import RunFolder, is_finished
+from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.stages import Stages
 from training.straight_through import StraightThrough, step_size
@@ -68,11 +68,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--after", metavar="PASSAGES", default=None,
                         help="half of the generated text continues these passages: a dataset of the kind of text that "
                              "the model will meet")
-    parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a sequence")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
     parser.add_argument("--batchsize", type=positive_int, default=8, help="sequences in a step of each process")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=positive_float, default=None, help="for everything (default: 30)")
+    budget.add_argument("--minutes", type=finite(0.01), default=None,
+                        help="for everything (default: 30)")
     budget.add_argument("--steps", type=positive_int, default=None, help="of learning, in place of minutes")
     arguments.add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true", help="first reorder channels, so that masks keep more")
@@ -117,7 +118,7 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
         max_s = preparation.TEXT_SHARE * 60 * args.minutes if args.minutes else math.inf
         with stages.stage("text", f"the model generates up to {tokens:,} tokens"):
             datasets = preparation.generated_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after,
-                                                  args.seed, max_s)
+                                                  args.seed, max_s, preparation.FEWEST * args.batchsize * args.seqlen)
     minibatches = data.token_sequences(tokenizer, datasets, plan["tokens"], args.batchsize, args.seqlen, args.seed)
     sequences = preparation.split(minibatches)[0].flatten(0, 1)
 
@@ -147,7 +148,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     learner = StraightThrough(masked, args.seqlen, args.distill, args.curvature, args.normalize, args.soft_masks,
                               args.gradient_checkpointing)
     validation, reported = Validation(masked, selecting), Validation(masked, unseen)
-    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS) for text in args.ppl}
+    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS)[0] for text in args.ppl}
 
     def nats() -> dict[str, float]:
         """Text -> loss of the mask in use."""
@@ -166,7 +167,6 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
             initialize.start(masked, "swaps", args.logits, batches.flatten(0, 1), args.seed, validation)
             folder.write_record()
             run.save()
-    run.check_disk(results.most_bytes(masked, run.total_steps, False, args.skip_checkpoint))
 
     # the loop
     with stages.stage("learning", f"from {len(batches)} minibatches"):
@@ -189,13 +189,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    if args.resume and is_finished(args.resume):
-        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
-        return
-    with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), "sparsify.py", bool(args.resume)) as
-          folder, StopSignals() as signals):
-        sparsify(args, device, folder, signals)
+    run_folder.run("sparsify.py", parse_args(argv), sparsify)
 
 
 if __name__ == "__main__":

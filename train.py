@@ -8,7 +8,7 @@
 
 Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses (inference_loss.py). Writes a new folder
 results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), metrics.jsonl (one line a step),
-layers.jsonl, curve.png, run.json. The first mask is m0 itself; the final one keeps the N largest logits of each block
+curve.png, run.json. The first mask is m0 itself; the final one keeps the N largest logits of each block
 or, with --val_fraction, does best on held-out text. A run that was stopped goes on to the same bits with --resume.
 """
 from argparse import Namespace
@@ -28,9 +28,9 @@ from models import processes
 from models.loading import check_length, load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from training import args as arguments
-from training import baselines, initialize, results
+from training import baselines, initialize, results, run_folder
 from training.loop import Run, StepResult
-from training.run_folder import RunFolder, is_finished
+from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.validation import Validation, hold_out
 
@@ -99,7 +99,6 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     run = Run(folder, signals, validation, len(batches), args.max_step, args.epoch)
     if not run.restore(saved, masked=masked, learner=learner, validation=validation):
         initialize.start(masked, args.init, args.logits, batches.flatten(0, 1), args.seed, validation)
-    run.check_disk(results.most_bytes(masked, run.total_steps, args.save, args.skip_checkpoint))
 
     # the loop
     for _ in run.steps():
@@ -111,13 +110,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments.parse_paper(script_parser(__doc__), argv)
-    if args.resume and is_finished(args.resume):
-        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
-        return
-    with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), "train.py", bool(args.resume)) as
-          folder, StopSignals() as signals):
-        learn(args, device, folder, signals)
+    run_folder.run("train.py", arguments.parse_paper(script_parser(__doc__), argv), learn)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ To be imported before torch, which every script and bench does: it says how long
 """
 import argparse
 import ctypes
-import inspect
 import os
 import platform
 import random
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
 
 # Threads that wait spin, on cores that another process may want; a short spin costs nothing alone
 # (docs/lab_notebook.md). OpenMP reads these when torch is loaded.
@@ -31,7 +29,7 @@ except ImportError:  # Windows
     resource = None
 
 STATUS = Path("/proc/self/status")  # Linux
-LINE_S = 30  # between two lines of progress
+LINE_S = 30  # between two bars in a log
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -46,7 +44,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0][:120]}); use a 16-bit --dtype, or lower "
@@ -57,36 +55,12 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def printable(error: Exception) -> str:
-    """Its message in one line; what a file put into it can move no cursor and is cut where it is endless."""
-    line = " ".join(str(error).split())
-    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line)
-    return line if len(line) <= 2000 else line[:2000] + " ..."
-
-
-class _Lines(tqdm):
-    """Progress as plain lines, for what is no terminal."""
-
-    @staticmethod
-    def status_printer(file: TextIO) -> Callable[[str], None]:
-        """A line for each text there is."""
-        return lambda text: text.strip() and print(text.strip(), file=file, flush=True)
-
-    def moveto(self, n: int) -> None:
-        """Nowhere: lines follow one another."""
-
-    def close(self) -> None:
-        """Without a last line, which short work does not need."""
-        self.disable = True
-        self._decr_instances(self)
-
-
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
-    """tqdm's bar on a terminal; elsewhere a line every LINE_S, so that whoever reads the log sees that work goes on."""
-    if names.get("disable") or sys.stderr.isatty():
-        return tqdm(iterable, **names)
-    return _Lines(iterable, **{**names, "mininterval": LINE_S, "maxinterval": LINE_S, "delay": LINE_S, "miniters": 1,
-                               "leave": False, "ncols": 100, "ascii": True})
+    """tqdm's bar; where it is no terminal that reads it, one every LINE_S, so that logs stay short."""
+    if not sys.stderr.isatty():
+        names |= {"mininterval": LINE_S, "maxinterval": LINE_S, "miniters": 1, "delay": LINE_S, "ncols": 100,
+                  "ascii": True}
+    return tqdm(iterable, **names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,12 +85,6 @@ def add_old_name(parser: argparse.ArgumentParser, old: str, name: str) -> None:
                         help=argparse.SUPPRESS)
 
 
-def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
-    """Those of a script's arguments that a function has parameters for: `load_model(**arguments_of(load_model, args))`.
-    Below the scripts nobody knows a command line, only these names."""
-    return {name: value for name, value in vars(args).items() if name in inspect.signature(function).parameters}
-
-
 def sparsity_type(text: str) -> tuple[int, int]:
     """'N:M' -> (N, M) with 1 <= N < M <= 16; for argparse, so a bad one is a usage error."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -136,26 +104,16 @@ def finite(lowest: float, highest: float = sys.float_info.max) -> Callable[[str]
     return number
 
 
-def positive_float(text: str) -> float:
-    """For argparse."""
-    value = finite(0)(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of more than 0")
-    return value
+def whole(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
+    """An int type for argparse: at least `lowest`, at most `highest`."""
+    def number(text: str) -> int:
+        if not text.isdigit() or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {lowest}")
+        return int(text)
+    return number
 
 
-def seed_number(text: str) -> int:
-    """For argparse: what a generator takes."""
-    if not text.isdigit() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
-def positive_int(text: str) -> int:
-    """For argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
+positive_int, sequence_length = whole(1), whole(2)  # a sequence has at least a token, and one to predict from it
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LLAMA2) -> None:
@@ -164,9 +122,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
     parser.add_argument("--dtype", default="float16", choices=["auto", "checkpoint", *DTYPES],
                         help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")
     parser.add_argument("--device", default=None,
-                        help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs and the "
-                             "host's memory, as accelerate does (default: cuda if there is one)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of every random choice")
+                        help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs by accelerate "
+                             "(default: cuda if there is one)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
 
 
@@ -177,7 +135,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                              "evaluate.py's --task_file has them")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
     parser.add_argument("--batchsize", type=positive_int, default=32, help="sequences in a minibatch")
-    parser.add_argument("--seqlen", type=positive_int, default=128, help="tokens in a sequence")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
     add_old_name(parser, "sqlen", "seqlen")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
 

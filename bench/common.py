@@ -1,7 +1,14 @@
-"""What the benches share: flags, timing, models by shape, one-shot masks, and one Markdown table out."""
+"""What the benches share: flags, timing, models by shape, masks, child processes, and one Markdown table out.
+
+What most benches use of learning is here, too: a step of each kind, and the settings of the preset.
+"""
 import argparse
+import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,10 +22,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from files.records import write_json
+from masking.masked_model import MaskedModel
 from models.layers import find_layers, weight_matrix
-from pruning.calibration import input_norms
 from pruning.one_shot import OneShot
+from training.straight_through import StraightThrough
 
+PRESET = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)  # the defaults of sparsify.py
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
                  num_key_value_heads=4, vocab_size=256, tie_word_embeddings=True),
@@ -41,15 +50,15 @@ def parser(docstring: str) -> argparse.ArgumentParser:
     """A parser with the flags of every bench, its docstring as the manual."""
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller measurement, 50 s at most on 2 cores")
-    parser.add_argument("--json", default=None, help="write the table's rows to this file too")
+    parser.add_argument("--json", default=None, help="write the rows of the table to this file, too")
     parser.add_argument("--device", default=default_device(), help="cpu, cuda")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     return parser
 
 
 def chosen(names: Iterable[str], parts: str) -> list[str]:
-    """The names that contain one of the parts, which are separated by commas; all of them if there is no part. A part
-    that is a whole name stands for that one alone. UserError where a name is wanted and none is found."""
+    """The names that contain one of the parts, which commas separate; all names if there is no part. A part that is a
+    whole name selects that name only. UserError if no name is selected."""
     names = list(names)
     wanted = [parts] if parts in names else [part for part in parts.split(",") if part]  # a name may have commas, too
     found = [name for name in names
@@ -91,10 +100,11 @@ def median_s(function: Callable[[], object], device: str, repeats: int = 5, warm
 
 
 def queued_s(function: Callable[[], object], device: str, repeats: int = 20) -> float:
-    """Seconds of a call among many that are queued one after another, so that launching them takes no time of it."""
-    function()
+    """Seconds of one call in a queue of calls. On a GPU the time to launch is thus left out, on a CPU this is
+    `median_s`."""
     if not device.startswith("cuda"):
         return median_s(function, device, repeats)
+    function()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     begin.record()
@@ -105,18 +115,44 @@ def queued_s(function: Callable[[], object], device: str, repeats: int = 20) -> 
     return begin.elapsed_time(end) / 1e3 / repeats
 
 
-def magnitude_masks(model: nn.Module, n: int, m: int) -> dict[str, Tensor]:
+def magnitude_masks(model: nn.Module, n: int = 2, m: int = 4) -> dict[str, Tensor]:
     """N:M masks of all its layers by weight magnitude: layer name -> bool `[out, in]`, on the CPU."""
     way = OneShot("magnitude", (n, m))
     return {name: way.mask(weight_matrix(module).float(), None).cpu() for name, module in find_layers(model).items()}
 
 
-def wanda_masks(model: nn.Module, samples: Tensor, n: int = 2, m: int = 4) -> dict[str, Tensor]:
-    """N:M masks of all its layers as prune.py computes them: layer name -> bool `[out, in]`. samples: calibration text,
-    int64 `[sequences, tokens]`."""
-    found, way = find_layers(model), OneShot("wanda", (n, m))
-    norms = input_norms(model, found, samples)
-    return {name: way.mask(weight_matrix(module).float(), norms[name]) for name, module in found.items()}
+def forward_step(masked: MaskedModel) -> Callable[[Tensor], float]:
+    """A function that learns from forward passes: one small step on int64 `[sequences, tokens]`; returns the loss,
+    nats."""
+    def step(batch: Tensor) -> float:
+        loss = masked.loss(batch)
+        masked.update(0.01)
+        return loss
+    return step
+
+
+def gradient_step(masked: MaskedModel, checkpointing: bool = False, distill: float = 0.0) -> Callable[[Tensor], float]:
+    """A function that learns from gradients: one small step on int64 `[sequences, tokens]`; returns the loss, nats."""
+    learner = StraightThrough(masked, distill=distill, checkpointing=checkpointing)
+    return lambda batch: learner.step(batch, 0.01).loss
+
+
+def run_child(bench: str, flags: list[str], processes: int = 1) -> list:
+    """Run a bench as a process of its own, or by torchrun as several, with one thread each, and read what each process
+    hands back with `hand_back`. The flags end with the folder for these results. UserError if the bench fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, *launcher, bench, *flags, folder], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise UserError(f"{Path(bench).name} failed in a child process: {done.stderr.strip()[-500:]}")
+        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(processes)]
+
+
+def hand_back(folder: str, result: object) -> None:
+    """In a process of `run_child`: write a result to its folder, in a file of this process. One stdout would mix the
+    lines of several processes."""
+    Path(folder, os.environ.get("RANK", "0")).write_text(json.dumps(result))
 
 
 def print_table(rows: list[dict]) -> None:
@@ -129,9 +165,9 @@ def print_table(rows: list[dict]) -> None:
         print("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
 
 
-def report(rows: list[dict], args: argparse.Namespace, note: str = "", before: Iterable[dict] = ()) -> None:
-    """Print rows, column -> cell, as one Markdown table under a line of conditions and over a note; with --json write
-    them with those conditions, the rows of a table `before` this one first."""
+def report(rows: list[dict], args: argparse.Namespace, note: str = "") -> None:
+    """Print a line of conditions, the rows (column -> cell) as a Markdown table, and a note. With --json also write the
+    rows, each with the conditions."""
     conditions = {**environment(args.device), "device": args.device, "seed": args.seed,
                   "command": " ".join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name,
                                        *sys.argv[1:]])}
@@ -141,4 +177,4 @@ def report(rows: list[dict], args: argparse.Namespace, note: str = "", before: I
     if note:
         print("\n" + note)
     if args.json:
-        write_json(args.json, [{**row, **conditions} for row in (*before, *rows)])
+        write_json(args.json, [{**row, **conditions} for row in rows])

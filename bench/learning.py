@@ -1,20 +1,9 @@
-"""Learning curves on the small model over seeds: does the fused step learn as the exact one, do the settings learn?
-
-    python bench/small_model.py                          # first: the model, four minutes
-    python bench/learning.py [--quick] [--json FILE] [--steps 640] [--rows fused,exact]
-
-Every row is one setting, run over --seeds seeds on 512 x 128 bytes from the same Wanda mask: mean and deviation of the
-loss of the sampled masks over the last epoch, and of the final mask (the mode) on the training minibatches and on
-held-out text. `m0` is where all of them start.
-"""
-import argparse
+"""What bench/rivals.py compares on: the problem, and this project's ways to learn its mask."""
 import copy
-import statistics
+from collections.abc import Callable
 
 import common
-from utils import progress_bar, run_script
 
-import torch
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
 
@@ -25,68 +14,105 @@ from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models.layers import find_layers
 from models.loss import batch_loss
+from pruning.calibration import input_norms
+from pruning.one_shot import OneShot, one_shot_masks
+from training.curvature import EVERY, SEQUENCES, START
+from training.straight_through import StraightThrough, step_size
 
-ROWS = {  # what is varied: eta, C, the tracker, the step
-    "authors' defaults: eta 50, C 10": dict(lr=50, logits=10),
-    "eta 30, C 5, delta as the authors have it": dict(lr=30, logits=5),
-    "fused: eta 30, C 5, debiased": dict(lr=30, logits=5, debias=True),
-    "fused, float16 logits": dict(lr=30, logits=5, debias=True, logits_dtype=torch.float16),
-    "exact: eta 30, C 5, debiased": dict(lr=30, logits=5, debias=True, mode="exact"),
-}
-COLUMNS = ("sampled masks, last epoch", "final mask, minibatches", "held out")
+N, M = 2, 4
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common.parser(__doc__)
-    parser.add_argument("--model", default="demo/small", help="folder that bench/small_model.py wrote")
-    parser.add_argument("--steps", type=int, default=640)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", default="", help="only the rows whose names contain one of these, by commas")
-    return parser.parse_args(argv)
+class Problem:
+    """A dense model, its text, and Wanda's 2:4 mask m0. windows: how many windows of 128 tokens of held-out text the
+    loss is measured on, after the first `skip`."""
+
+    def __init__(self, model: str, windows: int, device: str, skip: int = 0):
+        self.model, self.tokenizer = load_small(model, "auto", device)
+        self.fixed = data.minibatches(self.tokenizer, TEXT, 512, 32, 128)
+        self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[0][skip:]
+        layers = find_layers(self.model)
+        samples = data.calibration_samples(self.tokenizer, TEXT, 128, 128, 0)
+        self.masks = one_shot_masks(self.model, layers, samples, OneShot("wanda", (N, M)))
+        self.norms = input_norms(self.model, layers, self.fixed.flatten(0, 1)[:64])
+        m0 = self.masked_model(self.masks)
+        self.dense_loss, self.m0_loss = batch_loss(self.model, self.heldout), batch_loss(m0, self.heldout)
+        self.baselines = [batch_loss(m0, batch) for batch in self.fixed]
+
+    def fresh_model(self) -> nn.Module:
+        """A copy of the dense model."""
+        return copy.deepcopy(self.model)
+
+    def masked_model(self, masks: dict[str, Tensor]) -> nn.Module:
+        """A copy of the dense model with these masks applied."""
+        model = self.fresh_model()
+        apply_masks(find_layers(model), masks)
+        return model
+
+    def batches(self, setting: dict, passes: int, seed: int) -> Tensor:
+        """The minibatches of a run, int64 `[minibatches, sequences, tokens]`. Of `fresh` text no sequence is repeated;
+        otherwise these are the fixed ones, in an order of the seed's."""
+        if setting.get("fresh"):
+            return data.token_sequences(self.tokenizer, [TEXT], passes * 32 * 128, setting["batchsize"], 128, seed)
+        return self.fixed.roll(-5 * seed, 0)
 
 
-def losses(model: nn.Module, batches: Tensor, heldout: Tensor) -> tuple[float, float]:
-    """The mean loss over the minibatches `[minibatches, sequences, tokens]`, and that held out `[windows, tokens]`."""
-    return statistics.mean(batch_loss(model, batch) for batch in batches), batch_loss(model, heldout, 64)
+class ForwardOnly:
+    """The paper's way: policy gradient, one forward pass a step. `estimator` is made by the setting's function."""
+
+    def __init__(self, problem: Problem, setting: dict, seed: int):
+        self.lr, self.estimator = setting["lr"], setting["estimator"]()
+        self.masked = MaskedModel(problem.fresh_model(), problem.masks, LinearSpace(N, M), setting["logits"],
+                                  seed=seed, mode="eager")
+        start = 5 * seed % len(problem.baselines)  # the order of `Problem.batches`
+        self.baselines = problem.baselines[start:] + problem.baselines[:start]
+
+    def learn(self, batch: Tensor, step: int, steps: int) -> None:
+        """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
+        index = step % len(self.baselines)
+        loss = self.masked.loss(batch)
+        self.masked.update(self.lr * self.estimator.advantage(loss, self.baselines[index], index))
+
+    def masks(self) -> dict[str, Tensor]:
+        """The most probable masks."""
+        return self.masked.masks_of(self.masked.mode_bits())
+
+    def kept(self) -> list[Tensor]:
+        """The tensors that are kept beside the model."""
+        return [tensor for layer in self.masked.layers.values() for tensor in (*layer.logits, layer.bits)]
+
+    def state_bytes(self) -> float:
+        """Bytes a weight that are kept beside the model."""
+        weights = sum(layer.weight.numel() for layer in self.masked.layers.values())
+        return sum(tensor.nbytes for tensor in self.kept()) / weights
 
 
-def learn(model: nn.Module, masks: dict[str, Tensor], batches: Tensor, baselines: list[float], heldout: Tensor,
-          steps: int, seed: int, lr: float, logits: float, debias: bool = False,
-          logits_dtype: torch.dtype = torch.float32, mode: str = "eager") -> tuple[float, float, float]:
-    """One run of a dense model, which is masked for good: the mean loss of the sampled masks in the last epoch, then
-    those of the final mask as `losses` has them. baselines: m0's loss on each minibatch."""
-    masked = MaskedModel(model, masks, LinearSpace(2, 4), logits, logits_dtype=logits_dtype, seed=seed, mode=mode)
-    estimator = pge.MaskPro(debias=debias)
-    sampled = []
-    for t in progress_bar(range(steps), desc=f"seed {seed}", unit="step"):
-        loss = batch_loss(model, batches[t % len(batches)])
-        masked.update(lr * estimator.advantage(loss, baselines[t % len(batches)]))
-        sampled.append(loss)
-    masked.finish()
-    return statistics.mean(sampled[-len(batches):]), *losses(model, batches, heldout)
+class Gradients(ForwardOnly):
+    """This project's way: straight-through gradients, as sparsify.py learns."""
+
+    def __init__(self, problem: Problem, setting: dict, seed: int):
+        super().__init__(problem, {"estimator": pge.Vanilla, **setting}, seed)
+        self.learner = StraightThrough(self.masked, distill=setting["distill"], curvature=True,
+                                       normalize=setting.get("normalize", "layer"),
+                                       soft_masks=setting.get("soft_masks", False))
+
+    def learn(self, batch: Tensor, step: int, steps: int) -> None:
+        """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
+        self.learner.step(batch, step_size(self.lr, step / steps, steps), step / steps)
+
+    def kept(self) -> list[Tensor]:
+        """The tensors that are kept beside the model."""
+        return super().kept() + list(self.learner.normalization.state().values())
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    steps, seeds = (32, 1) if args.quick else (args.steps, args.seeds)
-    names = common.chosen(ROWS, args.rows)
-    dense, tokenizer = load_small(args.model, "float32", args.device)
-    batches = data.minibatches(tokenizer, TEXT, 512, 32, 128)
-    heldout = data.perplexity_windows(tokenizer, HELDOUT, 128, 512)
-    masks = common.wanda_masks(dense, data.calibration_samples(tokenizer, TEXT, 128, 128, 0))
-    m0 = copy.deepcopy(dense)
-    apply_masks(find_layers(m0), masks)
-    baselines = [batch_loss(m0, batch) for batch in batches]
-    rows = [{"setting": name, **dict(zip(COLUMNS[1:], losses(model, batches, heldout)))}
-            for name, model in (("dense", dense), ("m0 (Wanda)", m0))]
-    for name in names:
-        runs = [learn(copy.deepcopy(dense), masks, batches, baselines, heldout, steps, seed, **ROWS[name])
-                for seed in range(args.seed, args.seed + seeds)]
-        rows.append({"setting": name, "steps": steps, "seeds": seeds, **{
-            column: f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if seeds > 1 else 0:.4f}"
-            for column, values in zip(COLUMNS, zip(*runs))}})
-    common.report(rows, args)
+def passes_a_step(setting: dict) -> float:
+    """The cost of a step in forward passes of 32 sequences: a backward pass counts as two, the teacher's forward of
+    distillation as one, the curvature as its measurements."""
+    if setting["learner"] == "forward_only":
+        return 1
+    size = setting["batchsize"]
+    measuring = 3 * min(1, SEQUENCES / size) * (1 - START) / EVERY if setting["learner"] == "gradients" else 0.0
+    return ((4 if setting.get("distill") else 3) + measuring) * size / 32
 
 
-if __name__ == "__main__":
-    run_script(main)
+OURS: dict[str, Callable] = {"forward_only": ForwardOnly, "gradients": Gradients}
+PRESET = dict(common.PRESET, learner="gradients", swaps=True, fresh=True)

@@ -1,54 +1,50 @@
-"""Bytes of a training step: what is kept for each maskable weight, how far the peak goes over it, what gradients add.
+"""The memory that learning takes, measured, beside what bench/plan.py predicts.
 
     python bench/memory.py [--quick] [--json FILE] [--device cuda] [--shape llama2-7b]
 
-Static: the distinct storages that training keeps for the masked layers (weights, logits, masks, scratch), counted.
-Peak: of the process (CPU: resident, high-water mark reset after warm-up; GPU: allocated) over three steps, less what
-was there before the step, beside the same for a plain forward, whose activations both share.
-
-In all: each way of learning in a process of its own, three steps of 8 x 128 tokens, float32 logits; the most memory
-that the process ever held from the loaded model on, less what Python and the libraries do.
+Each way to learn runs three steps of 8 x 128 tokens in a process of its own; on a CPU also in two processes that share
+each layer's rows (--shard). Kept: bytes a masked weight that stay between two steps (weight, logits, mask), counted.
+Used: the most memory at any time from the loaded model on, m0 included, libraries left out. On a CPU this is resident
+memory, on a GPU allocated memory.
 """
 import argparse
 import gc
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
 import common
-from utils import DTYPES, UserError, reuse_freed_memory, run_script
+from utils import DTYPES, reuse_freed_memory, run_script
 
+import plan
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from files import mask_files
 from files.packing import pack
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models import processes
 from models.layers import find_layers, weight_matrix
-from models.loss import batch_loss
-from models.processes import ProcessGroup
 from models.sharding import own_weight, shard
-from training.initialize import TOKENS, init_from_swaps
-from training.straight_through import StraightThrough
+from training.initialize import TOKENS, from_swaps
 
-WAYS = {  # checkpointing, distillation; None: forward passes only
-    "forward-only": None, "straight_through, checkpointing": (True, 0.0),
-    "straight_through, checkpointing, distillation": (True, 1.0),
-    "the same from swaps": (True, 1.0), "straight_through, distillation": (False, 1.0)}
+WAYS = {  # name -> settings of `common.gradient_step`; None: forward passes only
+    "forward-only": None,
+    "gradients, checkpointing, distillation": dict(checkpointing=True, distill=1.0),
+    "gradients, checkpointing": dict(checkpointing=True),
+    "gradients, distillation": dict(distill=1.0),
+    "gradients, checkpointing, distillation, from swaps": dict(checkpointing=True, distill=1.0)}
+PREDICTED = list(WAYS)[:2]  # what bench/plan.py knows
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--shape", choices=list(common.SHAPES), default=None)
-    parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float32", help="of --used")
-    parser.add_argument("--used", choices=list(WAYS), default=None, help="print the bytes of one way of learning only; "
-                        "under torchrun: of a sharded model, in each process")
+    parser.add_argument("--child", nargs=3, default=None, metavar=("WAY", "LOGITS_DTYPE", "FOLDER"),
+                        help="measure one way in this process, and write the result to a folder")
     return parser.parse_args(argv)
 
 
@@ -56,49 +52,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # bytes of this process
 
 def status(field: str) -> int:
-    """Bytes by /proc/self/status: VmRSS now, VmHWM the most since the last reset."""
+    """Bytes of a field in /proc/self/status. VmRSS: now; VmHWM: the most since the last reset."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
+def present_bytes(device: str) -> int:
+    """The memory in use now."""
+    gc.collect()
+    return torch.cuda.memory_allocated() if device.startswith("cuda") else status("VmRSS")
+
+
 def most_bytes(function: Callable[[], object], device: str) -> int:
-    """The most memory there is during a call, in all."""
+    """The most memory in use at any time during a call."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     function()
     return status("VmHWM")
 
 
-def present_bytes(device: str) -> int:
-    """The memory there is now."""
-    gc.collect()
-    return torch.cuda.memory_allocated() if device.startswith("cuda") else status("VmRSS")
-
-
-def free(device: str) -> None:
-    """Give back what nobody uses: a model goes with its cycles, and a cache would be missed by a child process."""
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-
-
-def growth_bytes(function: Callable[[], object], device: str) -> int:
-    """The most memory a call takes over what was there before it."""
-    before = present_bytes(device)
-    return max(0, most_bytes(function, device) - before)
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages that tensors have, each counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# in all: a way of learning in a process of its own
+# one way to learn, in this process
 
 def first_half_masks(model: nn.Module) -> mask_files.PackedMasks:
     """2:4 masks that keep the first two weights of each block: layer name -> bool `[out, in]`, on the CPU."""
@@ -108,11 +86,11 @@ def first_half_masks(model: nn.Module) -> mask_files.PackedMasks:
     return mask_files.PackedMasks(packed, shapes, 2, 4)
 
 
-def sharded_llama(shape: str, device: str, dtype: torch.dtype, group: ProcessGroup) -> nn.Module:
-    """A Llama of random weights whose layers are shared out to the processes, as train.py --shard has it."""
+def sharded_llama(shape: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """A Llama of random weights of which each process has a part of each layer's rows."""
     with init_empty_weights(include_buffers=False):
         model = common.random_llama(shape, device, dtype)
-    shard(model, torch.device(device), group.size)
+    shard(model, torch.device(device), processes.size())
     layers = find_layers(model)
     for tensor in [*map(own_weight, layers.values()), *(parameter for parameter in model.parameters()
                                                         if not isinstance(parameter, DTensor))]:
@@ -120,112 +98,81 @@ def sharded_llama(shape: str, device: str, dtype: torch.dtype, group: ProcessGro
     return model
 
 
-def prepare_learning(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype,
-                     group: ProcessGroup) -> Callable[[], None]:
-    """Load a model of random weights for a way of learning; returns a function that takes three steps."""
-    model = (sharded_llama(shape, device, dtype, group) if group.size > 1 else
-             common.random_llama(shape, device, dtype))
-    masks = first_half_masks(model)
-    masked = MaskedModel(model, masks, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype], mode="eager")
-    if way.endswith("from swaps"):
-        init_from_swaps(masked, torch.randint(0, 256, (TOKENS // 128, 128)), 4.0)
-    learner = None
-    if WAYS[way]:
-        checkpointing, distill = WAYS[way]
-        learner = StraightThrough(masked, checkpointing=checkpointing, distill=distill, group=group)
+class Learning:
+    """A model of random weights and a way to learn its mask."""
 
-    def run_steps() -> None:
+    def __init__(self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype):
+        make = sharded_llama if processes.size() > 1 else common.random_llama
+        model = make(shape, device, dtype)
+        self.m0 = first_half_masks(model)  # stays in the host's memory, packed, as in a run
+        self.masked = MaskedModel(model, self.m0, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype], mode="eager")
+        if way.endswith("from swaps"):
+            from_swaps(self.masked, common.PRESET["logits"], torch.randint(0, 256, (TOKENS // 128, 128)))
+        settings = WAYS[way]
+        self.learn = (common.forward_step(self.masked) if settings is None else
+                      common.gradient_step(self.masked, **settings))
+
+    def take_steps(self) -> None:
+        """Three steps."""
         for _ in range(3):
-            batch = torch.randint(0, 256, (8, 128))
-            if learner:
-                learner.learn(batch, 0.01)
-            else:
-                batch_loss(model, batch)
-                masked.update(0.01)
-    run_steps.m0 = masks  # stays in the host's memory, as in train.py, packed
-    return run_steps
+            self.learn(torch.randint(0, 256, (8, 128)))
+
+    def kept_bytes(self) -> float:
+        """Bytes a masked weight that stay between two steps in this process."""
+        layers = list(self.masked.layers.values())
+        kept = sum(tensor.nbytes for layer in layers for tensor in (layer.weight, *layer.logits, layer.bits))
+        return kept / sum(layer.weight.numel() for layer in layers)
 
 
-def used_bytes(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype) -> int:
-    """What a way of learning takes in this process, see the top."""
+def measure(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes that a way to learn uses in this process, and that it keeps for each masked weight."""
     if device == "cpu":
         reuse_freed_memory()
-    with ProcessGroup(device) as group:
-        prepare_learning("tiny", way, logits_dtype, device, dtype, group)()  # loads what is loaded at first use
-        base = present_bytes(device)
+    with processes.joined(device) as device:
+        Learning("tiny", way, logits_dtype, device, dtype).take_steps()  # loads libraries
+        base, found = present_bytes(device), {}
 
-        def learn() -> None:  # with the swaps
-            prepare_learning(shape, way, logits_dtype, device, dtype, group)()
-        return most_bytes(learn, device) - base
-
-
-def measured_bytes(shape: str, way: str, logits_dtype: str = "float32", device: str = "cpu", processes: int = 1) -> int:
-    """`used_bytes` in a process of its own, with one thread; of several that share the layers, the most of any."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    found = subprocess.run([sys.executable, *launcher * (processes > 1), __file__, "--used", way, "--shape", shape,
-                            "--logits_dtype", logits_dtype, "--device", device], capture_output=True, text=True,
-                           check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if found.returncode:
-        raise UserError(f"{shape} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
-    return max(map(int, found.stdout.split()[-processes:]))
-
-
-def learning_rows(ways: list[str], shape: str, device: str) -> list[dict]:
-    """The table's rows of ways of learning, the first of which the others are compared with."""
-    rows = []
-    for way in ways:
-        used = measured_bytes(shape, way, device=device) / 2**20
-        rows.append({"learning": way, "in all (MiB)": used})
-        rows[-1]["of forward-only"] = used / rows[0]["in all (MiB)"]
-    return rows
+        def learn() -> None:
+            learning = Learning(shape, way, logits_dtype, device, dtype)
+            learning.take_steps()
+            found["kept"] = learning.kept_bytes()
+        return {"used": most_bytes(learn, device) - base, **found}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# static, and the peak of a step
+# the table
 
-def static_row(shape: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int, depth: int | None) -> dict:
-    """The table's row of logits of one dtype; depth: decoder layers, if not the shape's."""
-    free(device)  # of the row before
-    model = common.random_llama(shape, device, dtype, seed, depth)
-    tokens = torch.randint(0, min(32000, model.config.vocab_size), (32, 128), device=device)
-    masks = common.magnitude_masks(model, 2, 4)
-
-    @torch.no_grad()
-    def forward() -> None:
-        model(input_ids=tokens, use_cache=False)
-    forward()
-    plain = growth_bytes(forward, device)
-    masked = MaskedModel(model, masks, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype])
-    kept = list(masked.layers.values())
-    weights = sum(layer.weight.numel() for layer in kept)
-    static = storage_bytes([tensor for layer in kept for tensor in (layer.weight, *layer.logits, layer.bits)])
-    scratch = storage_bytes([layer.scratch for layer in kept])
-
-    def steps() -> None:
-        for _ in range(3):
-            masked.update(0.01)
-            forward()
-    steps()
-    ours = growth_bytes(steps, device)
-    return {"logits": logits_dtype, "maskable weights (M)": weights / 1e6, "static bytes a weight": static / weights,
-            "naive": 2 + 4 + 1.0, "scratch (MiB)": scratch / 2**20, "static (MiB)": static / 2**20,
-            "forward takes (MiB)": plain / 2**20, "training step takes (MiB)": ours / 2**20,
-            "peak / static, without activations": (static + scratch + max(0, ours - plain)) / static}
+def table_row(shape: str, way: str, logits_dtype: str, device: str, number: int) -> dict:
+    """A row of the table, measured in so many processes; the one that uses most counts."""
+    flags = ["--shape", shape, "--device", device, "--child", way, logits_dtype]
+    most = max(common.run_child(__file__, flags, number), key=lambda result: result["used"])
+    row = {"learning": way, "logits": logits_dtype, "processes": number, "kept (bytes a weight)": most["kept"],
+           "used (MiB)": most["used"] / 2**20}
+    if way in PREDICTED:
+        size = plan.ModelSize.of(plan.described(shape))
+        settings = plan.Settings(batchsize=8, microbatch=8, sqlen=128, m=4, logits_dtype=logits_dtype)
+        parts = plan.memory_bytes(size, settings, WAYS[way] is not None, number)
+        host = 0 if device.startswith("cuda") else plan.packed_bytes(size)
+        row["predicted (MiB)"] = (sum(parts.values()) + host) / 2**20
+        row["predicted / used"] = row["predicted (MiB)"] / row["used (MiB)"]
+    return row
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     gpu = args.device.startswith("cuda")
     dtype, shape = torch.float16 if gpu else torch.bfloat16, args.shape or ("llama2-7b" if gpu else "smollm2-135m")
-    if args.used:
-        print(used_bytes(shape, args.used, args.logits_dtype, args.device, dtype))
+    if args.child:
+        way, logits_dtype, folder = args.child
+        common.hand_back(folder, measure(shape, way, logits_dtype, args.device, dtype))
         return
-    logits_dtypes, depth = (["float16"], 4) if args.quick else (["float16", "float32"], None)
-    static = [static_row(shape, logits_dtype, args.device, dtype, args.seed, depth) for logits_dtype in logits_dtypes]
-    common.report(static, args, "naive: 16-bit weight, float32 logit, bool mask; its masked copy is not counted")
-    free(args.device)
-    rows = learning_rows(list(WAYS)[:2] if args.quick else list(WAYS), shape, args.device)
-    common.report(rows, args, "in all, the libraries left out; 8 x 128 tokens, float32 logits", before=static)
+    planned = [(way, "float32", 1) for way in WAYS] + [("forward-only", "float16", 1)]
+    if not gpu:
+        planned += [(way, "float32", 2) for way in PREDICTED]
+    if args.quick:
+        planned = planned[:1]
+    common.report([table_row(shape, *row[:2], args.device, row[2]) for row in planned], args,
+                  f"{shape}, {dtype} weights, 2:4, three steps of 8 x 128 tokens")
 
 
 if __name__ == "__main__":

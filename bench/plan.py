@@ -1,29 +1,27 @@
-"""What learning the mask of a model takes, before a GPU is rented: memory a device, bytes on the wire, time a step.
+"""What learning a model's mask needs, before a GPU is rented: memory of each GPU, bytes on the wire, time of a step.
 
     python bench/plan.py --model llama2-70b --gpus 8 --gpu h100
     python bench/plan.py --model FOLDER --gpus 1 --gpu h200 --logits_dtype float16
-    python bench/plan.py --check [--quick] [--json FILE]      # the memory it predicts against what is used here
 
---model names a shape (see common.SHAPES) or a folder with a config.json. Layouts:
+--model is the name of a shape (common.SHAPES) or a folder with a config.json. The ways to use several GPUs are:
 
-    replicas      every GPU has the whole model and all logits; --samples or minibatches are split over them
-    sharded       --shard: as replicas, but each layer's rows are shared out; a decoder layer is gathered to compute
-    device_map    one process, the layers spread over the GPUs, which work one after another
-    offload       the learned layers' weights, logits and masks in the host's memory, one masked layer sent at a time
+    replicas      each GPU has the whole model and all logits, and takes a minibatch of its own
+    sharded       --shard: each GPU has a part of each layer's rows; a decoder layer is gathered when it computes
+    device_map    one process; the layers are spread over the GPUs, which work one after another
+    offload       weights, logits and masks stay in the host's memory; one masked layer at a time is sent to the GPU
 
-Memory is a sum over tensors. Time is arithmetic: matrix products at --matmul of the data sheet's dense 16-bit rate, the
-mask step's bytes at --bandwidth of that of the memory, the wire at the link's rate; no overlap. The data sheets' rates
-are not measured here, and the shares are guesses to be replaced by what bench/step.py finds on your card.
+Memory is a sum of tensors; bench/memory.py compares it with measured memory. Time is arithmetic and not measured:
+matrix products at MATMUL of the data sheet's rate, the mask step at BANDWIDTH of the memory's rate, the wire at the
+link's rate, one after another.
 """
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import common
-from utils import DTYPES, UserError, arguments_of, run_script
+from utils import DTYPES, UserError, run_script
 
-import memory
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,18 +30,18 @@ from models.layers import find_layers, weight_matrix
 from training.normalization import NORMALIZATIONS
 
 GIB = 2**30
-DEVICES = {  # bytes of memory; data sheet: dense 16-bit FLOP/s, memory bytes/s, link to the others, link to the host
+DEVICES = {  # data sheets: bytes of memory; dense 16-bit FLOP/s; bytes/s of memory, of the link to GPUs and to the host
     "a100": dict(memory=80e9, flops=312e12, bandwidth=2.04e12, link=300e9, host=25e9),
     "h100": dict(memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9, host=55e9),
     "h200": dict(memory=141e9, flops=989e12, bandwidth=4.8e12, link=450e9, host=55e9)}
-
-
+MATMUL, BANDWIDTH = 0.5, 0.8  # shares of the data sheet's rates: guesses
+HOST_MEMORY = 100e9  # bytes/s of the host's memory: a guess
 LAYOUTS = ("replicas", "sharded", "device_map", "offload")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--model", default="llama2-7b", help="a shape's name or a folder with a config.json")
+    parser.add_argument("--model", default="llama2-7b", help="name of a shape, or a folder with a config.json")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--gpu", choices=list(DEVICES), default="h100")
     parser.add_argument("--batchsize", type=int, default=32, help="sequences in a minibatch")
@@ -51,18 +49,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sqlen", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--m", type=int, default=4, help="M of N:M")
     parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float16")
-    parser.add_argument("--normalize_gradient", choices=list(NORMALIZATIONS), default="layer", help="as of train.py")
-    parser.add_argument("--matmul", type=float, default=0.5, help="share of the data sheet's FLOP/s")
-    parser.add_argument("--bandwidth", type=float, default=0.8, help="share of the data sheet's memory bandwidth")
-    parser.add_argument("--host_bandwidth", type=float, default=100e9, help="bytes/s of the host's memory")
-    parser.add_argument("--check", action="store_true", help="hold the memory against what is used on this CPU")
+    parser.add_argument("--normalize_gradient", choices=list(NORMALIZATIONS), default="layer",
+                        help="what gradients are divided by")
     return parser.parse_args(argv)
 
 
 @dataclass
 class ModelSize:
-    """Numbers of a model: its weights in all, those learned, those of the largest learned layer; decoder layers, widths
-    of the residual stream, of the vocabulary and of the MLP; bytes of a weight."""
+    """Numbers of weights: all, with a mask, in the largest masked layer. Numbers of decoder layers, residual channels,
+    tokens in the vocabulary, MLP channels. Bytes of a weight."""
     weights: int
     learned: int
     largest: int
@@ -85,7 +80,8 @@ class ModelSize:
 
 @dataclass
 class Settings:
-    """Of a run: the minibatch's sequences and tokens, M of N:M, the dtype of the logits, how gradients are measured."""
+    """Of a run: sequences in a minibatch and in a forward pass, tokens in a sequence, M of N:M, dtype of the logits,
+    what gradients are divided by."""
     batchsize: int
     microbatch: int
     sqlen: int
@@ -100,49 +96,38 @@ class Settings:
 
     @property
     def logits_itemsize(self) -> int:
+        """Bytes of a logit."""
         return DTYPES[self.logits_dtype].itemsize
 
     @property
     def measured_bytes(self) -> float:
-        """A weight, of the gradients' mean squares: one a block, or one a layer."""
+        """Bytes a weight of the gradients' mean squares: one a block, or one a layer, which is nothing."""
         return torch.float32.itemsize / self.m if self.normalize_gradient == "block" else 0.0
 
 
-@dataclass
-class Rates:
-    """Of a device: bytes of memory, FLOP/s, and bytes/s of its memory, of the link to other devices, of that to the
-    host, and of the host's memory."""
-    memory: float
-    flops: float
-    bandwidth: float
-    link: float
-    host: float
-    host_memory: float
-
-
 def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes: int = 1) -> dict[str, float]:
-    """Of one process: tensor bytes by what they are for. processes: that FSDP shares the layers out to; alone it has
-    the whole model."""
+    """Bytes of the tensors of one process, by their purpose. gradients: learning with checkpointing and distillation,
+    not by forward passes only. processes: how many share each layer's rows."""
     sequences = min(settings.microbatch, settings.batchsize)
     tokens = sequences * settings.sqlen
     width = 1 if settings.m <= 8 else 4
     wide, head = tokens * size.itemsize, tokens * size.vocabulary * size.itemsize
-    packed = size.vocabulary * size.hidden * size.itemsize  # the head's weight, laid out anew by the CPU's library
+    packed = size.vocabulary * size.hidden * size.itemsize  # the CPU's library copies the head's weight
     sequence = settings.sqlen * size.vocabulary
-    body = wide * (4 * size.hidden + 4 * size.inner)  # what one decoder layer has at a time
+    body = wide * (4 * size.hidden + 4 * size.inner)  # of one decoder layer
     own, copies = size.learned / processes, size.weights - size.learned
     found = {"weights": (copies + own) * size.itemsize, "logits": own * settings.logits_itemsize,
              "masks": own / settings.m * width, "mean squares": own * settings.measured_bytes * gradients,
              "scratch": 0 if processes > 1 else size.largest * size.itemsize}
-    # of a sharded decoder layer: rows sent, gathered twice, the layer; backward: its gradient, and that sent; in the
-    # head's turn: what the last layer's gather left
+    # a sharded decoder layer: the rows sent, two buffers gathered, the layer; in backward its gradient, twice. In the
+    # head's turn the last layer's gathered buffer is still there.
     gathered = size.learned / size.layers * size.itemsize if processes > 1 else 0
     at_work = gathered * ((5 if gradients else 3) + 1 / processes)
-    if gradients:  # each layer's input; predictions of student and teacher, their gradient; a copy of it, or parts
+    if gradients:  # inputs of the layers; predictions of student and teacher, and the gradient
         kept = size.layers * wide * size.hidden
-        once = 3 * body + size.largest * (size.itemsize + 8)  # a layer again, and the gradient of its weight
+        once = 3 * body + size.largest * (size.itemsize + 8)  # a layer recomputed, and the gradient of its weight
         activations = kept + 3 * head + max(once + at_work, max(sequence * 16, head + packed) + gathered)
-    else:  # predictions; of 4 sequences at a time in float32, with their log-probabilities
+    else:  # predictions; float32 copies of 4 sequences at a time
         in_head = wide * size.hidden + max(min(4, sequences) * sequence * 8, packed)
         activations = max(body + at_work, head + in_head + gathered)
     return {**found, "activations": activations}
@@ -150,7 +135,7 @@ def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes
 
 def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[str, float], gpus: int,
                  gradients: bool) -> tuple[float, float, float]:
-    """Bytes: on a GPU, on the host, and on the wire in a step. parts: see `memory_bytes`."""
+    """Bytes on a GPU, on the host, and on the wire in a step. parts: from `memory_bytes`."""
     everything, weights = sum(parts.values()), size.learned * size.itemsize
     others = (gpus - 1) / gpus
     host = packed_bytes(size) + size.weights * size.itemsize  # m0, and the model while it is loaded
@@ -158,7 +143,7 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
     if layout == "replicas":
         wire = (2 * others * weights if gradients else 40.0) * (gpus > 1)
         return everything, host * gpus, wire
-    if layout == "sharded":  # gathered for each pass but the recomputed one, and gradients go to the rows' owners
+    if layout == "sharded":  # gathered in each pass but the recomputed one; gradients go to the rows' owners
         return everything, packed_bytes(size) * gpus, (4 if gradients else 1) * others * weights
     if layout == "device_map":
         spread = sum(parts[name] for name in ("weights", "logits", "masks", "mean squares"))
@@ -169,36 +154,38 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
 
 
 def packed_bytes(size: ModelSize) -> float:
-    """Of m0 as train.py keeps it in the host's memory, at 2:4."""
+    """Bytes of the packed 2:4 mask m0, which stays in the host's memory."""
     return size.learned / 4 * math.log2(6) / 8
 
 
 def forward_passes(gradients: bool) -> int:
-    """What a step computes, in forward passes: teacher, forward, that again, and backward for two."""
+    """The work of a step in forward passes. With gradients: teacher, forward, recomputed forward, backward (two)."""
     return 5 if gradients else 1
 
 
-def layout_row(layout: str, size: ModelSize, settings: Settings, rates: Rates, gpus: int, gradients: bool) -> dict:
+def layout_row(layout: str, size: ModelSize, settings: Settings, rates: dict[str, float], gpus: int,
+               gradients: bool) -> dict:
     """The table's row of a layout and a way of learning."""
     parts = memory_bytes(size, settings, gradients, gpus if layout == "sharded" else 1)
     here, host, wire = layout_costs(layout, size, settings, parts, gpus, gradients)
-    compute = forward_passes(gradients) * 2 * size.weights * settings.tokens / rates.flops
+    compute = forward_passes(gradients) * 2 * size.weights * settings.tokens / (MATMUL * rates["flops"])
     measured = 2 * settings.measured_bytes * gradients
     step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize + measured)
     if layout == "offload":
-        step = step_bytes / rates.host_memory
+        step = step_bytes / HOST_MEMORY
     else:
-        step = step_bytes / rates.bandwidth * (1.5 if gradients else 1) / (gpus if layout == "sharded" else 1)
-    seconds = compute + step + wire / (rates.host if layout == "offload" else rates.link)
+        parallel = gpus if layout == "sharded" else 1
+        step = step_bytes / (BANDWIDTH * rates["bandwidth"]) * (1.5 if gradients else 1) / parallel
+    seconds = compute + step + wire / rates["host" if layout == "offload" else "link"]
     processes = gpus if layout in ("replicas", "sharded") else 1  # each with a minibatch of its own
     return {"learning": "straight_through" if gradients else "forward-only", "layout": layout,
-            "GiB a GPU": here / GIB, "fits": "yes" if here < 0.92 * rates.memory else "no", "host GiB": host / GIB,
+            "GiB a GPU": here / GIB, "fits": "yes" if here < 0.92 * rates["memory"] else "no", "host GiB": host / GIB,
             "wire a step": in_units(wire), "forward and backward (s)": compute, "mask step (s)": step,
             "step (s)": seconds, "sequences a second": processes * settings.batchsize / seconds}
 
 
-def plan(size: ModelSize, settings: Settings, rates: Rates, gpus: int) -> list[dict]:
-    """A row for each layout and way of learning that there is."""
+def plan(size: ModelSize, settings: Settings, rates: dict[str, float], gpus: int) -> list[dict]:
+    """The table's rows: each way to learn in each layout that it has."""
     rows = []
     for gradients in (False, True):
         for layout in LAYOUTS:
@@ -209,7 +196,7 @@ def plan(size: ModelSize, settings: Settings, rates: Rates, gpus: int) -> list[d
 
 
 def in_units(size: float) -> str:
-    """Bytes as people write them."""
+    """Bytes in the largest fitting unit."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"
@@ -218,7 +205,7 @@ def in_units(size: float) -> str:
 
 
 def described(name: str) -> nn.Module:
-    """A model of that shape or config.json without weights."""
+    """A model without weights, of a shape's name or a folder with a config.json."""
     if name in common.SHAPES:
         return common.random_llama(name, "meta", torch.bfloat16)
     if not Path(name, "config.json").is_file():
@@ -227,35 +214,14 @@ def described(name: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
 
 
-def check(shapes: list[str]) -> list[dict]:
-    """Rows of the memory that is predicted and used, on the CPU, by what bench/memory.py runs."""
-    rows, settings = [], Settings(batchsize=8, microbatch=8, sqlen=128, m=4, logits_dtype="float32")
-    for shape in shapes:
-        size = ModelSize.of(described(shape))
-        for way, gradients in (("forward-only", False), ("straight_through, checkpointing, distillation", True)):
-            for processes in (1, 2):
-                said = sum(memory_bytes(size, settings, gradients, processes).values()) + packed_bytes(size)
-                used = memory.measured_bytes(shape, way, processes=processes)
-                rows.append({"model": shape, "learning": way, "processes": processes, "predicted (MiB)": said / 2**20,
-                             "used (MiB)": used / 2**20, "predicted / used": said / used})
-    return rows
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.check:
-        shapes = ["smollm2-135m"] if args.quick else ["smollm2-135m", "llama3.2-1b"]
-        args.device = "cpu"
-        common.report(check(shapes), args, "8 sequences of 128 tokens, 2:4, bfloat16 weights, float32 logits, resident "
-                                           "memory over that of the libraries")
-        return
-    size, sheet = ModelSize.of(described(args.model)), DEVICES[args.gpu]
-    rates = Rates(**{**sheet, "flops": args.matmul * sheet["flops"], "bandwidth": args.bandwidth * sheet["bandwidth"]},
-                  host_memory=args.host_bandwidth)
-    common.report(plan(size, Settings(**arguments_of(Settings, args)), rates, args.gpus), args,
-                  f"{args.model}: {size.weights / 1e9:.4g} G weights, {size.learned / 1e9:.4g} G of them learned, "
+    size = ModelSize.of(described(args.model))
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    common.report(plan(size, settings, DEVICES[args.gpu], args.gpus), args,
+                  f"{args.model}: {size.weights / 1e9:.4g} G weights, {size.learned / 1e9:.4g} G of them with a mask, "
                   f"on {args.gpus} x {args.gpu}; {args.batchsize} x {args.sqlen} tokens a minibatch, "
-                  f"{args.logits_dtype} logits; fits: under 92 % of the memory")
+                  f"{args.logits_dtype} logits; fits: below 92 % of the memory")
 
 
 if __name__ == "__main__":

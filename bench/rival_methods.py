@@ -1,12 +1,12 @@
-"""Other methods that learn an N:M mask by backward passes, written from their papers for bench/rivals.py.
+"""Other methods that learn an N:M mask from gradients, written from their papers for bench/rivals.py.
 
     MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits a block, a soft mask from Gumbel noise in the forward
     ScoresSTE   the plain straight-through estimator: a real score a weight, the N largest kept, gradient passed through
     SRSTE       Zhou et al., arXiv 2102.04010: the same on the weights themselves, pruned ones pulled towards 0
     ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step bring to 2:4
 
-All move their parameters with Adam. What is delivered is a mask, evaluated on the frozen weights. `distill`, the loss
-against the dense model's predictions, is no part of any of the papers.
+All move their parameters with Adam. Their result is a mask, which is evaluated on the frozen weights. `distill`, the
+loss against the dense model's predictions, is not in any of the papers.
 """
 import math
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from training.progress import lr_multiplier
 
 import pge
 from models.layers import find_layers
@@ -25,10 +24,9 @@ class Rival:
     """A model whose masked layers compute with a weight made of learned parameters, one float32 tensor a layer.
 
     model: frozen, its layers plain nn.Linear; masks: m0, bool `[out, in]` by name; norms: ||x_j|| of their inputs,
-    `[in]`; lr: Adam's; distill: 0 or 1. A subclass says what the parameters start as, which weight they make, and which
-    mask they stand for.
+    `[in]`; lr: Adam's; distill: 0 or 1. A subclass defines the parameters at the start, the weight that they make, and
+    their mask.
     """
-    schedule = "linear"
     betas = (0.9, 0.999)
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], norms: dict[str, Tensor], n: int, m: int, lr: float,
@@ -36,7 +34,8 @@ class Rival:
         self.model, self.n, self.m, self.lr, self.distill = model, n, m, lr, distill
         self.layers = {name: layer for name, layer in find_layers(model).items() if name in masks}
         self.norms = norms
-        self.generator = torch.Generator().manual_seed(seed)
+        self.device = model.get_input_embeddings().weight.device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         self.is_dense, self.penalty, self.progress = False, 0.0, 0.0
         self.parameters = {name: self.start(name, masks[name]).requires_grad_() for name in self.layers}
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=lr, betas=self.betas)
@@ -52,14 +51,19 @@ class Rival:
         raise NotImplementedError
 
     def mask(self, name: str) -> Tensor:
-        """The mask that a layer's parameters stand for, bool `[out, in]`."""
+        """The mask of a layer's parameters, bool `[out, in]`."""
         raise NotImplementedError
 
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of all layers, by name."""
+        return {name: self.mask(name) for name in self.layers}
+
     def after_step(self) -> None:
-        """What follows Adam's step."""
+        """Called after each step of Adam."""
 
     def learn(self, batch: Tensor, step: int, steps: int) -> float:
-        """One step on int64 `[sequences, tokens]`, of so many; returns the loss, nats a prediction."""
+        """Step number `step` of `steps` on int64 `[sequences, tokens]`; returns the loss, nats a prediction."""
+        batch = batch.to(self.device)
         self.progress, self.penalty, teacher = step / steps, 0.0, None
         if self.distill:
             with torch.no_grad():
@@ -81,11 +85,12 @@ class Rival:
         return loss / predictions
 
     def multiplier(self) -> float:
-        """Of the rate, at this point of the run."""
-        return lr_multiplier(self.schedule, self.progress)
+        """What the learning rate is multiplied by at this point of the run: linear decay after a warm-up in the first
+        fiftieth, as in this project's runs."""
+        return (1 - self.progress) * min(1.0, (self.progress + 1e-3) / 0.02)
 
     def state_bytes(self) -> float:
-        """Bytes a weight of what learning keeps beside the model, after a step: parameters, gradients, moments."""
+        """Bytes a weight that are kept beside the model after a step: parameters, gradients, moments."""
         tensors = [tensor for parameter in self.parameters.values() for tensor in
                    (parameter, parameter.grad, *self.optimizer.state[parameter].values()) if tensor.dim()]
         return sum(tensor.nbytes for tensor in tensors) / sum(layer.weight.numel() for layer in self.layers.values())
@@ -104,21 +109,20 @@ class Rival:
 
 
 class MaskLLM(Rival):
-    """softmax((kappa pi + Gumbel noise) / tau) over the block's patterns; the mask in the forward is their mean.
+    """softmax((kappa pi + Gumbel noise) / tau) over the block's patterns; the forward pass uses the mean pattern.
 
-    tau falls from 4 to 0.05 and kappa grows from 100 to 500, linearly. pi starts from noise of 0.01 and, for each
-    weight that a pattern shares with m0 more than the mean pattern does, `prior` = 3 times that. `norm_reward` times
-    the squared norm of the weights that are kept is taken off the loss. Cosine decay to a tenth of the rate.
+    tau falls from 4 to 0.05 and kappa grows from 100 to 500, linearly. pi starts as noise of deviation 0.01, plus 0.03
+    (`noise` times `prior`) for each weight that a pattern shares with m0 beyond the mean over patterns. The loss has
+    the term -`norm_reward` * ||masked weights||^2. The rate decays by a cosine to a tenth.
     """
     betas = (0.9, 0.95)
     noise, prior, norm_reward = 0.01, 3.0, 1e-5
-    gumbel = 1.0  # how much of the noise counts
     temperatures, scales = (4.0, 0.05), (100.0, 500.0)
 
     def start(self, name: str, mask: Tensor) -> Tensor:
-        patterns = pge.patterns(self.n, self.m).float()
-        shared = mask.view(-1, self.m).float() @ patterns.T
-        noise = self.noise * torch.randn(shared.shape, generator=self.generator)
+        self.patterns = pge.patterns(self.n, self.m).to(self.device)
+        shared = mask.to(self.device).view(-1, self.m).float() @ self.patterns.float().T
+        noise = self.noise * torch.randn(shared.shape, generator=self.generator, device=self.device)
         return noise + self.noise * self.prior * (shared - self.n * self.n / self.m)
 
     def weight(self, name: str) -> Tensor:
@@ -126,21 +130,21 @@ class MaskLLM(Rival):
                               (self.temperatures, self.scales))
         logits = self.parameters[name]
         noise = -torch.empty_like(logits).exponential_(generator=self.generator).log_()  # Gumbel
-        probs = torch.softmax((scale * logits + self.gumbel * noise) / temperature, 1)
-        weight = self.dense(name) * (probs @ pge.patterns(self.n, self.m).float()).view_as(self.layers[name].weight)
+        probs = torch.softmax((scale * logits + noise) / temperature, 1)
+        weight = self.dense(name) * (probs @ self.patterns.float()).view_as(self.layers[name].weight)
         self.penalty = self.penalty - self.norm_reward * weight.square().sum()
         return weight
 
     def mask(self, name: str) -> Tensor:
-        return pge.patterns(self.n, self.m)[self.parameters[name].argmax(1)].view_as(self.layers[name].weight)
+        return self.patterns[self.parameters[name].argmax(1)].view_as(self.layers[name].weight)
 
     def multiplier(self) -> float:
         return 0.55 + 0.45 * math.cos(math.pi * self.progress)
 
 
 class ScoresSTE(Rival):
-    """m * w with m the N largest scores of each block and d loss / d score = w * d loss / d(m * w), kept or not. Scores
-    start at log |w| ||x||, Wanda's, so that their mask is m0."""
+    """m * w with m the N largest scores of each block; d loss / d score = w * d loss / d(m * w) for kept and pruned
+    weights alike. Scores start at log(|w| ||x||), Wanda's score, so that their mask is m0."""
 
     def start(self, name: str, mask: Tensor) -> Tensor:
         return (self.dense(name).abs() * self.norms[name]).clamp(min=1e-30).log()
@@ -154,8 +158,8 @@ class ScoresSTE(Rival):
 
 
 class SRSTE(Rival):
-    """Weights W that are trained: the forward at m * W, m the largest |W| ||x|| of each block, its gradient passed to
-    all of W, and `decay` (1 - m) * W added to it."""
+    """Trained weights W. The forward pass uses m * W, m the N largest |W| ||x|| of each block; the gradient goes to all
+    of W, and `decay` * (1 - m) * W is added to it."""
     decay = 2e-4
 
     def start(self, name: str, mask: Tensor) -> Tensor:
@@ -171,23 +175,23 @@ class SRSTE(Rival):
 
 
 class ProxSparse(Rival):
-    """Weights W that are trained dense and that a proximal step brings to 2:4 in between: Adam on the loss and
-    `stay` ||W / w * (W - w)||^2, then in each block the proximal step of lambda (sum of the products of three |W|).
+    """Dense weights W, trained towards 2:4. Each step is Adam's on the loss plus `stay` ||W / w * (W - w)||^2, then in
+    each block the proximal step of lambda * (sum of the products of three |W|).
 
-    `strength` is the sum of lambda over the run. The mask keeps the largest |W| ||x|| at the end. The products are of
-    weights times their inputs' norms (of mean square 1 in a layer), so that the method starts from m0's order as others
-    do; with `scaled` false of the bare weights, as published. 2:4 only.
+    `strength` is the sum of lambda over the run. The mask keeps the largest |W| ||x|| at the end. As published, the
+    products are of bare weights; here weights are multiplied by the norms of their inputs (mean square 1 in a layer),
+    so that the method starts from m0's order, as the others do. 2:4 only.
     """
-    stay, scaled = 0.25, True
+    stay = 0.25
 
     def __init__(self, *args, strength: float, steps: int, **kwargs):
         self.strength = strength / steps
         super().__init__(*args, **kwargs)
 
     def scale(self, name: str) -> Tensor:
-        """What each column counts, `[in]`."""
+        """What each column is multiplied by, `[in]`."""
         norms = self.norms[name].clamp(min=1e-12)
-        return norms / norms.square().mean().sqrt() if self.scaled else torch.ones_like(norms)
+        return norms / norms.square().mean().sqrt()
 
     def start(self, name: str, mask: Tensor) -> Tensor:
         return self.dense(name).clone()
@@ -218,8 +222,8 @@ def triples(z: Tensor) -> Tensor:
 def proximal_step(y: Tensor, strength: float, sweeps: int = 30) -> Tensor:
     """argmin_z 1/2 ||z - y||^2 + strength * (sum of the products of three |z|), of each block `[blocks, 4]`.
 
-    With the signs of y, z >= 0. The minimum is not convex: it is looked for with the two, three or four largest free to
-    be other than 0, from y, one number after the other (each step is exact), and the lowest of the three is taken.
+    z has the signs of y. The problem is not convex. It is solved three times by exact coordinate descent from y, with
+    only the two, three or four largest numbers free and the others 0; the lowest of the three minima is taken.
     """
     sign, (size, order) = y.sign(), y.abs().sort(dim=1, descending=True)
     best, lowest = None, None

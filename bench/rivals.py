@@ -1,18 +1,17 @@
-"""Rivals on the small model: other methods that learn masks by backward passes, and this project's preset.
+"""Ways to learn an N:M mask, compared on the small model: this project's, other methods', and the paper's.
 
     python bench/small_model.py --steps 1200             # first: the model
     python bench/rivals.py [--quick] [--json FILE] [--budgets 160,640,2500] [--seeds 3] [--rows MaskLLM,preset]
-    python bench/rivals.py --sweep --budgets 160         # the rates that were tried, on other windows
-    python bench/rivals.py --study                       # the preset with one change a row
+    python bench/rivals.py --rows MaskLLM --rates 0.001,0.002 --seeds 1      # tune a learning rate
 
-All start from the same Wanda mask, or are told it as their prior, and learn from the same text. A forward pass is one
-of 32 x 128 bytes; a backward counts as two, the teacher's forward of distillation (KD) as one, and the preset's swaps
-as a pass of their text. Printed are the held-out loss of the mask on the frozen weights, mean ± deviation over seeds,
-the share of the gap from m0 to dense that it closes, what a method keeps in bytes a weight, and the processor's seconds
-of the longest budget. --runs FILE keeps each run as it ends, and takes the runs from there that it has.
+Is a mask from this project as good as one from a rival, for the same work? All start from the same Wanda mask, or have
+it as their prior, and learn from the same text. A budget is a number of forward passes of 32 x 128 tokens. A backward
+pass counts as two, the teacher's forward of distillation (KD) as one, and swaps as one pass of their text.
 
-The methods are in rival_methods.py; the rows and their rates are in rival_rows.py, which says how these were chosen.
---sweep tries rates, one seed, on windows of text that are not those of the table.
+The table has, for each method and budget: the held-out loss of the mask on the frozen weights, mean ± deviation over
+seeds; the share of the gap from m0 to dense that it closes; the processor's seconds, median. Bytes a weight: what
+learning keeps beside the model. --rates makes a row of each method and rate, on other held-out windows than those of
+the table. The rivals are in rival_methods.py, this project's and the paper's ways in learning.py.
 """
 import argparse
 import statistics
@@ -22,31 +21,57 @@ import common
 from utils import UserError, progress_bar, run_script
 
 import torch
-from estimator_runs import GRADIENTS, Point, Problem, RunsFile, learn
-from estimators import mean_and_deviation
+from learning import OURS, PRESET, ForwardOnly, Problem, passes_a_step
 from rival_methods import RIVALS, Rival
-from rival_rows import BUDGETS, RATES, ROWS, STUDY, setting_of
 
-from masking.layers import apply_masks
-from masking.masked_model import MaskedModel
-from masking.spaces import LinearSpace
-from models.layers import find_layers
+import pge
 from models.loss import batch_loss
+from training.initialize import TOKENS, from_swaps
 
-WINDOWS = 256  # of 128 bytes: the first are reported, the next are what rates are chosen on
+WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
+
+# Settings: `learner`, a key of OURS or RIVALS; lr, its rate; distill, the weight of KD in the loss, the rest is the
+# text's; batchsize sequences of fresh text; `tuned`, what differs from the named budget on. docs/rivals.md says which
+# rates were tried; the others are first guesses.
+TEXT = dict(batchsize=8, fresh=True)
+TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16), 10000: dict(lr=2.5, batchsize=32)}
+SOFT = dict(PRESET, soft_masks=True, normalize="block")
+TUNED_SOFT = {160: dict(lr=1.5, soft_masks=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16),
+              10000: dict(lr=2.0, logits=0.5, batchsize=32)}
+STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
+    160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005), 10000: dict(lr=0.005, batchsize=32)})
+MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)})
+ROWS = {
+    "the preset": PRESET,
+    "the preset with its rate tuned": dict(PRESET, tuned=TUNED),
+    "steps by block and soft masks from 640 passes on": dict(SOFT, tuned=TUNED_SOFT),
+    "steps by block and soft masks from 640 passes on, no KD": dict(SOFT, distill=0.0, tuned={
+        **TUNED_SOFT, 640: dict(lr=2.0, logits=1.0), 2500: dict(lr=2.0, logits=0.5, batchsize=16)}),
+    "STE on scores + Adam + KD": STE,
+    "STE on scores + Adam": dict(STE, distill=0.0),
+    "MaskLLM": dict(MASKLLM, distill=0.0, tuned={
+        **MASKLLM["tuned"], 640: dict(lr=6e-4), 10000: dict(lr=0.001, batchsize=32)}),
+    "MaskLLM + KD": MASKLLM,
+    "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={
+        160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}),
+    "SR-STE": dict(learner="sr_ste", **TEXT, tuned={
+        160: dict(lr=1e-3), 2500: dict(lr=1e-3, batchsize=32)}),
+    "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.MaskPro, lr=10, logits=5),
+    "forward-only: MaskPro, debiased tracker": dict(
+        learner="forward_only", estimator=lambda: pge.MaskPro(debias=True), lr=10, logits=5),
+    "forward-only: running baseline, normalized, from swaps": dict(
+        learner="forward_only", estimator=lambda: pge.Normalized(pge.Running()), lr=0.1, logits=5, swaps=True),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.set_defaults(device="cpu")  # seconds are the processor's
     parser.add_argument("--model", default="demo/small", help="folder that bench/small_model.py wrote")
-    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="forward passes of a run, by commas")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", default="", help="only the rows of these names or parts of names, by commas")
-    parser.add_argument("--study", action="store_true", help="the rows of the long run's study instead")
-    parser.add_argument("--sweep", action="store_true", help="all rates of each row, one seed, on the other windows")
-    parser.add_argument("--rates", default="", help="with --sweep, in place of the rows' own rates, by commas")
-    parser.add_argument("--runs", default=None, help="file that keeps the runs done, .jsonl")
+    parser.add_argument("--budgets", default="160,640,2500", help="forward passes of a run, by commas")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method and budget")
+    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, by commas")
+    parser.add_argument("--rates", default="", help="learning rates to try instead of the rows' own, by commas")
     args = parser.parse_args(argv)
     try:
         args.budgets = [int(passes) for passes in args.budgets.split(",")]
@@ -59,103 +84,81 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_rival(problem: Problem, setting: dict, seed: int, steps: int) -> Rival:
-    """The method of a setting, on a model of its own."""
-    kind = RIVALS[setting["learner"]]
-    if "changed" in setting:  # of the method itself
-        kind = type(kind.__name__, (kind,), setting["changed"])
+def setting_of(row: dict, passes: int) -> dict:
+    """A row's setting for a budget: with what is tuned for the largest budget of at most this one, or for the
+    smallest."""
+    setting, tuned = {key: value for key, value in row.items() if key != "tuned"}, row.get("tuned", {})
+    budgets = sorted(tuned)
+    fitting = [budget for budget in budgets if budget <= passes] or budgets[:1]
+    return {**setting, **(tuned[fitting[-1]] if fitting else {})}
+
+
+def make_method(problem: Problem, setting: dict, seed: int, steps: int) -> Rival | ForwardOnly:
+    """The method of a setting, on a copy of the model."""
+    if setting["learner"] in OURS:
+        return OURS[setting["learner"]](problem, setting, seed)
     further = {name: setting[name] for name in ("distill", "strength") if name in setting}
     if "strength" in further:
         further["steps"] = steps
-    return kind(problem.fresh_model(), problem.masks, problem.norms, *problem.pattern, lr=setting["lr"], seed=seed,
-                **further)
+    return RIVALS[setting["learner"]](problem.fresh_model(), problem.masks, problem.norms, 2, 4, lr=setting["lr"],
+                                      seed=seed, **further)
 
 
-def learn_rival(problem: Problem, setting: dict, passes: int, seed: int, num_evals: int) -> list[Point]:
-    """As `estimator_runs.learn`, of the methods in rival_methods.py."""
+def learn(problem: Problem, setting: dict, passes: int, seed: int) -> tuple[float, float]:
+    """One run of about so many forward passes: the held-out loss of its mask, and the processor's seconds."""
     batches = problem.batches(setting, passes, seed)
-    cost = (4 if setting.get("distill") else 3) * batches.shape[1] / 32
-    steps, seconds, points = max(1, round(passes / cost)), 0.0, []
-    rival = make_rival(problem, setting, seed, steps)
-    due = {round(steps * (i + 1) / num_evals) for i in range(num_evals)}
-
-    def evaluate(t: int) -> None:
-        model = problem.fresh_model()
-        apply_masks(find_layers(model), {name: rival.mask(name) for name in rival.layers})
-        points.append(Point(t * cost, seconds, batch_loss(model, problem.heldout)))
-    evaluate(0)
+    samples = batches.flatten(0, 1)[:TOKENS // 128] if setting.get("swaps") else []
+    spent = min(len(samples) / 32, passes - 1)
+    steps = max(1, round((passes - spent) / passes_a_step(setting)))
+    method = make_method(problem, setting, seed, steps)
+    start = time.process_time()
+    if len(samples):
+        from_swaps(method.masked, setting["logits"], samples)
     for t in progress_bar(range(steps), desc=f"seed {seed}", unit="step"):
-        start = time.process_time()
-        rival.learn(batches[t % len(batches)], t, steps)
-        seconds += time.process_time() - start
-        if t + 1 in due:
-            evaluate(t + 1)
-    return points
-
-
-def learn_any(problem: Problem, setting: dict, *rest) -> list[Point]:
-    """One run, of a rival or of an estimator of this project."""
-    return (learn_rival if setting["learner"] in RIVALS else learn)(problem, setting, *rest)
+        method.learn(batches[t % len(batches)], t, steps)
+    seconds = time.process_time() - start
+    return batch_loss(problem.masked_model(method.masks()), problem.heldout), seconds
 
 
 def state_bytes(problem: Problem, setting: dict) -> float:
-    """Bytes a weight that learning keeps beside the model and its masked weights, measured after one step."""
-    batch = problem.fixed[0, :1]
-    if setting["learner"] in RIVALS:
-        rival = make_rival(problem, setting, 0, 1)
-        rival.learn(batch, 0, 1)
-        return rival.state_bytes()
-    masked = MaskedModel(problem.fresh_model(), problem.masks, LinearSpace(*problem.pattern), setting["logits"],
-                         mode="eager")
-    held = [tensor for layer in masked.layers.values() for tensor in (*layer.logits, layer.bits)]
-    learner = GRADIENTS[setting["learner"]](masked, normalize=setting.get("normalize_gradient", "layer"))
-    learner.learn(batch, 0.0)
-    held += [*learner.normalization.state().values(), *getattr(learner, "means", {}).values()]
-    return sum(tensor.nbytes for tensor in held) / sum(mask.numel() for mask in problem.masks.values())
+    """Bytes a weight that a method keeps beside the model, measured after one step."""
+    method = make_method(problem, setting, 0, 1)
+    method.learn(problem.fixed[0, :1], 0, 1)
+    return method.state_bytes()
 
 
-def sweep(args: argparse.Namespace, kept: RunsFile, planned: dict[str, dict]) -> list[dict]:
-    """The table's rows: for each row and budget, what each rate ends at on the windows that rates are chosen on."""
-    problem, rows = Problem(args.model, (2, 4), args.windows, args.device, skip=args.windows), []
-    for name in planned:
-        for passes in args.budgets:
-            setting = setting_of(planned, name, passes)
-            losses = {rate: kept.get(problem, name, {**setting, "lr": rate}, passes, args.seed, 1, learn_any)[-1].loss
-                      for rate in args.rates or RATES[setting["learner"]]}
-            best = min(losses, key=losses.get)
-            rows.append({"method": name, "passes": passes, "best rate": f"{best:g}",
-                         "rates and losses": "; ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())})
-    return rows
-
-
-def compare(args: argparse.Namespace, kept: RunsFile, planned: dict[str, dict]) -> list[dict]:
-    """The table's rows: each method at each budget."""
-    problem = Problem(args.model, (2, 4), args.windows, args.device)
-    gap = problem.m0_loss - problem.dense_loss
-    first = f"{args.budgets[0]} passes"
-    rows = [{"method": name, "bytes a weight": "", first: f"{loss:.4f}"} for name, loss in
-            (("dense", problem.dense_loss), ("m0", problem.m0_loss))]
-    for name in planned:
-        row = {"method": name, "bytes a weight": f"{state_bytes(problem, setting_of(planned, name, 0)):g}"}
-        for passes in args.budgets:
-            setting = setting_of(planned, name, passes)
-            runs = [kept.get(problem, name, setting, passes, args.seed + seed, 1, learn_any)
-                    for seed in range(args.seeds)]
-            losses = [points[-1].loss for points in runs]
-            row |= {f"{passes} passes": mean_and_deviation(losses),
-                    f"of the gap, {passes}": f"{(problem.m0_loss - statistics.mean(losses)) / gap:.1%}",
-                    "seconds": round(statistics.median(points[-1].seconds for points in runs))}
-        rows.append({**row, "seeds": args.seeds})
-    return rows
+def table_row(problem: Problem, name: str, row: dict, budgets: list[int], seeds: range) -> dict:
+    """The table's row of a method; each run is printed as it ends."""
+    cells = {"method": name, "bytes a weight": f"{state_bytes(problem, setting_of(row, 0)):g}"}
+    for passes in budgets:
+        losses, seconds = [], []
+        for seed in seeds:
+            loss, took_s = learn(problem, setting_of(row, passes), passes, seed)
+            print(f"{name}, {passes} passes, seed {seed}: {loss:.4f}, {took_s:.0f} s", flush=True)
+            losses.append(loss)
+            seconds.append(took_s)
+        mean, deviation = statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0
+        share = (problem.m0_loss - mean) / (problem.m0_loss - problem.dense_loss)
+        cells |= {f"{passes} passes": f"{mean:.4f} ± {deviation:.4f}", f"of the gap, {passes}": f"{share:.1%}",
+                  f"seconds, {passes}": round(statistics.median(seconds))}
+    return {**cells, "seeds": len(seeds)}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    rows = STUDY if args.study else ROWS
-    planned = {name: rows[name] for name in common.chosen(rows, args.rows)}
-    table = (sweep if args.sweep else compare)(args, RunsFile(args.runs), planned)
-    common.report(table, args, "held-out loss of the mask on the frozen weights, nats a byte" + (
-        "; windows that rates are chosen on" if args.sweep else ", mean ± deviation over seeds"))
+    rows = {name: ROWS[name] for name in common.chosen(ROWS, args.rows)}
+    if args.rates:
+        rows = {f"{name}, rate {rate:g}": {**row, "tuned": {passes: {**setting_of(row, passes), "lr": rate}
+                                                            for passes in args.budgets}}
+                for name, row in rows.items() for rate in args.rates}
+    problem = Problem(args.model, args.windows, args.device, skip=args.windows if args.rates else 0)
+    first = f"{args.budgets[0]} passes"
+    table = [{"method": name, "bytes a weight": "", first: f"{loss:.4f}"} for name, loss in
+             (("dense", problem.dense_loss), ("m0", problem.m0_loss))]
+    table += [table_row(problem, name, row, args.budgets, range(args.seed, args.seed + args.seeds))
+              for name, row in rows.items()]
+    common.report(table, args, "held-out loss of the mask on the frozen weights, nats a token, mean ± deviation over "
+                               "seeds")
 
 
 if __name__ == "__main__":

@@ -1,57 +1,50 @@
-"""One mask learned by 1, 2, 3 and 4 processes: the same result, and what goes over the wire.
+"""One mask learned by 1, 2, 3 and 4 processes: whether the result is the same, and what goes over the wire.
 
     python bench/scaling.py [--quick] [--json FILE]
 
-A model of two layers, made here, gloo on the CPU, one thread a process. The processes share this machine's cores, so
-this shows that they agree and what they send, not how fast several machines would be. `--samples 12`: twelve masks a
-step, split over the processes. Minibatches: one mask, 12 sequences a step, split over them. The wire: bytes that a
-process hands to torch.distributed a step, start, checks and held-out losses included; a ring sends up to twice as many.
-Collectives: of a step with --shard, of tensors and of numbers, counted by torch.
+A model of two layers is made here. The processes communicate by gloo, have one thread each, and share the cores of this
+machine, so this says nothing about speed. A step has 12 sequences, split over the processes; with --shard each process
+has a part of each layer's rows. The wire: bytes that a process hands to torch.distributed in a step; a ring sends up to
+twice as many. Collectives: in a step, of tensors and of numbers, as torch counts them; two decoder layers have twice
+the gathers of one.
 """
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import common
-from utils import UserError, run_script
+from utils import run_script
 
-import memory
 import torch
-from safetensors.torch import load_file
 from small_model import byte_tokenizer
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from files import mask_files
-from files.records import read_record
-from models.loading import model_fingerprint
-from models.processes import ProcessGroup
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
+from models import processes
+from models.loading import load_model, model_fingerprint
+from models.sharded_files import load_sharded
+from training.straight_through import StraightThrough
 
-ROOT = Path(__file__).parent.parent
-WAYS = {
-    "forward-only, --samples 12": "--baseline online --debias_tracker --lr 5 --samples 12 --batchsize 12",
-    "forward-only, minibatches": "--baseline online --debias_tracker --lr 5 --batchsize {batchsize}",
-    "forward-only, minibatches, --shard": "--baseline online --debias_tracker --lr 5 --batchsize {batchsize} --shard",
-    "straight_through, --shard": "--estimator straight_through --distill 1 --lr 3 --batchsize {batchsize} --shard",
-    "straight_through": "--estimator straight_through --distill 1 --lr 3 --batchsize {batchsize}"}
+WAYS = ("forward-only", "gradients")
+SEQUENCES, TOKENS = 12, 24  # in a step, in a sequence
 WORDS = "the a cat dog horse bird watches follows hears avoids small old quiet river morning before after near"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.set_defaults(device="cpu")  # that is what it measures
-    parser.add_argument("--count", action="store_true", help="under torchrun: print the collectives of a step only")
+    parser.set_defaults(device="cpu")  # the processes share one machine's cores
+    parser.add_argument("--child", nargs=5, default=None, metavar=("INPUTS", "WAY", "SHARD", "STEPS", "FOLDER"),
+                        help="learn in this process, and write the result to a folder")
     return parser.parse_args(argv)
 
 
 def make_inputs(folder: Path, seed: int) -> None:
-    """In a folder: `dense`, a byte-level model of random weights, spread widely so that a mask moves the loss;
-    text.jsonl, twelve documents of such words; and mask.safetensors, the weights' 2:4 mask by magnitude."""
+    """Write to a folder: `dense`, a byte-level model whose random weights vary so much that a mask moves the loss;
+    text.jsonl, twelve documents; and mask.safetensors, the 2:4 mask by magnitude."""
     model = common.random_llama("tiny", "cpu", torch.float32, seed, layers=2, num_key_value_heads=2,
                                 initializer_range=0.2, tie_word_embeddings=False, max_position_embeddings=256)
     model.save_pretrained(folder / "dense")
@@ -59,26 +52,11 @@ def make_inputs(folder: Path, seed: int) -> None:
     generator = random.Random(seed)
     documents = [" ".join(generator.choices(WORDS.split(), k=60)) for _ in range(12)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    mask_files.save(folder / "mask.safetensors", common.magnitude_masks(model, 2, 4), 2, 4, "dense",
-                    model_fingerprint(model))
-
-
-def learn(folder: Path, processes: int, flags: str, steps: int, name: str) -> tuple[dict, dict[str, Tensor]]:
-    """A run's summary and its logits, layer name -> `[width, blocks]`."""
-    out = folder / f"{name}{processes}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-               "train.py", *f"--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl "
-               "--dtype float32 --device cpu --sqlen 24 --step eager --skip_checkpoint --save --logits 1 "
-               f"--num_evals 4 --dataset_size 12 --epoch 1000 --max_step {steps} --out {out} {flags}".split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise UserError(f"{processes} processes failed: {done.stderr.strip()[-500:]}")
-    return read_record(out)["summary"], load_file(out / "logits.safetensors")
+    mask_files.save(folder / "mask.safetensors", common.magnitude_masks(model), 2, 4, "dense", model_fingerprint(model))
 
 
 class Collectives(TorchDispatchMode):
-    """Counts those that are started inside."""
+    """A context that counts the collectives started inside."""
 
     def __init__(self):
         super().__init__()
@@ -89,55 +67,60 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def collectives_here() -> dict[str, float]:
-    """Way of learning -> collectives of a step of a sharded model of one decoder layer, in this process of several."""
-    found = {}
-    with ProcessGroup("cpu") as group:
-        for way in ("forward-only", "straight_through, checkpointing, distillation"):
-            run_steps = memory.prepare_learning("tiny", way, "float32", "cpu", torch.float32, group)
-            run_steps()
-            with Collectives() as counted:
-                run_steps()
-            found[way.split(",")[0]] = counted.number / 3
-    return found
+def learn(inputs: Path, way: str, is_sharded: bool, steps: int) -> dict:
+    """A run in this process of several: the logits of all layers, in the main process, and what a step sent."""
+    load = load_sharded if is_sharded else load_model
+    model, _ = load(str(inputs / "dense"), "float32", "cpu")
+    masks = mask_files.load(inputs / "mask.safetensors", 2, 4).masks
+    masked = MaskedModel(model, masks, LinearSpace(2, 4), magnitude=1.0, mode="eager")
+    learner = StraightThrough(masked, distill=1.0) if way == "gradients" else None
+    generator, m0_loss = torch.Generator().manual_seed(0), None
+    before = processes.traffic["sent_bytes"] + masked.gathered_bytes
+    with Collectives() as counted:
+        for _ in range(steps):
+            batch = processes.split(torch.randint(97, 123, (SEQUENCES, TOKENS), generator=generator))
+            if learner:
+                learner.step(batch, 0.5)
+                continue
+            loss = processes.mean([masked.loss(batch)])
+            m0_loss = loss if m0_loss is None else m0_loss
+            masked.update(5.0 * (loss - m0_loss))
+    sent_bytes = processes.traffic["sent_bytes"] + masked.gathered_bytes - before
+    logits = {name: layer.flatten().tolist() for name, layer in masked.whole_logits().items()}
+    masks = masked.masks_of(masked.mode_bits())
+    mask = mask_files.fingerprint(masks) if processes.is_main() else ""
+    return {"logits": logits, "mask": mask, "sent_bytes": sent_bytes / steps, "collectives": counted.number / steps}
 
 
-def count_collectives(processes: int) -> dict[str, float]:
-    """`collectives_here` of so many processes."""
-    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                            str(processes), __file__, "--count"], capture_output=True, text=True, check=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return json.loads(found.stdout.strip().splitlines()[-1])
-
-
-def compare(folder: Path, number: int, way: str, counts: tuple[int, ...], steps: int) -> list[dict]:
-    """The table's rows of one way of learning, with these numbers of processes, of which the first is 1."""
-    rows, alone, mask = [], {}, ""
-    collectives = count_collectives(2) if "--shard" in way else {}
-    for processes in counts:
-        flags = WAYS[way].format(batchsize=12 // processes)
-        summary, logits = learn(folder, processes, flags, steps, f"run{number}_")
-        if processes == 1:
-            alone, mask = logits, summary["mask_fingerprint"]
-        apart = max(float((logits[name] - alone[name]).abs().max()) for name in alone)
-        rows.append({"learning": way, "processes": processes, "steps": summary["steps"],
-                     "logits apart from one process's, at most": apart,
-                     "the same mask": "yes" if summary["mask_fingerprint"] == mask else "no",
-                     "sent a process and step (bytes)": round(summary["sent_bytes"] / summary["steps"]),
-                     "collectives a step": collectives.get(way.split(",")[0], "") if processes > 1 else ""})
+def compare(inputs: Path, way: str, counts: tuple[int, ...], steps: int) -> list[dict]:
+    """The table's rows of one way to learn: one process, then these numbers of processes, without and with --shard."""
+    def run(number: int, is_sharded: bool) -> tuple[dict, torch.Tensor]:
+        flags = ["--child", str(inputs), way, str(int(is_sharded)), str(steps)]
+        result = common.run_child(__file__, flags, number)[0]
+        return result, torch.tensor([logit for _, layer in sorted(result["logits"].items()) for logit in layer])
+    (result_alone, alone), rows = run(1, False), []
+    for is_sharded in (False, True):
+        for number in counts:
+            result, logits = run(number, is_sharded)
+            rows.append({"learning": way + ", --shard" * is_sharded, "processes": number, "steps": steps,
+                         "logits apart from one process's, at most": float((logits - alone).abs().max()),
+                         "the same mask": "yes" if result["mask"] == result_alone["mask"] else "no",
+                         "sent a process and step (bytes)": round(result["sent_bytes"]),
+                         "collectives a step": result["collectives"]})
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.count:
-        print(json.dumps(collectives_here()))
+    if args.child:
+        inputs, way, is_sharded, steps, folder = args.child
+        with processes.joined("cpu"):
+            common.hand_back(folder, learn(Path(inputs), way, bool(int(is_sharded)), int(steps)))
         return
-    steps = 4 if args.quick else 12  # in many, a mask is drawn differently for a last bit, and all follows
-    counts = (1, 2) if args.quick else (1, 2, 3, 4)
+    steps = 4 if args.quick else 12  # in long runs a last bit changes a draw, and then everything after it
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.seed)
-        rows = [row for number, way in enumerate(WAYS) for row in compare(Path(folder), number, way, counts, steps)]
+        rows = [row for way in WAYS for row in compare(Path(folder), way, (2,) if args.quick else (2, 3, 4), steps)]
     common.report(rows, args, "the processes share the cores of one machine: no statement about speed")
 
 

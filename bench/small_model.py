@@ -1,9 +1,9 @@
-"""Make the small model of the learning benches: a byte-level Llama of 0.87 M weights, trained here on the demo's text.
+"""Make the small model of bench/rivals.py: a byte-level Llama of 0.87 M weights, trained here on the demo's text.
 
     python bench/small_model.py [--quick] [--out demo/small]
 
-So that hundreds of mask steps take a minute on a CPU. Needs the demo's text (`make demo DEMO_FLAGS=--quick`
-leaves it in demo/). Prints the training and held-out loss; takes about four minutes on 2 cores.
+On it hundreds of mask steps take a minute on a CPU. Needs the demo's text, which `make demo DEMO_FLAGS=--quick` leaves
+in demo/. Prints the training and held-out loss. It takes about four minutes on 2 cores.
 """
 import argparse
 import json
@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_small(folder: str, dtype: str, device: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """What this script has written: the model, frozen, and its tokenizer. UserError where it is not there."""
+    """The frozen model that this script has written, and its tokenizer. UserError if the folder is missing."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is missing; run bench/small_model.py first")
     return load_model(folder, dtype, device)

@@ -1,17 +1,17 @@
-"""Dense against 2:4 inference on sparse tensor cores: where, and by how much, a learned mask saves time.
+"""Dense against 2:4 inference on sparse tensor cores: where a 2:4 mask saves time, and how much.
 
     python bench/sparse_inference.py [--quick] [--json FILE] [--backend cutlass]
     python bench/sparse_inference.py --shape smollm2-135m --dtypes bfloat16
 
-Needs an NVIDIA GPU of the Ampere generation or newer. A Llama of a named shape with random weights is made 2:4 by
-magnitude and timed as it is, zeros and all; then every weight but the head's becomes what
-torch.sparse.to_sparse_semi_structured makes of it, and it is timed again: a Linear of each shape alone, and the whole
-model on one sequence of 1 to 4096 tokens (1: a step of decoding, without its cache). Both give the same outputs but for
-rounding; the last column is how far they differ, of the largest output.
+Needs an NVIDIA GPU of the Ampere generation or newer. A Llama of random weights is pruned to 2:4 by magnitude and
+timed with its zeros. Then torch.sparse.to_sparse_semi_structured compresses every weight but the head's, and it is
+timed again: one Linear of each shape, and the whole model on one sequence of 1 to 4096 tokens (1: a step of decoding
+without a cache). Both outputs are equal up to rounding; the last column is their largest difference, as a share of the
+largest output.
 
-Times are of calls from Python, queued one after the other. With few tokens the sparse tensor's dispatch in Python may
-take longer than the product itself. torch pads the tokens to a multiple of 8. The cuSPARSELt backend runs with its
-default algorithm, not searched for each shape; CUTLASS runs on compute capability 8.x only.
+Calls from Python are queued one after the other. With few tokens, the dispatch of the sparse tensor in Python may take
+longer than the product. torch pads the tokens to a multiple of 8. The cuSPARSELt backend runs with its default
+algorithm; CUTLASS runs on compute capability 8.x only.
 """
 import argparse
 from collections.abc import Callable
@@ -28,8 +28,6 @@ from masking.layers import apply_masks
 from models.layers import find_layers
 
 CALLS = 10  # queued before the GPU is waited for
-
-
 Inputs = dict[tuple[str, int], Tensor]  # (what is called, tokens) -> its input
 
 
@@ -67,8 +65,8 @@ def check_support(device: str, dtypes: list[str], backend: str) -> None:
 
 
 def callables(model: nn.Module, name: str, tokens: list[int], device: str) -> tuple[dict[str, Callable], Inputs]:
-    """What is timed, and on what: the first Linear of each shape, on `[tokens, in]`, and the whole model, which is
-    called by this name, on int64 `[1, tokens]`."""
+    """The functions to time and their inputs: the first Linear of each shape with `[tokens, in]`, and the whole model,
+    by this name, with int64 `[1, tokens]`."""
     functions, inputs = {}, {}
     for module in find_layers(model).values():
         what = f"Linear {module.out_features}x{module.in_features}"
@@ -98,7 +96,7 @@ def compare(shape: str, dtype: torch.dtype, tokens: list[int], device: str, seed
     """The table's rows of one dtype; depth: decoder layers, if not the shape's."""
     model = common.random_llama(shape, device, dtype, seed, depth)
     found = find_layers(model)
-    apply_masks(found, common.magnitude_masks(model, 2, 4))
+    apply_masks(found, common.magnitude_masks(model))
     functions, inputs = callables(model, f"{shape}, {model.config.num_hidden_layers} layers", tokens, device)
     dense = measure(functions, inputs, device, repeats)
     for module in found.values():

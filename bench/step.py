@@ -1,27 +1,24 @@
-"""The fused mask step against the naive one, on one layer and on a whole model, and how it grows.
+"""The fused mask step against the naive one, on one layer and in a whole model: is the mask step cheap?
 
     python bench/step.py [--quick] [--json FILE] [--device cuda]
     python bench/step.py --shape llama2-7b --device cuda        # the paper's model, random weights
 
-One layer: update + resample + apply in both formulations, and a plain copy of the same bytes (every logit, mask integer
-and weight read once and written once), the floor. Whole model: a plain forward of the sparse model, a training step
-(forward with the fused mask step inside, and update), the naive step. Growth: more weights, larger M, later steps.
-The step of `train.py --preset fast` on 8 x 128 tokens, with distillation: what it takes of a forward of as many, and
-its parts; there forward and step take turns, so that a machine whose pace changes slows down both.
+The paper names mask sampling as its bottleneck. One layer: update, resample and apply, naive and fused, and a copy of
+the same bytes, which is the least possible time: every logit, mask integer and weight is read and written once. Growth:
+more weights, other patterns. Whole model: a forward pass of the sparse model, a training step (the forward pass with
+the fused mask step inside), and the naive step. Last, the step of the preset, which learns from gradients with
+distillation, on 8 x 128 tokens; forward pass and step take turns there, so that both see the same pace of the machine.
 """
 import argparse
-import copy
 import gc
 import statistics
-import time
-from collections.abc import Callable
-from unittest.mock import patch
+from collections import Counter
 
 import common
 from utils import fast_dtype, run_script
 
-import naive_baseline
 import torch
+from torch import Tensor
 
 from masking.block_bits import mask_to_bits
 from masking.kernels import Kernels
@@ -30,8 +27,6 @@ from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
 from models.layers import find_layers
-from training import straight_through
-from training.args import PRESETS
 
 Shape = tuple[int, int]  # [out, in]
 
@@ -42,6 +37,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer", type=int, nargs=2, default=(2048, 5632), help="shape of the one layer: out in")
     return parser.parse_args(argv)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the naive mask step, the yardstick: each formula in PyTorch's own operations, logits and masks `[blocks, 4]`
+
+def score(logits: Tensor, mask: Tensor) -> Tensor:
+    """d log p(mask) / d logits at 2:4, float32 `[blocks, 4]`; mask bool. In closed form, without the 1e-8 terms of the
+    authors' code.
+
+    u_i = [i in S] (1 + R p_i / q_i^2), q_i = sum_{j != i} p_j, R = 1 / (1/q_a + 1/q_b);  g = u - p sum(u).
+    """
+    probs = torch.softmax(logits, 1)
+    others = probs.sum(1, keepdim=True) - probs
+    ratio = 1 / (mask / others).sum(1, keepdim=True)
+    u = mask * (1 + ratio * probs / others**2)
+    return u - probs * u.sum(1, keepdim=True)
+
+
+def update(logits: Tensor, mask: Tensor, coefficient: float) -> None:
+    """pi <- pi - coefficient * score, in place."""
+    logits -= coefficient * score(logits, mask)
+
+
+def resample(logits: Tensor, mask: Tensor) -> None:
+    """mask ~ p(pi), in place."""
+    kept = torch.multinomial(torch.softmax(logits, 1), 2)
+    mask.zero_().scatter_(1, kept, True)
+
+
+def naive_s(shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> float:
+    """Seconds of the naive step on one layer whose float32 logits start at C = 10."""
+    weight = torch.randn(shape, device=device, dtype=dtype)
+    masked = torch.empty_like(weight)
+    logits = torch.tensor([10.0, 10, 0, 0], device=device).repeat(weight.numel() // 4, 1)
+    mask = logits > 5
+    parts = (lambda: update(logits, mask, 0.01), lambda: resample(logits, mask),
+             lambda: torch.mul(weight, mask.view_as(weight), out=masked))
+    return sum(common.queued_s(part, device, repeats) for part in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one layer
 
 def fused_times(shape: Shape, n: int, m: int, weight_dtype: torch.dtype, logits_dtype: torch.dtype, device: str,
                 repeats: int) -> tuple[float, float]:
@@ -66,9 +102,9 @@ def layer_rows(shape: Shape, dtypes: list[tuple[torch.dtype, torch.dtype]], devi
     rows = []
     for weight_dtype, logits_dtype in dtypes:
         ours_s, copy_s = fused_times(shape, 2, 4, weight_dtype, logits_dtype, device, repeats)
-        naive_s = sum(naive_baseline.layer_times(shape, weight_dtype, device, repeats).values())
+        layer_s = naive_s(shape, weight_dtype, device, repeats)
         rows.append({"what": f"layer {shape[0]}x{shape[1]}, {weight_dtype} weights, {logits_dtype} logits",
-                     "naive (s)": naive_s, "ours (s)": ours_s, "naive/ours": naive_s / ours_s,
+                     "naive (s)": layer_s, "ours (s)": ours_s, "naive/ours": layer_s / ours_s,
                      "copy of the same bytes (s)": copy_s, "ours/copy": ours_s / copy_s})
     return rows
 
@@ -85,21 +121,24 @@ def growth_rows(layer: Shape, dtype: torch.dtype, device: str, repeats: int) -> 
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# a whole model
+
 def model_rows(shape: str, depth: int | None, sequences: int, dtype: torch.dtype, device: str, seed: int, repeats: int,
                later: int) -> list[dict]:
-    """The table's rows of a whole model of `depth` decoder layers (None: the shape's), on so many sequences of 128
-    tokens; the training step is timed again `later` steps on."""
+    """The table's rows of forward-only learning on so many sequences of 128 tokens. depth: decoder layers, None for as
+    many as the shape has. The training step is timed again `later` steps on."""
     model = common.random_llama(shape, device, dtype, seed, depth)
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (sequences, 128), device=device)
-    masks, layers = common.magnitude_masks(model, 2, 4), find_layers(model)
+    masks, layers = common.magnitude_masks(model), find_layers(model)
     apply_masks(layers, masks)
 
     @torch.no_grad()
     def forward() -> None:
         model(input_ids=tokens, use_cache=False)
     forward_s = common.median_s(forward, device, repeats)
-    shapes = [tuple(module.weight.shape) for module in layers.values()]
-    naive_s = sum(naive_baseline.model_times(shapes, dtype, device, 3).values())
+    shapes = Counter(tuple(module.weight.shape) for module in layers.values())
+    mask_step_s = sum(count * naive_s(shape, dtype, device, 3) for shape, count in shapes.items())
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -115,64 +154,29 @@ def model_rows(shape: str, depth: int | None, sequences: int, dtype: torch.dtype
     forward_s = min(forward_s, common.median_s(forward, device, repeats))  # the machine may have changed its pace
     return [{"what": f"{shape}{f' ({depth} layers)' if depth else ''}: forward of {tokens.numel()} tokens, {dtype}",
              "ours (s)": forward_s},
-            {"what": "forward + naive step", "naive (s)": forward_s + naive_s, "of a forward": 1 + naive_s / forward_s},
+            {"what": "forward + naive step", "naive (s)": forward_s + mask_step_s,
+             "of a forward": 1 + mask_step_s / forward_s},
             {"what": "training step, float16 logits", "ours (s)": ours_s, "of a forward": ours_s / forward_s},
             {"what": f"the same, {later} steps later", "ours (s)": late_s, "of a forward": late_s / forward_s}]
 
 
 def preset_rows(shape: str, depth: int | None, dtype: torch.dtype, device: str, seed: int, repeats: int) -> list[dict]:
-    """The table's rows of the preset's step and its parts, medians of steps; the rest is the backward of what is not
-    learned: attention, norms, the head, and the gradients of the learned layers' inputs."""
-    model = common.random_llama(shape, device, dtype, seed, depth)
-    as_it_comes = copy.deepcopy(model)
+    """The table's rows of the preset's step, medians of steps; the forward pass is one of the dense model."""
+    dense, model = (common.random_llama(shape, device, dtype, seed, depth) for _ in range(2))
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (8, 128), device=device)
-    masked = MaskedModel(model, common.magnitude_masks(model, 2, 4), LinearSpace(2, 4), PRESETS["fast"]["logits"])
-    learner = straight_through.StraightThrough(masked, distill=PRESETS["fast"]["distill"])
-    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
-    parts: dict[str, list[float]] = {}
-
-    def timed(function: Callable, part: Callable[[], str]) -> Callable:
-        """The function, whose seconds are added to the last number of a part."""
-        def run(*arguments: object, **named: object) -> object:
-            name = part()
-            wait()
-            start = time.perf_counter()
-            found = function(*arguments, **named)
-            wait()
-            parts[name][-1] += time.perf_counter() - start
-            return found
-        return run
-
-    def step() -> None:
-        for seconds in parts.values():
-            seconds.append(0.0)
-        learner.learn(tokens, 0.01)
+    masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4), common.PRESET["logits"])
+    learn = common.gradient_step(masked, distill=common.PRESET["distill"])
 
     @torch.no_grad()
     def forward() -> None:
-        as_it_comes(input_ids=tokens, use_cache=False)
-    step(), step(), forward()
-    whole, plain = [], []
-    for _ in range(repeats):
-        plain.append(common.median_s(forward, device, 1, warm_up=0))
-        whole.append(common.median_s(step, device, 1, warm_up=0))
-    names = ["the teacher's forward", "the forward, masked weights written in it", "loss and its gradient",
-             "gradients of the learned weights", "masked weights written again", "logits moved"]
-    in_forward = "(of the forward: masked weights written)"
-    parts.update({name: [] for name in (*names, in_forward)})
-    model.forward = timed(model.forward, lambda: names[torch.is_grad_enabled()])
-    masked.kernels.vjp = timed(masked.kernels.vjp, lambda: names[5])
-    masked.write = timed(masked.write, lambda: in_forward if torch.is_grad_enabled() else names[4])
-    with (patch.object(straight_through, "summed_loss", timed(straight_through.summed_loss, lambda: names[2])),
-          patch.object(straight_through, "weight_gradient", timed(straight_through.weight_gradient, lambda: names[3]))):
-        timed_s = [common.median_s(step, device, 1, warm_up=0) for _ in range(repeats)]
-    forward_s, pace = statistics.median(plain), statistics.median(whole) / statistics.median(timed_s)
-    found = {name: statistics.median(seconds) * pace for name, seconds in parts.items()}
-    found["the rest: backward"] = statistics.median(whole) - sum(found[name] for name in names)
+        dense(input_ids=tokens, use_cache=False)
+    learn(tokens), learn(tokens), forward()
+    turns = [(common.median_s(forward, device, 1, warm_up=0),
+              common.median_s(lambda: learn(tokens), device, 1, warm_up=0)) for _ in range(repeats)]
+    forward_s, step_s = map(statistics.median, zip(*turns))
     title = f"the preset's step, {shape}{f' ({depth} layers)' if depth else ''}, {tokens.numel()} tokens"
-    return [{"what": what, "ours (s)": seconds, "of a forward": seconds / forward_s}
-            for what, seconds in [("a forward of as many", forward_s), (title, statistics.median(whole)),
-                                  *((f"of it: {name}", seconds) for name, seconds in found.items())]]
+    return [{"what": "a forward of as many", "ours (s)": forward_s},
+            {"what": title, "ours (s)": step_s, "of a forward": step_s / forward_s}]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -187,8 +191,6 @@ def main(argv: list[str] | None = None) -> None:
     rows += model_rows(shape, depth, sequences, dtype, args.device, args.seed, repeats, 0 if args.quick else 30)
     if gpu:
         rows.append({"what": "peak memory of training (GiB)", "ours (s)": torch.cuda.max_memory_allocated() / 2**30})
-    else:
-        rows.append({"what": "H100, llama2-7b", "ours (s)": "not measured"})
     gc.collect()  # a model goes with its cycles
     rows += preset_rows(shape, depth, dtype, args.device, args.seed, repeats)
     common.report(rows, args)

@@ -1,6 +1,7 @@
 """The methods of bench/rival_methods.py against formulas and brute force on a toy model; and the bench itself, tiny."""
 import itertools
 import json
+from types import SimpleNamespace
 
 import common
 from utils import run_script
@@ -10,14 +11,35 @@ import rivals
 import small_model
 import torch
 from rival_methods import SRSTE, MaskLLM, ProxSparse, ScoresSTE, proximal_step, triples
-from rival_rows import setting_of
-from test_variants import BATCH, Toy
+from rivals import setting_of
 from torch import nn
 
 import pge
 
+BATCH = torch.tensor([[0, 1, 2, 3, 1], [3, 2, 2, 0, 1]])
 MASKS = {"inner": torch.tensor([[True, False, False, True], [False, True, True, False]])}
 NORMS = {"inner": torch.tensor([1.0, 2.0, 0.5, 1.5])}
+
+
+class Toy(nn.Module):
+    """Tokens -> 4 features -> one masked layer `[2, 4]`, tanh -> 4 predictions. The loss is far from linear in it."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.embed, self.inner, self.head = nn.Embedding(4, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+        for parameter in self.parameters():
+            parameter.data = 2 * torch.randn(parameter.shape, generator=generator)
+        self.requires_grad_(False)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache=False):
+        return SimpleNamespace(logits=self.head(torch.tanh(self.inner(self.embed(input_ids)))))
 
 
 def gradient_at(weight):
@@ -141,9 +163,9 @@ def test_state_is_counted_as_parameters_gradients_and_moments():
 
 
 def test_a_row_takes_what_is_tuned_for_its_budget():
-    rows = {"row": dict(learner="maskllm", lr=1.0, tuned={160: dict(lr=2.0), 640: dict(lr=3.0)})}
-    assert [setting_of(rows, "row", passes)["lr"] for passes in (10, 160, 639, 640, 5000)] == [2.0, 2.0, 2.0, 3.0, 3.0]
-    assert setting_of({"row": dict(lr=1.0)}, "row", 160) == dict(lr=1.0)
+    row = dict(learner="maskllm", lr=1.0, tuned={160: dict(lr=2.0), 640: dict(lr=3.0)})
+    assert [setting_of(row, passes)["lr"] for passes in (10, 160, 639, 640, 5000)] == [2.0, 2.0, 2.0, 3.0, 3.0]
+    assert setting_of(dict(lr=1.0), 160) == dict(lr=1.0)
 
 
 def test_the_bench_runs(tmp_path, monkeypatch, capsys):
@@ -154,13 +176,15 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / small_model.HELDOUT).write_text(text * 50)
     common.random_llama("tiny", "cpu", torch.float32).save_pretrained("demo/small")
     small_model.byte_tokenizer().save_pretrained("demo/small")
-    rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--rows", "KD 0.5"])
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["method"] for row in rows] == [
-        "dense", "m0", "the preset with its rate tuned and KD 0.5", "STE on scores + Adam + KD 0.5", "MaskLLM + KD 0.5"]
-    assert all("12 passes" in row for row in rows)
-    rivals.main(["--quick", "--device", "cpu", "--sweep", "--rows", "SR-STE", "--rates", "0.001"])
-    assert "0.001: " in capsys.readouterr().out
+    rows = "MaskLLM,the preset,forward-only: MaskPro"
+    rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--rows", rows])
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["method"] for row in found] == [
+        "dense", "m0", "the preset", "MaskLLM", "forward-only: MaskPro"]
+    assert all("12 passes" in row for row in found)
+    assert [round(float(row["bytes a weight"]), 2) for row in found[2:]] == [4.25, 24, 4.25]
+    rivals.main(["--quick", "--device", "cpu", "--rows", "SR-STE", "--rates", "0.001,0.002"])
+    assert "SR-STE, rate 0.002" in capsys.readouterr().out
 
 
 def test_rows_are_chosen_by_parts_of_their_names_or_by_a_whole_one():

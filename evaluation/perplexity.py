@@ -12,7 +12,7 @@ from models.loss import batch_loss, perplexity
 
 def read_text(tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None, bos: bool) -> tuple[Tensor, dict]:
     """The windows of a text, int64 `[windows, seqlen]`, and the fields of a record that describe them."""
-    windows, text_tokens = data.windows_and_tokens(tokenizer, ppl, seqlen, nwindows)
+    windows, text_tokens = data.perplexity_windows(tokenizer, ppl, seqlen, nwindows)
     return windows, {"text": ppl, "seqlen": seqlen, "windows": len(windows), "tokens": windows.numel(),
                      "text_tokens": text_tokens, "bos": bos, "fingerprint": data.fingerprint(windows)}
 

@@ -22,48 +22,39 @@ from utils import UserError, progress_bar
 import torch
 from torch import nn
 
+from files.errors import explained
 from models.loading import Tokenizer, input_device
 
 
 def read_items(path: str) -> list[dict]:
-    """The items of a task file. UserError names the first wrong line and what is wrong with it."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would split inside JSON strings
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--task_file {path} cannot be read ({error}); give a file of one JSON object a line")
+    """The items of a task file. UserError names the first wrong line."""
     items = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                item = json.loads(line)
-                flaw = _flaw(item)
-            except (ValueError, RecursionError) as error:
-                flaw = f"it is not JSON ({str(error)[:200]})"
-            if flaw:
-                raise UserError(f"--task_file {path}, line {number}: {flaw}; a line looks like "
-                                '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}')
-            items.append({**item, "place": f"{path}, line {number}"})
-    if not items:
-        raise UserError(f"--task_file {path} has no items; give a file of one JSON object a line")
+    with explained(f"--task_file {path}", "give a file of one JSON object a line"):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would split inside JSON strings
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                items.append({**_checked(line, number), "place": f"{path}, line {number}"})
+        if not items:
+            raise UserError("it has no items; give a file of one JSON object a line")
     return items
 
 
-def _flaw(item: object) -> str | None:
-    """What is wrong with an item, or None."""
-    if not isinstance(item, dict):
-        return "it is not a JSON object"
-    context, choices, gold = item.get("context"), item.get("choices"), item.get("gold")
-    if not isinstance(context, str):
-        return "context is not a string"
-    if not isinstance(choices, list) or len(choices) < 2:
-        return "choices is not a list of two or more"
-    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        return "a choice is blank or not a string"
-    if any("\ud800" <= sign <= "\udfff" for text in (context, *choices) for sign in text):
-        return "it has half a surrogate pair, which is no character"
-    if type(gold) is not int or not 0 <= gold < len(choices):
-        return f"gold is {json.dumps(gold)[:40]}, not the index of a choice, 0 to {len(choices) - 1}"
-    return None
+def _checked(line: str, number: int) -> dict:
+    """The item of a line; UserError where it is none."""
+    try:
+        item = json.loads(line)
+        json.dumps(item, ensure_ascii=False).encode()  # half a surrogate pair is no character
+        choices = item["choices"]
+        is_item = (isinstance(item["context"], str) and isinstance(choices, list) and len(choices) > 1
+                   and all(choice.strip() for choice in choices) and type(item["gold"]) is int
+                   and item["gold"] in range(len(choices)))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        is_item = False
+    if not is_item:
+        raise UserError(f"line {number} is no item: it needs a context, two or more choices that are not blank, and as "
+                        'gold the index of one, such as {"context": "The sky is", "choices": [" blue", " green"], '
+                        '"gold": 0}')
+    return item
 
 
 def encode(tokenizer: Tokenizer, context: str, choice: str, bos: bool = True) -> tuple[list[int], int]:
@@ -191,12 +182,11 @@ def run_harness(model: nn.Module, tokenizer: Tokenizer, loaded: dict, batchsize:
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False)
     told = lm_eval.simple_evaluate(model=lm, tasks=list(loaded.values()), task_manager=_task_manager(), num_fewshot=0,
                                    limit=limit, log_samples=False)
-    source = f"lm_eval {lm_eval.__version__}"
+    source = f"lm_eval {lm_eval.__version__}" if bos else f"lm_eval {lm_eval.__version__}, no BOS"
     results = {}
     for name in loaded:
         numbers = {key.partition(",")[0]: value for key, value in told["results"][name].items()}  # "acc,none" -> acc
         results[name] = {key: None if numbers[key] == "N/A" else float(numbers[key])
                          for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr") if key in numbers}
-        results[name] |= {"items": told["n-samples"][name]["effective"],
-                          "source": source if bos else f"{source}, no BOS"}
+        results[name] |= {"items": told["n-samples"][name]["effective"], "source": source}
     return results

@@ -1,1 +1,1 @@
-"""Bytes on disk: written whole or not at all, read with trust in nothing they claim."""
+"""Bytes on disk: written whole or not at all, checked when read."""

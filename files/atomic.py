@@ -1,5 +1,4 @@
-"""Files that last: refused where there is one already, checked for room, written beside and renamed, or not there."""
-import glob
+"""Files that are whole or not there: written beside, synced and renamed."""
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,37 +21,25 @@ def refuse_existing(path: str | Path, remedy: str) -> Path:
     return path
 
 
-def check_name(name: str, source: Path) -> None:
-    """UserError unless a name that the file `source` holds is that of a file in its own folder."""
-    if Path(name).name != name or name == "..":
-        raise UserError(f"{source} names {name!r}, which is not a file of its folder: restore it")
-
-
-def check_disk(folder: str | Path, needed_bytes: float) -> None:
-    """UserError where fewer bytes than needed are free on the disk of a folder, which need not exist yet."""
-    above = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(above).free
-    if free < needed_bytes:
-        raise UserError(f"{folder} needs {needed_bytes / 2**20:,.1f} MiB, but its disk has {free / 2**20:,.1f} MiB "
-                        "left; free some space, or choose a place on another disk")
-
-
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write a file or folder at; only when the block ends well is it synced and takes its real name.
 
-    Whatever interrupts, `path` is either as it was or whole. What a killed process left beside it is removed first.
+    Whatever interrupts, `path` is either as it was or whole. What a killed process left beside it is removed first, so
+    that there may be one writer of a path at a time.
     UserError where the disk is full or cannot be written to.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        _remove(beside)
         yield beside
+        umask = os.umask(0)
+        os.umask(umask)
         for written in [*beside.rglob("*"), beside]:
             if written.is_file():  # safetensors writes files that only their owner can read
-                written.chmod(0o666 & ~_umask())
+                written.chmod(0o666 & ~umask)
             sync(written)
         os.replace(beside, path)
         sync(path.parent)  # the rename itself
@@ -71,33 +58,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what this process, or one that is no more, began to write of `path`."""
-    for beside in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = beside.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not is_alive(int(pid))):
-            _remove(beside)
-
-
-def is_alive(pid: int) -> bool:
-    """Is there a process of this number on this machine?"""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True

@@ -11,18 +11,23 @@ A document is the string in column `text`, or else in the only column of strings
 evaluation puts it; where none is said to be right, every choice does.
 Hub ids need the network the first time. What a user can mend is raised as UserError, a one-line message.
 """
+import gzip
+import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from utils import UserError
 
-from files import text_files
+from pyarrow import parquet
 
-READERS = {".jsonl": text_files.json_rows, ".json": text_files.json_rows, ".jsonl.gz": text_files.json_rows,
-           ".json.gz": text_files.json_rows, ".parquet": text_files.parquet_rows, ".txt": text_files.paragraphs}
-SUFFIXES = tuple(READERS)
+from files.errors import explained
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
+SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in its folder
 C4_TRAIN = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
+INTACT = "check that the file is intact"
+REACHABLE = "check its spelling, your access to it and the network, or give a local file or folder"
 
 
 def documents(dataset: str) -> Iterator[str]:
@@ -30,16 +35,12 @@ def documents(dataset: str) -> Iterator[str]:
 
     Errors, once reading starts: UserError for no such path or hub id, no network, no text column, a malformed file.
     """
-    with explained(dataset):
-        if not _is_local(dataset):
-            yield from hub_texts(dataset, **_hub_arguments(dataset))
-        elif any(Path(dataset, mark).is_file() for mark in ("state.json", "dataset_dict.json")):  # save_to_disk's
-            yield from _texts(text_files.saved_rows(Path(dataset)), dataset)
-        else:
-            for file in _files(dataset):
-                kind = next(suffix for suffix in READERS if file.name.endswith(suffix))
-                documents_or_rows = READERS[kind](file)
-                yield from documents_or_rows if kind == ".txt" else _texts(documents_or_rows, str(file))
+    if not _is_local(dataset):
+        yield from hub_texts(dataset, **_hub_arguments(dataset))
+        return
+    for file in _files(Path(dataset)):
+        with explained(f"dataset {file}", INTACT):
+            yield from _texts(_rows(file))
 
 
 def all_documents(dataset: str) -> Sequence[str]:
@@ -48,10 +49,10 @@ def all_documents(dataset: str) -> Sequence[str]:
     if _is_local(dataset):
         texts = list(documents(dataset))
     else:
-        with explained(dataset):
+        with explained(f"dataset {dataset}", REACHABLE):
             rows = _loaded(**_hub_arguments(dataset))
             is_column = len(rows) and not _is_question(rows[0])
-            texts = rows[_text_column(rows[0], dataset)] if is_column else list(_texts(rows, dataset))
+            texts = rows[_text_column(rows[0])] if is_column else list(_texts(rows))
     if len(texts) == 0:
         raise UserError(f"dataset {dataset} holds no documents")
     return texts
@@ -60,39 +61,12 @@ def all_documents(dataset: str) -> Sequence[str]:
 def hub_texts(dataset: str, **arguments) -> Iterator[str]:
     """The texts of what datasets.load_dataset gives for these arguments, as they are read; dataset: its name in
     messages."""
-    return _texts(_loaded(**arguments, streaming=True), dataset)
-
-
-@contextmanager
-def explained(dataset: str) -> Iterator[None]:
-    """Turn whatever a reader raises into one line: gzip, JSON, Arrow, the Hub and the network share no base class."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:300]
-        advice = ("check that the file is intact" if _is_local(dataset)
-                  else "check its spelling, your access to it and the network, or give a local file or folder")
-        raise UserError(f"cannot read dataset {dataset} ({reason}): {advice}") from error
+    with explained(f"dataset {dataset}", REACHABLE):
+        yield from _texts(_loaded(**arguments, streaming=True))
 
 
 def _is_local(dataset: str) -> bool:
     return Path(dataset).exists() or dataset.startswith((".", "/")) or dataset.endswith(SUFFIXES)
-
-
-def _files(dataset: str) -> list[Path]:
-    """The file itself, or the files of a folder that can be read, sorted by name."""
-    path, kinds = Path(dataset), ", ".join(READERS)
-    if not path.exists():
-        raise UserError(f"dataset {dataset}: no such file or folder, check the path")
-    if path.is_file() and not path.name.endswith(SUFFIXES):
-        raise UserError(f"dataset {dataset}: unknown kind of file, give one that ends with {kinds}")
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir()
-                                                 if file.is_file() and file.name.endswith(SUFFIXES))
-    if not files:
-        raise UserError(f"dataset {dataset}: the folder holds no file that ends with {kinds}")
-    return files
 
 
 def _hub_arguments(dataset: str) -> dict:
@@ -106,37 +80,80 @@ def _loaded(path: str, **arguments):
     return datasets.load_dataset(path, verification_mode="no_checks", **arguments)  # one shard is not all a card lists
 
 
-def _text_column(row: dict, dataset: str) -> str:
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in row and ("text" in strings or row["text"] is None):
-        return "text"
-    if len(strings) != 1:
-        raise UserError(f"dataset {dataset}: no column of strings named text and {len(strings)} columns hold strings "
-                        f"(columns: {', '.join(row)}), rename the one with the documents to text")
-    return strings[0]
+# ---------------------------------------------------------------------------------------------------------------------
+# from files to rows, from rows to texts
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or those of a folder that can be read, sorted by name; what save_to_disk wrote counts as one."""
+    if not path.exists():
+        raise UserError(f"dataset {path}: no such file or folder, check the path")
+    if any((path / mark).is_file() for mark in SAVED):
+        return [path]
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+             if file.is_file() and file.name.endswith(SUFFIXES)]
+    if not files:
+        raise UserError(f"dataset {path}: there is no file that ends with {', '.join(SUFFIXES)}; give one")
+    return files
 
 
-def _is_question(row: dict) -> bool:
-    return "text" not in row and isinstance(row.get("context"), str) and isinstance(row.get("choices"), list)
+def _rows(file: Path) -> Iterator[dict]:
+    """The rows of a file; a paragraph of a .txt is one."""
+    if file.is_dir():
+        import datasets
+        yield from datasets.load_from_disk(file / "train" if (file / SAVED[1]).is_file() else file)
+    elif file.name.endswith(".txt"):
+        with open(file, encoding="utf-8") as lines:
+            for is_text, paragraph in itertools.groupby(lines, key=lambda line: bool(line.strip())):
+                if is_text:
+                    yield {"text": "".join(paragraph).rstrip("\n")}
+    elif file.name.endswith(".parquet"):
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    else:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+            first = lines.readline()
+            if first.lstrip().startswith(b"["):  # one array of them
+                yield from json.loads(first + lines.read())
+                return
+            for number, line in enumerate(itertools.chain([first], lines), 1):
+                if line.strip():
+                    yield _parsed(line, number)
 
 
-def _right_choices(choices: list, gold: int | None = None, **_others: object) -> list:
-    if gold is None:
-        return choices
-    if gold not in range(len(choices)):
-        raise ValueError(f"gold is {gold} where there are {len(choices)} choices")
-    return [choices[gold]]
+def _parsed(line: bytes, number: int) -> dict:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}")
 
 
-def _texts(rows: Iterable[dict], dataset: str) -> Iterator[str]:
-    """The text of each row, where a missing one counts as empty."""
+def _texts(rows: Iterable[dict]) -> Iterator[str]:
+    """The text of each row, where a missing one counts as empty; of a question, its context with a choice."""
     column = None
-    for row in rows:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is not a JSON object")
         if _is_question(row):
-            texts = [row["context"] + choice for choice in _right_choices(**row)]
+            choices, gold = row["choices"], row.get("gold")
+            if gold is not None and gold not in range(len(choices)):
+                raise ValueError(f"gold is {gold} where there are {len(choices)} choices")
+            texts = [row["context"] + choice for choice in (choices if gold is None else [choices[gold]])]
         else:
-            column = column or _text_column(row, dataset)
+            column = column or _text_column(row)
             texts = [row.get(column) or ""]
         for text in texts:
             text.encode()  # half a surrogate pair, which JSON can spell, no tokenizer takes
             yield text
+
+
+def _text_column(row: dict) -> str:
+    columns = ["text"] if "text" in row else [name for name, value in row.items() if isinstance(value, str)]
+    if len(columns) != 1:
+        raise UserError(f"no column named text and {len(columns)} columns hold strings (columns: {', '.join(row)}), "
+                        "rename the one with the documents to text")
+    return columns[0]
+
+
+def _is_question(row: dict) -> bool:
+    return "text" not in row and isinstance(row.get("context"), str) and isinstance(row.get("choices"), list)

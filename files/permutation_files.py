@@ -8,12 +8,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError
-
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from files.errors import explained
 
 FORMAT = {"format": "maskpro-permutation", "version": "1"}
 
@@ -37,7 +37,7 @@ def save(path: str | Path, found: PermutationFile) -> None:
 
 def load(path: str | Path) -> PermutationFile:
     """Read the file and verify its checksum. UserError if it is missing, damaged or of another format."""
-    try:
+    with explained(path, "give the NAME.permutation.safetensors that permute.py wrote, or restore it"):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -47,10 +47,6 @@ def load(path: str | Path) -> PermutationFile:
             raise ValueError("its contents do not match their checksum")
         return PermutationFile({name: order.long() for name, order in packed.items()}, metadata["model"],
                                metadata["model_fingerprint"])
-    except Exception as error:  # the libraries raise many kinds of errors for a damaged file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{path} cannot be read as a permutation file ({reason}): give the "
-                        "NAME.permutation.safetensors that permute.py wrote, or restore it") from error
 
 
 def _digest(metadata: dict, packed: dict[str, Tensor]) -> str:

@@ -1,12 +1,10 @@
-"""Records of runs: a run's run.json, and its logs, a JSON object a line."""
+"""Records of scripts: prune.json, a run's run.json, and its logs, a JSON object a line."""
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-from utils import UserError
-
 from files.atomic import atomic_write
+from files.errors import explained
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -18,53 +16,39 @@ def write_json(path: str | Path, value: object) -> None:
 def read_record(run: str | Path) -> dict:
     """A run's run.json; UserError where there is none or it is damaged."""
     path = Path(run) / "run.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
+    with explained(path, "give the folder of a run of train.py"):
+        record = json.loads(path.read_bytes())
+        if not isinstance(record["arguments"], dict):
             raise ValueError("no arguments")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is damaged"
-        raise UserError(f"{path} cannot be read ({reason}); give the folder of a run of train.py")
-    return record
+        return record
 
 
-def read_lines(path: Path, fits: Callable[[object], bool]) -> list[dict]:
-    """The objects of a .jsonl file, each of which must fit; without the last line where it is torn."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give run folders that train.py wrote")
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break
-            found.append(None)
-        if not fits(found[-1]):
-            raise UserError(f"{path}: line {number} is damaged; delete it to draw the others")
-    return found
+def base_model(model: str) -> str:
+    """The model that a folder was pruned from, by the prune.json that prune.py left in it; else the model itself."""
+    path = Path(model) / "prune.json"
+    with explained(path, "remove it, or prune anew with prune.py"):
+        return str(json.loads(path.read_bytes())["arguments"]["model"]) if path.is_file() else model
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file, without a last line that is still being written; UserError where it is damaged."""
+    with explained(path, "give run folders"):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def lines_up_to(path: Path, size_bytes: int) -> list[dict]:
     """The lines of a .jsonl up to the bytes that a state knows of. UserError where it is not whole up to there."""
     if not size_bytes:
         return []
-    try:
-        with open(path, "rb") as file:
-            found = file.read(size_bytes)
+    with explained(path, "bring it back as the run left it, or start a new run"), open(path, "rb") as file:
+        found = file.read(size_bytes)
         if len(found) < size_bytes:
             raise ValueError("lines are missing")
-        return [json.loads(line) for line in found.decode().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not as the run left it ({error}): bring it back, or start a new run")
+        return [json.loads(line) for line in found.splitlines()]
 
 
 def cut_lines(path: Path, size_bytes: int) -> None:
     """Shorten a .jsonl to the bytes that a state knows of; UserError as `lines_up_to`."""
     lines_up_to(path, size_bytes)
-    if size_bytes:
+    if path.exists():
         os.truncate(path, size_bytes)
-    else:
-        path.unlink(missing_ok=True)

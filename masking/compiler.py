@@ -3,12 +3,10 @@
 TORCH_COMPILE_DISABLE=1 in the environment, PyTorch's own switch, has everything run eagerly.
 """
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
 
 import torch
 
@@ -26,27 +24,9 @@ def _allow_shapes() -> None:
 
 
 @lru_cache
-def compiler_errors() -> tuple[type[Exception], ...]:
-    """What is raised where there is no compiler, none that works, or no Triton: by dynamo and inductor, of any version,
-    and by Triton when it first runs a kernel."""
-    places = {"torch._dynamo.exc": ("BackendCompilerFailed", "TritonMissing"),
-              "torch._inductor.exc": ("CppCompileError", "InvalidCxxCompiler", "InductorError", "TritonMissing",
-                                      "GPUTooOldForTriton"),
-              "triton.compiler.errors": ("CompilationError",)}
-    found = [subprocess.CalledProcessError]
-    for place, names in places.items():
-        try:
-            module = import_module(place)
-        except ImportError:
-            continue
-        found += [getattr(module, name) for name in names if hasattr(module, name)]
-    return tuple(found)
-
-
-@lru_cache
 def compiled(function: Callable, eager: Callable) -> Callable:
-    """`function`, compiled once for each shape; `eager`, said once, where there is no working compiler, and where
-    the environment says so."""
+    """`function`, compiled once for each shape; `eager` where the environment says so and, with a note, from the first
+    error on. A mistake in the function itself is one in `eager`, too, which raises it."""
     if "1" in (os.environ.get("TORCH_COMPILE_DISABLE"), os.environ.get("TORCHDYNAMO_DISABLE")):
         return eager
     fast = torch.compile(function, dynamic=False, options={"max_fusion_size": 10_000})  # one loop, no temporaries
@@ -57,10 +37,11 @@ def compiled(function: Callable, eager: Callable) -> Callable:
             _allow_shapes()
             try:
                 return fast(*args, **names)
-            except compiler_errors() as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # no compiler, none that works, no Triton: each has a class of its own
                 broken.append(error)
-                print("note: no working compiler for torch.compile "
-                      f"({' '.join(str(error).split())[:160]}): the mask step runs eagerly, several times slower",
-                      file=sys.stderr)
+                print(f"note: torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:160]}): the "
+                      "mask step runs eagerly, several times slower", file=sys.stderr)
         return eager(*args, **names)
     return run

@@ -34,7 +34,6 @@ from masking.random_bits import random_bits, round_stochastically, uniform
 from masking.spaces import LinearSpace, Space
 
 FUSED_MAX_N, FUSED_MAX_M = 4, 8  # beyond, the 2^N subsets make the fused score long: the exact routines run
-MODES = ("compiled", "eager", "exact")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,9 +164,12 @@ class Kernels:
     """The passes of a space over one layer. Fused, compiled or eager, where the space and its N:M have a fused form;
     with mode `exact`, and elsewhere always, by `exact_kernels.py`.
 
+        update(logits, bits, weight, out, coefficient, key, start)    pi <- pi - coefficient * score(pi, m), then draw
+        draw(logits, bits, weight, out, key, start)                   m ~ p(pi); out <- m * w
+
     logits: `space.width` planes `[blocks]`, no two of which share a storage, as a compiler would copy what might
-    overlap; bits `[blocks]`; weight and out `[blocks * M]`; key int32 `[2]` or longer; start: the first block's number
-    in its layer.
+    overlap; bits `[blocks]`; weight and out `[blocks * M]`; coefficient float32 `[]`; key int32 `[2]` or longer; start:
+    the first block's number in its layer. mode: compiled, eager or exact.
     """
 
     def __init__(self, space: Space, mode: str = "compiled"):
@@ -175,8 +177,8 @@ class Kernels:
         self._is_linear = isinstance(space, LinearSpace)
         self._is_fused = self._is_linear and mode != "exact"
         scored = self._is_fused and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
-        self._update = self._pass(fused_update, eager_update, exact_kernels.update, scored)
-        self._draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, scored)
+        self.update = self._pass(fused_update, eager_update, exact_kernels.update, scored)
+        self.draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, scored)
         self._vjp, self._write = self.fastest(fused_vjp, eager_vjp), self.fastest(write_masked)
         self._write_soft = self.fastest(fused_write_soft, eager_write_soft)
 
@@ -190,7 +192,8 @@ class Kernels:
         space = self.space
         run = self.fastest(fused, eager)
 
-        def make(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, *rest: Tensor, start: int) -> None:
+        def make(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, *rest: Tensor,
+                 start: int = 0) -> None:
             # viewed as integers out here: inside, a compiler would copy what might overlap
             weight, out = as_words(weight, space.m), as_words(out, space.m)
             if not is_fused:
@@ -201,16 +204,6 @@ class Kernels:
                 run(list(logits), bits, None, None, *rest, space.n, space.m, start=start)
                 self._write(weight, bits, out, space.m)
         return make
-
-    def update(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
-               start: int = 0) -> None:
-        """pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w, all in place; coefficient float32 `[]`."""
-        self._update(logits, bits, weight, out, coefficient, key, start=start)
-
-    def draw(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor,
-             start: int = 0) -> None:
-        """m ~ p(pi); out <- m * w."""
-        self._draw(logits, bits, weight, out, key, start=start)
 
     def vjp(self, logits: list[Tensor], bits: Tensor, weight: Tensor, gradient: Tensor, mean_squares: Tensor | None,
             scale: Tensor, key: Tensor, start: int = 0) -> Tensor:

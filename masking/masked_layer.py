@@ -10,9 +10,8 @@ from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import chunk_of
 from masking.kernels import Kernels
 from masking.layers import zero_weights
-from models import offload
 from models.layers import is_transposed, weight_matrix
-from models.sharding import Rows, Shard, own_weight
+from models.sharding import Rows, own_weight
 
 SAMPLE = 4096  # blocks of a layer, at least, that statistics are taken from, where it has so many
 
@@ -47,7 +46,8 @@ class MaskedLayer:
         """Have the module, which is not sharded, compute with this weight `[out, in]`: the scratch buffer, or the dense
         one."""
         self.used = weight
-        offload.set_weight(self.module, weight.T if is_transposed(self.module) else weight)
+        weight = weight.T if is_transposed(self.module) else weight
+        self.module.weight = nn.Parameter(weight, requires_grad=False)
 
     def remember_start(self) -> None:
         """Compare with the present mask in statistics, on a sample of the blocks."""
@@ -93,9 +93,9 @@ class MaskedLayer:
         """A number for each block of the layer, from those of this process; all processes have to ask at once."""
         return self.rows.whole(blocks, self.width)
 
-    def shard(self, blocks: Tensor) -> Tensor | Shard:
-        """A number for each block that is here, as a state is saved and read."""
-        return Shard(blocks, self.rows, self.width) if self.sharded else blocks
+    def shard(self, blocks: Tensor) -> Tensor:
+        """A number for each block that is here, as a state is saved and read: a DTensor where the layer is sharded."""
+        return self.rows.share(blocks, self.width)
 
     def bits_of(self, mask: Tensor) -> Tensor:
         """The layer's mask, bool `[out, in]`, as bits `[blocks]` of the rows that are here."""
@@ -109,14 +109,15 @@ class MaskedLayer:
         """Mask the weight by these bits for good, and have the module use it."""
         zero_weights(self.weight, ~self.mask_of(bits))
         if not self.sharded:
-            offload.set_weight(self.module, self.weight.T.contiguous() if is_transposed(self.module) else self.weight)
+            weight = self.weight.T.contiguous() if is_transposed(self.module) else self.weight
+            self.module.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def scratch_buffers(modules: dict[str, nn.Module]) -> dict[tuple, Tensor]:
     """(device, dtype) -> an empty tensor that is as large as the largest weight there that is not sharded."""
     sizes = Counter()
     for module in modules.values():
-        weight = offload.weight_of(module)
+        weight = module.weight.data
         if not isinstance(weight, DTensor):
             sizes[weight.device, weight.dtype] = max(sizes[weight.device, weight.dtype], weight.numel())
     return {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in sizes.items()}

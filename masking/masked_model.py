@@ -12,10 +12,9 @@ from masking.layers import match_masks, zero_weights
 from masking.masked_layer import MaskedLayer, scratch_buffers
 from masking.random_bits import layer_keys
 from masking.spaces import Space
-from models import offload
 from models.layers import find_layers
 from models.loss import batch_loss
-from models.sharding import MaskedRows, Rows, Shard, own_weight
+from models.sharding import MaskedRows, Rows, own_weight
 
 Bits = dict[str, Tensor | None]  # layer name -> mask as integers [blocks], None: dense
 
@@ -61,7 +60,7 @@ class MaskedModel:
         self.gathered_bytes = 0  # handed to FSDP by this process
         self._passes, self._written = 0, {}  # of the model; layer name -> the pass that its rows were last written for
         for name in learned:
-            weight = offload.weight_of(modules[name])
+            weight = modules[name].weight.data
             layer = MaskedLayer(name, modules[name], masks[name], self.kernels, logits_dtype,
                                 scratch.get((weight.device, weight.dtype)))
             layer.set_logits(lambda part, layer=layer: space.init(bits_to_mask(layer.bits[part], space.m), magnitude))
@@ -222,12 +221,12 @@ class MaskedModel:
                 yield f"logits.{i}.{name}", layer, plane
             yield f"bits.{name}", layer, layer.bits
 
-    def state(self) -> tuple[dict, dict[str, Tensor | Shard]]:
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
         """For a checkpoint: the count that random numbers are made from, and the tensors themselves, no copies."""
         self.flush()
         return {"steps": self.steps}, {name: layer.shard(tensor) for name, layer, tensor in self._moving()}
 
-    def restore(self, scalars: dict, read: Callable[[str, Tensor | Shard], Tensor]) -> None:
+    def restore(self, scalars: dict, read: Callable[[str, Tensor], Tensor]) -> None:
         """From `state`; read(name, like): the tensor of this name, as large as `like`."""
         self.steps = scalars["steps"]
         for name, layer, tensor in self._moving():

@@ -43,9 +43,6 @@ class LinearSpace:
     def score(self, logits: Tensor, mask: Tensor) -> Tensor:
         return pge.score(logits, mask)
 
-    def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
-        return pge.log_prob(logits, mask)
-
     def inclusion(self, logits: Tensor) -> Tensor:
         return pge.inclusion(logits, self.n)
 
@@ -83,9 +80,6 @@ class PatternSpace:
         """Categorical score: one_hot(S) - softmax(logits)."""
         return -torch.softmax(logits, 1).scatter_add(
             1, self._index(mask)[:, None], logits.new_full((len(mask), 1), -1.0))
-
-    def log_prob(self, logits: Tensor, mask: Tensor) -> Tensor:
-        return logits.log_softmax(1).gather(1, self._index(mask)[:, None])[:, 0]
 
     def inclusion(self, logits: Tensor) -> Tensor:
         return logits.softmax(1) @ patterns(self.n, self.m).to(logits.device, logits.dtype)

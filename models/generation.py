@@ -113,12 +113,13 @@ def made_fast(model: nn.Module, tokenizer: Tokenizer, count: int, attention: str
 
 
 def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, length: int, batchsize: int,
-               passages: list[list[int]] | None = None, max_s: float = math.inf) -> tuple[int, int]:
-    """Generate documents until there are so many tokens, or so many seconds are over, into a new .jsonl file,
-    {"text": ...} a line. Returns the numbers of documents and of tokens. batchsize: documents at a time."""
+               passages: list[list[int]] | None = None, max_s: float = math.inf, least: int = 0) -> tuple[int, int]:
+    """Generate documents until there are so many tokens or, beyond the `least`, so many seconds are over, into a new
+    .jsonl file, {"text": ...} a line. Returns the numbers of documents and of tokens. batchsize: documents at a time.
+    """
     texts, found, started = [], 0, time.monotonic()
     with progress_bar(total=tokens, desc="generating", unit="token") as progress:
-        while found < tokens and (not texts or time.monotonic() - started < max_s):
+        while found < tokens and (found < least or time.monotonic() - started < max_s):
             written = [row for row in generate(model, tokenizer, batchsize, length - 1, passages) if row]
             if not written:
                 raise UserError("the model ends every text at once, so it writes none")

@@ -10,8 +10,6 @@ from utils import UserError
 
 from torch import Tensor, nn
 
-from models import offload
-
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is kept as `[in, out]`."""
@@ -19,8 +17,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight as `[out, in]` (a view), where it is kept: with offloading in the host's memory."""
-    weight = offload.weight_of(module)
+    """The weight as `[out, in]`, a view."""
+    weight = module.weight.data
     return weight.T if is_transposed(module) else weight
 
 

@@ -11,10 +11,9 @@ from utils import DEVICE_MAPS, DTYPES, UserError, checked_device, fast_dtype, re
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
-from files import model_folder
-from models import offload
+from files import errors
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it
@@ -25,10 +24,10 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     """The frozen causal LM of this folder or hub id, in eval mode, and its tokenizer. UserError if it cannot be had.
 
     dtype: a name of utils.DTYPES, auto or checkpoint. device: None, a torch device, or one of utils.DEVICE_MAPS, by
-    which accelerate spreads the layers over all GPUs and the host's memory.
+    which accelerate spreads the layers over all GPUs.
     """
     device_map = device if device in DEVICE_MAPS else None
-    device, source = checked_device(None if device_map else device), local_folder(model, trust_remote_code)
+    device, source = checked_device(None if device_map else device), local_folder(model)
     torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
@@ -42,9 +41,9 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     if missing:  # transformers would go on with random numbers, or with none
         raise UserError(f"--model {model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
                         "restore it, or give the folder of a whole causal LM")
-    if any(offload.is_on_disk(module) for module in found.modules() if isinstance(module, nn.Linear)):
-        raise UserError(f"{model} does not fit the devices of --device {device_map} and the host's memory, and "
-                        "weights on the disk cannot be masked; use more or larger GPUs, or a larger host")
+    if empty:
+        raise UserError(f"{model} does not fit the GPUs of --device {device_map}; use more or larger ones, or several "
+                        "processes with --shard")
     if not device_map:
         found.to(device)
     if device.startswith("cpu"):
@@ -53,10 +52,9 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     return found.eval(), tokenizer
 
 
-def local_folder(model: str, trusted: bool) -> str | Path:
-    """The model's folder, checked, or its hub id as it is. UserError where it should be a folder and is none."""
+def local_folder(model: str) -> str | Path:
+    """The model's folder, or its hub id as it is. UserError where it should be a folder and is none."""
     if Path(model).expanduser().is_dir():
-        model_folder.check(Path(model).expanduser(), trusted)
         return Path(model).expanduser()
     if any(model.startswith(mark) for mark in (".", "/", "~")):
         raise UserError(f"--model {model}: there is no such folder")
@@ -68,14 +66,8 @@ def explained(model: str) -> Iterator[None]:
     """Turns whatever the libraries find wrong with a model into one line."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with errors.explained(f"--model {model}", "give a folder or hub id of a causal LM (gated: first `hf auth login`)"):
         yield
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers and safetensors raise classes of their own for damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model {model} cannot be loaded: {reason[:300]} (a folder or hub id of a causal LM is "
-                        "wanted; a gated one needs `huggingface-cli login`)") from error
 
 
 def read_tokenizer(source: str | Path, trusted: bool) -> Tokenizer:
@@ -86,14 +78,13 @@ def read_tokenizer(source: str | Path, trusted: bool) -> Tokenizer:
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
-    """Where the model's weights are, and those that it borrows are used."""
-    return {offload.device_of(module) for module in model.modules()
-            if isinstance(getattr(module, "weight", None), Tensor)}
+    """Where the model's weights are."""
+    return {parameter.device for parameter in model.parameters()}
 
 
 def input_device(model: nn.Module) -> torch.device:
     """Where tokens are embedded."""
-    return offload.device_of(model.get_input_embeddings())
+    return model.get_input_embeddings().weight.device
 
 
 
@@ -109,7 +100,7 @@ def model_fingerprint(model: nn.Module) -> str:
         if parameter.ndim == 2 and not name.startswith("lm_head"):
             shape = tuple(parameter.shape)
             digest.update(f"{name} {shape[::-1] if name in transposed else shape}".encode())
-    signs = torch.signbit(offload.weight_of(model.get_input_embeddings()).flatten()[:2**22])
+    signs = torch.signbit(model.get_input_embeddings().weight.flatten()[:2**22])
     digest.update(signs.cpu().numpy().tobytes())
     if permutation := getattr(model.config, "channel_permutation", None):
         digest.update(f"channel_permutation {permutation}".encode())

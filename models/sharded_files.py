@@ -11,6 +11,7 @@ from utils import DTYPES, UserError, checked_device, fast_dtype
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def load_sharded(model: str, dtype: str, device: str, trust_remote_code: bool = 
     """The frozen causal LM of this folder or hub id, in eval mode, its projections shared out to all processes, and its
     tokenizer. UserError if it cannot be had so."""
     check_version()
-    source = local_folder(model, trust_remote_code)
+    source = local_folder(model)
     processes.log(f"loading {model}, its layers shared out to {processes.size()} processes")
     with processes.main_before_others(), explained(model):  # the main one may have to fetch it
         tokenizer = read_tokenizer(source, trust_remote_code)
@@ -118,32 +119,22 @@ def read_rows(model: nn.Module, stored: StoredTensors, name_of_model: str) -> No
 def save_sharded(model: nn.Module, folder: Path, is_main: bool) -> None:
     """Write a model's folder: its configuration, and .safetensors files of whole tensors. All processes have to ask at
     once; the main one gathers and writes, a file at a time."""
-    modules, parts, seen, size = dict(model.named_modules()), [[]], set(), 0
-    tensors = model.state_dict()
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor):
-            if tensor.data_ptr() in seen:
-                continue  # tied to another
-            seen.add(tensor.data_ptr())
-        size += tensor.numel() * tensor.itemsize
-        if size > MOST_BYTES and parts[-1]:
-            size = tensor.numel() * tensor.itemsize
-            parts.append([])
-        parts[-1].append(name)
-    several = len(parts) > 1
-    names = {number: f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors" if several else "model.safetensors"
-             for number in range(len(parts))}
+    modules, names = dict(model.named_modules()), {}  # names: of the storage of copies, some of which are tied
+    tensors = {name: tensor for name, tensor in model.state_dict().items()
+               if isinstance(tensor, DTensor) or names.setdefault(tensor.data_ptr(), name) == name}
+    plan = split_torch_state_dict_into_shards({name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                                               for name, tensor in tensors.items()}, max_shard_size=MOST_BYTES)
     if is_main:
         folder.mkdir()
-    for number, part in enumerate(parts):
+    for file, part in plan.filename_to_tensors.items():
         found = {name: _whole(modules[name.rpartition(".")[0]], tensors[name], is_main) for name in part}
         if is_main:
-            save_file(found, folder / names[number], {"format": "pt"})
+            save_file(found, folder / file, {"format": "pt"})
     if not is_main:
         return
-    if several:
+    if plan.is_sharded:
         (folder / "model.safetensors.index.json").write_text(json.dumps({
-            "metadata": {}, "weight_map": {name: names[number] for number, part in enumerate(parts) for name in part}}))
+            "metadata": plan.metadata, "weight_map": plan.tensor_to_filename}))
     setattr(model.config, DTYPE, model.dtype)
     model.config.save_pretrained(folder)
     if model.can_generate():

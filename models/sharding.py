@@ -1,9 +1,9 @@
-"""A model's layers shared out to all processes, by PyTorch's own engine (torch.distributed.fsdp.fully_shard).
+"""A model's layers sharded over all processes by PyTorch's FSDP2 (torch.distributed.fsdp.fully_shard).
 
-Each process keeps a chunk of the rows of every projection. A decoder layer is gathered when a pass reaches it, and
-dropped after it. FSDP asks a tensor subclass what to gather: `MaskedRows` makes the masked rows of its own chunk just
-then, so that what is sent is masked already and only the owner of a row touches its logits. Embeddings, norms, biases
-and the head are copies.
+Each process keeps a chunk of the rows of every projection. FSDP gathers a decoder layer when a pass reaches it, and
+drops it afterwards. FSDP asks a tensor subclass what to send: `MaskedRows` computes the masked rows of its own chunk at
+that moment. So only masked weights are sent, and only the process that owns a row needs its logits. Every process has
+all embeddings, norms, biases and the head.
 """
 import inspect
 from collections.abc import Callable
@@ -14,17 +14,16 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 from torch.distributed import device_mesh, fsdp
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as ShardOf
+from torch.distributed.tensor import DTensor, Shard
 
 from models.layers import find_layers, is_transposed, weight_matrix
 
-# torch 2.13; before it, gradients of experts that the text of some processes does not reach would be mixed with others
+# torch 2.13; before it, gradients of experts that some processes' text does not reach would be mixed with others
 REDUCES_UNUSED = hasattr(fsdp.FSDPModule, "set_reduce_scatter_unused_params")
 
 
 class TransposedLinear(nn.Linear):
-    """GPT-2's Conv1D with its weight as `[out, in]`, in whose rows it is shared out; files have it transposed."""
+    """GPT-2's Conv1D with its weight as `[out, in]`, so that it can be sharded by rows; files have it transposed."""
     is_transposed_in_files = True
 
 
@@ -36,15 +35,17 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def check_version() -> None:
-    """UserError where torch's engine is too old."""
+    """UserError where torch's FSDP is too old."""
     if "ignored_params" not in inspect.signature(fsdp.fully_shard).parameters:
         raise UserError(f"--shard needs torch 2.8 or newer, this is {torch.__version__}: install it, or leave --shard "
                         "out")
 
 
 def shard(model: nn.Module, device: torch.device, processes: int) -> None:
-    """Have a model on the meta device share out its projections over all processes, and its tensors on `device`, with
-    nothing in them yet."""
+    """Shard the projections of a model on the meta device over all processes, and allocate its tensors on `device`.
+
+    Parameters have no values yet.
+    """
     for name, module in list(model.named_modules()):
         if is_transposed(module):
             inputs, outputs = module.weight.shape
@@ -64,6 +65,23 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     model.tie_weights()
 
 
+def own_rows(tensor: Tensor) -> tuple[int, int]:
+    """The rows of a tensor that this process has, from `begin` to `end`; all of them, unless it is a DTensor.
+
+    FSDP shares rows out by torch.chunk: the last processes may have fewer, or none.
+    """
+    count = tensor.shape[0]
+    if not isinstance(tensor, DTensor):
+        return 0, count
+    most, rank = -(-count // tensor.device_mesh.size()), tensor.device_mesh.get_local_rank()
+    return min(count, most * rank), min(count, most * (rank + 1))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself. A DTensor is gathered from all processes, which have to call this at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @dataclass
 class Rows:
     """Which rows of a layer's weight this process has: from `begin` to `end` of `count`, all where `mesh` is None."""
@@ -74,13 +92,9 @@ class Rows:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Rows":
-        """Of a layer, as FSDP shares it out: by torch.chunk, so that the last processes may have fewer, or none."""
-        count, mesh = weight_matrix(module).shape[0], None
-        begin, end = 0, count
-        if isinstance(module.weight, DTensor):
-            mesh = module.weight.device_mesh
-            begin, end = (min(count, -(-count // mesh.size()) * (mesh.get_local_rank() + after)) for after in (0, 1))
-        return cls(count, begin, end, mesh)
+        """Of a layer."""
+        weight = weight_matrix(module)
+        return cls(weight.shape[0], *own_rows(weight), weight.device_mesh if isinstance(weight, DTensor) else None)
 
     @property
     def is_main(self) -> bool:
@@ -91,31 +105,17 @@ class Rows:
         """This process's part of a tensor of all rows `[count, ...]`."""
         return matrix[self.begin:self.end]
 
-    def whole(self, part: Tensor, width: int) -> Tensor:
-        """All rows, 1-D, from this process's, of `width` elements each; all processes have to ask at once."""
+    def share(self, part: Tensor, width: int) -> Tensor:
+        """This process's part of a tensor, 1-D with `width` elements a row, as a DTensor `[count, width]`; the part
+        itself where the layer is not sharded."""
         if self.mesh is None:
             return part
-        width *= part.itemsize  # as bytes: not every backend knows every dtype
-        rows = DTensor.from_local(part.view(torch.uint8).view(-1, width), self.mesh, [ShardOf(0)], run_check=False,
+        return DTensor.from_local(part.detach().view(-1, width), self.mesh, [Shard(0)], run_check=False,
                                   shape=torch.Size([self.count, width]), stride=(width, 1))
-        return rows.full_tensor().view(-1).view(part.dtype)
 
-
-class Shard:
-    """One process's part of a 1-D tensor that all processes together have, as a state is saved and read."""
-
-    def __init__(self, part: Tensor, rows: Rows, width: int):
-        self.part, self.rows, self.width = part, rows, width
-        self.dtype, self.itemsize = part.dtype, part.itemsize
-        self.shape, self.nbytes = [rows.count * width], rows.count * width * part.itemsize
-
-    def whole(self) -> Tensor:
-        """Gathered; all processes have to ask at once."""
-        return self.rows.whole(self.part, self.width)
-
-    def read(self, stored: Tensor) -> Tensor:
-        """This process's part of what is stored of the whole, a tensor or a slice of a file."""
-        return stored[self.rows.begin * self.width:self.rows.end * self.width]
+    def whole(self, part: Tensor, width: int) -> Tensor:
+        """All rows, 1-D, from the parts of all processes, which have to call this at the same time."""
+        return whole(self.share(part, width)).view(-1)
 
 
 def own_weight(module: nn.Module) -> Tensor:
@@ -125,25 +125,25 @@ def own_weight(module: nn.Module) -> Tensor:
 
 
 class MaskedRows(Tensor):
-    """A process's rows of a weight, `[rows, in]`: FSDP gathers what `fill` writes, not what is here.
+    """A process's rows of a weight, `[rows, in]`. FSDP gathers what `fill` writes instead of these rows.
 
-    fill(out): called with a 1-D buffer of rows * in elements each time that FSDP is about to gather.
+    fill(out): writes the masked rows to a 1-D buffer of rows * in elements; called before each gathering.
     """
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def attach(cls, module: nn.Module, fill: Callable[[Tensor], None]) -> None:
-        """Have the layer's shard be one, of the same memory; before the model's first pass."""
+        """Make the layer's own rows a MaskedRows of the same memory; before the model's first pass."""
         weight = module.weight
         rows = Tensor._make_subclass(cls, weight.to_local())
         rows.fill = fill
         rows.most = -(-weight.shape[0] // weight.device_mesh.size())  # rows of a process
         weight._local_tensor = rows
-        weight.requires_grad_()  # before the first pass, when FSDP settles what it reduces
+        weight.requires_grad_()  # FSDP decides in the first pass which gradients it reduces
 
     def fsdp_pre_all_gather(self, mesh: object, outer_size: torch.Size, outer_stride: tuple, module: nn.Module,
                             mp_policy: object) -> tuple:
-        """What is sent: the masked rows, as many as the first process has."""
+        """What is sent: the masked rows, padded to as many as the first process has."""
         out = torch.zeros(self.most, self.shape[1], dtype=self.dtype, device=self.device)
         if len(self):
             self.fill(out[:len(self)].view(-1))
@@ -151,5 +151,5 @@ class MaskedRows(Tensor):
 
     def fsdp_post_all_gather(self, outputs: tuple[Tensor], metadata: None, param_dtype: torch.dtype, *,
                              out: Tensor | None = None) -> tuple | None:
-        """What is computed with: the rows of all processes, one after another, which is the weight."""
+        """The weight that the pass uses: the rows of all processes, one after another."""
         return None if out is not None else (outputs[0], ())

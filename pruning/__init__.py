@@ -1,1 +1,1 @@
-"""One-shot masks: what calibration text says of a layer's inputs, and the methods that choose weights by it."""
+"""One-shot pruning on calibration text, and orders of channels that let a mask keep more."""

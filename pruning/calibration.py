@@ -1,4 +1,4 @@
-"""What calibration text says of a layer's inputs: their norms, their Hessian, and how a pass reaches them in order."""
+"""Statistics of a layer's inputs on calibration text: norms, Hessians, and a pass that visits the layers in order."""
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ def check_finite(inputs: Tensor, name: str, model: nn.Module) -> None:
 
 @contextmanager
 def watching(layers: dict[str, nn.Module], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, `watch(name, inputs)` is called each time that a layer is about to compute."""
+    """A context in which `watch(name, inputs)` is called each time before a layer computes."""
     hooks = [module.register_forward_pre_hook(lambda module, inputs, name=name: watch(name, inputs[0]))
              for name, module in layers.items()]
     try:
@@ -32,8 +32,8 @@ def watching(layers: dict[str, nn.Module], watch: Callable[[str, Tensor], None])
 
 @torch.no_grad()
 def input_norms(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor) -> dict[str, Tensor]:
-    """||x_j|| of every layer's input features over the tokens of samples `[sequences, tokens]`; float32 `[in]` each.
-    UserError where they are not finite."""
+    """||x_j|| of each layer's input features over all tokens of samples, int64 `[sequences, tokens]`: layer name ->
+    float32 `[in]`. UserError if they are not finite."""
     squares = {name: torch.zeros(weight_matrix(module).shape[1], device=weight_matrix(module).device)
                for name, module in layers.items()}
 
@@ -50,9 +50,9 @@ def input_norms(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor)
 @torch.no_grad()
 def visit_in_order(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor,
                    visit: Callable[[str, Tensor], None], doing: str) -> None:
-    """One pass of samples, int64 `[sequences, tokens]`, through the decoder without its head: `visit(name, inputs)` is
-    called when the pass first gets to a layer, before that computes. `doing`: for the progress bar. UserError where
-    inputs are not finite."""
+    """One pass of samples, int64 `[sequences, tokens]`, through the decoder without its head. `visit(name, inputs)` is
+    called once for each layer, before it computes. `doing`: for the progress bar. UserError if inputs are not
+    finite."""
     visited = set()
 
     def visit_once(name: str, inputs: Tensor) -> None:
@@ -66,14 +66,14 @@ def visit_in_order(model: nn.Module, layers: dict[str, nn.Module], samples: Tens
 
 
 class Hessians:
-    """H = X X^T, float32 `[in, in]`, of one layer's inputs after another: layers that read the same tensor, as q, k and
-    v do, share it."""
+    """H = X X^T, float32 `[in, in]`, of one layer after another. Layers that read the same tensor, such as q, k and v,
+    share it."""
 
     def __init__(self):
         self.inputs, self.hessian = None, None
 
     def of(self, inputs: Tensor) -> Tensor:
-        """That of inputs `[..., in]`."""
+        """The Hessian of inputs `[..., in]`."""
         if inputs is not self.inputs:
             parts = inputs.flatten(0, -2).split(8192)
             self.inputs, self.hessian = inputs, sum(part.float().T @ part.float() for part in parts)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 from utils import UserError, progress_bar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,37 +41,12 @@ def kept(score: Tensor, n: int, m: int) -> float:
 
 
 def assignment(value: Tensor) -> Tensor:
-    """The permutation p, int64 `[n]`, of the largest sum of value[i, p[i]]; value `[n, n]`.
-
-    Shortest augmenting paths (Jonker & Volgenant 1987): rows are added one by one. Dijkstra's algorithm finds which
-    rows each displaces; prices of the columns keep its costs non-negative.
-    """
-    cost = -value.double().cpu().numpy()
-    n, price = len(cost), cost.min(0)
-    column_of, row_of = np.full(n, -1), np.full(n, -1)
-    for column, row in enumerate(cost.argmin(0)):  # rows that are a column's cheapest
-        if column_of[row] < 0:
-            column_of[row], row_of[column] = column, row
-    for start in np.flatnonzero(column_of < 0):
-        distance, before, is_open, reached = cost[start] - price, np.full(n, start), np.ones(n, dtype=bool), []
-        while True:
-            column = distance.argmin()
-            nearest, row = distance[column], row_of[column]
-            if row < 0:
-                break
-            reached.append((column, nearest))
-            distance[column], is_open[column] = np.inf, False
-            through = cost[row] - price
-            through += nearest - through[column]
-            shorter = (through < distance) & is_open
-            np.copyto(distance, through, where=shorter)
-            before[shorter] = row
-        for done, length in reached:
-            price[done] += length - nearest
-        while row != start:  # along the path, each row takes the next column
-            row = before[column]
-            row_of[column], column_of[row], column = row, column, column_of[row]
-    return torch.from_numpy(column_of)
+    """The permutation p, int64 `[n]`, of the largest sum of value[i, p[i]]; value `[n, n]`. UserError without scipy."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise UserError("reordering channels needs scipy: pip install scipy")
+    return torch.from_numpy(linear_sum_assignment(value.cpu().numpy(), maximize=True)[1])
 
 
 def _nth_largest(values: Tensor, n: int) -> Tensor:
@@ -182,6 +156,7 @@ def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: 
     """
     if getattr(model.config, "channel_permutation", None):
         raise UserError("the channels of this model were reordered before; give the model that it was made from")
+    channel_sets(model)  # an unknown architecture is refused before the calibration
     found = find_orders(model, layers, input_norms(model, layers, samples), pattern, steps, seed=seed)
     before = batch_loss(model, samples[:1])
     reorder(model, found.orders)

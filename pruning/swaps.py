@@ -1,26 +1,29 @@
-"""Better masks for the weights as they are: swaps within blocks, for as long as a layer's output comes closer.
+"""Improve a mask by swaps within blocks: a kept and a pruned weight change places if that lowers the layer's error.
 
-One-shot scores rate each weight alone. What a layer gets wrong also depends on which weights go together: with inputs
-X and Hessian H = X X^T, a row's error is
+One-shot scores rate each weight alone, but the error of a layer's output also depends on pairs of weights. With inputs
+X and Hessian H = X X^T, the error of a row is
 
     e(m) = 1/2 ||(m*w - w) X||^2 = 1/2 (m*w - w)^T H (m*w - w)
 
-and keeping b in place of a changes it, with g = H (m*w - w), by
+and keeping b instead of a changes it, with g = H (m*w - w), by
 
     cost(a, b) = -w_a g_a + 1/2 w_a^2 H_aa  +  w_b g_b + 1/2 w_b^2 H_bb  -  w_a w_b H_ab
 
-This is the 1-swap of SparseSwaps (Zimmer et al., arXiv 2512.10922), within N:M blocks. Of our own: masks are improved
-layer after layer on the inputs that the improved ones make, and a swap's cost says how confident its logits start.
+This is the 1-swap of SparseSwaps (Zimmer et al., arXiv 2512.10922), within N:M blocks. New here: with
+--true_sequential each layer is improved on the inputs that the improved earlier layers give it, and the costs of swaps
+set the initial logits (`confidence`).
 
-H comes from few tokens, which know pairs of inputs less well than single ones: its off-diagonal counts 1 - SHRINK.
+H is estimated from few tokens, its off-diagonal less precisely than its diagonal: the off-diagonal is multiplied by
+1 - SHRINK.
 
-`refine_by_swaps` goes through the blocks and makes the swap that lowers the error most, until none does or enough
-sweeps are made: coordinate descent, rows independent of one another. N:M stays what it was and no weight changes.
+`refine_by_swaps` is coordinate descent: it visits the blocks and makes in each the swap that lowers the error most. It
+ends when no swap does, or after the given number of sweeps. Rows are independent. The mask stays N:M; weights stay
+unchanged.
 """
 import torch
 from torch import Tensor
 
-RUN = 64  # columns, at least, whose changes are carried to the other columns at once
+RUN = 64  # columns, at least, after which the gradient of all columns is updated
 SHRINK = 0.3  # of H's off-diagonal
 
 
@@ -29,13 +32,13 @@ def _shrunk(hessian: Tensor) -> Tensor:
 
 
 def _alone(weight: Tensor, hessian: Tensor) -> Tensor:
-    """The curvature's part of what a weight costs or saves by itself, 1/2 w^2 H_ii; weight `[in, out]`."""
+    """The term of one weight in a swap's cost, 1/2 w^2 H_ii; weight `[in, out]`."""
     return 0.5 * weight.square() * hessian.diagonal()[:, None]
 
 
 def _together(weight: Tensor, kept: Tensor, hessian: Tensor, m: int) -> Tensor:
-    """What each pair's cost has beside those of its two weights, -w_a w_b H_ab, inf where a is not kept or b is;
-    `[blocks, M, M, out]` of weight and kept `[columns, out]`, hessian `[columns, columns]`."""
+    """The term of a pair in a swap's cost, -w_a w_b H_ab, inf where a is not kept or b is: `[blocks, M, M, out]`.
+    weight and kept `[columns, out]`, hessian `[columns, columns]`."""
     weight, kept = weight.unflatten(0, (-1, m)), kept.unflatten(0, (-1, m))
     blocks = len(weight)
     hessian = hessian.reshape(blocks, m, blocks, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # of each block alone
@@ -52,8 +55,8 @@ def _costs(weight: Tensor, kept: Tensor, gradient: Tensor, hessian: Tensor, m: i
 
 
 def refine_by_swaps(weight: Tensor, mask: Tensor, hessian: Tensor, m: int, sweeps: int = 6) -> Tensor:
-    """A mask of lower e(m), bool `[out, in]`. weight and mask `[out, in]`, hessian float32 `[in, in]`, M divides `in`;
-    a mask that no swap improves comes back as it was."""
+    """A mask of lower e(m), bool `[out, in]`, or the same mask if no swap improves it. weight and mask `[out, in]`,
+    hessian float32 `[in, in]`, M divides `in`; sweeps: at most."""
     columns, hessian = weight.shape[1], _shrunk(hessian)
     weight, kept = weight.T.float().contiguous(), mask.T.contiguous().clone()  # a block's columns lie together
     gradient = -(hessian @ weight.masked_fill(kept, 0.0))
@@ -88,12 +91,12 @@ def _members(m: int, device: torch.device) -> Tensor:
 
 
 def confidence(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
-    """How confident the mask is of each weight, float32 `[out, in]`, for `logits_from_scores`: within a block, 1 for
-    the kept weight that is the cheapest to swap.
+    """Scores that rank the weights of a block by the costs of swaps, float32 `[out, in]`, to initialise logits with: 1
+    for the kept weight that is cheapest to swap, more for the other kept ones, less for the pruned.
 
-    Were H diagonal, cost(a, b) would be (s_a^2 - s_b^2) / 2 with Wanda's scores s, and log(s_a / s_b) what
-    `logits_from_scores` asks for. So a swap counts as the ratio of scores that would make it as costly:
-    1/2 log(1 + 2 cost / s_b^2).
+    If H is diagonal, cost(a, b) = (s_a^2 - s_b^2) / 2 with Wanda's scores s, so log(s_a / s_b) =
+    1/2 log(1 + 2 cost / s_b^2). That is taken as the log ratio of the scores for any H, and the result is Wanda's score
+    over that of the cheapest kept weight if H is diagonal.
     """
     columns, hessian = weight.shape[1], _shrunk(hessian)
     weight, kept = weight.T.float().contiguous(), mask.T.contiguous()

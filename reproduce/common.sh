@@ -24,7 +24,7 @@ if [ "$DEMO" = 1 ]; then  # what `make demo` leaves in demo/, in minutes on a CP
     : "${SIZE:=128}" "${BATCHSIZE:=8}" "${STEPS:=48}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=512}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=32}")
     preset=(--preset fast --tokens "${TOKENS:=50000}" --num_evals 4)
-elif [ "$SMALL" = 1 ]; then  # bytes for tokens; text and windows are those of bench/estimators.py
+elif [ "$SMALL" = 1 ]; then  # bytes for tokens; text and windows are those of bench/rivals.py
     : "${OUT:=results/reproduce-small}" "${MODEL:=demo/small}" "${DTYPE:=auto}"
     : "${TRAIN_TEXT:=demo/train.jsonl}" "${NSAMPLES:=128}" "${CALIBRATION_SEQLEN:=128}"
     : "${SIZE:=512}" "${BATCHSIZE:=8}" "${STEPS:=2500}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=128}"

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
            "--save", work / "wanda.npz")
 
     reordered = ["--model", work / "permuted", "--dtype", "auto"]
-    script("permute.py", *base, *calibration, *(["--steps", 1, "--rows", 256] if quick else []), "--save_model",
+    script("permute.py", *base, *calibration, *(["--steps", 1] if quick else []), "--save_model",
            work / "permuted")
     script("prune.py", *reordered, "--prune_method", "wanda", *calibration, "--save_model", work / "permuted_wanda")
     script("get_mask.py", "--model", work / "permuted_wanda", "--save", work / "permuted_mask.safetensors")

@@ -52,8 +52,7 @@ def run_cells(folders: list[Path]) -> list[str]:
     folders = [folder for folder in folders if (folder / "run.json").exists()]
     if not folders:
         return ["", "", "", ""]
-    losses = [[line["loss"] for line in read_lines(folder / "metrics.jsonl", lambda line: "loss" in line)]
-              for folder in folders]
+    losses = [[line["loss"] for line in read_lines(folder / "metrics.jsonl")] for folder in folders]
     summaries = [read_record(folder)["summary"] for folder in folders]
     return [cell([statistics.mean(run[:STEPS]) for run in losses], 4),
             cell([statistics.mean(run[-STEPS:]) for run in losses], 4),

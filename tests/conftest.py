@@ -105,7 +105,7 @@ def loaded(request, folder):
 @pytest.fixture
 def nothing_loads(monkeypatch):
     """A model that evaluate.py loads is a failure."""
-    def load_model(**given):
+    def load_model(*given):
         raise AssertionError("a model was loaded")
     monkeypatch.setattr("evaluate.load_model", load_model)
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from masking import sharded_files
 from masking.block_bits import mask_to_bits
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models import sharded_files
 from models.layers import find_layers, weight_matrix
 from models.loading import load_model, model_fingerprint
 from models.loss import batch_loss

@@ -7,7 +7,6 @@ a subprocess of each script proves that the exit code and the single line reach 
 import os
 import subprocess
 import sys
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +15,6 @@ import utils
 import pytest
 from mistakes import ALL, COMMANDS, SCRIPTS, cases, check_refusal, fill, quietly, snapshot
 from tiny import make_moe
-
-from files import atomic
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,10 +86,6 @@ MODELS = [
         "bad_config", "other_config", "no_tokenizer", "bad_tokenizer", "no_weights", "bad_weights", "bad_length")],
     ("inference_loss", "--model {w}/few_weights", "few_weights has no weights for model.norm.weight", "restore it"),
     ("prune", "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
-    ("train", "--model {w}/escaping", "escaping", "'../llama/x.safetensors'", "not a file of its folder", "restore"),
-    ("get_mask", "--model {w}/many_layers", "many_layers", "claims num_hidden_layers 1000000000", "restore"),
-    ("evaluate", "--model {w}/adapter", "is an adapter", "merge it"),
-    ("evaluate", "--model {w}/kernels", "'somebody/attention' of the Hub", "--trust_remote_code"),
     (ALL, "--device cuda:99", "--device cuda:99 cannot be used", "--device cpu"),
     ("prune", "--model {w}/gpt2 --dataset {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"),
     ("train", "--model {w}/gpt2 --mask {w}/mask_gpt2.safetensors --seqlen 300 --targets mlp", "--seqlen", "300", "256"),
@@ -108,12 +101,12 @@ MASKS = [
     ("sparsify", "--mask {w}/mask_other.safetensors", "mask", "another model", ("--mask", "get_mask.py", "--model")),
     ("evaluate", "--mask {w}/absent.safetensors", "absent.safetensors", "no such mask", "get_mask.py"),
     ("inference_loss", "--mask {w}/empty", "empty", "holds no masks"),
-    ("convert", "--convert {w}/garbage_mask.safetensors", "garbage_mask.safetensors is damaged", "make it anew"),
-    ("train", "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors", "damaged", "make it anew"),
-    ("inference_loss", "--mask {w}/evil", "evil", "a.pt is not one tensor as torch.save writes it"),
-    ("evaluate", "--mask {w}/bomb.npz", "bomb.npz", "would take 16777216 bytes", "make it anew"),
+    ("convert", "--convert {w}/garbage_mask.safetensors", "garbage_mask.safetensors cannot be read", "make it anew"),
+    ("train", "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors cannot be read", "make it anew"),
+    ("inference_loss", "--mask {w}/evil", "evil: a.pt cannot be read", "make it anew"),
+    ("evaluate", "--mask {w}/foreign.npz", "foreign.npz", "'elsewhere' is not one of the model's"),
     ("evaluate", "--mask {w}/llama/model.safetensors", "model.safetensors", "no maskpro-mask", "give a mask file"),
-    ("convert", "--convert {w}/bomb.npz", "bomb.npz", "does not hold the shapes", "--model"),
+    ("convert", "--convert {w}/foreign.npz", "foreign.npz", "does not hold the shapes", "--model"),
     ("convert", "--model {w}/gpt2", "another model", "get_mask.py"),
     ("convert", "--sparsity_type 4:8", "2:4, not 4:8"),
     ("convert", "--targets q_proj", "--targets does not go with --convert"),
@@ -134,24 +127,22 @@ MASKS = [
 TEXTS = [
     ("train", "--dataset {w}/absent.jsonl", "absent.jsonl", "no such file", "check the path"),
     ("sparsify", "--dataset {w}/text.jsonl {w}/absent.jsonl --steps 900", "absent.jsonl", "no such file"),
-    ("prune", "--dataset {w}/torn.jsonl", "torn.jsonl", ("cannot read", "only ", "none of")),
+    ("prune", "--dataset {w}/torn.jsonl", "torn.jsonl", ("cannot be read", "only ", "none of")),
     ("inference_loss", "--dataset {w}/numbers.jsonl", "numbers.jsonl", "text"),
     ("train", "--dataset {w}/nothing.jsonl", "nothing.jsonl"),
-    ("prune", "--dataset {w}/picture.png", "picture.png", "unknown kind of file", ".jsonl"),
-    ("train", "--dataset {w}/empty", "empty", "holds no file", ".jsonl"),
+    ("prune", "--dataset {w}/picture.png", "picture.png", "no file that ends with", ".jsonl"),
+    ("train", "--dataset {w}/empty", "empty", "no file that ends with", ".jsonl"),
     ("train", "--dataset {w}/few.jsonl", "only 3 of the 3 documents", "lower --dataset_size"),
     ("train", "--seqlen 5000", ("only 0 of the 12 documents", "256 positions"), "--seqlen"),
     ("inference_loss", "--batchsize 3", "--batchsize 3 does not divide --dataset_size 8", "use 2 or 4"),
     (["inference_loss", "sparsify", "evaluate"], "--seqlen 1", "--seqlen is 1", "at least 2"),
-    ("train", "--dataset {w}/bomb.json.gz", "bomb.json.gz", "over 100 times its size", "intact"),
-    ("train", "--dataset {w}/saved", "saved", "cannot read", "intact"),
-    ("train", "--dataset {w}/saved_escaping", "saved_escaping", "'../saved/data.arrow'", "restore it"),
+    ("train", "--dataset {w}/torn.json.gz", "torn.json.gz cannot be read", "intact"),
     ("train", "--dataset {w}/surrogate.jsonl", "surrogate.jsonl", "surrogates not allowed", "intact"),
     ("train", "--dataset {w}/mixed.jsonl", "mixed.jsonl", "'int'", "intact"),
-    ("train", "--dataset {w}/list.jsonl", "list.jsonl", "line 2 is not a JSON object", "intact"),
+    ("train", "--dataset {w}/list.jsonl", "list.jsonl", "row 2 is not a JSON object", "intact"),
     ("prune", "--seqlen 5000", ("none of the 12 documents", "256 positions"), "lower --seqlen"),
     ("evaluate", "--ppl {w}/absent.txt", "absent.txt", "no such file", "check the path"),
-    ("evaluate", "--ppl {w}/picture.png", "picture.png", "unknown kind of file", ".txt"),
+    ("evaluate", "--ppl {w}/picture.png", "picture.png", "no file that ends with", ".txt"),
     ("evaluate", "--seqlen 5000", ("fewer than one window of 5000", "256 positions"), "lower --seqlen"),
     ("train", "--val_fraction 0.6", "--val_fraction 0.6 of 2 minibatches leaves none to learn from"),
     ("sparsify", "--batchsize 2000", "has only", "fewer than one minibatch of 2000 x 32", "lower --batchsize")]
@@ -159,7 +150,7 @@ AGAIN = "inference_loss.py"
 BASELINES = [
     ("train", "--baseline {w}/absent.npz", "absent.npz", "no such baseline", AGAIN, "--baseline online"),
     *[("train", f"--baseline {{w}}/{name}", name, "not a baseline file", AGAIN) for name in (
-        "garbage_baseline.npz", "torn_baseline.npz", "mask.safetensors", "empty", "bomb.npz")],
+        "garbage_baseline.npz", "torn_baseline.npz", "mask.safetensors", "empty")],
     ("train", "--baseline {w}/nan.npz", "nan.npz", "not finite", AGAIN),
     ("train", "--baseline cached", "inference_loss_8_bs4_sql32.npz: there is no such baseline", AGAIN),
     ("train", "--mask {w}/flipped.safetensors", "baseline.npz is stale: mask", AGAIN),
@@ -187,7 +178,7 @@ ARGUMENTS = [
     *[(script, f"--{name} {value}", f"--{name}", value, "at least 1") for script, name, value in (
         ("inference_loss", "dataset_size", "-1"), ("train", "batchsize", "0"), ("train", "seqlen", "2.5"),
         ("train", "microbatch", "0"), ("train", "epoch", "nonsense"), ("train", "max_step", "-3"),
-        ("sparsify", "steps", "1e6"), ("prune", "nsamples", "-1"), ("prune", "blocksize", "0"),
+        ("sparsify", "steps", "1e6"), ("prune", "nsamples", "-1"),
         ("evaluate", "nwindows", "0"), ("evaluate", "task_limit", "0"), ("evaluate", "tasks_batchsize", "0"))],
     *[("train", f"--{name} {value}", f"--{name}", value) for name, value in (
         ("lr", "-1"), ("lr", "nan"), ("lr", "inf"), ("logits", "-1"))],
@@ -199,8 +190,6 @@ ARGUMENTS = [
     ("train", "--estimator straight_through", "python sparsify.py --model MODEL"),
     ("sparsify", "--minutes 5", "not allowed with argument"),
     ("prune", "--percdamp -1", "--percdamp", "at least 0"),
-    ("prune", "--sparsity_ratio 1", "--sparsity_ratio", "between 0 and 1"),
-    ("prune", "--sparsity_ratio 0.25", "--sparsity_ratio 0.25", "--sparsity_type unstructured"),
     ("evaluate", "--dtype int8", "--dtype", "float32"),
     ("get_mask", "--seed 1.5", "--seed", "1.5"),
     ("prune", f"--seed {10**30}", "--seed"),
@@ -216,10 +205,8 @@ RECORDS = [
       for name in ("absent.json", "empty", "not_json.record.json", "deep.record.json", "word.record.json",
                    "endless.record.json")],
     ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders"),
-    ("plot", "{w}/no_step", "holds no step yet", "give another run"),
-    *[("plot", f"{{w}}/{name}", f"{name}/metrics.jsonl: line 1 is damaged", "delete it")
-      for name in ("torn_step", "deep_step", "huge_step")],
-    ("plot", "{w}/no_pattern", "no_pattern/run.json is damaged", "give another run")]
+    ("plot", "{w}/no_step", "has no step yet", "give another run"),
+    ("plot", "{w}/damaged_step", "damaged_step/metrics.jsonl cannot be read (it is damaged)")]
 
 
 @cases(*MODELS, *MASKS, *TEXTS, *BASELINES, *OUTPUTS, *ARGUMENTS, *RECORDS)
@@ -242,12 +229,3 @@ def test_the_default_outputs_exist(refused, monkeypatch, tmp_path, script, name)
     command = COMMANDS[script].rsplit(" --", 1)[0]  # without its output
     monkeypatch.setitem(COMMANDS, script, command)
     refused(script, "", f"{name} exists already")
-
-
-# ------------------------------------------------------------------------------------------------------------ the disk
-
-
-@pytest.mark.parametrize("script", ["prune", "get_mask", "inference_loss", "evaluate", "convert", "sparsify"])
-def test_a_disk_that_is_full(refused, monkeypatch, script):
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: namedtuple("usage", "free")(100))
-    refused(script, "", "0.0 MiB left", "free some space")

@@ -73,7 +73,7 @@ def test_no_warning_and_no_bar(tokenizer, corpus, capfd, caplog):
     logger.propagate, before = True, logger.propagate
     try:
         data.minibatches(tokenizer, corpus, 16, 4, 128)
-        data.perplexity_windows(tokenizer, corpus, 128)
+        data.perplexity_windows(tokenizer, corpus, 128)[0]
     finally:
         logger.propagate = before
     assert capfd.readouterr() == ("", "")
@@ -223,26 +223,26 @@ def test_windows_of_a_txt_are_the_file_as_it_is(tokenizer, tmp_path):
     text = "The cat\r\n\r\n\r\n" * 50 + "watches  the   child.\n"
     (tmp_path / "t.txt").write_bytes(text.encode())
     ids = tokenizer(text).input_ids
-    windows = data.perplexity_windows(tokenizer, str(tmp_path / "t.txt"), 32)
+    windows = data.perplexity_windows(tokenizer, str(tmp_path / "t.txt"), 32)[0]
     assert windows.shape == (len(ids) // 32, 32)
     assert windows.dtype == torch.int64
     assert windows.flatten().tolist() == ids[: windows.numel()]
-    assert torch.equal(data.perplexity_windows(tokenizer, str(tmp_path / "t.txt"), 32, limit=2), windows[:2])
+    assert torch.equal(data.perplexity_windows(tokenizer, str(tmp_path / "t.txt"), 32, limit=2)[0], windows[:2])
 
 
 def test_windows_of_other_files_join_documents(tokenizer, corpus):
     ids = tokenizer("\n\n".join(read(corpus))).input_ids
-    assert data.perplexity_windows(tokenizer, corpus, 100).flatten().tolist() == ids[: len(ids) // 100 * 100]
+    assert data.perplexity_windows(tokenizer, corpus, 100)[0].flatten().tolist() == ids[: len(ids) // 100 * 100]
 
 
 def test_windows_refuse(corpus, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "w w w"}])  # 5 tokens
-    assert data.perplexity_windows(Words(), path, 5).shape == (1, 5)
+    assert data.perplexity_windows(Words(), path, 5)[0].shape == (1, 5)
     with pytest.raises(UserError, match="only 5 tokens, fewer than one window of 6: lower --seqlen"):
-        data.perplexity_windows(Words(), path, 6)
+        data.perplexity_windows(Words(), path, 6)[0]
     for seqlen, limit in [(1, None), (4, 0)]:
         with pytest.raises(UserError, match="needs at least"):
-            data.perplexity_windows(Words(), path, seqlen, limit)
+            data.perplexity_windows(Words(), path, seqlen, limit)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- fingerprint

@@ -86,7 +86,7 @@ def test_a_question_without_an_answer_is_a_document_for_every_choice(tmp_path):
 @pytest.mark.parametrize("change", [{"choices": [1]}, {"gold": 2}, {"gold": -1}, {"gold": "0"}])
 def test_questions_that_are_none(tmp_path, change):
     question = {"context": "Bees make", "choices": [" honey", " wool"], **change}
-    with pytest.raises(UserError, match="cannot read dataset"):
+    with pytest.raises(UserError, match="cannot be read"):
         list(documents(write_lines(tmp_path / "odd.jsonl", [question])))
 
 
@@ -104,6 +104,7 @@ def broken_sources(folder):
     write_lines(folder / "two.jsonl", rows)
     write_lines(folder / "none.jsonl", [{"a": 1, "b": [2]}])
     (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (folder / "list.jsonl").write_text('{"text": "fine"}\n[1]\n')
     (folder / "broken.json.gz").write_text("not gzip")
     whole = gzip.compress(json.dumps({"text": "x" * 5000 + str(random.random())}).encode())
     (folder / "cut.json.gz").write_bytes(whole[:-20])
@@ -118,14 +119,15 @@ def broken_sources(folder):
 @pytest.mark.parametrize("name, message", [
     ("two.jsonl", "2 columns hold strings \\(columns: a, b\\), rename"),
     ("none.jsonl", "0 columns hold strings"),
-    ("broken.jsonl", "check that the file is intact"),
+    ("broken.jsonl", "line 2: .* check that the file is intact"),
+    ("list.jsonl", "row 2 is not a JSON object"),
     ("broken.json.gz", "check that the file is intact"),
     ("cut.json.gz", "check that the file is intact"),
     ("broken.parquet", "check that the file is intact"),
     ("latin.txt", "check that the file is intact"),
-    ("table.csv", "unknown kind of file"),
-    ("nothing", "holds no file"),
-    ("splits", "no split train but a, b"),
+    ("table.csv", "there is no file that ends with .jsonl"),
+    ("nothing", "there is no file that ends with .jsonl"),
+    ("splits", "train not found"),
     ("absent.jsonl", "no such file or folder"),
     ("absent", "no such file or folder"),
 ])
@@ -135,7 +137,8 @@ def test_bad_local_sources_are_one_line(name, message, tmp_path, capfd):
     capfd.readouterr()
     uses = [lambda: list(documents(path)), lambda: data.minibatches(Words(), path, 1, 1, 2),
             lambda: data.calibration_samples(Words(), path, 1, 2, 0), lambda: data.perplexity_windows(Words(), path, 2)]
-    for use in uses[:1] if name == "broken.jsonl" else uses:  # minibatches may stop before the broken line
+    stops_before = name in ("broken.jsonl", "list.jsonl")  # minibatches may, before the broken line
+    for use in uses[:1] if stops_before else uses:
         with pytest.raises(UserError, match=message) as caught:
             use()
         assert "\n" not in str(caught.value)

@@ -1,128 +1,89 @@
-"""The campaigns of tests/faults in short: every reader against damaged and hostile files; the campaign itself."""
-import ctypes
-import io
-import json
-import mmap
-import os
+"""Files that are cut off or have a bit flipped: one line that names the file, or what was written, and never more."""
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 from utils import UserError
 
-import numpy as np
 import pytest
-from faults import campaign, damage, fuzz, kill, readers
+import torch
+from faults import kill
+from masked import random_mask
+
+from files import mask_files, permutation_files
+from training import baselines, checkpoint
+
+SHAPES = {"model.layers.0.self_attn.q_proj": (6, 40), "model.layers.0.mlp.down_proj": (5, 24)}
 
 
-@pytest.mark.parametrize("make", readers.READERS, ids=lambda make: make.__name__)
-def test_damaged_files_are_refused_or_read_right(make):
-    with np.errstate(all="ignore"):
-        rows, wrong = fuzz.campaign(25, 3, [make])
-    assert not wrong, "\n".join(wrong)
-    assert sum(rows[0][key] for key in ("refused", "right", "other")) == rows[0]["files"] >= 3
-    if make is readers.mask_safetensors:
-        assert rows[0]["other"] == 0 and rows[0]["refused"] == 25
+def mask_file(name: str, n: int, m: int):
+    """Reads a mask file of this name: layer -> bytes, N, M, model, fingerprint."""
+    def make(folder):
+        layers = {name: random_mask(shape, n, m, i) for i, (name, shape) in enumerate(SHAPES.items())}
+        mask_files.save(folder / name, layers, n, m, "some/model", "0" * 16)
+
+        def read():
+            found = mask_files.load(folder / name, shapes=SHAPES)
+            return {**vars(found), "masks": {layer: mask.numpy().tobytes() for layer, mask in found.masks.items()}}
+        return sorted((folder / name).iterdir()) if not folder.joinpath(name).is_file() else [folder / name], read
+    return make
 
 
-# --------------------------------------------------------------------- the campaign notices what it is there to notice
-
-def never_ends():
-    while True:
-        pass
-
-
-@pytest.mark.parametrize("read, told", [
-    (lambda path: path.parts[10**6], "IndexError"),
-    (lambda path: sys.exit(3), "SystemExit"),
-    (lambda path: ctypes.string_at(0), "SIGSEGV"),
-    (lambda path: os.abort(), "SIGABRT"),
-    (lambda path: os._exit(5), "exit code 5"),
-    (lambda path: never_ends(), "processor time"),
-    (lambda path: mmap.mmap(-1, 2**27).write(b"1" * 2**27) * 0, "more memory"),
-    (lambda path: Path(path).read_text(), "reads"),
-    (lambda path: raise_user_error("a line that does not say which file"), "names no file")],
-    ids=lambda value: value if isinstance(value, str) else "")
-def test_a_reader_that_is_wrong_is_found_out(tmp_path, monkeypatch, read, told):
-    monkeypatch.setattr(fuzz, "MOST_SECONDS", 0.2 if told == "processor time" else 20)
-    path = tmp_path / "file"
-    path.write_text("good")
-    reader = readers.Reader("a reader", [path], lambda: "good" if path.read_bytes() == b"good" else read(path),
-                         (lambda raw, rng: b"bad",), None)
-    counts, wrong = fuzz.read_damaged(reader, 2, 0, tmp_path / "kept")
-    assert counts == {"refused": 0, "right": 0, "other": 0, "wrong": 2}
-    assert told in wrong[0] and "file 0" in wrong[0] and "file 1" in wrong[1], wrong
-    assert path.read_text() == "good" and len(os.listdir(tmp_path / "kept")) == 2
-
-
-def raise_user_error(text):
-    raise UserError(text)
-
-
-def test_text_that_is_none_in_an_npz(tmp_path):
-    """numpy makes a broken string of a number beyond the last character."""
-    reader = readers.baseline_npz(tmp_path)
-    members = damage._members(reader.files[0].read_bytes())
-    broken = [(name, raw[:-4] + b"\x00\x00\x11\x00" if "depends_on" in name else raw) for name, raw in members]
-    reader.files[0].write_bytes(damage._zipped(broken))
-    with pytest.raises(UserError, match=r"not a baseline file .UnicodeDecodeError"):
-        reader.read()
-
-
-def test_sound_reads_and_refusals_are_no_faults(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("good")
+def permutation(folder):
+    path = folder / "model.permutation.safetensors"
+    orders = {"residual": torch.randperm(32).view(1, 32), "value": torch.stack([torch.randperm(8), torch.arange(8)])}
+    permutation_files.save(path, permutation_files.PermutationFile(orders, "some/model", "0" * 16))
 
     def read():
-        text = path.read_text()
-        return raise_user_error(f"{path}: make it anew") if text == "refuse" else text
-    damages = (lambda raw, rng: rng.choice((b"refuse", b"else", b"good")),)
-    reader = readers.Reader("a reader", [path], read, damages, str.isalpha)
-    counts, wrong = fuzz.read_damaged(reader, 120, 0)
-    assert not wrong and min(counts["refused"], counts["right"], counts["other"]) > 20 and sum(counts.values()) == 120
+        found = permutation_files.load(path)
+        return {**vars(found), "orders": {name: order.tolist() for name, order in found.orders.items()}}
+    return [path], read
 
 
-def test_every_damage_damages():
-    """Each changes a file it fits, within so many tries, and the same again for the same random state."""
-    record = json.dumps({"a": [1, 2], "b": {"c": "d"}}).encode()
-    archive = damage._zipped([("a.npy", fuzz_npy(3)), ("x/data.pkl", b"\x80\x02K\x01."), ("b.npy", fuzz_npy(5))])
-    fits = {**dict.fromkeys(damage.BYTES, record), **dict.fromkeys(damage.JSON, record),
-            **dict.fromkeys(damage.ZIP, archive), damage.other_pickle: archive,
-            damage.edited_npy: damage._zipped([("a.npy", fuzz_npy(3))]),
-            damage.other_text: damage.gzip.compress(record)}
-    for change, raw in fits.items():
-        found = [change(raw, random.Random(seed)) for seed in range(20)]
-        assert sum(one != raw for one in found) >= 10, change
-        assert found == [change(raw, random.Random(seed)) for seed in range(20)], change
+def baseline(folder):
+    path, batches, losses = folder / "baseline.npz", torch.zeros(24, 4, 8), [3 + i / 7 for i in range(24)]
+    baselines.save(path, losses, baselines.conditions(None, None, batches, "text"))
+    return [path], lambda: baselines.load(str(path), None, None, batches, "text")
 
 
-def fuzz_npy(size):
-    buffer = io.BytesIO()
-    np.save(buffer, np.arange(size, dtype=np.uint8))
-    return buffer.getvalue()
+def state(folder):
+    path = folder / "step00000001.safetensors"
+    checkpoint.save(path, {"step": 1}, {"logits": torch.randn(64)})
+
+    def read():
+        if not checkpoint.is_whole(path):
+            raise UserError(f"{path} is torn or damaged")
+        return checkpoint.StateFile(path).read("logits", torch.empty(64)).tolist()
+    return [path], read
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+@pytest.mark.parametrize("make", [
+    mask_file("mask.safetensors", 2, 4), mask_file("mask.safetensors", 4, 8), mask_file("mask.npz", 2, 4),
+    mask_file("mask", 2, 4), permutation, baseline, state],
+    ids=["2:4", "4:8", "npz", "folder", "permutation", "baseline", "state"])
+def test_damaged_files(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "conditions", lambda *_: {"model": "0" * 16, "dataset": "text"})
+    files, read = make(tmp_path)
+    generator, original, refused = random.Random(0), read(), 0
+    for _ in range(150):
+        file = generator.choice(files)
+        good = file.read_bytes()
+        kill.tear(file, generator)
+        refusal = None
+        try:
+            assert read() == original
+        except UserError as error:
+            refusal = str(error)
+        if refusal is not None:
+            assert str(tmp_path) in refusal and file.name in refusal and "\n" not in refusal
+            refused += 1
+        file.write_bytes(good)
+    assert refused > 75
 
-def test_both_campaigns_report_and_fail_together(tmp_path, monkeypatch, capsys):
-    rows = [{"reader": "a", "files": 2, "wrong": 0}], [{"run": "b", "same": 1}]
-    monkeypatch.setattr(campaign.fuzz, "run", lambda args: (rows[0], []))
-    monkeypatch.setattr(campaign.kill, "run", lambda args: (rows[1], ["b: 1 of 2 runs are lost"]))
-    assert campaign.main(["--json", str(tmp_path / "rows.json"), "--kills", "5", "--inputs", "7", "--seed", "3"]) == 1
+
+def test_the_campaign_is_a_command(monkeypatch, capsys):
+    counts = {"kills": 2, "runs": 1, "same": 1}
+    monkeypatch.setattr(kill, "campaign", lambda folder, flags, kills, generator: {**counts, "kills": kills})
+    assert kill.main(["--kills", "5", "--seed", "3"]) == 0
     said = capsys.readouterr().out
-    assert "| reader | files | wrong |\n| --- | --- | --- |\n| a | 2 | 0 |" in said and "| b | 1 |" in said
-    assert "b: 1 of 2 runs are lost" in said
-    kept = json.loads((tmp_path / "rows.json").read_text())
-    assert [row.items() >= expected.items() for row, expected in zip(kept, rows[0] + rows[1])] == [True, True]
-    assert all(row["seed"] == 3 and "torch" in row for row in kept)
-    monkeypatch.setattr(campaign.kill, "run", lambda args: (rows[1], []))
-    assert campaign.main([]) == 0
-
-
-def test_the_campaigns_are_commands():
-    for module, flags in ((fuzz, ["--readers", "npz"]), (kill, ["--kills", "5"])):
-        args = module.parse_args([*flags, "--quick", "--seed", "7", "--json", "rows.json"])
-        assert (args.quick, args.seed, args.json) == (True, 7, "rows.json")
-    done = subprocess.run([sys.executable, campaign.__file__, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and all(flag in done.stdout for flag in ("--quick", "--inputs", "--kills")), done.stderr
+    assert "| run | kills | runs | same |\n| --- | --- | --- | --- |\n| maskpro | 5 | 1 | 1 |" in said
+    counts["same"] = 0
+    assert kill.main(["--kills", "5"]) == 1

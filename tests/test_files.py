@@ -3,17 +3,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
-import utils
 from utils import UserError
 
 import pytest
 from safetensors import SafetensorError
 
-from files import atomic
-from files.atomic import atomic_write, check_disk
+from files import records
+from files.atomic import atomic_write
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,12 +19,6 @@ ROOT = Path(__file__).parent.parent
 def write(path, text="new"):
     with atomic_write(path) as beside:
         beside.write_text(text)
-
-
-def dead_pid() -> int:
-    done = subprocess.Popen(["true"])
-    done.wait()
-    return done.pid
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -56,7 +48,8 @@ def test_a_folder_takes_its_name_with_all_its_files_readable(tmp_path):
         (beside / "in").mkdir(parents=True)
         (beside / "in" / "file").touch(mode=0o600)
     assert os.listdir(tmp_path) == ["folder"]
-    assert (tmp_path / "folder" / "in" / "file").stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "folder" / "in" / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, monkeypatch):
@@ -76,17 +69,6 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, m
     assert events == [f"{beside}/a", str(beside), "rename", str(tmp_path)]
 
 
-def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
-    dead = dead_pid()
-    gone, stays = [f".[a]*.{dead}.tmp", f".[a]*.{2**70}.tmp"], [f".[a]*.{os.getppid()}.tmp", f".b.{dead}.tmp",
-                                                                f".[a]*.x.{dead}.tmp", ".[a]*.notes.tmp"]
-    for name in [*gone, *stays]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "half").touch()
-    write(tmp_path / "[a]*")
-    assert sorted(os.listdir(tmp_path)) == sorted([*stays, "[a]*"])
-
-
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
@@ -95,7 +77,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     writer = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, cwd=ROOT)
     assert writer.stdout.readline() == b"half\n"
     write(tmp_path / "other")
-    assert len(os.listdir(tmp_path)) == 3 and atomic.is_alive(writer.pid)
+    assert len(os.listdir(tmp_path)) == 3
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
     assert path.read_text() == "old" and len(os.listdir(tmp_path)) == 3
@@ -103,16 +85,30 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     assert path.read_text() == "new" and sorted(os.listdir(tmp_path)) == ["file", "other"]
 
 
-def test_check_disk(tmp_path, monkeypatch):
-    asked, usage = [], namedtuple("usage", "free")
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: (asked.append(path), usage(5 * 2**20))[1])
-    check_disk(tmp_path / "not" / "there" / "yet", 5 * 2**20)
-    with pytest.raises(UserError, match=r"there needs 5.0 MiB, but its disk has 5.0 MiB left; free some space"):
-        check_disk(tmp_path / "not" / "there", 5 * 2**20 + 1)
-    assert asked == [tmp_path, tmp_path]
+# ------------------------------------------------------------------------------------------------------------- records
+
+def test_the_model_that_a_folder_was_pruned_from(tmp_path):
+    assert records.base_model("some/model") == "some/model"
+    assert records.base_model(str(tmp_path)) == str(tmp_path)
+    records.write_json(tmp_path / "prune.json", {"arguments": {"model": "some/model"}})
+    assert records.base_model(str(tmp_path)) == "some/model"
+    for damaged in ("{", "[]", '{"arguments": 1}'):
+        (tmp_path / "prune.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"prune.json cannot be read .*; remove it, or prune anew"):
+            records.base_model(str(tmp_path))
 
 
-def test_messages_are_one_printable_line():
-    error = UserError("a\x1b[2Jb\n c\u202e\x07" + "d" * 5000)
-    assert utils.printable(error).startswith("a\ufffd[2Jb c\ufffd\ufffdddd") and len(utils.printable(error)) < 2100
-    assert utils.printable(error).isprintable()
+def test_lines_are_read_up_to_a_torn_one_and_cut_to_what_a_state_knows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert records.read_lines(path, lambda line: "step" in line) == [{"step": 1}, {"step": 2}]
+    assert records.lines_up_to(path, 24) == [{"step": 1}, {"step": 2}]
+    records.cut_lines(path, 12)
+    assert path.read_text() == '{"step": 1}\n'
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*lines are missing.*; bring it back"):
+        records.cut_lines(path, 24)
+    path.write_text('{"step": 1}\n[]\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is damaged; delete it"):
+        records.read_lines(path, lambda line: "step" in line)
+    records.cut_lines(path, 0)
+    assert path.read_text() == ""

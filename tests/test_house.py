@@ -10,7 +10,7 @@ FLOORS = [{"utils", "pge"}, {"files"}, {"models", "data"}, {"masking"}, {"prunin
           set(SCRIPTS)]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = {"models", "files", "masking", "pruning", "evaluation", "training"}
-OPTIONAL = {"matplotlib", "lm_eval", "datasets", "llmcompressor"}
+OPTIONAL = {"matplotlib", "lm_eval", "datasets", "scipy"}
 MOST_LINES, MOST_FUNCTION_LINES = 300, 60
 SHORT = {"train.py": 150}
 

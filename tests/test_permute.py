@@ -1,4 +1,4 @@
-"""permute.py, and what follows from it: masks, orders and models that do not go together part."""
+"""permute.py, and masks, orders and models that do not go together."""
 import json
 import shutil
 
@@ -10,30 +10,27 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import evaluate
 import get_mask
 import permute
 import prune
-import train
-from files import permutation_files
 from masking.layers import apply_mask
-from models.loading import model_fingerprint
-from pruning.channels import apply_permutation, channel_sets
+from pruning.channels import apply_permutation, reorder
 
 PLACE = "--dtype float32 --device cpu"
+ORDER = "a.permutation.safetensors"
 
-
-# ----------------------------------------------------------------------------------------- the script, and what follows
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, models):
-    """A dense Llama, two orders of it, and masks of the dense model and of the first order."""
+    """A dense Llama, two orders of it, and masks of the dense model and of order a. Order b leaves the embeddings."""
     folder = tmp_path_factory.mktemp("permute")
     tiny.write_corpus(folder / "text.jsonl")
     shutil.copytree(models["llama"], folder / "dense")
-    for name, flags in (("a", ""), ("b", "--channels hidden value --seed 1")):
-        permute.main(f"--model {folder}/dense {PLACE} --dataset {folder}/text.jsonl --nsamples 8 --seqlen 64 --steps 5 "
-                     f"--save_model {folder}/{name} {flags}".split())
+    permute.main(f"--model {folder}/dense {PLACE} --dataset {folder}/text.jsonl --nsamples 8 --seqlen 64 --steps 5 "
+                 f"--save_model {folder}/a".split())
+    b = load(folder / "dense")
+    reorder(b, {"model.layers.0.hidden": torch.arange(b.config.intermediate_size).roll(1)[None]})
+    b.save_pretrained(folder / "b")
     for name in ("dense", "a"):
         prune.main(f"--model {folder}/{name} {PLACE} --dataset {folder}/text.jsonl --nsamples 8 --seqlen 64 "
                    f"--save_model {folder}/sparse_{name}".split())
@@ -55,87 +52,48 @@ def test_the_script_writes_a_plain_folder_and_the_order(folder):
     assert torch.allclose(dense(input_ids=tokens).logits, reordered(input_ids=tokens).logits, atol=1e-4)
     for (name, before), after in zip(dense.named_parameters(), reordered.parameters()):
         assert torch.equal(before.flatten().sort().values, after.flatten().sort().values), name
-    file = folder / "a.permutation.safetensors"
-    assert file.stat().st_size < 8192 and load_file(file)["residual"].dtype == torch.uint16
-    record = json.loads((folder / "a" / "permute.json").read_text())
-    assert set(record["summary"]["kinds"]) == {"residual", "value", "hidden"}
-    assert all(kind["after"] > kind["before"] for kind in record["summary"]["kinds"].values())
-    assert set(load_file(folder / "b.permutation.safetensors")) == {
-        f"model.layers.{i}.{kind}" for i in range(2) for kind in ("hidden", "value")}
+    assert (folder / ORDER).stat().st_size < 8192 and load_file(folder / ORDER)["residual"].dtype == torch.uint16
+    shares = json.loads((folder / "a" / "permute.json").read_text())["summary"]["shares"]
+    assert set(shares) == {"residual", "value", "hidden"}
+    assert all(after > before for before, after in shares.values())
 
 
-def test_the_model_the_order_and_the_mask_are_all_that_is_shipped(folder, tmp_path):
-    """apply_mask on the original makes the pruned folder to the bit, and evaluate.py evaluates it."""
-    model = apply_mask(load(folder / "dense"), folder / "a.safetensors", folder / "a.permutation.safetensors")
-    assert same_bits(model, load(folder / "sparse_a"))
-    measured = f"{PLACE} --ppl {folder}/text.jsonl --seqlen 64 --nwindows 4"
-    evaluate.main(f"--model {folder}/dense --permutation {folder}/a.permutation.safetensors --mask "
-                  f"{folder}/a.safetensors {measured} --save {tmp_path}/a.json".split())
-    evaluate.main(f"--model {folder}/sparse_a --sparsity_type 2:4 {measured} --save {tmp_path}/b.json".split())
-    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
-    assert a["ppl"] == b["ppl"] and a["density"] == b["density"]
+def test_the_original_model_the_order_and_the_mask_make_the_sparse_model(folder, tmp_path):
+    permute.main(f"--model {folder}/dense --order {folder}/{ORDER} --save_model {tmp_path}/again".split())
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+    again = load(tmp_path / "again")
+    assert same_bits(again, load(folder / "a"))
+    assert same_bits(apply_mask(again, folder / "a.safetensors"), load(folder / "sparse_a"))
 
 
-def test_learning_goes_on_from_it(folder, tmp_path):
-    train.main(f"--model {folder}/a {PLACE} --mask {folder}/a.safetensors --dataset {folder}/text.jsonl --dataset_size "
-               f"8 --batchsize 4 --sqlen 32 --baseline online --init random --max_step 2 --step eager --out "
-               f"{tmp_path}/run".split())
-    model = apply_mask(load(folder / "dense"), tmp_path / "run/mask.safetensors", folder / "a.permutation.safetensors")
-    assert same_bits(model, load(tmp_path / "run/checkpoint"))
-
-
-@pytest.mark.parametrize("model, mask, permutation", [
-    ("dense", "a", None), ("a", "dense", None), ("b", "a", None), ("b", "dense", None), ("dense", "a", "b"),
-    ("dense", "dense", "b"), ("sparse_a", "dense", None), ("sparse_dense", "a", None)])
-def test_masks_of_another_order_are_refused(folder, model, mask, permutation):
-    """Order b leaves the embeddings alone: that it is another is known from the config, and kept by what is pruned."""
-    loaded = load(folder / model)
+@pytest.mark.parametrize("model, mask", [("dense", "a"), ("a", "dense"), ("b", "a"), ("b", "dense"),
+                                         ("sparse_a", "dense"), ("sparse_dense", "a")])
+def test_masks_of_another_order_are_refused(folder, model, mask):
     with pytest.raises(UserError, match="the order of the channels or the input embeddings differ"):
-        apply_mask(loaded, folder / f"{mask}.safetensors",
-                   permutation and folder / f"{permutation}.permutation.safetensors")
-
-
-def test_pruning_leaves_the_fingerprint(folder):
-    found = {name: model_fingerprint(load(folder / name)) for name in ("dense", "a", "b", "sparse_a", "sparse_dense")}
-    assert found["a"] == found["sparse_a"] and found["dense"] == found["sparse_dense"]
-    assert len(set(found.values())) == 3
+        apply_mask(load(folder / model), folder / f"{mask}.safetensors")
 
 
 def test_orders_of_other_models_are_refused(folder, models):
-    file = folder / "a.permutation.safetensors"
-    for name in ("a", "b"):
-        with pytest.raises(UserError, match="another model than this one, or its channels are reordered already"):
-            apply_permutation(load(folder / name), file)
-    with pytest.raises(UserError, match="is of another model: it orders"):
-        apply_permutation(load(models["gpt2"]), file)
     other = load(folder / "dense")
     other.get_input_embeddings().weight.data.neg_()
-    with pytest.raises(UserError, match="another model than this one"):
-        apply_permutation(other, file)
+    for model in (load(folder / "a"), load(folder / "b"), load(models["gpt2"]), other):
+        with pytest.raises(UserError, match="another model than this one, or this one was reordered before"):
+            apply_permutation(model, folder / ORDER)
 
 
 def test_damaged_files_are_refused(folder, tmp_path):
-    model, whole = load(folder / "dense"), (folder / "a.permutation.safetensors").read_bytes()
-    file = tmp_path / "damaged.safetensors"
-    for damaged in (whole[:-8], whole[:-2] + bytes([whole[-2] ^ 1, whole[-1]]), b"", whole.replace(b"maskpro-perm",
-                                                                                                   b"maskpro-mask")):
-        file.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"damaged\.safetensors"):
-            apply_permutation(model, file)
-    twice = permutation_files.load(folder / "a.permutation.safetensors",
-                                   {name: (s.groups, s.size) for name, s in channel_sets(model).items()})
-    twice.orders["residual"][0, 0] = twice.orders["residual"][0, 1]
-    file.unlink()
-    permutation_files.save(file, twice)
-    with pytest.raises(UserError, match="names a channel twice"):
+    model, whole, file = load(folder / "dense"), (folder / ORDER).read_bytes(), tmp_path / "damaged.safetensors"
+    with pytest.raises(UserError, match="No such file"):
         apply_permutation(model, file)
-    with pytest.raises(UserError, match="no such file"):
-        apply_permutation(model, tmp_path / "none")
-    assert same_bits(model, load(folder / "dense"))
+    for damaged in (whole[:-8], whole[:-2] + bytes([whole[-2] ^ 1, whole[-1]]), b"", whole.replace(b"-perm", b"-mask")):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged\.safetensors cannot be read"):
+            apply_permutation(model, file)
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--model {f}/a --save_model {t}/new", "reordered already"),
+    ("--model {f}/a --save_model {t}/new", "reordered before"),
+    ("--model {f}/a --order {f}/a.permutation.safetensors --save_model {t}/new", "reordered before"),
     ("--model {f}/dense --save_model {f}/a", "exists already"),
     ("--model {f}/dense --save_model {t}/new --sparsity_type 3:5", "M = 5 does not divide"),
     ("--model {f}/dense --save_model {t}/new --seqlen 1", "at least 2 tokens"),

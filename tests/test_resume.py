@@ -124,14 +124,10 @@ def test_changed_settings_are_refused_by_name(stopped):
         (stopped / "run.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=rf"made from another {name} \(0000000000000000 there"):
             train.main(["--resume", str(stopped)])
-    record["arguments"]["lr"] = 0.3
-    (stopped / "run.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"run.json was changed .*--lr 0.1 there, 0.3 here"):
-        train.main(["--resume", str(stopped)])
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda record: "{", "it is damaged"), (lambda record: "[]", "it is damaged"),
+    (lambda record: "{", "run.json cannot be read"), (lambda record: "[]", "run.json cannot be read"),
     (lambda record: json.dumps({**record, "arguments": {"lr": {}}}), "another version or script"),
     (lambda record: json.dumps({**record, "arguments": {**record["arguments"], "trust_remote_code": True}}),
      "add the flag if you still trust")])
@@ -148,7 +144,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_lost_lines_are_noticed(stopped):
     (stopped / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"metrics.jsonl is not as the run left it"):
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*lines are missing"):
         train.main(["--resume", str(stopped)])
 
 

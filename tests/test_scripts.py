@@ -221,7 +221,7 @@ def test_masks_of_the_other_formats(made, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(made.folder)
     m0 = mask_files.load("initial_mask.safetensors").masks
     mask = tmp_path / {"folder": "m0", "npz": "m0.npz"}[kind]
-    {"folder": mask_files.save_folder, "npz": mask_files.save_npz}[kind](mask, m0)
+    mask_files.save(mask, m0, 2, 4)
     inference_loss.main(f"--model dense {PLACE} {DATA} --mask {mask} --save {tmp_path}/losses.npz".split())
     expected = np.load(f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz")["losses"]
     np.testing.assert_allclose(np.load(tmp_path / "losses.npz")["losses"], expected, atol=1e-5)
@@ -232,7 +232,7 @@ def test_masks_of_the_other_formats(made, tmp_path, monkeypatch, kind):
 
 def test_a_run_folder_is_complete(made):
     run = made.folder / "run"
-    assert sorted(os.listdir(run)) == ["checkpoint", "curve.png", "layers.jsonl", "logits.safetensors",
+    assert sorted(os.listdir(run)) == ["checkpoint", "curve.png", "logits.safetensors",
                                        "mask.safetensors", "metrics.jsonl", "run.json"]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((run / "run.json").read_text())
@@ -251,7 +251,8 @@ def test_a_run_folder_is_complete(made):
 def test_metrics_have_a_line_a_step_and_start_at_m0(made):
     run = read_run(made.folder / "run")
     assert column(run, "step") == list(range(1, STEPS + 1))
-    assert all(line.keys() == {"step", "loss", "baseline", "advantage", "delta", "seconds"} for line in run.metrics)
+    assert all(line.keys() == {"step", "loss", "baseline", "advantage", "delta", "seconds", "changed",
+                                  "entropy"} for line in run.metrics)
     losses = np.load(made.folder / f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz")["losses"].tolist()
     assert column(run, "baseline") == [losses[t % len(losses)] for t in range(STEPS)]
     assert run.metrics[0]["loss"] == run.metrics[0]["baseline"] and run.metrics[1]["loss"] != run.metrics[1]["baseline"]
@@ -314,4 +315,4 @@ def test_base_and_mask_are_the_checkpoint(made, tmp_path, one_layer):
 def test_a_dense_model_is_evaluated_too(llama, capsys):
     evaluate.main(f"--model dense {PLACE} --ppl ../held_out.txt --seqlen {WINDOW} --nwindows 2".split())
     said = capsys.readouterr().out
-    assert f"(2 windows of {WINDOW} tokens); density 1.000000" in said
+    assert f"(2 windows of {WINDOW} tokens from a text of " in said and "density 1.000000" in said

@@ -76,7 +76,7 @@ def test_a_model_is_all_it_needs_and_minutes_are_kept(workshop, tmp_path, monkey
     assert 1800 <= clock[0] <= 1800 + 60 + 15 and run.record["plan"]["tokens"] == (18 + 2) * 8 * 128
     assert is_strict(run.masks) and len(run.metrics) == pytest.approx(18, abs=6)
     assert {path.name for path in run.folder.iterdir()} == {
-        "checkpoint", "curve.png", "generated.jsonl", "initial_mask.safetensors", "layers.jsonl", "mask.safetensors",
+        "checkpoint", "curve.png", "generated.jsonl", "initial_mask.safetensors", "mask.safetensors",
         "metrics.jsonl", "report.json", "run.json"}
 
 
@@ -86,7 +86,7 @@ def test_its_table_recomputed(workshop, learned, capsys):
     m0 = mask_files.load(run.folder / "initial_mask.safetensors").masks
     texts = {"held-out text": heldout(workshop, run, [run.folder / "generated.jsonl"]),
              "text.jsonl": data.perplexity_windows(AutoTokenizer.from_pretrained(workshop / "dense"),
-                                                   f"{workshop}/text.jsonl", 512, 64)}
+                                                   f"{workshop}/text.jsonl", 512, 64)[0]}
     for row, masks in (("dense", {}), ("m0", m0), ("learned", run.masks)):
         nats = {text: loss_under(workshop / "dense", masks, sequences) for text, sequences in texts.items()}
         assert report["nats"][row] == pytest.approx(nats, abs=1e-4)

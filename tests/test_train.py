@@ -161,4 +161,4 @@ def test_without_save_or_checkpoint_there_is_none(models, text_and_masks, tmp_pa
                "--epoch 1 --targets k_proj --skip_checkpoint".split())
     assert os.listdir() == ["results"] and os.listdir("results") == ["lr50_epoch1_logits10_size4"]
     assert sorted(os.listdir("results/lr50_epoch1_logits10_size4")) == [
-        "curve.png", "layers.jsonl", "mask.safetensors", "metrics.jsonl", "run.json"]
+        "curve.png", "mask.safetensors", "metrics.jsonl", "run.json"]

@@ -1,6 +1,7 @@
 """evaluation/zero_shot.py: scores against plain loops and by hand; task files."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 from utils import UserError
@@ -8,7 +9,6 @@ from utils import UserError
 import pytest
 import torch
 from quizzes import quiz, run, write_lines
-from tiny import POSITIONS
 
 from evaluation import zero_shot
 
@@ -24,8 +24,6 @@ def plain_score(model, tokenizer, context: str, choice: str, bos: bool = True) -
         ids = shared + ids
     assert ids[:len(shared)] == shared
     start, ids = len(shared), torch.tensor(ids)
-    if len(ids) > POSITIONS + 1:
-        start, ids = start - (len(ids) - POSITIONS - 1), ids[-POSITIONS - 1:]
     with torch.no_grad():
         logits = model(input_ids=ids[None, :-1]).logits[0].double()
     return sum(float(logits[i - 1, ids[i]] - logits[i - 1].logsumexp(0)) for i in range(start, len(ids)))
@@ -35,34 +33,9 @@ def plain_score(model, tokenizer, context: str, choice: str, bos: bool = True) -
 def test_scores_are_the_chain_rule(loaded, batchsize, bos):
     model, tokenizer = loaded
     pairs = [(item["context"], choice) for item in quiz() for choice in item["choices"]]
-    pairs += [("The old cat " * 100, "watches the doctor."), ("The old cat " * 100, "watches.")]  # cut from the left
-    requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs[:-2]]
-    found = zero_shot.log_likelihoods(model, requests, batchsize)
+    requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs]
     expected = [plain_score(model, tokenizer, *pair, bos) for pair in pairs]
-    assert found == pytest.approx(expected[:-2], abs=1e-4)
-    items = [{"context": pairs[-1][0], "choices": [pair[1] for pair in pairs[-2:]], "gold": gold} for gold in (0, 1)]
-    found = [zero_shot.score_items(model, tokenizer, [item], batchsize, bos) for item in items]
-    likeliest = max((0, 1), key=lambda k: expected[len(expected) - 2 + k])
-    assert [n["acc"] for n in found] == [float(likeliest == gold) for gold in (0, 1)]
-
-
-def test_accuracies_and_errors(loaded):
-    model, tokenizer = loaded
-    items = quiz()
-    hits, hits_norm = [], []
-    for item in items:
-        scores = [plain_score(model, tokenizer, item["context"], choice) for choice in item["choices"]]
-        norms = [score / len(choice[1:] if choice[0] == " " else choice)
-                 for score, choice in zip(scores, item["choices"])]
-        hits.append(max(range(4), key=scores.__getitem__) == item["gold"])
-        hits_norm.append(max(range(4), key=norms.__getitem__) == item["gold"])
-    assert hits != hits_norm and 0 < sum(hits) < len(hits)
-    found = zero_shot.score_items(model, tokenizer, items)
-    for metric, expected in (("acc", hits), ("acc_norm", hits_norm)):
-        mean = sum(expected) / len(items)
-        assert found[metric] == mean
-        assert found[f"{metric}_stderr"] == pytest.approx(math.sqrt(mean * (1 - mean) / (len(items) - 1)))
-    assert found["items"] == len(items)
+    assert zero_shot.log_likelihoods(model, requests, batchsize) == pytest.approx(expected, abs=1e-4)
 
 
 class Letters:
@@ -74,7 +47,7 @@ class Letters:
 
 
 class Unigram(torch.nn.Module):
-    """p(a) = 1/2, p(b) = 1/4, p(c) = 1/8, p( ) = p(d) = p(e) = p(BOS) = 1/32, whatever came before."""
+    """p(a) = 1/2, p(b) = 1/4, p(c) = 1/8, p( ) = p(d) = p(e) = p(BOS) = 1/32, whatever came before; 12 positions."""
     dtype = torch.float32
 
     def __init__(self):
@@ -107,23 +80,16 @@ def test_by_hand():
     assert zero_shot.score_items(Unigram(), Letters(), [tie, {**tie, "gold": 1}])["acc"] == 0.5  # the first of equals
 
 
-@pytest.mark.parametrize("item, words", [
-    ({"context": "d" * 30, "choices": ["a" * 12, "a" * 13]}, ("line 3", "13 tokens", "12 positions")),
-    ({"context": "", "choices": ["d", ""]}, ("line 3", "adds no token", "space"))])
-def test_choices_that_cannot_be_scored(item, words):
-    with pytest.raises(UserError) as error:
-        zero_shot.score_items(Unigram(), Letters(), [{**item, "gold": 0, "place": "quiz.jsonl, line 3"}])
-    assert all(word in str(error.value) for word in words)
-    if len(item["choices"][0]) == 12:  # the longest that fits: all its tokens are scored
-        whole = zero_shot.score_items(Unigram(), Letters(), [{**item, "choices": ["b" * 12, "a" * 12], "gold": 1}])
-        assert whole["acc"] == 1
-
-
-def test_scores_that_are_not_finite():
-    model = Unigram()
-    model.logits = model.logits * math.nan
-    with pytest.raises(UserError, match=r"not finite.*--dtype"):
-        zero_shot.score_items(model, Letters(), [{"context": "", "choices": ["a", "b"], "gold": 0}])
+@pytest.mark.parametrize("scale, choices, words", [
+    (1, ["a" * 12, "a" * 13], "line 3: a choice of 13 tokens is more than the 12 positions"),
+    (1, ["d", ""], "line 3: the choice '' adds no token to its context; begin it with a space"),
+    (math.nan, ["a", "b"], "not finite.*--dtype"), (1, ["b" * 12, "a" * 12], None)])
+def test_choices_that_cannot_be_scored(scale, choices, words):
+    """The last is the longest that can be: all its tokens are scored."""
+    model, item = Unigram(), {"context": "d" * 30, "choices": choices, "gold": 1, "place": "quiz.jsonl, line 3"}
+    model.logits = model.logits * scale
+    with pytest.raises(UserError, match=words) if words else nullcontext():
+        assert zero_shot.score_items(model, Letters(), [item])["acc"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- task files
@@ -132,31 +98,17 @@ GOOD = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{", "not JSON"), ("[1]", "not a JSON object"), ("{}", "no context and no choices and no gold"),
-    ('{"context": "a", "choices": ["b", "c"]}', "no gold"),
-    ('{"context": 1, "choices": ["b", "c"], "gold": 0}', "context is not a string"),
+    ("{", "not JSON"), ("[1]", "not a JSON object"), ("{}", "context is not a string"),
     ('{"context": "a", "choices": "bc", "gold": 0}', "choices is not a list of two or more"),
-    ('{"context": "a", "choices": ["b"], "gold": 0}', "choices is not a list of two or more"),
-    ('{"context": "a", "choices": ["b", " "], "gold": 0}', "a choice is blank"),
-    ('{"context": "a", "choices": ["b", 2], "gold": 0}', "not a string"),
+    ('{"context": "a", "choices": ["b", " "], "gold": 0}', "a choice is blank or not a string"),
+    ('{"context": "\\ud800", "choices": ["b", "c"], "gold": 0}', "half a surrogate pair"),
     ('{"context": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2, not the index of a choice, 0 to 1"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": -1}', "gold is -1"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": true}', "gold is true"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": "1"}', 'gold is "1"')])
+    ('{"context": "a", "choices": ["b", "c"], "gold": true}', "gold is true")])
 def test_bad_lines(tmp_path, line, words):
     (tmp_path / "quiz.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(UserError) as error:
         zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
     assert f"{tmp_path}/quiz.jsonl, line 3: " in str(error.value) and words in str(error.value)
-
-
-@pytest.mark.parametrize("content, words", [(None, "cannot be read"), (b"\xff\xfe", "cannot be read"),
-                                            (b"\n \n", "has no items")])
-def test_bad_files(tmp_path, content, words):
-    if content is not None:
-        (tmp_path / "quiz.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=words):
-        zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
 
 
 def test_good_files(tmp_path):

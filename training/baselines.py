@@ -13,12 +13,11 @@ import numpy as np
 from torch import Tensor, nn
 
 import data
-from files import mask_files, npz
+from files import mask_files
 from files.atomic import atomic_write, refuse_existing
+from files.errors import explained
 from masking.masked_model import MaskedModel
 from models.loading import model_fingerprint
-
-MOST_BYTES = {"losses": 8 * 2**22, "depends_on": 4 * 2**16}  # four million minibatches, and as JSON what they are of
 
 
 class OnlineBaseline:
@@ -68,14 +67,8 @@ def load(source: str, model: nn.Module, masks: dict[str, Tensor], batches: Tenso
     if not os.path.exists(path):
         raise UserError(f"{path}: there is no such baseline; run inference_loss.py with the same --model, --mask and "
                         "data flags first, or train with --baseline online")
-    try:
-        arrays = dict(npz.read(path, lambda name: MOST_BYTES[name]))
-        losses, found = arrays["losses"], json.loads(str(arrays["depends_on"]))
-        if losses.ndim != 1 or losses.dtype != np.float64 or not isinstance(found, dict):
-            raise ValueError("not losses with their conditions")
-    except Exception as error:  # a hostile or torn file fails in many ways, all of them the file's
-        raise UserError(f"{path} is not a baseline file ({type(error).__name__}: {str(error)[:200]}); make it "
-                        "anew with inference_loss.py")
+    with explained(path, "make it anew with inference_loss.py"), np.load(path, allow_pickle=False) as arrays:
+        losses, found = arrays["losses"].astype(np.float64), dict(json.loads(str(arrays["depends_on"])))
     stale = [f"{key} {str(found.get(key))[:80]} there, {value} here"
              for key, value in wanted.items() if found.get(key) != value]
     if not stale and len(losses) != minibatches:

@@ -1,12 +1,12 @@
-"""A run's state on disk: everything that its next step depends on, so that a resumed run makes the same bits.
+"""A run's state on disk: everything that its next step depends on, so that a resumed run computes the same bits.
 
-    RUN/state/step00001250.safetensors      tensors: logits, masks drawn and the best one, mean squares, random state
-                                            metadata: the rest as JSON, and a SHA-256 of the whole file
+    RUN/state/step00001250.safetensors      tensors: logits, the bits of the masks, mean squares, torch's random state,
+                                            each 1-D, and last `sha256`, the checksum of all bytes before it
+                                            metadata: everything else, as JSON
 
-A state is written beside, synced and renamed, and only then is the oldest one removed. One that is torn or damaged all
-the same is told by its checksum, and the one before it is used. Random numbers are hashes of the step
-(masking/random_bits.py), so that they need a count and no state; torch's generator for the CPU is saved for models that
-draw some.
+A state is written to a temporary file, synced and renamed. Only then is the oldest state removed. The checksum tells a
+truncated or damaged state, and the state before it is used. Random numbers are hashes of the step
+(masking/random_bits.py): the state has the step, and the random state of torch on the CPU for models that draw numbers.
 """
 import hashlib
 import json
@@ -21,38 +21,38 @@ from safetensors import safe_open
 from torch import Tensor
 
 from files.atomic import atomic_write
-from models.sharding import Shard
+from models.sharding import own_rows, whole
 
-START = b'{"__metadata__": {"checksum": "'
-VERSION = "3"
+FORMAT = "maskpro-state 4"
 CHUNK_BYTES = 2**24
+CHECKSUM_BYTES = 32
 MOST_SHARE = 0.02  # of a run's time that saving may take where --checkpoint_every is in minutes
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.uint8: "U8"}
 
 
-def aligned(tensors: dict[str, Tensor | Shard]) -> dict[str, Tensor | Shard]:
-    """In the order in which they are written: safetensors wants them aligned."""
+def aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In the order of the file, the widest dtypes first: safetensors wants each tensor aligned."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
 
 
-def give_shards(tensors: dict[str, Tensor | Shard]) -> None:
-    """What the other processes do while the main one saves: give their shards."""
+def give_shards(tensors: dict[str, Tensor]) -> None:
+    """Send this process's parts of the sharded tensors, which are DTensors, to the main process, which saves them."""
     for tensor in aligned(tensors).values():
-        if isinstance(tensor, Shard):
-            tensor.whole()
+        whole(tensor)
 
 
-def save(path: Path, scalars: dict, tensors: dict[str, Tensor | Shard]) -> None:
-    """Write one .safetensors of contiguous tensors, each streamed from where it is: no second copy of them all.
+def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
+    """Write a state. Tensors are written one after another, so that there is no second copy of them all in memory.
 
-    UserError where it cannot be written; then nothing is left of it.
+    Sharded tensors are gathered: all other processes have to call `give_shards`. UserError where the file cannot be
+    written; then nothing is left of it.
     """
     tensors = aligned(tensors)
-    header, end = {"__metadata__": {"checksum": "0" * 64, "format": "maskpro-state", "version": VERSION,
-                                    "scalars": json.dumps(scalars)}}, 0
+    header, end = {"__metadata__": {"format": FORMAT, "scalars": json.dumps(scalars)}}, 0
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [begin, end]}
+    header["sha256"] = {"dtype": "U8", "shape": [CHECKSUM_BYTES], "data_offsets": [end, end + CHECKSUM_BYTES]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     head = len(head).to_bytes(8, "little") + head
@@ -60,56 +60,53 @@ def save(path: Path, scalars: dict, tensors: dict[str, Tensor | Shard]) -> None:
     with atomic_write(path) as beside, open(beside, "wb") as file:
         file.write(head)
         for tensor in tensors.values():
-            tensor = tensor.whole() if isinstance(tensor, Shard) else tensor
-            for chunk in tensor.detach().reshape(-1).view(torch.uint8).split(CHUNK_BYTES):
+            for chunk in whole(tensor).detach().reshape(-1).view(torch.uint8).split(CHUNK_BYTES):
                 data = chunk.cpu().numpy().data
                 digest.update(data)
                 file.write(data)
-        file.seek(8 + len(START))
-        file.write(digest.hexdigest().encode())
+        file.write(digest.digest())
 
 
 def is_whole(path: Path) -> bool:
-    """Does the file's checksum fit?"""
+    """Does the checksum fit?"""
     try:
         with open(path, "rb") as file:
-            length, start, checksum = file.read(8), file.read(len(START)), file.read(64)
-            digest = hashlib.sha256(length + start + b"0" * 64)
-            while chunk := file.read(CHUNK_BYTES):
+            digest, end = hashlib.sha256(), path.stat().st_size - CHECKSUM_BYTES
+            while chunk := file.read(max(0, min(CHUNK_BYTES, end - file.tell()))):
                 digest.update(chunk)
-            return digest.hexdigest().encode() == checksum
+            return file.read() == digest.digest()
     except OSError:
         return False
 
 
 class StateFile:
-    """A state file that is whole, opened: its scalars, and its tensors as they are asked for."""
+    """A state whose checksum fits, opened: its scalars are here, its tensors are read one at a time."""
 
     def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.file = safe_open(path, framework="pt")
-            metadata = self.file.metadata() or {}
-            if (metadata.get("format"), metadata.get("version")) != ("maskpro-state", VERSION):
-                raise ValueError(f"no maskpro-state of version {VERSION}")
-            self.scalars, self.names = json.loads(metadata["scalars"]), set(self.file.keys())
-        except Exception as error:  # its checksum fits, so another version or hand made it
-            raise UserError(f"{path} is no state that this version can read ({error}); remove it to use the one before")
+        self.path, self.file = path, safe_open(path, framework="pt")
+        metadata = self.file.metadata()
+        if metadata["format"] != FORMAT:
+            raise UserError(f"{path} is a {metadata['format']}, this version reads {FORMAT}: start a new run")
+        self.scalars, self.names = json.loads(metadata["scalars"]), set(self.file.keys())
 
-    def read(self, name: str, like: Tensor | Shard) -> Tensor:
-        """The tensor of this name, or this process's part of it, on the CPU; UserError unless its shape and dtype are
-        those of `like`."""
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """The tensor of this name, 1-D, on the CPU; where `like` is a DTensor, this process's part of it.
+
+        UserError unless dtype and number of elements are those of `like`.
+        """
         if name in self.names:
             found = self.file.get_slice(name)
-            if (found.get_dtype(), found.get_shape()) == (NAMES[like.dtype], list(like.shape)):
-                return like.read(found) if isinstance(like, Shard) else self.file.get_tensor(name)
+            if (found.get_dtype(), found.get_shape()) == (NAMES[like.dtype], [like.numel()]):
+                begin, end = own_rows(like)
+                width = like.shape[1:].numel()
+                return found[begin * width:end * width]
         raise UserError(f"{self.path} is the state of another run: its {name} is not of this model and these settings")
 
 
 class Checkpoints:
-    """The state files of a run, the newest `keep` of them, and when the next is due.
+    """The newest `keep` states of a run, and when the next is due.
 
-    every: '500', steps, or '10m', minutes.
+    every: '500' for steps, '10m' for minutes.
     """
 
     def __init__(self, folder: Path, every: str, keep: int = 2):
@@ -119,24 +116,19 @@ class Checkpoints:
         self.step, self.saved_at, self.cost_s = None, 0.0, 0.0  # of the last one
 
     def due(self, step: int, seconds: float, last: bool = False) -> bool:
-        """Is it time, after so many steps and seconds of the run? `last`: there will be no later time, so only the cost
-        counts."""
+        """Is it time to save, after so many steps and seconds of the run? With `every` in minutes saving takes at most
+        MOST_SHARE of the run's time. `last`: the run ends here, so that the minutes need not have passed."""
         if self.steps:
             return step % self.steps == 0
         waited = seconds - self.saved_at
         return waited * MOST_SHARE >= self.cost_s and (waited >= 60 * self.minutes or (last and self.step))
 
     def paths(self) -> list[Path]:
-        """The state files there are, oldest first."""
+        """The states that are there, oldest first."""
         return sorted(self.folder.glob("step*.safetensors"))
 
-    @property
-    def missing(self) -> int:
-        """How many more files there will be, the one being written included."""
-        return max(0, self.keep + 1 - len(self.paths()))
-
-    def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor | Shard]) -> None:
-        """Save the state after so many steps and seconds; then remove the oldest beyond `keep`."""
+    def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor]) -> None:
+        """Save the state after so many steps and seconds of the run, then remove the oldest states beyond `keep`."""
         started = time.monotonic()
         save(self.folder / f"step{step:08d}.safetensors", scalars, tensors)
         for path in self.paths()[:-self.keep]:
@@ -144,10 +136,10 @@ class Checkpoints:
         self.step, self.saved_at, self.cost_s = step, seconds, time.monotonic() - started
 
     def newest(self) -> StateFile | None:
-        """The newest state that is whole, None if there is none; damaged ones are named and set aside."""
+        """The newest state whose checksum fits, None if there is none. Damaged ones are named and renamed."""
         for path in reversed(self.paths()):
             if is_whole(path):
                 return StateFile(path)
             print(f"{path} is torn or damaged: the state before it is used", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))  # else it would count as one of the newest
+            path.rename(path.with_suffix(".damaged"))  # a damaged one must not count as one of the newest
         return None

@@ -9,14 +9,11 @@ from statistics import fmean
 from utils import UserError, progress_bar
 
 import torch
-from torch import Tensor
 
-from files.atomic import check_disk
 from masking.block_stats import block_stats
 from models import processes
-from models.sharding import Shard
 from training.checkpoint import StateFile, give_shards
-from training.logs import Logs
+from training.log import Log
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.validation import Validation
@@ -65,10 +62,8 @@ class Position:
     seconds: float = 0.0  # of the loop
     first_s: float = 0.0  # of the first step of a time budget, which compiles: progress counts from its end
     a_step_s: float | None = None  # of a recent step; None: not known yet
-    seconds_before: float = 0.0  # of swaps and the like, before the loop
     seconds_saving: float = 0.0  # of the loop, for states
-    metrics_bytes: int = 0
-    layers_bytes: int = 0
+    log_bytes: int = 0
 
 
 class Run:
@@ -86,7 +81,7 @@ class Run:
         self.passes, self.max_step, self.max_s = epoch * minibatches, max_step, max_s
         self.evaluations = evaluations
         self.position, self.parts = Position(), {}
-        self.logs: Logs | None = None  # from `restore` on
+        self.log: Log | None = None  # from `restore` on
         self._ends = []  # seconds of the run at which the last RECENT steps ended
         self._stopped_by = 0
 
@@ -120,8 +115,6 @@ class Run:
         """Yield each step there is still to do. When it is done the state is saved if that is due, or if a signal came,
         which then ends the process as it would have at once."""
         self.signals.deferred = True
-        if not self.step:
-            self.position.seconds_before = time.monotonic() - self._restored_at
         self._started = time.monotonic() - self.position.seconds
         total = self.total_steps if self.total_steps < math.inf else None
         self._bar = progress_bar(total=total, initial=self.step, desc="learning", unit="step",
@@ -130,7 +123,7 @@ class Run:
             while self.progress < 1:
                 yield self.step
                 self._bar.update()
-                due = processes.is_main() and self.checkpoints.due(self.step, self._elapsed_s(),
+                due = processes.is_main() and self.checkpoints.due(self.step, self.elapsed_s(),
                                                                    last=self.progress == 1.0)
                 due = processes.agreed(float(bool(due)))
                 if due or self._stopped_by:
@@ -144,7 +137,7 @@ class Run:
         """The minibatches of the step to come, one for each process."""
         return [(self.position.minibatches + i) % self.minibatches for i in range(processes.size())]
 
-    def _elapsed_s(self) -> float:
+    def elapsed_s(self) -> float:
         """Of the loop, without the time in which it was stopped."""
         return time.monotonic() - self._started
 
@@ -152,7 +145,7 @@ class Run:
         """Count a step, evaluate its mask where that is due, and log it; UserError after BAD_LOSSES losses in a row
         that are not finite, which are not logged. All processes take one time as theirs, and learn of a signal that
         one of them got."""
-        found = processes.all_gather([self._elapsed_s(), float(self.signals.received)])
+        found = processes.all_gather([self.elapsed_s(), float(self.signals.received)])
         seconds, self._stopped_by = found[0][0], int(max(received for _, received in found))
         position = self.position
         position.step += 1
@@ -167,15 +160,15 @@ class Run:
         if result.not_finite is not None:
             line["blocks_not_finite"] = result.not_finite
         before, position.evaluations = position.evaluations, int(self.progress * self.evaluations)
-        stats = None
         if position.evaluations > before:  # evenly spread over the run
-            stats, heldout = block_stats(self.validation.masked), self.validation.evaluate(self.step)
+            line |= block_stats(self.validation.masked)
+            heldout = self.validation.evaluate(self.step)
             line |= {"heldout": heldout} if self.validation.has_text else {}
-        self.logs.write(line, stats)
+        self.log.write(line)
         self.folder.has_results = True
         improvement = "" if result.reference is None else f" ({result.reference - result.loss:+.4f} against m0)"
         self._bar.set_postfix_str(f"loss {result.loss:.4f}{improvement}", refresh=False)
-        if stats and position.diverged is None:
+        if position.evaluations > before and position.diverged is None:
             self._warn_of_divergence()
 
     def _measure(self, seconds: float) -> None:
@@ -193,20 +186,20 @@ class Run:
         position = self.position
         position.skipped += 1
         position.skipped_in_a_row += 1
-        if position.skipped_in_a_row < BAD_LOSSES and (self.logs.metrics or self.progress < 1):
+        if position.skipped_in_a_row < BAD_LOSSES and (self.log.lines or self.progress < 1):
             processes.log(f"the loss is {loss} at step {self.step}: skipped")
             return
         begin = self.step - position.skipped_in_a_row + 1
         position.skipped_in_a_row = 0  # resumed, the run goes on after them
         saved = ""
-        if self.logs.metrics:
+        if self.log.lines:
             self.save()
             saved = "; the state is saved"
         raise UserError(f"the loss is {loss} at step {begin} and at all up to step {self.step}; lower --lr, or use "
                         f"--dtype bfloat16 if the model overflows in its dtype{saved}")
 
     def _warn_of_divergence(self) -> None:
-        if warning := self.validation.divergence(self.logs.metrics, self.minibatches):
+        if warning := self.validation.divergence(self.log.lines, self.minibatches):
             self.position.diverged = self.step
             processes.log(f"\nat step {self.step} {warning}")
 
@@ -222,21 +215,16 @@ class Run:
             if saved:
                 self._restore(saved)
             self.checkpoints.step, self.checkpoints.saved_at = self.position.step, self.position.seconds
-            self.logs = Logs(self.folder.path, (self.position.metrics_bytes, self.position.layers_bytes))
-        self._restored_at = time.monotonic()
+            self.log = Log(self.folder.path, self.position.log_bytes)
         if saved:
             processes.log(f"going on after step {self.step} of {self.folder.path}")
         return bool(saved)
 
     def _restore(self, saved: StateFile) -> None:
-        try:
-            self.position = Position(**saved.scalars["position"])
-            for name, part in self.parts.items():
-                part.restore(saved.scalars[name], lambda key, like, name=name: saved.read(f"{name}.{key}", like))
-            torch.set_rng_state(saved.read("random", torch.get_rng_state()))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{saved.path} is a state of another version ({reason}); start a new run")
+        self.position = Position(**saved.scalars["position"])
+        for name, part in self.parts.items():
+            part.restore(saved.scalars[name], lambda key, like, name=name: saved.read(f"{name}.{key}", like))
+        torch.set_rng_state(saved.read("random", torch.get_rng_state()))
 
     def save(self) -> None:
         """Save the state; the other processes wait, since writing may take longer than a process may take to answer.
@@ -245,24 +233,13 @@ class Run:
         states = {name: part.state() for name, part in self.parts.items()}
         tensors = {f"{name}.{key}": tensor for name, (_, found) in states.items() for key, tensor in found.items()}
         if processes.is_main():
-            self.position.metrics_bytes, self.position.layers_bytes = self.logs.sync()
+            self.position.log_bytes = self.log.sync()
             if self.step:
-                self.position.seconds = self._elapsed_s()
-            scalars = {"position": asdict(self.position), "arguments": self.folder.arguments,
-                       **{name: found for name, (found, _) in states.items()}}
+                self.position.seconds = self.elapsed_s()
+            scalars = {"position": asdict(self.position), **{name: found for name, (found, _) in states.items()}}
             tensors["random"] = torch.get_rng_state()
             self.checkpoints.save(self.step, self.position.seconds, scalars, tensors)
             self.position.seconds_saving += self.checkpoints.cost_s
         else:
             give_shards(tensors)
         processes.wait_for_main()
-
-    def check_disk(self, results_bytes: float) -> None:
-        """UserError unless there is room for the results and for the states that are not there yet."""
-        tensors: list[Tensor | Shard] = [tensor for part in self.parts.values() for tensor in part.state()[1].values()]
-        states_bytes = self.checkpoints.missing * sum(tensor.nbytes for tensor in tensors)
-        check_disk(self.folder.path, states_bytes + results_bytes)
-
-    def elapsed_s(self) -> float:
-        """Seconds of the whole run, swaps included."""
-        return self._elapsed_s() + self.position.seconds_before

@@ -17,11 +17,10 @@ from torch import Tensor
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
-from models.sharding import Shard
 
 CLIP = 0.1  # root mean squares beyond which a layer's J^T G counts no more
 KEPT_BY_LAYER, KEPT_BY_BLOCK = 0.9, 0.95  # what a running mean keeps of the earlier ones, a minibatch
-State = dict[str, Tensor | Shard]
+State = dict[str, Tensor]
 
 
 class ByLayer:

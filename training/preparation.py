@@ -22,7 +22,8 @@ PARTS = 2  # that are held out
 TEXT_SHARE, LEARNING_SHARE = 0.3, 0.6  # of the minutes: for generating text, at most; for learning, about
 FORWARDS = 6  # that a step of learning costs
 MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
-FEWEST, SEQUENCES = 16, 128  # minibatches to learn from; sequences of text that Wanda and the order are measured on
+FEWEST = 16  # minibatches of text, however short the time
+SEQUENCES = 128  # of text that Wanda and the order are measured on
 
 
 def heldout_of(minibatches: int) -> int:
@@ -58,9 +59,9 @@ def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def generated_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, seqlen: int, after: str | None,
-                   seed: int, max_s: float) -> list[str]:
-    """Files of documents that the model generates, so many tokens in all or as many as so many seconds give. With
-    `after`, passages, half of it continues them. A file that is there already is kept."""
+                   seed: int, max_s: float, least: int) -> list[str]:
+    """Files of documents that the model generates, so many tokens in all or, beyond the `least`, as many as so many
+    seconds give. With `after`, passages, half of it continues them. A file that is there already is kept."""
     passages = generation.read_passages(after, model, tokenizer, seqlen) if after else []
     files = {folder / "generated.jsonl": []} | ({folder / "generated_after.jsonl": passages} if after else {})
     tokens, batchsize = tokens // len(files), min(256, max(16, tokens // len(files) // (8 * seqlen)))
@@ -72,7 +73,7 @@ def generated_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens:
                     set_seed(seed + number)  # the same text after a stop
                     if file in missing:
                         generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, files[file],
-                                              max_s / len(files))
+                                              max_s / len(files), least // len(files))
     return [str(file) for file in files]
 
 

@@ -7,21 +7,11 @@ from torch import Tensor, nn
 
 from files import mask_files
 from files.atomic import atomic_write
-from masking.masked_model import MaskedModel
 from models import processes
 from models.loading import Tokenizer, devices_of
 from models.sharded_files import save_sharded
 from training import figures
-from training.loop import EVALUATIONS, Run
-
-
-def most_bytes(masked: MaskedModel, steps: float, saves_logits: bool, skips_checkpoint: bool) -> float:
-    """What the run will write beside its states, at most: masks at a bit a weight, logits, the model, a line a step."""
-    weights = sum(layer.shape.numel() for layer in masked.layers.values())
-    logits = sum(layer.shard(plane).nbytes for layer in masked.layers.values() for plane in layer.logits)
-    model = sum(parameter.nbytes for parameter in masked.model.parameters())
-    lines = 200 * min(steps, 1e6) + 150 * EVALUATIONS * len(masked.layers)
-    return weights // 8 + saves_logits * logits + (not skips_checkpoint) * model + lines
+from training.loop import Run
 
 
 def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_logits: bool, skips_checkpoint: bool,
@@ -42,7 +32,7 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     masks = {**initial.masks, **final}
     mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, run.folder.arguments["model"],
                     run.folder.record["fingerprints"]["model"])
-    figures.learning_curve({folder.name: run.logs.metrics}, folder / "curve.png", levels)
+    figures.learning_curve({folder.name: run.log.lines}, folder / "curve.png", levels)
     return {**_summary(run, devices), **_changes(initial.masks, final, initial.m),
             "mask_fingerprint": mask_files.fingerprint(masks)}
 
@@ -64,9 +54,8 @@ def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_s
 
 def _summary(run: Run, devices: set[torch.device]) -> dict:
     position, validation = run.position, run.validation
-    tail = [line["loss"] for line in run.logs.metrics[-run.minibatches:]]  # of the last epoch
+    tail = [line["loss"] for line in run.log.lines[-run.minibatches:]]  # of the last epoch
     summary = {"steps": position.step, "seconds": round(run.elapsed_s(), 1),
-               "seconds_before": round(position.seconds_before, 1),
                "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
                "processes": processes.size(),
                "sent_bytes": processes.traffic["sent_bytes"] + validation.masked.gathered_bytes,

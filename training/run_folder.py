@@ -1,7 +1,7 @@
 """A run's folder, kept so that a run is hard to lose: claimed, locked, recorded.
 
     run.json         arguments, fingerprints of what was read, environment; once the run is finished, its summary
-    metrics.jsonl    one line a step          layers.jsonl    one line an evaluation (logs.py)
+    metrics.jsonl    one line a step (log.py)
     state/           checkpoints, until the run is finished (checkpoint.py)
     lock             held by the process that writes here; the system frees that of a dead one
 
@@ -10,27 +10,22 @@ step and no finished stage, leaves nothing.
 """
 import errno
 import json
-import os
-import platform
-import secrets
 import shutil
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 from utils import UserError, environment
 
 import torch
+from filelock import FileLock, Timeout
 
 from files.atomic import refuse_existing, sync
 from files.records import read_record, write_json
 from models import processes
 from training.checkpoint import Checkpoints, StateFile
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: two runs in one folder are not told apart there
-    fcntl = None
+from training.signals import StopSignals
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 RESULTS = ("mask.safetensors", "logits.safetensors", "curve.png", "checkpoint", "report.json")
@@ -43,6 +38,16 @@ def is_finished(run: str | Path) -> bool:
     shutil.rmtree(Path(run) / "state", ignore_errors=True)
     Path(run, "lock").unlink(missing_ok=True)
     return True
+
+
+def run(script: str, args: Namespace, work: Callable) -> None:
+    """Have a script do its run: `work(args, device, folder, signals)`, in its own folder, by all processes of it."""
+    if args.resume and is_finished(args.resume):
+        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
+        return
+    with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), script, bool(args.resume)) as folder,
+          StopSignals() as signals):
+        work(args, device, folder, signals)
 
 
 class RunFolder:
@@ -59,7 +64,7 @@ class RunFolder:
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"])
         self.has_results = is_resumed  # worth keeping: a finished stage, a step
         self.resume_command = f"python {script} --resume {self.path}"
-        self._lock, self._made = None, []
+        self._lock = None
 
     def __enter__(self):
         if not self.is_resumed and processes.is_main():
@@ -68,7 +73,7 @@ class RunFolder:
             if processes.is_main():
                 self._lock = lock(self.path)
             self.record = (read_record(self.path) if self.is_resumed else
-                           {"id": secrets.token_hex(4), "arguments": self.arguments, "environment": self._here()})
+                           {"arguments": self.arguments, "environment": self._here()})
             if self.is_resumed and processes.is_main():
                 self._remove_leftovers()
             self.write_record()
@@ -82,14 +87,8 @@ class RunFolder:
         if (self.path / "run.json").is_file():
             remedy = f"go on with it: {self.resume_command}, or {remedy}"
         refuse_existing(self.path, remedy)
-        above = [parent for parent in self.path.parents if not parent.exists()]
-        try:
-            self.path.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(f"{self.path} exists already; choose another --out")
-        self._made = [self.path, *above]
-        for made in self._made:
-            sync(made.parent)
+        self.path.mkdir(parents=True)
+        sync(self.path.parent)
 
     def _remove_leftovers(self) -> None:
         """Files that a killed process had begun, and its results, which are made again."""
@@ -100,15 +99,12 @@ class RunFolder:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self._lock is None:
             return
-        if self._made and not self.has_results:
+        if not self.has_results:
             shutil.rmtree(self.path)
-            for parent in self._made[1:]:
-                if not any(parent.iterdir()):
-                    parent.rmdir()
         elif error is None:
             shutil.rmtree(self.path / "state", ignore_errors=True)
             (self.path / "lock").unlink(missing_ok=True)
-        self._lock.close()
+        self._lock.release()
         then = f"; go on with: {self.resume_command}" if self.has_results and self.path.exists() else ""
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); free some space{then}") from error
@@ -139,19 +135,11 @@ class RunFolder:
         self.write_record()
 
     def newest_state(self) -> StateFile | None:
-        """The newest state that is whole, of a run that goes on; None: it starts. UserError where it was saved under
-        other arguments than run.json has now."""
+        """The newest state that is whole, of a run that goes on; None: it starts."""
         if not self.is_resumed:
             return None
         with processes.main_before_others():
-            saved = self.checkpoints.newest()
-        there = saved.scalars["arguments"] if saved else self.arguments
-        changed = [f"--{name} {there.get(name)} there, {value} here" for name, value in self.arguments.items()
-                   if there.get(name) != value]
-        if changed:
-            raise UserError(f"{self.path / 'run.json'} was changed since {saved.path} was saved: {'; '.join(changed)}; "
-                            "undo that, or start a new run")
-        return saved
+            return self.checkpoints.newest()
 
     def finish(self, summary: dict) -> None:
         """The last of a run's files, which says that all others are whole."""
@@ -169,26 +157,13 @@ class RunFolder:
         return {**environment(device), "threads": torch.get_num_threads(), "processes": processes.size()}
 
 
-def lock(folder: Path) -> TextIO:
-    """The folder's lock, an open file; UserError where a living process holds it."""
-    while True:
-        try:
-            file = open(folder / "lock", "a+")
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}); resume a copy of it that can be")
-        if fcntl is None:
-            return file
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip()
-            file.close()
-            raise UserError(f"{folder} is being written by another run ({holder}); wait for its end or choose another "
-                            "--out")
-        if os.path.exists(file.name) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
-            return file
-        file.close()  # the run that held it has finished just now and removed the file
+def lock(folder: Path) -> FileLock:
+    """The folder's lock, held; UserError where a living process holds it."""
+    held = FileLock(folder / "lock", timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is being written by another run; wait for its end or choose another --out")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); resume a copy of it that can be")
+    return held

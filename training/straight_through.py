@@ -91,8 +91,6 @@ class StraightThrough:
         self._of_sequence = masked.kernels.fastest(sequence_loss)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        if any(layer.module.weight.is_meta for layer in layers):
-            raise UserError("sparsify.py needs all weights on GPUs: the model does not fit them, use more, or train.py")
         if (processes.size() > 1 and any("expert" in layer.name for layer in layers)
                 and not (masked.is_sharded and REDUCES_UNUSED)):
             raise UserError("experts that one process's text does not reach would keep the other processes waiting: "

@@ -1,1 +1,1 @@
-"""Everything that can go wrong with a file or a run, tried: damaged files (fuzz), killed runs (kill), or both."""
+"""What can go wrong with a run, tried: runs killed at random moments, states torn."""

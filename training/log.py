@@ -1,0 +1,35 @@
+"""The log of a run: metrics.jsonl, a line a step."""
+import json
+import os
+from pathlib import Path
+
+from files.atomic import sync
+from files.records import cut_lines, lines_up_to
+from models import processes
+
+
+class Log:
+    """A run's log, which the main process writes. A run that goes on has its lines up to where its state was saved;
+    lines after it are cut off.
+
+    size_bytes: of the file, that the state knows of; 0 for a new run.
+    """
+
+    def __init__(self, folder: Path, size_bytes: int = 0):
+        path, self._file = folder / "metrics.jsonl", None
+        self.lines: list[dict] = lines_up_to(path, size_bytes)
+        if processes.is_main():
+            cut_lines(path, size_bytes)
+            self._file = open(path, "a", buffering=1)
+
+    def write(self, line: dict) -> None:
+        """A step's line."""
+        self.lines.append(line)
+        if self._file:
+            self._file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> int:
+        """Have the disk hold the log; its size in bytes."""
+        os.fsync(self._file.fileno())
+        sync(Path(self._file.name).parent)
+        return self._file.tell()
