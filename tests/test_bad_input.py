@@ -64,7 +64,7 @@ def shells(w, tmp_path_factory):
 @pytest.mark.parametrize("script", ALL)
 def test_an_unknown_hub_id_in_a_shell(shells, script):
     code, stderr, left = shells[script]
-    check_refusal(code, stderr, "--model nobody/has-this cannot be loaded", "hub id")
+    check_refusal(code, stderr, "--model nobody/has-this cannot be read", "hub id")
     assert not left
 
 
@@ -80,9 +80,9 @@ def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
 
 MODELS = [
     ("get_mask", "--model {w}/absent", "--model", "absent", "no such folder"),
-    ("evaluate", "--model {w}/no_config", "--model", "no_config cannot be loaded", "is wanted"),
-    ("sparsify", "--model {w}/empty", "--model", "empty cannot be loaded", "is wanted"),
-    *[("inference_loss", f"--model {{w}}/{name}", "--model", f"{name} cannot be loaded") for name in (
+    ("evaluate", "--model {w}/no_config", "--model", "no_config cannot be read", "give a folder"),
+    ("sparsify", "--model {w}/empty", "--model", "empty cannot be read", "give a folder"),
+    *[("inference_loss", f"--model {{w}}/{name}", "--model", f"{name} cannot be read") for name in (
         "bad_config", "other_config", "no_tokenizer", "bad_tokenizer", "no_weights", "bad_weights", "bad_length")],
     ("inference_loss", "--model {w}/few_weights", "few_weights has no weights for model.norm.weight", "restore it"),
     ("prune", "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
@@ -113,7 +113,7 @@ MASKS = [
     ("train", "--mask {w}/mask8.safetensors", "mask8", "4:8, not 2:4"),
     ("sparsify", "--sparsity_type 1:4", "2:4, not 1:4"),
     ("evaluate", "--mask {w}/mask8.safetensors --sparsity_type 2:4", "mask8", "4:8, not 2:4"),
-    ("train", "--mask {w}/attention.safetensors --targets mlp", "attention.safetensors", "--targets"),
+    ("train", "--mask {w}/attention.safetensors --targets mlp", "the mask has none of the layers that --targets name"),
     ("evaluate", "--mask {w}/attention.safetensors --targets mlp", "attention.safetensors", "--targets"),
     ("get_mask", "--model {w}/llama", "not 2:4 sparse in 14 of 14 layers", "q_proj", "prune.py"),
     ("get_mask", "--sparsity_type 1:4", "not 1:4 sparse in 14 of 14 layers", "--sparsity_type"),
@@ -135,7 +135,7 @@ TEXTS = [
     ("train", "--dataset {w}/few.jsonl", "only 3 of the 3 documents", "lower --dataset_size"),
     ("train", "--seqlen 5000", ("only 0 of the 12 documents", "256 positions"), "--seqlen"),
     ("inference_loss", "--batchsize 3", "--batchsize 3 does not divide --dataset_size 8", "use 2 or 4"),
-    (["inference_loss", "sparsify", "evaluate"], "--seqlen 1", "--seqlen is 1", "at least 2"),
+    (["inference_loss", "sparsify", "evaluate"], "--seqlen 1", "--seqlen", "'1' is not a whole number of at least 2"),
     ("train", "--dataset {w}/torn.json.gz", "torn.json.gz cannot be read", "intact"),
     ("train", "--dataset {w}/surrogate.jsonl", "surrogate.jsonl", "surrogates not allowed", "intact"),
     ("train", "--dataset {w}/mixed.jsonl", "mixed.jsonl", "'int'", "intact"),
@@ -149,7 +149,7 @@ TEXTS = [
 AGAIN = "inference_loss.py"
 BASELINES = [
     ("train", "--baseline {w}/absent.npz", "absent.npz", "no such baseline", AGAIN, "--baseline online"),
-    *[("train", f"--baseline {{w}}/{name}", name, "not a baseline file", AGAIN) for name in (
+    *[("train", f"--baseline {{w}}/{name}", f"{name} cannot be read", AGAIN) for name in (
         "garbage_baseline.npz", "torn_baseline.npz", "mask.safetensors", "empty")],
     ("train", "--baseline {w}/nan.npz", "nan.npz", "not finite", AGAIN),
     ("train", "--baseline cached", "inference_loss_8_bs4_sql32.npz: there is no such baseline", AGAIN),
@@ -176,7 +176,7 @@ ARGUMENTS = [
     *[("train", f"--sparsity_type {text}", "--sparsity_type", text, "such as 2:4")
       for text in ("nonsense", "2:2", "0:4", "4:2", "2:32", "2", "2:4:8")],
     *[(script, f"--{name} {value}", f"--{name}", value, "at least 1") for script, name, value in (
-        ("inference_loss", "dataset_size", "-1"), ("train", "batchsize", "0"), ("train", "seqlen", "2.5"),
+        ("inference_loss", "dataset_size", "-1"), ("train", "batchsize", "2.5"),
         ("train", "microbatch", "0"), ("train", "epoch", "nonsense"), ("train", "max_step", "-3"),
         ("sparsify", "steps", "1e6"), ("prune", "nsamples", "-1"),
         ("evaluate", "nwindows", "0"), ("evaluate", "task_limit", "0"), ("evaluate", "tasks_batchsize", "0"))],
@@ -196,9 +196,9 @@ ARGUMENTS = [
     (list(SCRIPTS), "--nonsense", "--nonsense")]
 RECORDS = [
     ("evaluate", "--task_file {w}/absent.jsonl", "absent.jsonl cannot be read", "one JSON object a line"),
-    ("evaluate", "--task_file {w}/nothing.jsonl", "nothing.jsonl has no items", "one JSON object a line"),
-    ("evaluate", "--task_file {w}/deep.quiz.jsonl", "line 1: it is not JSON", "a line looks like"),
-    ("evaluate", "--task_file {w}/gold.quiz.jsonl", "line 1: gold is 2", "a line looks like"),
+    ("evaluate", "--task_file {w}/nothing.jsonl", "nothing.jsonl: it has no items", "one JSON object a line"),
+    ("evaluate", "--task_file {w}/deep.quiz.jsonl", "deep.quiz.jsonl cannot be read", "one JSON object a line"),
+    ("evaluate", "--task_file {w}/gold.quiz.jsonl", "line 1 is no item", "as gold the index of one"),
     ("evaluate", "--task_file {w}/picture.png", "picture.png", "one JSON object a line"),
     ("evaluate", "--tasks {w}/code.yaml", "code.yaml has '!function' in it", "--trust_remote_code"),
     *[("compare", f"--compare {{w}}/record.json {{w}}/{name}", name, "is no record", "make it with evaluate.py")
@@ -206,7 +206,7 @@ RECORDS = [
                    "endless.record.json")],
     ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders"),
     ("plot", "{w}/no_step", "has no step yet", "give another run"),
-    ("plot", "{w}/damaged_step", "damaged_step/metrics.jsonl cannot be read (it is damaged)")]
+    ("plot", "{w}/damaged_step", "damaged_step/metrics.jsonl cannot be read", "give run folders")]
 
 
 @cases(*MODELS, *MASKS, *TEXTS, *BASELINES, *OUTPUTS, *ARGUMENTS, *RECORDS)
