@@ -39,7 +39,7 @@ class Launched:
 
     def wait(self) -> int:
         try:
-            assert wait([self.process.sentinel], timeout=120), self.said
+            assert wait([self.process.sentinel], timeout=300), self.said
             self.process.join()
             return self.process.exitcode
         finally:
@@ -47,7 +47,7 @@ class Launched:
 
     def wait_until(self, condition) -> None:
         """Condition of no argument; an error where the command ends before it holds."""
-        for _ in range(600):
+        for _ in range(2000):
             if condition():
                 return
             assert self.process.exitcode is None, self.said

@@ -25,7 +25,7 @@ from files import mask_files
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "sparsify": sparsify,
            "evaluate": evaluate}
 ALL = list(SCRIPTS)
-SCRIPTS |= {"convert": get_mask, "compare": evaluate, "plot": plot}  # what needs no model
+SCRIPTS |= {"compare": evaluate, "plot": plot}  # what needs no model
 PLACE = "--model {w}/llama --dtype float32 --device cpu"
 DATA = "--dataset {w}/text.jsonl --dataset_size 8 --batchsize 4 --seqlen 32"
 COMMANDS = {
@@ -37,7 +37,6 @@ COMMANDS = {
     "sparsify": f"{PLACE} --dataset {{w}}/text.jsonl --mask {{w}}/mask.safetensors --seqlen 32 --batchsize 4 --steps 2 "
                 "--targets q_proj --out new",
     "evaluate": f"{PLACE} --ppl {{w}}/held_out.txt --seqlen 32 --nwindows 2 --save new.json",
-    "convert": "--convert {w}/mask.safetensors --save new.safetensors",
     "compare": "--compare {w}/record.json {w}/record.json",
     "plot": "--out new {w}/run"}
 
@@ -97,8 +96,6 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     mask_files.save(w / "attention.safetensors", attention, 2, 4, found.model, found.fingerprint)
     mask_files.save(w / "flipped.safetensors", {name: ~mask for name, mask in found.masks.items()}, 2, 4, found.model,
                found.fingerprint)
-    edited(w / "sparse", w / "minus_zero", lambda tensors: [tensor.copy_(torch.where(tensor == 0, -0.0, tensor))
-                                                            for tensor in tensors.values()])
     edited(w / "sparse", w / "bad_record", lambda tensors: None)
     (w / "bad_record" / "prune.json").write_text("{")
 

@@ -1,10 +1,6 @@
 """The flags that train.py and sparsify.py share (training/args.py): what is gone, the folder that a run is written to,
 and the settings of a run that goes on."""
 import json
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 from utils import UserError, script_parser
 
@@ -13,9 +9,6 @@ import pytest
 import sparsify
 import train
 from training import args as train_args
-from training import baselines
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse(flags):
@@ -59,13 +52,3 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, script, flags, other):
     (tmp_path / "run.json").write_text(json.dumps({"arguments": {**recorded, "looks": 7}}))
     with pytest.raises(UserError, match="a run of another version or script"):
         script(f"--resume {tmp_path}")
-
-
-@pytest.mark.parametrize("name", ["inference_loss_512_bs32_sql128.npz", "inference_loss_8_bs4_sql32.npz"])
-def test_git_ignores_the_baselines_of_the_default_names(name):
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    if not shutil.which("git") or git("rev-parse", "--show-toplevel").stdout.strip() != str(ROOT):
-        pytest.skip("not a git checkout")
-    assert baselines.default_path(*map(int, re.findall(r"\d+", name))) == name
-    assert git("check-ignore", name).stdout.strip() == name

@@ -85,12 +85,6 @@ def test_nothing_is_too_long(file):
         assert function.end_lineno - function.lineno < MOST_FUNCTION_LINES, function.name
 
 
-def test_the_loop_fits_on_a_screen():
-    loop = next(node for function in functions(ROOT / "train.py") if function.name == "learn"
-                for node in function.body if isinstance(node, ast.For))
-    assert loop.end_lineno - loop.lineno < 40
-
-
 @pytest.mark.parametrize("name", modules())
 def test_public_functions_have_types_and_words(name):
     """Each parameter has a type and each function says what it returns and does; `main` and `parse_args` of the scripts

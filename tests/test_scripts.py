@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from quizzes import hf_model
 from runs import column, is_strict, read_run
 from safetensors.torch import load_file
 from tiny import write_corpus
@@ -30,6 +31,8 @@ import prune
 import train
 from files import mask_files
 from files.documents import documents
+from masking.layers import apply_masks
+from models.layers import find_layers
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
@@ -106,16 +109,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def as_matrix(made, weight: torch.Tensor) -> torch.Tensor:
     """[out, in]: GPT-2 keeps its weights as [in, out]."""
     return weight.T.contiguous() if made.name == "gpt2" else weight
-
-
-def hf_model(folder: Path, mask: dict[str, torch.Tensor] | None = None):
-    """The model as transformers loads it, float32, weights times mask; and its tokenizer."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    modules = dict(model.named_modules())
-    for name, kept in (mask or {}).items():
-        weight = modules[name].weight.data
-        weight.mul_(kept.T if type(modules[name]).__name__ == "Conv1D" else kept)
-    return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def first_sequences(tokenizer, corpus: Path) -> torch.Tensor:
@@ -207,24 +200,14 @@ def test_baseline_losses_are_the_models_own(made, tmp_path, is_masked):
     else:
         path, flags = tmp_path / "dense.npz", f"--mask none --microbatch 3 --save {tmp_path}/dense.npz"
         in_process(f"inference_loss.py --model dense {PLACE} {DATA} {flags}", made.folder)
-    model, tokenizer = hf_model(made.folder / "dense", mask)
+    model, tokenizer = hf_model(made.folder / "dense")
+    apply_masks({name: module for name, module in find_layers(model).items() if name in mask}, mask)
     with torch.no_grad():
         expected = [model(input_ids=sequences, labels=sequences).loss.item()
                     for sequences in first_sequences(tokenizer, made.folder.parent / "text.jsonl")]
     losses = np.load(path)["losses"]
     assert losses.dtype == np.float64
     np.testing.assert_allclose(losses, expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["folder", "npz"])
-def test_masks_of_the_other_formats(made, tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(made.folder)
-    m0 = mask_files.load("initial_mask.safetensors").masks
-    mask = tmp_path / {"folder": "m0", "npz": "m0.npz"}[kind]
-    mask_files.save(mask, m0, 2, 4)
-    inference_loss.main(f"--model dense {PLACE} {DATA} --mask {mask} --save {tmp_path}/losses.npz".split())
-    expected = np.load(f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz")["losses"]
-    np.testing.assert_allclose(np.load(tmp_path / "losses.npz")["losses"], expected, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- train
@@ -298,21 +281,3 @@ def test_perplexity_is_the_hand_computed_one(made):
     assert result["ppl"] == pytest.approx(np.exp(nats), rel=1e-4)
     assert result["density"] == 0.5 and result["sparsity_type"] == "2:4"
     assert f"perplexity {result['ppl']:.3f} on" in made.said[-1]
-
-
-@pytest.mark.parametrize("one_layer", [False, True])
-def test_base_and_mask_are_the_checkpoint(made, tmp_path, one_layer):
-    """--targets says what is verified; the whole mask is put on all the same."""
-    targets = f"--targets {made.watched}" if one_layer else ""
-    evaluate.main(f"--model {made.folder}/dense {PLACE} --mask {made.folder}/run/mask.safetensors --seqlen {WINDOW} "
-                  f"--ppl {made.folder.parent}/held_out.txt --save {tmp_path}/result.json {targets}".split())
-    result, expected = (json.loads(path.read_text()) for path in (tmp_path / "result.json",
-                                                                  made.folder / "evaluation.json"))
-    assert result["ppl"] == pytest.approx(expected["ppl"], rel=1e-6)
-    assert result["density"] == 0.5 and result["sparsity_type"] == "2:4"
-
-
-def test_a_dense_model_is_evaluated_too(llama, capsys):
-    evaluate.main(f"--model dense {PLACE} --ppl ../held_out.txt --seqlen {WINDOW} --nwindows 2".split())
-    said = capsys.readouterr().out
-    assert f"(2 windows of {WINDOW} tokens from a text of " in said and "density 1.000000" in said

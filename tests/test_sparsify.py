@@ -189,7 +189,8 @@ def test_reordered_channels_and_passages(workshop, whole):
 
 @pytest.mark.parametrize("flags, words", [("--shard --dataset text.jsonl", "--shard needs --dataset and --mask"),
                                           ("--minutes 5 --steps 5", "not allowed with argument"),
-                                          ("--minutes 0", "more than 0"), ("--distill 1.5", "at most 1")])
+                                          ("--permute --mask m0.safetensors", "leave out --mask"),
+                                          ("--minutes 0", "at least 0.01"), ("--distill 1.5", "at most 1")])
 def test_flags_that_do_not_go_together(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
         sparsify.main(flags.split())
