@@ -5,10 +5,9 @@
 
 --model is the name of a shape (common.SHAPES) or a folder with a config.json. The ways to use several GPUs are:
 
-    replicas      each GPU has the whole model and all logits, and takes a minibatch of its own
-    sharded       --shard: each GPU has a part of each layer's rows; a decoder layer is gathered when it computes
-    device_map    one process; the layers are spread over the GPUs, which work one after another
-    offload       weights, logits and masks stay in the host's memory; one masked layer at a time is sent to the GPU
+    replicas             each GPU has the whole model and all logits, and takes a minibatch of its own
+    sharded              --shard: each GPU has a part of each layer's rows; a decoder layer is gathered to compute
+    one after another    --device auto: one process; the layers are spread over the GPUs
 
 Memory is a sum of tensors; bench/memory.py compares it with measured memory. Time is arithmetic and not measured:
 matrix products at MATMUL of the data sheet's rate, the mask step at BANDWIDTH of the memory's rate, the wire at the
@@ -30,13 +29,12 @@ from models.layers import find_layers, weight_matrix
 from training.normalization import NORMALIZATIONS
 
 GIB = 2**30
-DEVICES = {  # data sheets: bytes of memory; dense 16-bit FLOP/s; bytes/s of memory, of the link to GPUs and to the host
-    "a100": dict(memory=80e9, flops=312e12, bandwidth=2.04e12, link=300e9, host=25e9),
-    "h100": dict(memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9, host=55e9),
-    "h200": dict(memory=141e9, flops=989e12, bandwidth=4.8e12, link=450e9, host=55e9)}
+DEVICES = {  # data sheets: bytes of memory; dense 16-bit FLOP/s; bytes/s of memory, of the link to GPUs
+    "a100": dict(memory=80e9, flops=312e12, bandwidth=2.04e12, link=300e9),
+    "h100": dict(memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9),
+    "h200": dict(memory=141e9, flops=989e12, bandwidth=4.8e12, link=450e9)}
 MATMUL, BANDWIDTH = 0.5, 0.8  # shares of the data sheet's rates: guesses
-HOST_MEMORY = 100e9  # bytes/s of the host's memory: a guess
-LAYOUTS = ("replicas", "sharded", "device_map", "offload")
+LAYOUTS = ("replicas", "sharded", "one after another")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -145,12 +143,9 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
         return everything, host * gpus, wire
     if layout == "sharded":  # gathered in each pass but the recomputed one; gradients go to the rows' owners
         return everything, packed_bytes(size) * gpus, (4 if gradients else 1) * others * weights
-    if layout == "device_map":
-        spread = sum(parts[name] for name in ("weights", "logits", "masks", "mean squares"))
-        wire = passes * (gpus - 1) * settings.tokens * size.hidden * size.itemsize
-        return spread / gpus + everything - spread, host, wire
-    here = everything - (parts["logits"] + parts["masks"] + weights)  # the head, the embeddings and norms stay
-    return here, packed_bytes(size) + everything - here, weights
+    spread = sum(parts[name] for name in ("weights", "logits", "masks", "mean squares"))
+    wire = passes * (gpus - 1) * settings.tokens * size.hidden * size.itemsize
+    return spread / gpus + everything - spread, host, wire
 
 
 def packed_bytes(size: ModelSize) -> float:
@@ -171,14 +166,11 @@ def layout_row(layout: str, size: ModelSize, settings: Settings, rates: dict[str
     compute = forward_passes(gradients) * 2 * size.weights * settings.tokens / (MATMUL * rates["flops"])
     measured = 2 * settings.measured_bytes * gradients
     step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize + measured)
-    if layout == "offload":
-        step = step_bytes / HOST_MEMORY
-    else:
-        parallel = gpus if layout == "sharded" else 1
-        step = step_bytes / (BANDWIDTH * rates["bandwidth"]) * (1.5 if gradients else 1) / parallel
-    seconds = compute + step + wire / rates["host" if layout == "offload" else "link"]
+    parallel = gpus if layout == "sharded" else 1
+    step = step_bytes / (BANDWIDTH * rates["bandwidth"]) * (1.5 if gradients else 1) / parallel
+    seconds = compute + step + wire / rates["link"]
     processes = gpus if layout in ("replicas", "sharded") else 1  # each with a minibatch of its own
-    return {"learning": "straight_through" if gradients else "forward-only", "layout": layout,
+    return {"learning": "backward passes" if gradients else "forward-only", "layout": layout,
             "GiB a GPU": here / GIB, "fits": "yes" if here < 0.92 * rates["memory"] else "no", "host GiB": host / GIB,
             "wire a step": in_units(wire), "forward and backward (s)": compute, "mask step (s)": step,
             "step (s)": seconds, "sequences a second": processes * settings.batchsize / seconds}
@@ -189,8 +181,7 @@ def plan(size: ModelSize, settings: Settings, rates: dict[str, float], gpus: int
     rows = []
     for gradients in (False, True):
         for layout in LAYOUTS:
-            alone = layout in ("sharded", "device_map") and gpus == 1
-            if not alone and not (gradients and layout == "offload"):
+            if layout == "replicas" or gpus > 1:
                 rows.append(layout_row(layout, size, settings, rates, gpus, gradients))
     return rows
 

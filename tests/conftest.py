@@ -1,7 +1,8 @@
 import os
+import shutil
 from itertools import count
 
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # what compiles is tested where it is unset
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # but in tests of the compiler, see `compiler`
 
 import datasets
 import pytest
@@ -15,6 +16,7 @@ from runs import VANILLA, arguments, raises, run_train
 
 import train
 from files import mask_files
+from masking.compiler import compiled
 from masking.masked_model import MaskedModel
 from models.layers import find_layers
 from models.loading import model_fingerprint
@@ -31,6 +33,21 @@ def models(tmp_path_factory):
     """Folders of the tiny Llama, GPT-2 and OPT, by kind: to be read or copied, never written to."""
     root = tmp_path_factory.mktemp("models")
     return {kind: make(root / kind) for kind, make in tiny.MODELS.items()}
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """torch.compile, which tests do without otherwise, with nothing compiled yet."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        pytest.skip("no C++ compiler on this machine: torch.compile cannot work")
+    if "TORCH_COMPILE_DISABLE" in os.environ:
+        pytest.skip("torch reads TORCH_COMPILE_DISABLE once: it cannot compile")
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    compiled.cache_clear()
+    torch._dynamo.reset()
+    yield
+    compiled.cache_clear()
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -1,14 +1,25 @@
 """Tiny models under masks: made, run, and looked into."""
 import torch
+from torch import nn
 
 import pge
 from masking.masked_model import MaskedModel
 from masking.spaces import SPACES
 from models.layers import find_layers, weight_matrix
-from training.initialize import init_at_random
+from training.initialize import from_random_numbers
 from training.straight_through import StraightThrough
 
 TOKENS = torch.arange(40).view(2, 20) % 32
+
+
+class Stack(nn.Sequential):
+    """Layers as a model of their own."""
+
+    def get_input_embeddings(self):
+        return nn.Embedding(2, 2)
+
+    def get_output_embeddings(self):
+        return None
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -46,7 +57,7 @@ def make(model, n=2, m=4, space="linear", init="mask", magnitude=10.0, seed=0, *
     masks = magnitude_masks(layers, n, m)
     masked = MaskedModel(model, masks, SPACES[space](n, m), magnitude, seed=seed, **({"mode": "eager"} | kwargs))
     if init == "random":
-        init_at_random(masked, magnitude, seed)
+        from_random_numbers(masked, magnitude, seed)
     return masked, masks, dense
 
 
@@ -65,7 +76,7 @@ def used_weights(model):
 
 
 def drawn_masks(masked):
-    return {name: layer.mask_of(layer.bits).clone() for name, layer in masked.layers.items()}
+    return masked.masks_of(masked.bits())
 
 
 def logits_of(layer):
@@ -94,9 +105,12 @@ def watch(learner):
     return seen
 
 
+LEARNERS = {"tokens", "distill", "curvature", "normalize", "soft_masks", "checkpointing"}
+
+
 def learner_of(model, n=2, m=4, space="linear", mode="eager", **kwargs):
     """(StraightThrough, its MaskedModel, the dense weights), the logits' magnitude 1."""
-    of_learner = {key: kwargs.pop(key) for key in ("checkpointing", "sample", "distill", "microbatch") if key in kwargs}
+    of_learner = {key: kwargs.pop(key) for key in LEARNERS & kwargs.keys()}
     masked, _, dense = make(model, n, m, space, mode=mode, **({"magnitude": 1.0} | kwargs))
     return StraightThrough(masked, **of_learner), masked, dense
 

@@ -6,6 +6,7 @@ has beside them.
 FOLDER has the tiny models. Writes FOLDER/state3.safetensors, a state of all processes, and FOLDER/saved3, the model.
 """
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,35 +14,41 @@ import utils  # noqa: F401 (before torch)
 
 import pytest
 import torch
+from masked import magnitude_masks
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from masking.block_bits import mask_to_bits
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
-from models import sharded_files
-from models.layers import find_layers, weight_matrix
+from models import processes, sharded_files
+from models.layers import find_layers
 from models.loading import load_model, model_fingerprint
-from models.loss import batch_loss
-from models.processes import ProcessGroup
 from models.sharded_files import load_sharded, save_sharded
 from models.sharding import Rows, own_weight, shard
 from training import checkpoint
-from training.curvature import Curvature
-from training.initialize import init_from_swaps
+from training.initialize import from_swaps
 from training.straight_through import StraightThrough
 
 TOKENS = torch.randint(3, 300, (8, 12), generator=torch.Generator().manual_seed(0))
 
 
-def masks_of(model: nn.Module, n: int, m: int) -> dict:
-    """Of a whole model: keep the N largest of M."""
-    found = {}
-    for name, module in find_layers(model).items():
-        blocks = weight_matrix(module).abs().float().reshape(-1, m)
-        found[name] = torch.zeros_like(blocks, dtype=torch.bool).scatter_(1, blocks.topk(n, 1).indices, True).view(
-            weight_matrix(module).shape)
-    return found
+@contextmanager
+def alone():
+    """Inside, this process is the only one."""
+    size, rank = processes.size, processes.rank
+    processes.size, processes.rank = (lambda: 1), (lambda: 0)
+    yield
+    processes.size, processes.rank = size, rank
+
+
+def pair(folder: Path, dtype: str, n: int = 2, m: int = 4, **settings) -> tuple[MaskedModel, MaskedModel]:
+    """A model of this folder shared out to the processes, and whole, under its magnitude masks."""
+    whole = load_model(str(folder), dtype, "cpu")[0]
+    sharded = load_sharded(str(folder), dtype, "cpu")[0]
+    assert model_fingerprint(sharded) == model_fingerprint(whole)
+    masks = magnitude_masks(find_layers(whole), n, m)
+    return tuple(MaskedModel(model, masks, LinearSpace(n, m), 1.0, mode="eager", **settings)
+                 for model in (sharded, whole))
 
 
 def assert_same(masked: MaskedModel, whole: MaskedModel, apart: float = 0.0) -> None:
@@ -54,38 +61,29 @@ def assert_same(masked: MaskedModel, whole: MaskedModel, apart: float = 0.0) -> 
             assert torch.equal(layer.bits, whole.layers[name].bits[blocks]), name
 
 
-def forward_only(folder: Path, group: ProcessGroup, dtype: str, n: int, m: int) -> tuple:
+def forward_only(folder: Path, dtype: str, n: int, m: int) -> MaskedModel:
     """Losses, masks and logits have the bits of a whole model's; nothing whole is held."""
-    whole = load_model(str(folder), dtype, "cpu")[0]
-    model, _ = load_sharded(str(folder), dtype, group, False)
-    assert model_fingerprint(model) == model_fingerprint(whole)
-    masks, space = masks_of(whole, n, m), LinearSpace(n, m)
-    settings = dict(magnitude=1.0, logits_dtype=torch.float16, mode="eager")
-    masked, expected = MaskedModel(model, masks, space, **settings), MaskedModel(whole, masks, space, **settings)
+    masked, expected = pair(folder, dtype, n, m, logits_dtype=torch.float16)
+    model, size, itemsize = masked.model, processes.size(), expected.model.dtype.itemsize
     copies = sum(parameter.nbytes for parameter in model.parameters() if not isinstance(parameter, DTensor))
-    planned = copies + sum(mask.numel() for mask in masks.values()) / group.size * (whole.dtype.itemsize + 2 + 1 / m)
+    weights = sum(layer.shape.numel() for layer in masked.layers.values())
     held = copies + sum(tensor.untyped_storage().nbytes() for layer in masked.layers.values()
                         for tensor in (layer.weight, *layer.logits, layer.bits))
-    assert 0.99 < held / planned < (1.1 if group.size == 3 else 1.05), held / planned  # 3: uneven
-    most = {name: -(-mask.shape[0] // group.size) * mask.shape[1] for name, mask in masks.items()}
-    for name, layer in masked.layers.items():
-        assert layer.sharded and layer.weight.untyped_storage().nbytes() <= most[name] * layer.weight.itemsize
-        assert sum(plane.untyped_storage().nbytes() for plane in layer.logits) <= most[name] * 2
-    masked.keep_initial(masks)
+    planned = copies + weights / size * (itemsize + 2 + 1 / m)
+    assert 0.99 < held / planned < (1.1 if size == 3 else 1.05), held / planned  # 3: uneven
+    m0 = masked.bits(), expected.bits()
     for _ in range(3):
-        loss = batch_loss(model, TOKENS)
-        assert loss == batch_loss(whole, TOKENS)
+        loss = masked.loss(TOKENS)
+        assert loss == expected.loss(TOKENS)
         for each in (masked, expected):
             each.update(5 * loss)
     with masked.use_dense(), expected.use_dense():
-        assert batch_loss(model, TOKENS) == batch_loss(whole, TOKENS)
-    with masked.use_initial(), expected.use_masks({name: mask_to_bits(mask.view(-1, m))
-                                                   for name, mask in masks.items()}):
-        assert batch_loss(model, TOKENS) == batch_loss(whole, TOKENS)
-    masked.flush(), expected.flush()
+        assert masked.loss(TOKENS) == expected.loss(TOKENS)
+    with masked.use_masks(m0[0]), expected.use_masks(m0[1]):
+        assert masked.loss(TOKENS) == expected.loss(TOKENS)
     assert_same(masked, expected)
     assert any((plane != plane.round()).any() for layer in masked.layers.values() for plane in layer.logits)
-    return masked, expected
+    return masked
 
 
 def gathers_of(masked: MaskedModel) -> list[str]:
@@ -97,35 +95,37 @@ def gathers_of(masked: MaskedModel) -> list[str]:
     return asked
 
 
-def by_gradients(folder: Path, group: ProcessGroup) -> None:
-    """What processes learn from a sequence each is what one learns from all of them; two gathers a layer and step."""
-    whole, tokens = load_model(str(folder), "float32", "cpu")[0], TOKENS[:group.size]
-    model, _ = load_sharded(str(folder), "float32", group, False)
-    masks, settings = masks_of(whole, 2, 4), dict(magnitude=1.0, mode="eager")
-    masked, expected = (MaskedModel(each, masks, LinearSpace(2, 4), **settings) for each in (model, whole))
-    batch_loss(model, tokens)
-    init_from_swaps(masked, TOKENS, 1.0, sweeps=2), init_from_swaps(expected, TOKENS, 1.0, sweeps=2)
-    assert_same(masked, expected, apart=1e-4)  # products of fewer rows may round otherwise
-    asked = gathers_of(masked)
-    one = ProcessGroup.__new__(ProcessGroup)
-    one.size, one.mean = 1, lambda values: values[0]
-    ours, alone = (StraightThrough(each, checkpointing=True, distill=0.0, group=group_of,
-                                   curvature=Curvature(each, lambda: 1.0, group_of))
-                   for each, group_of in ((masked, group), (expected, one)))
-    for learner in (ours, alone):
+def learn(masked: MaskedModel, expected: MaskedModel, tokens: torch.Tensor, **settings) -> tuple:
+    """After each of three steps (step, learner from a sequence a process, learner from all of them in one)."""
+    ours = StraightThrough(masked, **settings)
+    with alone():
+        one = StraightThrough(expected, **settings)
+    for learner in (ours, one) if ours.curvature else ():
         learner.curvature._drawn = lambda _logits, sequences: sequences  # what is drawn depends on the process
     for step in range(3):
-        asked.clear()
-        ours.learn(tokens[group.rank][None], 0.1), alone.learn(tokens, 0.1)
+        ours.step(tokens[processes.rank()][None], 0.1, 1.0)
+        with alone():
+            one.step(tokens, 0.1, 1.0)
+        yield step, ours, one
+    assert_same(masked, expected, apart=2e-3)
+
+
+def by_gradients(folder: Path) -> None:
+    """What processes learn from a sequence each is what one learns from all of them; two gathers a layer and step."""
+    masked, expected = pair(folder, "float32")
+    for each in (masked, expected):
+        from_swaps(each, 1.0, TOKENS, sweeps=2)
+    assert_same(masked, expected, apart=1e-4)  # products of fewer rows may round otherwise
+    asked = gathers_of(masked)
+    for step, ours, one in learn(masked, expected, TOKENS[:processes.size()], checkpointing=True, curvature=True):
         passes = 2 if step else 4  # a measurement
         assert sorted(asked) == sorted([name for name, layer in masked.layers.items() if len(layer.bits)] * passes)
-        assert torch.allclose(ours.curvature.mean_squares, alone.curvature.mean_squares, rtol=1e-3)
-        found, expected_squares = (each.normalization.mean_squares for each in (ours, alone))
-        assert torch.allclose(found * group.size**2, expected_squares, rtol=1e-3)
-    assert_same(masked, expected, apart=2e-3)
-    moved = [float((plane - plane.round()).abs().max()) for layer in masked.layers.values() if len(layer.bits)
-             for plane in layer.logits]
-    assert max(moved) > 0.05
+        asked.clear()
+        assert torch.allclose(ours.curvature.mean_squares, one.curvature.mean_squares, rtol=1e-3)
+        found, expected_squares = (each.normalization.mean_squares for each in (ours, one))
+        assert torch.allclose(found * processes.size()**2, expected_squares, rtol=1e-3)
+    assert max(float((plane - plane.round()).abs().max()) for layer in masked.layers.values() if len(layer.bits)
+               for plane in layer.logits) > 0.05
 
 
 class Mixture(nn.Module):
@@ -168,60 +168,52 @@ class MixtureModel(nn.Module):
         pass
 
 
-def experts(group: ProcessGroup) -> None:
+def experts() -> None:
     """Experts that the text of one process does not reach get no other's gradient."""
     torch.manual_seed(0)
-    whole = MixtureModel().requires_grad_(False)
+    whole, size = MixtureModel().requires_grad_(False), processes.size()
     with torch.device("meta"):
         model = MixtureModel()
-    shard(model, group.device, group.size)
+    shard(model, torch.device("cpu"), size)
     for (name, module), (_, full) in zip(model.named_modules(), whole.named_modules()):
         if "experts." in name:
             own_weight(module).copy_(Rows.of(module).own(full.weight.data))
             module.bias.data.copy_(full.bias.data)
     model.embedding.load_state_dict(whole.embedding.state_dict()), model.head.load_state_dict(whole.head.state_dict())
-    masks, tokens = masks_of(whole, 2, 4), torch.arange(24).view(1, 24) * 2  # even: the first expert
-    tokens = torch.cat([tokens, *[tokens + 1] * (group.size - 1)]) % 64
+    masks, tokens = magnitude_masks(find_layers(whole)), torch.arange(24).view(1, 24) * 2  # even: the first expert
+    tokens = torch.cat([tokens, *[tokens + 1] * (size - 1)]) % 64
     masked, expected = (MaskedModel(each, masks, LinearSpace(2, 4), 1.0, mode="eager") for each in (model, whole))
-    assert batch_loss(model, tokens) == batch_loss(whole, tokens)
-    ours = StraightThrough(masked, group=group)
-    alone = StraightThrough(expected, group=ProcessGroup.__new__(ProcessGroup))
-    alone.group.size, alone.group.mean = 1, lambda values: values[0]
-    for _ in range(3):
-        ours.learn(tokens[group.rank][None], 0.1), alone.learn(tokens, 0.1)
-    assert_same(masked, expected, apart=2e-3)
+    assert masked.loss(tokens) == expected.loss(tokens)
+    for _ in learn(masked, expected, tokens):
+        pass
 
 
-def old_masks_are_noticed(folder: Path, group: ProcessGroup) -> None:
+def old_masks_are_noticed(folder: Path) -> None:
     """A model that keeps what it has gathered computes with old masks: an error, not silence."""
-    model, _ = load_sharded(str(folder), "float32", group, False)
-    model.set_reshard_after_forward(False)
-    model.reset_iter_state = lambda: None  # which would drop them
-    masked = MaskedModel(model, masks_of(load_model(str(folder), "float32", "cpu")[0], 2, 4), LinearSpace(2, 4),
-                         mode="eager")
-    batch_loss(model, TOKENS)
+    masked = pair(folder, "float32")[0]
+    masked.model.set_reshard_after_forward(False)
+    masked.model.reset_iter_state = lambda: None  # which would drop them
+    masked.loss(TOKENS)
     masked.update(1.0)
     with pytest.raises(RuntimeError, match="computed with an old mask"):
-        batch_loss(model, TOKENS)
+        masked.loss(TOKENS)
 
 
 def main(folder: Path) -> None:
-    group = ProcessGroup("cpu", 60)
     sharded_files.MOST_BYTES = 2**17  # of a file: OPT and GPT-2 are several
-    for name, dtype, n, m in (("llama", "float32", 2, 4), ("gpt2", "bfloat16", 4, 8), ("opt", "float16", 2, 4)):
-        masked, expected = forward_only(folder / name, group, dtype, n, m)
-        tensors = masked.state()[1]
-        if name == "llama" and group.size == 3:
-            if group.is_main:
-                checkpoint.save(folder / "state3.safetensors", {}, tensors)
-            else:
-                checkpoint.give_shards(tensors)
-        save_sharded(masked.model, folder / f"saved_{name}_{group.size}", group.is_main)
-        del masked, expected
-    by_gradients(folder / "gpt2", group), by_gradients(folder / "llama", group)
-    experts(group)
-    old_masks_are_noticed(folder / "llama", group)
-    group.__exit__(None, None, None)
+    with processes.joined("cpu"):
+        for name, dtype, n, m in (("llama", "float32", 2, 4), ("gpt2", "bfloat16", 4, 8), ("opt", "float16", 2, 4)):
+            masked = forward_only(folder / name, dtype, n, m)
+            tensors = masked.state()[1]
+            if name == "llama" and processes.size() == 3:
+                if processes.is_main():
+                    checkpoint.save(folder / "state3.safetensors", {}, tensors)
+                else:
+                    checkpoint.give_shards(tensors)
+            save_sharded(masked.model, folder / f"saved_{name}_{processes.size()}", processes.is_main())
+        by_gradients(folder / "gpt2"), by_gradients(folder / "llama")
+        experts()
+        old_masks_are_noticed(folder / "llama")
 
 
 if __name__ == "__main__":

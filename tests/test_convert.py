@@ -146,7 +146,7 @@ def test_apply_mask_is_what_pruning_did(w, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path, kind, monkeypatch):
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # a compiler takes longer than these steps
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # a compiler takes longer than these steps
     train.main(f"--model {w}/{kind} {PLACE} --mask {w}/{kind}.safetensors --dataset {w}/text.jsonl --dataset_size 8 "
                f"--batchsize 4 --sqlen 32 --baseline online --init random --max_step 2 "
                f"--out {tmp_path}/run".split())

@@ -1,13 +1,13 @@
 """training/curvature.py: its factors by enumeration, what it adds by a loss that is quadratic, and when."""
+import copy
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from masked import TOKENS, make, same
+from masked import TOKENS, learner_of, logits_of
 from torch import nn
 
-from masking.compiler import compiled
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from training.curvature import EVERY, Curvature, with_curvature
@@ -39,17 +39,18 @@ class OneLayer(nn.Module):
 
 
 def one_layer():
-    return MaskedModel(OneLayer(), {"layer": MASK}, LinearSpace(2, 4), mode="eager")
+    """(StraightThrough with the curvature of this model, its MaskedModel, its layer)."""
+    masked = MaskedModel(OneLayer(), {"layer": MASK}, LinearSpace(2, 4), mode="eager")
+    return StraightThrough(masked, curvature=True), masked, masked.layers["layer"]
 
 
 def test_the_factors_are_those_of_the_fisher_information():
     """At the outputs: of each word, the squared gradients of log p(y), all y weighed by their probability."""
-    masked = one_layer()
-    curvature, words = Curvature(masked, lambda: 1.0), WORDS.repeat(20000, 1)
-    learner = StraightThrough(masked, curvature=curvature)
-    logits_before = [plane.clone() for plane in masked.layers["layer"].logits]
-    curvature.measure(words)
-    assert all(map(torch.equal, logits_before, masked.layers["layer"].logits)) and not learner.is_measuring
+    learner, masked, layer = one_layer()
+    masked.seed = 2**63 - 1  # any can be measured with
+    before = logits_of(layer)
+    learner.curvature.measure(WORDS.repeat(20000, 1))
+    assert torch.equal(logits_of(layer), before) and not learner.is_measuring
     model, predicting = OneLayer(), WORDS[:, :-1]
     inputs = model.embed(predicting).flatten(0, 1)
     outputs = (inputs @ (model.layer.weight * MASK).T).requires_grad_()
@@ -58,7 +59,7 @@ def test_the_factors_are_those_of_the_fisher_information():
     for word in range(4):
         gradient, = torch.autograd.grad(probs[:, word].log().sum(), outputs, retain_graph=True)
         expected += (probs[:, word:word + 1].detach() * gradient.square()).mean(0)
-    at_outputs, of_inputs = curvature.factors["layer"]
+    at_outputs, of_inputs = learner.curvature.factors["layer"]
     assert torch.allclose(at_outputs, expected * 4 / 5, rtol=0.04)  # the last of five predicts nothing
     assert torch.allclose(of_inputs, model.embed(WORDS).flatten(0, 1).square().mean(0), rtol=1e-4)
 
@@ -68,8 +69,7 @@ def test_a_slope_becomes_the_whole_change_of_a_quadratic_loss(dtype, tolerance):
     """f = 1/2 sum F_ij (m_ij w_ij - w_ij)^2 + c.(m w): what adding or dropping any one weight changes it by."""
     outputs, inputs = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.3, 2.0, 0.7])
     fisher, linear = torch.outer(outputs, inputs), torch.tensor([[0.3, -0.2, 0.1, 0.5], [1.0, -1.0, 0.2, 0.4]])
-    masked = one_layer()
-    layer = masked.layers["layer"]
+    *_, layer = one_layer()
     weight, mask = layer.weight, MASK.float()
 
     def loss(mask):
@@ -83,84 +83,56 @@ def test_a_slope_becomes_the_whole_change_of_a_quadratic_loss(dtype, tolerance):
         assert float((found.float() * weight)[place]) == pytest.approx(loss(kept) - loss(dropped), abs=tolerance)
 
 
-def test_it_counts_from_its_place_in_the_run_on():
-    masked, progress, seen = one_layer(), [0.0], []
-    curvature = Curvature(masked, lambda: progress[0], ramp=(0.5, 0.75))
-    learner = StraightThrough(masked, curvature=curvature)
+def test_it_counts_from_its_place_in_the_run_on(monkeypatch):
+    learner, masked, layer = one_layer()
+    learner.curvature, seen = Curvature(masked, ramp=(0.5, 0.75)), []
 
     def record(_logits, _bits, _weight, gradient, *_, **__):
         seen.append(gradient)
-        return torch.ones(2, dtype=torch.bool)
-    masked.kernels.vjp = record
-    for progress[0] in (0.2, 0.5, 0.625, 0.75, 1.0):
-        learner.learn(WORDS, 0.0)
+        return torch.ones(2)
+    monkeypatch.setattr(masked.kernels, "vjp", record)
+    for progress in (0.2, 0.5, 0.625, 0.75, 1.0):
+        learner.step(WORDS, 0.0, progress)
     assert torch.equal(seen[0], seen[1])
     half, full, after = (gradient - seen[0] for gradient in seen[2:])
     assert torch.allclose(2 * half, full, atol=1e-6) and torch.equal(full, after)
     assert full.abs().max() > 1e-3
-    curvature.tokens *= 2  # gradients are sums over them
-    gradient = curvature.added_to(torch.zeros(2, 4), masked.layers["layer"])
-    assert torch.allclose(gradient, 2 * full, atol=1e-6)
+    learner.curvature.tokens *= 2  # gradients are sums over them
+    assert torch.allclose(learner.curvature.added_to(torch.zeros(2, 4), layer), 2 * full, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_layer_is_measured_now_and_then(load, kind, checkpointing):
-    masked, *_ = make(load(kind))
-    curvature = Curvature(masked, lambda: 1.0)
-    learner = StraightThrough(masked, checkpointing=checkpointing, curvature=curvature)
+    learner = learner_of(load(kind), checkpointing=checkpointing, curvature=True)[0]
     measured = []
     for _ in range(EVERY + 1):
-        learner.learn(TOKENS, 0.0)
-        measured.append(curvature.mean_squares.clone())
+        learner.step(TOKENS, 0.0, 1.0)
+        measured.append(learner.curvature.mean_squares.clone())
     assert measured[0].isfinite().all() and (measured[0] >= 0).all() and measured[0].count_nonzero() > 100
     assert all(torch.equal(measured[0], later) for later in measured[1:EVERY])
     assert not torch.equal(measured[EVERY], measured[0])
 
 
-def test_any_seed_can_be_measured_with():
-    masked = one_layer()
-    masked.seed = 2**63 - 1
-    curvature = Curvature(masked, lambda: 1.0)
-    StraightThrough(masked, curvature=curvature).learn(WORDS, 0.1)
-    assert curvature.mean_squares.isfinite().all()
-
-
 def test_what_is_not_finite_is_not_taken_in():
-    masked = one_layer()
-    curvature = Curvature(masked, lambda: 1.0)
-    learner = StraightThrough(masked, curvature=curvature)
-    learner.learn(WORDS, 0.1)
-    before = curvature.mean_squares.clone()
+    learner, masked, _ = one_layer()
+    learner.step(WORDS, 0.1, 1.0)
+    before = learner.curvature.mean_squares.clone()
     masked.model.head.weight.data[0, 0] = torch.nan
-    curvature.measure(WORDS)
-    assert torch.equal(before, curvature.mean_squares) and before.isfinite().all()
+    learner.curvature.measure(WORDS)
+    assert torch.equal(before, learner.curvature.mean_squares) and before.isfinite().all()
 
 
 def test_a_restored_state_goes_on_alike():
-    ends = []
-    for stopped in (False, True):
-        masked = one_layer()
-        curvature = Curvature(masked, lambda: 1.0)
-        learner = StraightThrough(masked, curvature=curvature)
-        for step in range(6):
-            if stopped and step == 3:
-                logits = [plane.clone() for plane in masked.layers["layer"].logits]
-                bits, (_, tensors) = masked.layers["layer"].bits.clone(), learner.state()
-                masked = one_layer()
-                for plane, value in zip(masked.layers["layer"].logits, logits):
-                    plane.copy_(value)
-                masked.layers["layer"].bits.copy_(bits)
-                masked.steps = step
-                learner = StraightThrough(masked, curvature=Curvature(masked, lambda: 1.0))
-                learner.restore({}, lambda name, like, tensors=tensors: tensors[name])
-            learner.learn(WORDS, 0.3)
-        ends.append({str(i): plane for i, plane in enumerate(masked.layers["layer"].logits)})
-    assert same(*ends)
-
-
-def test_its_compiled_form_is_the_same():
-    gradient, weight = torch.randn(8, 16), torch.randn(8, 16)
-    bits = torch.full((32,), 0b0110, dtype=torch.uint8)
-    given = gradient, weight, bits, torch.rand(8), torch.rand(16), 4
-    assert torch.allclose(compiled(with_curvature, with_curvature)(*given), with_curvature(*given), atol=1e-6)
+    learner, masked, layer = one_layer()
+    for step in range(6):
+        if step == 3:
+            saved = copy.deepcopy([part.state() for part in (masked, learner)])
+        learner.step(WORDS, 0.3, 1.0)
+    again, masked, restored = one_layer()
+    for part, (scalars, tensors) in zip((masked, again), saved):
+        part.restore(scalars, lambda name, like, tensors=tensors: tensors[name])
+    for _ in range(3):
+        again.step(WORDS, 0.3, 1.0)
+    assert torch.equal(logits_of(layer), logits_of(restored))
+    assert torch.equal(learner.curvature.mean_squares, again.curvature.mean_squares)

@@ -1,9 +1,6 @@
 """masking/kernels.py: the fused, the compiled and the exact step against pge.py."""
-import itertools
-import os
-import shutil
 from functools import partial
-from importlib import import_module
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,9 +11,9 @@ from masked import planes_of, seeded
 
 import pge
 from masking import exact_kernels
-from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits, write_masked
-from masking.kernels import Kernels, compiled, eager_update, fused_update
-from masking.random_bits import layer_keys, random_bits, round_stochastically
+from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits
+from masking.kernels import Kernels, eager_update
+from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace, PatternSpace
 
 FUSED = [(n, m) for n in range(1, 5) for m in range(n + 1, 9)]
@@ -28,7 +25,7 @@ def same_bits(a, b):
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(words), b.contiguous().view(words))
 
 
-def take(function, logits, mask, coefficient=0.0, dtype=torch.float32, weight=None, seed=0, t=0, args=None):
+def take(function, logits, mask, coefficient=0.0, dtype=torch.float32, weight=None, t=0, args=None):
     """One step from logits and mask `[blocks, M]`: new logits `[blocks, M]`, mask and masked weight.
 
     args: what the function takes at the end; n and m if not given.
@@ -37,14 +34,10 @@ def take(function, logits, mask, coefficient=0.0, dtype=torch.float32, weight=No
     planes, bits = planes_of(logits, dtype), mask_to_bits(mask)
     weight = torch.zeros(mask.numel(), dtype=torch.bfloat16) if weight is None else weight
     out = torch.full_like(weight, 7.0)
-    key = layer_keys(seed, t, 1)[0]
+    key = layer_keys(0, t, 1)[0]
     function(planes, bits, weight, out, torch.tensor(coefficient), key, *((n, m) if args is None else args))
     assert planes[0].dtype == dtype and bits.dtype == bits_dtype(m)
     return torch.stack(planes, 1), bits_to_mask(bits, m), out
-
-
-def in_linear_space(n, m):
-    return {"args": (LinearSpace(n, m),)}
 
 
 def fused_score(logits, mask):
@@ -56,16 +49,12 @@ def fused_score(logits, mask):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 16), st.integers(1, 40), st.integers(0, 2**31))
-def test_bits_round_trip(m, blocks, seed):
+def test_bit_i_is_weight_i(m, blocks, seed):
     mask = torch.rand(blocks, m, generator=seeded(seed)) < 0.5
     bits = mask_to_bits(mask)
     assert bits.dtype == (torch.uint8 if m <= 8 else torch.int32)
+    assert bits.tolist() == [sum(1 << i for i in range(m) if row[i]) for row in mask.tolist()]
     assert torch.equal(bits_to_mask(bits, m), mask)
-
-
-def test_bit_i_is_weight_i():
-    assert mask_to_bits(torch.tensor([[True, False, False, True]])).tolist() == [9]
-    assert mask_to_bits(torch.ones(1, 16).bool()).tolist() == [2**16 - 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -75,9 +64,8 @@ def test_write_masked(m, dtype):
     weight = torch.randn(300 * m, generator=seeded(m)).to(dtype)
     weight[::7], weight[1::11], weight[2::13] = -0.0, torch.nan, -torch.inf
     mask = torch.rand(300, m, generator=seeded(m + 1)) < 0.5
-    out = torch.full_like(weight, torch.nan)
-    before = weight.clone()
-    write_masked(weight, mask_to_bits(mask), out, m)
+    out, before = torch.full_like(weight, torch.nan), weight.clone()
+    Kernels(LinearSpace(1, m), "eager").write(weight, mask_to_bits(mask), out)
     assert same_bits(out, torch.where(mask.flatten(), weight, torch.zeros_like(weight)))
     assert same_bits(weight, before)
 
@@ -85,13 +73,16 @@ def test_write_masked(m, dtype):
 @pytest.mark.parametrize("n, m", [(2, 4), (2, 5), (4, 8), (8, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_step_writes_the_weight_under_the_mask_it_drew(n, m, dtype):
-    logits = torch.randn(200, m, generator=seeded(0))
+    """In slices of blocks as in one piece."""
+    space, logits = LinearSpace(n, m), torch.randn(200, m, generator=seeded(0)) * 2
     weight = -torch.randn(200 * m, generator=seeded(1)).to(dtype)
     weight[::3] = torch.inf
-    function, args = (eager_update, None) if n <= 4 else (exact_kernels.update, (LinearSpace(n, m),))
-    _, mask, out = take(function, logits, pge.mode(logits, n), 0.1, weight=weight, args=args)
-    assert (mask.sum(1) == n).all()
-    assert same_bits(out, torch.where(mask.flatten(), weight, torch.zeros_like(weight)))
+    whole = take(Kernels(space, "eager").update, logits, pge.mode(logits, n), 0.1, dtype, weight, args=())
+    assert (whole[1].sum(1) == n).all()
+    assert same_bits(whole[2], torch.where(whole[1].flatten(), weight, torch.zeros_like(weight)))
+    if n <= 4:
+        parts = take(partial(eager_update, chunk=96), logits, pge.mode(logits, n), 0.1, dtype, weight)
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts))
 
 
 # ---------------------------------------------------------------------------------------------------------- the update
@@ -132,79 +123,21 @@ def test_extreme_logits_stay_finite(n, m):
             assert ((updated - logits).abs() <= 0.51 * n + logits.abs() / 100).all()
 
 
-@pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (2, 8), (3, 4), (4, 8)])
-def test_the_update_is_minus_coefficient_times_score(n, m):
-    logits = torch.randn(300, m, generator=seeded(0)) * 3
-    mask = pge.sample(logits, n, seeded(1))
-    expected = logits - 0.37 * pge.score(logits, mask)
-    for function, kwargs in ((eager_update, {}), (exact_kernels.update, in_linear_space(n, m))):
-        assert torch.allclose(take(function, logits, mask, 0.37, **kwargs)[0], expected, atol=2e-6, rtol=0)
-
-
-@pytest.mark.parametrize("space", [LinearSpace(8, 16), PatternSpace(2, 4)])
-def test_the_exact_step_serves_every_space(space):
-    logits = torch.randn(40, space.width, generator=seeded(0))
+@pytest.mark.parametrize("space", [LinearSpace(1, 4), LinearSpace(2, 4), LinearSpace(2, 8), LinearSpace(3, 4),
+                                   LinearSpace(4, 8), LinearSpace(8, 16), PatternSpace(2, 4)])
+def test_the_update_is_minus_coefficient_times_score(space):
+    """By the fused routines as by the exact ones; draws repeat with the step's key; the mode is the space's."""
+    logits = torch.randn(300, space.width, generator=seeded(0)) * 3
     mask = space.sample(logits, seeded(1))
-    kwargs = {"coefficient": 0.5, "args": (space,)}
-    updated, drawn, _ = take(exact_kernels.update, logits, mask, **kwargs)
-    assert torch.allclose(updated, logits - 0.5 * space.score(logits, mask), atol=1e-6)
-    assert (drawn.sum(1) == space.n).all() and not torch.equal(drawn, mask)
-    again, other = (take(exact_kernels.update, logits, mask, t=t, **kwargs)[1] for t in (0, 1))
-    assert torch.equal(again, drawn) and not torch.equal(other, drawn)
-    planes, bits, weight = planes_of(updated), mask_to_bits(mask), torch.ones(mask.numel())
-    Kernels(space).update(planes, bits, weight, weight.clone(), torch.tensor(0.5), layer_keys(0, 0, 1)[0])
-    assert torch.allclose(torch.stack(planes, 1), updated - 0.5 * space.score(updated, mask), atol=1e-6)
-
-
-@pytest.mark.parametrize("mode", ["eager", "exact"])
-@pytest.mark.parametrize("space", [LinearSpace(2, 4), LinearSpace(8, 16), PatternSpace(2, 4)])
-def test_the_mode_and_the_weight_masked_by_it(space, mode):
-    kernels, logits = Kernels(space, mode), torch.randn(40, space.width, generator=seeded(0))
-    bits = kernels.mode(planes_of(logits))
-    mask = bits_to_mask(bits, space.m)
-    assert bits.dtype == bits_dtype(space.m) and torch.equal(mask, space.mode(logits))
-    weight = -torch.rand(mask.numel(), generator=seeded(1)) - 0.1
-    for once in (False, True):
-        out = torch.full_like(weight, torch.nan)
-        kernels.write(weight, bits, out, once)
-        assert same_bits(out, torch.where(mask.flatten(), weight, torch.zeros_like(weight)))
-
-
-@pytest.mark.parametrize("n, m", [(2, 4), (2, 5), (4, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_slices_give_the_numbers_of_one_piece(n, m, dtype):
-    logits = torch.randn(1000, m, generator=seeded(0)) * 2
-    mask = pge.sample(logits, n, seeded(1))
-    weight = torch.randn(mask.numel(), generator=seeded(2))
-    whole, parts = (take(partial(eager_update, chunk=chunk), logits, mask, 0.3, dtype, weight)
-                    for chunk in (4096, 96))
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts))
-
-
-@pytest.mark.parametrize("n, m, mode, dtype", [
-    *itertools.product([2], [4], ["eager", "exact"], [torch.float32, torch.float16]),
-    (5, 8, "eager", torch.float32), (2, 16, "eager", torch.float32), (8, 16, "eager", torch.float32)])
-def test_a_step_from_several_masks_draws_them_again_and_adds_their_scores(n, m, mode, dtype):
-    """Also where a pattern is too wide for the fused score, though not for the fused draw."""
-    space, coefficients = LinearSpace(n, m), torch.tensor([0.5, -0.25, 2.0])
-    logits = planes_of(torch.randn(3000, m, generator=seeded(0)) * 2, dtype)
-    weight, out = torch.randn(3000 * m, generator=seeded(1)), torch.empty(3000 * m)
-    bits = torch.zeros(3000, dtype=bits_dtype(m))
-    keys = torch.cat([layer_keys(0, 5, 1, sample) for sample in (0, 1, 2, 7, 8)])
-    masks = []
-    for key in keys[:3]:
-        Kernels(space, mode).draw(logits, bits, weight, out, key)
-        masks.append(bits_to_mask(bits, m))
-    before = torch.stack(logits, 1).float()
-    expected = before - sum(c * pge.score(before.double(), mask) for c, mask in zip(coefficients, masks))
-    Kernels(space, mode).update_many(logits, bits, weight, out, coefficients, keys)
-    after = torch.stack(logits, 1)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # rounded stochastically
-    assert (after - expected).abs().max() < tolerance
-    drawn, written = bits.clone(), out.clone()
-    Kernels(space, mode).draw(logits, bits, weight, out, keys[-1])  # the next mask is the last key's
-    assert torch.equal(bits, drawn) and torch.equal(out, written)
-    assert len({mask.numpy().tobytes() for mask in (*masks, bits_to_mask(bits, m))}) == 4
+    expected = logits - 0.37 * space.score(logits, mask)
+    for mode in ("eager", "exact"):
+        kernels = Kernels(space, mode)
+        assert torch.equal(bits_to_mask(kernels.mode(planes_of(logits)), space.m), space.mode(logits))
+        step = partial(take, kernels.update, logits, mask, 0.37, args=())
+        updated, drawn, _ = step()
+        assert torch.allclose(updated, expected, atol=2e-6, rtol=0)
+        assert (drawn.sum(1) == space.n).all() and not torch.equal(drawn, mask)
+        assert torch.equal(step()[1], drawn) and not torch.equal(step(t=1)[1], drawn)
 
 
 def test_the_exact_score_takes_fewer_blocks_at_a_time_where_they_are_wide():
@@ -214,28 +147,22 @@ def test_the_exact_score_takes_fewer_blocks_at_a_time_where_they_are_wide():
         numbers = space.n * 2**space.n if isinstance(space, LinearSpace) else space.width
         assert blocks >= 1 and blocks * numbers <= 2**24
     assert exact_kernels.blocks_at_a_time(LinearSpace(4, 8), 2**18) == 2**18
+    assert exact_kernels.chunk_of(torch.ones(1)) < exact_kernels.chunk_of(Mock(device=torch.device("cuda")))  # launches
 
 
-def test_the_masks_of_a_step_have_keys_of_their_own():
-    keys = torch.cat([layer_keys(0, t, 50, sample) for t in range(10) for sample in range(10)])
-    assert len({tuple(key) for key in keys.tolist()}) == 5000
-    assert torch.equal(layer_keys(3, 4, 5), layer_keys(3, 4, 5, 0))
-
-
+@pytest.mark.parametrize("mode", ["eager", "exact"])
 @pytest.mark.parametrize("dtype, value", [(torch.float16, 3.0), (torch.bfloat16, 3.0), (torch.float16, 0.0)])
-def test_updates_far_below_a_16_bit_step_count_on_average(dtype, value):
+def test_updates_far_below_a_16_bit_step_count_on_average(dtype, value, mode):
     """Rounded to nearest, not one logit of 3 would move: the update is a 200th (1600th) of the step between numbers.
     Planes 2k and 2k+1 share their random bits: their roundings must not go together."""
     logits = torch.full((2**18, 4), value)
     mask = torch.tensor([True, True, False, False]).expand(2**18, 4)
     coefficient = 2e-5 if value else 1e-8
-    updated = take(eager_update, logits, mask, coefficient, dtype)[0].double()
+    moved = take(Kernels(LinearSpace(2, 4), mode).update, logits, mask, coefficient, dtype, args=())[0].double() - value
     expected = -coefficient * pge.score(logits[:1], mask[:1])[0].double()
-    moved = updated - value
     spread = moved.std(0) / 2**9
     assert (spread > 0).all() and ((moved.mean(0) - expected).abs() < 5 * spread).all()
-    correlation = torch.corrcoef(moved.T) - torch.eye(4)
-    assert correlation.abs().max() < 5 / 2**9
+    assert (torch.corrcoef(moved.T) - torch.eye(4)).abs().max() < 5 / 2**9
 
 
 # ----------------------------------------------------------------------------------------------------- the masks drawn
@@ -246,29 +173,19 @@ DRAWS = [  # n, m and the bits of the weights that lead; by one number and a tab
 ]
 
 
-def leading(n, m, code, gap):
-    return bits_to_mask(torch.tensor([code]), m)[0] * gap
-
-
-def draw_counts(function, logits, n, times, **kwargs):
-    """Counts of the patterns drawn from one block's logits: `times` steps of 2^18 blocks, coefficient 0."""
+def check_draws(function, n, m, code, gap, times, **given):
+    """The patterns drawn where the weights of these bits lead by a gap: `times` steps of 2^18 blocks, coefficient 0."""
+    logits = bits_to_mask(torch.tensor([code]), m)[0] * gap
     block = logits.expand(2**18, -1)
     mask = pge.mode(block, n)
-    return sum(pattern_counts(take(function, block, mask, t=t, **kwargs)[1]) for t in range(times))
-
-
-@pytest.mark.parametrize("gap", [0.0, 3.0, 10.0])
-@pytest.mark.parametrize("n, m, code", DRAWS)
-def test_masks_drawn_have_the_exact_distribution(n, m, code, gap):
-    logits = leading(n, m, code, gap)
-    counts = draw_counts(eager_update, logits, n, 4 if m < 6 else 2)
+    counts = sum(pattern_counts(take(function, block, mask, t=t, args=(), **given)[1]) for t in range(times))
     assert chi_square(counts, distribution(logits.tolist(), n)) > 1e-4
 
 
-def test_masks_drawn_by_the_exact_step_have_the_same_distribution():
-    logits = leading(2, 4, 0b1010, 3.0)
-    counts = draw_counts(exact_kernels.update, logits, 2, 1, **in_linear_space(2, 4))
-    assert chi_square(counts, distribution(logits.tolist(), 2)) > 1e-4
+@pytest.mark.parametrize("gap", [0.0, 3.0, 10.0])
+@pytest.mark.parametrize("n, m, code, mode", [*[(*draw, "eager") for draw in DRAWS], (2, 4, 0b1010, "exact")])
+def test_masks_drawn_have_the_exact_distribution(n, m, code, mode, gap):
+    check_draws(Kernels(LinearSpace(n, m), mode).update, n, m, code, gap, 4 if m < 6 else 2)
 
 
 def test_masks_are_drawn_from_the_updated_logits():
@@ -279,68 +196,44 @@ def test_masks_are_drawn_from_the_updated_logits():
     assert chi_square(pattern_counts(drawn), distribution(updated[0].tolist(), 2)) > 1e-4
     assert chi_square(pattern_counts(drawn), distribution(logits[0].tolist(), 2)) < 1e-9
     updated, drawn, _ = take(eager_update, logits, mask, 3.0, torch.bfloat16)
-    rounded = updated[:, 0].unique()
-    for value in rounded[:1]:
-        chosen = (updated == updated[updated[:, 0] == value][0]).all(1)
-        assert chosen.sum() > 2000
-        assert chi_square(pattern_counts(drawn[chosen]), distribution(updated[chosen][0].tolist(), 2)) > 1e-4
+    chosen = (updated == updated[updated[:, 0] == updated[:, 0].min()][0]).all(1)
+    assert chosen.sum() > 2000
+    assert chi_square(pattern_counts(drawn[chosen]), distribution(updated[chosen][0].tolist(), 2)) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_maskpro_finds_the_best_mask(dtype):
+    """From the worst mask there is, from losses alone, f = sum of the w_i^2 that are pruned + |e|^2: that of a linear
+    regression on orthonormal inputs, whose noise e is each minibatch's own."""
+    order = torch.rand(16, 4, generator=seeded(0)).argsort(1)  # the best mask keeps the two largest of each block
+    weight = torch.tensor([2.0, 1.5, 0.5, 0.25])[order].flatten() / 4
+    worst, noise = order >= 2, (0.0, 1.0, 25.0)
+    loss = weight.square().sum() - (weight * worst.flatten()).square().sum()
+    logits, bits, out = planes_of(worst.float(), dtype), mask_to_bits(worst), weight * worst.flatten()
+    estimator = pge.MaskPro(0.99, debias=True)
+    for t in range(4500):
+        found = weight.square().sum() - out.square().sum()
+        advantage = estimator.advantage(float(found + noise[t % 3]), float(loss + noise[t % 3]))
+        eager_update(logits, bits, weight, out, torch.tensor(0.3 * advantage), layer_keys(0, t, 1)[0], 2, 4)
+    assert torch.equal(pge.mode(torch.stack(logits, 1).float(), 2), order < 2)
 
 
 # -------------------------------------------------------------------------------------------------------- the compiler
 
-@pytest.fixture
-def compiler():
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        pytest.skip("no C++ compiler on this machine: torch.compile cannot work")
-
-
-@pytest.mark.parametrize("n, m", [(2, 4), (2, 5)], ids=["table", "race"])
-def test_the_compiled_step_is_the_eager_one(n, m, compiler, capsys):
-    """Same logits, same masks but for a vanishing share (a sum may be rounded otherwise), the same distribution.
+@pytest.mark.parametrize("n, m, dtype", [(2, 4, torch.float32), (2, 5, torch.bfloat16)], ids=["table", "race"])
+def test_the_compiled_step_is_the_eager_one(n, m, dtype, compiler, capsys):
+    """Same logits and masks but for a vanishing share (a sum may be rounded otherwise), the same distribution.
 
     A compilation takes 10 to 15 s on two cores, so there are only two: one for each way to draw.
     """
-    run = Kernels(LinearSpace(n, m)).update
-    logits = torch.randn(2**18, m, generator=seeded(0)) * 3
+    kernels, logits = Kernels(LinearSpace(n, m)), torch.randn(2**18, m, generator=seeded(0)) * 3
     mask = pge.sample(logits, n, seeded(1))
-    weight = torch.randn(mask.numel(), generator=seeded(2)).bfloat16()
-    fast = take(run, logits, mask, 0.3, weight=weight, args=())
-    slow = take(eager_update, logits, mask, 0.3, weight=weight)
-    assert "no working compiler" not in capsys.readouterr().err
-    assert torch.allclose(fast[0], slow[0], atol=1e-5, rtol=1e-5)
+    given = {"dtype": dtype, "weight": torch.randn(mask.numel(), generator=seeded(2)).bfloat16()}
+    fast = take(kernels.update, logits, mask, 0.3, args=(), **given)
+    slow = take(eager_update, logits, mask, 0.3, **given)
+    assert "torch.compile failed" not in capsys.readouterr().err
+    assert torch.isclose(fast[0], slow[0], atol=1e-5, rtol=1e-5).all(1).float().mean() > 1 - 1e-3
     assert (fast[1] != slow[1]).any(1).float().mean() < 1e-4
-    assert same_bits(fast[2], torch.where(fast[1].flatten(), weight, torch.zeros_like(weight)))
+    assert same_bits(fast[2], torch.where(fast[1].flatten(), given["weight"], torch.zeros_like(given["weight"])))
     for gap in (0.0, 3.0, 10.0):
-        block = leading(n, m, 0b1010, gap)
-        counts = draw_counts(run, block, n, 4, weight=weight, args=())
-        assert chi_square(counts, distribution(block.tolist(), n)) > 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_compiled_rounding_is_the_eager_one(dtype, compiler):
-    """Of the step with 16-bit logits, what differs from that with 32: it compiles in a second."""
-    x = torch.randn(2**14, generator=seeded(0)) * torch.tensor([1e-6, 1e-4, 1.0, 1e3]).repeat(2**12)
-    bits = random_bits(torch.arange(2**14, dtype=torch.int32), layer_keys(0, 0, 1)[0])
-    fast = torch.compile(round_stochastically, dynamic=False)(x, dtype, bits)
-    assert same_bits(fast, round_stochastically(x, dtype, bits))
-
-
-def test_without_a_compiler_the_step_runs_eagerly_and_says_so_once(monkeypatch, capsys):
-    def broken(*args):
-        raise import_module("torch._inductor.exc").InvalidCxxCompiler
-
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: broken)
-    run = compiled.__wrapped__(fused_update, eager_update)
-    logits = torch.randn(50, 4, generator=seeded(0))
-    results = [take(function, logits, pge.mode(logits, 2), 0.3) for function in (run, run, eager_update)]
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results))
-    assert capsys.readouterr().err.count("no working compiler") == 1
-
-
-def test_errors_that_are_not_the_compilers_are_not_hidden(monkeypatch):
-    def wrong(*args):
-        raise ValueError("shapes differ")
-
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: wrong)
-    with pytest.raises(ValueError, match="shapes differ"):
-        compiled.__wrapped__(fused_update, eager_update)()
+        check_draws(kernels.update, n, m, 0b1010, gap, 4, **given)

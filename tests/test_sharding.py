@@ -1,21 +1,23 @@
 """Layers shared out to several processes by FSDP: masks and losses of one process, and no more than rows in memory."""
 import inspect
+import shutil
+from pathlib import Path
 
 from utils import UserError
 
 import pytest
-import tiny
 import torch
 import transformers
 from launched import ROOT, Launched
-from sharded_script import TOKENS, masks_of
+from masked import magnitude_masks, same
+from sharded_script import TOKENS
 from torch import nn
 from torch.distributed import fsdp
 
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.layers import find_layers
 from models.loading import DTYPE, load_model
-from models.loss import batch_loss
 from models.sharding import check_version, decoder_layers
 from training.checkpoint import StateFile
 
@@ -23,17 +25,10 @@ pytestmark = pytest.mark.skipif("ignored_params" not in inspect.signature(fsdp.f
                                 reason="FSDP takes no ignored_params before torch 2.8")
 
 
-@pytest.fixture(scope="module")
-def w(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharding")
-    for name, make in tiny.MODELS.items():
-        make(folder / name)
-    return folder
-
-
 @pytest.mark.parametrize("processes", [2, 3])
-def test_sharded_models_are_whole_models(w, tmp_path, processes):
+def test_sharded_models_are_whole_models(models, tmp_path, processes):
     """See tests/sharded_script.py; 3 processes have unequal parts. What they save, one reads."""
+    w = Path(shutil.copytree(Path(models["llama"]).parent, tmp_path / "models"))
     launched = Launched(processes, [ROOT / "tests/sharded_script.py", w], tmp_path / "said.txt")
     assert launched.wait() == 0, launched.said
     for name, dtype in (("llama", "float32"), ("gpt2", "bfloat16"), ("opt", "float16")):
@@ -50,15 +45,14 @@ def test_sharded_models_are_whole_models(w, tmp_path, processes):
 
 def read_by_one(w) -> None:
     """One process restores what three have saved: the state that it comes to itself."""
-    one, again = (MaskedModel(model, masks_of(model, 2, 4), LinearSpace(2, 4), 1.0, torch.float16, mode="eager")
+    one, again = (MaskedModel(model, magnitude_masks(find_layers(model)), LinearSpace(2, 4), 1.0, torch.float16,
+                              mode="eager")
                   for model in (load_model(str(w / "llama"), "float32", "cpu")[0] for _ in range(2)))
     for _ in range(3):
-        one.update(5 * batch_loss(one.model, TOKENS))
-    one.flush()
-    state = StateFile(w / "state3.safetensors")
-    again.restore({"steps": 3}, state.read)
-    for name, tensor in one.state()[1].items():
-        assert torch.equal(tensor, again.state()[1][name]), name
+        one.update(5 * one.loss(TOKENS))
+    expected = one.state()[1]
+    again.restore({"steps": 3}, StateFile(w / "state3.safetensors").read)
+    assert same(expected, again.state()[1])
 
 
 def test_decoder_layers_are_the_outermost_lists():

@@ -1,31 +1,32 @@
-"""What a backward pass of training/straight_through.py holds in memory, and what is as before when it is over."""
+"""What training/straight_through.py holds in memory, and makes of a model; what is as before when it is over."""
 import weakref
 
 import pytest
+import tiny
 import torch
 import transformers
-from masked import (
-    TOKENS,
-    all_logits,
-    forward,
-    learner_of,
-    used_weights,
-)
+from masked import TOKENS, all_logits, forward, learner_of, used_weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from masking.kernels import Kernels
+from masking.spaces import LinearSpace
 from models.layers import find_layers
+from training.faster_model import SHORT, speed_up
 
 KINDS = ["llama", "gpt2", "opt"]
+NORMED = {"Llama": {}, "Gemma": {"head_dim": 16}, "Qwen3": {"head_dim": 16}}  # Qwen3 has norms of heads, too
+SIZES = dict(vocab_size=64, hidden_size=tiny.HIDDEN, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+             initializer_range=tiny.SPREAD, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
-def deep_llama(layers):
-    """A Llama of narrow layers, whose weights outweigh the activations of a few tokens."""
+def model_of(kind, layers=2):
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip("Qwen3 came with transformers 4.51")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_attention_heads=4,
-                                      num_hidden_layers=layers, initializer_range=0.1)
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    config = getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, **SIZES, **NORMED[kind])
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 def storages(values):
@@ -63,17 +64,17 @@ def growth(peak_of_depth):
     return (peak_of_depth(8) - peak_of_depth(2)) / 6
 
 
-WEIGHTS = 4 * (4 * 64 * 64 + 3 * 64 * 128)  # bytes of a decoder layer's projections
+WEIGHTS = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)  # bytes of a decoder layer's projections
 
 
 def peak_of_learning(depth, tokens, **kwargs):
-    learner = learner_of(deep_llama(depth), **kwargs)[0]
-    learner.learn(tokens, 0.1)  # after it, what stays is there already
-    return peak_bytes(lambda: learner.learn(tokens, 0.1))
+    learner = learner_of(model_of("Llama", depth), **kwargs)[0]
+    learner.step(tokens, 0.1)  # after it, what stays is there already
+    return peak_bytes(lambda: learner.step(tokens, 0.1))
 
 
 def peak_of_autograd(depth, tokens):
-    model = deep_llama(depth)
+    model = model_of("Llama", depth)
     for module in find_layers(model).values():
         module.weight.requires_grad_()
     def learn():
@@ -94,23 +95,6 @@ def test_checkpointing_keeps_a_layers_input_only():
     assert saved < 2 * 4 * 64 * tokens.numel() < plain / 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_freed_one_by_one(kind, load, checkpointing):
-    """When a layer's gradient comes, those of the layers before are gone; no parameter has a .grad."""
-    learner, masked, _ = learner_of(load(kind), checkpointing=checkpointing)
-    consume, alive, counts = learner.consume, [], []
-
-    def record(layer, gradient):
-        counts.append(sum(reference() is not None for reference in alive))
-        alive.append(weakref.ref(gradient))
-        consume(layer, gradient)
-    learner.consume = record
-    learner.learn(TOKENS, 0.1)
-    assert counts == [0] * len(masked.layers) and all(reference() is None for reference in alive)
-    assert all(parameter.grad is None for parameter in masked.model.parameters())
-
-
 def with_chances(model, chance=0.5):
     """The model with every dropout and layerdrop it has at this chance."""
     for module in model.modules():
@@ -124,32 +108,71 @@ def with_chances(model, chance=0.5):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_changes_no_number(kind, load):
+def test_checkpointing_changes_no_number_and_finish_gives_everything_back(kind, load):
     """Nor do dropout and layerdrop, which the libraries' checkpointing would switch on."""
+    def settings_of(model):
+        return [({name: value for name, value in vars(module).items() if isinstance(value, (float, bool))},
+                 len(module._forward_hooks), "forward" in vars(module)) for module in model.modules()]
     runs = []
     for checkpointing in (False, True):
-        learner, masked, _ = learner_of(with_chances(load(kind)), checkpointing=checkpointing)
-        losses = [learner.learn(TOKENS, 0.3) for _ in range(3)]
-        runs.append((losses, all_logits(masked), forward(masked.model)))
-    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
-    assert all(torch.allclose(runs[0][1][name], runs[1][1][name], atol=1e-5) for name in runs[0][1])
-    assert torch.allclose(runs[0][2], runs[1][2], atol=1e-5)
+        model = with_chances(load(kind))
+        before = settings_of(model)
+        learner, masked, dense = learner_of(model, checkpointing=checkpointing)
+        assert kind != "llama" or "forward" in vars(model.model.norm)  # made faster
+        losses = torch.tensor([learner.step(TOKENS, 0.3).loss for _ in range(3)])
+        assert all(parameter.grad is None for parameter in model.parameters())
+        runs.append({"losses": losses, "outputs": forward(model), **all_logits(masked)})
+        masks = masked.finish()
+        after = [({name: now[name] for name in was}, *rest)
+                 for (now, *rest), (was, *_) in zip(settings_of(model), before)]
+        assert after == before and not model.training and not getattr(model, "is_gradient_checkpointing", False)
+        assert torch.allclose(forward(model), runs[-1]["outputs"], atol=1e-5)
+        assert all(torch.equal(weight, dense[name] * masks[name]) for name, weight in used_weights(model).items())
+    assert all(torch.allclose(value, runs[1][name], atol=1e-5) for name, value in runs[0].items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_finish_gives_everything_back(kind, load, checkpointing):
-    model = with_chances(load(kind))
-    state = [{name: value for name, value in vars(module).items() if isinstance(value, (float, bool))}
-             for module in model.modules()]
-    hooks = [len(module._forward_hooks) for module in model.modules()]
-    learner, masked, dense = learner_of(model, checkpointing=checkpointing)
-    learner.learn(TOKENS, 0.3)
-    used = forward(model)
-    masks = masked.finish()
-    assert [{name: vars(module)[name] for name in before} for module, before in zip(model.modules(), state)] == state
-    assert [len(module._forward_hooks) for module in model.modules()] == hooks
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert not getattr(model, "is_gradient_checkpointing", False) and not model.training
-    assert torch.allclose(forward(model), used, atol=1e-5)
-    assert all(torch.equal(weight, dense[name] * masks[name]) for name, weight in used_weights(model).items())
+# ----------------------------------------------------------------------------------------------------- faster_model.py
+
+
+def run(model):
+    """The logits, and the gradient of their squares in the embedded tokens."""
+    embedded = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False).logits
+    logits.square().sum().backward()
+    return logits.detach(), embedded.grad
+
+
+@pytest.mark.parametrize("kind", NORMED)
+def test_logits_and_gradients_are_the_models_own(kind):
+    model = model_of(kind)
+    logits, gradient = run(model)
+    attention = model.config._attn_implementation
+    restore = speed_up(model, Kernels(LinearSpace(2, 4)), TOKENS.shape[1])
+    norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
+    assert len(norms) >= 5 and all("forward" in vars(norm) for norm in norms)
+    if hasattr(model, "set_attn_implementation"):
+        assert (attention, model.config._attn_implementation) == ("sdpa", "eager")
+    for _ in range(2):
+        faster_logits, faster_gradient = run(model)
+        torch.testing.assert_close(faster_logits, logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(faster_gradient, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+    restore()
+    assert not any("forward" in vars(norm) for norm in norms) and model.config._attn_implementation == attention
+    assert torch.equal(run(model)[0], logits)
+
+
+def test_norms_run_compiled(monkeypatch):
+    seen, kernels, model = [], Kernels(LinearSpace(2, 4)), model_of("Llama")
+    monkeypatch.setattr(kernels, "fastest", lambda function: seen.append(function) or function)
+    speed_up(model, kernels, TOKENS.shape[1])
+    assert set(seen) == {type(model.model.norm).forward} and len(seen) == 5
+
+
+def test_what_is_not_the_models_own_stays():
+    """Long sequences keep their fused attention, and a norm that an offloading hook moves keeps that hook."""
+    model = model_of("Llama")
+    moved = model.model.norm
+    moved.forward = hooked = moved.forward
+    speed_up(model, Kernels(LinearSpace(2, 4), "eager"), SHORT + 1)
+    assert model.config._attn_implementation == "sdpa"
+    assert vars(moved)["forward"] is hooked and "forward" in vars(model.model.layers[0].input_layernorm)

@@ -101,7 +101,7 @@ def in_process(folder: Path, arguments: list[str], kind: str = "", number: int =
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1), os.dup2(handle, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            os.environ.update(TOKENIZERS_PARALLELISM="false", TORCH_COMPILE_DISABLE="1")
+            os.environ.update(TOKENIZERS_PARALLELISM="false", TORCHDYNAMO_DISABLE="1")
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
