@@ -106,7 +106,8 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
 
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)
     folder.finish(summary)
-    processes.say(results.in_words(summary, folder.path))
+    if processes.is_main():  # the others have no summary
+        print(results.in_words(summary, folder.path))
 
 
 def main(argv: list[str] | None = None) -> None:

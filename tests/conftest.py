@@ -12,15 +12,14 @@ import transformers
 from faults import kill
 from masked import magnitude_masks
 from quizzes import hf_model, make_folder
-from runs import run_train
-from stopped_runs import VANILLA, arguments, raises
+from runs import VANILLA, arguments, raises, run_train
 
 import train
 from files import mask_files
 from masking.compiler import compiled
+from masking.masked_model import MaskedModel
 from models.layers import find_layers
 from models.loading import model_fingerprint
-from training import validation
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -90,14 +89,12 @@ def workshop(tmp_path_factory):
 def losses(monkeypatch):
     """step -> what the loss of that step is instead (a function of no argument); counts the forward passes
     of steps, of which --estimator vanilla makes one each, and of held-out minibatches."""
-    said, passes = {}, count(1)
-    true = train.batch_loss
+    said, passes, true = {}, count(1), MaskedModel.loss
 
     def loss(*given):
         number = next(passes)
         return said[number]() if number in said else true(*given)
-    for module in (train, validation):
-        monkeypatch.setattr(module, "batch_loss", loss)
+    monkeypatch.setattr(MaskedModel, "loss", loss)
     return said
 
 

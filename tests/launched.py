@@ -11,29 +11,35 @@ import signal
 import sys
 import time
 import uuid
+from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from models import processes
+
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "torch.distributed.launcher.api"])
+FORKS.set_forkserver_preload(["train", "sparsify", "torch.distributed.launcher.api"])
 
 
 class Launched:
-    """A command, a script and its flags, in so many processes; both streams of all go to `log`."""
+    """A command, a script and its flags, in so many processes; both streams of all go to `log`.
 
-    def __init__(self, processes: int, command: list, log: Path):
+    timeout_s: after which a process that does not answer has gone.
+    """
+
+    def __init__(self, processes: int, command: list, log: Path, timeout_s: float = 600):
         self.log = log
         log.write_text("")
-        self.process = FORKS.Process(target=launch, args=(processes, [str(word) for word in command], log))
+        self.process = FORKS.Process(target=launch, args=(processes, [str(word) for word in command], log, timeout_s))
         self.process.start()
 
     def wait(self) -> int:
         try:
-            assert wait([self.process.sentinel], timeout=120), self.said
+            assert wait([self.process.sentinel], timeout=300), self.said
             self.process.join()
             return self.process.exitcode
         finally:
@@ -41,7 +47,7 @@ class Launched:
 
     def wait_until(self, condition) -> None:
         """Condition of no argument; an error where the command ends before it holds."""
-        for _ in range(600):
+        for _ in range(2000):
             if condition():
                 return
             assert self.process.exitcode is None, self.said
@@ -64,20 +70,21 @@ def pid_file(log: Path, rank: int | str) -> Path:
     return log.with_name(f"{log.name}.{rank}")
 
 
-def launch(processes: int, command: list[str], log: Path) -> None:
+def launch(count: int, command: list[str], log: Path, timeout_s: float) -> None:
     """What `torchrun --standalone` does, in the fork."""
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.chdir(ROOT)
-    elastic_launch(LaunchConfig(1, 1, processes, run_id=str(uuid.uuid4()), rdzv_backend="c10d", start_method="fork",
-                                rdzv_endpoint="localhost:0", max_restarts=0), run)(command, log)
+    elastic_launch(LaunchConfig(1, 1, count, run_id=str(uuid.uuid4()), rdzv_backend="c10d", start_method="fork",
+                                rdzv_endpoint="localhost:0", max_restarts=0), run)(command, log, timeout_s)
 
 
-def run(command: list[str], log: Path) -> None:
+def run(command: list[str], log: Path, timeout_s: float) -> None:
     """What python does with a script, in one of the processes."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's own came with the fork
     torch.set_num_threads(1)
+    processes.TIMEOUT = timedelta(seconds=timeout_s)
     pid_file(log, os.environ["RANK"]).write_text(str(os.getpid()))
     sys.argv = command
     sys.path[:0] = [str(Path(command[0]).parent), str(ROOT)]

@@ -18,25 +18,27 @@ import get_mask
 import inference_loss
 import plot
 import prune
+import sparsify
 import train
 from files import mask_files
 
-SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
+SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "sparsify": sparsify,
+           "evaluate": evaluate}
 ALL = list(SCRIPTS)
-SCRIPTS |= {"convert": get_mask, "compare": evaluate, "plot": plot}  # what needs no model
+SCRIPTS |= {"compare": evaluate, "plot": plot}  # what needs no model
 PLACE = "--model {w}/llama --dtype float32 --device cpu"
-DATA = "--dataset {w}/text.jsonl --dataset_size 8 --batchsize 4 --sqlen 32"
+DATA = "--dataset {w}/text.jsonl --dataset_size 8 --batchsize 4 --seqlen 32"
 COMMANDS = {
     "prune": f"{PLACE} --dataset {{w}}/text.jsonl --nsamples 2 --seqlen 32 --save_model new",
     "get_mask": "--model {w}/sparse --save new.safetensors",
     "inference_loss": f"{PLACE} {DATA} --mask {{w}}/mask.safetensors --save new.npz",
     "train": f"{PLACE} {DATA} --mask {{w}}/mask.safetensors --baseline {{w}}/baseline.npz --max_step 2 "
              "--targets q_proj --out new",
+    "sparsify": f"{PLACE} --dataset {{w}}/text.jsonl --mask {{w}}/mask.safetensors --seqlen 32 --batchsize 4 --steps 2 "
+                "--targets q_proj --out new",
     "evaluate": f"{PLACE} --ppl {{w}}/held_out.txt --seqlen 32 --nwindows 2 --save new.json",
-    "convert": "--convert {w}/mask.safetensors --save new.safetensors",
     "compare": "--compare {w}/record.json {w}/record.json",
     "plot": "--out new {w}/run"}
-MASKED, TRAINING = ["inference_loss", "train", "evaluate"], ["prune", "inference_loss", "train"]
 
 
 def edited(source: Path, target: Path, change) -> None:
@@ -94,8 +96,6 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     mask_files.save(w / "attention.safetensors", attention, 2, 4, found.model, found.fingerprint)
     mask_files.save(w / "flipped.safetensors", {name: ~mask for name, mask in found.masks.items()}, 2, 4, found.model,
                found.fingerprint)
-    edited(w / "sparse", w / "minus_zero", lambda tensors: [tensor.copy_(torch.where(tensor == 0, -0.0, tensor))
-                                                            for tensor in tensors.values()])
     edited(w / "sparse", w / "bad_record", lambda tensors: None)
     (w / "bad_record" / "prune.json").write_text("{")
 

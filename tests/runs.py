@@ -1,29 +1,43 @@
-"""Runs of train.py on the tiny Llama: how to start one, and what is read from it."""
+"""Runs of train.py and sparsify.py on the tiny Llama: how to start one, how to stop it, and what is read from it."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import transformers
 from safetensors.torch import load_file
 
-import data
 import train
 from files import mask_files
 from masking.layers import apply_masks
 from models.layers import find_layers
 from models.loss import batch_loss
 
-GRADIENTS = "--estimator straight_through --logits 1 --lr 0.3 --tokens 768 --epoch 1"  # six minibatches
+VANILLA = "--estimator vanilla --lr 0.1"
+
+
+def arguments(workshop: Path, out: Path, flags: str = "") -> list[str]:
+    """Of a run of train.py in the workshop of tests/faults/kill.py."""
+    return (f"--model {workshop}/dense --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl "
+            "--dtype float32 --device cpu --dataset_size 8 --batchsize 2 --seqlen 24 --logits 1 --lr 5 "
+            "--baseline online --max_step 6 --targets q_proj --skip_checkpoint --checkpoint_every 1 "
+            f"--out {out} {flags}").split()
 
 
 def run_train(out, folder, model, flags):
-    """Its metrics, layers.jsonl, run.json, masks and logits; folder: conftest.py's text_and_masks."""
-    train.main(f"--model {model} --dtype float32 --device cpu --dataset {folder}/text.jsonl --batchsize 4 --sqlen 32 "
-               f"--step eager --skip_checkpoint --save --mask {folder}/2_4.safetensors --out {out} {flags}".split())
+    """A run of train.py; folder: conftest.py's text_and_masks."""
+    train.main(f"--model {model} --dtype float32 --device cpu --dataset {folder}/text.jsonl --dataset_size 8 "
+               f"--batchsize 4 --seqlen 32 --mask {folder}/2_4.safetensors --baseline online --logits 1 --lr 5 "
+               f"--max_step 4 --save --out {out} {flags}".split())
+    return read_run(out)
+
+
+def read_run(out):
+    """Its metrics, run.json, masks and logits."""
+    logits = out / "logits.safetensors"
     return SimpleNamespace(
         folder=out, metrics=[strict(line) for line in (out / "metrics.jsonl").read_text().splitlines()],
-        layers=[strict(line) for line in (out / "layers.jsonl").read_text().splitlines()],
         record=strict((out / "run.json").read_text()), masks=mask_files.load(out / "mask.safetensors").masks,
-        logits={name: planes.T for name, planes in load_file(out / "logits.safetensors").items()})
+        logits={name: planes.T for name, planes in load_file(logits).items()} if logits.exists() else {})
 
 
 def strict(text):
@@ -37,12 +51,29 @@ def column(run, key):
     return [line[key] for line in run.metrics]
 
 
-def sequences_of(folder, models, tokens, seed=0):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models["llama"])
-    return data.token_sequences(tokenizer, str(folder / "text.jsonl"), tokens, 4, 32, seed)
+def is_strict(masks, n=2, m=4):
+    return all((mask.reshape(-1, m).sum(1) == n).all() for mask in masks.values())
 
 
-def loss_under(models, masks, sequences):
-    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
-    apply_masks(find_layers(model), masks)
-    return batch_loss(model, sequences)
+def loss_under(model, masks, sequences):
+    """Of the HF model of this folder."""
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    apply_masks(find_layers(loaded), masks)
+    return batch_loss(loaded, sequences)
+
+
+# ------------------------------------------------------------------------------------------------------------- stopped
+
+def raises(error):
+    def function(*_):
+        raise error
+    return function
+
+
+def steps_of(run: Path) -> list[int]:
+    log = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def states_of(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "state").iterdir())

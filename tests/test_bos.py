@@ -16,7 +16,7 @@ import data
 import evaluate
 import generate_text
 import prune
-import train
+import sparsify
 from files import mask_files
 from files.documents import documents
 from masking.layers import apply_masks
@@ -167,29 +167,26 @@ def test_calibrating(folder, tmp_path, tokenizer, capsys):
 
 
 def test_learning(folder, tmp_path, model, tokenizer, monkeypatch):
-    """--tokens: all rows, the held-out ones too, begin with the token, so that the loss is that of the model in use;
-    what is learned from rows without it is no good there."""
+    """Of running text all rows, the held-out ones too, begin with the token, so that the loss is that of the model in
+    use; what is learned from rows without it is no good there."""
     keep = torch.tensor([True, False, True, False])
     masks = {name: keep.repeat(layer.weight.numel() // 4).view_as(layer.weight)
              for name, layer in find_layers(model).items()}
     mask_files.save(tmp_path / "m0.safetensors", masks, 2, 4, "model", model_fingerprint(model))
-    command = (f"--model {folder}/model {PLACE} --dataset {folder}/text.jsonl --mask {tmp_path}/m0.safetensors --step "
-               "eager --skip_checkpoint --estimator straight_through --logits 1 --lr 0.5 --distill 1 --tokens 3072 "
-               "--batchsize 4 --sqlen 48 --epoch 2 --val_fraction 0.1 --num_evals 2 --out ")
-    train.main(f"{command}{tmp_path}/run".split())
-    batches = data.token_sequences(tokenizer, str(folder / "text.jsonl"), 3072, 4, 48, 0)
-    assert batches.shape == (16, 4, 48) and (batches[:, :, 0] == 1).all() and not (batches[:, :, 1:] == 1).any()
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    command = (f"--model {folder}/model {PLACE} --dataset {folder}/text.jsonl --mask {tmp_path}/m0.safetensors "
+               "--lr 0.5 --logits 1 --steps 28 --batchsize 4 --seqlen 48 --skip_checkpoint --out ")
+    sparsify.main(f"{command}{tmp_path}/run".split())
+    batches = data.token_sequences(tokenizer, [f"{folder}/text.jsonl"], 30 * 4 * 48, 4, 48, 0)
+    assert batches.shape == (30, 4, 48) and (batches[:, :, 0] == 1).all() and not (batches[:, :, 1:] == 1).any()
     monkeypatch.setattr(data, "added_bos", lambda tokenizer: None)
-    train.main(f"{command}{tmp_path}/without".split())
-    models = {"m0": masks} | {run: mask_files.load(tmp_path / run / "mask.safetensors").masks
-                              for run in ("run", "without")}
-    for name, masks in models.items():
-        models[name] = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-        apply_masks(find_layers(models[name]), masks)
-    assert metrics[0]["loss"] == pytest.approx(batch_loss(models["m0"], batches[0]), abs=1e-4)
-    assert metrics[-1]["heldout"] == pytest.approx(batch_loss(models["run"], batches[14:].flatten(0, 1)), abs=1e-4)
-    assert judged(folder, models["run"], tokenizer) < judged(folder, models["without"], tokenizer) - 0.5
+    sparsify.main(f"{command}{tmp_path}/without".split())
+    learned = {}
+    for run in ("run", "without"):
+        learned[run] = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+        apply_masks(find_layers(learned[run]), mask_files.load(tmp_path / run / "mask.safetensors").masks)
+    nats = json.loads((tmp_path / "run/report.json").read_text())["nats"]["learned"]["held-out text"]
+    assert nats == pytest.approx(batch_loss(learned["run"], batches[-1]), abs=1e-4)
+    assert judged(folder, learned["run"], tokenizer) < judged(folder, learned["without"], tokenizer) - 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -197,11 +194,11 @@ def test_learning(folder, tmp_path, model, tokenizer, monkeypatch):
 
 def test_writing(folder, tmp_path, tokenizer):
     """Documents begin behind the token, so that they are sentences; and are learned from behind it."""
-    generate_text.main(f"--model {folder}/model {PLACE} --tokens 400 --sqlen 48 --batchsize 8 "
+    generate_text.main(f"--model {folder}/model {PLACE} --tokens 400 --seqlen 48 --batchsize 8 "
                        f"--out {tmp_path}/text.jsonl".split())
     texts = list(documents(str(tmp_path / "text.jsonl")))
     known = {word.strip(".").lower() for text in tiny.training_text() for word in text.split()}
     words = [word.strip(".").lower() for text in texts for word in text.split()]
     assert sum(word in known for word in words) > len(words) / 2
-    sequences = data.token_sequences(tokenizer, str(tmp_path / "text.jsonl"), 384, 2, 48, 0)
+    sequences = data.token_sequences(tokenizer, [str(tmp_path / "text.jsonl")], 384, 2, 48, 0)
     assert (sequences[:, :, 0] == tokenizer.bos_token_id).all()

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from training import args as train_args
 from training import checkpoint
 
 
@@ -50,5 +49,5 @@ def test_when_a_state_is_due(tmp_path):
 @pytest.mark.parametrize("every", ["0", "0m", "-1", "5s", "m", "", "1.5", "nan"])
 def test_intervals_that_are_none(every, capsys):
     with pytest.raises(SystemExit) as stop:
-        train_args.parse(train.__doc__, ["--checkpoint_every", every])
+        train.main(["--checkpoint_every", every])
     assert stop.value.code == 2 and "such as 10m" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """What the scripts' command lines mean: the authors' commands, and --help."""
 import argparse
 
+from utils import script_parser
+
 import pytest
 
 import evaluate
@@ -10,18 +12,20 @@ import inference_loss
 import permute
 import plot
 import prune
+import sparsify
 import train
 from training import args as train_args
 
 SCRIPTS = {script.__name__: script for script in (
-    prune, get_mask, inference_loss, train, evaluate, permute, generate_text, plot)}
-OLD_NAMES = {"--looks"}  # of flags, hidden: see test_args.py
+    prune, get_mask, inference_loss, train, sparsify, evaluate, permute, generate_text, plot)}
+OLD_NAMES = {"--sqlen"}  # of flags, hidden
 
 
 def parse(command: str) -> argparse.Namespace:
     _, script, *arguments = command.split()
-    name = script.removesuffix(".py")
-    return train_args.parse(train.__doc__, arguments) if name == "train" else SCRIPTS[name].parse_args(arguments)
+    if script == "train.py":
+        return train_args.parse_paper(script_parser(train.__doc__), arguments)
+    return SCRIPTS[script.removesuffix(".py")].parse_args(arguments)
 
 
 def test_the_authors_commands_parse_to_the_papers_settings():
@@ -33,15 +37,15 @@ def test_the_authors_commands_parse_to_the_papers_settings():
     assert of_mask.model == parse("python prune.py").save_model
     for args in (of_loss, of_train):
         assert (args.model, args.dataset) == ("meta-llama/Llama-2-7b-hf", "allenai/c4")
-        assert (args.dataset_size, args.batchsize, args.sqlen) == (512, 32, 128)
-        assert (args.dtype, args.seed, args.device_map) == ("float16", 0, None)
+        assert (args.dataset_size, args.batchsize, args.seqlen) == (512, 32, 128)
+        assert (args.dtype, args.seed, args.device) == ("float16", 0, None)
     assert (of_train.lr, of_train.logits, of_train.epoch, of_train.alpha) == (50, 10, 625, 0.99)
     assert (of_train.estimator, of_train.space, of_train.init) == ("maskpro", "linear", "mask")
     assert (of_train.baseline, of_train.targets) == ("cached", None)
     assert not of_train.save and not of_train.debias_tracker
     steps = of_train.epoch * of_train.dataset_size // of_train.batchsize
     assert min(of_train.max_step, steps) == steps == 10000
-    assert vars(parse("python train.py")) == vars(parse("python train.py --lr 50 --logits 10 --epoch 10000"))
+    assert vars(parse("python train.py --sqlen 64")) == vars(parse("python train.py --lr 50 --epoch 10000 --seqlen 64"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

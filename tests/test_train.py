@@ -1,73 +1,74 @@
-"""train.py's flags beyond the paper, run on the tiny Llama: what they do, held against formulas and the HF model."""
-
+"""train.py's flags, run on the tiny Llama: what they do, held against formulas and the HF model."""
+import os
 
 import pytest
 import torch
 import transformers
-from runs import GRADIENTS, column, loss_under, sequences_of
+from runs import column, is_strict
+from safetensors.torch import load_file
 
+import data
 import pge
+import train
 from files import mask_files
 from masking.layers import apply_masks
-from masking.spaces import logits_from_scores
+from masking.spaces import PatternSpace, logits_from_scores
 from models.layers import find_layers
 from pruning.swaps import confidence, refine_by_swaps
 
-# ----------------------------------------------------------------------------------------------------------- the preset
+
+@pytest.fixture(scope="module")
+def m0(text_and_masks):
+    return mask_files.load(text_and_masks / "2_4.safetensors").masks
 
 
-@pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (4, 8), (8, 16)])
-def test_the_preset_learns_any_pattern(learn, text_and_masks, models, n, m):
-    """Every layer's most probable mask moves; the delivered one is strictly N:M and no worse than m0 on what was held
-    out. (The text means nothing to a random model: that the learned mask is better is not to be expected of it.)"""
-    run = learn(f"--preset fast --tokens 2560 --val_fraction 0.2 --num_evals 2 --targets k_proj v_proj "
-                f"--sparsity_type {n}:{m} --mask {text_and_masks}/{n}_{m}.safetensors")
-    arguments = run.record["arguments"]
-    assert (arguments["estimator"], arguments["init"], arguments["distill"]) == ("straight_through", "swaps", 1.0)
-    assert (arguments["tokens"], arguments["lr"], arguments["schedule"]) == (2560, 0.8, "linear")  # a flag goes first
-    m0 = mask_files.load(text_and_masks / f"{n}_{m}.safetensors").masks
-    assert len(run.metrics) == 16 and run.masks.keys() == m0.keys()
-    assert all((mask.view(-1, m).sum(1) == n).all() for mask in run.masks.values())
-    assert run.logits.keys() == {name for name in m0 if "k_proj" in name or "v_proj" in name}
-    assert not any(torch.equal(pge.mode(logits, n), m0[name].view(-1, m)) for name, logits in run.logits.items())
-    heldout = sequences_of(text_and_masks, models, 2560)[16:].flatten(0, 1)
-    assert loss_under(models, run.masks, heldout) <= loss_under(models, m0, heldout)
-    assert all(0 <= share <= 1 for line in run.layers for share in line["changed"].values())
+@pytest.fixture
+def sequences(text_and_masks, models):
+    """Those that a run learns from."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models["llama"])
+    return data.minibatches(tokenizer, f"{text_and_masks}/text.jsonl", 8, 4, 32).flatten(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------- its parts, flag by flag
-
-
-def test_scores_start_the_logits(learn, text_and_masks, models):
-    """C log(|w| ||x|| / the weakest kept), the norms taken on the dense model; --lr 0 leaves them as they were."""
-    run = learn(f"{GRADIENTS} --init scores --logits 4 --lr 0 --targets layers.1.mlp.down_proj")
-    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
-    name, inputs = "model.layers.1.mlp.down_proj", []
-    model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+def inputs_of(model, name, sequences):
+    """[tokens, in] of a layer."""
+    inputs = []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, 1)))
     with torch.no_grad():
-        model(input_ids=sequences_of(text_and_masks, models, 768).flatten(0, 1))
-    score = model.get_submodule(name).weight.abs().double() * inputs[0].flatten(0, 1).double().norm(dim=0)
-    m0 = mask_files.load(text_and_masks / "2_4.safetensors").masks[name].view(-1, 4)
-    score = score.detach().view(-1, 4)
-    gap = 4 * (score / score.masked_fill(~m0, torch.inf).amin(1, keepdim=True)).log()
-    expected = torch.where(m0, gap.clamp(0, 12) + 1, gap.clamp(-12, 0))
+        model(input_ids=sequences)
+    return inputs[0]
+
+
+def weights(folder):
+    return load_file(f"{folder}/model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------ where it starts
+
+
+def test_scores_start_the_logits(learn, models, sequences, m0):
+    """C log(|w| ||x|| / the weakest kept), the norms taken on the dense model; --lr 0 leaves them as they were."""
+    name = "model.layers.1.mlp.down_proj"
+    run = learn(f"--init scores --logits 4 --lr 0 --targets {name}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
+    norms = inputs_of(model, name, sequences).double().norm(dim=0)
+    score = (model.get_submodule(name).weight.abs().double() * norms).detach().view(-1, 4)
+    kept = m0[name].view(-1, 4)
+    gap = 4 * (score / score.masked_fill(~kept, torch.inf).amin(1, keepdim=True)).log()
+    expected = torch.where(kept, gap.clamp(0, 12) + 1, gap.clamp(-12, 0))
     assert torch.allclose(run.logits[name].double(), expected, atol=1e-3)
-    assert torch.equal(run.masks[name].view(-1, 4), m0)
+    assert torch.equal(run.masks[name].view(-1, 4), kept)
 
 
 @pytest.mark.parametrize("targets", ["layers.1.mlp.down_proj", "layers.1.mlp.down_proj layers.0.mlp.down_proj"])
-def test_swaps_start_the_mask_and_the_logits(learn, text_and_masks, models, targets):
+def test_swaps_start_the_mask_and_the_logits(learn, models, sequences, m0, targets):
     """Of the last layer: its inputs are those of a model whose earlier layers are masked by m0, or as swaps made it."""
-    run = learn(f"{GRADIENTS} --init swaps --logits 4 --lr 0 --targets {targets}")
-    m0 = mask_files.load(text_and_masks / "2_4.safetensors").masks
+    run = learn(f"--init swaps --logits 4 --lr 0 --targets {targets}")
     model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
-    name, inputs = "model.layers.1.mlp.down_proj", []
+    name, earlier = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"
     weight = model.get_submodule(name).weight.detach().clone()
-    apply_masks(find_layers(model), {**m0, "model.layers.0.mlp.down_proj": run.masks["model.layers.0.mlp.down_proj"]})
-    model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        model(input_ids=sequences_of(text_and_masks, models, 768).flatten(0, 1))
-    hessian = inputs[0].T @ inputs[0]
+    apply_masks(find_layers(model), {**m0, earlier: run.masks[earlier]})
+    inputs = inputs_of(model, name, sequences)
+    hessian = inputs.T @ inputs
     mask = refine_by_swaps(weight, m0[name], hessian, 4)
     assert torch.equal(run.masks[name], mask) and not torch.equal(mask, m0[name])
     score = confidence(weight, mask, hessian, 4)
@@ -76,63 +77,88 @@ def test_swaps_start_the_mask_and_the_logits(learn, text_and_masks, models, targ
     assert all(torch.equal(run.masks[other], m0[other]) for other in m0 if other not in run.logits)
 
 
-def test_tokens_are_the_minibatches(learn, text_and_masks, models):
-    run = learn(f"{GRADIENTS} --epoch 2 --lr 0 --targets k_proj")
-    masks = mask_files.load(text_and_masks / "2_4.safetensors").masks
-    expected = [loss_under(models, masks, batch) for batch in sequences_of(text_and_masks, models, 768)]
-    assert column(run, "loss") == pytest.approx(2 * expected, rel=1e-5)
-    assert {key for line in run.metrics for key in ("baseline", "advantage", "delta") if line[key] is not None} == set()
+def test_random_init(learn):
+    run = learn("--init random --logits 3 --lr 0 --targets q_proj")
+    assert is_strict(run.masks)
+    logits = torch.cat([planes.flatten() for planes in run.logits.values()])
+    assert abs(logits.mean()) < 0.15 and abs(logits.std() - 3) < 0.15
 
 
-def test_targets_are_learned_and_nothing_else(learn, text_and_masks):
-    run = learn(f"{GRADIENTS} --targets q_proj layers.0.mlp.up")
-    named = {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
-    m0 = mask_files.load(text_and_masks / "2_4.safetensors").masks
-    assert run.logits.keys() == named == {name for name in m0 if not torch.equal(m0[name], run.masks[name])}
+# --------------------------------------------------------------------------------------------------------- what it does
 
 
-def test_ways_to_take_the_gradient(learn):
-    """Each flag changes the run, but for checkpointing and microbatches of the whole batch, which do not."""
-    runs = {flags: learn(f"{GRADIENTS} --targets q_proj up_proj {flags}") for flags in (
-        "", "--gradient_checkpointing", "--microbatch 4", "--microbatch 2", "--forward sample", "--distill 1",
-        "--distill 0.5", "--space pattern", "--logits_dtype bfloat16", "--dtype bfloat16")}
-    plain = runs[""]
-    for flags, run in runs.items():
-        assert all((mask.view(-1, 4).sum(1) == 2).all() for mask in run.masks.values())
-        assert run.metrics[0]["loss"] == pytest.approx(plain.metrics[0]["loss"], rel=0.02)  # at m0 all
-        if flags in ("", "--gradient_checkpointing", "--microbatch 4"):
-            assert column(run, "loss") == pytest.approx(column(plain, "loss"), rel=1e-5)
-        else:
-            assert column(run, "loss")[2:] != pytest.approx(column(plain, "loss")[2:], rel=1e-5), flags
-    for flags in set(runs) - {"--space pattern"}:
-        assert runs[flags].logits.keys() == plain.logits.keys()
-        for name, logits in runs[flags].logits.items():
-            assert torch.equal(runs[flags].masks[name].view(-1, 4), pge.mode(logits.float(), 2))
-    assert next(iter(runs["--space pattern"].logits.values())).shape[1] == 6
-    assert next(iter(runs["--logits_dtype bfloat16"].logits.values())).dtype == torch.bfloat16
-
-
-def test_running_and_normalized_advantages(learn):
-    run = learn("--estimator running --normalize_advantage --logits 1 --lr 0.05 --tokens 384 --max_step 9")
-    means, square, t = {}, 0.0, 0
+@pytest.mark.parametrize("flags, estimator", [
+    ("--estimator vanilla --baseline there_is_none", pge.Vanilla()), ("--estimator residual", pge.Residual()),
+    ("", pge.MaskPro()), ("--alpha 0.6 --debias_tracker", pge.MaskPro(0.6, debias=True)),
+    ("--estimator running --normalize_advantage", pge.Normalized(pge.Running())),
+    ("--normalize_advantage", pge.Normalized(pge.MaskPro()))])
+def test_advantages(learn, flags, estimator):
+    """Of the losses that are logged, as the estimators make them (test_estimators.py)."""
+    run = learn(f"{flags} --lr 0.3 --max_step 6")
     for index, line in enumerate(run.metrics):
-        before = means.get(index % 3, line["loss"])
-        means[index % 3] = 0.8 * before + 0.2 * line["loss"]
-        advantage = line["loss"] - before
-        if advantage:
-            t += 1
-            square = 0.99 * square + 0.01 * advantage**2
-            advantage /= (square / (1 - 0.99**t)) ** 0.5
-        assert line["advantage"] == pytest.approx(advantage)
-    assert t == 6
+        assert (line["baseline"] is None) == (not estimator.needs_baseline)
+        assert line["advantage"] == pytest.approx(estimator.advantage(line["loss"], line["baseline"], index % 2))
+        assert line["delta"] == (None if estimator.delta is None else pytest.approx(estimator.delta))
+    assert run.metrics[-1]["advantage"] and len(set(column(run, "loss"))) == 6
 
 
-@pytest.mark.parametrize("estimator, has_delta", [("maskpro", True), ("residual", False)])
-def test_normalized_advantages_are_logged_with_their_tracker(learn, estimator, has_delta):
-    run = learn(f"--estimator {estimator} --normalize_advantage --baseline online --logits 1 --lr 0.3 --dataset_size 8 "
-                "--max_step 5 --targets k_proj")
-    delta = 0.0
-    for line in run.metrics:
-        delta = 0.99 * delta + 0.01 * (line["loss"] - line["baseline"])
-        assert line["delta"] == (pytest.approx(delta) if has_delta else None)
-    assert len(run.metrics) == 5 and delta != 0
+def test_targets_are_learned_and_nothing_else(learn, models, m0):
+    run = learn(r"--lr 200 --targets q_proj layers\.0\.mlp\.(up|down)")
+    named = {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj",
+             "model.layers.0.mlp.down_proj"}
+    assert run.logits.keys() == named == {name for name in m0 if not torch.equal(m0[name], run.masks[name])}
+    dense, sparse = weights(models["llama"]), weights(run.folder / "checkpoint")
+    assert all(torch.equal(sparse[f"{name}.weight"], dense[f"{name}.weight"].masked_fill(~mask, 0.0))
+               for name, mask in run.masks.items())
+
+
+def test_pattern_space(learn, m0):
+    run = learn("--space pattern --logits 1")
+    assert run.metrics[0]["loss"] == pytest.approx(run.metrics[0]["baseline"], abs=1e-6) and is_strict(run.masks)
+    for name, mask in run.masks.items():
+        assert run.logits[name].shape == (mask.numel() // 4, 6)
+        assert not torch.equal(run.logits[name], PatternSpace(2, 4).init(m0[name].view(-1, 4), 1.0))
+        assert torch.equal(pge.patterns(2, 4)[run.logits[name].argmax(1)], mask.view(-1, 4))
+
+
+def test_float16_logits_and_bfloat16_weights(learn, models):
+    run = learn("--logits_dtype float16 --dtype bfloat16")
+    assert {planes.dtype for planes in run.logits.values()} == {torch.float16} and is_strict(run.masks)
+    assert run.metrics[0]["loss"] == run.metrics[0]["baseline"] and run.metrics[1]["loss"] != run.metrics[1]["baseline"]
+    dense, sparse = weights(models["llama"]), weights(run.folder / "checkpoint")
+    assert {tensor.dtype for tensor in sparse.values()} == {torch.bfloat16}
+    assert all(torch.equal(sparse[f"{name}.weight"], dense[f"{name}.weight"].bfloat16().masked_fill(~mask, 0.0))
+               for name, mask in run.masks.items())
+
+
+@pytest.mark.parametrize("n, m", [(4, 8), (1, 4), (8, 16)])
+def test_other_sparsity_types(learn, text_and_masks, n, m):
+    mask = text_and_masks / f"{n}_{m}.safetensors"
+    run = learn(f"--sparsity_type {n}:{m} --mask {mask} --lr 200 --targets layers.1.self_attn.q_proj")
+    m0 = mask_files.load(mask, n, m).masks
+    assert run.metrics[0]["loss"] == run.metrics[0]["baseline"] and is_strict(run.masks, n, m)
+    assert [name for name in m0 if not torch.equal(m0[name], run.masks[name])] == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_seed_is_a_run(learn):
+    first, again, other = (learn(f"--seed {seed}") for seed in (3, 3, 4))
+    assert column(first, "loss") == column(again, "loss")
+    assert all(torch.equal(first.masks[name], mask) for name, mask in again.masks.items())
+    assert first.metrics[0]["loss"] == other.metrics[0]["loss"]  # m0
+    assert all(a != b for a, b in zip(column(first, "loss")[1:], column(other, "loss")[1:]))
+
+
+@pytest.mark.parametrize("flags, steps", [("--epoch 2 --max_step 100", 4), ("--epoch 2 --max_step 3", 3),
+                                          ("--epoch 1 --max_step 3", 2)])
+def test_step_counts(learn, flags, steps):
+    assert column(learn(f"{flags} --targets k_proj"), "step") == list(range(1, steps + 1))
+
+
+def test_without_save_or_checkpoint_there_is_none(models, text_and_masks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(f"--model {models['llama']} --dtype float32 --device cpu --dataset {text_and_masks}/text.jsonl --mask "
+               f"{text_and_masks}/2_4.safetensors --dataset_size 4 --batchsize 4 --seqlen 16 --baseline online "
+               "--epoch 1 --targets k_proj --skip_checkpoint".split())
+    assert os.listdir() == ["results"] and os.listdir("results") == ["lr50_epoch1_logits10_size4"]
+    assert sorted(os.listdir("results/lr50_epoch1_logits10_size4")) == [
+        "curve.png", "mask.safetensors", "metrics.jsonl", "run.json"]

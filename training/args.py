@@ -117,7 +117,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
     recorded = {name: tuple(value) if name == "sparsity_type" else value for name, value in recorded.items()}
     for action in parser._actions:  # argparse then tells of given flags alone
         action.default = argparse.SUPPRESS
+    parser._defaults.clear()  # those of `set_defaults`
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in ("out", "resume")}
+    if recorded["trust_remote_code"] and not given.get("trust_remote_code"):
+        raise UserError(f"{run} was started with --trust_remote_code: add the flag if you still trust its model's code")
     changed = [f"--{name} {recorded[name]} there, {value} here" for name, value in given.items()
                if recorded[name] != value]
     if changed:

@@ -33,22 +33,24 @@ import utils
 import masked
 import tiny
 
+import sparsify
 import train
 from files import mask_files
 from models.layers import find_layers
 from models.loading import load_model, model_fingerprint
 from training import checkpoint
 
-COMMON = "--dtype float32 --device cpu --sqlen 24 --step eager --save --checkpoint_every 2 --num_evals 5 --max_step 8"
-TEXT = "--dataset_size 8 --batchsize 2 --logits 1"
+COMMON = "--dtype float32 --device cpu --seqlen 24 --batchsize 2 --checkpoint_every 2"
+PAPER = "--dataset_size 8 --logits 1 --max_step 8 --save"
+RUNNING = ("--lr 0.3 --estimator running --normalize_advantage --logits_dtype float16 --val_fraction 0.25 "
+           "--skip_checkpoint")
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-RUNS = {
-    "maskpro": f"{TEXT} --lr 5 --baseline online --skip_checkpoint",
-    "preset fast": "--preset fast --tokens 480 --batchsize 2 --val_fraction 0.2",
-    "pattern space": f"{TEXT} --lr 5 --space pattern --baseline online --skip_checkpoint",
-    "running, normalized, float16 logits": f"{TEXT} --lr 0.3 --estimator running --normalize_advantage --logits_dtype "
-                                           "float16 --val_fraction 0.25 --skip_checkpoint",
-    "straight-through, sampled": f"{TEXT} --lr 3 --estimator straight_through --forward sample --skip_checkpoint",
+RUNS = {  # name -> script, flags
+    "maskpro": (train, f"{PAPER} --lr 5 --baseline online --skip_checkpoint"),
+    "sparsify": (sparsify, "--steps 8"),
+    "pattern space": (train, f"{PAPER} --lr 5 --space pattern --baseline online --skip_checkpoint"),
+    "running, normalized, float16 logits": (train, f"{PAPER} {RUNNING}"),
+    "sparsify, soft masks, by block": (sparsify, "--steps 8 --soft_masks --normalize block --distill 0.5"),
 }
 
 
@@ -87,8 +89,9 @@ class Killer:
         return SimpleNamespace(update=self.before(digest.update, "chunk"), digest=digest.digest)
 
 
-def in_process(folder: Path, arguments: list[str], kind: str = "", number: int = 0, sent: int = 0) -> tuple[int, str]:
-    """train.py with a killer in a process of its own; its exit code (-9: SIGKILL), and what it said."""
+def in_process(folder: Path, arguments: list[str], kind: str = "", number: int = 0, sent: int = 0,
+               script=train) -> tuple[int, str]:
+    """A script with a killer in a process of its own; its exit code (-9: SIGKILL), and what it said."""
     sys.stdout.flush(), sys.stderr.flush()
     log = folder / "said.txt"
     child = os.fork()
@@ -98,12 +101,12 @@ def in_process(folder: Path, arguments: list[str], kind: str = "", number: int =
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1), os.dup2(handle, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            os.environ.update(TOKENIZERS_PARALLELISM="false", TORCHDYNAMO_DISABLE="1")
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
             killer = Killer(kind, number, sent)
-            utils.run_script(lambda: train.main(arguments))
+            utils.run_script(lambda: script.main(arguments))
             code = 0
             (folder / "counts.json").write_text(json.dumps(killer.counts))
         except SystemExit as stop:
@@ -119,12 +122,13 @@ def contents(run: Path) -> dict:
     record = json.loads((run / "run.json").read_text())
     assert not list(run.glob(".*")) and not (run / "state").exists() and not (run / "lock").exists()
     found = {path.relative_to(run): path.read_bytes() for path in run.rglob("*")
-             if path.is_file() and path.suffix != ".safetensors" and path.name not in ("run.json", "metrics.jsonl")}
+             if path.is_file() and path.suffix != ".safetensors" and path.name not in (
+                 "run.json", "report.json", "metrics.jsonl")}
     for path in run.rglob("*.safetensors"):  # whose metadata come in any order
         found.update({f"{path.name} {name}": (tensor.dtype, tensor.shape, tensor.view(torch.uint8).numpy().tobytes())
                       for name, tensor in load_file(path).items()})
     found["metrics"] = [{**json.loads(line), "seconds": 0} for line in (run / "metrics.jsonl").open()]
-    varying = ("seconds", "seconds_swapping", "seconds_saving", "peak_memory_bytes", "sent_bytes", "processes")
+    varying = ("seconds", "seconds_saving", "peak_memory_bytes", "sent_bytes", "processes")
     found["summary"] = {**record["summary"], **dict.fromkeys(varying, 0)}
     return found
 
@@ -140,13 +144,13 @@ def tear(file: Path, generator: random.Random) -> None:
     file.write_bytes(data)
 
 
-def campaign(folder: Path, flags: str, kills: int, generator: random.Random) -> dict:
+def campaign(folder: Path, script, flags: str, kills: int, generator: random.Random) -> dict:
     """So many kills of one kind of run; counts of them, of torn states, of runs compared and of runs the same."""
     arguments = f"--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl".split()
     arguments += f"{COMMON} {flags}".split()
     for name in ("whole", "killed"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    code, said = in_process(folder, [*arguments, "--out", f"{folder}/whole/run"])
+    code, said = in_process(folder, [*arguments, "--out", f"{folder}/whole/run"], script=script)
     assert code == 0, said
     expected, moments = contents(folder / "whole/run"), json.loads((folder / "counts.json").read_text())
     columns = ["kills", "SIGKILL", "SIGTERM", "SIGINT", "forward", "chunk", "file", "torn", "runs", "same"]
@@ -160,7 +164,7 @@ def campaign(folder: Path, flags: str, kills: int, generator: random.Random) -> 
         number = generator.randint(1, moments[kind]) if kind else 0
         going_on = (run / "run.json").exists()
         code, said = in_process(folder, ["--resume", str(run)] if going_on else [*arguments, "--out", str(run)],
-                                kind, number, sent)
+                                kind, number, sent, script)
         if code == 0:
             counts["runs"] += 1
             counts["same"] += contents(run) == expected
@@ -196,8 +200,8 @@ def main(argv=None) -> int:
     generator, rows = random.Random(args.seed), []
     with tempfile.TemporaryDirectory() as folder:
         workshop(Path(folder))
-        for name, flags in utils.progress_bar(RUNS.items(), desc="kinds of run"):
-            rows.append({"run": name, **campaign(Path(folder), flags, args.kills, generator)})
+        for name, (script, flags) in utils.progress_bar(RUNS.items(), desc="kinds of run"):
+            rows.append({"run": name, **campaign(Path(folder), script, flags, args.kills, generator)})
     for line in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
         print("| " + " | ".join(map(str, line)) + " |")
     return int(any(row["runs"] != row["same"] for row in rows))

@@ -1,0 +1,203 @@
+"""sparsify.py: its minutes, by a clock of our own; its table, recomputed; runs killed in each of its stages."""
+import json
+import math
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+from utils import UserError
+
+import pytest
+import torch
+from faults import kill
+from runs import column, is_strict, loss_under, read_run
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import data
+import sparsify
+from files import mask_files
+from files.documents import documents
+from models import generation
+from training import initialize, preparation, results
+from training.straight_through import StraightThrough
+from training.validation import Validation
+
+SMALL = "--dtype float32 --device cpu --seqlen 24 --batchsize 2"
+MOMENTS = {  # stage -> what is called in it, and which call is the last of a run that is killed there
+    "text": (generation, "write_text", 2), "order": (preparation, "search_and_reorder", 1),
+    "m0": (preparation, "one_shot_masks", 1), "swaps": (initialize, "start", 1),
+    "learning": (StraightThrough, "step", 3), "table": (results, "deliver", 1)}
+
+
+@pytest.fixture(autouse=True)
+def one_attention(monkeypatch):
+    """Else text is generated with the one that happens to be faster."""
+    monkeypatch.setattr(generation, "made_fast", partial(generation.made_fast, attention="eager"))
+
+
+@pytest.fixture
+def learned(workshop, tmp_path):
+    """Flags -> a run's folder, read."""
+    def run(flags, name="run"):
+        sparsify.main(f"--model {workshop}/dense {SMALL} --out {tmp_path}/{name} {flags}".split())
+        return read_run(tmp_path / name)
+    return run
+
+
+def heldout(workshop, run, files) -> torch.Tensor:
+    """The minibatches that nothing was selected by."""
+    tokenizer, arguments = AutoTokenizer.from_pretrained(workshop / "dense"), run.record["arguments"]
+    minibatches = data.token_sequences(tokenizer, [str(file) for file in files], run.record["plan"]["tokens"],
+                                       arguments["batchsize"], arguments["seqlen"], arguments["seed"])
+    assert run.record["fingerprints"]["text"] == data.fingerprint(minibatches)
+    return minibatches[-math.ceil(0.02 * len(minibatches)):].flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- what it delivers
+
+
+def test_a_model_is_all_it_needs_and_minutes_are_kept(workshop, tmp_path, monkeypatch):
+    """Half an hour in which each call takes its seconds by a clock of our own."""
+    clock = [0.0]
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(time, name, lambda: clock[0])
+
+    def slow(owner, name, seconds):
+        true = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: (clock.append(clock.pop() + seconds), true(*given))[1])
+    slow(preparation, "batch_loss", 10), slow(generation, "generate", 20), slow(initialize, "start", 90)
+    slow(StraightThrough, "step", 60), slow(Validation, "heldout_loss", 15)
+    monkeypatch.chdir(tmp_path)
+    sparsify.main(["--model", str(workshop / "dense")])
+    run = read_run(Path("results/sparsify_dense_2of4"))
+    assert 1800 <= clock[0] <= 1800 + 60 + 15 and run.record["plan"]["tokens"] == (18 + 2) * 8 * 128
+    assert is_strict(run.masks) and len(run.metrics) == pytest.approx(18, abs=6)
+    assert {path.name for path in run.folder.iterdir()} == {
+        "checkpoint", "curve.png", "generated.jsonl", "initial_mask.safetensors", "mask.safetensors",
+        "metrics.jsonl", "report.json", "run.json"}
+
+
+def test_its_table_recomputed(workshop, learned, capsys):
+    run = learned(f"--steps 6 --ppl {workshop}/text.jsonl")
+    report, said = json.loads((run.folder / "report.json").read_text()), capsys.readouterr().out
+    m0 = mask_files.load(run.folder / "initial_mask.safetensors").masks
+    texts = {"held-out text": heldout(workshop, run, [run.folder / "generated.jsonl"]),
+             "text.jsonl": data.perplexity_windows(AutoTokenizer.from_pretrained(workshop / "dense"),
+                                                   f"{workshop}/text.jsonl", 512, 64)[0]}
+    for row, masks in (("dense", {}), ("m0", m0), ("learned", run.masks)):
+        nats = {text: loss_under(workshop / "dense", masks, sequences) for text, sequences in texts.items()}
+        assert report["nats"][row] == pytest.approx(nats, abs=1e-4)
+        assert all(f"{math.exp(value):.3f}" in said for value in report["nats"][row].values())
+    assert list(report["stages"]) == ["text", "m0", "swaps", "learning", "table"]
+    assert report["summary"]["blocks_changed"] == sum(
+        int((mask != m0[name]).view(-1, 4).any(1).sum()) for name, mask in run.masks.items()) > 0
+    dense, sparse = (load_file(path / "model.safetensors") for path in (workshop / "dense", run.folder / "checkpoint"))
+    for name, mask in run.masks.items():
+        dense[f"{name}.weight"][~mask] = 0.0
+    assert is_strict(run.masks) and all(torch.equal(dense[name], tensor) for name, tensor in sparse.items())
+
+
+def test_given_texts_and_given_masks(workshop, learned, text_and_masks):
+    """Several files are one text; layers that are not named keep the mask given."""
+    files = [workshop / "one.jsonl", workshop / "two.jsonl"]
+    for file, text in zip(files, documents(str(workshop / "text.jsonl"))):
+        file.write_text(json.dumps({"text": text[:800]}))
+    mask = text_and_masks / "4_8.safetensors"
+    run = learned(f"--steps 9 --dataset {files[0]} {files[1]} --mask {mask} --sparsity_type 4:8 --targets q_proj "
+                  "layers.0.mlp.up --distill 0 --lr 2")
+    heldout(workshop, run, files)
+    m0 = mask_files.load(mask).masks
+    assert is_strict(run.masks, 4, 8) and {name for name in m0 if not torch.equal(m0[name], run.masks[name])} == {
+        "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
+
+
+def test_ways_to_take_the_gradient(workshop, learned):
+    """Each flag changes the run, but for checkpointing and microbatches of the whole batch, which do not."""
+    text = f"--steps 6 --dataset {workshop}/text.jsonl --mask {workshop}/mask.safetensors --skip_checkpoint"
+    runs = {flags: learned(f"{text} {flags}", f"run{number}") for number, flags in enumerate((
+        "", "--gradient_checkpointing", "--microbatch 2", "--microbatch 1", "--distill 0.5", "--no-curvature",
+        "--soft_masks", "--normalize block", "--logits_dtype bfloat16"))}
+    for flags, run in runs.items():
+        same = flags in ("", "--gradient_checkpointing", "--microbatch 2")
+        expected = pytest.approx(column(runs[""], "loss"), rel=1e-5)
+        assert is_strict(run.masks) and (column(run, "loss") == expected) == same, flags
+
+
+# ------------------------------------------------------------------------------------------------------------- stopped
+
+
+@pytest.fixture(scope="module")
+def whole(workshop, tmp_path_factory):
+    """A run of all stages that nothing stops: its flags, and what it made."""
+    flags = (f"--model {workshop}/dense {SMALL} --steps 4 --permute --after {workshop}/text.jsonl --checkpoint_every 1 "
+             "--skip_checkpoint").split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "made_fast", partial(generation.made_fast, attention="eager"))
+        sparsify.main([*flags, "--out", str(tmp_path_factory.mktemp("whole") / "run")])
+    return flags, read_run(tmp_path_factory.getbasetemp() / "whole0/run")
+
+
+def counting(owner, name, monkeypatch, number=math.inf):
+    """The list that this function's calls are counted in; the call of this number kills the process."""
+    calls, true = [], getattr(owner, name)
+
+    def counted(*given, **names):
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return true(*given, **names)
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("stage", MOMENTS)
+def test_killed_in_a_stage_it_goes_on_there(whole, tmp_path, monkeypatch, stage):
+    """What is done is not done again, and the result is the uninterrupted run's."""
+    flags, expected = whole
+    child = os.fork()
+    if child == 0:
+        try:
+            counting(*MOMENTS[stage][:2], monkeypatch, MOMENTS[stage][2])
+            sparsify.main([*flags, "--out", str(tmp_path / "run")])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    calls = {name: counting(*moment[:2], monkeypatch) for name, moment in MOMENTS.items()}
+    sparsify.main(["--resume", str(tmp_path / "run")])
+    once = {"text": 2, "learning": 4} | dict.fromkeys(("order", "m0", "swaps", "table"), 1)
+    done = {name: once[name] for name in list(MOMENTS)[:list(MOMENTS).index(stage)]} | {stage: MOMENTS[stage][2] - 1}
+    assert {name: len(found) for name, found in calls.items()} == {
+        name: count - done.get(name, 0) for name, count in once.items()}
+    assert kill.contents(tmp_path / "run") == kill.contents(expected.folder)
+    assert read_run(tmp_path / "run").record["nats"] == expected.record["nats"]
+
+
+def test_reordered_channels_and_passages(workshop, whole):
+    """The order changes no loss of the dense model; half of the text continues passages."""
+    run, files = whole[1], [whole[1].folder / name for name in ("generated.jsonl", "generated_after.jsonl")]
+    unseen = heldout(workshop, run, files)
+    dense = loss_under(workshop / "dense", {}, unseen)
+    assert run.record["nats"]["dense"]["held-out text"] == pytest.approx(dense, abs=1e-4)
+    assert all(list(documents(str(file))) for file in files) and is_strict(run.masks)
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize("flags, words", [("--shard --dataset text.jsonl", "--shard needs --dataset and --mask"),
+                                          ("--minutes 5 --steps 5", "not allowed with argument"),
+                                          ("--permute --mask m0.safetensors", "leave out --mask"),
+                                          ("--minutes 0", "at least 0.01"), ("--distill 1.5", "at most 1")])
+def test_flags_that_do_not_go_together(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sparsify.main(flags.split())
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short(workshop, learned, tmp_path):
+    with pytest.raises(UserError, match="the text makes 2 minibatches and at least 3 are needed"):
+        learned(f"--dataset {workshop}/text.jsonl --steps 5 --batchsize 150")
+    assert not (tmp_path / "run").exists()
