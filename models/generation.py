@@ -59,15 +59,15 @@ class Draw(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int,
-             passages: list[list[int]] | None = None) -> list[list[int]]:
+def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, passages: list[list[int]] | None = None,
+             max_s: float | None = None) -> list[list[int]]:
     """Token ids of so many documents, each of up to `length` tokens, the first one and the end of text left out; and
-    the passage, where each goes on from one of these, drawn for it."""
+    the passage, where each goes on from one of these, drawn for it. All are cut short after `max_s` seconds."""
     start, own = start_of_text(tokenizer), model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad = start if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=sorted(ends) or None,
-                              pad_token_id=pad)
+                              pad_token_id=pad, max_time=max_s)
     chosen = random.choices(passages, k=count) if passages else [[]] * count
     begun = [torch.tensor([start, *passage]) for passage in chosen]
     in_front = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")  # so all go on at one place
@@ -117,10 +117,11 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
     """Generate documents until there are so many tokens or, beyond the `least`, so many seconds are over, into a new
     .jsonl file, {"text": ...} a line. Returns the numbers of documents and of tokens. batchsize: documents at a time.
     """
-    texts, found, started = [], 0, time.monotonic()
+    texts, found, end = [], 0, time.monotonic() + max_s
     with progress_bar(total=tokens, desc="generating", unit="token") as progress:
-        while found < tokens and (found < least or time.monotonic() - started < max_s):
-            written = [row for row in generate(model, tokenizer, batchsize, length - 1, passages) if row]
+        while found < tokens and (found < least or time.monotonic() < end):
+            left_s = end - time.monotonic() if found >= least and max_s < math.inf else None
+            written = [row for row in generate(model, tokenizer, batchsize, length - 1, passages, left_s) if row]
             if not written:
                 raise UserError("the model ends every text at once, so it writes none")
             texts += tokenizer.batch_decode(written)

@@ -64,7 +64,8 @@ def generated_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens:
     seconds give. With `after`, passages, half of it continues them. A file that is there already is kept."""
     passages = generation.read_passages(after, model, tokenizer, seqlen) if after else []
     files = {folder / "generated.jsonl": []} | ({folder / "generated_after.jsonl": passages} if after else {})
-    tokens, batchsize = tokens // len(files), min(256, max(16, tokens // len(files) // (8 * seqlen)))
+    tokens = tokens // len(files)
+    batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
         missing = [file for file in files if not file.exists()]
         if missing and processes.is_main():
