@@ -120,8 +120,10 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
     texts, found, end = [], 0, time.monotonic() + max_s
     with progress_bar(total=tokens, desc="generating", unit="token") as progress:
         while found < tokens and (found < least or time.monotonic() < end):
-            left_s = end - time.monotonic() if found >= least and max_s < math.inf else None
-            written = [row for row in generate(model, tokenizer, batchsize, length - 1, passages, left_s) if row]
+            left_s = end - time.monotonic()
+            count = batchsize if left_s > 0 else -(-(least - found) // length)
+            written = generate(model, tokenizer, count, length - 1, passages, left_s if 0 < left_s < math.inf else None)
+            written = [row for row in written if row]
             if not written:
                 raise UserError("the model ends every text at once, so it writes none")
             texts += tokenizer.batch_decode(written)

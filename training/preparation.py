@@ -22,7 +22,7 @@ PARTS = 2  # that are held out
 TEXT_SHARE, LEARNING_SHARE = 0.3, 0.6  # of the minutes: for generating text, at most; for learning, about
 FORWARDS = 6  # that a step of learning costs
 MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
-FEWEST = 16  # minibatches of text, however short the time
+FEWEST = 8  # minibatches of text, however short the time
 SEQUENCES = 128  # of text that Wanda and the order are measured on
 
 
