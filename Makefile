@@ -16,7 +16,7 @@ test: $(VENV)/.test-ready
 test-oldest:
 	$(MAKE) .venv-oldest/.test-ready VENV=.venv-oldest TRANSFORMERS="torch==2.6.0 transformers==4.45.2"
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile $(patsubst %,tests/test_%.py,compiler kernels random_bits \
-	    layers masked_model block_stats train validation faster_model)
+	    layers masked_model train validation loop)
 
 demo: $(VENV)/.demo-ready
 	$(VENV)/bin/python reproduce/demo.py $(DEMO_FLAGS)

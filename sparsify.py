@@ -44,7 +44,7 @@ from models.loading import check_length, load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from pruning.channels import apply_permutation
 from training import args as arguments
-from training import initialize, preparation, report, results, run_folder
+from training import initialize, preparation, report, results
 from training.loop import Run
 from training.normalization import NORMALIZATIONS
 from training.run_folder import RunFolder
@@ -191,7 +191,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_folder.run("sparsify.py", parse_args(argv), sparsify)
+    arguments.run("sparsify.py", parse_args(argv), sparsify)
 
 
 if __name__ == "__main__":

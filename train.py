@@ -28,7 +28,7 @@ from models import processes
 from models.loading import check_length, load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from training import args as arguments
-from training import baselines, initialize, results, run_folder
+from training import baselines, initialize, results
 from training.loop import Run, StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -111,7 +111,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_folder.run("train.py", arguments.parse_paper(script_parser(__doc__), argv), learn)
+    arguments.run("train.py", arguments.parse_paper(script_parser(__doc__), argv), learn)
 
 
 if __name__ == "__main__":

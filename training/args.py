@@ -18,7 +18,10 @@ from utils import (
 
 from files.records import read_record
 from masking.spaces import SPACES
+from models import processes
 from training.initialize import STARTS
+from training.run_folder import RunFolder, is_finished
+from training.signals import StopSignals
 
 
 def interval(text: str) -> str:
@@ -127,3 +130,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
         raise UserError(f"{run} goes on with its own settings, and these differ: {'; '.join(changed)}; leave them out, "
                         "or start a new run")
     return Namespace(**recorded, out=run, resume=run)
+
+
+def run(script: str, args: Namespace, work: Callable) -> None:
+    """Have a script do its run: `work(args, device, folder, signals)`, in its own folder, by all processes of it."""
+    if args.resume and is_finished(args.resume):
+        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
+        return
+    with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), script, bool(args.resume)) as folder,
+          StopSignals() as signals):
+        work(args, device, folder, signals)

@@ -12,8 +12,6 @@ import errno
 import json
 import shutil
 import sys
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 from utils import UserError, environment
@@ -25,7 +23,6 @@ from files.atomic import refuse_existing, sync
 from files.records import read_record, write_json
 from models import processes
 from training.checkpoint import Checkpoints, StateFile
-from training.signals import StopSignals
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 RESULTS = ("mask.safetensors", "logits.safetensors", "curve.png", "checkpoint", "report.json")
@@ -38,16 +35,6 @@ def is_finished(run: str | Path) -> bool:
     shutil.rmtree(Path(run) / "state", ignore_errors=True)
     Path(run, "lock").unlink(missing_ok=True)
     return True
-
-
-def run(script: str, args: Namespace, work: Callable) -> None:
-    """Have a script do its run: `work(args, device, folder, signals)`, in its own folder, by all processes of it."""
-    if args.resume and is_finished(args.resume):
-        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
-        return
-    with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), script, bool(args.resume)) as folder,
-          StopSignals() as signals):
-        work(args, device, folder, signals)
 
 
 class RunFolder:
