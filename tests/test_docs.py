@@ -109,7 +109,4 @@ def test_other_commands_are_there(page):
 
 
 def test_the_readme_is_read():
-    lines = PAGES[0].read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 180
-    assert not [(page.name, line) for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()
-                if len(line) > 120 and not line.startswith("|")]
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 180

@@ -51,13 +51,6 @@ def test_peak_memory_is_that_of_the_devices_that_were_used(monkeypatch):
     assert list(utils.peak_memory([cpu])) == ["peak_memory_bytes"]
 
 
-def test_hardware_is_that_of_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
-    assert utils.hardware("cuda:1") == "card 1"
-    assert "threads" in utils.hardware("cpu")
-
 
 def test_progress_is_a_plain_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(utils, "LINE_S", 1e-9)
