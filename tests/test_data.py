@@ -25,7 +25,7 @@ def tokenizer(request, tokenizers):
 def test_minibatches_are_the_first_long_enough_documents(tmp_path):
     counts = [5, 3, 4, 9, 2, 6, 7, 8]  # words; Words() adds two special tokens
     path = write_lines(tmp_path / "a.jsonl", [{"text": " ".join(["w" * (i + 2)] * n)} for i, n in enumerate(counts)])
-    batches = data.minibatches(Words(), path, dataset_size=4, batchsize=2, sqlen=6)
+    batches = data.minibatches(Words(), path, dataset_size=4, batchsize=2, seqlen=6)
     # more than 6 tokens: documents 0 (7), 3 (11), 5 (8), 6 (9); document 2 has 6, which is not enough
     assert batches.tolist() == [[[0] + [2] * 5, [0] + [5] * 5], [[0] + [7] * 5, [0] + [8] * 5]]
     assert batches.dtype == torch.int64
@@ -71,10 +71,8 @@ def test_no_warning_and_no_bar(tokenizer, corpus, capfd, caplog):
 
 
 @pytest.mark.parametrize("sizes, message", [
-    ((0, 1, 8), "--dataset_size is 0"),
     ((12, 5, 8), "--batchsize 5 does not divide --dataset_size 12: use 4 or 6"),
-    ((12, 4, 1), "--sqlen is 1"),
-    ((65, 5, 8), "only 64 of the 64 documents .* asks for 65: lower --dataset_size or --sqlen"),
+    ((65, 5, 8), "only 64 of the 64 documents .* asks for 65: lower --dataset_size or --seqlen"),
     ((64, 8, 100000), "only 0 of the 64 documents"),
 ])
 def test_minibatches_refuse(sizes, message, tokenizers, corpus):
@@ -100,13 +98,13 @@ def test_token_sequences_are_the_running_text_shuffled(tmp_path, tokenizer, betw
     tokenizer.eos_token_id = between[0] if between else None
     counts = [5, 0, 3, 11, 7, 2]
     stream = [token for i, n in enumerate(counts) for token in [0] + [i + 2] * n + [1] + between]
-    batches = data.token_sequences(tokenizer, numbered(tmp_path, counts), 10**6, batchsize=2, sqlen=4, seed=0)
+    batches = data.token_sequences(tokenizer, [numbered(tmp_path, counts)], 10**6, batchsize=2, seqlen=4, seed=0)
     assert batches.dtype == torch.int64 and batches.shape == (len(stream) // 8, 2, 4)
     sequences = [stream[i:i + 4] for i in range(0, len(stream) // 8 * 8, 4)]
     found = batches.flatten(0, 1).tolist()
     assert sorted(found) == sorted(sequences) and found != sequences
-    again = data.token_sequences(tokenizer, numbered(tmp_path, counts), 10**6, 2, 4, seed=0)
-    other = data.token_sequences(tokenizer, numbered(tmp_path, counts), 10**6, 2, 4, seed=1)
+    again = data.token_sequences(tokenizer, [numbered(tmp_path, counts)], 10**6, 2, 4, seed=0)
+    other = data.token_sequences(tokenizer, [numbered(tmp_path, counts)], 10**6, 2, 4, seed=1)
     assert torch.equal(batches, again) and not torch.equal(batches, other)
 
 
@@ -116,7 +114,7 @@ def test_token_sequences_stop_reading_at_the_budget(monkeypatch, tokens, minibat
     opened = endless(monkeypatch, "w w")
     tokenizer = Words()
     tokenizer.eos_token_id = None
-    assert data.token_sequences(tokenizer, "endless", tokens, 2, 4, 0).shape == (minibatches, 2, 4)
+    assert data.token_sequences(tokenizer, ["endless"], tokens, 2, 4, 0).shape == (minibatches, 2, 4)
     assert len(opened) == 2 * minibatches
 
 
@@ -128,7 +126,7 @@ def test_token_sequences_of_real_tokenizers(tokenizers, corpus, name, first):
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     first = tokenizer.convert_tokens_to_ids(first)
     stream = [token for text in read(corpus) for token in tokenizer(text, add_special_tokens=False).input_ids + end]
-    sequences = data.token_sequences(tokenizer, corpus, 10**9, 1, 32, 0).flatten(0, 1).tolist()
+    sequences = data.token_sequences(tokenizer, [corpus], 10**9, 1, 32, 0).flatten(0, 1).tolist()
     own = 32 - len(first)
     assert sorted(sequences) == sorted(first + stream[i:i + own] for i in range(0, len(stream) // own * own, own))
 
@@ -148,11 +146,11 @@ def test_token_sequences_behind_a_first_token(tmp_path):
     tokenizer = WordsWithEnd()
     tokenizer.bos_token_id = 0
     stream = [2] * 5 + [1, 99] + [1, 99] + [4] * 3 + [1, 99]
-    batches = data.token_sequences(tokenizer, numbered(tmp_path, [5, 0, 3]), 10**6, batchsize=2, sqlen=4, seed=0)
+    batches = data.token_sequences(tokenizer, [numbered(tmp_path, [5, 0, 3])], 10**6, batchsize=2, seqlen=4, seed=0)
     assert sorted(batches.flatten(0, 1).tolist()) == sorted([0, *stream[i:i + 3]] for i in range(0, 12, 3))
-    assert data.token_sequences(tokenizer, numbered(tmp_path, [50]), 27, 2, 4, 0).shape == (3, 2, 4)
+    assert data.token_sequences(tokenizer, [numbered(tmp_path, [50])], 27, 2, 4, 0).shape == (3, 2, 4)
     with pytest.raises(UserError, match="has only 4 tokens, fewer than one minibatch of 2 x 4"):
-        data.token_sequences(tokenizer, numbered(tmp_path, [2]), 100, 2, 4, 0)
+        data.token_sequences(tokenizer, [numbered(tmp_path, [2])], 100, 2, 4, 0)
 
 
 
