@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import common
-from utils import run_script
+from utils import UserError
 
 import pytest
 import rivals
@@ -110,7 +110,6 @@ def test_maskllm_draws_patterns_in_the_end_and_mixes_them_at_first():
     assert ((mixed > 0.02) & (mixed < 0.98)).all()
 
 
-
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 4.0])
 def test_the_proximal_step_is_no_worse_than_any_point_of_a_grid(strength):
     y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double()
@@ -122,8 +121,6 @@ def test_the_proximal_step_is_no_worse_than_any_point_of_a_grid(strength):
     assert (value(ours[:, None])[:, 0] <= value(shares * y[:, None]).amin(1) + 1e-9).all()
     assert (ours * y >= 0).all()
     assert (ours.abs() <= y.abs() + 1e-12).all()
-
-
 
 
 def test_a_row_takes_what_is_tuned_for_its_budget():
@@ -157,8 +154,5 @@ def test_rows_are_chosen_by_parts_of_their_names_or_by_a_whole_one():
     assert common.chosen(names, "Mask,SR") == ["MaskLLM", "MaskLLM + KD", "SR-STE"]
     assert common.chosen(names, "MaskLLM") == ["MaskLLM"]
     assert common.chosen(names, "STE + KD,MaskLLM + KD") == ["MaskLLM + KD", "STE + KD"]
-
-
-def test_a_row_that_is_not_there_is_an_error():
-    with pytest.raises(SystemExit):
-        run_script(lambda: rivals.main(["--quick", "--rows", "nothing of this name"]))
+    with pytest.raises(UserError, match="no row's name contains Wanda"):
+        common.chosen(names, "Wanda")

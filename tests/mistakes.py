@@ -63,7 +63,6 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     texts = [json.loads(line)["text"] for line in (w / "text.jsonl").read_text().splitlines()]
     (w / "held_out.txt").write_text(texts[0])
     (w / "long.jsonl").write_text("".join(json.dumps({"text": " ".join([text] * 3)}) + "\n" for text in texts))
-    (w / "empty").mkdir()
 
     edited(w / "llama", w / "other", lambda tensors: [tensor.neg_() for tensor in tensors.values()])
     edited(w / "llama", w / "nan", lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))

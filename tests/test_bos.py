@@ -114,7 +114,6 @@ def test_judging_a_model_that_does_not_need_it(folder, models, kind, capsys):
     assert HINT not in capsys.readouterr().out
 
 
-
 def test_when_there_is_nothing_to_try(model, tokenizer):
     """A sequence of one token predicts none; one that begins with the token needs no other; a token that the model
     does not know is not put in front of it."""
@@ -125,7 +124,6 @@ def test_when_there_is_nothing_to_try(model, tokenizer):
     assert bos_hint(model, SimpleNamespace(bos_token_id=352), sequences, "window") is None
     with pytest.raises(UserError, match="token 352 and the model has 352 embeddings"):
         batch_loss(model, sequences, bos=352)
-
 
 
 # ----------------------------------------------------------------------------------------------- calibrating, learning

@@ -71,8 +71,6 @@ def test_round_trip_through_the_three_formats(w, tmp_path, kind):
     assert (found.n, found.m, found.fingerprint, found.model) == (2, 4, wanted.fingerprint, str(w / kind))
 
 
-
-
 def test_without_a_model_a_foreign_mask_gets_no_fingerprint_and_a_warning(w, tmp_path, capsys):
     copy, wanted = mask_files.load(convert(w / "llama.safetensors", tmp_path / "copy.safetensors")), dense(w, "llama")
     assert (copy.model, copy.fingerprint) == (str(w / "llama"), model_fingerprint(wanted))
@@ -96,16 +94,12 @@ def test_a_pattern_of_ones_own(w, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     ("--convert {w}/gpt2.safetensors --model {w}/llama", "another model: it has transformer.h.0"),
     ("--convert {w}/llama.safetensors --model {w}/other", "of another model: .* the input embeddings differ"),
-    ("--convert {t}/mask.npz --model {w}/gpt2", "not one of the model's"),
-    ("--convert {t}/mask.npz", "does not hold the shapes .* --model"),
     ("--convert {w}/llama.safetensors --sparsity_type 4:8", "2:4, not 4:8"),
     ("--convert {w}/llama.safetensors --save {t}/new.bin", "new.bin must end in .safetensors, in .npz")])
 def test_refusals(w, tmp_path, arguments, words):
-    convert(w / "llama.safetensors", tmp_path / "mask.npz")
     with pytest.raises(UserError, match=words):
         get_mask.main(f"--save {tmp_path}/new {arguments}".format(w=w, t=tmp_path).split())
-    assert [path.name for path in tmp_path.iterdir()] == ["mask.npz"]
-
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------- apply_mask

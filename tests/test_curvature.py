@@ -1,4 +1,5 @@
 """training/curvature.py: its factors by enumeration, what it adds by a loss that is quadratic, and when."""
+import copy
 import itertools
 from types import SimpleNamespace
 
@@ -120,3 +121,18 @@ def test_what_is_not_finite_is_not_taken_in():
     masked.model.head.weight.data[0, 0] = torch.nan
     learner.curvature.measure(WORDS)
     assert torch.equal(before, learner.curvature.mean_squares) and before.isfinite().all()
+
+
+def test_a_restored_state_goes_on_alike():
+    learner, masked, layer = one_layer()
+    for step in range(6):
+        if step == 3:
+            saved = copy.deepcopy([part.state() for part in (masked, learner)])
+        learner.step(WORDS, 0.3, 1.0)
+    again, masked, restored = one_layer()
+    for part, (scalars, tensors) in zip((masked, again), saved):
+        part.restore(scalars, lambda name, like, tensors=tensors: tensors[name])
+    for _ in range(3):
+        again.step(WORDS, 0.3, 1.0)
+    assert torch.equal(logits_of(layer), logits_of(restored))
+    assert torch.equal(learner.curvature.mean_squares, again.curvature.mean_squares)

@@ -39,7 +39,6 @@ def test_minibatches_with_real_tokenizers(tokenizer, corpus):
     assert batches.flatten(0, 1).tolist() == [row[:128] for row in ids if len(row) > 128][:16]
 
 
-
 def endless(monkeypatch, text: str) -> list[int]:
     """Have data.documents yield this text without end; a list that grows with every document read."""
     opened = []
@@ -153,7 +152,6 @@ def test_token_sequences_behind_a_first_token(tmp_path):
         data.token_sequences(tokenizer, [numbered(tmp_path, [2])], 100, 2, 4, 0)
 
 
-
 # ------------------------------------------------------------------------------------------------- calibration samples
 
 @pytest.mark.parametrize("seqlen", [16, 700])  # about half of the documents are too short for 700
@@ -181,7 +179,6 @@ def test_calibration_keeps_to_documents_just_long_enough(tmp_path):
     assert data.calibration_samples(Words(), path, 5, 3, 0, bos=0).tolist() == [[0, 3, 3]] * 5  # begins with it
     with pytest.raises(UserError, match=r"none of the 2 documents .* more than 4 tokens: lower --seqlen"):
         data.calibration_samples(Words(), path, 5, 4, 0)
-
 
 
 # -------------------------------------------------------------------------------------------------- perplexity windows

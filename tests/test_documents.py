@@ -65,9 +65,6 @@ def test_missing_and_empty_texts_stay_documents(tmp_path):
     assert list(documents(path)) == ["x", "", ""]
 
 
-
-
-
 def test_a_question_is_a_document_with_its_right_choice_or_with_every_one(tmp_path):
     """As evaluation judges it; beside ordinary documents, whose own fields are left alone."""
     question = {"context": "Bees make", "choices": [" honey", " wool"]}
@@ -89,7 +86,6 @@ def test_questions_of_the_hub_are_documents_to_learn_from_and_to_calibrate_on(hu
     ("two.jsonl", '{"a": "x", "b": "y"}', r"2 columns hold strings \(columns: a, b\), rename"),
     ("none.jsonl", '{"a": 1, "b": [2]}', "0 columns hold strings"),
     ("broken.jsonl", '{"text": "fine"}\n{"text": \n', "line 2: .* check that the file is intact"),
-    ("list.jsonl", '{"text": "fine"}\n[1]\n', "row 2 is not a JSON object"),
     ("quiz.jsonl", '{"context": "Bees make", "choices": [" honey", " wool"], "gold": 2}', "cannot be read"),
     ("broken.json.gz", "not gzip", "check that the file is intact"),
     ("broken.parquet", "not parquet", "check that the file is intact"),
@@ -112,7 +108,6 @@ def test_a_folder_without_documents(tmp_path):
     for name, message in (("splits", "train not found"), ("nothing", "there is no file that ends with .jsonl")):
         with pytest.raises(UserError, match=message):
             list(documents(str(tmp_path / name)))
-
 
 
 def test_a_missing_file_is_never_looked_up_on_the_hub(hub):

@@ -34,7 +34,6 @@ def test_every_projection_is_found_and_no_head(kind, load):
     assert all(is_transposed(module) == (kind == "gpt2") for module in layers.values())
 
 
-
 @pytest.mark.parametrize("targets, expected", [
     (["self_attn"], [name for name in NAMES["llama"] if "self_attn" in name]),
     (["layers.1.mlp", "layers.0.self_attn.q_proj"],
@@ -45,7 +44,6 @@ def test_every_projection_is_found_and_no_head(kind, load):
 ])
 def test_targets_select_exactly_what_they_name_in_the_order_of_the_model(load, targets, expected):
     assert list(find_layers(load(), targets)) == expected
-
 
 
 def test_a_name_wins_over_a_regular_expression():

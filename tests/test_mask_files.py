@@ -126,7 +126,6 @@ def test_an_unstrict_layer_is_named(tmp_path, layers):
     assert not (tmp_path / "mask.safetensors").exists()
 
 
-
 def test_pickle_is_never_run(tmp_path):
     class Evil:
         def __reduce__(self):

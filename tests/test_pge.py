@@ -107,8 +107,6 @@ def test_probabilities_sum_to_one_and_scores_average_to_zero(n, m, scale):
     assert torch.allclose(pge.pattern_probs(logits[:1], n)[0], probs, atol=1e-14, rtol=1e-10)
 
 
-
-
 def test_a_mask_that_varies_in_n_is_refused():
     with pytest.raises(ValueError, match="same number"):
         pge.log_prob(torch.zeros(2, 4), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool())
@@ -146,7 +144,6 @@ DRAWS = [  # logits of a block, N, millions of draws
     ([1.0, -0.5, 2.0, 0.3], 2, 1), ([10.0, 0.0, 0.0, 0.0], 1, 2), ([3.0, 0.0, 3.0, 3.0], 3, 1),
     ([10.0, 0.0, 10.0, 0.0, 10.0, 0.0, 10.0, 0.0], 4, 1),
 ]
-
 
 
 @pytest.mark.parametrize("logits, n, millions", DRAWS)

@@ -83,7 +83,6 @@ def test_lines_and_levels():
     figures._draw(axes, figures.TRAINING, {"a": points, "b": points}, {"dense": 3.0})
     dots, line, _, other, level = axes.lines
     assert list(dots.get_ydata()) == [value for _, value in points]
-    assert line.get_ydata()[0] == 0
     assert line.get_ydata()[-1] == pytest.approx(sum(value for _, value in points[-32:]) / 32)
     assert line.get_linestyle() != other.get_linestyle() and line.get_marker() != other.get_marker()
     assert list(level.get_ydata()) == [3, 3] and axes.texts[0].get_text() == "dense"

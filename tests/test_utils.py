@@ -51,7 +51,6 @@ def test_peak_memory_is_that_of_the_devices_that_were_used(monkeypatch):
     assert list(utils.peak_memory([cpu])) == ["peak_memory_bytes"]
 
 
-
 def test_progress_is_shown_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(utils, "LINE_S", 1e-9)
     for _ in utils.progress_bar(range(3), desc="reading", unit="document"):
