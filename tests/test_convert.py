@@ -1,4 +1,5 @@
 """get_mask.py --convert between the three formats, and apply_mask: the mask's way to whoever has the base model."""
+import json
 import shutil
 
 from utils import UserError
@@ -8,6 +9,7 @@ import torch
 from tiny import write_corpus
 from transformers import AutoModelForCausalLM
 
+import evaluate
 import get_mask
 import prune
 import train
@@ -115,7 +117,7 @@ def test_apply_mask_is_what_pruning_did(w, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_apply_mask_is_what_train_saves(w, tmp_path, kind, monkeypatch):
+def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path, kind, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # a compiler takes longer than these steps
     train.main(f"--model {w}/{kind} {PLACE} --mask {w}/{kind}.safetensors --dataset {w}/text.jsonl --dataset_size 8 "
                f"--batchsize 4 --sqlen 32 --baseline online --init random --max_step 2 "
@@ -124,6 +126,11 @@ def test_apply_mask_is_what_train_saves(w, tmp_path, kind, monkeypatch):
     model = apply_mask(dense(w, kind), learned)
     assert not same_bits(model, dense(w, f"sparse_{kind}"))  # another mask than that
     assert same_bits(model, AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint"))
+    for name, measured in (("a", f"{tmp_path}/run/checkpoint"), ("b", f"{w}/{kind} --mask {learned}")):
+        evaluate.main(f"--model {measured} {PLACE} --ppl {w}/text.jsonl --seqlen 64 --nwindows 4 "
+                      f"--save {tmp_path}/{name}.json".split())
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    assert first["ppl"] == second["ppl"]
 
 
 @pytest.mark.parametrize("mask, words", [("gpt2", "another model: it has transformer.h.0"), ("other", "embeddings")])

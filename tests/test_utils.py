@@ -62,12 +62,6 @@ def test_progress_is_shown_now_and_then_where_there_is_no_terminal(monkeypatch, 
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_that_is_not_wanted_says_nothing(monkeypatch, capsys):
-    for is_terminal in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
-        assert list(utils.progress_bar(range(3), desc="reading", disable=True)) == [0, 1, 2]
-    assert capsys.readouterr().err == ""
-
 
 def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
