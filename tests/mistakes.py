@@ -1,10 +1,8 @@
 """What test_bad_input.py is made of: commands that work, files that do not, and what a proper refusal is."""
 import contextlib
-import gzip
 import io
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +63,6 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     texts = [json.loads(line)["text"] for line in (w / "text.jsonl").read_text().splitlines()]
     (w / "held_out.txt").write_text(texts[0])
     (w / "long.jsonl").write_text("".join(json.dumps({"text": " ".join([text] * 3)}) + "\n" for text in texts))
-    (w / "torn.jsonl").write_text('{"text": "a whole line"}\n{"text": "a torn')
-    (w / "numbers.jsonl").write_text('{"a": 1, "b": 2}\n' * 9)
-    (w / "nothing.jsonl").touch()
-    (w / "picture.png").write_bytes(b"\x89PNG")
-    (w / "empty").mkdir()
 
     edited(w / "llama", w / "other", lambda tensors: [tensor.neg_() for tensor in tensors.values()])
     edited(w / "llama", w / "nan", lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
@@ -77,13 +70,17 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     for name, file, content in [("no_config", "config.json", None), ("bad_config", "config.json", b"{"),
                                 ("other_config", "config.json", b'{"model_type": "nonsense"}'),
                                 ("no_tokenizer", "tokenizer.model", None), ("no_weights", "model.safetensors", None),
-                                ("bad_tokenizer", "tokenizer.model", b"nonsense"),
                                 ("bad_weights", "model.safetensors", b"nonsense")]:
         shutil.copytree(w / "llama", w / name)
         (w / name / file).unlink()
         if content:
             (w / name / file).write_bytes(content)
     (w / "no_tokenizer" / "tokenizer_config.json").unlink()
+    edited(w / "llama", w / "few_weights", lambda tensors: tensors.pop("model.norm.weight"))
+    edited(w / "llama", w / "few_rows", lambda tensors: tensors.update(
+        {name: tensors[name][:32] for name in ("model.embed_tokens.weight", "lm_head.weight")}))
+    config = json.loads((w / "llama" / "config.json").read_text())
+    (w / "few_rows" / "config.json").write_text(json.dumps(config | {"vocab_size": 32}))
 
     for model, sparsity, sparse, mask in [("llama", "2:4", "sparse", "mask"), ("llama", "4:8", "sparse8", "mask8"),
                                           ("other", "2:4", "sparse_other", "mask_other"),
@@ -96,53 +93,19 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     mask_files.save(w / "attention.safetensors", attention, 2, 4, found.model, found.fingerprint)
     mask_files.save(w / "flipped.safetensors", {name: ~mask for name, mask in found.masks.items()}, 2, 4, found.model,
                found.fingerprint)
-    edited(w / "sparse", w / "bad_record", lambda tensors: None)
-    (w / "bad_record" / "prune.json").write_text("{")
 
     quietly("inference_loss", COMMANDS["inference_loss"].format(w=w) + f" --save {w}/baseline.npz")
     with np.load(w / "baseline.npz") as file:
         np.savez(w / "nan.npz", losses=file["losses"] * np.nan, depends_on=file["depends_on"])
     for whole in ("mask.safetensors", "baseline.npz"):
-        (w / f"garbage_{whole}").write_bytes(b"nonsense" * 100)
         (w / f"torn_{whole}").write_bytes((w / whole).read_bytes()[:-100])
-    damaged_files(w)
+    (w / "record.json").write_text(json.dumps({"sparsity_type": "2:4", "density": 0.5}))
+    (w / "torn.json").write_text('{"sparsity_type":')
+    (w / "run").mkdir()
+    (w / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.5, "baseline": 3.6}) + "\n")
     (w / "standing").mkdir()
     for name in ("standing.json", "standing.npz", "standing.safetensors", "standing.png", "standing/file"):
         (w / name).write_text("stands")
-
-
-def damaged_files(w: Path) -> None:
-    """Tokenizers, weights, texts and records that do not fit or are damaged."""
-    shutil.copytree(w / "llama", w / "bad_length")
-    settings = json.loads((w / "llama" / "tokenizer_config.json").read_text())
-    (w / "bad_length" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": {}}))
-    edited(w / "llama", w / "few_rows", lambda tensors: tensors.update(
-        {name: tensors[name][:32] for name in ("model.embed_tokens.weight", "lm_head.weight")}))
-    config = json.loads((w / "llama" / "config.json").read_text())
-    (w / "few_rows" / "config.json").write_text(json.dumps(config | {"vocab_size": 32}))
-    edited(w / "llama", w / "few_weights", lambda tensors: tensors.pop("model.norm.weight"))
-
-    mask_files.save(w / "evil", {"a": torch.eye(2, dtype=torch.bool).repeat(2, 2)}, 1, 2)
-    torch.save(subprocess.Popen, w / "evil" / "a.pt")
-    mask_files.save(w / "foreign.npz", {"elsewhere": torch.eye(2, dtype=torch.bool).repeat(2, 2)}, 2, 4)
-    (w / "torn.json.gz").write_bytes(gzip.compress(b'{"text": "a document"}' * 9)[:-9])
-    (w / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n' * 9)
-    (w / "mixed.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
-    (w / "list.jsonl").write_text('{"text": "a"}\n["a"]\n')
-
-    (w / "record.json").write_text(json.dumps({"sparsity_type": "2:4", "density": 0.5}))
-    for name, content in [("not_json", "{"), ("deep", "[" * 10**5),
-                          ("word", '{"sparsity_type": "2:4", "density": "half"}'),
-                          ("endless", '{"sparsity_type": "2:4", "density": 1%s}' % ("0" * 400))]:
-        (w / f"{name}.record.json").write_text(content)
-    for name, line in [("deep", "[" * 10**5), ("gold", '{"context": "a", "choices": [" b", " c"], "gold": 2}')]:
-        (w / f"{name}.quiz.jsonl").write_text(line + "\n")
-    (w / "code.yaml").write_text("task: a\nprocess_docs: !function code.run\n")
-
-    step = json.dumps({"step": 1, "loss": 3.5, "baseline": 3.6, "delta": None})
-    for name, metrics in [("run", f"{step}\n"), ("no_step", '{"step": 1'), ("damaged_step", "{\n")]:
-        (w / name).mkdir()
-        (w / name / "metrics.jsonl").write_text(metrics)
 
 
 def snapshot(*folders: Path) -> dict:

@@ -14,7 +14,6 @@ import utils
 
 import pytest
 from mistakes import ALL, COMMANDS, SCRIPTS, cases, check_refusal, fill, quietly, snapshot
-from tiny import make_moe
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,7 +81,7 @@ MODELS = [
     ("get_mask", "--model {w}/absent", "--model", "absent", "no such folder"),
     ("evaluate", "--model {w}/no_config", "--model", "no_config cannot be read", "give a folder"),
     *[("inference_loss", f"--model {{w}}/{name}", "--model", f"{name} cannot be read") for name in (
-        "bad_config", "other_config", "no_tokenizer", "bad_tokenizer", "no_weights", "bad_weights", "bad_length")],
+        "bad_config", "other_config", "no_tokenizer", "no_weights", "bad_weights")],
     ("inference_loss", "--model {w}/few_weights", "few_weights has no weights for model.norm.weight", "restore it"),
     ("prune", "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
     (ALL, "--device cuda:99", "--device cuda:99 cannot be used", "--device cpu"),
@@ -98,51 +97,34 @@ MASKS = [
     ("train", "--mask {w}/mask_gpt2.safetensors", "mask", "another model", ("--mask", "get_mask.py", "--model")),
     ("sparsify", "--mask {w}/mask_other.safetensors", "mask", "another model", ("--mask", "get_mask.py", "--model")),
     ("evaluate", "--mask {w}/absent.safetensors", "absent.safetensors", "no such mask", "get_mask.py"),
-    ("inference_loss", "--mask {w}/empty", "empty", "holds no masks"),
     ("train", "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors cannot be read", "make it anew"),
-    ("inference_loss", "--mask {w}/evil", "evil: a.pt cannot be read", "make it anew"),
-    ("evaluate", "--mask {w}/foreign.npz", "foreign.npz", "'elsewhere' is not one of the model's"),
     ("evaluate", "--mask {w}/llama/model.safetensors", "model.safetensors", "no maskpro-mask", "give a mask file"),
     ("train", "--mask {w}/mask8.safetensors", "mask8", "4:8, not 2:4"),
-    ("sparsify", "--sparsity_type 1:4", "2:4, not 1:4"),
     ("evaluate", "--mask {w}/mask8.safetensors --sparsity_type 2:4", "mask8", "4:8, not 2:4"),
     ("train", "--mask {w}/attention.safetensors --targets mlp", "the mask has none of the layers that --targets name"),
+    ("get_mask", "--convert {w}/mask.safetensors --targets q_proj", "--targets"),
     ("get_mask", "--model {w}/llama", "not 2:4 sparse in 14 of 14 layers", "q_proj", "prune.py"),
-    ("get_mask", "--sparsity_type 1:4", "not 1:4 sparse in 14 of 14 layers", "--sparsity_type"),
     (["get_mask", "prune"], "--sparsity_type 2:5", "5 does not divide the 64 input features", "--sparsity_type"),
-    (["prune", "get_mask", "train", "evaluate"], "--targets q_proj nonsense", "--targets nonsense matches", "q_proj"),
-    ("train", "--targets (", "--targets ( matches no layer", "q_proj"),
-    ("get_mask", "--model {w}/bad_record", "prune.json")]
+    (["prune", "get_mask", "train", "evaluate"], "--targets q_proj nonsense", "--targets nonsense matches", "q_proj")]
 TEXTS = [
     ("train", "--dataset {w}/absent.jsonl", "absent.jsonl", "no such file", "check the path"),
-    ("prune", "--dataset {w}/torn.jsonl", "torn.jsonl", ("cannot be read", "only ", "none of")),
-    ("inference_loss", "--dataset {w}/numbers.jsonl", "numbers.jsonl", "text"),
-    ("prune", "--dataset {w}/picture.png", "picture.png", "no file that ends with", ".jsonl"),
-    ("train", "--dataset {w}/empty", "empty", "no file that ends with", ".jsonl"),
     ("train", "--dataset {w}/few.jsonl", "only 3 of the 3 documents", "lower --dataset_size"),
     ("train", "--seqlen 5000", ("only 0 of the 12 documents", "256 positions"), "--seqlen"),
     ("inference_loss", "--batchsize 3", "--batchsize 3 does not divide --dataset_size 8", "use 2 or 4"),
     (["inference_loss", "sparsify", "evaluate"], "--seqlen 1", "--seqlen", "'1' is not a whole number of at least 2"),
-    ("train", "--dataset {w}/torn.json.gz", "torn.json.gz cannot be read", "intact"),
-    ("train", "--dataset {w}/surrogate.jsonl", "surrogate.jsonl", "surrogates not allowed", "intact"),
-    ("train", "--dataset {w}/mixed.jsonl", "mixed.jsonl", "'int'", "intact"),
-    ("train", "--dataset {w}/list.jsonl", "list.jsonl", "row 2 is not a JSON object", "intact"),
-    ("evaluate", "--ppl {w}/picture.png", "picture.png", "no file that ends with", ".txt"),
     ("evaluate", "--seqlen 5000", ("fewer than one window of 5000", "256 positions"), "lower --seqlen"),
     ("train", "--val_fraction 0.6", "--val_fraction 0.6 of 2 minibatches leaves none to learn from"),
     ("sparsify", "--batchsize 2000", "has only", "fewer than one minibatch of 2000 x 32", "lower --batchsize")]
 AGAIN = "inference_loss.py"
 BASELINES = [
     ("train", "--baseline {w}/absent.npz", "absent.npz", "no such baseline", AGAIN, "--baseline online"),
-    *[("train", f"--baseline {{w}}/{name}", f"{name} cannot be read", AGAIN) for name in (
-        "garbage_baseline.npz", "torn_baseline.npz", "mask.safetensors", "empty")],
+    *[("train", f"--baseline {{w}}/{name}", f"{name} cannot be read", AGAIN)
+      for name in ("torn_baseline.npz", "mask.safetensors")],
     ("train", "--baseline {w}/nan.npz", "nan.npz", "not finite", AGAIN),
     ("train", "--baseline cached", "inference_loss_8_bs4_sql32.npz: there is no such baseline", AGAIN),
     ("train", "--mask {w}/flipped.safetensors", "baseline.npz is stale: mask", AGAIN),
     ("train", "--dataset {w}/other.jsonl", "baseline.npz is stale: tokens", AGAIN),
     ("train", "--seqlen 16", "baseline.npz is stale", "sqlen 32 there, 16 here", AGAIN),
-    ("train", "--dataset_size 4", "baseline.npz is stale", "dataset_size 8 there, 4 here", AGAIN),
-    ("train", "--batchsize 2", "baseline.npz is stale", "batchsize 4 there, 2 here", AGAIN),
     ("train", "--dtype bfloat16", "baseline.npz is stale: dtype float32 there, bfloat16 here", AGAIN),
     ("train", "--model {w}/other --mask {w}/mask_other.safetensors", "baseline.npz is stale: model", AGAIN)]
 OUTPUTS = [
@@ -151,56 +133,29 @@ OUTPUTS = [
           ("prune", "save_model", "", ""), ("get_mask", "save", *[".safetensors"] * 2),
           ("inference_loss", "save", *[".npz"] * 2), ("train", "out", "", ""), ("sparsify", "out", "", ""),
           ("evaluate", "save", *[".json"] * 2), ("plot", "out", "", ".png"))],
-    ("train", "--out {w}/empty", "empty exists already", "another --out"),
-    *[(script, f"--{flag} {{w}}/standing.json/new{end}", "standing.json") for script, flag, end in (
-        ("prune", "save_model", ""), ("get_mask", "save", ".safetensors"), ("inference_loss", "save", ".npz"),
-        ("train", "out", ""), ("evaluate", "save", ".json"), ("plot", "out", ""))],
+    ("train", "--out {w}/standing.json/new", "standing.json"),
     ("get_mask", "--save new.bin", "new.bin", ".safetensors")]
 ARGUMENTS = [
     *[("train", f"--sparsity_type {text}", "--sparsity_type", text, "such as 2:4")
-      for text in ("nonsense", "2:2", "0:4", "4:2", "2:32", "2", "2:4:8")],
+      for text in ("nonsense", "2:2", "0:4", "2:32", "2:4:8")],
     *[(script, f"--{name} {value}", f"--{name}", value, "at least 1") for script, name, value in (
-        ("inference_loss", "dataset_size", "-1"), ("train", "batchsize", "2.5"),
-        ("train", "microbatch", "0"), ("train", "epoch", "nonsense"), ("train", "max_step", "-3"),
-        ("sparsify", "steps", "1e6"), ("prune", "nsamples", "-1"),
-        ("evaluate", "nwindows", "0"), ("evaluate", "task_limit", "0"), ("evaluate", "tasks_batchsize", "0"))],
-    *[("train", f"--{name} {value}", f"--{name}", value) for name, value in (
-        ("lr", "-1"), ("lr", "nan"), ("lr", "inf"), ("logits", "-1"))],
-    *[("train", f"--{name} {value}", f"--{name}", value, "[0, 1)") for name, value in (
-        ("alpha", "-0.5"), ("alpha", "1.0"), ("val_fraction", "nan"))],
-    *[(script, f"--{name} nonsense", f"--{name}", word) for script, name, word in (
-        ("train", "estimator", "running"), ("train", "space", "pattern"), ("train", "init", "random"),
-        ("train", "logits_dtype", "float16"), ("sparsify", "normalize", "block"), ("prune", "prune_method", "wanda"))],
-    ("train", "--estimator straight_through", "python sparsify.py --model MODEL"),
+        ("inference_loss", "dataset_size", "-1"), ("train", "batchsize", "2.5"), ("train", "epoch", "nonsense"),
+        ("sparsify", "steps", "1e6"), ("prune", "nsamples", "0"), ("evaluate", "nwindows", "0"))],
+    *[("train", f"--{name} {value}", f"--{name}", value)
+      for name, value in (("lr", "-1"), ("lr", "nan"), ("logits", "-1"), ("alpha", "1.0"), ("val_fraction", "nan"))],
     ("prune", "--percdamp -1", "--percdamp", "at least 0"),
-    ("evaluate", "--dtype int8", "--dtype", "float32"),
-    ("get_mask", "--seed 1.5", "--seed", "1.5"),
     ("prune", f"--seed {10**30}", "--seed"),
     (list(SCRIPTS), "--nonsense", "--nonsense")]
 RECORDS = [
     ("evaluate", "--task_file {w}/absent.jsonl", "absent.jsonl cannot be read", "one JSON object a line"),
-    ("evaluate", "--task_file {w}/nothing.jsonl", "nothing.jsonl: it has no items", "one JSON object a line"),
-    ("evaluate", "--task_file {w}/deep.quiz.jsonl", "deep.quiz.jsonl cannot be read", "one JSON object a line"),
-    ("evaluate", "--task_file {w}/gold.quiz.jsonl", "line 1 is no item", "as gold the index of one"),
-    ("evaluate", "--task_file {w}/picture.png", "picture.png", "one JSON object a line"),
-    ("evaluate", "--tasks {w}/code.yaml", "code.yaml has '!function' in it", "--trust_remote_code"),
     *[("compare", f"--compare {{w}}/record.json {{w}}/{name}", name, "is no record", "make it with evaluate.py")
-      for name in ("absent.json", "empty", "not_json.record.json", "deep.record.json", "word.record.json",
-                   "endless.record.json")],
-    ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders"),
-    ("plot", "{w}/no_step", "has no step yet", "give another run"),
-    ("plot", "{w}/damaged_step", "damaged_step/metrics.jsonl cannot be read", "give run folders")]
+      for name in ("absent.json", "torn.json")],
+    ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders")]
 
 
 @cases(*MODELS, *MASKS, *TEXTS, *BASELINES, *OUTPUTS, *ARGUMENTS, *RECORDS)
 def test_mistakes(refused, script, flags, words):
     refused(script, flags, *words)
-
-
-@pytest.mark.parametrize("script", ["prune", "get_mask"])
-def test_fused_experts(refused, tmp_path_factory, script):
-    model = make_moe(tmp_path_factory.mktemp("moe"))
-    refused(script, f"--model {model}", "fused experts", "--targets self_attn")
 
 
 @pytest.mark.parametrize("script, name", [("prune", "out"), ("get_mask", "initial_mask.safetensors"),

@@ -2,7 +2,6 @@
 judges and writes must put the token in front of it."""
 import json
 import random
-import shutil
 from types import SimpleNamespace
 
 from utils import UserError
@@ -100,9 +99,7 @@ def test_judging(folder, tmp_path, model, tokenizer, capsys):
     assert behind["nats"] == pytest.approx(nats_behind(model, 1, windows), abs=1e-5)
     assert plain["nats"] == pytest.approx(batch_loss(model, windows), abs=1e-5)
     assert behind["nats"] < 1.5 and plain["nats"] > 4
-    assert (plain["bos"], behind["bos"]) == (False, True)
-    assert {key: plain[key] for key in ("windows", "tokens", "fingerprint")} == {
-        key: behind[key] for key in ("windows", "tokens", "fingerprint")}  # the same tokens are scored
+    assert (plain["bos"], behind["bos"]) == (False, True) and plain["fingerprint"] == behind["fingerprint"]
     losses = batch_loss(model, windows[1:2]), nats_behind(model, 1, windows[1:2])  # of the first that has none
     assert f"{HINT}window that has none falls from {losses[0]:.3f} to {losses[1]:.3f} nats\n" in said
     assert HINT not in said_behind and "6 windows of 48 tokens after BOS" in said_behind
@@ -117,33 +114,16 @@ def test_judging_a_model_that_does_not_need_it(folder, models, kind, capsys):
     assert HINT not in capsys.readouterr().out
 
 
-def test_a_text_that_has_the_token_needs_no_hint(folder, tmp_path, capsys):
-    """The first window begins with the token; alone, it is the same with --bos as without."""
-    command = f"--model {folder}/model {PLACE} --ppl {folder}/heldout.txt --seqlen 48 --nwindows 1"
-    for name in ("a", "b --bos"):
-        evaluate.main(f"{command} --save {tmp_path}/{name}".split())
-    assert HINT not in capsys.readouterr().out
-    assert json.loads((tmp_path / "a").read_text())["ppl"] == json.loads((tmp_path / "b").read_text())["ppl"] < 5
-
-
 def test_when_there_is_nothing_to_try(model, tokenizer):
-    """A sequence of one token predicts none; a token that the model does not know is not put in front of it."""
+    """A sequence of one token predicts none; one that begins with the token needs no other; a token that the model
+    does not know is not put in front of it."""
     sequences = torch.arange(5, 13).view(1, 8)
     assert bos_hint(model, tokenizer, sequences, "window").startswith(HINT)
     assert bos_hint(model, tokenizer, sequences[:, :1], "window") is None
+    assert bos_hint(model, tokenizer, torch.cat([torch.ones(1, 1, dtype=int), sequences], 1), "window") is None
     assert bos_hint(model, SimpleNamespace(bos_token_id=352), sequences, "window") is None
     with pytest.raises(UserError, match="token 352 and the model has 352 embeddings"):
         batch_loss(model, sequences, bos=352)
-
-
-def test_a_tokenizer_that_has_no_such_token(folder, models, tmp_path):
-    shutil.copytree(models["gpt2"], tmp_path / "model")
-    tiny.save_bytelevel(tmp_path / "model", ["<|endoftext|>"], start=None, eos_token="<|endoftext|>")
-    for script, flags in ((evaluate, f"--ppl {folder}/heldout.txt --seqlen 48 --save {tmp_path}/a.json"),
-                          (prune, f"--dataset {folder}/text.jsonl --seqlen 48 --save_model {tmp_path}/out")):
-        with pytest.raises(UserError, match=r"--bos: .* has no beginning-of-text token; leave out --bos"):
-            script.main(f"--model {tmp_path}/model {PLACE} --bos {flags}".split())
-    assert not (tmp_path / "a.json").exists() and not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------- calibrating, learning
@@ -184,21 +164,17 @@ def test_learning(folder, tmp_path, model, tokenizer, monkeypatch):
     for run in ("run", "without"):
         learned[run] = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
         apply_masks(find_layers(learned[run]), mask_files.load(tmp_path / run / "mask.safetensors").masks)
-    nats = json.loads((tmp_path / "run/report.json").read_text())["nats"]["learned"]["held-out text"]
-    assert nats == pytest.approx(batch_loss(learned["run"], batches[-1]), abs=1e-4)
     assert judged(folder, learned["run"], tokenizer) < judged(folder, learned["without"], tokenizer) - 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def test_writing(folder, tmp_path, tokenizer):
-    """Documents begin behind the token, so that they are sentences; and are learned from behind it."""
+def test_writing(folder, tmp_path):
+    """Documents begin behind the token, so that they are sentences."""
     generate_text.main(f"--model {folder}/model {PLACE} --tokens 400 --seqlen 48 --batchsize 8 "
                        f"--out {tmp_path}/text.jsonl".split())
     texts = list(documents(str(tmp_path / "text.jsonl")))
     known = {word.strip(".").lower() for text in tiny.training_text() for word in text.split()}
     words = [word.strip(".").lower() for text in texts for word in text.split()]
     assert sum(word in known for word in words) > len(words) / 2
-    sequences = data.token_sequences(tokenizer, [str(tmp_path / "text.jsonl")], 384, 2, 48, 0)
-    assert (sequences[:, :, 0] == tokenizer.bos_token_id).all()

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 import socket
 
 from utils import UserError
@@ -11,7 +10,7 @@ import datasets
 import pytest
 import torch
 from quizzes import write_lines
-from words import Words, read
+from words import read
 
 import data
 from files.documents import all_documents, documents
@@ -42,11 +41,8 @@ def test_every_kind_of_source_gives_the_same_minibatches(kind, tokenizers, corpu
         rows.save_to_disk(path)
     elif kind == "saved-splits":
         datasets.DatasetDict({"test": rows.select([0]), "train": rows}).save_to_disk(path)
-    elif kind == "column":
-        path = write_lines(tmp_path / "column.jsonl", [{"content": text, "n": 1} for text in texts])
-    else:
-        path = tmp_path / "odd [name]*.jsonl"
-        write_lines(path, [{"text": text} for text in texts])
+    else:  # any column of texts, any name
+        path = write_lines(tmp_path / f"{kind}.jsonl", [{"content": text, "n": 1} for text in texts])
     assert list(documents(str(path))) == texts
     expected = data.minibatches(tokenizers["gpt2"], corpus, 32, 8, 64)
     assert torch.equal(data.minibatches(tokenizers["gpt2"], str(path), 32, 8, 64), expected)
@@ -69,25 +65,12 @@ def test_missing_and_empty_texts_stay_documents(tmp_path):
     assert list(documents(path)) == ["x", "", ""]
 
 
-def test_a_question_is_a_document_with_its_right_choice(tmp_path):
+def test_a_question_is_a_document_with_its_right_choice_or_with_every_one(tmp_path):
     """As evaluation judges it; beside ordinary documents, whose own fields are left alone."""
-    question = {"context": "Bees make", "choices": [" honey", " wool"], "gold": 0}
-    path = write_lines(tmp_path / "quiz.jsonl", [question, {"text": "x", "context": "c", "choices": ["a"]},
-                                                 {**question, "gold": 1}])
-    assert list(documents(path)) == ["Bees make honey", "x", "Bees make wool"]
-
-
-def test_a_question_without_an_answer_is_a_document_for_every_choice(tmp_path):
     question = {"context": "Bees make", "choices": [" honey", " wool"]}
-    path = write_lines(tmp_path / "quiz.jsonl", [question, {**question, "gold": None}])
-    assert list(documents(path)) == ["Bees make honey", "Bees make wool"] * 2
-
-
-@pytest.mark.parametrize("change", [{"choices": [1]}, {"gold": 2}, {"gold": -1}, {"gold": "0"}])
-def test_questions_that_are_none(tmp_path, change):
-    question = {"context": "Bees make", "choices": [" honey", " wool"], **change}
-    with pytest.raises(UserError, match="cannot be read"):
-        list(documents(write_lines(tmp_path / "odd.jsonl", [question])))
+    path = write_lines(tmp_path / "quiz.jsonl", [{**question, "gold": 1}, question, {**question, "gold": None},
+                                                 {"text": "x", "context": "c", "choices": ["a"]}])
+    assert list(documents(path)) == ["Bees make wool", *["Bees make honey", "Bees make wool"] * 2, "x"]
 
 
 def test_questions_of_the_hub_are_documents_to_learn_from_and_to_calibrate_on(hub):
@@ -99,51 +82,32 @@ def test_questions_of_the_hub_are_documents_to_learn_from_and_to_calibrate_on(hu
 
 # ----------------------------------------------------------------------------------------------------- bad local input
 
-def broken_sources(folder):
-    rows = [{"a": "x", "b": "y"}]
-    write_lines(folder / "two.jsonl", rows)
-    write_lines(folder / "none.jsonl", [{"a": 1, "b": [2]}])
-    (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    (folder / "list.jsonl").write_text('{"text": "fine"}\n[1]\n')
-    (folder / "broken.json.gz").write_text("not gzip")
-    whole = gzip.compress(json.dumps({"text": "x" * 5000 + str(random.random())}).encode())
-    (folder / "cut.json.gz").write_bytes(whole[:-20])
-    (folder / "broken.parquet").write_text("not parquet")
-    (folder / "latin.txt").write_bytes(b"caf\xe9")
-    (folder / "table.csv").write_text("text\nx\n")
-    (folder / "nothing").mkdir()
-    datasets.DatasetDict({"a": datasets.Dataset.from_list(rows), "b": datasets.Dataset.from_list(rows)}).save_to_disk(
-        folder / "splits")
-
-
-@pytest.mark.parametrize("name, message", [
-    ("two.jsonl", "2 columns hold strings \\(columns: a, b\\), rename"),
-    ("none.jsonl", "0 columns hold strings"),
-    ("broken.jsonl", "line 2: .* check that the file is intact"),
-    ("list.jsonl", "row 2 is not a JSON object"),
-    ("broken.json.gz", "check that the file is intact"),
-    ("cut.json.gz", "check that the file is intact"),
-    ("broken.parquet", "check that the file is intact"),
-    ("latin.txt", "check that the file is intact"),
-    ("table.csv", "there is no file that ends with .jsonl"),
-    ("nothing", "there is no file that ends with .jsonl"),
-    ("splits", "train not found"),
-    ("absent.jsonl", "no such file or folder"),
-    ("absent", "no such file or folder"),
+@pytest.mark.parametrize("name, content, message", [
+    ("two.jsonl", '{"a": "x", "b": "y"}', r"2 columns hold strings \(columns: a, b\), rename"),
+    ("none.jsonl", '{"a": 1, "b": [2]}', "0 columns hold strings"),
+    ("broken.jsonl", '{"text": "fine"}\n{"text": \n', "line 2: .* check that the file is intact"),
+    ("quiz.jsonl", '{"context": "Bees make", "choices": [" honey", " wool"], "gold": 2}', "cannot be read"),
+    ("broken.json.gz", "not gzip", "check that the file is intact"),
+    ("broken.parquet", "not parquet", "check that the file is intact"),
+    ("table.csv", "text\nx\n", "there is no file that ends with .jsonl"),
+    ("absent", None, "no such file or folder"),
 ])
-def test_bad_local_sources_are_one_line(name, message, tmp_path, capfd):
-    broken_sources(tmp_path)
-    path = str(tmp_path / name)
-    capfd.readouterr()
-    uses = [lambda: list(documents(path)), lambda: data.minibatches(Words(), path, 1, 1, 2),
-            lambda: data.calibration_samples(Words(), path, 1, 2, 0), lambda: data.perplexity_windows(Words(), path, 2)]
-    stops_before = name in ("broken.jsonl", "list.jsonl")  # minibatches may, before the broken line
-    for use in uses[:1] if stops_before else uses:
-        with pytest.raises(UserError, match=message) as caught:
-            use()
-        assert "\n" not in str(caught.value)
-        assert name in str(caught.value)
+def test_bad_local_sources_are_one_line(name, content, message, tmp_path, capfd):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(documents(str(tmp_path / name)))
+    assert "\n" not in str(caught.value) and name in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_without_documents(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["x"]})
+    datasets.DatasetDict({"a": rows, "b": rows}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "nothing").mkdir()
+    for name, message in (("splits", "train not found"), ("nothing", "there is no file that ends with .jsonl")):
+        with pytest.raises(UserError, match=message):
+            list(documents(str(tmp_path / name)))
 
 
 def test_a_missing_file_is_never_looked_up_on_the_hub(hub):

