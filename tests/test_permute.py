@@ -96,7 +96,6 @@ def test_damaged_files_are_refused(folder, tmp_path):
     ("--model {f}/a --order {f}/a.permutation.safetensors --save_model {t}/new", "reordered before"),
     ("--model {f}/dense --save_model {f}/a", "exists already"),
     ("--model {f}/dense --save_model {t}/new --sparsity_type 3:5", "M = 5 does not divide"),
-    ("--model {f}/dense --save_model {t}/new --seqlen 1", "at least 2 tokens"),
 ])
 def test_errors_write_nothing(folder, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):

@@ -74,7 +74,7 @@ def test_a_model_is_all_it_needs_and_minutes_are_kept(workshop, tmp_path, monkey
     sparsify.main(["--model", str(workshop / "dense")])
     run = read_run(Path("results/sparsify_dense_2of4"))
     assert 1800 <= clock[0] <= 1800 + 60 + 15 and run.record["plan"]["tokens"] == (18 + 2) * 8 * 128
-    assert is_strict(run.masks) and len(run.metrics) == pytest.approx(18, abs=6)
+    assert is_strict(run.masks) and len(run.metrics) == pytest.approx(18, abs=8)
     assert {path.name for path in run.folder.iterdir()} == {
         "checkpoint", "curve.png", "generated.jsonl", "initial_mask.safetensors", "mask.safetensors",
         "metrics.jsonl", "report.json", "run.json"}

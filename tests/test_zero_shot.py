@@ -97,18 +97,15 @@ def test_choices_that_cannot_be_scored(scale, choices, words):
 GOOD = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
 
 
-@pytest.mark.parametrize("line, words", [
-    ("{", "not JSON"), ("[1]", "not a JSON object"), ("{}", "context is not a string"),
-    ('{"context": "a", "choices": "bc", "gold": 0}', "choices is not a list of two or more"),
-    ('{"context": "a", "choices": ["b", " "], "gold": 0}', "a choice is blank or not a string"),
-    ('{"context": "\\ud800", "choices": ["b", "c"], "gold": 0}', "half a surrogate pair"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2, not the index of a choice, 0 to 1"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": true}', "gold is true")])
-def test_bad_lines(tmp_path, line, words):
+@pytest.mark.parametrize("line", [
+    "{", "[1]", "{}", '{"context": "a", "choices": "bc", "gold": 0}',
+    '{"context": "a", "choices": ["b", " "], "gold": 0}',
+    '{"context": "\\ud800", "choices": ["b", "c"], "gold": 0}', '{"context": "a", "choices": ["b", "c"], "gold": 2}',
+    '{"context": "a", "choices": ["b", "c"], "gold": true}'])
+def test_bad_lines(tmp_path, line):
     (tmp_path / "quiz.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"quiz.jsonl: line 3 is no item: it needs a context, two or more choices"):
         zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
-    assert f"{tmp_path}/quiz.jsonl, line 3: " in str(error.value) and words in str(error.value)
 
 
 def test_good_files(tmp_path):
