@@ -114,13 +114,13 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
     if "tokens" not in plan:
         plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen)
 
-    datasets = args.dataset
-    if not datasets:
+    datasets = args.dataset or preparation.text_files(folder.path, args.after)
+    if not args.dataset and "text" not in stages.done:
         tokens = min(plan["tokens"], preparation.MOST_GENERATED)
         max_s = preparation.TEXT_SHARE * 60 * args.minutes if args.minutes else math.inf
         with stages.stage("text", f"the model generates up to {tokens:,} tokens"):
-            datasets = preparation.generated_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after,
-                                                  args.seed, max_s, preparation.FEWEST * args.batchsize * args.seqlen)
+            preparation.generate_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after, args.seed, max_s,
+                                      preparation.FEWEST * args.batchsize * args.seqlen)
     minibatches = data.token_sequences(tokenizer, datasets, plan["tokens"], args.batchsize, args.seqlen, args.seed)
     sequences = preparation.split(minibatches)[0].flatten(0, 1)
 

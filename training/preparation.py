@@ -58,12 +58,17 @@ def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return minibatches[:learned], minibatches[learned:learned + heldout], minibatches[len(minibatches) - heldout:]
 
 
-def generated_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, seqlen: int, after: str | None,
-                   seed: int, max_s: float, least: int) -> list[str]:
-    """Files of documents that the model generates, so many tokens in all or, beyond the `least`, as many as so many
+def text_files(folder: Path, after: str | None) -> list[str]:
+    """The files of a run's generated text."""
+    return [str(folder / name) for name in ("generated.jsonl", "generated_after.jsonl")[:2 if after else 1]]
+
+
+def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, seqlen: int, after: str | None,
+                  seed: int, max_s: float, least: int) -> None:
+    """Write documents that the model generates, so many tokens in all or, beyond the `least`, as many as so many
     seconds give. With `after`, passages, half of it continues them. A file that is there already is kept."""
     passages = generation.read_passages(after, model, tokenizer, seqlen) if after else []
-    files = {folder / "generated.jsonl": []} | ({folder / "generated_after.jsonl": passages} if after else {})
+    files = dict(zip(map(Path, text_files(folder, after)), ([], passages)))
     tokens = tokens // len(files)
     batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
@@ -75,7 +80,6 @@ def generated_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens:
                     if file in missing:
                         generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, files[file],
                                               max_s / len(files), least // len(files))
-    return [str(file) for file in files]
 
 
 def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],
