@@ -110,19 +110,6 @@ def test_the_papers_settings(tmp_path):
     assert {(args.ppl, args.seqlen, len(args.tasks.split(","))) for args in evaluated} == {("wikitext2", 4096, 7)}
 
 
-def test_the_small_models_settings(tmp_path):
-    """The paper's but for eta, C, the steps and the minibatch; the estimators with three seeds each."""
-    settings = {"SMALL": "1", "MODEL": str(tmp_path), "OUT": str(tmp_path / "out")}
-    runs = trained(planned("estimators", settings))
-    assert sorted((run.estimator, run.seed) for run in runs) == [
-        (estimator, seed) for estimator in ("maskpro", "residual", "vanilla") for seed in range(3)]
-    for run in runs:
-        assert (run.lr, run.logits, run.seqlen, run.dataset_size, run.batchsize) == (5, 5, 128, 512, 8)
-        assert min(run.max_step, run.epoch * 64) == 2500 and run.sparsity_type == (1, 4)
-    cached, online = [vars(run) for run in trained(planned("baselines", settings))]
-    assert {name for name, value in cached.items() if online[name] != value} == {"baseline", "out"}
-
-
 def test_the_table_of_the_small_model_is_over_seeds(tmp_path, capsys):
     nats = {"dense": 1.0, "wanda": 2.0, "run": 1.5, "run-seed1": 1.25, "run-seed12": 1.75}
     for number, (name, loss) in enumerate(nats.items()):

@@ -238,6 +238,7 @@ def test_online_baselines_are_the_cached_ones(llama, tmp_path, init):
         train.main(f"--model dense {PLACE} {DATA} --logits 1 --lr 5 --max_step 4 --skip_checkpoint --init {init} "
                    f"--baseline {kind} --out {tmp_path}/{kind}".split())
         runs[kind] = read_run(tmp_path / kind)
+        assert sorted(os.listdir(tmp_path / kind)) == ["curve.png", "mask.safetensors", "metrics.jsonl", "run.json"]
     for key in ("loss", "baseline", "advantage", "delta"):
         np.testing.assert_allclose(column(runs["online"], key), column(runs["cached"], key), atol=1e-5)
     assert all(torch.equal(mask, runs["cached"].masks[name]) for name, mask in runs["online"].masks.items())

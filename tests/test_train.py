@@ -1,5 +1,4 @@
 """train.py's flags, run on the tiny Llama: what they do, held against formulas and the HF model."""
-import os
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from safetensors.torch import load_file
 
 import data
 import pge
-import train
 from files import mask_files
 from masking.layers import apply_masks
 from masking.spaces import PatternSpace, logits_from_scores
@@ -28,10 +26,6 @@ def sequences(text_and_masks, models):
     """Those that a run learns from."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(models["llama"])
     return data.minibatches(tokenizer, f"{text_and_masks}/text.jsonl", 8, 4, 32).flatten(0, 1)
-
-
-def weights(folder):
-    return load_file(f"{folder}/model.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------ where it starts
@@ -85,14 +79,11 @@ def test_advantages(learn, flags, estimator):
         assert line["delta"] == (None if estimator.delta is None else pytest.approx(estimator.delta))
 
 
-def test_targets_are_learned_and_nothing_else(learn, models, m0):
+def test_targets_are_learned_and_nothing_else(learn, m0):
     run = learn(r"--lr 200 --targets q_proj layers\.0\.mlp\.(up|down)")
     named = {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj",
              "model.layers.0.mlp.down_proj"}
     assert run.logits.keys() == named == {name for name in m0 if not torch.equal(m0[name], run.masks[name])}
-    dense, sparse = weights(models["llama"]), weights(run.folder / "checkpoint")
-    assert all(torch.equal(sparse[f"{name}.weight"], dense[f"{name}.weight"].masked_fill(~mask, 0.0))
-               for name, mask in run.masks.items())
 
 
 def test_pattern_space(learn, m0):
@@ -103,13 +94,11 @@ def test_pattern_space(learn, m0):
         assert torch.equal(pge.patterns(2, 4)[run.logits[name].argmax(1)], mask.view(-1, 4))
 
 
-def test_float16_logits_and_bfloat16_weights(learn, models):
+def test_float16_logits_and_bfloat16_weights(learn):
     run = learn("--logits_dtype float16 --dtype bfloat16")
     assert {planes.dtype for planes in run.logits.values()} == {torch.float16} and is_strict(run.masks)
-    dense, sparse = weights(models["llama"]), weights(run.folder / "checkpoint")
-    assert {tensor.dtype for tensor in sparse.values()} == {torch.bfloat16}
-    assert all(torch.equal(sparse[f"{name}.weight"], dense[f"{name}.weight"].bfloat16().masked_fill(~mask, 0.0))
-               for name, mask in run.masks.items())
+    saved = load_file(run.folder / "checkpoint/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("n, m", [(4, 8), (1, 4), (8, 16)])
@@ -127,13 +116,3 @@ def test_a_seed_is_a_run(learn):
     assert all(torch.equal(first.masks[name], mask) for name, mask in again.masks.items())
     assert first.metrics[0]["loss"] == other.metrics[0]["loss"]  # m0
     assert all(a != b for a, b in zip(column(first, "loss")[1:], column(other, "loss")[1:]))
-
-
-def test_without_save_or_checkpoint_there_is_none(models, text_and_masks, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train.main(f"--model {models['llama']} --dtype float32 --device cpu --dataset {text_and_masks}/text.jsonl --mask "
-               f"{text_and_masks}/2_4.safetensors --dataset_size 4 --batchsize 4 --seqlen 16 --baseline online "
-               "--epoch 1 --targets k_proj --skip_checkpoint".split())
-    assert os.listdir() == ["results"] and os.listdir("results") == ["lr50_epoch1_logits10_size4"]
-    assert sorted(os.listdir("results/lr50_epoch1_logits10_size4")) == [
-        "curve.png", "mask.safetensors", "metrics.jsonl", "run.json"]
