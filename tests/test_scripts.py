@@ -4,8 +4,6 @@ Each script runs in a subprocess on three models, one command after the other wi
 variations of a script run in this process, on the Llama.
 """
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from masked import inputs_of
 from quizzes import hf_model
 from runs import column, is_strict, read_run
 from safetensors.torch import load_file
@@ -52,26 +51,19 @@ COMMANDS = [
      " --save evaluation.json")]
 
 
-def in_process(command: str, folder: Path) -> str:
+def shell(command: str, folder: Path) -> None:
+    """Run a script as a user does, in `folder`."""
+    script, *arguments = command.split()
+    subprocess.run([sys.executable, ROOT / script, *arguments], cwd=folder, check=True,
+                   env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+
+
+def in_process(command: str, folder: Path) -> None:
     """The same in this process, which saves the seconds that a process takes to import torch."""
     script, *arguments = command.split()
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            SCRIPTS[script.removesuffix(".py")].main(arguments)
-    finally:
-        os.chdir(before)
-    return said.getvalue()
-
-
-def shell(command: str, folder: Path) -> str:
-    """Run a script as a user does, in `folder`; its output."""
-    script, *arguments = command.split()
-    done = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, f"{command}\n{done.stderr}"
-    return done.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        SCRIPTS[script.removesuffix(".py")].main(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +72,12 @@ def pipelines(tmp_path_factory, models):
     root = tmp_path_factory.mktemp("pipelines")
     write_corpus(root / "text.jsonl", 16)
     (root / "held_out.txt").write_text("\n\n".join(documents(write_corpus(root / "other.jsonl", 2, seed=7))))
-
-    said = []
     for name in MODELS:
         shutil.copytree(models[name], root / name / "dense")
-        run = shell if name == "llama" else in_process
-        said.append([run(command, root / name) for command in COMMANDS])
-    return {name: SimpleNamespace(name=name, folder=root / name, said=lines, layers=MODELS[name][0],
-                                  watched=MODELS[name][1]) for name, lines in zip(MODELS, said)}
+        for command in COMMANDS:
+            (shell if name == "llama" else in_process)(command, root / name)
+    return {name: SimpleNamespace(name=name, folder=root / name, layers=layers, watched=watched)
+            for name, (layers, watched) in MODELS.items()}
 
 
 @pytest.fixture(params=list(MODELS))
@@ -134,11 +124,7 @@ def calibration_norms(made) -> torch.Tensor:
     model, tokenizer = hf_model(made.folder / "dense")
     samples = data.calibration_samples(tokenizer, str(made.folder.parent / "text.jsonl"), NSAMPLES, CALIBRATION_LENGTH,
                                        seed=0)
-    seen = []
-    model.get_submodule(made.watched).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    with torch.no_grad():
-        model(input_ids=samples)
-    return seen[0].double().flatten(0, -2).norm(dim=0)
+    return inputs_of(model, made.watched, samples).double().norm(dim=0)
 
 
 def check_pruned(made, sparse: Path, metric: torch.Tensor, n: int, m: int) -> None:
@@ -158,8 +144,6 @@ def check_pruned(made, sparse: Path, metric: torch.Tensor, n: int, m: int) -> No
 def test_wanda_is_the_brute_force(made):
     weight = as_matrix(made, weights(made.folder / "dense")[f"{made.watched}.weight"])
     check_pruned(made, made.folder / "out", weight.abs() * calibration_norms(made), 2, 4)
-    record = json.loads((made.folder / "out" / "prune.json").read_text())
-    assert record["arguments"]["prune_method"] == "wanda" and record["environment"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("n, m", [(2, 4), (3, 8)])
@@ -217,7 +201,6 @@ def test_a_run_folder_is_complete(made):
     run = made.folder / "run"
     assert sorted(os.listdir(run)) == ["checkpoint", "curve.png", "logits.safetensors",
                                        "mask.safetensors", "metrics.jsonl", "run.json"]
-    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((run / "run.json").read_text())
     assert record["arguments"]["lr"] == 20 and record["summary"]["steps"] == STEPS
     assert record["environment"]["transformers"] == transformers.__version__
@@ -226,16 +209,11 @@ def test_a_run_folder_is_complete(made):
     different = sum(int((m0[name] != learned[name]).view(-1, 4).any(1).sum()) for name in m0)
     assert record["summary"]["blocks_changed"] == different > 0
     assert record["summary"]["blocks"] == sum(mask.numel() // 4 for mask in m0.values())
-    assert {path.name for path in made.folder.iterdir()} == {
-        "dense", "out", "initial_mask.safetensors", f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz", "run",
-        "evaluation.json"}
 
 
 def test_metrics_have_a_line_a_step_and_start_at_m0(made):
     run = read_run(made.folder / "run")
     assert column(run, "step") == list(range(1, STEPS + 1))
-    assert all(line.keys() == {"step", "loss", "baseline", "advantage", "delta", "seconds", "changed",
-                                  "entropy"} for line in run.metrics)
     losses = np.load(made.folder / f"inference_loss_{SIZE}_bs{BATCH}_sql{SQLEN}.npz")["losses"].tolist()
     assert column(run, "baseline") == [losses[t % len(losses)] for t in range(STEPS)]
     assert run.metrics[0]["loss"] == run.metrics[0]["baseline"] and run.metrics[1]["loss"] != run.metrics[1]["baseline"]
@@ -260,6 +238,7 @@ def test_online_baselines_are_the_cached_ones(llama, tmp_path, init):
         train.main(f"--model dense {PLACE} {DATA} --logits 1 --lr 5 --max_step 4 --skip_checkpoint --init {init} "
                    f"--baseline {kind} --out {tmp_path}/{kind}".split())
         runs[kind] = read_run(tmp_path / kind)
+        assert sorted(os.listdir(tmp_path / kind)) == ["curve.png", "mask.safetensors", "metrics.jsonl", "run.json"]
     for key in ("loss", "baseline", "advantage", "delta"):
         np.testing.assert_allclose(column(runs["online"], key), column(runs["cached"], key), atol=1e-5)
     assert all(torch.equal(mask, runs["cached"].masks[name]) for name, mask in runs["online"].masks.items())
@@ -280,4 +259,3 @@ def test_perplexity_is_the_hand_computed_one(made):
     assert result["nats"] == pytest.approx(nats, abs=1e-4)
     assert result["ppl"] == pytest.approx(np.exp(nats), rel=1e-4)
     assert result["density"] == 0.5 and result["sparsity_type"] == "2:4"
-    assert f"perplexity {result['ppl']:.3f} on" in made.said[-1]

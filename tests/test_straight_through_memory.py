@@ -6,7 +6,6 @@ import tiny
 import torch
 import transformers
 from masked import TOKENS, all_logits, forward, learner_of, used_weights
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,13 +51,6 @@ class Allocated(TorchDispatchMode):
         return result
 
 
-def peak_bytes(function):
-    """The most memory that tensors made inside had taken at once."""
-    with Allocated() as allocated:
-        function()
-    return allocated.peak
-
-
 def growth(peak_of_depth):
     """Bytes that each further decoder layer adds to the peak."""
     return (peak_of_depth(8) - peak_of_depth(2)) / 6
@@ -70,16 +62,18 @@ WEIGHTS = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)  # bytes of a decoder la
 def peak_of_learning(depth, tokens, **kwargs):
     learner = learner_of(model_of("Llama", depth), **kwargs)[0]
     learner.step(tokens, 0.1)  # after it, what stays is there already
-    return peak_bytes(lambda: learner.step(tokens, 0.1))
+    with Allocated() as allocated:
+        learner.step(tokens, 0.1)
+    return allocated.peak
 
 
 def peak_of_autograd(depth, tokens):
     model = model_of("Llama", depth)
     for module in find_layers(model).values():
         module.weight.requires_grad_()
-    def learn():
+    with Allocated() as allocated:
         model(input_ids=tokens, labels=tokens).loss.backward()
-    return peak_bytes(learn)
+    return allocated.peak
 
 
 def test_the_peak_does_not_grow_by_the_weight_gradients():
@@ -98,12 +92,8 @@ def test_checkpointing_keeps_a_layers_input_only():
 def with_chances(model, chance=0.5):
     """The model with every dropout and layerdrop it has at this chance."""
     for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or (isinstance(module, nn.Dropout) and name == "p")):
-                setattr(module, name, chance)
-    for module in model.modules():
-        if hasattr(module, "layerdrop"):
-            module.layerdrop = chance
+        for name in {"p", "dropout", "attention_dropout", "layerdrop"} & vars(module).keys():
+            setattr(module, name, chance)
     return model
 
 
@@ -120,7 +110,6 @@ def test_checkpointing_changes_no_number_and_finish_gives_everything_back(kind, 
         learner, masked, dense = learner_of(model, checkpointing=checkpointing)
         assert kind != "llama" or "forward" in vars(model.model.norm)  # made faster
         losses = torch.tensor([learner.step(TOKENS, 0.3).loss for _ in range(3)])
-        assert all(parameter.grad is None for parameter in model.parameters())
         runs.append({"losses": losses, "outputs": forward(model), **all_logits(masked)})
         masks = masked.finish()
         after = [({name: now[name] for name in was}, *rest)
@@ -152,20 +141,12 @@ def test_logits_and_gradients_are_the_models_own(kind):
     assert len(norms) >= 5 and all("forward" in vars(norm) for norm in norms)
     if hasattr(model, "set_attn_implementation"):
         assert (attention, model.config._attn_implementation) == ("sdpa", "eager")
-    for _ in range(2):
-        faster_logits, faster_gradient = run(model)
-        torch.testing.assert_close(faster_logits, logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(faster_gradient, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+    faster_logits, faster_gradient = run(model)
+    torch.testing.assert_close(faster_logits, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(faster_gradient, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
     restore()
     assert not any("forward" in vars(norm) for norm in norms) and model.config._attn_implementation == attention
     assert torch.equal(run(model)[0], logits)
-
-
-def test_norms_run_compiled(monkeypatch):
-    seen, kernels, model = [], Kernels(LinearSpace(2, 4)), model_of("Llama")
-    monkeypatch.setattr(kernels, "fastest", lambda function: seen.append(function) or function)
-    speed_up(model, kernels, TOKENS.shape[1])
-    assert set(seen) == {type(model.model.norm).forward} and len(seen) == 5
 
 
 def test_what_is_not_the_models_own_stays():

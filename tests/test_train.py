@@ -1,15 +1,14 @@
 """train.py's flags, run on the tiny Llama: what they do, held against formulas and the HF model."""
-import os
 
 import pytest
 import torch
 import transformers
+from masked import inputs_of
 from runs import column, is_strict
 from safetensors.torch import load_file
 
 import data
 import pge
-import train
 from files import mask_files
 from masking.layers import apply_masks
 from masking.spaces import PatternSpace, logits_from_scores
@@ -29,19 +28,6 @@ def sequences(text_and_masks, models):
     return data.minibatches(tokenizer, f"{text_and_masks}/text.jsonl", 8, 4, 32).flatten(0, 1)
 
 
-def inputs_of(model, name, sequences):
-    """[tokens, in] of a layer."""
-    inputs = []
-    model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        model(input_ids=sequences)
-    return inputs[0]
-
-
-def weights(folder):
-    return load_file(f"{folder}/model.safetensors")
-
-
 # ------------------------------------------------------------------------------------------------------ where it starts
 
 
@@ -59,10 +45,10 @@ def test_scores_start_the_logits(learn, models, sequences, m0):
     assert torch.equal(run.masks[name].view(-1, 4), kept)
 
 
-@pytest.mark.parametrize("targets", ["layers.1.mlp.down_proj", "layers.1.mlp.down_proj layers.0.mlp.down_proj"])
-def test_swaps_start_the_mask_and_the_logits(learn, models, sequences, m0, targets):
-    """Of the last layer: its inputs are those of a model whose earlier layers are masked by m0, or as swaps made it."""
-    run = learn(f"--init swaps --logits 4 --lr 0 --targets {targets}")
+def test_swaps_start_the_mask_and_the_logits(learn, models, sequences, m0):
+    """Of the last layer: its inputs are those of a model whose earlier layers are masked by m0, one by what swaps made
+    of it."""
+    run = learn("--init swaps --logits 4 --lr 0 --targets layers.1.mlp.down_proj layers.0.mlp.down_proj")
     model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
     name, earlier = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"
     weight = model.get_submodule(name).weight.detach().clone()
@@ -73,15 +59,7 @@ def test_swaps_start_the_mask_and_the_logits(learn, models, sequences, m0, targe
     assert torch.equal(run.masks[name], mask) and not torch.equal(mask, m0[name])
     score = confidence(weight, mask, hessian, 4)
     assert torch.allclose(run.logits[name], logits_from_scores(mask.view(-1, 4), 4, score.view(-1, 4)), atol=1e-3)
-    assert len(run.logits) == len(targets.split())
     assert all(torch.equal(run.masks[other], m0[other]) for other in m0 if other not in run.logits)
-
-
-def test_random_init(learn):
-    run = learn("--init random --logits 3 --lr 0 --targets q_proj")
-    assert is_strict(run.masks)
-    logits = torch.cat([planes.flatten() for planes in run.logits.values()])
-    assert abs(logits.mean()) < 0.15 and abs(logits.std() - 3) < 0.15
 
 
 # --------------------------------------------------------------------------------------------------------- what it does
@@ -99,36 +77,28 @@ def test_advantages(learn, flags, estimator):
         assert (line["baseline"] is None) == (not estimator.needs_baseline)
         assert line["advantage"] == pytest.approx(estimator.advantage(line["loss"], line["baseline"], index % 2))
         assert line["delta"] == (None if estimator.delta is None else pytest.approx(estimator.delta))
-    assert run.metrics[-1]["advantage"] and len(set(column(run, "loss"))) == 6
 
 
-def test_targets_are_learned_and_nothing_else(learn, models, m0):
+def test_targets_are_learned_and_nothing_else(learn, m0):
     run = learn(r"--lr 200 --targets q_proj layers\.0\.mlp\.(up|down)")
     named = {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj",
              "model.layers.0.mlp.down_proj"}
     assert run.logits.keys() == named == {name for name in m0 if not torch.equal(m0[name], run.masks[name])}
-    dense, sparse = weights(models["llama"]), weights(run.folder / "checkpoint")
-    assert all(torch.equal(sparse[f"{name}.weight"], dense[f"{name}.weight"].masked_fill(~mask, 0.0))
-               for name, mask in run.masks.items())
 
 
 def test_pattern_space(learn, m0):
     run = learn("--space pattern --logits 1")
     assert run.metrics[0]["loss"] == pytest.approx(run.metrics[0]["baseline"], abs=1e-6) and is_strict(run.masks)
     for name, mask in run.masks.items():
-        assert run.logits[name].shape == (mask.numel() // 4, 6)
         assert not torch.equal(run.logits[name], PatternSpace(2, 4).init(m0[name].view(-1, 4), 1.0))
         assert torch.equal(pge.patterns(2, 4)[run.logits[name].argmax(1)], mask.view(-1, 4))
 
 
-def test_float16_logits_and_bfloat16_weights(learn, models):
+def test_float16_logits_and_bfloat16_weights(learn):
     run = learn("--logits_dtype float16 --dtype bfloat16")
     assert {planes.dtype for planes in run.logits.values()} == {torch.float16} and is_strict(run.masks)
-    assert run.metrics[0]["loss"] == run.metrics[0]["baseline"] and run.metrics[1]["loss"] != run.metrics[1]["baseline"]
-    dense, sparse = weights(models["llama"]), weights(run.folder / "checkpoint")
-    assert {tensor.dtype for tensor in sparse.values()} == {torch.bfloat16}
-    assert all(torch.equal(sparse[f"{name}.weight"], dense[f"{name}.weight"].bfloat16().masked_fill(~mask, 0.0))
-               for name, mask in run.masks.items())
+    saved = load_file(run.folder / "checkpoint/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("n, m", [(4, 8), (1, 4), (8, 16)])
@@ -146,19 +116,3 @@ def test_a_seed_is_a_run(learn):
     assert all(torch.equal(first.masks[name], mask) for name, mask in again.masks.items())
     assert first.metrics[0]["loss"] == other.metrics[0]["loss"]  # m0
     assert all(a != b for a, b in zip(column(first, "loss")[1:], column(other, "loss")[1:]))
-
-
-@pytest.mark.parametrize("flags, steps", [("--epoch 2 --max_step 100", 4), ("--epoch 2 --max_step 3", 3),
-                                          ("--epoch 1 --max_step 3", 2)])
-def test_step_counts(learn, flags, steps):
-    assert column(learn(f"{flags} --targets k_proj"), "step") == list(range(1, steps + 1))
-
-
-def test_without_save_or_checkpoint_there_is_none(models, text_and_masks, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train.main(f"--model {models['llama']} --dtype float32 --device cpu --dataset {text_and_masks}/text.jsonl --mask "
-               f"{text_and_masks}/2_4.safetensors --dataset_size 4 --batchsize 4 --seqlen 16 --baseline online "
-               "--epoch 1 --targets k_proj --skip_checkpoint".split())
-    assert os.listdir() == ["results"] and os.listdir("results") == ["lr50_epoch1_logits10_size4"]
-    assert sorted(os.listdir("results/lr50_epoch1_logits10_size4")) == [
-        "curve.png", "mask.safetensors", "metrics.jsonl", "run.json"]

@@ -199,9 +199,9 @@ class Run:
                         f"--dtype bfloat16 if the model overflows in its dtype{saved}")
 
     def _warn_of_divergence(self) -> None:
-        if warning := self.validation.divergence(self.log.lines, self.minibatches):
+        if warning := self.validation.divergence(self.log.lines):
             self.position.diverged = self.step
-            processes.log(f"\nat step {self.step} {warning}")
+            processes.log(f"\nat step {self.step} {warning}; a lower --lr may help")
 
     # ----------------------------------------------------------------------------------------------- saved and restored
 

@@ -1,16 +1,17 @@
 """Which mask is delivered, and whether the run still goes where it should: what held-out text says."""
 import math
 from collections.abc import Callable
-from statistics import fmean, mean, stdev
+from statistics import fmean
 
 from utils import UserError
 
+import torch
 from torch import Tensor
 
 from masking.masked_model import MaskedModel
 from models import processes
 
-WINDOW = 32  # steps at least, whose mean loss is compared with that of the first so many
+WINDOW = 32  # steps, whose mean loss is compared with that of the first so many
 PATIENCE = 3  # windows, or evaluations, in a row above where the run started: it diverges
 
 
@@ -61,11 +62,15 @@ class Validation:
         losses = [self.masked.loss(batch) for batch in self.heldout]
         return fmean(processes.all_gather(losses)[0]) if self.masked.is_sharded else processes.mean(losses)
 
-    def divergence(self, metrics: list[dict], minibatches: int) -> str | None:
-        """A warning where the run diverges, see `diverging`."""
-        reason = diverging(metrics, minibatches, self.m0_loss)
-        remedy = f"the mask of step {self.step} will be delivered" if self.has_text else "see --val_fraction"
-        return reason and f"{reason}: the run diverges ({remedy}; a lower --lr may help)"
+    def divergence(self, metrics: list[dict]) -> str | None:
+        """A warning where the run diverges: the last PATIENCE held-out losses are all above that of m0, or, where
+        nothing is held out, the training loss `rises`. metrics: the steps so far."""
+        heldout = [line["heldout"] for line in metrics if line.get("heldout") is not None]
+        if len(heldout) >= PATIENCE and min(heldout[-PATIENCE:]) > self.m0_loss:
+            return f"the run diverges: held-out losses stay above m0's; the mask of step {self.step} will be delivered"
+        if not self.has_text and rises([line["loss"] for line in metrics]):
+            return "the run diverges: training losses stay above those of its start; see --val_fraction"
+        return None
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The best mask so far."""
@@ -81,23 +86,11 @@ class Validation:
                          for name, layer in self.masked.layers.items()}
 
 
-def diverging(metrics: list[dict], minibatches: int, m0_loss: float) -> str | None:
-    """How the loss has been above where it started for long, in words; None if it has not.
-
-    metrics: the steps so far. Held out: the last PATIENCE evaluations are all above `m0_loss`. Else training: the means
-    of the last PATIENCE windows are all above that of the first by twice its standard error and theirs. A window is an
-    epoch of these minibatches, or WINDOW steps.
-    """
-    heldout = [line["heldout"] for line in metrics if line.get("heldout") is not None]
-    if heldout:
-        if len(heldout) >= PATIENCE and min(heldout[-PATIENCE:]) > m0_loss:
-            return f"the held-out loss is {heldout[-1]:.4f} nats, and above the {m0_loss:.4f} of m0"
-        return None
-    losses = [line["loss"] for line in metrics]
-    size = max(WINDOW, minibatches if minibatches * (PATIENCE + 1) <= len(losses) else 0)
-    if len(losses) < size * (PATIENCE + 1):
-        return None
-    start, *later = [losses[:size]] + [losses[len(losses) - size * k:][:size] for k in range(PATIENCE, 0, -1)]
-    if all(mean(window) - mean(start) > 2 * (math.hypot(stdev(window), stdev(start)) / size**0.5) for window in later):
-        return f"the training loss is {mean(later[-1]):.4f} nats, and above the {mean(start):.4f} it started at"
-    return None
+def rises(losses: list[float]) -> bool:
+    """Whether the mean loss of each of the last PATIENCE windows is above that of the first window by more than twice
+    the standard error of their difference."""
+    if len(losses) < WINDOW * (PATIENCE + 1):
+        return False
+    windows = torch.tensor([*losses[:WINDOW], *losses[-WINDOW * PATIENCE:]], dtype=torch.float64).view(-1, WINDOW)
+    means, squares = windows.mean(1), windows.var(1) / WINDOW  # of the standard errors
+    return bool((means[1:] - means[0] > 2 * (squares[1:] + squares[0]).sqrt()).all())

@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ import tiny
 
 import sparsify
 import train
+from evaluation.comparison import markdown_table
 from files import mask_files
 from models.layers import find_layers
 from models.loading import load_model, model_fingerprint
@@ -92,27 +94,23 @@ class Killer:
 def in_process(folder: Path, arguments: list[str], kind: str = "", number: int = 0, sent: int = 0,
                script=train) -> tuple[int, str]:
     """A script with a killer in a process of its own; its exit code (-9: SIGKILL), and what it said."""
-    sys.stdout.flush(), sys.stderr.flush()
     log = folder / "said.txt"
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, 1), os.dup2(handle, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            os.environ.update(TOKENIZERS_PARALLELISM="false", TORCHDYNAMO_DISABLE="1")
-            torch.set_num_threads(1)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
-            killer = Killer(kind, number, sent)
-            utils.run_script(lambda: script.main(arguments))
+            with log.open("w", buffering=1) as said, redirect_stdout(said), redirect_stderr(said):
+                os.environ.update(TOKENIZERS_PARALLELISM="false", TORCHDYNAMO_DISABLE="1")
+                torch.set_num_threads(1)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)
+                killer = Killer(kind, number, sent)
+                utils.run_script(lambda: script.main(arguments))
             code = 0
             (folder / "counts.json").write_text(json.dumps(killer.counts))
         except SystemExit as stop:
             code = stop.code
         finally:
-            sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text()
 
@@ -129,7 +127,7 @@ def contents(run: Path) -> dict:
                       for name, tensor in load_file(path).items()})
     found["metrics"] = [{**json.loads(line), "seconds": 0} for line in (run / "metrics.jsonl").open()]
     varying = ("seconds", "seconds_saving", "peak_memory_bytes", "sent_bytes", "processes")
-    found["summary"] = {**record["summary"], **dict.fromkeys(varying, 0)}
+    found["summary"] = record["summary"] | dict.fromkeys(varying, 0)
     return found
 
 
@@ -148,17 +146,12 @@ def campaign(folder: Path, script, flags: str, kills: int, generator: random.Ran
     """So many kills of one kind of run; counts of them, of torn states, of runs compared and of runs the same."""
     arguments = f"--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl".split()
     arguments += f"{COMMON} {flags}".split()
-    for name in ("whole", "killed"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / "whole", ignore_errors=True)
     code, said = in_process(folder, [*arguments, "--out", f"{folder}/whole/run"], script=script)
     assert code == 0, said
     expected, moments = contents(folder / "whole/run"), json.loads((folder / "counts.json").read_text())
-    columns = ["kills", "SIGKILL", "SIGTERM", "SIGINT", "forward", "chunk", "file", "torn", "runs", "same"]
-    counts, run = Counter(dict.fromkeys(columns, 0)), None
-    while counts["kills"] < kills or run:
-        if run is None:
-            run = folder / "killed/run"
-            shutil.rmtree(run, ignore_errors=True)
+    counts, run = dict.fromkeys(("kills", "torn", "runs", "same"), 0), folder / "killed/run"
+    while counts["kills"] < kills or run.exists() or not counts["runs"]:
         kind = generator.choice(["forward", "chunk", "file"]) if counts["kills"] < kills else ""
         sent = generator.choice(SIGNALS) if kind == "forward" else signal.SIGKILL
         number = generator.randint(1, moments[kind]) if kind else 0
@@ -168,13 +161,11 @@ def campaign(folder: Path, script, flags: str, kills: int, generator: random.Ran
         if code == 0:
             counts["runs"] += 1
             counts["same"] += contents(run) == expected
-            run = None
+            shutil.rmtree(run)
             continue
         wanted = -sent if sent == signal.SIGKILL else 128 + sent
         assert code == wanted, f"exit code {code} instead of {wanted}:\n{said}"
         counts["kills"] += 1
-        counts[sent.name] += 1
-        counts[kind] += 1
         if sent == signal.SIGKILL and not (run / "run.json").exists():
             shutil.rmtree(run, ignore_errors=True)  # killed before it was a run
         states = sorted((run / "state").glob("step*"))
@@ -183,8 +174,6 @@ def campaign(folder: Path, script, flags: str, kills: int, generator: random.Ran
             counts["torn"] += 1
     return counts
 
-
-# --------------------------------------------------------------------------------------------------------- the command
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,8 +191,7 @@ def main(argv=None) -> int:
         workshop(Path(folder))
         for name, (script, flags) in utils.progress_bar(RUNS.items(), desc="kinds of run"):
             rows.append({"run": name, **campaign(Path(folder), script, flags, args.kills, generator)})
-    for line in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
-        print("| " + " | ".join(map(str, line)) + " |")
+    print(markdown_table(list(rows[0]), [list(map(str, row.values())) for row in rows]))
     return int(any(row["runs"] != row["same"] for row in rows))
 
 
