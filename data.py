@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from files.documents import all_documents, documents, hub_texts
+from files.errors import explained
 from utils import UserError, progress_bar
 
 import torch
 import transformers
-
-from files.documents import all_documents, documents, hub_texts
-from files.errors import explained
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},

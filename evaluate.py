@@ -25,6 +25,17 @@ mask. Such a file holds one evaluation. --overwrite replaces it; --save chooses 
 import argparse
 from pathlib import Path
 
+import data
+from evaluation.comparison import comparison, percent, read_evaluation
+from evaluation.perplexity import evaluate_windows, read_text
+from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
+from files import mask_files
+from files.atomic import refuse_existing
+from files.records import write_json
+from masking.layers import apply_masks, check_sparsity, read_masks
+from models.layers import check_divisible, find_layers
+from models.loading import Tokenizer, check_length, load_model
+from models.loss import bos_hint
 from utils import (
     UserError,
     add_model_arguments,
@@ -37,18 +48,6 @@ from utils import (
 )
 
 from torch import nn
-
-import data
-from evaluation.comparison import comparison, percent, read_evaluation
-from evaluation.perplexity import evaluate_windows, read_text
-from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
-from files import mask_files
-from files.atomic import refuse_existing
-from files.records import write_json
-from masking.layers import apply_masks, check_sparsity, read_masks
-from models.layers import check_divisible, find_layers
-from models.loading import Tokenizer, check_length, load_model
-from models.loss import bos_hint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

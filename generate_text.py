@@ -9,6 +9,9 @@ then continues one of them. Writes one JSON object a line, {"text": ...}, as eve
 import argparse
 import sys
 
+from files.atomic import refuse_existing
+from models import generation
+from models.loading import check_length, load_model
 from utils import (
     add_model_arguments,
     add_old_name,
@@ -18,10 +21,6 @@ from utils import (
     sequence_length,
     set_seed,
 )
-
-from files.atomic import refuse_existing
-from models import generation
-from models.loading import check_length, load_model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -16,14 +16,13 @@ a foreign format get the fingerprint by which a mask of another model is refused
 import argparse
 import sys
 
-from utils import UserError, add_model_arguments, run_script, script_parser, sparsity_type
-
 from files import mask_files
 from files.atomic import refuse_existing
 from files.records import base_model
 from masking.layers import nonzero_mask, read_masks
 from models.layers import check_divisible, find_layers, weight_matrix
 from models.loading import load_model, model_fingerprint
+from utils import UserError, add_model_arguments, run_script, script_parser, sparsity_type
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,6 +9,13 @@ One forward pass a minibatch. Use the same --model, --mask and data flags for tr
 import argparse
 import math
 
+import data
+from files.atomic import refuse_existing
+from masking.layers import apply_masks, read_masks
+from models.layers import find_layers
+from models.loading import check_length, devices_of, load_model
+from models.loss import batch_loss
+from training import baselines
 from utils import (
     UserError,
     add_data_arguments,
@@ -19,14 +26,6 @@ from utils import (
     script_parser,
     set_seed,
 )
-
-import data
-from files.atomic import refuse_existing
-from masking.layers import apply_masks, read_masks
-from models.layers import find_layers
-from models.loading import check_length, devices_of, load_model
-from models.loss import batch_loss
-from training import baselines
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,6 +20,15 @@ import argparse
 import time
 from pathlib import Path
 
+import data
+from files import permutation_files
+from files.atomic import atomic_write, refuse_existing
+from files.records import write_json
+from models.layers import check_divisible, find_layers
+from models.loading import check_length, devices_of, load_model, model_fingerprint
+from models.loss import check_tokens
+from pruning.channel_order import STEPS, Found, search_and_reorder
+from pruning.channels import apply_permutation, reorder
 from utils import (
     add_model_arguments,
     environment,
@@ -30,16 +39,6 @@ from utils import (
     sequence_length,
     sparsity_type,
 )
-
-import data
-from files import permutation_files
-from files.atomic import atomic_write, refuse_existing
-from files.records import write_json
-from models.layers import check_divisible, find_layers
-from models.loading import check_length, devices_of, load_model, model_fingerprint
-from models.loss import check_tokens
-from pruning.channel_order import STEPS, Found, search_and_reorder
-from pruning.channels import apply_permutation, reorder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,11 +9,10 @@ baselines. The script reads metrics.jsonl. The run may still be going on: an inc
 import argparse
 from pathlib import Path
 
-from utils import UserError, run_script, script_parser
-
 from files.atomic import refuse_existing
 from files.records import read_lines
 from training import figures
+from utils import UserError, run_script, script_parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

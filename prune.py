@@ -33,6 +33,13 @@ Writes a plain Hugging Face folder with zeros in it, and prune.json beside the w
 import argparse
 import time
 
+import data
+from files.atomic import atomic_write, refuse_existing
+from files.records import write_json
+from models.layers import check_divisible, find_layers
+from models.loading import check_length, devices_of, load_model
+from models.loss import bos_hint, check_tokens
+from pruning.one_shot import METHODS, OneShot, prune_model
 from utils import (
     add_model_arguments,
     environment,
@@ -45,14 +52,6 @@ from utils import (
     set_seed,
     sparsity_type,
 )
-
-import data
-from files.atomic import atomic_write, refuse_existing
-from files.records import write_json
-from models.layers import check_divisible, find_layers
-from models.loading import check_length, devices_of, load_model
-from models.loss import bos_hint, check_tokens
-from pruning.one_shot import METHODS, OneShot, prune_model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -21,18 +21,6 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from utils import (
-    DTYPES,
-    add_model_arguments,
-    finite,
-    gradient_dtype,
-    positive_int,
-    run_script,
-    script_parser,
-    sequence_length,
-    set_seed,
-)
-
 import data
 from evaluation.perplexity import evaluate_windows
 from files.mask_files import fingerprint
@@ -52,6 +40,17 @@ from training.signals import StopSignals
 from training.stages import Stages
 from training.straight_through import StraightThrough, step_size
 from training.validation import Validation
+from utils import (
+    DTYPES,
+    add_model_arguments,
+    finite,
+    gradient_dtype,
+    positive_int,
+    run_script,
+    script_parser,
+    sequence_length,
+    set_seed,
+)
 
 EVALUATIONS = 10  # of the held-out loss, in a run
 WINDOW, WINDOWS = 512, 64  # tokens in one, and how many, of --ppl

@@ -14,10 +14,6 @@ or, with --val_fraction, does best on held-out text. A run that was stopped goes
 from argparse import Namespace
 from statistics import fmean as mean
 
-from utils import DTYPES, run_script, script_parser, set_seed
-
-from torch import Tensor
-
 import data
 import pge
 from files.mask_files import fingerprint
@@ -33,6 +29,9 @@ from training.loop import Run, StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.validation import Validation, hold_out
+from utils import DTYPES, run_script, script_parser, set_seed
+
+from torch import Tensor
 
 
 class PolicyGradient:

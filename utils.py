@@ -1,6 +1,7 @@
 """What every part shares: errors for people, flags, seeds, and the environment that a record names.
 
-To be imported before torch, which every script and bench does: it says how long OpenMP's threads may spin.
+Our modules are imported before the libraries (pyproject.toml), and so this one before torch: it sets how long OpenMP's
+threads may spin.
 """
 import argparse
 import ctypes

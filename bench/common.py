@@ -15,17 +15,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils import UserError, default_device, environment
-
-import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from files.records import write_json
 from masking.masked_model import MaskedModel
 from models.layers import find_layers, weight_matrix
 from pruning.one_shot import OneShot
 from training.straight_through import StraightThrough
+from utils import UserError, default_device, environment
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 PRESET = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)  # the defaults of sparsify.py
 SHAPES = {  # Llama configurations, weights random: enough for time and memory

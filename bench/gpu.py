@@ -28,13 +28,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import common
-from utils import DTYPES, environment, run_script
-
-import torch
-from scaling import make_inputs
-from torch import Tensor
-
 import pge
 from files.records import write_json
 from masking.block_bits import mask_to_bits
@@ -42,6 +35,12 @@ from masking.kernels import Kernels
 from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
+from utils import DTYPES, environment, run_script
+
+import common
+import torch
+from scaling import make_inputs
+from torch import Tensor
 
 PATTERNS = [(1, 4), (2, 4), (2, 8), (4, 8)]
 DRAWS = [(2, 4, 0), (2, 4, 10), (2, 4, 16), (1, 4, 10), (4, 8, 10)]  # N, M, gap

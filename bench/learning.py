@@ -2,11 +2,6 @@
 import copy
 from collections.abc import Callable
 
-import common
-
-from small_model import HELDOUT, TEXT, load_small
-from torch import Tensor, nn
-
 import data
 import pge
 from masking.layers import apply_masks
@@ -18,6 +13,10 @@ from pruning.calibration import input_norms
 from pruning.one_shot import OneShot, one_shot_masks
 from training.curvature import EVERY, SEQUENCES, START
 from training.straight_through import StraightThrough, step_size
+
+import common
+from small_model import HELDOUT, TEXT, load_small
+from torch import Tensor, nn
 
 N, M = 2, 4
 

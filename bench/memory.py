@@ -13,15 +13,6 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
-import common
-from utils import DTYPES, reuse_freed_memory, run_script
-
-import plan
-import torch
-from accelerate import init_empty_weights
-from torch import nn
-from torch.distributed.tensor import DTensor
-
 from files import mask_files
 from files.packing import pack
 from masking.masked_model import MaskedModel
@@ -30,6 +21,14 @@ from models import processes
 from models.layers import find_layers, weight_matrix
 from models.sharding import own_weight, shard
 from training.initialize import TOKENS, from_swaps
+from utils import DTYPES, reuse_freed_memory, run_script
+
+import common
+import plan
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 WAYS = {  # name -> settings of `common.gradient_step`; None: forward passes only
     "forward-only": None,

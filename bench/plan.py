@@ -18,15 +18,14 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import common
+from models.layers import find_layers, weight_matrix
+from training.normalization import NORMALIZATIONS
 from utils import DTYPES, UserError, run_script
 
+import common
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from models.layers import find_layers, weight_matrix
-from training.normalization import NORMALIZATIONS
 
 GIB = 2**30
 DEVICES = {  # data sheets: bytes of memory; dense 16-bit FLOP/s; bytes/s of memory, of the link to GPUs

@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import Tensor, nn
-
 import pge
 from models.layers import find_layers
 from training.loss import summed_loss
+
+import torch
+from torch import Tensor, nn
 
 
 class Rival:

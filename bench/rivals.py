@@ -17,16 +17,15 @@ import argparse
 import statistics
 import time
 
-import common
-from utils import UserError, progress_bar, run_script
-
-import torch
-from learning import OURS, PRESET, ForwardOnly, Problem, passes_a_step
-from rival_methods import RIVALS, Rival
-
 import pge
 from models.loss import batch_loss
 from training.initialize import TOKENS, from_swaps
+from utils import UserError, progress_bar, run_script
+
+import common
+import torch
+from learning import OURS, PRESET, ForwardOnly, Problem, passes_a_step
+from rival_methods import RIVALS, Rival
 
 WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
 

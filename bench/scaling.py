@@ -14,13 +14,6 @@ import random
 import tempfile
 from pathlib import Path
 
-import common
-from utils import run_script
-
-import torch
-from small_model import byte_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from files import mask_files
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
@@ -28,6 +21,12 @@ from models import processes
 from models.loading import load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from training.straight_through import StraightThrough
+from utils import run_script
+
+import common
+import torch
+from small_model import byte_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WAYS = ("forward-only", "gradients")
 SEQUENCES, TOKENS = 12, 24  # in a step, in a sequence

@@ -14,12 +14,6 @@ import gc
 import statistics
 from collections import Counter
 
-import common
-from utils import fast_dtype, run_script
-
-import torch
-from torch import Tensor
-
 from masking.block_bits import mask_to_bits
 from masking.kernels import Kernels
 from masking.layers import apply_masks
@@ -27,6 +21,11 @@ from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
 from models.layers import find_layers
+from utils import fast_dtype, run_script
+
+import common
+import torch
+from torch import Tensor
 
 Shape = tuple[int, int]  # [out, in]
 

@@ -3,9 +3,10 @@ import itertools
 import json
 from types import SimpleNamespace
 
-import common
+import pge
 from utils import UserError
 
+import common
 import pytest
 import rivals
 import small_model
@@ -13,8 +14,6 @@ import torch
 from rival_methods import SRSTE, MaskLLM, ProxSparse, ScoresSTE, proximal_step, triples
 from rivals import setting_of
 from torch import nn
-
-import pge
 
 BATCH = torch.tensor([[0, 1, 2, 3, 1], [3, 2, 2, 0, 1]])
 MASKS = {"inner": torch.tensor([[True, False, False, True], [False, True, True, False]])}

@@ -1,13 +1,12 @@
 """Perplexity on disjoint windows of a text, the protocol of SparseGPT, Wanda and MaskLLM."""
 import math
 
-from utils import UserError, progress_bar
-
-from torch import Tensor, nn
-
 import data
 from models.loading import Tokenizer
 from models.loss import batch_loss, perplexity
+from utils import UserError, progress_bar
+
+from torch import Tensor, nn
 
 
 def read_text(tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None, bos: bool) -> tuple[Tensor, dict]:

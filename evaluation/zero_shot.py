@@ -17,13 +17,12 @@ import math
 import statistics
 from pathlib import Path
 
+from files.errors import explained
+from models.loading import Tokenizer, input_device
 from utils import UserError, progress_bar
 
 import torch
 from torch import nn
-
-from files.errors import explained
-from models.loading import Tokenizer, input_device
 
 
 def read_items(path: str) -> list[dict]:

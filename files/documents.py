@@ -17,11 +17,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from files.errors import explained
 from utils import UserError
 
 from pyarrow import parquet
-
-from files.errors import explained
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in its folder

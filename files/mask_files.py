@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from files.atomic import atomic_write, refuse_existing
+from files.errors import explained
+from files.packing import pack, unpack, unpack_words
 from utils import UserError
 
 import numpy as np
@@ -24,10 +27,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from files.atomic import atomic_write, refuse_existing
-from files.errors import explained
-from files.packing import pack, unpack, unpack_words
 
 ANEW = "restore it or make it anew"
 Masks = Mapping[str, Tensor]  # layer name -> bool [out, in]

@@ -10,11 +10,11 @@ other N:M  a bit a weight, deflated by zlib: 0.51 (1:4), 0.77 (4:8), 0.99 (8:16)
 import zlib
 from math import log2, prod
 
+from pge import patterns
+
 import numpy as np
 import torch
 from torch import Tensor
-
-from pge import patterns
 
 # A 2:4 pattern's number is linear in its mask: positions a < b have number VALUE[a] + VALUE[b].
 VALUES = torch.tensor([-1, 1, 2, 3])

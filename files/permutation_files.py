@@ -8,12 +8,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from files.errors import explained
+
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from files.errors import explained
 
 FORMAT = {"format": "maskpro-permutation", "version": "1"}
 

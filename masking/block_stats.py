@@ -1,9 +1,9 @@
 """Statistics of a masked model's blocks: how many have changed, how certain their distributions are."""
 from math import comb
 
-import torch
-
 from masking.masked_model import MaskedModel
+
+import torch
 
 MOST_PROBS = 2**19  # pattern probabilities of a layer at once
 

@@ -4,12 +4,12 @@ Random numbers come from a generator seeded by the key, a chunk of blocks at a t
 """
 from math import comb
 
-import torch
-from torch import Tensor
-
 from masking.block_bits import bits_to_mask, mask_to_bits, write_masked
 from masking.random_bits import round_stochastically
 from masking.spaces import Space
+
+import torch
+from torch import Tensor
 
 CHUNK, GPU_CHUNK = 2**18, 2**22  # blocks at a time where temporaries exist: they stay small, launches few
 

@@ -14,9 +14,6 @@ temporaries.
 """
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from masking import exact_kernels
 from masking.block_bits import (
     as_words,
@@ -32,6 +29,9 @@ from masking.exact_kernels import chunk_of
 from masking.fused_ops import draw, draws, inclusion, most_probable, score, sum_of, vjp, weights
 from masking.random_bits import random_bits, round_stochastically, uniform
 from masking.spaces import LinearSpace, Space
+
+import torch
+from torch import Tensor
 
 FUSED_MAX_N, FUSED_MAX_M = 4, 8  # beyond, the 2^N subsets make the fused score long: the exact routines run
 

@@ -1,14 +1,13 @@
 """Masks and the layers of a model: matched, put on for good, checked."""
 from pathlib import Path
 
+from files import mask_files
+from models.layers import check_divisible, find_layers, weight_matrix
+from models.loading import model_fingerprint
 from utils import UserError
 
 import torch
 from torch import Tensor, nn
-
-from files import mask_files
-from models.layers import check_divisible, find_layers, weight_matrix
-from models.loading import model_fingerprint
 
 
 def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:

@@ -2,16 +2,16 @@
 from collections import Counter
 from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import chunk_of
 from masking.kernels import Kernels
 from masking.layers import zero_weights
 from models.layers import is_transposed, weight_matrix
 from models.sharding import Rows, own_weight
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 SAMPLE = 4096  # blocks of a layer, at least, that statistics are taken from, where it has so many
 

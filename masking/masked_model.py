@@ -3,9 +3,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
-from torch import Tensor, nn
-
 from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
 from masking.layers import match_masks, zero_weights
@@ -15,6 +12,9 @@ from masking.spaces import Space
 from models.layers import find_layers
 from models.loss import batch_loss
 from models.sharding import MaskedRows, Rows, own_weight
+
+import torch
+from torch import Tensor, nn
 
 Bits = dict[str, Tensor | None]  # layer name -> mask as integers [blocks], None: dense
 

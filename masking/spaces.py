@@ -1,11 +1,11 @@
 """The two ways to put logits on a block's masks: M of them (MaskPro), or one for each pattern (MaskLLM)."""
 from math import comb
 
-import torch
-from torch import Generator, Tensor
-
 import pge
 from pge import patterns
+
+import torch
+from torch import Generator, Tensor
 
 MARGIN, LIMIT = 1.0, 12.0  # of `logits_from_scores`: what a kept weight has ahead, and the most that scores say
 

@@ -13,15 +13,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from files.atomic import atomic_write
+from files.documents import documents
+from models.loading import Tokenizer, check_length, input_device
 from utils import UserError, progress_bar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-
-from files.atomic import atomic_write
-from files.documents import documents
-from models.loading import Tokenizer, check_length, input_device
 
 ATTENTION, TRIED_TOKENS = ("eager", "sdpa"), 8
 MOST_PASSAGES = 1000

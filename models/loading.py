@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from files import errors
 from utils import DEVICE_MAPS, DTYPES, UserError, checked_device, fast_dtype, reuse_freed_memory
 
 import torch
 import transformers
 from torch import nn
-
-from files import errors
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it

@@ -1,12 +1,11 @@
 """The loss of a causal LM on tokens, f(w, batch), and its perplexity."""
 import math
 
+from models.loading import Tokenizer, input_device
 from utils import UserError
 
 import torch
 from torch import Tensor, nn
-
-from models.loading import Tokenizer, input_device
 
 BOS_MATTERS = 0.1  # a share of the loss
 

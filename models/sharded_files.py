@@ -6,6 +6,9 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from models import processes
+from models.loading import DTYPE, Tokenizer, explained, local_folder, read_tokenizer
+from models.sharding import Rows, TransposedLinear, check_version, own_weight, shard
 from utils import DTYPES, UserError, checked_device, fast_dtype
 
 import torch
@@ -18,10 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
-
-from models import processes
-from models.loading import DTYPE, Tokenizer, explained, local_folder, read_tokenizer
-from models.sharding import Rows, TransposedLinear, check_version, own_weight, shard
 
 MOST_BYTES = 4 * 2**30  # of a file that is written, but for a tensor that is larger
 

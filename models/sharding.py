@@ -9,14 +9,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from models.layers import find_layers, is_transposed, weight_matrix
 from utils import UserError
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import device_mesh, fsdp
 from torch.distributed.tensor import DTensor, Shard
-
-from models.layers import find_layers, is_transposed, weight_matrix
 
 # torch 2.13; before it, gradients of experts that some processes' text does not reach would be mixed with others
 REDUCES_UNUSED = hasattr(fsdp.FSDPModule, "set_reduce_scatter_unused_params")

@@ -2,13 +2,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from models.layers import weight_matrix
+from models.loading import input_device
 from utils import UserError, progress_bar
 
 import torch
 from torch import Tensor, nn
-
-from models.layers import weight_matrix
-from models.loading import input_device
 
 
 def check_finite(inputs: Tensor, name: str, model: nn.Module) -> None:

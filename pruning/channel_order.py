@@ -18,15 +18,14 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 
-from utils import UserError, progress_bar
-
-import torch
-from torch import Tensor, nn
-
 from models.layers import is_transposed, weight_matrix
 from models.loss import batch_loss
 from pruning.calibration import input_norms
 from pruning.channels import ChannelSet, Orders, channel_sets, reorder
+from utils import UserError, progress_bar
+
+import torch
+from torch import Tensor, nn
 
 STEPS = 20  # in each set of channels
 ROWS = 16384  # drawn of those that read a set of channels, at most

@@ -15,14 +15,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from files import permutation_files
+from models.layers import is_transposed
+from models.loading import model_fingerprint
 from utils import UserError
 
 import torch
 from torch import Tensor, nn
-
-from files import permutation_files
-from models.layers import is_transposed
-from models.loading import model_fingerprint
 
 # The axes of each module's weight, outputs first even where it is stored as [in, out]; a bias has the outputs' axis.
 #   r  residual stream           v    values [KV heads, head]                h   hidden channels of the MLP

@@ -8,17 +8,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from utils import progress_bar
-
-import torch
-from torch import Tensor, nn
-
 import pge
 from masking.layers import apply_masks
 from models.layers import weight_matrix
 from pruning import sparsegpt
 from pruning.calibration import Hessians, input_norms, visit_in_order
 from pruning.swaps import refine_by_swaps
+from utils import progress_bar
+
+import torch
+from torch import Tensor, nn
 
 
 def magnitude(weight: Tensor, _norms: Tensor | None) -> Tensor:

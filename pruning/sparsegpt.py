@@ -2,12 +2,11 @@
 
 Minimises ||W X - W' X||^2 over a layer's inputs X, column by column, with the inverse of the Hessian H = X X^T.
 """
+import pge
 from utils import UserError
 
 import torch
 from torch import Tensor
-
-import pge
 
 
 def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:

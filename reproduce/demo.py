@@ -20,13 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from evaluation.comparison import markdown_table
+from files.atomic import atomic_write
 from utils import UserError, default_device, environment, fast_dtype, run_script
 
 import torch
 import transformers
-
-from evaluation.comparison import markdown_table
-from files.atomic import atomic_write
 
 DEMO = ROOT / "demo"
 RUN = DEMO / "run"

@@ -16,9 +16,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import UserError, run_script
-
 from files.records import read_lines, read_record
+from utils import UserError, run_script
 
 STEPS = 512  # that a mean of the sampled masks' losses goes over
 COLUMNS = ("mask", "seeds", "perplexity", "nats", "of the gap (%)", "sampled masks, first steps", "last steps",

@@ -30,9 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils import UserError, run_script
-
 from evaluation.comparison import markdown_table
+from utils import UserError, run_script
 
 MODEL, TEXT = Path("demo/model"), Path("demo/train.jsonl")
 ORDERS = {"given": [], "reordered": ["--permute"]}

@@ -4,6 +4,13 @@ from itertools import count
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # but in tests of the compiler, see `compiler`
 
+import train
+from files import mask_files
+from masking.compiler import compiled
+from masking.masked_model import MaskedModel
+from models.layers import find_layers
+from models.loading import model_fingerprint
+
 import datasets
 import pytest
 import tiny
@@ -13,13 +20,6 @@ from faults import kill
 from masked import magnitude_masks
 from quizzes import hf_model, make_folder
 from runs import VANILLA, arguments, raises, run_train
-
-import train
-from files import mask_files
-from masking.compiler import compiled
-from masking.masked_model import MaskedModel
-from models.layers import find_layers
-from models.loading import model_fingerprint
 
 
 @pytest.fixture(autouse=True, scope="session")

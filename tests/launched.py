@@ -15,10 +15,10 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from models import processes
+
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-from models import processes
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")

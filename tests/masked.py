@@ -1,13 +1,13 @@
 """Tiny models under masks: made, run, and looked into."""
-import torch
-from torch import nn
-
 import pge
 from masking.masked_model import MaskedModel
 from masking.spaces import SPACES
 from models.layers import find_layers, weight_matrix
 from training.initialize import from_random_numbers
 from training.straight_through import StraightThrough
+
+import torch
+from torch import nn
 
 TOKENS = torch.arange(40).view(2, 20) % 32
 

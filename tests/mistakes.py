@@ -5,12 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from tiny import write_corpus
-
 import evaluate
 import get_mask
 import inference_loss
@@ -19,6 +13,12 @@ import prune
 import sparsify
 import train
 from files import mask_files
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import write_corpus
 
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "sparsify": sparsify,
            "evaluate": evaluate}

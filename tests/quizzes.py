@@ -3,10 +3,10 @@ import json
 import shutil
 from pathlib import Path
 
+import evaluate
+
 import transformers
 from tiny import training_text
-
-import evaluate
 
 PLACE = "--dtype float32 --device cpu"
 

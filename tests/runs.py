@@ -3,14 +3,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import transformers
-from safetensors.torch import load_file
-
 import train
 from files import mask_files
 from masking.layers import apply_masks
 from models.layers import find_layers
 from models.loss import batch_loss
+
+import transformers
+from safetensors.torch import load_file
 
 VANILLA = "--estimator vanilla --lr 0.1"
 

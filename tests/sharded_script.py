@@ -11,13 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import utils  # noqa: F401 (before torch)
-
-import pytest
-import torch
-from masked import magnitude_masks
-from torch import nn
-from torch.distributed.tensor import DTensor
-
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models import processes, sharded_files
@@ -28,6 +21,12 @@ from models.sharding import Rows, own_weight, shard
 from training import checkpoint
 from training.initialize import from_swaps
 from training.straight_through import StraightThrough
+
+import pytest
+import torch
+from masked import magnitude_masks
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 TOKENS = torch.randint(3, 300, (8, 12), generator=torch.Generator().manual_seed(0))
 

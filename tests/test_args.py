@@ -2,13 +2,12 @@
 and the settings of a run that goes on."""
 import json
 
-from utils import UserError, script_parser
-
-import pytest
-
 import sparsify
 import train
 from training import args as train_args
+from utils import UserError, script_parser
+
+import pytest
 
 
 def parse(flags):

@@ -4,13 +4,6 @@ import json
 import random
 from types import SimpleNamespace
 
-from utils import UserError
-
-import pytest
-import tiny
-import torch
-import transformers
-
 import data
 import evaluate
 import generate_text
@@ -22,6 +15,12 @@ from masking.layers import apply_masks
 from models.layers import find_layers
 from models.loading import model_fingerprint
 from models.loss import batch_loss, bos_hint
+from utils import UserError
+
+import pytest
+import tiny
+import torch
+import transformers
 
 PLACE = "--dtype float32 --device cpu"
 HINT = "--bos is for this model: with the beginning-of-text token in front, the loss of the first "

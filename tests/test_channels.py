@@ -1,18 +1,17 @@
 """pruning/channels.py and pruning/channel_order.py: the function stays, and the search keeps more."""
 import itertools
 
+from models.layers import find_layers
+from pruning import channel_order
+from pruning.calibration import input_norms
+from pruning.channel_order import assignment, best_order, find_orders, kept, readers, scores, search_and_reorder
+from pruning.channels import channel_sets, reorder
 from utils import UserError
 
 import pytest
 import tiny
 import torch
 import transformers
-
-from models.layers import find_layers
-from pruning import channel_order
-from pruning.calibration import input_norms
-from pruning.channel_order import assignment, best_order, find_orders, kept, readers, scores, search_and_reorder
-from pruning.channels import channel_sets, reorder
 
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
              pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -1,14 +1,13 @@
 """The states that a run saves (training/checkpoint.py): whole or refused, and when they are due."""
 
+import train
+from training import checkpoint
 from utils import UserError
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import train
-from training import checkpoint
 
 
 @settings(deadline=None, max_examples=60)

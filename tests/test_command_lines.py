@@ -1,10 +1,6 @@
 """What the scripts' command lines mean: the authors' commands, and --help."""
 import argparse
 
-from utils import script_parser
-
-import pytest
-
 import evaluate
 import generate_text
 import get_mask
@@ -15,6 +11,9 @@ import prune
 import sparsify
 import train
 from training import args as train_args
+from utils import script_parser
+
+import pytest
 
 SCRIPTS = {script.__name__: script for script in (
     prune, get_mask, inference_loss, train, sparsify, evaluate, permute, generate_text, plot)}

@@ -1,11 +1,11 @@
 """evaluate.py --compare: the table of several evaluations."""
 import json
 
+from evaluation.comparison import comparison, percent
+
 import pytest
 from quizzes import run, table_of
 from tiny import MODELS
-
-from evaluation.comparison import comparison, percent
 
 
 def record(**numbers) -> dict:

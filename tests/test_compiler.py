@@ -2,13 +2,13 @@
 import subprocess
 import threading
 
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from masking.compiler import compiled
 from training.loss import summed_loss
 from training.straight_through import weight_gradient
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def must_compile(*_):

@@ -2,13 +2,6 @@
 import json
 import shutil
 
-from utils import UserError
-
-import pytest
-import torch
-from tiny import write_corpus
-from transformers import AutoModelForCausalLM
-
 import evaluate
 import get_mask
 import prune
@@ -16,6 +9,12 @@ import train
 from files import mask_files
 from masking.layers import apply_mask
 from models.loading import model_fingerprint
+from utils import UserError
+
+import pytest
+import torch
+from tiny import write_corpus
+from transformers import AutoModelForCausalLM
 
 PLACE = "--dtype float32 --device cpu"
 

@@ -3,15 +3,15 @@ import copy
 import itertools
 from types import SimpleNamespace
 
-import pytest
-import torch
-from masked import TOKENS, learner_of, logits_of
-from torch import nn
-
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from training.curvature import EVERY, Curvature, with_curvature
 from training.straight_through import StraightThrough
+
+import pytest
+import torch
+from masked import TOKENS, learner_of, logits_of
+from torch import nn
 
 WORDS = torch.tensor([[0, 1, 2, 3, 1], [3, 2, 2, 0, 1]])
 MASK = torch.tensor([[True, False, True, False], [False, True, False, True]])

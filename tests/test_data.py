@@ -4,6 +4,7 @@ import hashlib
 import random
 import struct
 
+import data
 from utils import UserError
 
 import pytest
@@ -11,8 +12,6 @@ import torch
 import transformers
 from quizzes import write_lines
 from words import Words, get_c4, read
-
-import data
 
 
 @pytest.fixture(params=["sentencepiece", "opt", "gpt2"])

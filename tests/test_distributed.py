@@ -8,6 +8,12 @@ import shutil
 import signal
 from pathlib import Path
 
+import train
+from files import mask_files
+from masking.layers import apply_masks
+from models.layers import find_layers
+from models.loading import load_model
+
 import pytest
 import tiny
 from faults import kill
@@ -15,12 +21,6 @@ from launched import ROOT, Launched
 from masked import same as same_tensors
 from runs import is_strict, steps_of
 from safetensors.torch import load_file
-
-import train
-from files import mask_files
-from masking.layers import apply_masks
-from models.layers import find_layers
-from models.loading import load_model
 
 PAPER = "--baseline online --logits 1 --lr 5 --debias_tracker --dataset_size 16 --epoch 4 --save"
 GRADIENTS = "--batchsize 2 --distill 0.5"

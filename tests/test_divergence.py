@@ -3,15 +3,14 @@ import json
 import math
 import random
 
+import train
+from files import mask_files
+from training import checkpoint, validation
 from utils import UserError
 
 import pytest
 import torch
 from runs import VANILLA, arguments, steps_of
-
-import train
-from files import mask_files
-from training import checkpoint, validation
 
 # --------------------------------------------------------------------------------------------------- not finite numbers
 

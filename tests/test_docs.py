@@ -7,12 +7,11 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import train
+from training import args as training_args
 from utils import script_parser
 
 import pytest
-
-import train
-from training import args as training_args
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -4,6 +4,8 @@ import gzip
 import json
 import socket
 
+import data
+from files.documents import all_documents, documents
 from utils import UserError
 
 import datasets
@@ -11,9 +13,6 @@ import pytest
 import torch
 from quizzes import write_lines
 from words import read
-
-import data
-from files.documents import all_documents, documents
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl.gz", "json.gz", "array.json", "parquet", "txt", "folder",

@@ -3,13 +3,13 @@ import json
 import math
 from itertools import combinations
 
+import pge
+
 import pytest
 import torch
 from exact import distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import pge
 
 TOY = [0.4, -1.1, 0.9, 0.2]  # one block of 2:4
 LOSSES = [2.31, 1.87, 2.6, 2.02, 2.44, 1.95]  # f(S) of its six masks, arbitrary

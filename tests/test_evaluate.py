@@ -2,18 +2,17 @@
 import json
 import shutil
 
+import data
+import evaluate
+from files import mask_files
+from models.layers import find_layers
+from models.loading import model_fingerprint
 from utils import UserError
 
 import pytest
 import torch
 from quizzes import hf_model, run
 from safetensors.torch import load_file, save_file
-
-import data
-import evaluate
-from files import mask_files
-from models.layers import find_layers
-from models.loading import model_fingerprint
 
 KEPT = torch.tensor([True, False, True, False])
 

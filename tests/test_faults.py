@@ -1,15 +1,14 @@
 """Files that are cut off or have a bit flipped: one line that names the file, or what was written, and never more."""
 import random
 
+from files import mask_files, permutation_files
+from training import baselines, checkpoint
 from utils import UserError
 
 import pytest
 import torch
 from faults import kill
 from masked import random_mask
-
-from files import mask_files, permutation_files
-from training import baselines, checkpoint
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (6, 40), "model.layers.0.mlp.down_proj": (5, 24)}
 

@@ -5,13 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from files import records
+from files.atomic import atomic_write
 from utils import UserError
 
 import pytest
 from safetensors import SafetensorError
-
-from files import records
-from files.atomic import atomic_write
 
 ROOT = Path(__file__).parent.parent
 

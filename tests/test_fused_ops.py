@@ -1,15 +1,15 @@
 """masking/fused_ops.py, plane by plane in float32, against the definition enumerated in float64."""
 from math import cos, radians
 
+import pge
+from masking import fused_ops
+
 import pytest
 import torch
 from exact import drawings, inclusion_by_drawings, jacobian
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from masked import seeded
-
-import pge
-from masking import fused_ops
 
 CHEAP = [(n, m) for m in range(2, 9) for n in range(1, min(m, 5))]  # where the M!/(M-N)! ways to draw are few
 

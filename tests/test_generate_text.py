@@ -2,15 +2,14 @@
 import json
 import math
 
+import data
+import generate_text
+from models import generation
 from utils import UserError, set_seed
 
 import pytest
 import torch
 import transformers
-
-import data
-import generate_text
-from models import generation
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """Kernels.vjp, the step along J^T G, and soft masks (masking/kernels.py): against enumeration."""
-import pytest
-import torch
-from exact import inclusion_by_drawings, jacobian, pattern_inclusion
-from masked import planes_of, seeded
-
 from masking.block_bits import bits_dtype, bits_to_mask
 from masking.kernels import Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import SPACES
+
+import pytest
+import torch
+from exact import inclusion_by_drawings, jacobian, pattern_inclusion
+from masked import planes_of, seeded
 
 KEY = layer_keys(0, 0, 1)[0]
 BLOCKS = [*[("linear", n, m, mode) for n, m in ((1, 2), (1, 4), (2, 4), (3, 4), (4, 8)) for mode in ("eager", "exact")],

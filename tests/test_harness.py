@@ -3,14 +3,13 @@
 import json
 import sys
 
+from evaluation import zero_shot
 from utils import UserError
 
 import datasets
 import pytest
 from quizzes import quiz, run, write_lines
 from tiny import MODELS, POSITIONS
-
-from evaluation import zero_shot
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """data.py and the Hub, by what is asked of it and by what is made of its errors."""
 
+import data
 from utils import UserError
 
 import datasets
 import pytest
 import torch
 from words import Words, get_c4
-
-import data
 
 C4 = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
 

@@ -1,17 +1,17 @@
 """masking/kernels.py: the fused, the compiled and the exact step against pge.py."""
 from functools import partial
 
-import pytest
-import torch
-from exact import chi_square, distribution, pattern_counts
-from masked import planes_of, seeded
-
 import pge
 from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits
 from masking.exact_kernels import blocks_at_a_time
 from masking.kernels import Kernels, eager_update
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace, PatternSpace
+
+import pytest
+import torch
+from exact import chi_square, distribution, pattern_counts
+from masked import planes_of, seeded
 
 FUSED = [(n, m) for n in range(1, 5) for m in range(n + 1, 9)]
 

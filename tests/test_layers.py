@@ -1,4 +1,6 @@
 """masking/layers.py: which layers are found, and masking them for good."""
+from masking.layers import apply_masks, check_sparsity, match_masks
+from models.layers import check_divisible, find_layers, is_transposed, weight_matrix
 from utils import UserError
 
 import pytest
@@ -6,9 +8,6 @@ import tiny
 import torch
 import transformers
 from masked import assert_masked, magnitude_masks, make
-
-from masking.layers import apply_masks, check_sparsity, match_masks
-from models.layers import check_divisible, find_layers, is_transposed, weight_matrix
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 NAMES = {kind: [f"{stem}.{i}.{name}" for i in range(2) for name in names] for kind, stem, names in (

@@ -5,15 +5,15 @@ import time
 from itertools import pairwise
 from types import SimpleNamespace
 
-import pytest
-from masked import TOKENS, Stack, make
-from torch import nn
-
 from training.loop import Run, StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.straight_through import step_size
 from training.validation import Validation
+
+import pytest
+from masked import TOKENS, Stack, make
+from torch import nn
 
 
 @pytest.fixture

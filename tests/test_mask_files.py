@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 
+from files import mask_files
 from utils import UserError
 
 import numpy as np
@@ -11,8 +12,6 @@ import torch
 from masked import random_mask
 from old_masks import WORDS, words_of
 from safetensors.torch import load_file, save_file
-
-from files import mask_files
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (6, 40), "model.layers.0.mlp.down_proj": (5, 24)}
 KINDS = ["safetensors", "npz", "pt"]

@@ -1,6 +1,15 @@
 """masking/masked_model.py: what a model under learned masks computes, layer by layer, bit for bit."""
 import math
 
+import pge
+from masking.block_bits import mask_to_bits
+from masking.block_stats import block_stats
+from masking.layers import apply_masks, check_sparsity
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
+from models.layers import find_layers, weight_matrix
+from models.loss import batch_loss
+
 import pytest
 import torch
 from masked import (
@@ -16,15 +25,6 @@ from masked import (
     seeded,
     used_weights,
 )
-
-import pge
-from masking.block_bits import mask_to_bits
-from masking.block_stats import block_stats
-from masking.layers import apply_masks, check_sparsity
-from masking.masked_model import MaskedModel
-from masking.spaces import LinearSpace
-from models.layers import find_layers, weight_matrix
-from models.loss import batch_loss
 
 
 @pytest.fixture(params=["llama", "gpt2", "opt"])

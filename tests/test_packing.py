@@ -2,15 +2,15 @@
 from itertools import combinations
 from math import comb, log2
 
+import pge
+from files import packing
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked import random_mask
 from old_masks import WORDS, words_of
-
-import pge
-from files import packing
 
 PATTERNS = [(n, m) for m in range(2, 9) for n in range(1, m)] + [(5, 11), (7, 15), (1, 16), (8, 16), (15, 16)]
 

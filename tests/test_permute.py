@@ -2,6 +2,11 @@
 import json
 import shutil
 
+import get_mask
+import permute
+import prune
+from masking.layers import apply_mask
+from pruning.channels import apply_permutation, reorder
 from utils import UserError
 
 import pytest
@@ -9,12 +14,6 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
-
-import get_mask
-import permute
-import prune
-from masking.layers import apply_mask
-from pruning.channels import apply_permutation, reorder
 
 PLACE = "--dtype float32 --device cpu"
 ORDER = "a.permutation.safetensors"

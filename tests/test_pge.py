@@ -2,6 +2,8 @@
 from decimal import Decimal
 from itertools import combinations
 
+import pge
+
 import pytest
 import torch
 from exact import (
@@ -14,8 +16,6 @@ from exact import (
     pattern_counts,
 )
 from masked import seeded
-
-import pge
 
 ALL_TO_SIX = [(n, m) for m in range(2, 7) for n in range(1, m)]
 SHAPES = [*ALL_TO_SIX, (2, 8), (4, 8)]

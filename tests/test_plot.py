@@ -4,12 +4,11 @@ import os
 from pathlib import Path
 from xml.etree import ElementTree
 
+import plot
+from training import figures
 from utils import UserError
 
 import pytest
-
-import plot
-from training import figures
 
 pytest.importorskip("matplotlib")
 

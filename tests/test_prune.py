@@ -1,16 +1,16 @@
 """prune.py in process, pruning/one_shot.py: masks by a score, and the pass that prunes real layers in order."""
 from itertools import product
 
-import pytest
-import torch
-from tiny import write_corpus
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 import data
 import prune
 from masking.layers import check_sparsity
 from models.layers import find_layers, weight_matrix
 from pruning.one_shot import OneShot, largest, one_shot_masks, prune_model, ria
+
+import pytest
+import torch
+from tiny import write_corpus
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """masking/random_bits.py: keys, uniform numbers and rounding, by their statistics."""
+from masking.random_bits import layer_keys, random_bits, round_stochastically, uniform
+
 import pytest
 import torch
 from exact import chi_square
 from masked import seeded
-
-from masking.random_bits import layer_keys, random_bits, round_stochastically, uniform
 
 
 def test_keys_differ_by_seed_step_and_layer_and_are_the_same_every_time():

@@ -12,11 +12,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from utils import script_parser
-
-import pytest
-from tiny import write_corpus
-
 import evaluate
 import get_mask
 import inference_loss
@@ -25,6 +20,10 @@ import sparsify
 import train
 from files.documents import documents
 from training import args as arguments
+from utils import script_parser
+
+import pytest
+from tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
 _spec = importlib.util.spec_from_file_location("learned_table", ROOT / "reproduce/learned_table.py")

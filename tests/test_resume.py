@@ -10,14 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import train
+from training import checkpoint, initialize
 from utils import UserError
 
 import pytest
 from faults import kill
 from runs import VANILLA, arguments, raises, states_of, steps_of
-
-import train
-from training import checkpoint, initialize
 
 ROOT = Path(__file__).parent.parent
 

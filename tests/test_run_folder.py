@@ -1,14 +1,13 @@
 """A run's folder (training/run_folder.py): one run at a time, and disks that are full."""
 import errno
 
+import train
+from training import checkpoint, log, run_folder
 from utils import UserError
 
 import pytest
 from faults import kill
 from runs import VANILLA, arguments, raises, states_of
-
-import train
-from training import checkpoint, log, run_folder
 
 
 def test_the_second_run_in_a_folder_is_refused(workshop, stopped):

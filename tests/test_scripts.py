@@ -12,16 +12,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-import transformers
-from masked import inputs_of
-from quizzes import hf_model
-from runs import column, is_strict, read_run
-from safetensors.torch import load_file
-from tiny import write_corpus
-
 import data
 import evaluate
 import get_mask
@@ -32,6 +22,16 @@ from files import mask_files
 from files.documents import documents
 from masking.layers import apply_masks
 from models.layers import find_layers
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from masked import inputs_of
+from quizzes import hf_model
+from runs import column, is_strict, read_run
+from safetensors.torch import load_file
+from tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}

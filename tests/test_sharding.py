@@ -3,6 +3,12 @@ import inspect
 import shutil
 from pathlib import Path
 
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
+from models.layers import find_layers
+from models.loading import DTYPE, load_model
+from models.sharding import check_version, decoder_layers
+from training.checkpoint import StateFile
 from utils import UserError
 
 import pytest
@@ -13,13 +19,6 @@ from masked import magnitude_masks, same
 from sharded_script import TOKENS
 from torch import nn
 from torch.distributed import fsdp
-
-from masking.masked_model import MaskedModel
-from masking.spaces import LinearSpace
-from models.layers import find_layers
-from models.loading import DTYPE, load_model
-from models.sharding import check_version, decoder_layers
-from training.checkpoint import StateFile
 
 pytestmark = pytest.mark.skipif("ignored_params" not in inspect.signature(fsdp.fully_shard).parameters,
                                 reason="FSDP takes no ignored_params before torch 2.8")

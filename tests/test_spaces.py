@@ -1,15 +1,15 @@
 """masking/spaces.py: the two spaces are one distribution, and how the first logits are made."""
 from math import comb
 
+import pge
+from masking.spaces import LIMIT, MARGIN, SPACES, LinearSpace, PatternSpace
+
 import pytest
 import torch
 from exact import chi_square, distribution, pattern_counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked import seeded
-
-import pge
-from masking.spaces import LIMIT, MARGIN, SPACES, LinearSpace, PatternSpace
 
 
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (3, 5), (4, 8)])

@@ -1,11 +1,10 @@
 """SparseGPT against brute force: least squares, column by column."""
+from pruning import sparsegpt
+from pruning.one_shot import largest
 from utils import UserError
 
 import pytest
 import torch
-
-from pruning import sparsegpt
-from pruning.one_shot import largest
 
 OUT, IN = 24, 32
 

@@ -7,15 +7,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-from utils import UserError
-
-import pytest
-import torch
-from faults import kill
-from runs import column, is_strict, loss_under, read_run
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
-
 import data
 import sparsify
 from files import mask_files
@@ -24,6 +15,14 @@ from models import generation
 from training import initialize, preparation, results
 from training.straight_through import StraightThrough
 from training.validation import Validation
+from utils import UserError
+
+import pytest
+import torch
+from faults import kill
+from runs import column, is_strict, loss_under, read_run
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 SMALL = "--dtype float32 --device cpu --seqlen 24 --batchsize 2"
 MOMENTS = {  # stage -> what is called in it, and which call is the last of a run that is killed there

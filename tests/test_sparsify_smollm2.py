@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 import evaluate
 import prune
 import sparsify
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"prune.py": prune, "evaluate.py": evaluate, "sparsify.py": sparsify}

@@ -3,6 +3,15 @@ and what it learns."""
 import math
 from itertools import combinations
 
+from masking.layers import apply_masks
+from masking.masked_model import MaskedModel
+from masking.spaces import SPACES
+from models.layers import find_layers, is_transposed, weight_matrix
+from models.loss import batch_loss
+from training import normalization
+from training.normalization import CLIP, KEPT_BY_BLOCK, KEPT_BY_LAYER
+from training.straight_through import COLD, HOT, StraightThrough, soft_temperature, step_size
+
 import pytest
 import torch
 import transformers
@@ -23,15 +32,6 @@ from masked import (
 )
 from runs import is_strict
 from torch import nn
-
-from masking.layers import apply_masks
-from masking.masked_model import MaskedModel
-from masking.spaces import SPACES
-from models.layers import find_layers, is_transposed, weight_matrix
-from models.loss import batch_loss
-from training import normalization
-from training.normalization import CLIP, KEPT_BY_BLOCK, KEPT_BY_LAYER
-from training.straight_through import COLD, HOT, StraightThrough, soft_temperature, step_size
 
 KINDS = ["llama", "gpt2", "opt"]
 

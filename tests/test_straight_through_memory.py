@@ -1,6 +1,11 @@
 """What training/straight_through.py holds in memory, and makes of a model; what is as before when it is over."""
 import weakref
 
+from masking.kernels import Kernels
+from masking.spaces import LinearSpace
+from models.layers import find_layers
+from training.faster_model import SHORT, speed_up
+
 import pytest
 import tiny
 import torch
@@ -8,11 +13,6 @@ import transformers
 from masked import TOKENS, all_logits, forward, learner_of, used_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from masking.kernels import Kernels
-from masking.spaces import LinearSpace
-from models.layers import find_layers
-from training.faster_model import SHORT, speed_up
 
 KINDS = ["llama", "gpt2", "opt"]
 NORMED = {"Llama": {}, "Gemma": {"head_dim": 16}, "Qwen3": {"head_dim": 16}}  # Qwen3 has norms of heads, too

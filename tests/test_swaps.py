@@ -1,15 +1,15 @@
 """pruning/swaps.py against brute force: the layer's error in float64, for every swap that could be made."""
 from itertools import pairwise, product
 
-import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from pruning import swaps
 from pruning.calibration import Hessians
 from pruning.one_shot import largest, wanda
 from pruning.swaps import confidence, refine_by_swaps
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def layer_of(seed, out, columns, n, m, diagonal=False):

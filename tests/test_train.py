@@ -1,12 +1,5 @@
 """train.py's flags, run on the tiny Llama: what they do, held against formulas and the HF model."""
 
-import pytest
-import torch
-import transformers
-from masked import inputs_of
-from runs import column, is_strict
-from safetensors.torch import load_file
-
 import data
 import pge
 from files import mask_files
@@ -14,6 +7,13 @@ from masking.layers import apply_masks
 from masking.spaces import PatternSpace, logits_from_scores
 from models.layers import find_layers
 from pruning.swaps import confidence, refine_by_swaps
+
+import pytest
+import torch
+import transformers
+from masked import inputs_of
+from runs import column, is_strict
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,16 @@
 """training/validation.py: the mask that did best on held-out minibatches is delivered."""
 import math
 
+import data
+import pge
+from masking.masked_model import MaskedModel
+from training import validation
+
 import pytest
 import torch
 from masked import forward, make, same
 from runs import loss_under
 from transformers import AutoTokenizer
-
-import data
-import pge
-from masking.masked_model import MaskedModel
-from training import validation
 
 
 def test_the_mask_with_the_lowest_loss_is_kept(load, monkeypatch):

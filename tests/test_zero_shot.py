@@ -4,13 +4,12 @@ import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+from evaluation import zero_shot
 from utils import UserError
 
 import pytest
 import torch
 from quizzes import quiz, run, write_lines
-
-from evaluation import zero_shot
 
 # ------------------------------------------------------------------------------------------------------------- scoring
 

@@ -6,6 +6,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from files.records import read_record
+from masking.spaces import SPACES
+from models import processes
+from training.initialize import STARTS
+from training.run_folder import RunFolder, is_finished
+from training.signals import StopSignals
 from utils import (
     DTYPES,
     UserError,
@@ -15,13 +21,6 @@ from utils import (
     positive_int,
     sparsity_type,
 )
-
-from files.records import read_record
-from masking.spaces import SPACES
-from models import processes
-from training.initialize import STARTS
-from training.run_folder import RunFolder, is_finished
-from training.signals import StopSignals
 
 
 def interval(text: str) -> str:

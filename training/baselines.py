@@ -7,17 +7,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import UserError
-
-import numpy as np
-from torch import Tensor, nn
-
 import data
 from files import mask_files
 from files.atomic import atomic_write, refuse_existing
 from files.errors import explained
 from masking.masked_model import MaskedModel
 from models.loading import model_fingerprint
+from utils import UserError
+
+import numpy as np
+from torch import Tensor, nn
 
 
 class OnlineBaseline:

@@ -14,14 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+from files.atomic import atomic_write
+from models.sharding import own_rows, whole
 from utils import UserError
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-
-from files.atomic import atomic_write
-from models.sharding import own_rows, whole
 
 FORMAT = "maskpro-state 4"
 CHUNK_BYTES = 2**24

@@ -15,14 +15,14 @@ drawn from the model's own predictions. That is a number a row and a column inst
 """
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from masking.block_bits import bits_to_mask
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
 from training.loss import sequence_loss, summed_loss
+
+import torch
+from torch import Tensor
 
 START, FULL = 0.5, 0.9  # shares of the run
 SEQUENCES, EVERY = 8, 20  # sequences and steps between two measurements

@@ -9,10 +9,10 @@ Both round otherwise than the model as it is, so nothing that is compared with a
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
-
 from masking.kernels import Kernels
 from models.loading import input_device
+
+from torch import nn
 
 SHORT = 256
 

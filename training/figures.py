@@ -2,9 +2,8 @@
 in grey."""
 from pathlib import Path
 
-from utils import UserError
-
 from files.atomic import atomic_write
+from utils import UserError
 
 WINDOW = 32  # steps of the running mean
 LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]

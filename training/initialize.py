@@ -1,7 +1,4 @@
 """Where learning starts, if not from C * m0: logits from the weights' scores, from swaps, or at random."""
-import torch
-from torch import Tensor
-
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import CHUNK
 from masking.masked_model import MaskedModel
@@ -10,6 +7,9 @@ from pruning import swaps
 from pruning.calibration import Hessians, input_norms, visit_in_order
 from pruning.one_shot import wanda
 from training.validation import Validation
+
+import torch
+from torch import Tensor
 
 STARTS = ("mask", "scores", "swaps", "random")
 SEQUENCES = 64  # of text that scores measure the layers' inputs on

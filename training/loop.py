@@ -6,10 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
-from utils import UserError, progress_bar
-
-import torch
-
 from masking.block_stats import block_stats
 from models import processes
 from training.checkpoint import StateFile, give_shards
@@ -17,6 +13,9 @@ from training.log import Log
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.validation import Validation
+from utils import UserError, progress_bar
+
+import torch
 
 BAD_LOSSES = 3  # in a row end a run
 EVALUATIONS = 20  # of the layers and the held-out loss, in a run

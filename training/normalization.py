@@ -11,12 +11,12 @@ Both are running means over the minibatches, in float32, of gradients in any uni
 """
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
+
+import torch
+from torch import Tensor
 
 CLIP = 0.1  # root mean squares beyond which a layer's J^T G counts no more
 KEPT_BY_LAYER, KEPT_BY_BLOCK = 0.9, 0.95  # what a running mean keeps of the earlier ones, a minibatch

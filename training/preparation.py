@@ -3,11 +3,6 @@ import math
 import time
 from pathlib import Path
 
-from utils import UserError, set_seed
-
-import torch
-from torch import Tensor, nn
-
 from files import mask_files, permutation_files
 from files.atomic import atomic_write
 from models import generation, processes
@@ -16,6 +11,10 @@ from models.loading import Tokenizer, model_fingerprint
 from models.loss import batch_loss
 from pruning.channel_order import search_and_reorder
 from pruning.one_shot import OneShot, one_shot_masks
+from utils import UserError, set_seed
+
+import torch
+from torch import Tensor, nn
 
 HELDOUT, MOST_HELDOUT = 0.02, 8  # share of the minibatches, and how many at most, to select the mask; as many to report
 PARTS = 2  # that are held out

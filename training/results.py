@@ -1,10 +1,4 @@
 """What a run delivers: mask, sparse model, logits, curve, summary."""
-from utils import peak_memory
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
 from files import mask_files
 from files.atomic import atomic_write
 from models import processes
@@ -12,6 +6,11 @@ from models.loading import Tokenizer, devices_of
 from models.sharded_files import save_sharded
 from training import figures
 from training.loop import Run
+from utils import peak_memory
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 
 def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_logits: bool, skips_checkpoint: bool,

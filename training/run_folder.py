@@ -14,15 +14,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from utils import UserError, environment
-
-import torch
-from filelock import FileLock, Timeout
-
 from files.atomic import refuse_existing, sync
 from files.records import read_record, write_json
 from models import processes
 from training.checkpoint import Checkpoints, StateFile
+from utils import UserError, environment
+
+import torch
+from filelock import FileLock, Timeout
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 RESULTS = ("mask.safetensors", "logits.safetensors", "curve.png", "checkpoint", "report.json")

@@ -3,12 +3,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from models import processes
+from training.run_folder import RunFolder
 from utils import checked_device, peak_memory, reset_peak_memory
 
 import torch
-
-from models import processes
-from training.run_folder import RunFolder
 
 
 class Stages:

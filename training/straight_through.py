@@ -20,11 +20,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from utils import UserError
-
-import torch
-from torch import Tensor, nn
-
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
@@ -35,6 +30,10 @@ from training.faster_model import SHORT, speed_up
 from training.loop import StepResult
 from training.loss import sequence_loss, summed_loss
 from training.normalization import NORMALIZATIONS, State
+from utils import UserError
+
+import torch
+from torch import Tensor, nn
 
 HOT, COLD = 2.0, 0.4  # temperatures of soft masks, in logits: the first, the last
 SOFT = 0.5  # share of the run that has them

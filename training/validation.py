@@ -3,13 +3,12 @@ import math
 from collections.abc import Callable
 from statistics import fmean
 
+from masking.masked_model import MaskedModel
+from models import processes
 from utils import UserError
 
 import torch
 from torch import Tensor
-
-from masking.masked_model import MaskedModel
-from models import processes
 
 WINDOW = 32  # steps, whose mean loss is compared with that of the first so many
 PATIENCE = 3  # windows, or evaluations, in a row above where the run started: it diverges

@@ -29,18 +29,17 @@ from safetensors.torch import load_file
 
 if not __package__:  # run as a command
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-import utils
-
-import masked
-import tiny
-
 import sparsify
 import train
+import utils
 from evaluation.comparison import markdown_table
 from files import mask_files
 from models.layers import find_layers
 from models.loading import load_model, model_fingerprint
 from training import checkpoint
+
+import masked
+import tiny
 
 COMMON = "--dtype float32 --device cpu --seqlen 24 --batchsize 2 --checkpoint_every 2"
 PAPER = "--dataset_size 8 --logits 1 --max_step 8 --save"
