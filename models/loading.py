@@ -93,12 +93,9 @@ def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, the signs of the input
     embedding, which pruning leaves alone, and the order of the channels, if permute.py chose it."""
     digest = hashlib.sha256(str(tuple(model.get_input_embeddings().weight.shape)).encode())
-    transposed = {f"{name}.weight" for name, module in model.named_modules()
-                  if hasattr(module, "is_transposed_in_files")}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 2 and not name.startswith("lm_head"):
-            shape = tuple(parameter.shape)
-            digest.update(f"{name} {shape[::-1] if name in transposed else shape}".encode())
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
     signs = torch.signbit(model.get_input_embeddings().weight.flatten()[:2**22])
     digest.update(signs.cpu().numpy().tobytes())
     if permutation := getattr(model.config, "channel_permutation", None):

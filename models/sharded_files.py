@@ -8,7 +8,7 @@ from pathlib import Path
 
 from models import processes
 from models.loading import DTYPE, Tokenizer, explained, local_folder, read_tokenizer
-from models.sharding import Rows, TransposedLinear, check_version, own_weight, shard
+from models.sharding import Rows, check_version, own_weight, shard
 from utils import DTYPES, UserError, checked_device, fast_dtype
 
 import torch
@@ -96,17 +96,14 @@ def read_rows(model: nn.Module, stored: StoredTensors, name_of_model: str) -> No
             missing.append(name)
         if key is None:
             continue
-        module = modules[name.rpartition(".")[0]]
-        is_transposed = isinstance(module, TransposedLinear) and tensor.ndim == 2
-        shape, found = list(tensor.shape), stored.slice(key)
-        if found.get_shape() != (shape[::-1] if is_transposed else shape):
+        module, found = modules[name.rpartition(".")[0]], stored.slice(key)
+        if found.get_shape() != list(tensor.shape):
             raise UserError(f"--model {name_of_model}: {key} is {found.get_shape()} in its files, and the model's is "
-                            f"{shape}; restore it")
+                            f"{list(tensor.shape)}; restore it")
         if isinstance(tensor, DTensor):
             rows, own = Rows.of(module), own_weight(module)
-            part = slice(rows.begin, rows.end)
             if len(own):
-                own.copy_(found[:, part].T if is_transposed else found[part])
+                own.copy_(found[rows.begin:rows.end])
         else:
             tensor.copy_(stored.tensor(key))
     if missing:
@@ -144,5 +141,4 @@ def _whole(module: nn.Module, tensor: Tensor, is_main: bool) -> Tensor | None:
     """A tensor of a module as files have it, on the CPU; None but in the main process."""
     if isinstance(tensor, DTensor):
         tensor = Rows.of(module).whole(own_weight(module).reshape(-1), tensor.shape[1]).view(tensor.shape)
-        tensor = tensor.T if isinstance(module, TransposedLinear) else tensor
     return tensor.cpu().contiguous() if is_main else None

@@ -21,11 +21,6 @@ from torch.distributed.tensor import DTensor, Shard
 REDUCES_UNUSED = hasattr(fsdp.FSDPModule, "set_reduce_scatter_unused_params")
 
 
-class TransposedLinear(nn.Linear):
-    """GPT-2's Conv1D with its weight as `[out, in]`, so that it can be sharded by rows; files have it transposed."""
-    is_transposed_in_files = True
-
-
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The members of the outermost lists of modules."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -43,15 +38,10 @@ def check_version() -> None:
 def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     """Shard the projections of a model on the meta device over all processes, and allocate its tensors on `device`.
 
-    Parameters have no values yet.
+    Parameters have no values yet. UserError for GPT-2, whose layers have outputs as columns.
     """
-    for name, module in list(model.named_modules()):
-        if is_transposed(module):
-            inputs, outputs = module.weight.shape
-            linear = TransposedLinear(inputs, outputs, device="meta", dtype=module.weight.dtype)
-            linear.bias = module.bias
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
+    if any(map(is_transposed, model.modules())):
+        raise UserError("--shard shares out rows of nn.Linear, and this model has Conv1D: leave --shard out")
     model.requires_grad_(False)
     projections = {module.weight for module in find_layers(model, [""]).values()}
     how = {"mesh": device_mesh.init_device_mesh(device.type, (processes,)), "reshard_after_forward": True,

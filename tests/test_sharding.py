@@ -30,7 +30,7 @@ def test_sharded_models_are_whole_models(models, tmp_path, processes):
     w = Path(shutil.copytree(Path(models["llama"]).parent, tmp_path / "models"))
     launched = Launched(processes, [ROOT / "tests/sharded_script.py", w], tmp_path / "said.txt")
     assert launched.wait() == 0, launched.said
-    for name, dtype in (("llama", "float32"), ("gpt2", "bfloat16"), ("opt", "float16")):
+    for name, dtype in (("llama", "float32"), ("opt", "float16")):
         dense = load_model(str(w / name), dtype, "cpu")[0]
         saved = transformers.AutoModelForCausalLM.from_pretrained(w / f"saved_{name}_{processes}",
                                                                   **{DTYPE: "auto"})

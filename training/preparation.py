@@ -22,7 +22,7 @@ TEXT_SHARE, LEARNING_SHARE = 0.3, 0.6  # of the minutes: for generating text, at
 FORWARDS = 6  # that a step of learning costs
 MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
 FEWEST = 8  # minibatches of text, however short the time
-SEQUENCES = 128  # of text that Wanda and the order are measured on
+SEQUENCES = 64  # of text that Wanda and the order are measured on
 
 
 def heldout_of(minibatches: int) -> int:
