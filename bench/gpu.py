@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import common
 import pge
 from files.records import write_json
 from masking.block_bits import mask_to_bits
@@ -37,7 +38,6 @@ from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
 from utils import DTYPES, environment, run_script
 
-import common
 import torch
 from scaling import make_inputs
 from torch import Tensor

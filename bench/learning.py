@@ -2,6 +2,7 @@
 import copy
 from collections.abc import Callable
 
+import common
 import data
 import pge
 from masking.layers import apply_masks
@@ -14,7 +15,6 @@ from pruning.one_shot import OneShot, one_shot_masks
 from training.curvature import EVERY, SEQUENCES, START
 from training.straight_through import StraightThrough, step_size
 
-import common
 from small_model import HELDOUT, TEXT, load_small
 from torch import Tensor, nn
 

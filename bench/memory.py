@@ -13,6 +13,7 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
+import common
 from files import mask_files
 from files.packing import pack
 from masking.masked_model import MaskedModel
@@ -23,7 +24,6 @@ from models.sharding import own_weight, shard
 from training.initialize import TOKENS, from_swaps
 from utils import DTYPES, reuse_freed_memory, run_script
 
-import common
 import plan
 import torch
 from accelerate import init_empty_weights

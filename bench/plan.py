@@ -18,11 +18,11 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import common
 from models.layers import find_layers, weight_matrix
 from training.normalization import NORMALIZATIONS
 from utils import DTYPES, UserError, run_script
 
-import common
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -17,12 +17,12 @@ import argparse
 import statistics
 import time
 
+import common
 import pge
 from models.loss import batch_loss
 from training.initialize import TOKENS, from_swaps
 from utils import UserError, progress_bar, run_script
 
-import common
 import torch
 from learning import OURS, PRESET, ForwardOnly, Problem, passes_a_step
 from rival_methods import RIVALS, Rival

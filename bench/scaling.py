@@ -14,6 +14,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import common
 from files import mask_files
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
@@ -23,7 +24,6 @@ from models.sharded_files import load_sharded
 from training.straight_through import StraightThrough
 from utils import run_script
 
-import common
 import torch
 from small_model import byte_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,12 +9,12 @@ import argparse
 import json
 from pathlib import Path
 
+import common
 from files.atomic import atomic_write, refuse_existing
 from models.loading import load_model
 from models.loss import batch_loss
 from utils import UserError, progress_bar, run_script
 
-import common
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor

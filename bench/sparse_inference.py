@@ -17,11 +17,11 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 
+import common
 from masking.layers import apply_masks
 from models.layers import find_layers
 from utils import DTYPES, UserError, positive_int, run_script
 
-import common
 import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured

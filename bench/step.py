@@ -14,6 +14,7 @@ import gc
 import statistics
 from collections import Counter
 
+import common
 from masking.block_bits import mask_to_bits
 from masking.kernels import Kernels
 from masking.layers import apply_masks
@@ -23,7 +24,6 @@ from masking.spaces import LinearSpace
 from models.layers import find_layers
 from utils import fast_dtype, run_script
 
-import common
 import torch
 from torch import Tensor
 

@@ -3,10 +3,10 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import common
 import pge
 from utils import UserError
 
-import common
 import pytest
 import rivals
 import small_model
