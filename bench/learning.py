@@ -114,4 +114,4 @@ def passes_a_step(setting: dict) -> float:
 
 
 OURS: dict[str, Callable] = {"forward_only": ForwardOnly, "gradients": Gradients}
-PRESET = dict(common.PRESET, learner="gradients", swaps=True, fresh=True)
+DEFAULTS = dict(common.DEFAULTS, learner="gradients", swaps=True, fresh=True)

@@ -106,7 +106,7 @@ class Learning:
         self.m0 = first_half_masks(model)  # stays in the host's memory, packed, as in a run
         self.masked = MaskedModel(model, self.m0, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype], mode="eager")
         if way.endswith("from swaps"):
-            from_swaps(self.masked, common.PRESET["logits"], torch.randint(0, 256, (TOKENS // 128, 128)))
+            from_swaps(self.masked, common.DEFAULTS["logits"], torch.randint(0, 256, (TOKENS // 128, 128)))
         settings = WAYS[way]
         self.learn = (common.forward_step(self.masked) if settings is None else
                       common.gradient_step(self.masked, **settings))

@@ -1,7 +1,7 @@
 """Ways to learn an N:M mask, compared on the small model: this project's, other methods', and the paper's.
 
     python bench/small_model.py --steps 1200             # first: the model
-    python bench/rivals.py [--quick] [--json FILE] [--budgets 160,640,2500] [--seeds 3] [--rows MaskLLM,preset]
+    python bench/rivals.py [--quick] [--json FILE] [--budgets 160,640,2500] [--seeds 3] [--rows MaskLLM,sparsify.py]
     python bench/rivals.py --rows MaskLLM --rates 0.001,0.002 --seeds 1      # tune a learning rate
 
 Is a mask from this project as good as one from a rival, for the same work? All start from the same Wanda mask, or have
@@ -24,7 +24,7 @@ from training.initialize import TOKENS, from_swaps
 from utils import UserError, progress_bar, run_script
 
 import torch
-from learning import OURS, PRESET, ForwardOnly, Problem, passes_a_step
+from learning import DEFAULTS, OURS, ForwardOnly, Problem, passes_a_step
 from rival_methods import RIVALS, Rival
 
 WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
@@ -34,15 +34,15 @@ WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
 # rates were tried; the others are first guesses.
 TEXT = dict(batchsize=8, fresh=True)
 TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16), 10000: dict(lr=2.5, batchsize=32)}
-SOFT = dict(PRESET, soft_masks=True, normalize="block")
+SOFT = dict(DEFAULTS, soft_masks=True, normalize="block")
 TUNED_SOFT = {160: dict(lr=1.5, soft_masks=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16),
               10000: dict(lr=2.0, logits=0.5, batchsize=32)}
 STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
     160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005), 10000: dict(lr=0.005, batchsize=32)})
 MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)})
 ROWS = {
-    "the preset": PRESET,
-    "the preset with its rate tuned": dict(PRESET, tuned=TUNED),
+    "sparsify.py": DEFAULTS,
+    "sparsify.py with its rate tuned": dict(DEFAULTS, tuned=TUNED),
     "steps by block and soft masks from 640 passes on": dict(SOFT, tuned=TUNED_SOFT),
     "steps by block and soft masks from 640 passes on, no KD": dict(SOFT, distill=0.0, tuned={
         **TUNED_SOFT, 640: dict(lr=2.0, logits=1.0), 2500: dict(lr=2.0, logits=0.5, batchsize=16)}),

@@ -6,7 +6,7 @@
 The paper names mask sampling as its bottleneck. One layer: update, resample and apply, naive and fused, and a copy of
 the same bytes, which is the least possible time: every logit, mask integer and weight is read and written once. Growth:
 more weights, other patterns. Whole model: a forward pass of the sparse model, a training step (the forward pass with
-the fused mask step inside), and the naive step. Last, the step of the preset, which learns from gradients with
+the fused mask step inside), and the naive step. Last, the step of sparsify.py, which learns from gradients with
 distillation, on 8 x 128 tokens; forward pass and step take turns there, so that both see the same pace of the machine.
 """
 import argparse
@@ -159,12 +159,13 @@ def model_rows(shape: str, depth: int | None, sequences: int, dtype: torch.dtype
             {"what": f"the same, {later} steps later", "ours (s)": late_s, "of a forward": late_s / forward_s}]
 
 
-def preset_rows(shape: str, depth: int | None, dtype: torch.dtype, device: str, seed: int, repeats: int) -> list[dict]:
-    """The table's rows of the preset's step, medians of steps; the forward pass is one of the dense model."""
+def sparsify_rows(shape: str, depth: int | None, dtype: torch.dtype, device: str, seed: int,
+                  repeats: int) -> list[dict]:
+    """The rows of the step of sparsify.py, medians of steps; the forward pass is one of the dense model."""
     dense, model = (common.random_llama(shape, device, dtype, seed, depth) for _ in range(2))
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (8, 128), device=device)
-    masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4), common.PRESET["logits"])
-    learn = common.gradient_step(masked, distill=common.PRESET["distill"])
+    masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4), common.DEFAULTS["logits"])
+    learn = common.gradient_step(masked, distill=common.DEFAULTS["distill"])
 
     @torch.no_grad()
     def forward() -> None:
@@ -173,7 +174,7 @@ def preset_rows(shape: str, depth: int | None, dtype: torch.dtype, device: str, 
     turns = [(common.median_s(forward, device, 1, warm_up=0),
               common.median_s(lambda: learn(tokens), device, 1, warm_up=0)) for _ in range(repeats)]
     forward_s, step_s = map(statistics.median, zip(*turns))
-    title = f"the preset's step, {shape}{f' ({depth} layers)' if depth else ''}, {tokens.numel()} tokens"
+    title = f"the step of sparsify.py, {shape}{f' ({depth} layers)' if depth else ''}, {tokens.numel()} tokens"
     return [{"what": "a forward of as many", "ours (s)": forward_s},
             {"what": title, "ours (s)": step_s, "of a forward": step_s / forward_s}]
 
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     if gpu:
         rows.append({"what": "peak memory of training (GiB)", "ours (s)": torch.cuda.max_memory_allocated() / 2**30})
     gc.collect()  # a model goes with its cycles
-    rows += preset_rows(shape, depth, dtype, args.device, args.seed, repeats)
+    rows += sparsify_rows(shape, depth, dtype, args.device, args.seed, repeats)
     common.report(rows, args)
 
 
