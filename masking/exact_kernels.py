@@ -1,9 +1,7 @@
-"""The kernels of `kernels.py` by the exact float64 routines of `pge.py`: slow, plain, for any space and any N:M.
+"""The update and the draw of `kernels.py` by the exact float64 routines of `pge.py`, for any space and any N:M.
 
 Random numbers come from a generator seeded by the key, a chunk of blocks at a time.
 """
-from math import comb
-
 from masking.block_bits import bits_to_mask, mask_to_bits, write_masked
 from masking.random_bits import round_stochastically
 from masking.spaces import Space
@@ -25,11 +23,6 @@ def blocks_at_a_time(space: Space, most: int) -> int:
     """Of the score, which takes N 2^N numbers a block or, in the pattern space, one a pattern: no more of them together
     than 2^18 blocks of 4:8 have."""
     return max(1, min(most, CHUNK * 64 // max(space.width, space.n << space.n)))
-
-
-def patterns_at_a_time(space: Space) -> int:
-    """Blocks whose patterns' probabilities are enumerated at once."""
-    return max(1, 2**20 // comb(space.m, space.n))
 
 
 def _generator(key: Tensor, start: int) -> torch.Generator:
@@ -68,41 +61,3 @@ def update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coef
         moved = before - coefficient * space.score(before, bits_to_mask(bits[part], space.m))
         _store_blocks(logits, moved, part, generator)
     draw(logits, bits, weight, out, key, space, start, chunk)
-
-
-def vjp(logits: list[Tensor], bits: Tensor, saliency: Tensor, mean_squares: Tensor | None, scale: Tensor,
-        key: Tensor, space: Space, start: int = 0) -> Tensor:
-    """`fused_vjp` by autograd of the exact inclusion probabilities."""
-    squares, generator = [], _generator(~key, start)
-    factor, step, inverse_temperature, kept = scale.double()
-    chunk = patterns_at_a_time(space)
-    for begin in range(0, saliency.shape[1], chunk):
-        part = slice(begin, begin + chunk)
-        before = torch.stack([plane[part] for plane in logits], 1).double()
-        warm = (before * inverse_temperature).requires_grad_()
-        with torch.enable_grad():
-            expected = (space.inclusion(warm) * saliency[:, part].T).sum()
-        gradient = torch.autograd.grad(expected, warm)[0]
-        total = gradient.square().sum(1)
-        is_finite = total < torch.inf
-        if mean_squares is None:
-            move = (gradient * factor).clamp(-1, 1)
-        else:
-            now, earlier = total / space.width, mean_squares[part].double()
-            mean = torch.where(earlier < 0, now, earlier * kept + now * (1 - kept))
-            mean_squares[part] = torch.where(is_finite, mean, earlier).float()
-            move = gradient * torch.rsqrt(mean.clamp(min=1e-30))[:, None]
-        moved = before - torch.where(is_finite[:, None], move, 0.0) * step
-        stored = _store_blocks(logits, moved.float(), part, generator)
-        bits[part] = mask_to_bits(space.mode(stored))
-        squares.append(torch.where(is_finite, total.float(), torch.nan))
-    return torch.cat(squares)
-
-
-def write_soft(logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor, space: Space) -> None:
-    """`fused_write_soft`."""
-    chunk = patterns_at_a_time(space)
-    for begin in range(0, len(out), chunk):
-        part = slice(begin, begin + chunk)
-        blocks = torch.stack([plane[part] for plane in logits], 1).double()
-        out[part] = (space.inclusion(blocks * inverse_temperature) * weight[part]).to(out.dtype)

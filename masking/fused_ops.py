@@ -6,7 +6,7 @@ is the bits of an integer plane (bit i set: weight i is kept). No function here 
 each function against its exact float64 twin.
 """
 from itertools import combinations
-from math import log
+from math import comb, log
 
 import torch
 from torch import Tensor
@@ -160,9 +160,12 @@ def most_probable(logits: Planes, n: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # the inclusion probabilities, and what a gradient in them says about the logits
 
+MOST_TRANSITIONS = 600  # of a short walk: 4:8 has 512, which compile for a minute
+
+
 def has_short_walk(n: int, m: int) -> bool:
     """Whether all sets that drawing goes through are followed; beyond, `time_of` stands in."""
-    return n <= 4 and m <= 8
+    return sum(comb(m, size) * (m - size) for size in range(n)) <= MOST_TRANSITIONS
 
 
 def time_of(w: Planes, n: int) -> Tensor:
@@ -175,42 +178,51 @@ def time_of(w: Planes, n: int) -> Tensor:
     return tau
 
 
-def walk(w: Planes, n: int) -> tuple[dict[tuple, Tensor], dict[tuple, Tensor]]:
-    """Of drawing, a walk through the sets drawn so far: P(it visits T) by the sorted tuple T, P(i | T) by (T, i)."""
-    m = len(w)
-    visits, chance = {(): torch.ones_like(w[0])}, {}
+def sum_over(chosen: int, sums: dict[int, Tensor]) -> Tensor:
+    """The sum over a set, the bits of an integer. `sums`: those of the sets of one, to which it adds others."""
+    if chosen not in sums:
+        last = 1 << chosen.bit_length() - 1
+        sums[chosen] = sum_over(chosen - last, sums) + sums[last]
+    return sums[chosen]
+
+
+def flows(w: Planes, n: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Of drawing, a walk through the sets T drawn so far, the bits of an integer, sizes ascending from 0 to N - 1:
+    1 / w(not in T), and P(the walk visits T) / w(not in T), which times w_i is the chance that i is drawn at T."""
+    m, sums = len(w), {1 << i: x for i, x in enumerate(w)}
+    inverse, flow = {}, {}
     for size in range(n):
-        for drawn in combinations(range(m), size):
-            left = [i for i in range(m) if i not in drawn]
-            inverse = 1 / sum_of([w[i] for i in left])
-            for i in left:
-                chance[drawn, i] = w[i] * inverse
-                after = tuple(sorted((*drawn, i)))
-                visits[after] = visits.get(after, 0) + visits[drawn] * chance[drawn, i]
-    return visits, chance
+        for places in combinations(range(m), size):
+            drawn = sum(1 << i for i in places)
+            inverse[drawn] = 1 / sum_over((1 << m) - 1 - drawn, sums)
+            visits = [flow[drawn ^ 1 << i] * w[i] for i in places]
+            flow[drawn] = sum_of(visits) * inverse[drawn] if visits else inverse[drawn]
+    return inverse, flow
 
 
 def inclusion(logits: Planes, n: int) -> Planes:
-    """P(i is kept), which `vjp` differentiates: exact for N <= 4, M <= 8, of the stopped race beyond."""
+    """P(i is kept), which `vjp` differentiates: exact where the walk is short, of the stopped race elsewhere."""
     w = weights(logits, n)
     if not has_short_walk(n, len(w)):
         tau = time_of(w, n)
         return [1 - torch.exp(-x * tau) for x in w]
-    visits, chance = walk(w, n)
-    return [sum_of([visits[drawn] * p for (drawn, j), p in chance.items() if j == i]) for i in range(len(w))]
+    flow = flows(w, n)[1]
+    return [x * sum_of([flow[drawn] for drawn in flow if not drawn >> i & 1]) for i, x in enumerate(w)]
 
 
 def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
     """J^T saliency, J = d inclusion / d logits: the gradient of sum_i saliency_i P(i is kept) in the logits, a
     vector-Jacobian product; planes in and out.
 
-    Exact for N <= 4, M <= 8. Drawing is a walk through the sets drawn so far, T -> T + i with chance w_i / w(not in T),
-    that collects saliency_i (s_i); with V(T) what is still to be expected at T, the policy gradient theorem says
+    Exact where the walk is short: N <= 4 and M <= 8, N <= 2, and a few more. Drawing is a walk through the sets drawn
+    so far, T -> T + i with chance w_i / w(not in T), that collects saliency_i (s_i); with V(T) what is still to be
+    expected at T, the policy gradient theorem says
 
         gradient_i = sum_{T not holding i} P(walk visits T) P(i | T) (s_i + V(T + i) - V(T))
 
-    Beyond, the race is stopped at one time for all (`time_of`): inclusion_i = 1 - exp(-w_i tau), the limit of large
-    blocks (Hajek 1964). Within 0.1 of the exact probabilities, its direction within 25 degrees.
+    Elsewhere the race is stopped at one time for all (`time_of`): inclusion_i = 1 - exp(-w_i tau), the limit of large
+    blocks (Hajek 1964). It is within 0.1 of the exact probabilities. Its direction is off by less than 10 degrees in
+    the median block; where few logits of a block are still contested, it may be off by far more.
     """
     m, w = len(logits), weights(logits, n)
     if not has_short_walk(n, m):
@@ -218,12 +230,16 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
         rate = [x * tau * torch.exp(-x * tau) for x in w]  # d inclusion / d log tau
         mean = sum_of([x * y for x, y in zip(rate, saliency)]) / sum_of(rate).clamp(min=1e-30)
         return [x * (y - mean) for x, y in zip(rate, saliency)]
-    (visits, chance), expected, gradient = walk(w, n), {}, [0] * m
-    for size in reversed(range(n)):
-        for drawn in combinations(range(m), size):
-            left = [i for i in range(m) if i not in drawn]
-            value = {i: saliency[i] + expected.get(tuple(sorted((*drawn, i))), 0) for i in left}
-            expected[drawn] = sum_of([chance[drawn, i] * value[i] for i in left])
-            for i in left:
-                gradient[i] = gradient[i] + visits[drawn] * chance[drawn, i] * (value[i] - expected[drawn])
+    (inverse, flow), expected = flows(w, n), {}
+    at_once = {1 << i: x * y for i, (x, y) in enumerate(zip(w, saliency))}
+    for drawn in reversed(flow):
+        left = (1 << m) - 1 - drawn
+        later = [w[i] * expected[drawn | 1 << i] for i in range(m) if left >> i & 1 and drawn | 1 << i in flow]
+        expected[drawn] = sum_of([sum_over(left, at_once), *later]) * inverse[drawn]
+    gradient = []
+    for i in range(m):
+        without = [drawn for drawn in flow if not drawn >> i & 1]
+        gains = [flow[drawn] * (expected[drawn | 1 << i] - expected[drawn] if drawn | 1 << i in flow
+                                else -expected[drawn]) for drawn in without]
+        gradient.append(w[i] * (saliency[i] * sum_of([flow[drawn] for drawn in without]) + sum_of(gains)))
     return gradient

@@ -175,8 +175,7 @@ class Kernels:
     def __init__(self, space: Space, mode: str = "compiled"):
         self.space, self._compiled = space, mode == "compiled"
         self._is_linear = isinstance(space, LinearSpace)
-        self._is_fused = self._is_linear and mode != "exact"
-        scored = self._is_fused and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
+        scored = self._is_linear and mode != "exact" and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
         self.update = self._pass(fused_update, eager_update, exact_kernels.update, scored)
         self.draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, scored)
         self._vjp, self._write = self.fastest(fused_vjp, eager_vjp), self.fastest(write_masked)
@@ -210,7 +209,7 @@ class Kernels:
         """pi <- pi - step * J^T (weight * gradient), normalized, and m <- its most probable mask; see `fused_vjp`.
         weight and gradient `[out, in]`."""
         space, dtype = self.space, weight.dtype
-        if self._is_fused and fits_a_word(space.m, dtype):
+        if fits_a_word(space.m, dtype):
             gradient = (as_words(gradient.reshape(-1), space.m) if gradient.dtype == dtype
                         else gradient.float().reshape(-1, space.m))
             saliency = as_words(weight.view(-1), space.m), gradient
@@ -218,17 +217,12 @@ class Kernels:
             blocks = logits[0].numel()
             saliency = torch.empty(space.m, blocks, device=weight.device).copy_(weight.view(blocks, -1).T)
             saliency.mul_(gradient.reshape(blocks, -1).T)
-        if not self._is_fused:
-            return exact_kernels.vjp(logits, bits, saliency, mean_squares, scale, key, space, start=start)
         return self._vjp(list(logits), bits, saliency, dtype, mean_squares, scale, key, space.n, space.m, start=start)
 
     def write_soft(self, logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor) -> None:
         """out <- mu * w, mu the probabilities of being kept at this temperature, float32 `[]`."""
         weight, out = weight.view(-1, self.space.m), out.view(-1, self.space.m)
-        if self._is_fused:
-            self._write_soft(list(logits), weight, out, inverse_temperature, self.space.n)
-        else:
-            exact_kernels.write_soft(logits, weight, out, inverse_temperature, self.space)
+        self._write_soft(list(logits), weight, out, inverse_temperature, self.space.n)
 
     def write(self, weight: Tensor, bits: Tensor, out: Tensor, once: bool = False) -> None:
         """out <- m * w; `once`: it is not worth a compilation."""

@@ -43,9 +43,6 @@ class LinearSpace:
     def score(self, logits: Tensor, mask: Tensor) -> Tensor:
         return pge.score(logits, mask)
 
-    def inclusion(self, logits: Tensor) -> Tensor:
-        return pge.inclusion(logits, self.n)
-
     def pattern_probs(self, logits: Tensor) -> Tensor:
         return pge.pattern_probs(logits, self.n)
 
@@ -80,9 +77,6 @@ class PatternSpace:
         """Categorical score: one_hot(S) - softmax(logits)."""
         return -torch.softmax(logits, 1).scatter_add(
             1, self._index(mask)[:, None], logits.new_full((len(mask), 1), -1.0))
-
-    def inclusion(self, logits: Tensor) -> Tensor:
-        return logits.softmax(1) @ patterns(self.n, self.m).to(logits.device, logits.dtype)
 
     def pattern_probs(self, logits: Tensor) -> Tensor:
         return logits.softmax(1)

@@ -2,6 +2,8 @@
 from decimal import Decimal, localcontext
 from itertools import combinations, permutations
 
+import pge
+
 import torch
 
 
@@ -109,12 +111,7 @@ def jacobian(inclusion, logits: torch.Tensor) -> torch.Tensor:
     return torch.autograd.functional.jacobian(inclusion, logits.double())
 
 
-def pattern_inclusion(x, n, m):
-    kept = torch.tensor([[i in s for i in range(m)] for s in combinations(range(m), n)]).double()
-    return x.softmax(0) @ kept
-
-
-def exact_vjp(space, logits, saliency):
-    """J^T saliency of `[blocks, width]` logits, float64, by autograd of the space's inclusion probabilities."""
+def exact_vjp(logits, n, saliency):
+    """J^T saliency of `[blocks, M]` logits, float64, by autograd of the inclusion probabilities."""
     logits = logits.double().requires_grad_()
-    return torch.autograd.grad((space.inclusion(logits) * saliency).sum(), logits)[0]
+    return torch.autograd.grad((pge.inclusion(logits, n) * saliency).sum(), logits)[0]

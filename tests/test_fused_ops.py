@@ -118,7 +118,7 @@ def race_to_one_time(logits, n):
     return -torch.expm1(-(logits + low).exp())
 
 
-LARGE = [(n, m) for m in (9, 12, 16) for n in (1, m // 4, m // 2, m - 2)] + [(5, 8), (6, 8), (7, 8)]
+LARGE = [(n, m) for m in (9, 12, 16) for n in (m // 2, m - 2)] + [(3, 12), (4, 16), (5, 8), (6, 8), (7, 8)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -133,18 +133,20 @@ def test_vjp_of_large_blocks_is_that_of_a_race_stopped_at_one_time(block, seed):
         assert torch.allclose(row, difference, rtol=1e-3, atol=1e-5 * float(g.abs().max()))
 
 
-@pytest.mark.parametrize("n, m", [(8, 16), (4, 16), (2, 16), (6, 8)])
-def test_large_blocks_come_near_the_exact_probabilities(n, m):
-    """Within 0.1 in the probabilities and 25 degrees in the direction, as fused_ops.py says. The exact ones are those
-    of pge.py, held against enumeration in test_pge.py."""
+@pytest.mark.parametrize("n, m, degrees", [(1, 16, 0.1), (2, 16, 0.1), (3, 10, 0.1), (5, 6, 0.1), (6, 8, 10),
+                                           (4, 16, 10), (8, 16, 10), (15, 16, 10)])
+def test_large_blocks_come_near_the_exact_probabilities(n, m, degrees):
+    """In the median direction, as fused_ops.py says; those whose walk is short are exact. In probability within 0.1.
+    The exact ones are those of pge.py, held against enumeration in test_pge.py."""
     for scale in (0.1, 1.0, 3.0, 6.0):
-        logits = torch.randn(3, m, generator=seeded(m)) * scale
-        saliency = torch.randn(3, m, generator=seeded(n))
+        logits = torch.randn(50, m, generator=seeded(m)) * scale
+        saliency = torch.randn(50, m, generator=seeded(n))
         exact = logits.double().requires_grad_()
         inclusion = pge.inclusion(exact, n)
         expected, = torch.autograd.grad((inclusion * saliency).sum(), exact)
-        assert (race_to_one_time(logits, n) - inclusion).abs().max() < 0.1
-        assert (torch.cosine_similarity(vjp_of(logits, saliency, n), expected) > cos(radians(25))).all()
+        near = 0.1 if degrees > 1 else 1e-5
+        assert (joined(fused_ops.inclusion(split(logits), n)) - inclusion).abs().max() < near
+        assert torch.cosine_similarity(vjp_of(logits, saliency, n), expected).median() > cos(radians(degrees))
 
 
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (4, 8), (8, 16), (1, 16)])

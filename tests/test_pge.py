@@ -73,7 +73,7 @@ def test_saturated_blocks_keep_their_relative_accuracy(n, m, gap):
 
 
 @pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (3, 4), (4, 8), (8, 16)])
-@pytest.mark.parametrize("gap", [40.0, 80.0])
+@pytest.mark.parametrize("gap", [40.0, 80.0, 800.0])
 def test_nothing_is_nan_at_large_gaps(n, m, gap):
     generator = seeded(0)
     rows = torch.stack([mask_of(range(k), m) * gap for k in (1, n, m - 1)]

@@ -3,9 +3,10 @@ and what it learns."""
 import math
 from itertools import combinations
 
+import pge
 from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
-from masking.spaces import SPACES
+from masking.spaces import LinearSpace
 from models.layers import find_layers, is_transposed, weight_matrix
 from models.loss import batch_loss
 from training import normalization
@@ -86,13 +87,12 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, distill):
 
 
 @pytest.mark.parametrize("normalize", ["layer", "block"])
-@pytest.mark.parametrize("n, m, space, microbatch", [(2, 4, "linear", 32), (2, 4, "linear", 1), (4, 8, "linear", 32),
-                                                     (2, 4, "pattern", 32)])
-def test_updates_follow_the_formula(load, normalize, n, m, space, microbatch):
-    """By layer, pi <- pi - size / parts * clip(J^T G / (CLIP rms)), rms^2 a running mean of the earlier parts' mean
-    squares; by block, J^T G / rms, rms^2 a running mean of the block's, this part's included."""
-    learner, masked, dense = learner_of(load(), n, m, space, microbatch=microbatch, normalize=normalize)
-    seen, sizes, parts = watch(learner), [0.05, 0.03, 0.01], -(-len(TOKENS) // microbatch)
+@pytest.mark.parametrize("n, m", [(2, 4), (4, 8)])
+def test_updates_follow_the_formula(load, normalize, n, m):
+    """By layer, pi <- pi - size * clip(J^T G / (CLIP rms)), rms^2 a running mean of the earlier steps' mean squares;
+    by block, J^T G / rms, rms^2 a running mean of the block's, this step's included."""
+    learner, masked, dense = learner_of(load(), n, m, normalize=normalize)
+    seen, sizes = watch(learner), [0.05, 0.03, 0.01]
     for size in sizes:
         learner.step(TOKENS, size)
     for name, layer in masked.layers.items():
@@ -100,7 +100,7 @@ def test_updates_follow_the_formula(load, normalize, n, m, space, microbatch):
         after = [*[logits for _, logits in mine[1:]], logits_of(layer).double()]
         mean = None
         for index, ((gradient, logits), moved) in enumerate(zip(mine, after)):
-            vjp = exact_vjp(masked.space, logits, (dense[name] * gradient).double().view(-1, m))
+            vjp = exact_vjp(logits, n, (dense[name] * gradient).double().view(-1, m))
             if normalize == "layer":  # the first only measures
                 move = 0 * vjp if mean is None else (vjp / (CLIP * mean.sqrt())).clamp(-1, 1)
                 now, kept = vjp.square().sum() / gradient.numel(), KEPT_BY_LAYER
@@ -111,15 +111,33 @@ def test_updates_follow_the_formula(load, normalize, n, m, space, microbatch):
             if normalize == "block":
                 move = vjp / mean.sqrt()[:, None]
                 assert counts.float().mean() > 0.9
-            expected = logits - move * sizes[index // parts] / parts
+            expected = logits - move * sizes[index]
             assert torch.allclose(moved[counts], expected[counts], atol=1e-4 if normalize == "block" else 2e-5)
-        assert len(mine) == 3 * parts
+        assert len(mine) == 3
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"normalize": "block"}, {"curvature": True}])
+def test_a_step_in_microbatches_is_that_of_the_whole(load, kwargs):
+    """Equal to rounding, with a last microbatch that is smaller; nothing moves where one of them is not finite."""
+    tokens, found = torch.randint(32, (5, 20), generator=seeded(0)), []
+    for microbatch in (5, 2, 1):
+        learner, masked, _ = learner_of(load(), microbatch=microbatch, **kwargs)
+        for progress in (0.0, 0.5, 0.95):
+            learner.step(tokens, 0.1, progress)
+        found.append(all_logits(masked))
+    for name, whole in found[0].items():
+        for parts in found[1:]:
+            assert torch.allclose(parts[name], whole, atol=1e-4) and not torch.equal(whole, whole.round())
+    final = masked.model.get_output_embeddings()
+    final.register_forward_hook(lambda _module, inputs, output: output / (tokens[3, 0] != learner.first))
+    learner.first, backward = None, learner._backward
+    learner._backward = lambda part: (setattr(learner, "first", part[0, 0]), backward(part))[1]
+    assert not learner.step(tokens, 0.1, 0.95).is_finite and same(all_logits(masked), found[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("space", ["linear", "pattern"])
-def test_the_mask_used_is_the_mode_of_the_stored_logits(load, space, dtype):
-    learner, masked, dense = learner_of(load(), space=space, logits_dtype=dtype)
+def test_the_mask_used_is_the_mode_of_the_stored_logits(load, dtype):
+    learner, masked, dense = learner_of(load(), logits_dtype=dtype)
     m0 = drawn_masks(masked)
     for _ in range(4):
         learner.step(TOKENS, 0.6)
@@ -153,10 +171,9 @@ def test_step_sizes_let_noise_come_as_far_in_any_run(steps):
 # ---------------------------------------------------------------------------------------------------------- soft masks
 
 
-@pytest.mark.parametrize("space", ["linear", "pattern"])
-def test_under_soft_masks_it_is_the_gradient_of_the_models_own_loss(load, space):
+def test_under_soft_masks_it_is_the_gradient_of_the_models_own_loss(load):
     """By finite differences in a logit of some layers: nothing is linearised."""
-    learner, masked, dense = learner_of(load(), space=space, soft_masks=True)
+    learner, masked, dense = learner_of(load(), soft_masks=True)
     seen, progress = watch(learner), 0.3
     learner.step(TOKENS, 0.0, progress)
     heat = soft_temperature(progress)
@@ -165,11 +182,11 @@ def test_under_soft_masks_it_is_the_gradient_of_the_models_own_loss(load, space)
         plain = load().double()
         for other, module in find_layers(plain).items():
             now = logits if other == name else logits_of(masked.layers[other]).double()
-            module.weight.copy_(dense[other].double() * masked.space.inclusion(now / heat).view(module.weight.shape))
+            module.weight.copy_(dense[other].double() * pge.inclusion(now / heat, 2).view(module.weight.shape))
         log_probs = plain(input_ids=TOKENS).logits[:, :-1].log_softmax(-1)
         return -log_probs.gather(2, TOKENS[:, 1:, None]).sum()
     for layer, gradient, logits in seen[:3]:
-        vjp = exact_vjp(masked.space, logits / heat, (dense[layer.name] * gradient).double().view(-1, 4)) / heat
+        vjp = exact_vjp(logits / heat, 2, (dense[layer.name] * gradient).double().view(-1, 4)) / heat
         block, place = divmod(int(vjp.abs().argmax()), masked.space.width)
         shift = torch.zeros_like(logits)
         shift[block, place] = 0.01  # norms compute in float32
@@ -196,11 +213,10 @@ def generated_text(models):
     return sequences[:640].split(16), sequences[640:]
 
 
-@pytest.mark.parametrize("space, dtype, of_learner", [
-    ("linear", torch.float32, {}), ("pattern", torch.float32, {}), ("linear", torch.float32, {"distill": 1.0}),
-    ("linear", torch.float16, {"checkpointing": True}), ("linear", torch.bfloat16, {}),
-    ("linear", torch.float32, {"normalize": "block", "soft_masks": True, "curvature": True})])
-def test_it_learns(load, generated_text, space, dtype, of_learner):
+@pytest.mark.parametrize("dtype, of_learner", [
+    (torch.float32, {}), (torch.float32, {"distill": 1.0}), (torch.float16, {"checkpointing": True}),
+    (torch.bfloat16, {}), (torch.float32, {"normalize": "block", "soft_masks": True, "curvature": True})])
+def test_it_learns(load, generated_text, dtype, of_learner):
     """From a mask that keeps the smaller half of each block to one better than magnitude's, on text it did not see;
     float16 logits."""
     batches, heldout = generated_text
@@ -208,7 +224,7 @@ def test_it_learns(load, generated_text, space, dtype, of_learner):
     layers = find_layers(model)
     kept = magnitude_masks(layers)
     apply_masks(find_layers(larger), kept)
-    masked = MaskedModel(model, {name: ~mask for name, mask in kept.items()}, SPACES[space](2, 4), magnitude=1.0,
+    masked = MaskedModel(model, {name: ~mask for name, mask in kept.items()}, LinearSpace(2, 4), magnitude=1.0,
                          logits_dtype=torch.float16, mode="eager")
     start, target = masked.loss(heldout), batch_loss(larger, heldout)
     learner = StraightThrough(masked, **of_learner)

@@ -39,8 +39,7 @@ def with_curvature(gradient: Tensor, weight: Tensor, bits: Tensor, outputs: Tens
 class Curvature:
     """Adds the curvature to the gradients of a MaskedModel's layers, and measures it from time to time.
 
-    ramp: the shares of the run at which it begins to count, and counts in full. tokens: how many there are in this
-    pass, over which its gradients are summed; set before it.
+    ramp: the shares of the run at which it begins to count, and counts in full.
     """
 
     def __init__(self, masked: MaskedModel, ramp: tuple[float, float] = (START, FULL)):
@@ -57,6 +56,7 @@ class Curvature:
         """Before a step on int64 `[sequences, tokens]`, at this share of the run, 0 to 1: measure on the first of them
         where it is time."""
         start, full = self.ramp
+        self.tokens = sequences.numel()  # over which this step's gradients are summed
         self.share = min(1.0, max(0.0, progress - start) / max(full - start, 1e-9))
         if self.share and (self.masked.steps % EVERY == 0 or bool(self.mean_squares.isnan().all())):
             self.measure(sequences[:SEQUENCES])
@@ -71,6 +71,15 @@ class Curvature:
 
     def measure(self, sequences: Tensor) -> None:
         """Renew the mean squares by a forward and a backward pass, in all processes alike: their means are taken."""
+        self._generator = None
+        found = sum(len(part) / len(sequences) * self._mean_squares(part)
+                    for part in sequences.split(self.masked.microbatch))
+        found = processes.reduce_async(found)()
+        mixed = torch.where(self.mean_squares.isfinite(), torch.lerp(found, self.mean_squares, KEPT), found)
+        self.mean_squares.copy_(torch.where(found.isfinite(), mixed, self.mean_squares))
+
+    def _mean_squares(self, sequences: Tensor) -> Tensor:
+        """Those of one microbatch, in the order of `mean_squares`; NaN where there are none."""
         found = torch.full_like(self.mean_squares, torch.nan)
         places = iter(found.split(self._sizes))
         hooks = [layer.module.register_forward_hook(partial(_watch, next(places), next(places)))
@@ -84,15 +93,14 @@ class Curvature:
             self.is_measuring = False
         for hook in hooks:
             hook.remove()
-        found = processes.reduce_async(found)()
-        mixed = torch.where(self.mean_squares.isfinite(), torch.lerp(found, self.mean_squares, KEPT), found)
-        self.mean_squares.copy_(torch.where(found.isfinite(), mixed, self.mean_squares))
+        return found
 
     def _drawn(self, logits: Tensor, sequences: Tensor) -> Tensor:
         """Sequences whose every next token the model has drawn itself; its random numbers are those of this step."""
-        seed = (self.masked.seed * 1_000_003 + self.masked.steps) % 2**63
-        generator = torch.Generator(logits.device).manual_seed(seed)
-        drawn = [torch.multinomial(some[:-1].float().softmax(-1), 1, generator=generator).T for some in logits]
+        if self._generator is None:
+            seed = (self.masked.seed * 1_000_003 + self.masked.steps) % 2**63
+            self._generator = torch.Generator(logits.device).manual_seed(seed)
+        drawn = [torch.multinomial(some[:-1].float().softmax(-1), 1, generator=self._generator).T for some in logits]
         return torch.cat([sequences[:, :1].to(logits.device), torch.cat(drawn)], 1)
 
 

@@ -63,9 +63,9 @@ class ByLayer:
         reached = list(self._squares)
         if reached:
             sums = torch.stack([self._squares[place].to(now.device) for place in reached])
-            if self.masked.is_sharded:  # over all their rows; 0 where no process reached a layer
+            if self.masked.is_sharded:  # over all their rows
                 sums = processes.reduce_async(sums)() * processes.size()
-                sums[sums == 0] = torch.nan
+            sums[sums == 0] = torch.nan  # no process reached the layer, or no block of it was finite
             now[reached] = sums / self._sizes[reached]
         mean = torch.where(before.isfinite(), KEPT_BY_LAYER * before + (1 - KEPT_BY_LAYER) * now, now)
         mean = torch.where(before.isnan(), now, torch.where(now.isfinite(), mean, before))

@@ -83,6 +83,7 @@ class StraightThrough:
         self.masked, self.distill, self.soft_masks = masked, distill, soft_masks
         self.curvature = Curvature(masked) if curvature else None
         self.keys, self.reducing = {}, None
+        self._held, self._is_last = {}, True  # gradients of earlier microbatches
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
         layers = list(masked.layers.values())
         self.normalization = NORMALIZATIONS[normalize](masked)
@@ -112,27 +113,34 @@ class StraightThrough:
         """Forward and backward of the masked model on this process's minibatch, int64 `[sequences, tokens]`, at this
         share of the run, 0 to 1.
 
-        The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not finite moves nothing;
-        of several microbatches, the finite ones have moved.
+        The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not finite moves nothing.
+        Of several microbatches the layers' gradients are summed, in the weights' dtype: as much memory as these take.
         """
-        parts = batch.to(input_device(self.masked.model)).split(self.masked.microbatch)
-        self.keys = self.masked.keys()
+        sequences = batch.to(input_device(self.masked.model))
+        self.keys, self._held, self._is_finite = self.masked.keys(), {}, True
         self._not_finite.zero_()
         if self.curvature:
-            self.curvature.begin_step(parts[0], progress)
+            self.curvature.begin_step(sequences, progress)
         temperature = soft_temperature(progress) if self.soft_masks else 0.0
         self.masked.use_soft_masks(temperature)
-        total = 0.0
-        for sequences in parts:
-            total += self._learn(sequences, size / len(parts), temperature)
+        self.normalization.begin_pass(size, temperature)
+        total, parts = 0.0, sequences.split(self.masked.microbatch)
+        for number, part in enumerate(parts, 1):
+            self._is_last = number == len(parts)
+            total += self._backward(part)
+        if self._is_finite:
+            self._move_last()
+            for name in list(self._held):  # experts that the last microbatch did not reach
+                self._move(self.masked.layers[name], self._held.pop(name))
+            self.normalization.end_pass()
         self.masked.use_soft_masks(0.0)
         self.masked.steps += 1
         loss = total / (batch.shape[0] * (batch.shape[1] - 1))
         losses, not_finite = zip(*processes.all_gather([loss, float(self._not_finite)]))
         return StepResult(losses, not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
 
-    def _learn(self, sequences: Tensor, size: float, temperature: float) -> float:
-        """Of one microbatch; the loss summed over its tokens."""
+    def _backward(self, sequences: Tensor) -> float:
+        """Of one microbatch, unless an earlier one's loss was not finite; its loss summed over its tokens."""
         teacher = None
         if self.distill:
             with torch.no_grad(), self.masked.use_dense():
@@ -140,13 +148,9 @@ class StraightThrough:
         logits = self.masked.model(input_ids=sequences, use_cache=False).logits
         loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, self.distill,
                                      self._of_sequence)
-        if math.isfinite(processes.mean([loss])):
-            self.normalization.begin_pass(size, temperature)
-            if self.curvature:
-                self.curvature.tokens = sequences.numel()
+        self._is_finite = self._is_finite and math.isfinite(processes.mean([loss]))
+        if self._is_finite:
             logits.backward(gradient)
-            self._move_last()
-            self.normalization.end_pass()
         return loss
 
     # ------------------------------------------------------------------------------------------- in the backward pass
@@ -159,6 +163,9 @@ class StraightThrough:
     def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
         """One layer's step, from df/dW `[out, in]` in any unit: it is measured by earlier ones. With several processes
         it is taken when the next layer's gradient is there: their mean is formed meanwhile."""
+        gradient = self._summed(layer, gradient)
+        if gradient is None:
+            return
         if processes.size() == 1:
             self._move(layer, gradient)
             return
@@ -166,13 +173,22 @@ class StraightThrough:
         self._move_last()
         self.reducing = reducing
 
+    def _summed(self, layer: MaskedLayer, gradient: Tensor) -> Tensor | None:
+        """The sum of the microbatches' gradients; None before the last."""
+        if layer.name in self._held:
+            gradient += self._held.pop(layer.name)
+        if self._is_last:
+            return gradient
+        self._held[layer.name] = gradient
+
     def _take_gradient(self, layer: MaskedLayer, parameter: Tensor) -> None:
         """FSDP has reduced a sharded layer's gradient: the mean over the processes, this one's rows of it."""
         gradient, parameter.grad = parameter.grad.to_local(), None
         if self.is_measuring:
             return
         processes.traffic["sent_bytes"] += layer.shape.numel() * gradient.itemsize
-        self._move(layer, gradient)
+        if (gradient := self._summed(layer, gradient)) is not None:
+            self._move(layer, gradient)
 
     def _move_last(self) -> None:
         if self.reducing:
