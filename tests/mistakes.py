@@ -81,6 +81,8 @@ def fill(w: Path, models: dict[str, Path]) -> None:
         {name: tensors[name][:32] for name in ("model.embed_tokens.weight", "lm_head.weight")}))
     config = json.loads((w / "llama" / "config.json").read_text())
     (w / "few_rows" / "config.json").write_text(json.dumps(config | {"vocab_size": 32}))
+    shutil.copytree(w / "llama", w / "kernel")
+    (w / "kernel" / "config.json").write_text(json.dumps(config | {"_attn_implementation": "some/kernel"}))
 
     for model, sparsity, sparse, mask in [("llama", "2:4", "sparse", "mask"), ("llama", "4:8", "sparse8", "mask8"),
                                           ("other", "2:4", "sparse_other", "mask_other"),

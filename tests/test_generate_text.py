@@ -4,7 +4,10 @@ import math
 
 import data
 import generate_text
+from masking.kernels import Kernels
+from masking.spaces import LinearSpace
 from models import generation
+from training.faster_model import speed_up
 from utils import UserError, set_seed
 
 import pytest
@@ -151,4 +154,17 @@ def test_the_faster_attention_is_taken(llama, monkeypatch, faster):
     state = torch.get_rng_state()
     with generation.made_fast(*llama, 4) as attention:
         assert attention == faster == chosen[-1] and torch.equal(torch.get_rng_state(), state)
-    assert chosen[-1] == "sdpa"  # the model's own
+    assert chosen[-1] == {"": "sdpa"}  # the model's own
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4Config"), reason="transformers has no Gemma 4")
+def test_the_attention_of_parts_that_have_but_one_is_put_back(llama):
+    """Gemma 4's audio has no sdpa, and no more has Gemma 2."""
+    size = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+    text = dict(size, vocab_size=352, vocab_size_per_layer_input=352, intermediate_size=64, head_dim=16)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.Gemma4Config(text_config=text, audio_config=size, vision_config=None))
+    with generation.made_fast(model, llama[1], 2) as attention:
+        assert attention == "eager"
+    speed_up(model, Kernels(LinearSpace(2, 4), "eager"), 8)()
+    assert (model.config._attn_implementation, model.config.audio_config._attn_implementation) == ("sdpa", "eager")
