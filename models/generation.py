@@ -28,11 +28,13 @@ MOST_PASSAGES = 1000
 
 def start_of_text(tokenizer: Tokenizer) -> int:
     """The token that a document of this tokenizer begins with or, where it has none, the one that ends the last."""
-    first = tokenizer("").input_ids[:1] or [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-                                            if token is not None][:1]
-    if not first:
-        raise UserError("this tokenizer has no token that begins or ends a text, so the model cannot begin one")
-    return first[0]
+    first = tokenizer("").input_ids[:1]
+    if first and first == tokenizer("a").input_ids[:1]:  # else it is put behind a text
+        return first[0]
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError("this tokenizer has no token that begins or ends a text, so the model cannot begin one")
 
 
 def read_passages(dataset: str, model: nn.Module, tokenizer: Tokenizer, length: int) -> list[list[int]]:
