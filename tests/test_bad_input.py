@@ -144,6 +144,7 @@ ARGUMENTS = [
         ("sparsify", "steps", "1e6"), ("prune", "nsamples", "0"), ("evaluate", "nwindows", "0"))],
     *[("train", f"--{name} {value}", f"--{name}", value)
       for name, value in (("lr", "-1"), ("lr", "nan"), ("logits", "-1"), ("alpha", "1.0"), ("val_fraction", "nan"))],
+    ("train", "--space pattern --sparsity_type 8:16", "12870 logits a block of 8:16; use --space linear"),
     ("prune", "--percdamp -1", "--percdamp", "at least 0"),
     ("prune", f"--seed {10**30}", "--seed"),
     (list(SCRIPTS), "--nonsense", "--nonsense")]

@@ -22,6 +22,8 @@ from utils import (
     sparsity_type,
 )
 
+MOST_LOGITS = 128  # of a block; 4:8 has 70 patterns
+
 
 def interval(text: str) -> str:
     """'500', steps, or '10m', minutes: as it is, for argparse."""
@@ -100,9 +102,14 @@ def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Name
     add_paper_arguments(parser)
     add_mask_arguments(parser, "initial_mask.safetensors")
     add_run_arguments(parser)
-    return parse(parser, argv, lambda args: "results/{}lr{:g}_epoch{}_logits{:g}_size{}".format(
+    args = parse(parser, argv, lambda args: "results/{}lr{:g}_epoch{}_logits{:g}_size{}".format(
         "" if args.estimator == "maskpro" else f"{args.estimator}_", args.lr, args.epoch, args.logits,
         args.dataset_size))  # as the authors name a run
+    n, m = args.sparsity_type
+    if (width := SPACES[args.space](n, m).width) > MOST_LOGITS:
+        raise UserError(f"--space {args.space} would keep {width} logits a block of {n}:{m}; use --space linear, which "
+                        f"keeps {m}")
+    return args
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
