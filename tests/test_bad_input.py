@@ -125,7 +125,7 @@ BASELINES = [
     ("train", "--baseline cached", "inference_loss_8_bs4_sql32.npz: there is no such baseline", AGAIN),
     ("train", "--mask {w}/flipped.safetensors", "baseline.npz is stale: mask", AGAIN),
     ("train", "--dataset {w}/other.jsonl", "baseline.npz is stale: tokens", AGAIN),
-    ("train", "--seqlen 16", "baseline.npz is stale", "sqlen 32 there, 16 here", AGAIN),
+    ("train", "--seqlen 16", "baseline.npz is stale", "seqlen 32 there, 16 here", AGAIN),
     ("train", "--dtype bfloat16", "baseline.npz is stale: dtype float32 there, bfloat16 here", AGAIN),
     ("train", "--model {w}/other --mask {w}/mask_other.safetensors", "baseline.npz is stale: model", AGAIN)]
 OUTPUTS = [
