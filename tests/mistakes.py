@@ -69,6 +69,7 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     edited(w / "llama", w / "inf", lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(torch.inf))
     for name, file, content in [("no_config", "config.json", None), ("bad_config", "config.json", b"{"),
                                 ("other_config", "config.json", b'{"model_type": "nonsense"}'),
+                                ("kernel", "config.json", b'{"model_type": "llama", "_attn_implementation": "a/b"}'),
                                 ("no_tokenizer", "tokenizer.model", None), ("no_weights", "model.safetensors", None),
                                 ("bad_weights", "model.safetensors", b"nonsense")]:
         shutil.copytree(w / "llama", w / name)
@@ -81,8 +82,6 @@ def fill(w: Path, models: dict[str, Path]) -> None:
         {name: tensors[name][:32] for name in ("model.embed_tokens.weight", "lm_head.weight")}))
     config = json.loads((w / "llama" / "config.json").read_text())
     (w / "few_rows" / "config.json").write_text(json.dumps(config | {"vocab_size": 32}))
-    shutil.copytree(w / "llama", w / "kernel")
-    (w / "kernel" / "config.json").write_text(json.dumps(config | {"_attn_implementation": "some/kernel"}))
 
     for model, sparsity, sparse, mask in [("llama", "2:4", "sparse", "mask"), ("llama", "4:8", "sparse8", "mask8"),
                                           ("other", "2:4", "sparse_other", "mask_other"),

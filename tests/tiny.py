@@ -63,11 +63,10 @@ def save_sentencepiece(folder) -> int:
     return 352
 
 
-def save_bytelevel(folder, special_tokens: list[str], start: str | None, end: str = "", **names) -> int:
+def save_bytelevel(folder, special_tokens: list[str], start: str | None, end: str | None = None, **names) -> int:
     """A GPT-2 tokenizer in small: byte-level BPE of the tokenizers library. Returns its size.
 
-    start, end: special tokens put before and after every text, if any; names: which special token plays bos_token,
-    eos_token, ...
+    start, end: special tokens put before and after every text, if any; names: which of them plays bos_token, ...
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,10 +74,9 @@ def save_bytelevel(folder, special_tokens: list[str], start: str | None, end: st
     tokenizer.train_from_iterator(training_text(), trainers.BpeTrainer(
         vocab_size=320, special_tokens=special_tokens, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False))
-    if start or end:
-        single = f"{start or ''} $A {end}".strip()
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(name, tokenizer.token_to_id(name)) for name in (start, end) if name])
+    if added := [token for token in (start, end) if token]:
+        tokenizer.post_processor = processors.TemplateProcessing(single=" ".join(filter(None, [start, "$A", end])),
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in added])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **names)
     fast.save_pretrained(folder)
     return tokenizer.get_vocab_size()
