@@ -24,9 +24,8 @@ def speed_up(model: nn.Module, kernels: Kernels, tokens: int, is_sharded: bool =
              vars(module) and not is_sharded]
     for norm in norms:
         norm.forward = partial(kernels.fastest(type(norm).forward), norm)
-    own = attention_of(model.config)
-    is_fused = hasattr(model, "set_attn_implementation") and own[""] == "sdpa"  # transformers 4.56
-    is_replaced = is_fused and tokens <= SHORT and input_device(model).type == "cpu"
+    own = attention_of(model.config) if hasattr(model, "set_attn_implementation") else {}  # transformers 4.56
+    is_replaced = own.get("") == "sdpa" and tokens <= SHORT and input_device(model).type == "cpu"
     if is_replaced:
         model.set_attn_implementation("eager")
 
