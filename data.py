@@ -72,7 +72,7 @@ def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, 
     pieces, found = [], 0
     with progress_bar(total=wanted, desc="reading tokens", leave=False) as bar:
         for text in itertools.chain.from_iterable(map(documents, datasets)):
-            pieces.append(torch.cat([_tokens(tokenizer, text)[begin:], torch.tensor(between, dtype=torch.int64)]))
+            pieces.append(torch.tensor(encode(tokenizer, text)[begin:] + between, dtype=torch.int64))
             found += len(pieces[-1])
             bar.update(len(pieces[-1]))
             if found >= wanted:
@@ -157,6 +157,14 @@ def added_bos(tokenizer: Tokenizer) -> int | None:
     a token and put none."""
     first = tokenizer("a").input_ids[:1]
     return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
+
+
+def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> list[int]:
+    """The tokens of a text to go on from, of any length: without the end-of-text token that some tokenizers put behind
+    one. special_tokens: with those that the tokenizer puts before one."""
+    tokens = tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids
+    is_ended = special_tokens and tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    return tokens[:-1] if is_ended else tokens
 
 
 def wanted_bos(tokenizer: Tokenizer) -> int:

@@ -54,7 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument("--mask", default=None, help="mask file or folder of .pt masks to apply to --model")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default=None, help="N:M to verify (default: of --mask)")
+    parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
+                        help="N:M to verify (default: of --mask; 2:4 where its format does not say)")
     parser.add_argument("--targets", nargs="+", default=None, help="verify the layers whose names contain one of these")
     parser.add_argument("--ppl", default="wikitext2", help="held-out text: wikitext2, c4, a file, or none")
     parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a window")

@@ -32,8 +32,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--after", metavar="DATASET",
                         help="passages, as for train.py --dataset: each document continues the first --seqlen tokens "
                              "of one of them, which are left out")
-    parser.add_argument("--attention", choices=["auto", *generation.ATTENTION], default="auto",
-                        help="auto: what is faster here, tried for a few tokens; another one writes other text")
     parser.add_argument("--out", default="generated_text.jsonl", help="file to write, must be new")
     add_old_name(parser, "sqlen", "seqlen")
     return parser.parse_args(argv)
@@ -46,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     passages = generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []
-    with generation.made_fast(model, tokenizer, args.batchsize, args.attention) as attention:
+    with generation.made_fast(model, tokenizer, args.batchsize) as attention:
         print(f"attention: {attention}", file=sys.stderr)
         documents, tokens = generation.write_text(out, model, tokenizer, args.tokens, args.seqlen, args.batchsize,
                                                   passages)

@@ -3,15 +3,17 @@
     python get_mask.py                                        # folder `out`, 2:4 -> initial_mask.safetensors
     python get_mask.py --model SPARSE_FOLDER --sparsity_type 4:8 --save my_mask.safetensors
     python get_mask.py --convert mask.npz --model BASE_MODEL --save mask.safetensors       # from MaskLLM's format
+    python get_mask.py --convert folder --sparsity_type 4:8 --save mask.safetensors        # from the authors' folder
     python get_mask.py --convert mask.safetensors --save initial_mask                      # to the authors' folder
 
 Checks every layer: a block of M that keeps more than N weights is an error that names its layer. A block that keeps
 fewer (a kept weight was zero itself) is filled up from its lowest free positions, and counted.
 
 The name given to --save decides the format: .safetensors (packed, with the model's name and fingerprint), .npz
-(MaskLLM's) or no suffix (the MaskPro authors' folder of .pt). --convert reads all three. With --model it holds the mask
-against that model; an .npz, which has no shapes, cannot be read without, and only with it does a .safetensors made from
-a foreign format get the fingerprint by which a mask of another model is refused later.
+(MaskLLM's) or no suffix (the MaskPro authors' folder of .pt). --convert reads all three. Only a .safetensors knows its
+N:M; the others are 2:4 unless --sparsity_type says otherwise. With --model it holds the mask against that model; an
+.npz, which has no shapes, cannot be read without, and only with it does a .safetensors made from a foreign format get
+the fingerprint by which a mask of another model is refused later.
 """
 import argparse
 import sys
@@ -31,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(dtype="checkpoint", device="cpu")
     parser.add_argument("--convert", default=None, help="mask file or folder to convert, instead of a --model's zeros")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4),
-                        help="N:M the model must have; with --convert, if given, the mask")
+                        help="N:M the model must have; with --convert, the mask (then default: its own, or 2:4)")
     parser.add_argument("--targets", nargs="+", default=None, help="take the layers whose names contain one of these")
     parser.add_argument("--save", default="initial_mask.safetensors", help="mask file to write, must be new")
     args = parser.parse_args(argv)

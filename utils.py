@@ -126,7 +126,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
                         help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs by accelerate "
                              "(default: cuda if there is one)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings or names")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -149,7 +149,7 @@ def table_row(shape: str, way: str, logits_dtype: str, device: str, number: int)
            "used (MiB)": most["used"] / 2**20}
     if way in PREDICTED:
         size = plan.ModelSize.of(plan.described(shape))
-        settings = plan.Settings(batchsize=8, microbatch=8, sqlen=128, m=4, logits_dtype=logits_dtype)
+        settings = plan.Settings(batchsize=8, microbatch=8, seqlen=128, m=4, logits_dtype=logits_dtype)
         parts = plan.memory_bytes(size, settings, WAYS[way] is not None, number)
         host = 0 if device.startswith("cuda") else plan.packed_bytes(size)
         row["predicted (MiB)"] = (sum(parts.values()) + host) / 2**20

@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpu", choices=list(DEVICES), default="h100")
     parser.add_argument("--batchsize", type=int, default=32, help="sequences in a minibatch")
     parser.add_argument("--microbatch", type=int, default=32, help="sequences in a forward pass")
-    parser.add_argument("--sqlen", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument("--seqlen", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--m", type=int, default=4, help="M of N:M")
     parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float16")
     parser.add_argument("--normalize_gradient", choices=list(NORMALIZATIONS), default="layer",
@@ -81,7 +81,7 @@ class Settings:
     what gradients are divided by."""
     batchsize: int
     microbatch: int
-    sqlen: int
+    seqlen: int
     m: int = 4
     logits_dtype: str = "float16"
     normalize_gradient: str = "layer"
@@ -89,7 +89,7 @@ class Settings:
     @property
     def tokens(self) -> int:
         """Of a minibatch."""
-        return self.batchsize * self.sqlen
+        return self.batchsize * self.seqlen
 
     @property
     def logits_itemsize(self) -> int:
@@ -106,11 +106,11 @@ def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes
     """Bytes of the tensors of one process, by their purpose. gradients: learning with checkpointing and distillation,
     not by forward passes only. processes: how many share each layer's rows."""
     sequences = min(settings.microbatch, settings.batchsize)
-    tokens = sequences * settings.sqlen
+    tokens = sequences * settings.seqlen
     width = 1 if settings.m <= 8 else 4
     wide, head = tokens * size.itemsize, tokens * size.vocabulary * size.itemsize
     packed = size.vocabulary * size.hidden * size.itemsize  # the CPU's library copies the head's weight
-    sequence = settings.sqlen * size.vocabulary
+    sequence = settings.seqlen * size.vocabulary
     body = wide * (4 * size.hidden + 4 * size.inner)  # of one decoder layer
     own, copies = size.learned / processes, size.weights - size.learned
     found = {"weights": (copies + own) * size.itemsize, "logits": own * settings.logits_itemsize,
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     common.report(plan(size, settings, DEVICES[args.gpu], args.gpus), args,
                   f"{args.model}: {size.weights / 1e9:.4g} G weights, {size.learned / 1e9:.4g} G of them with a mask, "
-                  f"on {args.gpus} x {args.gpu}; {args.batchsize} x {args.sqlen} tokens a minibatch, "
+                  f"on {args.gpus} x {args.gpu}; {args.batchsize} x {args.seqlen} tokens a minibatch, "
                   f"{args.logits_dtype} logits; fits: below 92 % of the memory")
 
 

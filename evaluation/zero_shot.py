@@ -17,6 +17,7 @@ import math
 import statistics
 from pathlib import Path
 
+import data
 from files.errors import explained
 from models.loading import Tokenizer, input_device
 from utils import UserError, progress_bar
@@ -60,14 +61,15 @@ def encode(tokenizer: Tokenizer, context: str, choice: str, bos: bool = True) ->
     """The tokens of context and choice, and the index of the choice's first token, which is at least 1.
 
     As in the harness, spaces at the end of the context belong to the choice, and an empty context is the BOS token, or
-    EOS where there is none. bos: include the special tokens with which the tokenizer begins a text.
+    EOS where there is none. Where the choice changes the last token of its context, the context keeps its own tokens,
+    and the choice is what both together have beyond so many. bos: include the special tokens with which the tokenizer
+    begins a text. Those with which it ends one are left out; the harness would score them.
     """
-    tokens = tokenizer(context + choice, add_special_tokens=bos, verbose=False).input_ids
-    start = len(tokenizer(context.rstrip(), add_special_tokens=bos, verbose=False).input_ids)
-    if start == 0:
+    tokens, before = (data.encode(tokenizer, text, bos) for text in (context + choice, context.rstrip()))
+    if not before:
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         return [first, *tokens], 1
-    return tokens, start
+    return before + tokens[len(before):], len(before)
 
 
 @torch.no_grad()

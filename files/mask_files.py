@@ -121,10 +121,9 @@ def _digest(metadata: dict, packed: dict[str, Tensor]) -> str:
 def load(path: str | Path, n: int | None = None, m: int | None = None, shapes: Shapes | None = None) -> MaskFile:
     """Read a mask file of any of the three formats into a `MaskFile`, every block verified to keep exactly N of M.
 
-    n, m: the wanted pattern; where None, the file's own (.safetensors) or the one its masks keep: M = 4 if it fits,
-    else the smallest M in 2..16. shapes: name -> (out, in) of the model's layers, for .npz, which holds none. That the
-    layers are those of a model is for the caller to check. UserError: no such file, damaged, not strictly N:M (names
-    the layer), another N:M.
+    n, m: the wanted pattern; where None, the file's own (.safetensors) or 2:4, for the other formats do not say theirs.
+    shapes: name -> (out, in) of the model's layers, for .npz, which holds none. That the layers are those of a model is
+    for the caller to check. UserError: no such file, damaged, not strictly N:M (names the layer), another N:M.
     """
     path = Path(path)
     with explained(path, ANEW):
@@ -138,22 +137,14 @@ def load(path: str | Path, n: int | None = None, m: int | None = None, shapes: S
             raise UserError("no such mask (.safetensors, .npz or a folder of .pt files); get_mask.py makes one")
         if not found.masks:
             raise UserError("holds no masks")
-        found.n, found.m = _pattern(found.masks, found.m or m or 4)
-        if m and (n, m) != (found.n, found.m):
+        if m and found.m and (n, m) != (found.n, found.m):
             raise UserError(f"its masks are {found.n}:{found.m}, not {n}:{m} as asked: change one of them")
+        if not found.m:
+            found.n, found.m = (n, m) if m else (2, 4)
+        if fault := _fault(found.masks, found.n, found.m):
+            raise UserError(f"{fault}; if the masks are of another N:M, give --sparsity_type, or convert them first, "
+                            "with get_mask.py --convert")
         return found
-
-
-def _pattern(masks: Masks, likely: int) -> tuple[int, int]:
-    """(N, M) that every block of every layer keeps, the likely M tried first; UserError what breaks the first tried."""
-    first, faults = next(iter(masks.values())), []
-    for m in dict.fromkeys([likely, 4, *range(2, 17)]):
-        n = round(m * int(first.sum()) / first.numel())
-        if 0 < n < m:
-            faults.append(_fault(masks, n, m))
-            if not faults[-1]:
-                return n, m
-    raise UserError(faults[0] if faults else "its first layer keeps all weights or none")
 
 
 def _read_safetensors(path: Path) -> MaskFile:

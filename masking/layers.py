@@ -25,7 +25,8 @@ def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
 def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int | None = None) -> mask_files.MaskFile:
     """The mask file (of any format) for this model, checked against its layers and its fingerprint.
 
-    UserError for a file that is damaged, of another N:M than the wanted (None: the file's own), or of another model.
+    UserError for a file that is damaged, of another N:M than the wanted (None: the file's own, or 2:4 where the format
+    holds none), or of another model.
     """
     layers = find_layers(model, targets=[""])
     shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
@@ -63,7 +64,7 @@ def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
 
 
 def apply_mask(model: nn.Module, file: str | Path) -> nn.Module:
-    """The model itself, its pruned weights zeroed in place (+0.0) by a mask file of any format.
+    """The model itself, its pruned weights zeroed in place (+0.0) by a mask file: of ours, or 2:4 of another format.
 
     UserError for a file that is damaged or of another model (shapes, fingerprint).
     """

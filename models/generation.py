@@ -15,7 +15,7 @@ from pathlib import Path
 
 from files.atomic import atomic_write
 from files.documents import documents
-from models.loading import Tokenizer, check_length, input_device
+from models.loading import Tokenizer, attention_of, check_length, input_device
 from utils import UserError, progress_bar
 
 import torch
@@ -28,11 +28,13 @@ MOST_PASSAGES = 1000
 
 def start_of_text(tokenizer: Tokenizer) -> int:
     """The token that a document of this tokenizer begins with or, where it has none, the one that ends the last."""
-    first = tokenizer("").input_ids[:1] or [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-                                            if token is not None][:1]
-    if not first:
-        raise UserError("this tokenizer has no token that begins or ends a text, so the model cannot begin one")
-    return first[0]
+    first = tokenizer("").input_ids[:1]
+    if first and first == tokenizer("a").input_ids[:1]:  # else it is put behind a text
+        return first[0]
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError("this tokenizer has no token that begins or ends a text, so the model cannot begin one")
 
 
 def read_passages(dataset: str, model: nn.Module, tokenizer: Tokenizer, length: int) -> list[list[int]]:
@@ -79,23 +81,18 @@ def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, pa
 
 
 @contextmanager
-def made_fast(model: nn.Module, tokenizer: Tokenizer, count: int, attention: str = "auto") -> Iterator[str]:
-    """Inside, the model generates with this attention or, "auto", with the one that is faster here for one query at a
-    time, which on some processors is not the fused kernel. Yields its name. The random numbers to come are as if
-    nothing had been tried."""
+def made_fast(model: nn.Module, tokenizer: Tokenizer, count: int) -> Iterator[str]:
+    """Inside, the model generates with the attention that is faster here for one query at a time, which on some
+    processors is not the fused kernel. Yields its name. The random numbers to come are as if nothing had been tried."""
     def contiguous(_head: nn.Module, inputs: tuple) -> tuple:
         # of the slice that the last tokens of passages are, PyTorch's product would copy the head's weight for each
         return (inputs[0].contiguous(),)
-    own, seconds = getattr(model.config, "_attn_implementation", None), {}
+    own, seconds = attention_of(model.config), {}
     hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
-    if attention != "auto":
-        if not hasattr(model, "set_attn_implementation"):
-            raise UserError("--attention needs transformers 4.56 or later; install it, or leave --attention out")
-        seconds[attention] = 0.0
-    elif hasattr(model, "set_attn_implementation"):
+    if hasattr(model, "set_attn_implementation"):  # transformers 4.56
         with torch.random.fork_rng():
             for name in (*ATTENTION, *ATTENTION):  # the first round only warms up
-                with suppress(ValueError):  # of a model that has no such attention
+                with suppress(ValueError):  # of a model that has no such attention, as Gemma 2
                     model.set_attn_implementation(name)
                     started = time.perf_counter()
                     generate(model, tokenizer, count, TRIED_TOKENS)
@@ -107,7 +104,7 @@ def made_fast(model: nn.Module, tokenizer: Tokenizer, count: int, attention: str
         yield best
     finally:
         hook.remove()
-        if seconds and own:
+        if seconds:
             model.set_attn_implementation(own)
 
 

@@ -10,6 +10,9 @@ from utils import UserError
 
 from torch import Tensor, nn
 
+# names of what stays dense: the output head, and routers of experts, which are nn.Linear before transformers 5
+DENSE = re.compile(r"lm_head|(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is kept as `[in, out]`."""
@@ -23,7 +26,7 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Module]:
-    """Name -> module of every nn.Linear and Conv1D but the output head, in model order.
+    """Name -> module of every nn.Linear and Conv1D but the output head and routers of experts, in model order.
 
     `targets` keep the layers whose name contains one of them; a target that no name contains is a regular expression.
     UserError for a target that matches nothing, and for fused 3-D experts that would be left out in silence.
@@ -31,7 +34,7 @@ def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str,
     head = model.get_output_embeddings()
     layers = {name: module for name, module in model.named_modules()
               if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head
-              and "lm_head" not in name and module.weight is not model.get_input_embeddings().weight}
+              and not DENSE.search(name) and module.weight is not model.get_input_embeddings().weight}
     if targets is None:
         experts = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
         if experts:

@@ -32,6 +32,7 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
         print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
     with explained(model):
         tokenizer = read_tokenizer(source, trust_remote_code)
+        read_config(source, trust_remote_code)
         found, report = transformers.AutoModelForCausalLM.from_pretrained(
             source, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True, output_loading_info=True,
             **{DTYPE: torch_dtype}, **({"device_map": device_map} if device_map else {}))
@@ -76,6 +77,23 @@ def read_tokenizer(source: str | Path, trusted: bool) -> Tokenizer:
     return tokenizer
 
 
+def attention_of(config: transformers.PretrainedConfig) -> dict[str, str]:
+    """The attention of a model, under "", and of each of its parts, such as that of audio, which may know but one: what
+    `set_attn_implementation` takes to put it back."""
+    parts = {name: getattr(config, name) for name in getattr(config, "sub_configs", {})}
+    return {name: part._attn_implementation for name, part in {"": config, **parts}.items() if part}
+
+
+def read_config(source: str | Path, trusted: bool) -> transformers.PretrainedConfig:
+    """Of a model. UserError where it is not trusted and names a kernel of the Hub for its attention, which is code."""
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted)
+    kernels = [name for name in attention_of(config).values() if name and "/" in name]
+    if kernels and not trusted:
+        raise UserError(f"its config.json names {kernels[0]} of the Hub, code that would run; give "
+                        "--trust_remote_code if you trust it")
+    return config
+
+
 def devices_of(model: nn.Module) -> set[torch.device]:
     """Where the model's weights are."""
     return {parameter.device for parameter in model.parameters()}
@@ -84,9 +102,6 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 def input_device(model: nn.Module) -> torch.device:
     """Where tokens are embedded."""
     return model.get_input_embeddings().weight.device
-
-
-
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from models import processes
-from models.loading import DTYPE, Tokenizer, explained, local_folder, read_tokenizer
+from models.loading import DTYPE, Tokenizer, explained, local_folder, read_config, read_tokenizer
 from models.sharding import Rows, check_version, own_weight, shard
 from utils import DTYPES, UserError, checked_device, fast_dtype
 
@@ -63,7 +63,7 @@ def load_sharded(model: str, dtype: str, device: str, trust_remote_code: bool = 
     processes.log(f"loading {model}, its layers shared out to {processes.size()} processes")
     with processes.main_before_others(), explained(model):  # the main one may have to fetch it
         tokenizer = read_tokenizer(source, trust_remote_code)
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = read_config(source, trust_remote_code)
         stored = StoredTensors(source)
     torch_dtype = {"auto": fast_dtype(checked_device(device)), **DTYPES}.get(dtype)
     with explained(model):

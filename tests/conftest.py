@@ -129,14 +129,15 @@ def nothing_loads(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory):
-    """SentencePiece that starts with <s>; byte-level that starts with </s>; byte-level that adds nothing."""
+    """SentencePiece that starts with <s>; byte-level that starts with </s>, that adds nothing, that ends with </s>."""
     folder = tmp_path_factory.mktemp("tokenizers")
     tiny.save_sentencepiece(folder / "sentencepiece")
     tiny.save_bytelevel(folder / "opt", ["<s>", "<pad>", "</s>", "<unk>"], start="</s>", bos_token="</s>",
                         eos_token="</s>")
     tiny.save_bytelevel(folder / "gpt2", ["<|endoftext|>"], start=None, bos_token="<|endoftext|>")
+    tiny.save_bytelevel(folder / "ended", ["<s>", "</s>"], start=None, end="</s>", bos_token="<s>", eos_token="</s>")
     return {name: transformers.AutoTokenizer.from_pretrained(folder / name)
-            for name in ("sentencepiece", "opt", "gpt2")}
+            for name in ("sentencepiece", "opt", "gpt2", "ended")}
 
 
 @pytest.fixture(scope="session")

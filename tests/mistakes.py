@@ -69,6 +69,7 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     edited(w / "llama", w / "inf", lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(torch.inf))
     for name, file, content in [("no_config", "config.json", None), ("bad_config", "config.json", b"{"),
                                 ("other_config", "config.json", b'{"model_type": "nonsense"}'),
+                                ("kernel", "config.json", b'{"model_type": "llama", "_attn_implementation": "a/b"}'),
                                 ("no_tokenizer", "tokenizer.model", None), ("no_weights", "model.safetensors", None),
                                 ("bad_weights", "model.safetensors", b"nonsense")]:
         shutil.copytree(w / "llama", w / name)

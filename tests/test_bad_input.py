@@ -83,6 +83,7 @@ MODELS = [
     *[("inference_loss", f"--model {{w}}/{name}", "--model", f"{name} cannot be read") for name in (
         "bad_config", "other_config", "no_tokenizer", "no_weights", "bad_weights")],
     ("inference_loss", "--model {w}/few_weights", "few_weights has no weights for model.norm.weight", "restore it"),
+    ("prune", "--model {w}/kernel", "config.json names a/b of the Hub", "--trust_remote_code if you trust"),
     ("prune", "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
     (ALL, "--device cuda:99", "--device cuda:99 cannot be used", "--device cpu"),
     ("prune", "--model {w}/gpt2 --dataset {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"),
@@ -124,7 +125,7 @@ BASELINES = [
     ("train", "--baseline cached", "inference_loss_8_bs4_sql32.npz: there is no such baseline", AGAIN),
     ("train", "--mask {w}/flipped.safetensors", "baseline.npz is stale: mask", AGAIN),
     ("train", "--dataset {w}/other.jsonl", "baseline.npz is stale: tokens", AGAIN),
-    ("train", "--seqlen 16", "baseline.npz is stale", "sqlen 32 there, 16 here", AGAIN),
+    ("train", "--seqlen 16", "baseline.npz is stale", "seqlen 32 there, 16 here", AGAIN),
     ("train", "--dtype bfloat16", "baseline.npz is stale: dtype float32 there, bfloat16 here", AGAIN),
     ("train", "--model {w}/other --mask {w}/mask_other.safetensors", "baseline.npz is stale: model", AGAIN)]
 OUTPUTS = [
@@ -143,6 +144,7 @@ ARGUMENTS = [
         ("sparsify", "steps", "1e6"), ("prune", "nsamples", "0"), ("evaluate", "nwindows", "0"))],
     *[("train", f"--{name} {value}", f"--{name}", value)
       for name, value in (("lr", "-1"), ("lr", "nan"), ("logits", "-1"), ("alpha", "1.0"), ("val_fraction", "nan"))],
+    ("train", "--space pattern --sparsity_type 8:16", "12870 logits a block of 8:16; use --space linear"),
     ("prune", "--percdamp -1", "--percdamp", "at least 0"),
     ("prune", f"--seed {10**30}", "--seed"),
     (list(SCRIPTS), "--nonsense", "--nonsense")]

@@ -84,14 +84,6 @@ def test_without_a_model_a_foreign_mask_gets_no_fingerprint_and_a_warning(w, tmp
     assert mask_files.load(full).fingerprint == model_fingerprint(wanted)
 
 
-def test_a_pattern_of_ones_own(w, tmp_path):
-    """1:2 masks look like 2:4 ones; they are read as what was asked for."""
-    mask = torch.eye(2, dtype=torch.bool).repeat(8, 16)
-    mask_files.save(tmp_path / "folder", {"a": mask}, 1, 2)
-    found = mask_files.load(convert(tmp_path / "folder", tmp_path / "a.safetensors", "--sparsity_type", "1:2"))
-    assert (found.n, found.m) == (1, 2) and torch.equal(found.masks["a"], mask)
-
-
 @pytest.mark.parametrize("arguments, words", [
     ("--convert {w}/gpt2.safetensors --model {w}/llama", "another model: it has transformer.h.0"),
     ("--convert {w}/llama.safetensors --model {w}/other", "of another model: .* the input embeddings differ"),

@@ -116,7 +116,7 @@ def test_token_sequences_stop_reading_at_the_budget(monkeypatch, tokens, minibat
     assert len(opened) == 2 * minibatches
 
 
-@pytest.mark.parametrize("name, first", [("sentencepiece", ["<s>"]), ("opt", ["</s>"]), ("gpt2", [])])
+@pytest.mark.parametrize("name, first", [("sentencepiece", ["<s>"]), ("opt", ["</s>"]), ("gpt2", []), ("ended", [])])
 def test_token_sequences_of_real_tokenizers(tokenizers, corpus, name, first):
     """All of a corpus, the end token after each document if there is one; the token that the tokenizer puts before a
     text is before each sequence, and not in the text."""

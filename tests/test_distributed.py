@@ -19,7 +19,7 @@ import tiny
 from faults import kill
 from launched import ROOT, Launched
 from masked import same as same_tensors
-from runs import is_strict, steps_of
+from runs import is_strict, read_run, steps_of
 from safetensors.torch import load_file
 
 PAPER = "--baseline online --logits 1 --lr 5 --debias_tracker --dataset_size 16 --epoch 4 --save"
@@ -92,6 +92,8 @@ def test_minibatches_split_over_processes_are_larger_minibatches(w, tmp_path):
     """Two processes with 4 sequences each learn what one learns from 8, but for rounding."""
     train.main(arguments(w, tmp_path / "alone", f"{PAPER} --batchsize 8 --skip_checkpoint"))
     learn(2, w, tmp_path / "two", f"{PAPER} --batchsize 4 --skip_checkpoint")
+    two = read_run(tmp_path / "two")  # an epoch is two steps of two minibatches each
+    assert two.record["summary"]["mean_loss_last_epoch"] == sum(line["loss"] for line in two.metrics[-2:]) / 2
     alone, two = (load_file(tmp_path / name / "logits.safetensors") for name in ("alone", "two"))
     for name, planes in alone.items():
         difference = (planes - two[name]).abs()

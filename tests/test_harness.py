@@ -50,7 +50,8 @@ def test_every_score_is_the_harness_one(loaded, bos):
     from lm_eval.models.huggingface import HFLM
     model, tokenizer = loaded
     pairs = [(item["context"], choice) for item in quiz() for choice in item["choices"] if item["context"].strip()]
-    pairs += [("", "the old cat"), ("", "Every bird"), ("The old cat " * 60, " watches the doctor.")]
+    # a dog is another token than do
+    pairs += [("", "the old cat"), ("The old cat " * 60, " watches the doctor."), ("every do", "g follows the bird.")]
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=None if bos else False)
     theirs = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
     requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs]

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+from contextlib import nullcontext
 
 from files import mask_files
 from utils import UserError
@@ -77,14 +78,12 @@ def test_reads_what_version_1_wrote(tmp_path, n, m):
     assert same(mask_files.load(tmp_path / "new.safetensors", n, m).masks, layers)
 
 
-@pytest.mark.parametrize(
-    "n, m, found", [(2, 4, (2, 4)), (1, 2, (2, 4)), (1, 4, (1, 4)), (4, 8, (4, 8)), (2, 3, (2, 3))]
-)
-def test_the_pattern_is_inferred(tmp_path, n, m, found):
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 2), (1, 4), (4, 8), (2, 3)])
+def test_foreign_masks_are_of_the_pattern_asked_for_or_2_4(tmp_path, n, m):
     path, _ = write_by_hand(tmp_path, {"a": random_mask((32, 48), n, m), "b": random_mask((32, 24), n, m)})
-    loaded = mask_files.load(path)
-    assert (loaded.n, loaded.m) == found
-    assert mask_files.load(path, n, m).m == m
+    assert (mask_files.load(path, n, m).n, mask_files.load(path, n, m).m) == (n, m)
+    with nullcontext() if 2 * n == m < 8 else pytest.raises(UserError, match=r"layer a: .* 2 of 4; .*--sparsity_type"):
+        assert mask_files.load(path).m == 4  # 1:2 keeps 2 of 4, too
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -94,7 +93,7 @@ def test_refusals(tmp_path, layers, kind):
     path = write(kind, tmp_path, layers)
     with pytest.raises(UserError, match="exists already"):
         write(kind, tmp_path, layers)
-    with pytest.raises(UserError, match="2:4, not 1:4"):
+    with pytest.raises(UserError, match=r"2:4, not 1:4|keep exactly 1 of 4"):
         mask_files.load(path, 1, 4, SHAPES)
     with pytest.raises(UserError, match="no such mask"):
         mask_files.load(tmp_path / f"absent.{kind}")

@@ -4,7 +4,6 @@ import math
 import os
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import data
@@ -22,21 +21,19 @@ import torch
 from faults import kill
 from runs import column, is_strict, loss_under, read_run
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 SMALL = "--dtype float32 --device cpu --seqlen 24 --batchsize 2"
 MOMENTS = {  # stage -> what is called in it, and which call is the last of a run that is killed there
     "text": (generation, "write_text", 2), "order": (preparation, "search_and_reorder", 1),
     "m0": (preparation, "one_shot_masks", 1), "swaps": (initialize, "start", 1),
     "learning": (StraightThrough, "step", 3), "table": (results, "deliver", 1)}
-ALWAYS_EAGER = partial(generation.made_fast, attention="eager" if hasattr(PreTrainedModel, "set_attn_implementation")
-                       else "auto")  # what is tried and timed writes another text now and then
 
 
 @pytest.fixture(autouse=True)
 def one_attention(monkeypatch):
     """Else text is generated with the one that happens to be faster."""
-    monkeypatch.setattr(generation, "made_fast", ALWAYS_EAGER)
+    monkeypatch.setattr(generation, "ATTENTION", ("eager",))
 
 
 @pytest.fixture
@@ -136,7 +133,7 @@ def whole(workshop, tmp_path_factory):
     flags = (f"--model {workshop}/dense {SMALL} --steps 4 --permute --after {workshop}/text.jsonl --checkpoint_every 1 "
              "--skip_checkpoint").split()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "made_fast", ALWAYS_EAGER)
+        patch.setattr(generation, "ATTENTION", ("eager",))
         sparsify.main([*flags, "--out", str(tmp_path_factory.mktemp("whole") / "run")])
     return flags, read_run(tmp_path_factory.getbasetemp() / "whole0/run")
 

@@ -21,8 +21,7 @@ def plain_score(model, tokenizer, context: str, choice: str, bos: bool = True) -
     if not shared:
         shared = [tokenizer.bos_token_id]
         ids = shared + ids
-    assert ids[:len(shared)] == shared
-    start, ids = len(shared), torch.tensor(ids)
+    start, ids = len(shared), torch.tensor(shared + ids[len(shared):])
     with torch.no_grad():
         logits = model(input_ids=ids[None, :-1]).logits[0].double()
     return sum(float(logits[i - 1, ids[i]] - logits[i - 1].logsumexp(0)) for i in range(start, len(ids)))
@@ -32,6 +31,7 @@ def plain_score(model, tokenizer, context: str, choice: str, bos: bool = True) -
 def test_scores_are_the_chain_rule(loaded, batchsize, bos):
     model, tokenizer = loaded
     pairs = [(item["context"], choice) for item in quiz() for choice in item["choices"]]
+    pairs.append(("every do", "g follows the bird."))  # a dog is another token than do
     requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs]
     expected = [plain_score(model, tokenizer, *pair, bos) for pair in pairs]
     assert zero_shot.log_likelihoods(model, requests, batchsize) == pytest.approx(expected, abs=1e-4)
@@ -40,9 +40,11 @@ def test_scores_are_the_chain_rule(loaded, batchsize, bos):
 class Letters:
     """A tokenizer of one token a letter, BOS 0 before a text."""
     bos_token_id = eos_token_id = 0
+    end = ()  # after a text
 
     def __call__(self, text, add_special_tokens=True, **_):
-        return SimpleNamespace(input_ids=[0] * add_special_tokens + [1 + " abcde".index(letter) for letter in text])
+        tokens = [1 + " abcde".index(letter) for letter in text]
+        return SimpleNamespace(input_ids=[0, *tokens, *self.end] if add_special_tokens else tokens)
 
 
 class Unigram(torch.nn.Module):
@@ -62,7 +64,7 @@ class Unigram(torch.nn.Module):
         return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, 7))
 
 
-def test_by_hand():
+def test_by_hand(monkeypatch):
     """In bits: " b" 5 + 2, " aaa" 5 + 3: acc takes b; a character of theirs costs 7 and 8/3: acc_norm takes aaa."""
     item = {"context": "dd", "choices": [" b", " aaa"], "gold": 0, "place": "here"}
     requests = [zero_shot.encode(Letters(), "dd", choice) for choice in item["choices"]]
@@ -75,6 +77,8 @@ def test_by_hand():
     assert found["acc_stderr"] == found["acc_norm_stderr"] == 0.25  # sqrt(0.25 * 0.75 * 4 / 3 / 4)
     alone = zero_shot.score_items(Unigram(), Letters(), [item])
     assert (alone["acc"], alone["acc_stderr"]) == (1, None)
+    monkeypatch.setattr(Letters, "end", (0,))  # nor context nor choice has it
+    assert [zero_shot.encode(Letters(), "dd", choice) for choice in item["choices"]] == requests
     tie = {"context": "", "choices": ["d", "e"], "gold": 0, "place": "here"}
     assert zero_shot.score_items(Unigram(), Letters(), [tie, {**tie, "gold": 1}])["acc"] == 0.5  # the first of equals
 

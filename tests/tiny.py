@@ -5,7 +5,6 @@ import json
 import os
 import random
 
-import pytest
 import sentencepiece
 import torch
 import transformers
@@ -64,10 +63,10 @@ def save_sentencepiece(folder) -> int:
     return 352
 
 
-def save_bytelevel(folder, special_tokens: list[str], start: str | None, **names) -> int:
+def save_bytelevel(folder, special_tokens: list[str], start: str | None, end: str | None = None, **names) -> int:
     """A GPT-2 tokenizer in small: byte-level BPE of the tokenizers library. Returns its size.
 
-    start: special token put before every text, or None; names: which special token plays bos_token, eos_token, ...
+    start, end: special tokens put before and after every text, if any; names: which of them plays bos_token, ...
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,9 +74,9 @@ def save_bytelevel(folder, special_tokens: list[str], start: str | None, **names
     tokenizer.train_from_iterator(training_text(), trainers.BpeTrainer(
         vocab_size=320, special_tokens=special_tokens, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False))
-    if start:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, tokenizer.token_to_id(start))])
+    if added := [token for token in (start, end) if token]:
+        tokenizer.post_processor = processors.TemplateProcessing(single=" ".join(filter(None, [start, "$A", end])),
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in added])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **names)
     fast.save_pretrained(folder)
     return tokenizer.get_vocab_size()
@@ -119,9 +118,7 @@ def make_opt(folder) -> str:
 
 
 def make_moe(folder) -> str:
-    """Two-layer Mixtral of four experts fused into 3-D parameters; skips the test where experts are nn.Linear."""
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("experts are nn.Linear before transformers 5")
+    """Two-layer Mixtral of four experts, since transformers 5 fused into 3-D parameters."""
     return save_model(folder, transformers.MixtralConfig(
         vocab_size=save_sentencepiece(folder), hidden_size=HIDDEN, intermediate_size=2 * HIDDEN,
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2, num_local_experts=4,

@@ -15,7 +15,7 @@ class Words:
     """A tokenizer whose counts are plain to see: a token a word, its length in letters, between 0 and 1."""
     bos_token_id = None  # 0 comes first and yet is no beginning-of-text token
 
-    def __call__(self, text, verbose=True):
+    def __call__(self, text, verbose=True, add_special_tokens=True):
         return transformers.BatchEncoding({"input_ids": [0, *map(len, text.split()), 1]})
 
 

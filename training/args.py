@@ -22,6 +22,8 @@ from utils import (
     sparsity_type,
 )
 
+MOST_LOGITS = 128  # of a block; 4:8 has 70 patterns
+
 
 def interval(text: str) -> str:
     """'500', steps, or '10m', minutes: as it is, for argparse."""
@@ -100,9 +102,14 @@ def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Name
     add_paper_arguments(parser)
     add_mask_arguments(parser, "initial_mask.safetensors")
     add_run_arguments(parser)
-    return parse(parser, argv, lambda args: "results/{}lr{:g}_epoch{}_logits{:g}_size{}".format(
+    args = parse(parser, argv, lambda args: "results/{}lr{:g}_epoch{}_logits{:g}_size{}".format(
         "" if args.estimator == "maskpro" else f"{args.estimator}_", args.lr, args.epoch, args.logits,
         args.dataset_size))  # as the authors name a run
+    n, m = args.sparsity_type
+    if (width := SPACES[args.space](n, m).width) > MOST_LOGITS:
+        raise UserError(f"--space {args.space} would keep {width} logits a block of {n}:{m}; use --space linear, which "
+                        f"keeps {m}")
+    return args
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
@@ -116,8 +123,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
     run, recorded = str(Path(args.resume)), read_record(args.resume)["arguments"]
     if recorded.keys() | {"out", "resume"} != vars(args).keys():
         raise UserError(f"{run} is a run of another version or script: go on with it there, or start a new run")
-    recorded = {name: tuple(value) if name == "sparsity_type" else value for name, value in recorded.items()}
-    for action in parser._actions:  # argparse then tells of given flags alone
+    recorded = {name: tuple(value) if isinstance(value, list) and name == "sparsity_type" else value
+                for name, value in recorded.items()}
+    for action in parser._actions:
+        if action.dest in recorded and not could_have(action, recorded[action.dest]):
+            raise UserError(f"{run}/run.json is damaged: --{action.dest} was never {recorded[action.dest]!r}; bring it "
+                            "back as the run left it, or start a new run")
+        # argparse then tells of given flags alone
         action.default = argparse.SUPPRESS
     parser._defaults.clear()  # those of `set_defaults`
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in ("out", "resume")}
@@ -129,6 +141,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
         raise UserError(f"{run} goes on with its own settings, and these differ: {'; '.join(changed)}; leave them out, "
                         "or start a new run")
     return Namespace(**recorded, out=run, resume=run)
+
+
+def could_have(action: argparse.Action, value: object) -> bool:
+    """Whether the flag could have had this value."""
+    if value is None or action.nargs == 0:
+        return action.default is None if value is None else isinstance(value, bool)
+    values = value if action.nargs else [value]
+    try:
+        texts = [":".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in values]  # as in a command
+        return [(action.type or str)(text) for text in texts] == values and set(values) <= set(action.choices or values)
+    except (TypeError, ValueError, argparse.ArgumentTypeError):
+        return False
 
 
 def run(script: str, args: Namespace, work: Callable) -> None:

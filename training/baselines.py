@@ -68,7 +68,7 @@ def load(source: str, model: nn.Module, masks: dict[str, Tensor], batches: Tenso
                         "data flags first, or train with --baseline online")
     with explained(path, "make it anew with inference_loss.py"), np.load(path, allow_pickle=False) as arrays:
         losses, found = arrays["losses"].astype(np.float64), dict(json.loads(str(arrays["depends_on"])))
-    stale = [f"{key} {str(found.get(key))[:80]} there, {value} here"
+    stale = [f"{key.replace('sqlen', 'seqlen')} {str(found.get(key))[:80]} there, {value} here"
              for key, value in wanted.items() if found.get(key) != value]
     if not stale and len(losses) != minibatches:
         stale = [f"{len(losses)} minibatches there, {minibatches} here"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from masking.kernels import Kernels
-from models.loading import input_device
+from models.loading import attention_of, input_device
 
 from torch import nn
 
@@ -24,9 +24,8 @@ def speed_up(model: nn.Module, kernels: Kernels, tokens: int, is_sharded: bool =
              vars(module) and not is_sharded]
     for norm in norms:
         norm.forward = partial(kernels.fastest(type(norm).forward), norm)
-    is_fused = (hasattr(model, "set_attn_implementation")  # transformers 4.56
-                and model.config._attn_implementation == "sdpa")
-    is_replaced = is_fused and tokens <= SHORT and input_device(model).type == "cpu"
+    own = attention_of(model.config) if hasattr(model, "set_attn_implementation") else {}  # transformers 4.56
+    is_replaced = own.get("") == "sdpa" and tokens <= SHORT and input_device(model).type == "cpu"
     if is_replaced:
         model.set_attn_implementation("eager")
 
@@ -34,5 +33,5 @@ def speed_up(model: nn.Module, kernels: Kernels, tokens: int, is_sharded: bool =
         for norm in norms:
             del norm.forward
         if is_replaced:
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation(own)
     return restore

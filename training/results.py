@@ -1,4 +1,6 @@
 """What a run delivers: mask, sparse model, logits, curve, summary."""
+import math
+
 from files import mask_files
 from files.atomic import atomic_write
 from models import processes
@@ -53,7 +55,8 @@ def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_s
 
 def _summary(run: Run, devices: set[torch.device]) -> dict:
     position, validation = run.position, run.validation
-    tail = [line["loss"] for line in run.log.lines[-run.minibatches:]]  # of the last epoch
+    epoch = math.ceil(run.minibatches / processes.size())  # steps, each with a minibatch of every process
+    tail = [line["loss"] for line in run.log.lines[-epoch:]]
     summary = {"steps": position.step, "seconds": round(run.elapsed_s(), 1),
                "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
                "processes": processes.size(),
