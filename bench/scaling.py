@@ -27,6 +27,7 @@ from utils import run_script
 import torch
 from small_model import byte_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 WAYS = ("forward-only", "gradients")
 SEQUENCES, TOKENS = 12, 24  # in a step, in a sequence
@@ -55,14 +56,18 @@ def make_inputs(folder: Path, seed: int) -> None:
 
 
 class Collectives(TorchDispatchMode):
-    """A context that counts the collectives started inside."""
+    """A context that counts the collectives started inside, and the bytes that this process gives them."""
 
     def __init__(self):
         super().__init__()
-        self.number = 0
+        self.number = self.sent_bytes = 0
 
     def __torch_dispatch__(self, function: object, types: object, args: tuple = (), kwargs: dict | None = None):
-        self.number += function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function)
+        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
+            gives_first = function.namespace != "c10d" or "allreduce" in str(function)  # else results stand first
+            given = tree_leaves(args[0] if gives_first else args[1])
+            self.number += 1
+            self.sent_bytes += sum(tensor.nbytes for tensor in given if isinstance(tensor, torch.Tensor))
         return function(*args, **(kwargs or {}))
 
 
@@ -74,7 +79,6 @@ def learn(inputs: Path, way: str, is_sharded: bool, steps: int) -> dict:
     masked = MaskedModel(model, masks, LinearSpace(2, 4), magnitude=1.0, mode="eager")
     learner = StraightThrough(masked, distill=1.0) if way == "gradients" else None
     generator, m0_loss = torch.Generator().manual_seed(0), None
-    before = processes.traffic["sent_bytes"] + masked.gathered_bytes
     with Collectives() as counted:
         for _ in range(steps):
             batch = processes.split(torch.randint(97, 123, (SEQUENCES, TOKENS), generator=generator))
@@ -84,11 +88,11 @@ def learn(inputs: Path, way: str, is_sharded: bool, steps: int) -> dict:
             loss = processes.mean([masked.loss(batch)])
             m0_loss = loss if m0_loss is None else m0_loss
             masked.update(5.0 * (loss - m0_loss))
-    sent_bytes = processes.traffic["sent_bytes"] + masked.gathered_bytes - before
     logits = {name: layer.flatten().tolist() for name, layer in masked.whole_logits().items()}
     masks = masked.masks_of(masked.mode_bits())
     mask = mask_files.fingerprint(masks) if processes.is_main() else ""
-    return {"logits": logits, "mask": mask, "sent_bytes": sent_bytes / steps, "collectives": counted.number / steps}
+    return {"logits": logits, "mask": mask, "sent_bytes": counted.sent_bytes / steps,
+            "collectives": counted.number / steps}
 
 
 def compare(inputs: Path, way: str, counts: tuple[int, ...], steps: int) -> list[dict]:

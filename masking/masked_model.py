@@ -57,7 +57,6 @@ class MaskedModel:
         scratch = scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
         self.handles = []  # with a `remove()`, for `finish`
-        self.gathered_bytes = 0  # handed to FSDP by this process
         self._passes, self._written = 0, {}  # of the model; layer name -> the pass that its rows were last written for
         for name in learned:
             weight = modules[name].weight.data
@@ -85,7 +84,6 @@ class MaskedModel:
         if not layer.sharded and layer.used is layer.weight:  # `use_dense`
             return
         self._written[layer.name] = self._passes
-        self.gathered_bytes += 0 if out is None else out.nbytes
         if layer.pending and self._used is None:
             layer.flush(out)
         else:

@@ -15,7 +15,6 @@ import atexit
 import hashlib
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,7 +29,6 @@ from torch import Tensor, distributed
 TIMEOUT = timedelta(minutes=10)  # a process that does not answer for so long has gone
 FETCHING = timedelta(hours=12)  # for the main process to fetch a model, generate text or write a state
 
-traffic = Counter()  # sent_bytes: what this process has handed to torch.distributed
 _groups: dict[str, distributed.ProcessGroup] = {}  # patient: of all processes, with FETCHING as its timeout
 
 
@@ -138,7 +136,6 @@ def all_gather(values: list[float | None]) -> list[list[float | None]]:
     mine = torch.tensor([0.0 if value is None else value for value in values], dtype=torch.float64)
     everyone = [torch.empty_like(mine) for _ in range(size())]
     distributed.all_gather(everyone, mine)
-    traffic["sent_bytes"] += mine.nbytes
     return [[None if value is None else number for value, number in zip(values, numbers.tolist())]
             for numbers in everyone]
 
@@ -170,7 +167,6 @@ def reduce_async(tensor: Tensor) -> Callable[[], Tensor]:
     """Start to form a tensor's mean over the processes, in place; call what is returned to wait for it and have it."""
     if size() == 1:
         return lambda: tensor
-    traffic["sent_bytes"] += tensor.nbytes
     tensor /= size()
     work = distributed.all_reduce(tensor, async_op=True)
 

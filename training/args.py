@@ -123,13 +123,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
     run, recorded = str(Path(args.resume)), read_record(args.resume)["arguments"]
     if recorded.keys() | {"out", "resume"} != vars(args).keys():
         raise UserError(f"{run} is a run of another version or script: go on with it there, or start a new run")
-    recorded = {name: tuple(value) if isinstance(value, list) and name == "sparsity_type" else value
-                for name, value in recorded.items()}
-    for action in parser._actions:
-        if action.dest in recorded and not could_have(action, recorded[action.dest]):
-            raise UserError(f"{run}/run.json is damaged: --{action.dest} was never {recorded[action.dest]!r}; bring it "
-                            "back as the run left it, or start a new run")
-        # argparse then tells of given flags alone
+    recorded = {name: tuple(value) if name == "sparsity_type" else value for name, value in recorded.items()}
+    for action in parser._actions:  # argparse then tells of given flags alone
         action.default = argparse.SUPPRESS
     parser._defaults.clear()  # those of `set_defaults`
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in ("out", "resume")}
@@ -141,18 +136,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
         raise UserError(f"{run} goes on with its own settings, and these differ: {'; '.join(changed)}; leave them out, "
                         "or start a new run")
     return Namespace(**recorded, out=run, resume=run)
-
-
-def could_have(action: argparse.Action, value: object) -> bool:
-    """Whether the flag could have had this value."""
-    if value is None or action.nargs == 0:
-        return action.default is None if value is None else isinstance(value, bool)
-    values = value if action.nargs else [value]
-    try:
-        texts = [":".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in values]  # as in a command
-        return [(action.type or str)(text) for text in texts] == values and set(values) <= set(action.choices or values)
-    except (TypeError, ValueError, argparse.ArgumentTypeError):
-        return False
 
 
 def run(script: str, args: Namespace, work: Callable) -> None:

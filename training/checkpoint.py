@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-FORMAT = "maskpro-state 4"
+FORMAT = "maskpro-state 5"
 CHUNK_BYTES = 2**24
 CHECKSUM_BYTES = 32
 MOST_SHARE = 0.02  # of a run's time that saving may take where --checkpoint_every is in minutes

@@ -57,7 +57,6 @@ class Position:
     evaluations: int = 0  # of the layers and of the held-out loss
     skipped: int = 0  # steps whose loss was not finite
     skipped_in_a_row: int = 0
-    diverged: int | None = None  # the step at which that was announced
     seconds: float = 0.0  # of the loop
     first_s: float = 0.0  # of the first step of a time budget, which compiles: progress counts from its end
     a_step_s: float | None = None  # of a recent step; None: not known yet
@@ -167,8 +166,6 @@ class Run:
         self.folder.has_results = True
         improvement = "" if result.reference is None else f" ({result.reference - result.loss:+.4f} against m0)"
         self._bar.set_postfix_str(f"loss {result.loss:.4f}{improvement}", refresh=False)
-        if position.evaluations > before and position.diverged is None:
-            self._warn_of_divergence()
 
     def _measure(self, seconds: float) -> None:
         """Progress and speed, so many seconds after the run's start."""
@@ -196,11 +193,6 @@ class Run:
             saved = "; the state is saved"
         raise UserError(f"the loss is {loss} at step {begin} and at all up to step {self.step}; lower --lr, or use "
                         f"--dtype bfloat16 if the model overflows in its dtype{saved}")
-
-    def _warn_of_divergence(self) -> None:
-        if warning := self.validation.divergence(self.log.lines):
-            self.position.diverged = self.step
-            processes.log(f"\nat step {self.step} {warning}; a lower --lr may help")
 
     # ----------------------------------------------------------------------------------------------- saved and restored
 

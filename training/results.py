@@ -60,9 +60,8 @@ def _summary(run: Run, devices: set[torch.device]) -> dict:
     summary = {"steps": position.step, "seconds": round(run.elapsed_s(), 1),
                "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
                "processes": processes.size(),
-               "sent_bytes": processes.traffic["sent_bytes"] + validation.masked.gathered_bytes,
                "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped,
-               "diverged_at_step": position.diverged, "mask_of_step": position.step}
+               "mask_of_step": position.step}
     if validation.bits:
         summary |= {"mask_of_step": validation.step, "heldout_loss": validation.loss,
                     "heldout_loss_of_m0": validation.m0_loss}

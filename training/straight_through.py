@@ -186,7 +186,6 @@ class StraightThrough:
         gradient, parameter.grad = parameter.grad.to_local(), None
         if self.is_measuring:
             return
-        processes.traffic["sent_bytes"] += layer.shape.numel() * gradient.itemsize
         if (gradient := self._summed(layer, gradient)) is not None:
             self._move(layer, gradient)
 

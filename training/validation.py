@@ -1,4 +1,4 @@
-"""Which mask is delivered, and whether the run still goes where it should: what held-out text says."""
+"""Which mask is delivered: what held-out text says."""
 import math
 from collections.abc import Callable
 from statistics import fmean
@@ -7,11 +7,7 @@ from masking.masked_model import MaskedModel
 from models import processes
 from utils import UserError
 
-import torch
 from torch import Tensor
-
-WINDOW = 32  # steps, whose mean loss is compared with that of the first so many
-PATIENCE = 3  # windows, or evaluations, in a row above where the run started: it diverges
 
 
 def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -61,16 +57,6 @@ class Validation:
         losses = [self.masked.loss(batch) for batch in self.heldout]
         return fmean(processes.all_gather(losses)[0]) if self.masked.is_sharded else processes.mean(losses)
 
-    def divergence(self, metrics: list[dict]) -> str | None:
-        """A warning where the run diverges: the last PATIENCE held-out losses are all above that of m0, or, where
-        nothing is held out, the training loss `rises`. metrics: the steps so far."""
-        heldout = [line["heldout"] for line in metrics if line.get("heldout") is not None]
-        if len(heldout) >= PATIENCE and min(heldout[-PATIENCE:]) > self.m0_loss:
-            return f"the run diverges: held-out losses stay above m0's; the mask of step {self.step} will be delivered"
-        if not self.has_text and rises([line["loss"] for line in metrics]):
-            return "the run diverges: training losses stay above those of its start; see --val_fraction"
-        return None
-
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The best mask so far."""
         layers = self.masked.layers.items() if self.bits else ()
@@ -83,13 +69,3 @@ class Validation:
         if self.step is not None:
             self.bits = {name: read(name, layer.shard(layer.bits)).to(layer.bits.device)
                          for name, layer in self.masked.layers.items()}
-
-
-def rises(losses: list[float]) -> bool:
-    """Whether the mean loss of each of the last PATIENCE windows is above that of the first window by more than twice
-    the standard error of their difference."""
-    if len(losses) < WINDOW * (PATIENCE + 1):
-        return False
-    windows = torch.tensor([*losses[:WINDOW], *losses[-WINDOW * PATIENCE:]], dtype=torch.float64).view(-1, WINDOW)
-    means, squares = windows.mean(1), windows.var(1) / WINDOW  # of the standard errors
-    return bool((means[1:] - means[0] > 2 * (squares[1:] + squares[0]).sqrt()).all())

@@ -125,7 +125,7 @@ def contents(run: Path) -> dict:
         found.update({f"{path.name} {name}": (tensor.dtype, tensor.shape, tensor.view(torch.uint8).numpy().tobytes())
                       for name, tensor in load_file(path).items()})
     found["metrics"] = [{**json.loads(line), "seconds": 0} for line in (run / "metrics.jsonl").open()]
-    varying = ("seconds", "seconds_saving", "peak_memory_bytes", "sent_bytes", "processes")
+    varying = ("seconds", "seconds_saving", "peak_memory_bytes", "processes")
     found["summary"] = record["summary"] | dict.fromkeys(varying, 0)
     return found
 

@@ -1,11 +1,10 @@
 """Losses that are not finite, and losses that rise: what train.py makes of them."""
 import json
 import math
-import random
 
 import train
 from files import mask_files
-from training import checkpoint, validation
+from training import checkpoint
 from utils import UserError
 
 import pytest
@@ -38,25 +37,12 @@ def test_three_in_a_row_stop_the_run_with_its_last_good_state(workshop, tmp_path
     assert steps_of(run) == [1, 2, 6]
 
 
-# ----------------------------------------------------------------------------------------------------------- divergence
-
-
-def test_a_training_loss_above_the_first_for_long_rises():
-    noise = random.Random(0)
-    flat = [3 + noise.gauss(0, 0.1) for _ in range(128)]
-    rising = [loss + t / 300 for t, loss in enumerate(flat)]
-    assert validation.rises(rising) and not validation.rises(flat)
-    assert not validation.rises(flat[:96] + [9.0] * 32)  # not for long
-    assert not validation.rises(rising[:127])  # the fourth window is not full
-
-
-def test_divergence_is_announced_once_and_the_best_mask_delivered(workshop, tmp_path, losses, capsys):
+def test_the_best_mask_of_a_run_that_diverges_is_delivered(workshop, tmp_path, losses):
     heldout = dict(zip([1, 3, 5, 7, 9, 11, 13], [3.0, 2.0, 3.1, 3.2, 3.3, 3.4, 3.5]))  # m0, then after each step
     losses.update({count: lambda value=value: value for count, value in heldout.items()})
     train.main(arguments(workshop, tmp_path / "run", f"{VANILLA} --val_fraction 0.2 --lr 3"))
-    said, summary = capsys.readouterr(), json.loads((tmp_path / "run/run.json").read_text())["summary"]
-    assert said.err.count("diverges") == 1 and "the mask of step 1 will be delivered" in said.err
-    assert summary["diverged_at_step"] == 4 and summary["mask_of_step"] == 1 and summary["heldout_loss"] == 2.0
+    summary = json.loads((tmp_path / "run/run.json").read_text())["summary"]
+    assert summary["mask_of_step"] == 1 and summary["heldout_loss"] == 2.0
     losses.update({14: lambda: 3.0, 16: lambda: 2.0})  # m0 and after the first step again
     train.main(arguments(workshop, tmp_path / "one", f"{VANILLA} --val_fraction 0.2 --lr 3 --max_step 1"))
     one, delivered = (mask_files.load(tmp_path / name / "mask.safetensors").masks for name in ("one", "run"))
