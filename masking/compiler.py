@@ -8,10 +8,13 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 
+from models import processes
+
 import torch
 
 MOST_SHAPES = 64  # shapes x dtypes of a model; more run eagerly
 _thread = threading.local()
+eagerly = threading.Event()  # set: everything runs eagerly from here on
 
 
 def _allow_shapes() -> None:
@@ -26,22 +29,31 @@ def _allow_shapes() -> None:
 @lru_cache
 def compiled(function: Callable, eager: Callable) -> Callable:
     """`function`, compiled once for each shape; `eager` where the environment says so and, with a note, from the first
-    error on. A mistake in the function itself is one in `eager`, too, which raises it."""
+    error of any function on. A mistake in the function itself is one in `eager`, too, which raises it."""
     if "1" in (os.environ.get("TORCH_COMPILE_DISABLE"), os.environ.get("TORCHDYNAMO_DISABLE")):
         return eager
-    fast = torch.compile(function, dynamic=False, options={"max_fusion_size": 10_000})  # one loop, no temporaries
-    broken = []
+    fast = torch.compile(function, dynamic=False, fullgraph=True,  # too many shapes: an error, so that `eager` runs
+                         options={"max_fusion_size": 10_000})  # one loop, no temporaries
 
     def run(*args, **names):
-        if not broken:
+        if not eagerly.is_set():
             _allow_shapes()
             try:
                 return fast(*args, **names)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # no compiler, none that works, no Triton: each has a class of its own
-                broken.append(error)
+            except Exception as error:  # no compiler, none that works, no Triton, a bug of torch: each has its class
+                eagerly.set()
                 print(f"note: torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:160]}): the "
-                      "mask step runs eagerly, several times slower", file=sys.stderr)
+                      "mask step runs eagerly, several times slower; only without a C++ compiler, or Triton on a GPU, "
+                      "is this expected", file=sys.stderr)
         return eager(*args, **names)
     return run
+
+
+def agree(device: str | None) -> None:
+    """Try it in all processes: where one cannot compile, all run eagerly, since compiled functions may round otherwise
+    and processes that keep copies of the logits must move them alike."""
+    compiled(torch.neg, torch.neg)(torch.ones(2, device=device))
+    if [1.0] in processes.all_gather([float(eagerly.is_set())]):
+        eagerly.set()
