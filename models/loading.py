@@ -86,17 +86,16 @@ def input_device(model: nn.Module) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
-
-
-
 def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, the signs of the input
     embedding, which pruning leaves alone, and the order of the channels, if permute.py chose it."""
-    digest = hashlib.sha256(str(tuple(model.get_input_embeddings().weight.shape)).encode())
+    embedding = model.get_input_embeddings().weight
+    head = getattr(model.get_output_embeddings(), "weight", None)  # has another name in other versions of transformers
+    digest = hashlib.sha256(str(tuple(embedding.shape)).encode())
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 2 and not name.startswith("lm_head"):
+        if parameter.ndim == 2 and (parameter is not head or parameter is embedding):
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
-    signs = torch.signbit(model.get_input_embeddings().weight.flatten()[:2**22])
+    signs = torch.signbit(embedding.flatten()[:2**22])
     digest.update(signs.cpu().numpy().tobytes())
     if permutation := getattr(model.config, "channel_permutation", None):
         digest.update(f"channel_permutation {permutation}".encode())
