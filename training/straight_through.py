@@ -97,6 +97,7 @@ class StraightThrough:
         if any(layer.sharded and layer.weight.dtype == torch.float16 for layer in layers):
             raise UserError("float16 overflows in gradients of sharded layers, which are summed over tokens: use "
                             "--dtype bfloat16 with --shard")
+        self._reached = set()  # names of sharded layers whose gradient this backward pass has brought
         for layer in layers:
             if layer.sharded:
                 masked.handles.append(layer.module.weight.register_post_accumulate_grad_hook(
@@ -144,8 +145,13 @@ class StraightThrough:
             self.normalization.begin_pass(size, temperature)
             if self.curvature:
                 self.curvature.tokens = sequences.numel()
+            self._reached.clear()
             logits.backward(gradient)
             self._move_last()
+            for layer in self.masked.layers.values():
+                if layer.sharded and layer.name not in self._reached:
+                    raise RuntimeError(f"FSDP has brought no gradient of {layer.name}: does torch {torch.__version__} "
+                                       "call the hooks of its parameters?")
             self.normalization.end_pass()
         return loss
 
@@ -169,6 +175,7 @@ class StraightThrough:
     def _take_gradient(self, layer: MaskedLayer, parameter: Tensor) -> None:
         """FSDP has reduced a sharded layer's gradient: the mean over the processes, this one's rows of it."""
         gradient, parameter.grad = parameter.grad.to_local(), None
+        self._reached.add(layer.name)
         if self.is_measuring:
             return
         processes.traffic["sent_bytes"] += layer.shape.numel() * gradient.itemsize
