@@ -26,8 +26,19 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     which accelerate spreads the layers over all GPUs.
     """
     device_map = device if device in DEVICE_MAPS else None
-    device, source = checked_device(None if device_map else device), local_folder(model)
-    torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
+    device = checked_device(None if device_map else device)
+    found, tokenizer = read_model(model, dtype, device, trust_remote_code, device_map)
+    if not device_map:
+        found.to(device)
+    if device.startswith("cpu"):
+        reuse_freed_memory()
+    return found, tokenizer
+
+
+def read_model(model: str, dtype: str, device: str, trust_remote_code: bool,
+               device_map: str | None = None) -> tuple[nn.Module, Tokenizer]:
+    """As `load_model`, but on the CPU, if no device_map says otherwise. device: that it is meant for."""
+    source, torch_dtype = local_folder(model), {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
     with explained(model):
@@ -43,12 +54,7 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     if empty:
         raise UserError(f"{model} does not fit the GPUs of --device {device_map}; use more or larger ones, or several "
                         "processes with --shard")
-    if not device_map:
-        found.to(device)
-    if device.startswith("cpu"):
-        reuse_freed_memory()
-    found.requires_grad_(False)
-    return found.eval(), tokenizer
+    return found.requires_grad_(False).eval(), tokenizer
 
 
 def local_folder(model: str) -> str | Path:
