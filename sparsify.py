@@ -96,6 +96,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         Path(args.model).name, *args.sparsity_type))
     if args.shard and not args.resume and not (args.dataset and args.mask):
         parser.error("--shard needs --dataset and --mask: text and m0 are made by one process that has the whole model")
+    if args.shard and not args.resume and args.dtype == "float16":
+        parser.error("--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16")
     if args.permute and args.mask:
         parser.error("--permute makes a mask of its own, for the order of channels that it finds: leave out --mask")
     if args.minutes is None and args.steps is None:

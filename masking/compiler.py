@@ -8,10 +8,13 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 
+from models import processes
+
 import torch
 
 MOST_SHAPES = 64  # shapes x dtypes of a model; more run eagerly
 _thread = threading.local()
+eagerly = threading.Event()  # set: everything runs eagerly from here on
 
 
 def _allow_shapes() -> None:
@@ -29,19 +32,29 @@ def compiled(function: Callable, eager: Callable) -> Callable:
     error on. A mistake in the function itself is one in `eager`, too, which raises it."""
     if "1" in (os.environ.get("TORCH_COMPILE_DISABLE"), os.environ.get("TORCHDYNAMO_DISABLE")):
         return eager
-    fast = torch.compile(function, dynamic=False, options={"max_fusion_size": 10_000})  # one loop, no temporaries
+    fast = torch.compile(function, dynamic=False, fullgraph=True,  # too many shapes: an error, so that `eager` runs
+                         options={"max_fusion_size": 10_000})  # one loop, no temporaries
     broken = []
 
     def run(*args, **names):
-        if not broken:
+        if not (broken or eagerly.is_set()):
             _allow_shapes()
             try:
                 return fast(*args, **names)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # no compiler, none that works, no Triton: each has a class of its own
+            except Exception as error:  # no compiler, none that works, no Triton, a bug of torch: each has its class
                 broken.append(error)
                 print(f"note: torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:160]}): the "
-                      "mask step runs eagerly, several times slower", file=sys.stderr)
+                      "mask step runs eagerly, several times slower; only without a C++ compiler, or Triton on a GPU, "
+                      "is this expected", file=sys.stderr)
         return eager(*args, **names)
     return run
+
+
+def agree(device: str | None) -> None:
+    """Try it in all processes: where one cannot compile, all run eagerly, since compiled functions may round otherwise
+    and processes that keep copies of the logits must move them alike."""
+    compiled(torch.neg, lambda *_: eagerly.set())(torch.ones(2, device=device))
+    if [1.0] in processes.all_gather([float(eagerly.is_set())]):
+        eagerly.set()

@@ -26,8 +26,19 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     which accelerate spreads the layers over all GPUs.
     """
     device_map = device if device in DEVICE_MAPS else None
-    device, source = checked_device(None if device_map else device), local_folder(model)
-    torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
+    device = checked_device(None if device_map else device)
+    found, tokenizer = read_model(model, dtype, device, trust_remote_code, device_map)
+    if not device_map:
+        found.to(device)
+    if device.startswith("cpu"):
+        reuse_freed_memory()
+    return found, tokenizer
+
+
+def read_model(model: str, dtype: str, device: str, trust_remote_code: bool,
+               device_map: str | None = None) -> tuple[nn.Module, Tokenizer]:
+    """As `load_model`, but on the CPU, if no device_map says otherwise. device: that it is meant for."""
+    source, torch_dtype = local_folder(model), {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
     with explained(model):
@@ -44,12 +55,7 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     if empty:
         raise UserError(f"{model} does not fit the GPUs of --device {device_map}; use more or larger ones, or several "
                         "processes with --shard")
-    if not device_map:
-        found.to(device)
-    if device.startswith("cpu"):
-        reuse_freed_memory()
-    found.requires_grad_(False)
-    return found.eval(), tokenizer
+    return found.requires_grad_(False).eval(), tokenizer
 
 
 def local_folder(model: str) -> str | Path:
@@ -107,11 +113,13 @@ def input_device(model: nn.Module) -> torch.device:
 def model_fingerprint(model: nn.Module) -> str:
     """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, the signs of the input
     embedding, which pruning leaves alone, and the order of the channels, if permute.py chose it."""
-    digest = hashlib.sha256(str(tuple(model.get_input_embeddings().weight.shape)).encode())
+    embedding = model.get_input_embeddings().weight
+    head = getattr(model.get_output_embeddings(), "weight", None)  # has another name in other versions of transformers
+    digest = hashlib.sha256(str(tuple(embedding.shape)).encode())
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 2 and not name.startswith("lm_head"):
+        if parameter.ndim == 2 and (parameter is not head or parameter is embedding):
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
-    signs = torch.signbit(model.get_input_embeddings().weight.flatten()[:2**22])
+    signs = torch.signbit(embedding.flatten()[:2**22])
     digest.update(signs.cpu().numpy().tobytes())
     if permutation := getattr(model.config, "channel_permutation", None):
         digest.update(f"channel_permutation {permutation}".encode())

@@ -43,10 +43,12 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     if any(map(is_transposed, model.modules())):
         raise UserError("--shard shares out rows of nn.Linear, and this model has Conv1D: leave --shard out")
     model.requires_grad_(False)
-    projections = {module.weight for module in find_layers(model, [""]).values()}
+    projections, layers = find_layers(model, [""]).values(), decoder_layers(model)
+    weights, inside = {module.weight for module in projections}, {part for layer in layers for part in layer.modules()}
     how = {"mesh": device_mesh.init_device_mesh(device.type, (processes,)), "reshard_after_forward": True,
-           "ignored_params": {parameter for parameter in model.parameters() if parameter not in projections}}
-    for module in [*decoder_layers(model), model]:  # the model itself: what is outside of the decoder's layers
+           "ignored_params": {parameter for parameter in model.parameters() if parameter not in weights}}
+    # what is outside of the decoder's layers by itself: swaps call a part of the model
+    for module in [*layers, *(module for module in projections if module not in inside), model]:
         fsdp.fully_shard(module, **how)
         if REDUCES_UNUSED:
             module.set_reduce_scatter_unused_params(True)
@@ -127,13 +129,14 @@ class MaskedRows(Tensor):
         rows = Tensor._make_subclass(cls, weight.to_local())
         rows.fill = fill
         rows.most = -(-weight.shape[0] // weight.device_mesh.size())  # rows of a process
-        weight._local_tensor = rows
+        weight._local_tensor = rows  # no public way: DTensor.from_local takes a view, which is a plain tensor
         weight.requires_grad_()  # FSDP decides in the first pass which gradients it reduces
 
     def fsdp_pre_all_gather(self, mesh: object, outer_size: torch.Size, outer_stride: tuple, module: nn.Module,
                             mp_policy: object) -> tuple:
         """What is sent: the masked rows, padded to as many as the first process has."""
-        out = torch.zeros(self.most, self.shape[1], dtype=self.dtype, device=self.device)
+        out = torch.empty(self.most, self.shape[1], dtype=self.dtype, device=self.device)
+        out[len(self):] = 0
         if len(self):
             self.fill(out[:len(self)].view(-1))
         return (out,), None

@@ -6,7 +6,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # but in tests of the compile
 
 import train
 from files import mask_files
-from masking.compiler import compiled
+from masking.compiler import compiled, eagerly
 from masking.masked_model import MaskedModel
 from models.layers import find_layers
 from models.loading import model_fingerprint
@@ -46,6 +46,7 @@ def compiler(monkeypatch):
     compiled.cache_clear()
     torch._dynamo.reset()
     yield
+    eagerly.clear()
     compiled.cache_clear()
     torch._dynamo.reset()
 

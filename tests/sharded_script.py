@@ -3,7 +3,8 @@ has beside them.
 
     torchrun --nproc_per_node 3 tests/sharded_script.py FOLDER
 
-FOLDER has the tiny models. Writes FOLDER/state3.safetensors, a state of all processes, and FOLDER/saved3, the model.
+FOLDER has the tiny models. Writes of each, such as llama, FOLDER/state_llama.safetensors, a state of all processes, and
+FOLDER/saved_llama, the model.
 """
 import sys
 from contextlib import contextmanager
@@ -12,10 +13,10 @@ from types import SimpleNamespace
 
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
-from models import processes, sharded_files
+from models import processes
 from models.layers import find_layers
 from models.loading import load_model, model_fingerprint
-from models.sharded_files import load_sharded, save_sharded
+from models.sharded_files import gathered, load_sharded
 from models.sharding import Rows, own_weight, shard
 from training import checkpoint
 from training.initialize import from_swaps
@@ -172,9 +173,14 @@ def experts() -> None:
         pass
 
 
-def old_masks_are_noticed(folder: Path) -> None:
-    """A model that keeps what it has gathered computes with old masks: an error, not silence."""
+def failures_of_fsdp_are_noticed(folder: Path) -> None:
+    """A model that keeps what it has gathered computes with old masks, and one without hooks learns nothing: errors,
+    not silence."""
     masked = pair(folder, "float32")[0]
+    learner = StraightThrough(masked)
+    masked.handles[-2].remove()
+    with pytest.raises(RuntimeError, match=r"no gradient of model\.layers\.1\.mlp\.down_proj"):
+        learner.step(TOKENS[:1], 0.1)
     masked.model.set_reshard_after_forward(False)
     masked.model.reset_iter_state = lambda: None  # which would drop them
     masked.loss(TOKENS)
@@ -184,22 +190,20 @@ def old_masks_are_noticed(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    sharded_files.MOST_BYTES = 2**17  # of a file: a model is several
     with processes.joined("cpu"):
-        for name, dtype, n, m in (("llama", "float32", 2, 4), ("opt", "float16", 4, 8)):
+        for name, dtype, n, m in (("llama", "float32", 2, 4), ("opt", "float16", 4, 8), ("neox", "float32", 2, 4)):
             masked = forward_only(folder / name, dtype, n, m)
-            tensors = masked.state()[1]
-            if name == "llama" and processes.size() == 3:
-                if processes.is_main():
-                    checkpoint.save(folder / "state3.safetensors", {}, tensors)
-                else:
-                    checkpoint.give_shards(tensors)
-            save_sharded(masked.model, folder / f"saved_{name}_{processes.size()}", processes.is_main())
-        by_gradients(folder / "llama")
+            state, tensors = masked.state()[1], gathered(masked.model)
+            if processes.is_main():
+                checkpoint.save(folder / f"state_{name}.safetensors", {}, state)
+                masked.model.save_pretrained(folder / f"saved_{name}", state_dict=tensors)
+            else:
+                checkpoint.give_shards(state)
+        by_gradients(folder / "opt")
         with pytest.raises(UserError, match="has Conv1D"):
             load_sharded(str(folder / "gpt2"), "float32", "cpu")
         experts()
-        old_masks_are_noticed(folder / "llama")
+        failures_of_fsdp_are_noticed(folder / "llama")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def learn(count: int, w: Path, out: Path, flags: str) -> Path:
 
 SCRIPT = """
 import sys, pytest, torch
+from masking import compiler
 from models import processes
 from utils import UserError
 with processes.joined("cpu"):
@@ -73,6 +74,10 @@ with processes.joined("cpu"):
     order = open(sys.argv[2], "a", buffering=1)
     with processes.main_before_others():
         order.write(f"{rank}\\n")
+    if rank == 1:
+        compiler.eagerly.set()
+    compiler.agree("cpu")
+    assert compiler.eagerly.is_set()
     processes.check_same("equal", "the letters")
     with pytest.raises(UserError, match="the letters of process 1 differ from those of process 0"):
         processes.check_same("odd" if rank == 1 else "even", "the letters")

@@ -3,6 +3,7 @@ from contextlib import nullcontext
 
 from masking.layers import apply_masks, check_sparsity, match_masks
 from models.layers import DENSE, check_divisible, find_layers, is_transposed, weight_matrix
+from models.loading import model_fingerprint
 from utils import UserError
 
 import pytest
@@ -28,11 +29,14 @@ def kind(request):
 
 
 def test_every_projection_is_found_and_no_head(kind, load):
-    """GPT-2 and OPT tie their head to the embedding; Llama's head is its own."""
+    """GPT-2 and OPT tie their head to the embedding; Llama's head is its own. What it is called names no model."""
     model = load(kind)
     layers = find_layers(model)
     assert sorted(layers) == sorted(NAMES[kind])
     assert all(is_transposed(module) == (kind == "gpt2") for module in layers.values())
+    fingerprint = model_fingerprint(model)
+    model.head, model.get_output_embeddings = model._modules.pop("lm_head"), lambda: model.head
+    assert model_fingerprint(model) == fingerprint
 
 
 @pytest.mark.parametrize("targets, expected", [

@@ -186,6 +186,7 @@ def test_reordered_channels_and_passages(workshop, whole):
 
 
 @pytest.mark.parametrize("flags, words", [("--shard --dataset text.jsonl", "--shard needs --dataset and --mask"),
+                                          ("--shard --dataset t --mask m --dtype float16", "overflows in float16"),
                                           ("--minutes 5 --steps 5", "not allowed with argument"),
                                           ("--permute --mask m0.safetensors", "leave out --mask"),
                                           ("--minutes 0", "at least 0.01"), ("--distill 1.5", "at most 1")])

@@ -107,12 +107,13 @@ def make_gpt2(folder) -> str:
         n_layer=LAYERS, n_head=HEADS, n_positions=POSITIONS, initializer_range=SPREAD, bos_token_id=0, eos_token_id=0))
 
 
-def make_opt(folder) -> str:
-    """Two-layer OPT (12 maskable Linears, tied lm_head) with a byte-level tokenizer that starts texts with </s>."""
+def make_opt(folder, embedding: int = HIDDEN) -> str:
+    """Two-layer OPT (12 maskable Linears, tied lm_head) with a byte-level tokenizer that starts texts with </s>. An
+    embedding of another size makes two Linears more, outside the layers."""
     vocabulary = save_bytelevel(folder, ["<s>", "<pad>", "</s>", "<unk>"], start="</s>",
                                 bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
     return save_model(folder, transformers.OPTConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=2 * HIDDEN,
+        vocab_size=vocabulary, hidden_size=HIDDEN, word_embed_proj_dim=embedding, ffn_dim=2 * HIDDEN,
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=POSITIONS, init_std=SPREAD,
         bos_token_id=2, eos_token_id=2, pad_token_id=1))
 

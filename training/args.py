@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from files.records import read_record
+from masking import compiler
 from masking.spaces import SPACES
 from models import processes
 from training.initialize import STARTS
@@ -145,4 +146,6 @@ def run(script: str, args: Namespace, work: Callable) -> None:
         return
     with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), script, bool(args.resume)) as folder,
           StopSignals() as signals):
+        if processes.size() > 1:
+            compiler.agree(device)
         work(args, device, folder, signals)

@@ -5,7 +5,7 @@ from files import mask_files
 from files.atomic import atomic_write
 from models import processes
 from models.loading import Tokenizer, devices_of
-from models.sharded_files import save_sharded
+from models.sharded_files import gathered
 from training import figures
 from training.loop import Run
 from utils import peak_memory
@@ -40,17 +40,11 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
 
 def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_sharded: bool) -> None:
     """The sparse model as a plain Hugging Face folder."""
+    tensors = gathered(model) if is_sharded else None
     if processes.is_main():
         with atomic_write(path) as beside:
-            if is_sharded:
-                processes.wait_for_main()
-                save_sharded(model, beside, is_main=True)
-            else:
-                model.save_pretrained(beside)
+            model.save_pretrained(beside, state_dict=tensors)
             tokenizer.save_pretrained(beside)
-    elif is_sharded:
-        processes.wait_for_main()
-        save_sharded(model, path, is_main=False)  # give this process's rows
 
 
 def _summary(run: Run, devices: set[torch.device]) -> dict:

@@ -98,6 +98,7 @@ class StraightThrough:
         if any(layer.sharded and layer.weight.dtype == torch.float16 for layer in layers):
             raise UserError("float16 overflows in gradients of sharded layers, which are summed over tokens: use "
                             "--dtype bfloat16 with --shard")
+        self._reached = set()  # names of sharded layers whose gradient this backward pass has brought
         for layer in layers:
             if layer.sharded:
                 masked.handles.append(layer.module.weight.register_post_accumulate_grad_hook(
@@ -119,6 +120,7 @@ class StraightThrough:
         sequences = batch.to(input_device(self.masked.model))
         self.keys, self._held, self._is_finite = self.masked.keys(), {}, True
         self._not_finite.zero_()
+        self._reached.clear()
         if self.curvature:
             self.curvature.begin_step(sequences, progress)
         temperature = soft_temperature(progress) if self.soft_masks else 0.0
@@ -129,6 +131,10 @@ class StraightThrough:
             self._is_last = number == len(parts)
             total += self._backward(part)
         if self._is_finite:
+            for layer in self.masked.layers.values():
+                if layer.sharded and layer.name not in self._reached:
+                    raise RuntimeError(f"FSDP has brought no gradient of {layer.name}: does torch {torch.__version__} "
+                                       "call the hooks of its parameters?")
             self._move_last()
             for name in list(self._held):  # experts that the last microbatch did not reach
                 self._move(self.masked.layers[name], self._held.pop(name))
@@ -186,6 +192,7 @@ class StraightThrough:
         gradient, parameter.grad = parameter.grad.to_local(), None
         if self.is_measuring:
             return
+        self._reached.add(layer.name)
         if (gradient := self._summed(layer, gradient)) is not None:
             self._move(layer, gradient)
 
