@@ -1,6 +1,5 @@
 """Records of scripts: prune.json, a run's run.json, and its logs, a JSON object a line."""
 import json
-import os
 from pathlib import Path
 
 from files.atomic import atomic_write
@@ -30,25 +29,11 @@ def base_model(model: str) -> str:
         return str(json.loads(path.read_bytes())["arguments"]["model"]) if path.is_file() else model
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file, without a last line that is still being written; UserError where it is damaged."""
-    with explained(path, "give run folders"):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def lines_up_to(path: Path, size_bytes: int) -> list[dict]:
-    """The lines of a .jsonl up to the bytes that a state knows of. UserError where it is not whole up to there."""
-    if not size_bytes:
-        return []
-    with explained(path, "bring it back as the run left it, or start a new run"), open(path, "rb") as file:
-        found = file.read(size_bytes)
-        if len(found) < size_bytes:
+def read_lines(path: Path, size_bytes: int | None = None) -> list[dict]:
+    """The objects of a .jsonl file, without a last line that is still being written, or those up to the bytes that a
+    state knows of. UserError where it is damaged, or shorter."""
+    with explained(path, "give run folders, or bring it back as the run left it"):
+        found = path.read_bytes()
+        if size_bytes and len(found) < size_bytes:
             raise ValueError("lines are missing")
-        return [json.loads(line) for line in found.splitlines()]
-
-
-def cut_lines(path: Path, size_bytes: int) -> None:
-    """Shorten a .jsonl to the bytes that a state knows of; UserError as `lines_up_to`."""
-    lines_up_to(path, size_bytes)
-    if path.exists():
-        os.truncate(path, size_bytes)
+        return [json.loads(line) for line in found[:size_bytes].split(b"\n")[:-1]]

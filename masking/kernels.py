@@ -13,6 +13,7 @@ temporaries.
 `Kernels` has the passes of one space and N:M: update, draw, vjp, write, write_soft, and mode.
 """
 from collections.abc import Callable
+from functools import lru_cache
 
 from masking import exact_kernels
 from masking.block_bits import (
@@ -80,12 +81,12 @@ def fused_update(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out:
     fused_draw(logits, bits, weight, out, key, n, m, start)
 
 
-def fused_vjp(logits: list[Tensor], bits: Tensor, saliency: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype,
+def fused_vjp(logits: list[Tensor], bits: Tensor, saliency: list[Tensor] | tuple[Tensor, Tensor], dtype: torch.dtype,
               mean_squares: Tensor | None, scale: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> Tensor:
     """pi <- pi - step * J^T G, normalized, and m <- the most probable mask, in place; returns the sum of squares of
     each block's J^T G, float32 `[blocks]`, NaN where it is not finite, which moves nothing.
 
-    J is the Jacobian of the inclusion probabilities. saliency: G as planes float32 `[M, blocks]` or, where a block fits
+    J is the Jacobian of the inclusion probabilities. saliency: G as M planes float32 `[blocks]` or, where a block fits
     a word, the weights as words int64 `[blocks]` of numbers of this dtype, and their gradients as words too or as
     float32 `[blocks, M]`, whose product G is. mean_squares: of each block's J^T G, float32 `[blocks]`, a running mean
     that takes this one in first (negative: none yet), by whose root J^T G is divided; or None: it is multiplied with a
@@ -97,7 +98,7 @@ def fused_vjp(logits: list[Tensor], bits: Tensor, saliency: Tensor | tuple[Tenso
         gradient = list(gradient.unbind(1)) if gradient.dim() == 2 else planes_of_words(gradient, m, dtype)
         saliency = [w * g for w, g in zip(planes_of_words(weight, m, dtype), gradient)]
     planes = [plane.float() for plane in logits]
-    gradient = vjp([plane * scale[2] for plane in planes], list(saliency), n)
+    gradient = vjp([plane * scale[2] for plane in planes], saliency, n)
     squares = sum_of([g * g for g in gradient])
     is_finite = squares < torch.inf
     if mean_squares is None:
@@ -123,41 +124,22 @@ def fused_write_soft(logits: list[Tensor], weight: Tensor, out: Tensor, inverse_
 # ---------------------------------------------------------------------------------------------------------------------
 # the same without a compiler
 
-def _sliced(function: Callable) -> Callable:
-    """A pass without a compiler, a slice of the blocks at a time, so that temporaries stay small; the same numbers."""
-    def run(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None, *rest, start: int = 0,
-            chunk: int | None = None) -> None:  # rest ends with n, m
-        words = [] if weight is None else [as_words(weight, rest[-1]), as_words(out, rest[-1])]
-        chunk = chunk or chunk_of(bits)
-        for begin in range(0, len(bits), chunk):
-            part = slice(begin, begin + chunk)
-            weight, out = (tensor[part] for tensor in words) if words else (None, None)
-            function([plane[part] for plane in logits], bits[part], weight, out, *rest, start + begin)
+@lru_cache
+def sliced(function: Callable) -> Callable:
+    """A pass without a compiler, a slice of the blocks at a time, so that temporaries stay small; the same numbers. Its
+    arguments with an element a block are sliced; the only one that is given by name is `start`."""
+    def part_of(given: object, part: slice, blocks: int) -> object:
+        if isinstance(given, (list, tuple)):
+            return type(given)(part_of(one, part, blocks) for one in given)
+        return given[part] if isinstance(given, Tensor) and given.dim() and len(given) == blocks else given
+
+    def run(logits: list[Tensor], *rest, **start: int) -> Tensor | None:
+        blocks, chunk, found = len(logits[0]), chunk_of(logits[0]), []
+        for begin in range(0, blocks, chunk):
+            part = part_of((logits, *rest), slice(begin, begin + chunk), blocks)
+            found.append(function(*part, **{name: number + begin for name, number in start.items()}))
+        return None if None in found else torch.cat(found)
     return run
-
-
-eager_update, eager_draw = map(_sliced, (fused_update, fused_draw))
-
-
-def eager_vjp(logits: list[Tensor], bits: Tensor, saliency: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype,
-              mean_squares: Tensor | None, *rest, start: int = 0, chunk: int | None = None) -> Tensor:
-    """`fused_vjp` without a compiler."""
-    squares, chunk = [], chunk or chunk_of(logits[0])
-    for begin in range(0, len(logits[0]), chunk):
-        part = slice(begin, begin + chunk)
-        some = tuple(words[part] for words in saliency) if isinstance(saliency, tuple) else saliency[:, part]
-        squares.append(fused_vjp([plane[part] for plane in logits], bits[part], some, dtype,
-                                 None if mean_squares is None else mean_squares[part], *rest, start + begin))
-    return torch.cat(squares)
-
-
-def eager_write_soft(logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor, n: int,
-                     chunk: int | None = None) -> None:
-    """`fused_write_soft` without a compiler."""
-    chunk = chunk or chunk_of(logits[0])
-    for begin in range(0, len(logits[0]), chunk):
-        part = slice(begin, begin + chunk)
-        fused_write_soft([plane[part] for plane in logits], weight[part], out[part], inverse_temperature, n)
 
 
 class Kernels:
@@ -176,20 +158,19 @@ class Kernels:
         self.space, self._compiled = space, mode == "compiled"
         self._is_linear = isinstance(space, LinearSpace)
         scored = self._is_linear and mode != "exact" and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
-        self.update = self._pass(fused_update, eager_update, exact_kernels.update, scored)
-        self.draw = self._pass(fused_draw, eager_draw, exact_kernels.draw, scored)
-        self._vjp, self._write = self.fastest(fused_vjp, eager_vjp), self.fastest(write_masked)
-        self._write_soft = self.fastest(fused_write_soft, eager_write_soft)
+        self.update = self._pass(fused_update, exact_kernels.update, scored)
+        self.draw = self._pass(fused_draw, exact_kernels.draw, scored)
+        self._vjp, self._write_soft = (self.fastest(fused, sliced(fused)) for fused in (fused_vjp, fused_write_soft))
+        self._write = self.fastest(write_masked)
 
     def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:
         """`function` compiled, where this mode compiles; else `eager`, or the function as it is."""
         eager = eager or function
         return compiled(function, eager) if self._compiled else eager
 
-    def _pass(self, fused: Callable, eager: Callable, exact: Callable, is_fused: bool) -> Callable:
+    def _pass(self, fused: Callable, exact: Callable, is_fused: bool) -> Callable:
         """A function of (logits, bits, weight, out, ..., start) by the best of three forms."""
-        space = self.space
-        run = self.fastest(fused, eager)
+        space, run = self.space, self.fastest(fused, sliced(fused))
 
         def make(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, *rest: Tensor,
                  start: int = 0) -> None:
@@ -216,7 +197,7 @@ class Kernels:
         else:  # as planes: blocks are read three times slower
             blocks = logits[0].numel()
             saliency = torch.empty(space.m, blocks, device=weight.device).copy_(weight.view(blocks, -1).T)
-            saliency.mul_(gradient.reshape(blocks, -1).T)
+            saliency = list(saliency.mul_(gradient.reshape(blocks, -1).T))
         return self._vjp(list(logits), bits, saliency, dtype, mean_squares, scale, key, space.n, space.m, start=start)
 
     def write_soft(self, logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor) -> None:

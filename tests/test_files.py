@@ -7,6 +7,7 @@ from pathlib import Path
 
 from files import records
 from files.atomic import atomic_write
+from training import log
 from utils import UserError
 
 import pytest
@@ -101,13 +102,11 @@ def test_lines_are_read_up_to_a_torn_one_and_cut_to_what_a_state_knows(tmp_path)
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert records.read_lines(path) == [{"step": 1}, {"step": 2}]
-    assert records.lines_up_to(path, 24) == [{"step": 1}, {"step": 2}]
-    records.cut_lines(path, 12)
-    assert path.read_text() == '{"step": 1}\n'
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*lines are missing.*; bring it back"):
-        records.cut_lines(path, 24)
+    assert records.read_lines(path, 24) == [{"step": 1}, {"step": 2}]
+    assert log.Log(tmp_path, 12).lines == [{"step": 1}] and path.read_text() == '{"step": 1}\n'
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*lines are missing.*; .* bring it back"):
+        records.read_lines(path, 24)
     path.write_text('{"step": 1}\n[\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*; give run folders"):
         records.read_lines(path)
-    records.cut_lines(path, 0)
-    assert path.read_text() == ""
+    assert log.Log(tmp_path).lines == [] and path.read_text() == ""

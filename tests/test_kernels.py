@@ -2,9 +2,10 @@
 from functools import partial
 
 import pge
+from masking import kernels as kernels_module
 from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits
 from masking.exact_kernels import blocks_at_a_time
-from masking.kernels import Kernels, eager_update
+from masking.kernels import Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace, PatternSpace
 
@@ -22,19 +23,22 @@ def same_bits(a, b):
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(words), b.contiguous().view(words))
 
 
-def take(function, logits, mask, coefficient=0.0, dtype=torch.float32, weight=None, t=0, args=None):
-    """One step from logits and mask `[blocks, M]`: new logits `[blocks, M]`, mask and masked weight.
-
-    args: what the function takes at the end; n and m if not given.
-    """
-    n, m = int(mask[0].sum()), mask.shape[1]
+def take(function, logits, mask, coefficient=0.0, dtype=torch.float32, weight=None, t=0):
+    """One step from logits and mask `[blocks, M]`: new logits `[blocks, M]`, mask and masked weight."""
+    m = mask.shape[1]
     planes, bits = planes_of(logits, dtype), mask_to_bits(mask)
     weight = torch.zeros(mask.numel(), dtype=torch.bfloat16) if weight is None else weight
     out = torch.full_like(weight, 7.0)
     key = layer_keys(0, t, 1)[0]
-    function(planes, bits, weight, out, torch.tensor(coefficient), key, *((n, m) if args is None else args))
+    function(planes, bits, weight, out, torch.tensor(coefficient), key)
     assert planes[0].dtype == dtype and bits.dtype == bits_dtype(m)
     return torch.stack(planes, 1), bits_to_mask(bits, m), out
+
+
+def eager_update(logits, bits, *rest):
+    """The fused update of the linear space, without a compiler."""
+    n = int(bits_to_mask(bits[:1], len(logits)).sum())
+    Kernels(LinearSpace(n, len(logits)), "eager").update(logits, bits, *rest)
 
 
 def fused_score(logits, mask):
@@ -55,19 +59,20 @@ def test_bit_i_is_weight_i(m):
 
 @pytest.mark.parametrize("n, m", [(2, 4), (2, 5), (4, 8), (8, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_step_writes_the_weight_under_the_mask_it_drew(n, m, dtype):
+def test_a_step_writes_the_weight_under_the_mask_it_drew(n, m, dtype, monkeypatch):
     """Kept weights bit for bit, -0.0 and NaN too; pruned ones +0.0 whatever they were. In slices of blocks as in one
     piece; and so does `write`."""
     kernels, logits = Kernels(LinearSpace(n, m), "eager"), torch.randn(200, m, generator=seeded(0)) * 2
     weight = -torch.randn(200 * m, generator=seeded(1)).to(dtype)
     weight[::3], weight[::7], weight[1::11] = torch.inf, -0.0, torch.nan
-    whole = take(kernels.update, logits, pge.mode(logits, n), 0.1, dtype, weight, args=())
+    whole = take(kernels.update, logits, pge.mode(logits, n), 0.1, dtype, weight)
     written = torch.full_like(weight, torch.nan)
     kernels.write(weight, mask_to_bits(whole[1]), written)
     for out in (whole[2], written):
         assert same_bits(out, torch.where(whole[1].flatten(), weight, torch.zeros_like(weight)))
     if n <= 4:
-        parts = take(partial(eager_update, chunk=96), logits, pge.mode(logits, n), 0.1, dtype, weight)
+        monkeypatch.setattr(kernels_module, "chunk_of", lambda _: 96)
+        parts = take(kernels.update, logits, pge.mode(logits, n), 0.1, dtype, weight)
         assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1]) and same_bits(whole[2], parts[2])
 
 
@@ -119,7 +124,7 @@ def test_the_update_is_minus_coefficient_times_score(space):
     for mode in ("eager", "exact"):
         kernels = Kernels(space, mode)
         assert torch.equal(bits_to_mask(kernels.mode(planes_of(logits)), space.m), space.mode(logits))
-        step = partial(take, kernels.update, logits, mask, 0.37, args=())
+        step = partial(take, kernels.update, logits, mask, 0.37)
         updated, drawn, _ = step()
         assert torch.allclose(updated, expected, atol=2e-6, rtol=0)
         assert (drawn.sum(1) == space.n).all() and not torch.equal(drawn, mask)
@@ -140,7 +145,7 @@ def test_updates_far_below_a_16_bit_step_count_on_average(dtype, value, mode):
     logits = torch.full((2**18, 4), value)
     mask = torch.tensor([True, True, False, False]).expand(2**18, 4)
     coefficient = 2e-5 if value else 1e-8
-    moved = take(Kernels(LinearSpace(2, 4), mode).update, logits, mask, coefficient, dtype, args=())[0].double() - value
+    moved = take(Kernels(LinearSpace(2, 4), mode).update, logits, mask, coefficient, dtype)[0].double() - value
     expected = -coefficient * pge.score(logits[:1], mask[:1])[0].double()
     spread = moved.std(0) / 2**9
     assert (spread > 0).all() and ((moved.mean(0) - expected).abs() < 5 * spread).all()
@@ -160,7 +165,7 @@ def check_draws(function, n, m, code, gap, times, **given):
     logits = bits_to_mask(torch.tensor([code]), m)[0] * gap
     block = logits.expand(2**18, -1)
     mask = pge.mode(block, n)
-    counts = sum(pattern_counts(take(function, block, mask, t=t, args=(), **given)[1]) for t in range(times))
+    counts = sum(pattern_counts(take(function, block, mask, t=t, **given)[1]) for t in range(times))
     assert chi_square(counts, distribution(logits.tolist(), n)) > 1e-4
 
 
@@ -196,7 +201,7 @@ def test_maskpro_finds_the_best_mask(dtype):
     for t in range(4500):
         found = weight.square().sum() - out.square().sum()
         advantage = estimator.advantage(float(found + noise[t % 3]), float(loss + noise[t % 3]))
-        eager_update(logits, bits, weight, out, torch.tensor(0.3 * advantage), layer_keys(0, t, 1)[0], 2, 4)
+        eager_update(logits, bits, weight, out, torch.tensor(0.3 * advantage), layer_keys(0, t, 1)[0])
     assert torch.equal(pge.mode(torch.stack(logits, 1).float(), 2), order < 2)
 
 
@@ -211,7 +216,7 @@ def test_the_compiled_step_is_the_eager_one(n, m, dtype, compiler, capsys):
     kernels, logits = Kernels(LinearSpace(n, m)), torch.randn(2**18, m, generator=seeded(0)) * 3
     mask = pge.sample(logits, n, seeded(1))
     given = {"dtype": dtype, "weight": torch.randn(mask.numel(), generator=seeded(2)).bfloat16()}
-    fast = take(kernels.update, logits, mask, 0.3, args=(), **given)
+    fast = take(kernels.update, logits, mask, 0.3, **given)
     slow = take(eager_update, logits, mask, 0.3, **given)
     assert "torch.compile failed" not in capsys.readouterr().err
     assert torch.isclose(fast[0], slow[0], atol=1e-5, rtol=1e-5).all(1).float().mean() > 1 - 1e-3

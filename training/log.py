@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from files.atomic import sync
-from files.records import cut_lines, lines_up_to
+from files.records import read_lines
 from models import processes
 
 
@@ -17,10 +17,10 @@ class Log:
 
     def __init__(self, folder: Path, size_bytes: int = 0):
         path, self._file = folder / "metrics.jsonl", None
-        self.lines: list[dict] = lines_up_to(path, size_bytes)
+        self.lines: list[dict] = read_lines(path, size_bytes) if size_bytes else []
         if processes.is_main():
-            cut_lines(path, size_bytes)
             self._file = open(path, "a", buffering=1)
+            self._file.truncate(size_bytes)
 
     def write(self, line: dict) -> None:
         """A step's line."""
