@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from files.documents import all_documents, documents, hub_texts
+from files.documents import documents, hub_texts
 from files.errors import explained
 from utils import UserError, progress_bar
 
@@ -99,7 +99,7 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
     Errors: UserError where no document is long enough, and those of `documents`.
     """
     generator = random.Random(seed)  # the stream of random.seed(seed), without touching the global one
-    texts = all_documents(dataset)
+    texts = list(documents(dataset))
     samples, short = [], set()  # short: indices of documents known to be too short
     with progress_bar(total=nsamples, desc="drawing documents", leave=False) as bar:
         while len(samples) < nsamples:

@@ -14,7 +14,6 @@ from models import generation
 from models.loading import check_length, load_model
 from utils import (
     add_model_arguments,
-    add_old_name,
     positive_int,
     run_script,
     script_parser,
@@ -33,7 +32,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="passages, as for train.py --dataset: each document continues the first --seqlen tokens "
                              "of one of them, which are left out")
     parser.add_argument("--out", default="generated_text.jsonl", help="file to write, must be new")
-    add_old_name(parser, "sqlen", "seqlen")
     return parser.parse_args(argv)
 
 

@@ -10,7 +10,6 @@ Of every M consecutive weights of a row the N with the largest scores stay, unch
 
     magnitude   |w_ij|
     wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens (arXiv 2306.11695)
-    ria         (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) * ||x_j||^(1/2)      (Zhang et al., ICLR 2024)
 
 sparsegpt (pruning/sparsegpt.py) also updates the weights that stay, to make up for the pruned ones. get_mask.py takes
 only the mask from its model; it is then used with the original weights.

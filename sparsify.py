@@ -44,7 +44,6 @@ from utils import (
     DTYPES,
     add_model_arguments,
     finite,
-    gradient_dtype,
     positive_int,
     run_script,
     script_parser,
@@ -110,7 +109,7 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
     a MaskFile."""
     n_m, plan = args.sparsity_type, folder.record.setdefault("plan", {})
     load = load_sharded if args.shard and processes.size() > 1 else load_model
-    model, tokenizer = load(args.model, gradient_dtype(args.dtype, device), device, args.trust_remote_code)
+    model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     if "tokens" not in plan:
         plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen)

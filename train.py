@@ -62,14 +62,6 @@ class PolicyGradient:
         self.masked.update(lr * result.advantage)       # pi -= lr A score(m_t); m_{t+1} ~ p(pi): in the next forward
         return result
 
-    def state(self) -> tuple[dict, dict]:
-        """What a checkpoint keeps of it: the tracker."""
-        return self.estimator.state()
-
-    def restore(self, scalars: dict, read: object = None) -> None:
-        """From `state`."""
-        self.estimator.restore(scalars)
-
 
 def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
     """The run from its start, or from where it was stopped, to its results."""
@@ -96,7 +88,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
 
     learner, validation = PolicyGradient(masked, batches, baseline, estimator), Validation(masked, heldout)
     run = Run(folder, signals, validation, len(batches), args.max_step, args.epoch)
-    if not run.restore(saved, masked=masked, learner=learner, validation=validation):
+    if not run.restore(saved, masked=masked, estimator=estimator, validation=validation):
         initialize.start(masked, args.init, args.logits, batches.flatten(0, 1), args.seed, validation)
 
     # the loop

@@ -32,7 +32,6 @@ except ImportError:  # Windows
 STATUS = Path("/proc/self/status")  # Linux
 LINE_S = 30  # between two bars in a log
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -123,8 +122,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
     parser.add_argument("--dtype", default="float16", choices=["auto", "checkpoint", *DTYPES],
                         help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")
     parser.add_argument("--device", default=None,
-                        help="cpu, cuda, cuda:1 ...; auto, balanced ...: spread the layers over all GPUs by accelerate "
-                             "(default: cuda if there is one)")
+                        help="cpu, cuda, cuda:1 ...; auto: spread layers over all GPUs (default: cuda if there is one)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings or names")
 
@@ -150,7 +148,7 @@ def default_device() -> str:
 
 def checked_device(device: str | None = None) -> str:
     """The device itself, or the default one; UserError where it cannot be used."""
-    device = default_device() if device is None or device in DEVICE_MAPS else device
+    device = default_device() if device in (None, "auto") else device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -159,19 +157,12 @@ def checked_device(device: str | None = None) -> str:
 
 
 def fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 on a CPU with AMX or AVX512-BF16, float32 on any other CPU, float16 on a GPU as the paper has it."""
+    """bfloat16 where the hardware is fast at it; elsewhere float32 on a CPU, float16 on a GPU."""
     if not device.startswith("cpu"):
-        return torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     has_bf16 = any(getattr(torch.cpu, name, lambda: False)()
                    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def gradient_dtype(dtype: str, device: str | None) -> str:
-    """The dtype to learn with by gradients: for auto on a GPU that has it, bfloat16, since float16 overflows."""
-    if dtype == "auto" and checked_device(device).startswith("cuda") and torch.cuda.is_bf16_supported():
-        return "bfloat16"
-    return dtype
 
 
 def reuse_freed_memory() -> None:

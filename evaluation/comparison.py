@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from utils import UserError
+from files.errors import explained
 
 
 def percent(task: dict, metric: str) -> str:
@@ -55,10 +55,7 @@ def read_evaluation(path: str) -> tuple[str, dict]:
     """Name and record of a JSON file of evaluate.py, or of a folder's evaluation.json; UserError where it is none."""
     file = Path(path) / "evaluation.json" if Path(path).is_dir() else Path(path)
     name = str(file.parent if file.name == "evaluation.json" else file)
-    try:
+    with explained(file, "give a record of evaluate.py"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        comparison([(name, record)])
-    except Exception as error:  # a damaged record fails in many ways
-        raise UserError(f"--compare {path}: {file} is no record of evaluate.py ({type(error).__name__}: "
-                        f"{str(error)[:200]}); make it with evaluate.py")
+        comparison([(name, record)])  # what it lacks shows here
     return name.removesuffix(".json").removesuffix(".evaluation"), record

@@ -14,7 +14,7 @@ Hub ids need the network the first time. What a user can mend is raised as UserE
 import gzip
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from files.errors import explained
@@ -26,7 +26,6 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in its folder
 C4_TRAIN = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
 INTACT = "check that the file is intact"
-REACHABLE = "check its spelling, your access to it and the network, or give a local file or folder"
 
 
 def documents(dataset: str) -> Iterator[str]:
@@ -42,26 +41,14 @@ def documents(dataset: str) -> Iterator[str]:
             yield from _texts(_rows(file))
 
 
-def all_documents(dataset: str) -> Sequence[str]:
-    """All of them, to be drawn from: a column of a hub dataset stays in its cache, what is local comes into memory.
-    UserError where there are none, and those of `documents`."""
-    if _is_local(dataset):
-        texts = list(documents(dataset))
-    else:
-        with explained(f"dataset {dataset}", REACHABLE):
-            rows = _loaded(**_hub_arguments(dataset))
-            is_column = len(rows) and not _is_question(rows[0])
-            texts = rows[_text_column(rows[0])] if is_column else list(_texts(rows))
-    if len(texts) == 0:
-        raise UserError(f"dataset {dataset} holds no documents")
-    return texts
-
-
 def hub_texts(dataset: str, **arguments) -> Iterator[str]:
     """The texts of what datasets.load_dataset gives for these arguments, as they are read; dataset: its name in
     messages."""
-    with explained(f"dataset {dataset}", REACHABLE):
-        yield from _texts(_loaded(**arguments, streaming=True))
+    import datasets  # takes a second, which a local file need not wait for
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
+    with explained(f"dataset {dataset}", "check its spelling, your access to it and the network, or give a local file"):
+        # one shard is not all that a card lists
+        yield from _texts(datasets.load_dataset(**arguments, verification_mode="no_checks", streaming=True))
 
 
 def _is_local(dataset: str) -> bool:
@@ -71,12 +58,6 @@ def _is_local(dataset: str) -> bool:
 def _hub_arguments(dataset: str) -> dict:
     name, _, config = dataset.partition(":")
     return C4_TRAIN if dataset == "allenai/c4" else {"path": name, "name": config or None, "split": "train"}
-
-
-def _loaded(path: str, **arguments):
-    import datasets  # takes a second, which a local file need not wait for
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
-    return datasets.load_dataset(path, verification_mode="no_checks", **arguments)  # one shard is not all a card lists
 
 
 # ---------------------------------------------------------------------------------------------------------------------

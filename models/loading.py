@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from files import errors
-from utils import DEVICE_MAPS, DTYPES, UserError, checked_device, fast_dtype, reuse_freed_memory
+from utils import DTYPES, UserError, checked_device, fast_dtype, reuse_freed_memory
 
 import torch
 import transformers
@@ -22,13 +22,12 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
                trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
     """The frozen causal LM of this folder or hub id, in eval mode, and its tokenizer. UserError if it cannot be had.
 
-    dtype: a name of utils.DTYPES, auto or checkpoint. device: None, a torch device, or one of utils.DEVICE_MAPS, by
-    which accelerate spreads the layers over all GPUs.
+    dtype: a name of utils.DTYPES, auto or checkpoint. device: None, a torch device, or auto, by which
+    accelerate spreads the layers over all GPUs.
     """
-    device_map = device if device in DEVICE_MAPS else None
-    device = checked_device(None if device_map else device)
-    found, tokenizer = read_model(model, dtype, device, trust_remote_code, device_map)
-    if not device_map:
+    is_spread, device = device == "auto", checked_device(device)
+    found, tokenizer = read_model(model, dtype, device, trust_remote_code, is_spread)
+    if not is_spread:
         found.to(device)
     if device.startswith("cpu"):
         reuse_freed_memory()
@@ -36,24 +35,24 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
 
 
 def read_model(model: str, dtype: str, device: str, trust_remote_code: bool,
-               device_map: str | None = None) -> tuple[nn.Module, Tokenizer]:
-    """As `load_model`, but on the CPU, if no device_map says otherwise. device: that it is meant for."""
+               is_spread: bool = False) -> tuple[nn.Module, Tokenizer]:
+    """As `load_model`, but on the CPU, unless it is spread over all GPUs. device: that it is meant for."""
     source, torch_dtype = local_folder(model), {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     if os.environ.get("RANK", "0") == "0":
-        print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device_map or device})", file=sys.stderr)
+        print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device})", file=sys.stderr)
     with explained(model):
         tokenizer = read_tokenizer(source, trust_remote_code)
         read_config(source, trust_remote_code)
         found, report = transformers.AutoModelForCausalLM.from_pretrained(
             source, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True, output_loading_info=True,
-            **{DTYPE: torch_dtype}, **({"device_map": device_map} if device_map else {}))
+            **{DTYPE: torch_dtype}, **({"device_map": "auto"} if is_spread else {}))
     empty = [name for name, parameter in found.named_parameters() if parameter.is_meta]
-    missing = sorted({*report["missing_keys"], *([] if device_map else empty)})
+    missing = sorted({*report["missing_keys"], *([] if is_spread else empty)})
     if missing:  # transformers would go on with random numbers, or with none
         raise UserError(f"--model {model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
                         "restore it, or give the folder of a whole causal LM")
     if empty:
-        raise UserError(f"{model} does not fit the GPUs of --device {device_map}; use more or larger ones, or several "
+        raise UserError(f"{model} does not fit the GPUs of --device auto; use more or larger ones, or several "
                         "processes with --shard")
     return found.requires_grad_(False).eval(), tokenizer
 

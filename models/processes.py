@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from statistics import fmean
 
-from utils import DEVICE_MAPS, UserError
+from utils import UserError
 
 import torch
 from accelerate import PartialState
@@ -39,8 +39,8 @@ def joined(device: str | None) -> Iterator[str | None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
-    if device in DEVICE_MAPS:
-        raise UserError(f"--device {device} gives all GPUs to one process: leave it out, or start one process")
+    if device == "auto":
+        raise UserError("--device auto gives all GPUs to one process: leave it out, or start one process")
     with _reported():
         yield _begin(on_cpu=not torch.cuda.is_available() or str(device).startswith("cpu"))
     wait_for_main()  # no process is the last that writes

@@ -2,7 +2,6 @@
 
     magnitude   |w_ij|
     wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens (arXiv 2306.11695)
-    ria         (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) * ||x_j||^(1/2)      (Zhang et al., ICLR 2024)
     sparsegpt   see sparsegpt.py
 """
 from collections.abc import Iterator
@@ -30,14 +29,7 @@ def wanda(weight: Tensor, norms: Tensor) -> Tensor:
     return weight.abs() * norms
 
 
-def ria(weight: Tensor, norms: Tensor) -> Tensor:
-    """Relative importance and activations, see the top."""
-    size = weight.abs()
-    relative = size / size.sum(0, keepdim=True).clamp(min=1e-30) + size / size.sum(1, keepdim=True).clamp(min=1e-30)
-    return relative * norms.sqrt()
-
-
-SCORES = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
+SCORES = {"magnitude": magnitude, "wanda": wanda}
 METHODS = (*SCORES, "sparsegpt")
 
 

@@ -150,7 +150,7 @@ ARGUMENTS = [
     (list(SCRIPTS), "--nonsense", "--nonsense")]
 RECORDS = [
     ("evaluate", "--task_file {w}/absent.jsonl", "absent.jsonl cannot be read", "one JSON object a line"),
-    *[("compare", f"--compare {{w}}/record.json {{w}}/{name}", name, "is no record", "make it with evaluate.py")
+    *[("compare", f"--compare {{w}}/record.json {{w}}/{name}", name, "cannot be read", "give a record of evaluate.py")
       for name in ("absent.json", "torn.json")],
     ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders")]
 

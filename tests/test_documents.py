@@ -5,7 +5,7 @@ import json
 import socket
 
 import data
-from files.documents import all_documents, documents
+from files.documents import documents
 from utils import UserError
 
 import datasets
@@ -76,7 +76,7 @@ def test_questions_of_the_hub_are_documents_to_learn_from_and_to_calibrate_on(hu
     hub.columns = {"context": ["Bees make", "Sheep give"], "choices": [[" honey", " wool"], [" wool", " milk"]],
                    "gold": [0, 1]}
     asked = ["Bees make honey", "Sheep give milk"]
-    assert list(documents("some/quiz")) == list(all_documents("some/quiz")) == asked
+    assert list(documents("some/quiz")) == asked
 
 
 # ----------------------------------------------------------------------------------------------------- bad local input

@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("matplotlib")
 
 
-def metrics_of(steps: int, baseline: bool = True, sampled: bool = True, heldout: bool = True) -> list[dict]:
+def metrics_of(steps: int, baseline: bool = True, heldout: bool = True) -> list[dict]:
     lines = [{"step": t, "loss": 5 + 1 / t, "baseline": 5.0 if baseline else None,
-              "advantage": 1 / t if sampled else None} for t in range(1, steps + 1)]
+              "advantage": 1 / t} for t in range(1, steps + 1)]
     return [*lines[:-1], {**lines[-1], "heldout": 4.5}] if heldout else lines
 
 
@@ -34,14 +34,13 @@ def texts(path: Path) -> set[str]:
 @pytest.mark.parametrize("kinds, shown", [
     ({}, {figures.RESIDUAL, "m0", figures.HELDOUT}), ({"steps": 1}, {figures.RESIDUAL, "m0", figures.HELDOUT}),
     ({"end": '{"step": 7, "lo'}, {figures.RESIDUAL, "m0", figures.HELDOUT}),  # a torn last line
-    ({"baseline": False, "heldout": False}, {figures.SAMPLED}),
-    ({"baseline": False, "sampled": False}, {figures.TRAINING, figures.HELDOUT})])
+    ({"baseline": False, "heldout": False}, {figures.TRAINING})])
 def test_a_run_gets_its_picture(tmp_path, capsys, kinds, shown):
     run = write_run(tmp_path / "learned", **kinds)
     plot.main([str(run)])
     assert sorted(os.listdir(run)) == ["metrics.jsonl", "plot.png", "plot.svg"]
     assert (run / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    labels = {figures.RESIDUAL, figures.SAMPLED, figures.TRAINING, figures.HELDOUT, "m0"}
+    labels = {figures.RESIDUAL, figures.TRAINING, figures.HELDOUT, "m0"}
     assert texts(run / "plot.svg") & labels == shown and {"step", str(run)} <= texts(run / "plot.svg")
     assert capsys.readouterr().out == f"pictures -> {run}/plot.png, {run}/plot.svg\n"
 
@@ -49,7 +48,7 @@ def test_a_run_gets_its_picture(tmp_path, capsys, kinds, shown):
 def test_several_runs(tmp_path, monkeypatch):
     """What not all have is not drawn; a $ in a name is a dollar."""
     monkeypatch.chdir(tmp_path)
-    runs = [str(write_run(Path("a/learned"))), str(write_run(Path("$x_1$ & <c>"), baseline=False, sampled=False))]
+    runs = [str(write_run(Path("a/learned"))), str(write_run(Path("$x_1$ & <c>"), baseline=False))]
     plot.main(runs)
     assert {*runs, figures.TRAINING, figures.HELDOUT} <= texts(tmp_path / "comparison.svg")
     plot.main([runs[0], "--out", "new/folder/one"])
@@ -89,6 +88,6 @@ def test_lines_and_levels():
 
 @pytest.mark.parametrize("heldout", [True, False])
 def test_the_learning_curve_shows_known_losses(tmp_path, heldout):
-    metrics = metrics_of(40, baseline=False, sampled=False, heldout=heldout)
+    metrics = metrics_of(40, baseline=False, heldout=heldout)
     figures.learning_curve({"a": metrics}, tmp_path / "curve.svg", {"dense": 3.0, "m0": 4.0})
     assert {figures.TRAINING, "a", "dense", "m0"} <= texts(tmp_path / "curve.svg")

@@ -1,11 +1,10 @@
 """prune.py in process, pruning/one_shot.py: masks by a score, and the pass that prunes real layers in order."""
-from itertools import product
 
 import data
 import prune
 from masking.layers import check_sparsity
 from models.layers import find_layers, weight_matrix
-from pruning.one_shot import OneShot, largest, one_shot_masks, prune_model, ria
+from pruning.one_shot import OneShot, largest, one_shot_masks, prune_model
 
 import pytest
 import torch
@@ -54,7 +53,7 @@ def test_layers_that_the_text_does_not_reach_are_pruned_by_magnitude(load, flags
     assert torch.equal(model.unused.weight != 0, largest(size, 2, 4))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_masks_without_pruning(load, method):
     """The weights stay; and pruning gives the same masks."""
     model, before, way = load("gpt2"), load("gpt2").state_dict(), OneShot(method, (1, 4))
@@ -65,16 +64,6 @@ def test_masks_without_pruning(load, method):
     prune_model(model, layers, samples, way)
     assert list(masks) == list(layers)
     assert all(torch.equal(mask, weight_matrix(layers[name]) != 0) for name, mask in masks.items())
-
-
-def test_ria_follows_its_formula():
-    generator = torch.Generator().manual_seed(0)
-    weight, norms = torch.randn(6, 8, generator=generator), torch.rand(8, generator=generator)
-    found = ria(weight, norms)
-    for i, j in product(range(6), range(8)):
-        size = abs(float(weight[i, j]))
-        relative = size / sum(abs(float(x)) for x in weight[:, j]) + size / sum(abs(float(x)) for x in weight[i])
-        assert float(found[i, j]) == pytest.approx(relative * float(norms[j]) ** 0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])

@@ -34,14 +34,6 @@ def interval(text: str) -> str:
     return text
 
 
-def share(text: str) -> float:
-    """For argparse: from 0 to 1, 1 not included."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not in [0, 1)")
-    return value
-
-
 def add_mask_arguments(parser: argparse.ArgumentParser, mask_default: str | None) -> None:
     """Which mask is learned, and how its logits are kept."""
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M of the mask")
@@ -76,7 +68,7 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", default="cached", metavar="{cached,online,FILE}",
                         help="f(m0 * w): from inference_loss.py's file, of its default name or this one; online: by a "
                              "second forward pass a step")
-    parser.add_argument("--alpha", type=share, default=0.99, help="decay of delta a step")
+    parser.add_argument("--alpha", type=finite(0, 0.99999), default=0.99, help="decay of delta a step")
     parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
     parser.add_argument("--normalize_advantage", action="store_true",
                         help="divide the advantage by its running root mean square; --lr is then in logits")
@@ -85,7 +77,7 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
                              "logits; from m0 improved by swaps; or at C * normal random numbers")
     parser.add_argument("--space", choices=list(SPACES), default="linear",
                         help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
-    parser.add_argument("--val_fraction", type=share, default=0.0,
+    parser.add_argument("--val_fraction", type=finite(0, 0.99999), default=0.0,
                         help="fraction of the minibatches held out to select the final mask (default: 0, which takes "
                              "the last mask)")
     parser.add_argument("--save", action="store_true", help="save the logits too")

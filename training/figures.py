@@ -7,7 +7,7 @@ from utils import UserError
 
 WINDOW = 32  # steps of the running mean
 LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]
-TRAINING, SAMPLED = "training loss (nats)", "loss of the sampled mask (nats)"
+TRAINING = "training loss (nats)"
 RESIDUAL, HELDOUT = "loss of the sampled mask - loss of m0 (nats)", "held-out loss (nats)"
 
 Points = list[tuple[int, float]]  # step, value
@@ -17,16 +17,15 @@ def curves(runs: dict[str, list[dict]]) -> dict[str, dict[str, Points]]:
     """Label with unit -> name of a run -> points (step, value). The first label is of the training, the second HELDOUT.
 
     runs: name -> the lines of metrics.jsonl. RESIDUAL where all lines have a baseline, the loss of m0 on the same
-    minibatch. SAMPLED where all have an advantage, which only policy gradient has. Else TRAINING.
+    minibatch, else TRAINING.
     """
     lines = [line for metrics in runs.values() for line in metrics]
     residual = all(line.get("baseline") is not None for line in lines)
-    sampled = all(line.get("advantage") is not None for line in lines)
     training = {name: [(line["step"], line["loss"] - line["baseline"] if residual else line["loss"])
                        for line in metrics] for name, metrics in runs.items()}
     heldout = {name: [(line["step"], line["heldout"]) for line in metrics if line.get("heldout") is not None]
                for name, metrics in runs.items()}
-    return {RESIDUAL if residual else SAMPLED if sampled else TRAINING: training, HELDOUT: heldout}
+    return {RESIDUAL if residual else TRAINING: training, HELDOUT: heldout}
 
 
 def _draw(axes: object, label: str, runs: dict[str, Points], levels: dict[str, float]) -> None:

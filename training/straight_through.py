@@ -24,7 +24,7 @@ from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
 from models.loading import input_device
-from models.sharding import REDUCES_UNUSED
+from models.sharding import REDUCES_UNUSED, decoder_layers
 from training.curvature import Curvature
 from training.faster_model import SHORT, speed_up
 from training.loop import StepResult
@@ -34,6 +34,7 @@ from utils import UserError
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 HOT, COLD = 2.0, 0.4  # temperatures of soft masks, in logits: the first, the last
 SOFT = 0.5  # share of the run that has them
@@ -226,7 +227,7 @@ class StraightThrough:
             self.curvature.mean_squares.copy_(read("curvature", self.curvature.mean_squares))
 
     def remove(self) -> None:
-        """Give the modules their own forward back, and the model the state it was in without checkpointing."""
+        """Give the modules their own forward back."""
         for layer in self.masked.layers.values():
             if not layer.sharded:
                 del layer.module.forward
@@ -254,22 +255,13 @@ def soft_temperature(progress: float) -> float:
 
 
 def enable_checkpointing(model: nn.Module) -> Callable[[], None]:
-    """Keep only each decoder layer's input for backward and run the layer again there. The libraries do so in training
-    mode alone, so dropout and layerdrop are taken out first: masks are learned on the model as it is used. Returns a
-    function that puts everything back, the model into eval mode."""
-    chances = [(module, name, value) for module in model.modules() for name, value in vars(module).items()
-               if isinstance(value, float) and ("drop" in name or (isinstance(module, nn.Dropout) and name == "p"))]
-    for module, name, _ in chances:
-        setattr(module, name, 0.0)
-    model.train()
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # as it was named before
-    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
-    if hasattr(model, "_require_grads_hook"):  # what the libraries do for embeddings, `anchor` does already
-        model.disable_input_require_grads()
+    """Keep only each decoder layer's input for backward and run the layer again there; the model stays in eval mode, in
+    which the libraries' own checkpointing does nothing. Returns a function that puts everything back."""
+    layers = decoder_layers(model)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def restore() -> None:
-        getattr(model, f"{kind}_checkpointing_disable")()
-        model.eval()
-        for module, name, value in chances:
-            setattr(module, name, value)
+        for layer in layers:
+            del layer.forward
     return restore
