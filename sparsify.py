@@ -166,7 +166,8 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
             with masked.use_masks(masked.bits()):
                 began, table["m0"] = time.monotonic(), nats()
             plan["table_s"] = processes.agreed(time.monotonic() - began)
-            initialize.start(masked, "swaps", args.logits, batches.flatten(0, 1), args.seed, validation)
+            read = max(1, int(preparation.SWAPS * plan["tokens"]) // args.seqlen)
+            initialize.start(masked, "swaps", args.logits, batches.flatten(0, 1)[:read], args.seed, validation)
             folder.write_record()
             run.save()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-SAMPLE = 4096  # blocks of a layer, at least, that statistics are taken from, where it has so many
+SAMPLE = 4096  # blocks of a layer, at least, that changes are counted in, where it has so many
 
 
 class MaskedLayer:
@@ -50,8 +50,14 @@ class MaskedLayer:
         self.module.weight = nn.Parameter(weight, requires_grad=False)
 
     def remember_start(self) -> None:
-        """Compare with the present mask in statistics, on a sample of the blocks."""
+        """Let `changed` compare with the present mask."""
         self.start_sample = self.bits[::self.stride].clone()
+
+    def changed(self) -> float:
+        """The share of blocks whose most probable mask is not the one they started from, of an evenly spaced sample of
+        those that are here."""
+        return float((self.kernels.mode([plane[::self.stride] for plane in self.logits]) != self.start_sample
+                      ).float().mean())
 
     def set_logits(self, logits_of: Callable[[slice], Tensor]) -> None:
         """Set the logits, a chunk of blocks at a time: slice -> float32 `[blocks, width]`."""

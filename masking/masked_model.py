@@ -2,6 +2,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import mul
 
 from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
@@ -201,6 +202,12 @@ class MaskedModel:
         """The most probable mask of each learned layer, as bits `[blocks]`."""
         self.flush()
         return {name: self.kernels.mode(layer.logits) for name, layer in self.layers.items()}
+
+    def changed(self) -> float:
+        """The share of blocks whose most probable mask is not the one they started from."""
+        self.flush()
+        weights = [layer.shape.numel() for layer in self.layers.values()]
+        return sum(map(mul, weights, (layer.changed() for layer in self.layers.values()))) / sum(weights)
 
     # ------------------------------------------------------------------------------------------- saved and collected
 

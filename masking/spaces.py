@@ -43,9 +43,6 @@ class LinearSpace:
     def score(self, logits: Tensor, mask: Tensor) -> Tensor:
         return pge.score(logits, mask)
 
-    def pattern_probs(self, logits: Tensor) -> Tensor:
-        return pge.pattern_probs(logits, self.n)
-
 
 class PatternSpace:
     """MaskLLM's space behind the same interface: C(M,N) logits a block, one pattern drawn."""
@@ -77,9 +74,6 @@ class PatternSpace:
         """Categorical score: one_hot(S) - softmax(logits)."""
         return -torch.softmax(logits, 1).scatter_add(
             1, self._index(mask)[:, None], logits.new_full((len(mask), 1), -1.0))
-
-    def pattern_probs(self, logits: Tensor) -> Tensor:
-        return logits.softmax(1)
 
 
 Space = LinearSpace | PatternSpace

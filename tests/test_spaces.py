@@ -22,7 +22,6 @@ def test_pattern_space_expresses_any_linear_distribution(n, m):
     assert pattern.width == comb(m, n) == pattern_logits.shape[1]
     assert torch.equal(pattern.mode(pattern_logits), linear.mode(logits))
     for space, x in ((linear, logits), (pattern, pattern_logits)):
-        assert torch.allclose(space.pattern_probs(x)[0], probs, atol=1e-12)
         drawn = space.sample(x.float().expand(200_000, -1), seeded(2))
         assert chi_square(pattern_counts(drawn), probs) > 1e-4
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
-from masking.block_stats import block_stats
 from models import processes
 from training.checkpoint import StateFile, give_shards
 from training.log import Log
@@ -159,7 +158,7 @@ class Run:
             line["blocks_not_finite"] = result.not_finite
         before, position.evaluations = position.evaluations, int(self.progress * self.evaluations)
         if position.evaluations > before:  # evenly spread over the run
-            line |= block_stats(self.validation.masked)
+            line["changed"] = self.validation.masked.changed()
             heldout = self.validation.evaluate(self.step)
             line |= {"heldout": heldout} if self.validation.has_text else {}
         self.log.write(line)

@@ -20,6 +20,7 @@ HELDOUT, MOST_HELDOUT = 0.02, 8  # share of the minibatches, and how many at mos
 PARTS = 2  # that are held out
 TEXT_SHARE, LEARNING_SHARE = 0.3, 0.6  # of the minutes: for generating text, at most; for learning, about
 FORWARDS = 6  # that a step of learning costs
+SWAPS = 0.75  # share of the planned text that swaps read at most: two forwards a token, a seventh of the minutes
 MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
 FEWEST = 8  # minibatches of text, however short the time
 SEQUENCES = 64  # of text that Wanda and the order are measured on
