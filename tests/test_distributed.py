@@ -117,9 +117,8 @@ def test_text_is_generated_once_for_all(w, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- stopped
 
 
-@pytest.mark.parametrize("shard", ["", "--shard"])
-def test_a_killed_process_ends_the_run_and_any_number_goes_on(w, tmp_path, shard):
-    flags = f"{PAPER} --batchsize 2 --max_step 16 --epoch 100 --checkpoint_every 1 --skip_checkpoint {shard}"
+def test_a_killed_process_ends_the_run_and_any_number_goes_on(w, tmp_path):
+    flags = f"{PAPER} --batchsize 2 --max_step 16 --epoch 100 --checkpoint_every 1 --skip_checkpoint --shard"
     run = tmp_path / "killed/run"
     launched = started(2, w, ["train.py", *arguments(w, run, flags)])
     launched.wait_until(lambda: len(steps_of(run)) > 3)
@@ -190,10 +189,8 @@ def test_a_process_that_reads_other_files_is_named(w, tmp_path):
 
 
 @pytest.mark.parametrize("count, flags", [
-    (3, f"{PAPER} --batchsize 2 --logits_dtype float16 --val_fraction 0.3"),
-    (2, f"{PAPER} --batchsize 2 --init scores"),
-    (2, f"{GRADIENTS} --steps 6 --gradient_checkpointing --no-curvature"),
-    (2, f"{GRADIENTS} --steps 6 --soft_masks --normalize block")])
+    (3, f"{PAPER} --batchsize 2 --logits_dtype float16 --val_fraction 0.3 --init scores"),
+    (2, f"{GRADIENTS} --steps 6 --gradient_checkpointing --soft_masks --normalize block")])
 def test_sharded_layers_learn_what_copies_learn(w, tmp_path, count, flags):
     """To the bit without gradients; with them but for the order in which squares are added up. The checkpoint, which
     one process gathers, is the model under its mask."""

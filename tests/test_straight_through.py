@@ -214,8 +214,8 @@ def generated_text(models):
 
 
 @pytest.mark.parametrize("dtype, of_learner", [
-    (torch.float32, {}), (torch.float32, {"distill": 1.0}), (torch.float16, {"checkpointing": True}),
-    (torch.bfloat16, {}), (torch.float32, {"normalize": "block", "soft_masks": True, "curvature": True})])
+    (torch.float16, {"checkpointing": True}), (torch.bfloat16, {"distill": 1.0}),
+    (torch.float32, {"normalize": "block", "soft_masks": True, "curvature": True})])
 def test_it_learns(load, generated_text, dtype, of_learner):
     """From a mask that keeps the smaller half of each block to one better than magnitude's, on text it did not see;
     float16 logits."""
