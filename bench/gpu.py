@@ -2,20 +2,22 @@
 
     python bench/gpu.py --json gpu.json               # all, about ten minutes on a card
     python bench/gpu.py --device cpu --quick          # the same measurements, small, without a card
-    python bench/gpu.py --rows draws                  # only those whose names contain this
+    python bench/gpu.py --rows draws --budget_s 300   # only those whose names contain this, in five minutes
 
-    agreement   compiled kernels on the device against eager ones there and on the CPU: one update, one vector-Jacobian
-                product, soft weights. Masks apart: share of the blocks. ulp: units in the last place, at most.
+    step        whole model, 2:4: a step from forward passes on 32 x 128 tokens, and steps from gradients with
+                checkpointing and distillation on 8 x 128 and 32 x 128.
+    learning    a few steps of a small model, with all that sparsify.py can add, compiled on the device, against eager
+                ones on the CPU in float32.
+    profile     the kernels and copies that one layer's pass launches, counted by torch's profiler.
+    runs        whole runs of both scripts: the same seed twice, and once killed and resumed. The same mask?
+    agreement   compiled kernels on the device against eager ones there and on the CPU. Share: of the blocks. ulp: units
+                in the last place, at most. Masked weights must be the same to the bit, of masks that are.
     draws       the compiled step's draws against the exact probabilities of the patterns, by chi-square. Rare flips are
                 the whole learning signal, so the tails must be right: N logits are at `gap`, the others at 0.
-    profile     the kernels and copies that one layer's pass launches, counted by torch's profiler.
     kernels     time of each pass beside that of a copy of the bytes that it reads and writes.
-    step        whole model, 2:4: a step from forward passes on 32 x 128 tokens, and one from gradients with
-                checkpointing and distillation on 8 x 128.
-    runs        whole runs of both scripts: the same seed twice, and once killed and resumed. The same mask?
 
-Each row goes to --json at once, so a time limit loses nothing. After a failure the next measurement starts; the exit
-code is then 1.
+Each row has a verdict: what is out of its limits. Tables go to --json at once, so a time limit loses little. After a
+failure the next measurement starts; the exit code is then 1.
 """
 import argparse
 import gc
@@ -25,179 +27,41 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import common
-import pge
 from files.records import write_json
-from masking.block_bits import mask_to_bits
-from masking.kernels import Kernels
 from masking.masked_model import MaskedModel
-from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
-from utils import DTYPES, environment, run_script
+from training.straight_through import StraightThrough
+from utils import environment, run_script
 
 import torch
+from gpu_layer import NOT_MEASURED, Rows, agreement, draws, kernels, profile
 from scaling import make_inputs
-from torch import Tensor
 
-PATTERNS = [(1, 4), (2, 4), (2, 8), (4, 8)]
-DRAWS = [(2, 4, 0), (2, 4, 10), (2, 4, 16), (1, 4, 10), (4, 8, 10)]  # N, M, gap
 SCRIPTS = {
     "train.py": "--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl --dtype auto "
                 "--seqlen 24 --batchsize 4 --dataset_size 12 --baseline online --lr 5 --logits 1 --max_step {steps} "
                 "--skip_checkpoint",
     "sparsify.py": "--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl --dtype auto "
                    "--seqlen 24 --batchsize 4 --steps {steps} --skip_checkpoint"}
-NOT_MEASURED, APART = "not measured", "NOT THE SAME"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one layer
-
-class Layer:
-    """Logits, bits, weight and gradient of one layer, the same on every device; a method for each kernel of a step."""
-
-    def __init__(self, shape: tuple[int, int], n: int, m: int, weight_dtype: torch.dtype, logits_dtype: torch.dtype,
-                 device: str, mode: str = "compiled"):
-        generator = torch.Generator().manual_seed(0)
-        blocks = shape[0] * shape[1] // m
-        mask = pge.mode(torch.rand(blocks, m, generator=generator), n)
-        noise = torch.randn(blocks, m, generator=generator)
-        self.kernels = Kernels(LinearSpace(n, m), mode)
-        self.logits = [(3 * mask[:, i] + noise[:, i]).to(device, logits_dtype) for i in range(m)]
-        self.bits = mask_to_bits(mask).to(device)
-        self.weight = torch.randn(shape, generator=generator).to(device, weight_dtype)
-        self.gradient = torch.randn(shape, generator=generator).to(device, weight_dtype)
-        self.out = torch.empty_like(self.weight).view(-1)
-        self.key = torch.nn.functional.pad(layer_keys(0, 7, 1), (0, 2))[0].to(device)
-        self.coefficient = torch.tensor(0.7, device=device)
-        self.scale = torch.tensor([3.0, 0.05, 1.0, 0.95], device=device)
-        self.mean_squares = torch.full((blocks,), -1.0, device=device)
-
-    def update(self) -> None:
-        self.kernels.update(self.logits, self.bits, self.weight.view(-1), self.out, self.coefficient, self.key)
-
-    def vjp(self, mean_squares: Tensor | None = None) -> None:
-        self.kernels.vjp(self.logits, self.bits, self.weight, self.gradient, mean_squares, self.scale, self.key)
-
-    def vjp_by_block(self) -> None:
-        self.vjp(self.mean_squares)
-
-    def write_soft(self) -> None:
-        self.kernels.write_soft(self.logits, self.weight.view(-1), self.out, self.coefficient)
-
-    def passes(self) -> dict[str, Callable[[], None]]:
-        """Each kernel of a step, by its name."""
-        return {"update": self.update, "vjp": self.vjp, "vjp by block": self.vjp_by_block, "soft": self.write_soft}
-
-
-def ulps_apart(a: Tensor, b: Tensor) -> float:
-    """The most units in the last place that two tensors are apart."""
-    a, b = a.cpu(), b.cpu()
-    unit = torch.finfo(a.dtype).eps * torch.maximum(a.abs(), b.abs()).float().clamp(min=1.0)
-    return float(((a.float() - b.float()).abs() / unit).max())
-
-
-def agreement(args: argparse.Namespace) -> Iterator[dict]:
-    shape = (256, 512) if args.quick else (2048, 5632)
-    dtypes = [torch.float32] if args.quick else list(DTYPES.values())
-    cases = [(*pattern, weight_dtype, logits_dtype) for pattern in (PATTERNS[1:2] if args.quick else PATTERNS)
-             for weight_dtype in dtypes for logits_dtype in dtypes]
-    for n, m, weight_dtype, logits_dtype in cases:
-        layers, drawn = [], []
-        for device, mode in ((args.device, "compiled"), (args.device, "eager"), ("cpu", "eager")):
-            layer = Layer(shape, n, m, weight_dtype, logits_dtype, device, mode)
-            layer.update()
-            drawn.append(layer.bits.cpu().clone())
-            layer.vjp()
-            layer.write_soft()
-            layers.append(layer)
-        ours, *others = layers
-        row = {"what": f"{n}:{m}, weights {weight_dtype}, logits {logits_dtype}".replace("torch.", "")}
-        for name, other, bits in zip(("eager", "the CPU"), others, drawn[1:]):
-            row |= {f"masks apart from {name}": float((drawn[0] != bits).float().mean()),
-                    f"logits from {name} (ulp)": max(map(ulps_apart, ours.logits, other.logits)),
-                    f"soft weights from {name} (ulp)": ulps_apart(ours.out, other.out)}
-        yield row
-
-
-def draws(args: argparse.Namespace) -> Iterator[dict]:
-    count, blocks = (4 * 10**6, 2**20) if args.quick else (10**9, 2**22)
-    for n, m, gap in DRAWS[1:2] if args.quick else DRAWS:
-        one = torch.tensor([float(gap)] * n + [0.0] * (m - n)) + torch.linspace(0, 0.5, m)  # all patterns differ
-        rounds = -(-count // blocks)
-        seen = drawn_counts(one, n, blocks, rounds, args.seed, args.device)
-        probs, table = pge.pattern_probs(one[None].double(), n)[0], pge.patterns(n, m)
-        found, freedom, p = chi_square(seen[mask_to_bits(table).long()].double(), probs * blocks * rounds)
-        yield {"what": f"{n}:{m}, gap {gap}", "draws": blocks * rounds,
-               "left m0 (expected)": float((1 - probs.max()) * blocks * rounds),
-               "left m0 (seen)": int(blocks * rounds - seen.max()), "chi-square": found, "freedom": freedom, "p": p}
-
-
-def drawn_counts(one: Tensor, n: int, blocks: int, rounds: int, seed: int, device: str) -> Tensor:
-    """How often each pattern is drawn, int64 `[2^M]` by the pattern's bits, on the CPU. Each round draws for so many
-    blocks that all have the logits `one` `[M]`."""
-    m = len(one)
-    logits = [torch.full((blocks,), value, device=device) for value in one.tolist()]
-    bits = mask_to_bits(pge.patterns(n, m)[:1]).expand(blocks).contiguous().to(device)
-    weight = torch.ones(blocks * m, device=device, dtype=torch.bfloat16)
-    out, nothing = torch.empty_like(weight), torch.zeros((), device=device)
-    kernels, counts = Kernels(LinearSpace(n, m)), torch.zeros(2**m, dtype=torch.long, device=device)
-    for t in range(rounds):
-        kernels.update(logits, bits, weight, out, nothing, layer_keys(seed, t, 1)[0].to(device))
-        counts += torch.bincount(bits.int(), minlength=2**m)
-    return counts.cpu()
-
-
-def chi_square(seen: Tensor, expected: Tensor) -> tuple[float, int, float]:
-    """Chi-square of counts `[patterns]`, its degrees of freedom, and the probability of a larger one. Patterns with
-    fewer than 5 expected counts are pooled."""
-    kept = expected >= 5
-    seen = torch.cat([seen[kept], seen[~kept].sum()[None]])
-    expected = torch.cat([expected[kept], expected[~kept].sum()[None]])
-    seen, expected = seen[expected >= 5], expected[expected >= 5]
-    found, freedom = float(((seen - expected) ** 2 / expected).sum()), len(seen) - 1
-    p = torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(found / 2).double())
-    return found, freedom, float(p)
-
-
-def profile(args: argparse.Namespace) -> Iterator[dict]:
-    if not args.device.startswith("cuda"):
-        yield {"what": "update and vjp", "kernels": NOT_MEASURED, "copies": NOT_MEASURED}
-        return
-    for n, m, dtype in [(2, 4, torch.bfloat16), (4, 8, torch.bfloat16), (2, 4, torch.float32)]:
-        layer = Layer((1024, 1024), n, m, dtype, torch.float32, args.device)
-        for name, run in layer.passes().items():
-            run()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-                run()
-                torch.cuda.synchronize()
-            events = [event.name.lower() for event in found.events()]
-            copies = sum("memcpy" in event or "memset" in event for event in events)
-            yield {"what": f"{name}, {n}:{m}, {str(dtype).removeprefix('torch.')}", "kernels": len(events) - copies,
-                   "copies": copies}
-
-
-def kernels(args: argparse.Namespace) -> Iterator[dict]:
-    shape, repeats = ((512, 512), 3) if args.quick else ((4096, 11008), 20)
-    for n, m in PATTERNS[1:2] if args.quick else PATTERNS:
-        layer = Layer(shape, n, m, torch.bfloat16, torch.float16, args.device)
-        copies = [(tensor, tensor.clone()) for tensor in (*layer.logits, layer.bits, layer.weight)]
-        copy_s = common.queued_s(lambda copies=copies: [a.copy_(b) for a, b in copies], args.device, repeats)
-        for name, run in layer.passes().items():
-            kernel_s = common.queued_s(run, args.device, repeats)
-            yield {"what": f"{name}, {n}:{m}, {shape[0]} x {shape[1]}", "ms": 1e3 * kernel_s,
-                   "of a copy": kernel_s / copy_s, "ns a weight": 1e9 * kernel_s / layer.weight.numel()}
+CASES = [("forward passes", torch.float32, None), ("gradients, curvature", torch.float32, {"curvature": True}),
+         ("gradients, by block, soft", torch.float32, {"normalize": "block", "soft_masks": True}),
+         ("gradients, checkpointing", torch.float32, {"checkpointing": True}),
+         ("gradients, curvature", torch.bfloat16, {"curvature": True}),
+         ("gradients, curvature", torch.float16, {"curvature": True})]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a whole model, whole runs
 
-def step(args: argparse.Namespace) -> Iterator[dict]:
-    yield step_row(args, "forward-only", 32, torch.float16)
-    yield step_row(args, "gradients", 8, torch.float32)
+def step(args: argparse.Namespace) -> Rows:
+    """A step from forward passes, and one from gradients with checkpointing and distillation."""
+    yield step_row(args, "forward-only", 32, torch.float16), {
+        "of a forward": (1, 1.4), "step (s)": (0, 0.2), "allocated (GiB)": (0, 30)}
+    for sequences, most in ((8, 8), (32, 6)):
+        yield step_row(args, "gradients", sequences, torch.float32), {"of a forward": (1, most)}
 
 
 def step_row(args: argparse.Namespace, what: str, sequences: int, logits_dtype: torch.dtype) -> dict:
@@ -208,7 +72,8 @@ def step_row(args: argparse.Namespace, what: str, sequences: int, logits_dtype: 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     shape = "tiny" if args.quick else "llama2-7b" if gpu else "smollm2-135m"
-    model = common.random_llama(shape, device, torch.float16 if gpu else torch.bfloat16, args.seed)
+    dtype = torch.float16 if gpu and what == "forward-only" else torch.bfloat16
+    model = common.random_llama(shape, device, dtype, args.seed)
     batch = torch.randint(0, 256, (sequences // 4 if args.quick else sequences, 128), device=device)
     with torch.no_grad():
         forward_s = common.median_s(lambda: model(input_ids=batch, use_cache=False), device)
@@ -223,7 +88,30 @@ def step_row(args: argparse.Namespace, what: str, sequences: int, logits_dtype: 
             "reserved (GiB)": torch.cuda.max_memory_reserved() / 2**30 if gpu else NOT_MEASURED}
 
 
-def runs(args: argparse.Namespace) -> Iterator[dict]:
+def learning(args: argparse.Namespace) -> Rows:
+    """A few steps of a small model, compiled on the device, against eager ones on the CPU in float32."""
+    batches = torch.randint(0, 256, (4, 8, 64), generator=torch.Generator().manual_seed(args.seed))
+    for name, dtype, flags in CASES[:2] if args.quick else CASES:
+        found = []
+        for device, weights, mode in ((args.device, dtype, "compiled"), ("cpu", torch.float32, "eager")):
+            model = common.random_llama("tiny", "cpu", torch.float32, args.seed).to(device, weights)
+            masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4), 1.0, mode=mode)
+            if flags is None:
+                losses = [common.forward_step(masked)(batch) for batch in batches]
+            else:
+                learner = StraightThrough(masked, distill=1.0, **flags)
+                losses = [learner.step(batch, 0.1, t / 4).loss for t, batch in enumerate(batches)]
+            found.append((losses, torch.cat([bits.cpu() for bits in masked.mode_bits().values()])))
+        (ours, mask), (expected, other) = found
+        is_exact = dtype == torch.float32
+        yield {"what": f"{name}, {dtype}".replace("torch.", ""), "masks apart from the CPU (share)": float(
+            (mask != other).float().mean()), "losses apart (nats)": max(abs(a - b) for a, b in zip(ours, expected))}, {
+            "masks apart from the CPU (share)": (0, 0.002 if is_exact else 0.1),
+            "losses apart (nats)": (0, 1e-4 if is_exact else 0.05)}
+
+
+def runs(args: argparse.Namespace) -> Rows:
+    """Whole runs of both scripts: the same seed twice, and once killed and resumed. The same mask?"""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, args.seed)
@@ -238,8 +126,9 @@ def runs(args: argparse.Namespace) -> Iterator[dict]:
                 run([script, "--resume", str(outs[2])])
             once, again, resumed = (json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"]
                                     for out in outs)
-            yield {"what": script, "the same seed twice": "same" if again == once else APART, "killed and resumed":
-                   APART if resumed != once else "same" if killed else "it ended before it was killed"}
+            yield {"what": script, "the same seed twice": int(again == once), "killed": int(killed),
+                   "resumed, the same": int(resumed == once)}, dict.fromkeys(
+                ("the same seed twice", "resumed, the same"), (1, 1))
 
 
 def run(command: list[str]) -> None:
@@ -260,35 +149,43 @@ def kill(command: list[str], out: Path) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
-MEASUREMENTS = {"agreement": agreement, "draws": draws, "profile": profile, "kernels": kernels, "step": step,
-                "runs": runs}
+MEASUREMENTS = {"step": step, "learning": learning, "profile": profile, "runs": runs, "agreement": agreement,
+                "draws": draws, "kernels": kernels}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--rows", default="", help="only measurements whose names contain one of these, by commas")
+    parser.add_argument("--budget_s", type=float, default=float("inf"), help="begin no row after so many seconds")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    everything, failed, conditions = [], [], environment(args.device)
+def verdict(row: dict, limits: dict) -> str:
+    """What of a row is out of its limits, column -> (lowest, highest)."""
+    wrong = [f"{column} is {row[column]:.4g}, not {low:g} to {high:g}" for column, (low, high) in limits.items()
+             if row[column] != NOT_MEASURED and not low <= row[column] <= high]
+    return "WRONG: " + "; ".join(wrong) if wrong else "right" if limits else ""
 
-    def keep(name: str, row: dict) -> None:
-        everything.append({"table": name, **row, **conditions})
-        if args.json:
-            write_json(args.json, everything)
-        if APART in row.values() or "error" in row:
-            failed.append(name)
+
+def main(argv: list[str] | None = None) -> None:
+    args, began = parse_args(argv), time.monotonic()
+    everything, failed, conditions = [], [], environment(args.device)
+    is_slow = not args.device.startswith("cuda")  # the limits of time and memory are a card's
     for name in common.chosen(MEASUREMENTS, args.rows):
         rows = []
         try:
-            for row in MEASUREMENTS[name](args):
-                rows.append(row)
-                keep(name, row)
+            for row, limits in MEASUREMENTS[name](args):
+                rows.append({**row, "verdict": verdict(row, {} if is_slow and name == "step" else limits)})
+                if time.monotonic() - began > args.budget_s:
+                    rows.append({"what": "the rest", "verdict": "no time left"})
+                    break
         except Exception as error:  # the other measurements are worth having all the same
-            rows.append({"what": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())[:500]})
-            keep(name, rows[-1])
+            said = " ".join(f"WRONG: {type(error).__name__}: {error}".split())
+            rows.append({"what": "failed", "verdict": said[:500]})
+        failed += [f"{name} ({row['what']})" for row in rows if row["verdict"].startswith("WRONG")]
+        everything += [{"table": name, **row, **conditions} for row in rows]
+        if args.json:
+            write_json(args.json, everything)
         print(f"\n{name}")
         common.print_table(rows)
     print(f"failed: {', '.join(failed) or 'nothing'}")

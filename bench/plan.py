@@ -141,7 +141,8 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
         wire = (2 * others * weights if gradients else 40.0) * (gpus > 1)
         return everything, host * gpus, wire
     if layout == "sharded":  # gathered in each pass but the recomputed one; gradients go to the rows' owners
-        return everything, packed_bytes(size) * gpus, (4 if gradients else 1) * others * weights
+        host += packed_bytes(size) * (gpus - 1)  # one process loads the model
+        return everything, host, (4 if gradients else 1) * others * weights
     spread = sum(parts[name] for name in ("weights", "logits", "masks", "mean squares"))
     wire = passes * (gpus - 1) * settings.tokens * size.hidden * size.itemsize
     return spread / gpus + everything - spread, host, wire

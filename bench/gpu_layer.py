@@ -1,0 +1,177 @@
+"""The kernels of one layer on a device: right, few, fast. bench/gpu.py has the command and the tables."""
+import argparse
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import common
+import pge
+from masking.block_bits import mask_to_bits
+from masking.kernels import Kernels
+from masking.random_bits import layer_keys
+from masking.spaces import LinearSpace
+from utils import DTYPES
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+
+PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8)]  # 4:8 last: it compiles longest
+DRAWS = [(2, 4, 10), (2, 4, 0), (2, 4, 16), (1, 4, 10), (4, 8, 10)]  # N, M, gap
+NOT_MEASURED = "not measured"
+MOST_BLOCKS_APART, MOST_ULPS, LEAST_P = 1e-4, 256, 1e-5
+Rows: TypeAlias = Iterator[tuple[dict, dict]]  # column -> cell; column -> (lowest, highest) that is right
+
+
+class Layer:
+    """Logits, bits, weight and gradient of one layer, the same on every device; a method for each kernel of a step."""
+
+    def __init__(self, shape: tuple[int, int], n: int, m: int, weight_dtype: torch.dtype, logits_dtype: torch.dtype,
+                 device: str, mode: str = "compiled"):
+        generator = torch.Generator().manual_seed(0)
+        blocks = shape[0] * shape[1] // m
+        mask = pge.mode(torch.rand(blocks, m, generator=generator), n)
+        noise = torch.randn(blocks, m, generator=generator)
+        self.kernels = Kernels(LinearSpace(n, m), mode)
+        self.logits = [(3 * mask[:, i] + noise[:, i]).to(device, logits_dtype) for i in range(m)]
+        self.bits = mask_to_bits(mask).to(device)
+        self.weight = torch.randn(shape, generator=generator).to(device, weight_dtype)
+        self.gradient = torch.randn(shape, generator=generator).to(device, weight_dtype)
+        self.out = torch.empty_like(self.weight).view(-1)
+        self.key = torch.nn.functional.pad(layer_keys(0, 7, 1), (0, 2))[0].to(device)
+        self.coefficient = torch.tensor(0.7, device=device)
+        self.scale = torch.tensor([3.0, 0.05, 1.0, 0.95], device=device)
+        self.mean_squares = torch.full((blocks,), -1.0, device=device)
+
+    def update(self) -> None:
+        self.kernels.update(self.logits, self.bits, self.weight.view(-1), self.out, self.coefficient, self.key)
+
+    def vjp(self, mean_squares: Tensor | None = None) -> None:
+        self.kernels.vjp(self.logits, self.bits, self.weight, self.gradient, mean_squares, self.scale, self.key)
+
+    def vjp_by_block(self) -> None:
+        self.vjp(self.mean_squares)
+
+    def write_soft(self) -> None:
+        self.kernels.write_soft(self.logits, self.weight.view(-1), self.out, self.coefficient)
+
+    def passes(self) -> dict[str, Callable[[], None]]:
+        """Each kernel of a step, by its name."""
+        return {"update": self.update, "vjp": self.vjp, "vjp by block": self.vjp_by_block, "soft": self.write_soft}
+
+
+def ulps_apart(a: Tensor, b: Tensor) -> float:
+    """The most units in the last place that two tensors are apart."""
+    a, b = a.cpu(), b.cpu()
+    unit = torch.finfo(a.dtype).eps * torch.maximum(a.abs(), b.abs()).float().clamp(min=1.0)
+    return float(((a.float() - b.float()).abs() / unit).max())
+
+
+def agreement(args: argparse.Namespace) -> Rows:
+    """Compiled kernels on the device against eager ones there and on the CPU, after one pass each."""
+    shape = (256, 512) if args.quick else (2048, 5632)
+    dtypes = [torch.float32] if args.quick else list(DTYPES.values())
+    cases = [(*pattern, weight_dtype, logits_dtype) for pattern in (PATTERNS[:1] if args.quick else PATTERNS)
+             for weight_dtype in dtypes for logits_dtype in dtypes]
+    for n, m, weight_dtype, logits_dtype in cases:
+        found = [passes(Layer(shape, n, m, weight_dtype, logits_dtype, device, mode)) for device, mode in (
+            (args.device, "compiled"), (args.device, "eager"), ("cpu", "eager"))]
+        row, limits = {"what": f"{n}:{m}, weights {weight_dtype}, logits {logits_dtype}".replace("torch.", "")}, {}
+        for name, other in zip(("eager", "the CPU"), found[1:]):
+            for key, ours in found[0].items():
+                is_integer = not ours.is_floating_point()
+                column = f"{key}: apart from {name}" + (" (share)" if is_integer else " (ulp)")
+                row[column] = float((ours != other[key]).float().mean()) if is_integer else ulps_apart(ours, other[key])
+                limits[column] = (0, MOST_BLOCKS_APART if is_integer else MOST_ULPS)
+        yield row, limits
+
+
+def passes(layer: Layer) -> dict[str, Tensor]:
+    """What each kernel of a step leaves, on the CPU."""
+    found = {}
+    layer.update()
+    found |= {"mask drawn": layer.bits.cpu().clone(), "masked weight": words(layer.out),
+              "logits after an update": torch.stack([plane.cpu() for plane in layer.logits])}
+    layer.vjp()
+    layer.vjp_by_block()
+    layer.write_soft()
+    return found | {"logits after two vjp": torch.stack([plane.cpu() for plane in layer.logits]),
+                    "mask of them": layer.bits.cpu(), "soft weights": layer.out.cpu()}
+
+
+def words(weight: Tensor) -> Tensor:
+    """Numbers as integers: masked weights must be the same to the bit."""
+    return weight.cpu().view(torch.int16 if weight.itemsize == 2 else torch.int32).clone()
+
+
+def draws(args: argparse.Namespace) -> Rows:
+    """The compiled step's draws against the exact probabilities of the patterns."""
+    count, blocks = (4 * 10**6, 2**20) if args.quick else (10**9, 2**22)
+    for n, m, gap in DRAWS[:1] if args.quick else DRAWS:
+        one = torch.tensor([float(gap)] * n + [0.0] * (m - n)) + torch.linspace(0, 0.5, m)  # all patterns differ
+        rounds = -(-count // blocks)
+        seen = drawn_counts(one, n, blocks, rounds, args.seed, args.device)
+        probs, table = pge.pattern_probs(one[None].double(), n)[0], pge.patterns(n, m)
+        found, freedom, p = chi_square(seen[mask_to_bits(table).long()].double(), probs * blocks * rounds)
+        yield {"what": f"{n}:{m}, gap {gap}", "draws": blocks * rounds,
+               "left m0 (expected)": float((1 - probs.max()) * blocks * rounds),
+               "left m0 (seen)": int(blocks * rounds - seen.max()), "chi-square": found, "freedom": freedom,
+               "p": p}, {"p": (LEAST_P, 1)}
+
+
+def drawn_counts(one: Tensor, n: int, blocks: int, rounds: int, seed: int, device: str) -> Tensor:
+    """How often each pattern is drawn, int64 `[2^M]` by the pattern's bits, on the CPU. Each round draws for so many
+    blocks that all have the logits `one` `[M]`."""
+    m = len(one)
+    logits = [torch.full((blocks,), value, device=device) for value in one.tolist()]
+    bits = mask_to_bits(pge.patterns(n, m)[:1]).expand(blocks).contiguous().to(device)
+    weight = torch.ones(blocks * m, device=device, dtype=torch.bfloat16)
+    out, nothing = torch.empty_like(weight), torch.zeros((), device=device)
+    kernels, counts = Kernels(LinearSpace(n, m)), torch.zeros(2**m, dtype=torch.long, device=device)
+    for t in range(rounds):
+        kernels.update(logits, bits, weight, out, nothing, layer_keys(seed, t, 1)[0].to(device))
+        counts += torch.bincount(bits.int(), minlength=2**m)
+    return counts.cpu()
+
+
+def chi_square(seen: Tensor, expected: Tensor) -> tuple[float, int, float]:
+    """Chi-square of counts `[patterns]`, its degrees of freedom, and the probability of a larger one. Patterns with
+    fewer than 5 expected counts are pooled."""
+    kept = expected >= 5
+    seen = torch.cat([seen[kept], seen[~kept].sum()[None]])
+    expected = torch.cat([expected[kept], expected[~kept].sum()[None]])
+    seen, expected = seen[expected >= 5], expected[expected >= 5]
+    found, freedom = float(((seen - expected) ** 2 / expected).sum()), len(seen) - 1
+    p = torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(found / 2).double())
+    return found, freedom, float(p)
+
+
+def profile(args: argparse.Namespace) -> Rows:
+    """The kernels and copies that one layer's pass launches; at 2:4 in 16 bits one and none."""
+    if not args.device.startswith("cuda"):
+        yield {"what": "update and vjp", "kernels": NOT_MEASURED, "copies": NOT_MEASURED}, {}
+        return
+    for n, m, dtype in [(2, 4, torch.bfloat16), (4, 8, torch.bfloat16), (2, 4, torch.float32)]:
+        layer = Layer((1024, 1024), n, m, dtype, torch.float32, args.device)
+        for name, run in layer.passes().items():
+            run()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                run()
+                torch.cuda.synchronize()
+            events = [event.name.lower() for event in found.events() if event.device_type == DeviceType.CUDA]
+            copies = sum("memcpy" in event or "memset" in event for event in events)
+            limits = {"kernels": (1, 1), "copies": (0, 0)} if (n, dtype) == (2, torch.bfloat16) else {}
+            yield {"what": f"{name}, {n}:{m}, {str(dtype).removeprefix('torch.')}", "kernels": len(events) - copies,
+                   "copies": copies}, limits
+
+
+def kernels(args: argparse.Namespace) -> Rows:
+    """Time of each pass beside that of a copy of the bytes that it reads and writes."""
+    shape, repeats = ((512, 512), 3) if args.quick else ((4096, 11008), 20)
+    for n, m in PATTERNS[:1] if args.quick else PATTERNS:
+        layer = Layer(shape, n, m, torch.bfloat16, torch.float16, args.device)
+        copies = [(tensor, tensor.clone()) for tensor in (*layer.logits, layer.bits, layer.weight)]
+        copy_s = common.queued_s(lambda copies=copies: [a.copy_(b) for a, b in copies], args.device, repeats)
+        for name, run in layer.passes().items():
+            kernel_s = common.queued_s(run, args.device, repeats)
+            yield {"what": f"{name}, {n}:{m}, {shape[0]} x {shape[1]}", "ms": 1e3 * kernel_s,
+                   "of a copy": kernel_s / copy_s, "ns a weight": 1e9 * kernel_s / layer.weight.numel()}, {}
