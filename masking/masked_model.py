@@ -2,7 +2,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from operator import mul
 
 from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
@@ -203,11 +202,15 @@ class MaskedModel:
         self.flush()
         return {name: self.kernels.mode(layer.logits) for name, layer in self.layers.items()}
 
+    @property
+    def blocks(self) -> int:
+        """Of all learned layers."""
+        return sum(layer.shape.numel() for layer in self.layers.values()) // self.space.m
+
     def changed(self) -> float:
         """The share of blocks whose most probable mask is not the one they started from."""
         self.flush()
-        weights = [layer.shape.numel() for layer in self.layers.values()]
-        return sum(map(mul, weights, (layer.changed() for layer in self.layers.values()))) / sum(weights)
+        return sum(layer.changed() * layer.shape.numel() for layer in self.layers.values()) / self.space.m / self.blocks
 
     # ------------------------------------------------------------------------------------------- saved and collected
 

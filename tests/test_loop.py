@@ -23,7 +23,7 @@ def go(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=1e6)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
 
-    def go(seconds, stop_after=math.inf, **budget):
+    def go(seconds, stop_after=math.inf, not_finite=None, **budget):
         masked, seen = make(Stack(nn.Linear(16, 8)))[0], []
         arguments = {"checkpoint_every": "1000000"}
         with RunFolder(tmp_path / "run", arguments, "sparsify.py") as folder, StopSignals() as signals:
@@ -34,7 +34,7 @@ def go(tmp_path, monkeypatch):
                     expected = run.expected_steps()
                     seen.append((run.progress, expected, step_size(1.0, run.progress, expected)))
                     clock.now += seconds(step)
-                    run.advance(StepResult([2.0]))
+                    run.advance(StepResult([2.0], not_finite=not_finite))
                     if run.step == stop_after:
                         run.save()
                         break
@@ -77,3 +77,10 @@ def test_sizes_follow_the_speed_of_recent_steps(go):
 @pytest.mark.parametrize("first_s, steps", [(150.0, 51), (200.0, 1), (500.0, 1)])
 def test_a_first_step_longer_than_half_the_time_does_not_prolong_a_run(go, first_s, steps):
     assert len(go(lambda step: 1.0 if step else first_s, max_s=200.0)[0]) == steps
+
+
+@pytest.mark.parametrize("not_finite, said", [(None, 0), (0, 0), (1, 2)])
+def test_many_gradients_that_are_not_finite_are_told_at_evaluations(go, capsys, not_finite, said):
+    """One of the 32 blocks is more than a hundredth."""
+    go(lambda step: 1.0, max_step=6, evaluations=2, not_finite=not_finite)
+    assert capsys.readouterr().err.count("the gradients of 1 blocks are not finite") == said

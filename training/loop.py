@@ -18,6 +18,7 @@ import torch
 
 BAD_LOSSES = 3  # in a row end a run
 EVALUATIONS = 20  # of the layers and the held-out loss, in a run
+MANY = 0.01  # of the blocks without a finite gradient are worth a line
 RECENT = 20  # steps whose mean time says how many are to come
 
 
@@ -158,7 +159,11 @@ class Run:
             line["blocks_not_finite"] = result.not_finite
         before, position.evaluations = position.evaluations, int(self.progress * self.evaluations)
         if position.evaluations > before:  # evenly spread over the run
-            line["changed"] = self.validation.masked.changed()
+            masked = self.validation.masked
+            line["changed"] = masked.changed()
+            if (result.not_finite or 0) > MANY * masked.blocks:
+                processes.log(f"\nat step {self.step} the gradients of {result.not_finite:,} blocks are not finite and "
+                              "do not count: --dtype bfloat16 does not overflow")
             heldout = self.validation.evaluate(self.step)
             line |= {"heldout": heldout} if self.validation.has_text else {}
         self.log.write(line)
