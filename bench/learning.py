@@ -9,13 +9,14 @@ from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models.layers import find_layers
+from models.loading import load_model
 from models.loss import batch_loss
 from pruning.calibration import input_norms
 from pruning.one_shot import OneShot, one_shot_masks
 from training.curvature import EVERY, SEQUENCES, START
 from training.straight_through import StraightThrough, step_size
 
-from small_model import HELDOUT, TEXT, load_small
+from small_model import HELDOUT, TEXT
 from torch import Tensor, nn
 
 N, M = 2, 4
@@ -26,7 +27,7 @@ class Problem:
     loss is measured on, after the first `skip`."""
 
     def __init__(self, model: str, windows: int, device: str, skip: int = 0):
-        self.model, self.tokenizer = load_small(model, "auto", device)
+        self.model, self.tokenizer = load_model(model, "auto", device)
         self.fixed = data.minibatches(self.tokenizer, TEXT, 512, 32, 128)
         self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[0][skip:]
         layers = find_layers(self.model)

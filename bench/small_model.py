@@ -1,17 +1,19 @@
-"""Make the small model of bench/rivals.py: a byte-level Llama of 0.87 M weights, trained here on the demo's text.
+"""Make the small model of the benches: a byte-level Llama of 0.87 M weights, trained here on the demo's text.
 
     python bench/small_model.py [--quick] [--out demo/small]
 
-On it hundreds of mask steps take a minute on a CPU. Needs the demo's text, which `make demo DEMO_FLAGS=--quick` leaves
-in demo/. Prints the training and held-out loss. It takes about four minutes on 2 cores.
+The repository has it already, in reproduce/small_model, so that results of several machines are of the same weights.
+This script says how it was made. Rounding differs between machines and numbers of threads, and so do the weights.
+Needs the demo's text, which `make demo DEMO_FLAGS=--quick` leaves in demo/. Saves bfloat16, and beside it made.json,
+with the command and the losses. It takes about four minutes on 2 cores.
 """
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
 import common
 from files.atomic import atomic_write, refuse_existing
-from models.loading import load_model
 from models.loss import batch_loss
 from utils import UserError, progress_bar, run_script
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TEXT, HELDOUT = "demo/train.jsonl", "demo/heldout.txt"  # what the model is trained, pruned, learned and evaluated on
+MODEL = str(common.ROOT / "reproduce/small_model")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,13 +31,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="demo/small", help="folder of the model, must be new")
     parser.add_argument("--steps", type=int, default=2500, help="training steps of 32 x 128 bytes")
     return parser.parse_args(argv)
-
-
-def load_small(folder: str, dtype: str, device: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The frozen model that this script has written, and its tokenizer. UserError if the folder is missing."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder} is missing; run bench/small_model.py first")
-    return load_model(folder, dtype, device)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -88,13 +84,19 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = byte_tokenizer()
     tokens, heldout = read_text(tokenizer)
     model, loss = train(tokens, steps, args.seed, args.device)
+    for parameter in model.parameters():  # to what is saved; the loss is still computed in float32
+        parameter.data = parameter.bfloat16().float()
     windows = heldout[:512 * 128].view(-1, 128)  # no longer than it was trained on
     heldout_loss = sum(batch_loss(model, window[None]) for window in windows) / len(windows)
     with atomic_write(out) as beside:
-        model.save_pretrained(beside)
+        model.to(torch.bfloat16).save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        config = beside / "tokenizer_config.json"  # transformers 4 knows the class by its old name only, 5 by both
+        config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    args.json = args.json or out / "made.json"
+    digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     common.report([{"model": str(out), "weights": sum(p.numel() for p in model.parameters()), "steps": steps,
-                    "last training loss (nats a byte)": loss, "held-out loss": heldout_loss}], args)
+                    "last training loss (nats a byte)": loss, "held-out loss": heldout_loss, "sha256": digest}], args)
 
 
 if __name__ == "__main__":
