@@ -29,6 +29,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+VERSION = "0.9.0"  # as in CITATION.cff
 STATUS = Path("/proc/self/status")  # Linux
 LINE_S = 30  # between two bars in a log
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
@@ -75,7 +76,9 @@ def script_parser(docstring: str) -> argparse.ArgumentParser:
             if isinstance(action.default, tuple):
                 return f"{action.help} (default: {':'.join(map(str, action.default))})"
             return super()._get_help_string(action)
-    return argparse.ArgumentParser(description=docstring, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=Formatter)
+    parser.add_argument("--version", action="version", version=f"MaskPro {VERSION}")
+    return parser
 
 
 def add_old_name(parser: argparse.ArgumentParser, old: str, name: str) -> None:
@@ -197,8 +200,8 @@ def environment(device: str | torch.device | None = None) -> dict:
                                 capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # there is no git
         commit = ""
-    return {"commit": commit or "unknown", "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": version("transformers"), "hardware": hardware(device)}
+    return {"version": VERSION, "commit": commit or "unknown", "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": version("transformers"), "hardware": hardware(device)}
 
 
 def hardware(device: str | torch.device | None = None) -> str:

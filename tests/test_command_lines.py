@@ -1,5 +1,6 @@
 """What the scripts' command lines mean: the authors' commands, and --help."""
 import argparse
+from pathlib import Path
 
 import evaluate
 import generate_text
@@ -11,7 +12,7 @@ import prune
 import sparsify
 import train
 from training import args as train_args
-from utils import script_parser
+from utils import VERSION, environment, script_parser
 
 import pytest
 
@@ -65,3 +66,11 @@ def test_help_explains_every_flag(name, monkeypatch, capsys):
             assert name not in said and name in OLD_NAMES
         else:
             assert action.help and len(action.help) > 10 and name in said
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_there_is_one_version(name, capsys):
+    with pytest.raises(SystemExit):
+        SCRIPTS[name].main(["--version"])
+    assert capsys.readouterr().out == f"MaskPro {VERSION}\n" and environment("cpu")["version"] == VERSION
+    assert f"\nversion: {VERSION}\n" in (Path(__file__).parent.parent / "CITATION.cff").read_text()
