@@ -5,7 +5,7 @@
 The repository has it already, in reproduce/small_model, so that results of several machines are of the same weights.
 This script says how it was made. Rounding differs between machines and numbers of threads, and so do the weights.
 Needs the demo's text, which `make demo DEMO_FLAGS=--quick` leaves in demo/. Saves bfloat16, and beside it made.json,
-with the command and the losses. It takes about four minutes on 2 cores.
+with the command and the losses. It takes a few minutes on 2 cores.
 """
 import argparse
 import hashlib
@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TEXT, HELDOUT = "demo/train.jsonl", "demo/heldout.txt"  # what the model is trained, pruned, learned and evaluated on
-MODEL = str(common.ROOT / "reproduce/small_model")
+MODEL = "reproduce/small_model"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--out", default="demo/small", help="folder of the model, must be new")
-    parser.add_argument("--steps", type=int, default=2500, help="training steps of 32 x 128 bytes")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps of 32 x 128 bytes")
     return parser.parse_args(argv)
 
 
