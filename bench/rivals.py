@@ -1,12 +1,12 @@
-"""Ways to learn an N:M mask, compared on the small model: this project's, other methods', and the paper's.
+"""Ways to learn an N:M mask, compared on reproduce/small_model: this project's, other methods', and the paper's.
 
-    python bench/small_model.py --steps 1200             # first: the model
     python bench/rivals.py [--quick] [--json FILE] [--budgets 160,640,2500] [--seeds 3] [--rows MaskLLM,sparsify.py]
     python bench/rivals.py --rows MaskLLM --rates 0.001,0.002 --seeds 1      # tune a learning rate
 
 Is a mask from this project as good as one from a rival, for the same work? All start from the same Wanda mask, or have
-it as their prior, and learn from the same text. A budget is a number of forward passes of 32 x 128 tokens. A backward
-pass counts as two, the teacher's forward of distillation (KD) as one, and swaps as one pass of their text.
+it as their prior, and learn from the same text, which `make demo DEMO_FLAGS=--quick` leaves in demo/. A budget is a
+number of forward passes of 32 x 128 tokens. A backward pass counts as two, the teacher's forward of distillation (KD)
+as one, and swaps as one pass of their text.
 
 The table has, for each method and budget: the held-out loss of the mask on the frozen weights, mean ± deviation over
 seeds; the share of the gap from m0 to dense that it closes; the processor's seconds, median. Bytes a weight: what
@@ -26,6 +26,7 @@ from utils import UserError, progress_bar, run_script
 import torch
 from learning import DEFAULTS, OURS, ForwardOnly, Problem, passes_a_step
 from rival_methods import RIVALS, Rival
+from small_model import MODEL
 
 WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
 
@@ -66,7 +67,7 @@ ROWS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.set_defaults(device="cpu")  # seconds are the processor's
-    parser.add_argument("--model", default="demo/small", help="folder that bench/small_model.py wrote")
+    parser.add_argument("--model", default=MODEL, help="folder that bench/small_model.py wrote")
     parser.add_argument("--budgets", default="160,640,2500", help="forward passes of a run, by commas")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method and budget")
     parser.add_argument("--rows", default="", help="only rows whose names contain one of these, by commas")

@@ -134,16 +134,16 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     text = "the quick brown fox jumps over the lazy dog and then it sleeps " * 3
     (tmp_path / small_model.TEXT).write_text("\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(520)))
     (tmp_path / small_model.HELDOUT).write_text(text * 50)
-    common.random_llama("tiny", "cpu", torch.float32).save_pretrained("demo/small")
-    small_model.byte_tokenizer().save_pretrained("demo/small")
+    common.random_llama("tiny", "cpu", torch.float32).save_pretrained("tiny")
+    small_model.byte_tokenizer().save_pretrained("tiny")
     rows = "MaskLLM,sparsify.py,forward-only: MaskPro"
-    rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--rows", rows])
+    rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--model", "tiny", "--rows", rows])
     found = json.loads((tmp_path / "rows.json").read_text())
     assert [row["method"] for row in found] == [
         "dense", "m0", "sparsify.py", "MaskLLM", "forward-only: MaskPro"]
     assert all("12 passes" in row for row in found)
     assert [round(float(row["bytes a weight"]), 2) for row in found[2:]] == [4.25, 24, 4.25]
-    rivals.main(["--quick", "--device", "cpu", "--rows", "SR-STE", "--rates", "0.001,0.002"])
+    rivals.main(["--quick", "--device", "cpu", "--model", "tiny", "--rows", "SR-STE", "--rates", "0.001,0.002"])
     assert "SR-STE, rate 0.002" in capsys.readouterr().out
 
 

@@ -1,5 +1,6 @@
 # Sourced by the scripts of this folder: the settings, and the steps. The settings are the paper's; with DEMO=1 the
-# demo's; with SMALL=1 the paper's scaled to the model of bench/small_model.py, where they learn in minutes on a CPU.
+# demo's; with SMALL=1 the paper's scaled to reproduce/small_model, where they learn in minutes on a CPU, from the
+# demo's text.
 #
 # A script says for which pattern, names the rows of its table with `dense`, `pruned`, `learned` and `ours`, and ends
 # with `table`. What a row needs is made first, if it is not there yet: all scripts of a mode share $OUT, so nothing is
@@ -24,7 +25,7 @@ if [ "$DEMO" = 1 ]; then  # what `make demo` leaves in demo/, in minutes on a CP
     : "${SIZE:=128}" "${BATCHSIZE:=8}" "${STEPS:=48}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=512}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=32}")
 elif [ "$SMALL" = 1 ]; then  # bytes for tokens; text and windows are those of bench/rivals.py
-    : "${OUT:=results/reproduce-small}" "${MODEL:=demo/small}" "${DTYPE:=auto}"
+    : "${OUT:=results/reproduce-small}" "${MODEL:=reproduce/small_model}" "${DTYPE:=auto}"
     : "${TRAIN_TEXT:=demo/train.jsonl}" "${NSAMPLES:=128}" "${CALIBRATION_SEQLEN:=128}"
     : "${SIZE:=512}" "${BATCHSIZE:=8}" "${STEPS:=2500}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=128}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=256}")
@@ -45,14 +46,12 @@ stop() {
     exit 2
 }
 
-if [ "$DEMO" = 1 ] && [ ! -e "$MODEL" ]; then
-    stop "there is no $MODEL; \`make demo DEMO_FLAGS=--quick\` makes it"
-elif [ "$SMALL" = 1 ] && [ ! -e "$MODEL" ]; then
-    stop "there is no $MODEL; \`make demo DEMO_FLAGS=--quick\`, then \`python bench/small_model.py --steps 1200\` make it"
-fi
 # one $OUT, one protocol; what its files are named by, such as STEPS, may vary
 settings="$MODEL $DTYPE; ${calibration[*]}; batchsize $BATCHSIZE, sqlen $SQLEN; ${protocol[*]}"
 if [ "$DRY" = 0 ]; then
+    for file in "$MODEL" "$TRAIN_TEXT" "$HELDOUT"; do
+        [[ $file != demo/* || -e $file ]] || stop "there is no $file; \`make demo DEMO_FLAGS=--quick\` makes it"
+    done
     mkdir -p "$OUT"
     [ -e "$OUT/settings" ] || echo "$settings" > "$OUT/settings"
 fi

@@ -2,6 +2,7 @@
 
 Its commands, printed by DRY=1, run in this process, which saves them a process each; the rest runs as a user runs it.
 """
+import hashlib
 import importlib.util
 import json
 import os
@@ -19,6 +20,8 @@ import prune
 import sparsify
 import train
 from files.documents import documents
+from models.loading import load_model
+from models.loss import batch_loss
 from training import args as arguments
 from utils import script_parser
 
@@ -154,3 +157,13 @@ def test_a_run_that_stopped_goes_on(finished):
     run.rmdir()
     assert printed(done.stdout) == [["train.py", "--resume", str(run)]]
     assert done.returncode == 2 and run.name in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype, within", [("float32", 1e-3), ("bfloat16", 0.02)])
+def test_the_small_model_is_the_one_that_was_made(dtype, within):
+    folder = ROOT / "reproduce/small_model"
+    (made,) = json.loads((folder / "made.json").read_text())
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == made["sha256"]
+    model, tokenizer = load_model(str(folder), dtype, "cpu")
+    text = "The commerce of the United States with the other nations has continued to increase, and revenue is ample."
+    assert batch_loss(model, tokenizer(text, return_tensors="pt").input_ids) == pytest.approx(0.7849, abs=within)
