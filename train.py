@@ -98,7 +98,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)
     folder.finish(summary)
     if processes.is_main():  # the others have no summary
-        print(results.in_words(summary, folder.path))
+        print(results.in_words(summary, folder.path, args.model))
 
 
 def main(argv: list[str] | None = None) -> None:
