@@ -1,7 +1,7 @@
 """Have a model generate the text to learn its mask from (models/generation.py); sparsify.py does so by itself.
 
-    python generate_text.py --model MODEL --dtype auto --tokens 100000 --out generated.jsonl
-    python generate_text.py --model MODEL --dtype auto --tokens 100000 --after PASSAGES --out alike.jsonl
+    python generate_text.py --model MODEL --tokens 100000 --out generated.jsonl
+    python generate_text.py --model MODEL --tokens 100000 --after PASSAGES --out alike.jsonl
 
 No data is needed. Only --after needs some: a few passages of the kind of text that the model will meet. Each document
 then continues one of them. Writes one JSON object a line, {"text": ...}, as every --dataset is.

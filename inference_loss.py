@@ -1,7 +1,7 @@
 """Compute the baseline losses f(m0 * w, minibatch) that train.py subtracts.
 
     python inference_loss.py --dataset_size 512 --batchsize 32
-    python inference_loss.py --model MODEL --mask initial_mask.safetensors --dataset text.jsonl --dtype auto
+    python inference_loss.py --model MODEL --mask initial_mask.safetensors --dataset text.jsonl
     python inference_loss.py --model SPARSE_FOLDER --mask none      # the loss of a model as it is
 
 One forward pass a minibatch. Use the same --model, --mask and data flags for train.py; the file remembers them.

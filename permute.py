@@ -1,7 +1,7 @@
 """Reorder a model's channels so that an N:M mask keeps more. The reordered model computes the same function.
 
-    python permute.py --model MODEL --dataset text.jsonl --seqlen 512 --dtype auto --save_model permuted
-    python prune.py --model permuted --dataset text.jsonl --seqlen 512 --dtype auto       # and on, as with any model
+    python permute.py --model MODEL --dataset text.jsonl --seqlen 512 --save_model permuted
+    python prune.py --model permuted --dataset text.jsonl --seqlen 512       # and on, as with any model
     python permute.py --model MODEL --order permuted.permutation.safetensors --save_model permuted
 
 A mask keeps N of every M consecutive weights. Which weights are consecutive is arbitrary: channels can change places in

@@ -2,7 +2,7 @@
 
     python prune.py --model meta-llama/Llama-2-7b-hf --prune_method wanda --sparsity_type 2:4 --save_model out
     python prune.py --model MODEL --prune_method wanda --dataset text.jsonl --nsamples 128 --seqlen 512
-    python prune.py --model MODEL --prune_method magnitude --sparsity_type 4:8 --dtype auto
+    python prune.py --model MODEL --prune_method magnitude --sparsity_type 4:8
     python prune.py --model MODEL --prune_method sparsegpt --true_sequential --dataset text.jsonl --seqlen 512
     python prune.py --model MODEL --prune_method wanda --swaps 6 --true_sequential --dataset text.jsonl --seqlen 512
 

@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.set_defaults(dtype="auto")
     parser.add_argument("--dataset", nargs="+", default=None,
                         help="training text, in this order, as much as the budget needs: hub ids, .json.gz, .jsonl, "
-                             ".parquet, .txt or folders; also questions, as evaluate.py's --task_file (default: the "
+                             ".parquet, .txt or folders; also questions, as eval.py's --task_file (default: the "
                              "model generates it)")
     parser.add_argument("--after", metavar="PASSAGES", default=None,
                         help="half of the generated text continues these passages: a dataset of the kind of text that "

@@ -1,7 +1,7 @@
 """Learn an N:M mask of a frozen model by policy gradient, from forward passes only (MaskPro, arXiv 2506.12876).
 
     python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625
-    python train.py --model MODEL --dataset text.jsonl --dtype auto --lr 1 --logits 5 --debias_tracker  # if it is small
+    python train.py --model MODEL --dataset text.jsonl --lr 1 --logits 5 --debias_tracker  # if it is small
     python train.py --model MODEL --dataset text.jsonl --baseline online      # without inference_loss.py
     python train.py --resume results/RUN                                      # goes on with a run that was stopped
     torchrun --nproc_per_node R train.py ...     # R processes, each with a minibatch of its own under the same mask
@@ -98,7 +98,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)
     folder.finish(summary)
     if processes.is_main():  # the others have no summary
-        print(results.in_words(summary, folder.path))
+        print(results.in_words(summary, folder.path, args.model))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -122,8 +122,9 @@ positive_int, sequence_length = whole(1), whole(2)  # a sequence has at least a 
 def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LLAMA2) -> None:
     """Which model, where, of what dtype: the parameters of `models.loading.load_model`, and the seed."""
     parser.add_argument("--model", default=model_default, help="Hugging Face causal LM: hub id or folder")
-    parser.add_argument("--dtype", default="float16", choices=["auto", "checkpoint", *DTYPES],
-                        help="of the weights; auto: what this processor is fast at; checkpoint: as they are stored")
+    parser.add_argument("--dtype", default=None, choices=["auto", "checkpoint", *DTYPES],
+                        help="of the weights; auto: what the hardware is fast at; checkpoint: as they are stored "
+                             "(default: auto on a CPU, float16 on a GPU)")
     parser.add_argument("--device", default=None,
                         help="cpu, cuda, cuda:1 ...; auto: spread layers over all GPUs (default: cuda if there is one)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")
@@ -134,7 +135,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """The fixed list of minibatches that inference_loss.py and train.py must agree on."""
     parser.add_argument("--dataset", default="allenai/c4",
                         help="training text: hub id, .json.gz, .jsonl, .parquet, .txt or a folder; also questions, as "
-                             "evaluate.py's --task_file has them")
+                             "eval.py's --task_file has them")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
     parser.add_argument("--batchsize", type=positive_int, default=32, help="sequences in a minibatch")
     parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")

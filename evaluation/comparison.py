@@ -52,10 +52,10 @@ def comparison(records: list[tuple[str, dict]]) -> str:
 
 
 def read_evaluation(path: str) -> tuple[str, dict]:
-    """Name and record of a JSON file of evaluate.py, or of a folder's evaluation.json; UserError where it is none."""
+    """Name and record of a JSON file of eval.py, or of a folder's evaluation.json; UserError where it is none."""
     file = Path(path) / "evaluation.json" if Path(path).is_dir() else Path(path)
     name = str(file.parent if file.name == "evaluation.json" else file)
-    with explained(file, "give a record of evaluate.py"):
+    with explained(file, "give a record of eval.py"):
         record = json.loads(file.read_text(encoding="utf-8"))
         comparison([(name, record)])  # what it lacks shows here
     return name.removesuffix(".json").removesuffix(".evaluation"), record

@@ -6,7 +6,7 @@
     file.txt                     documents are paragraphs, separated by blank lines
     folder/                      what datasets' save_to_disk wrote, or such files, read in sorted order
 
-A document is the string in column `text`, or else in the only column of strings. Of a question, as in evaluate.py's
+A document is the string in column `text`, or else in the only column of strings. Of a question, as in eval.py's
 --task_file, {"context": ..., "choices": [...], "gold": 0}, the right choice makes a document, put behind the context as
 evaluation puts it; where none is said to be right, every choice does.
 Hub ids need the network the first time. What a user can mend is raised as UserError, a one-line message.

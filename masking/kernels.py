@@ -138,16 +138,18 @@ def sliced(function: Callable) -> Callable:
         for begin in range(0, blocks, chunk):
             part = part_of((logits, *rest), slice(begin, begin + chunk), blocks)
             found.append(function(*part, **{name: number + begin for name, number in start.items()}))
-        return None if None in found else torch.cat(found)
+        return None if found[0] is None else torch.cat(found)
     return run
 
 
 class Kernels:
-    """The passes of a space over one layer. Fused, compiled or eager, where the space and its N:M have a fused form;
-    with mode `exact`, and elsewhere always, by `exact_kernels.py`.
+    """The passes of a space over one layer, fused, compiled or eager.
 
         update(logits, bits, weight, out, coefficient, key, start)    pi <- pi - coefficient * score(pi, m), then draw
         draw(logits, bits, weight, out, key, start)                   m ~ p(pi); out <- m * w
+
+    With mode `exact`, and elsewhere where they have no fused form, these two are those of `exact_kernels.py`. `vjp` and
+    `write_soft` are the linear space's.
 
     logits: `space.width` planes `[blocks]`, no two of which share a storage, as a compiler would copy what might
     overlap; bits `[blocks]`; weight and out `[blocks * M]`; coefficient float32 `[]`; key int32 `[2]` or longer; start:

@@ -1,13 +1,12 @@
 """A causal LM and its tokenizer, frozen, and the fingerprint that names it."""
 import hashlib
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 from files import errors
+from models import processes
 from utils import DTYPES, UserError, checked_device, fast_dtype, reuse_freed_memory
 
 import torch
@@ -18,12 +17,12 @@ Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it
 
 
-def load_model(model: str, dtype: str = "float16", device: str | None = None,
+def load_model(model: str, dtype: str | None = None, device: str | None = None,
                trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
     """The frozen causal LM of this folder or hub id, in eval mode, and its tokenizer. UserError if it cannot be had.
 
-    dtype: a name of utils.DTYPES, auto or checkpoint. device: None, a torch device, or auto, by which
-    accelerate spreads the layers over all GPUs.
+    dtype: a name of utils.DTYPES, auto or checkpoint; None: auto on a CPU, float16 on a GPU. device: None, a torch
+    device, or auto, by which accelerate spreads the layers over all GPUs.
     """
     is_spread, device = device == "auto", checked_device(device)
     found, tokenizer = read_model(model, dtype, device, trust_remote_code, is_spread)
@@ -34,12 +33,12 @@ def load_model(model: str, dtype: str = "float16", device: str | None = None,
     return found, tokenizer
 
 
-def read_model(model: str, dtype: str, device: str, trust_remote_code: bool,
+def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bool,
                is_spread: bool = False) -> tuple[nn.Module, Tokenizer]:
     """As `load_model`, but on the CPU, unless it is spread over all GPUs. device: that it is meant for."""
-    source, torch_dtype = local_folder(model), {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
-    if os.environ.get("RANK", "0") == "0":
-        print(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device})", file=sys.stderr)
+    source, dtype = local_folder(model), dtype or ("auto" if device.startswith("cpu") else "float16")
+    torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
+    processes.log(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device})")
     with explained(model):
         tokenizer = read_tokenizer(source, trust_remote_code)
         read_config(source, trust_remote_code)

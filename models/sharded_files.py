@@ -11,7 +11,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 
-def load_sharded(model: str, dtype: str, device: str, trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
+def load_sharded(model: str, dtype: str | None, device: str,
+                 trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
     """The frozen causal LM of this folder or hub id, in eval mode, its projections shared out to all processes, and its
     tokenizer. UserError if it cannot be had so.
 

@@ -71,7 +71,7 @@ once() {  # once OUTPUT SCRIPT FLAGS...: run a script of the repository unless i
 evaluated() {  # evaluated NAME FLAGS...: a row of the table, the numbers in NAME.json
     local name=$1
     shift
-    once "$name.json" evaluate.py "$@" --dtype "$DTYPE" "${protocol[@]}" --save "$name.json"
+    once "$name.json" eval.py "$@" --dtype "$DTYPE" "${protocol[@]}" --save "$name.json"
     rows+=("$name.json")
 }
 
@@ -130,7 +130,7 @@ ours() {  # this project's own method, by backward passes, in the dtype that spa
 }
 
 table() {  # table NAME: of the rows so far, to NAME/table.md
-    local compare=(evaluate.py --compare)
+    local compare=(eval.py --compare)
     [ "$SMALL" = 0 ] || compare=(reproduce/learned_table.py)
     echo "\$ python ${compare[*]} ${rows[*]}"
     [ "$DRY" = 0 ] || return 0

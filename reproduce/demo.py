@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
                "sparsify": work / "sparsify/checkpoint"}
     rows = []
     for name, folder in folders.items():
-        script("evaluate.py", "--model", folder, "--dtype", "auto", "--ppl", heldout, "--seqlen", 512, "--nwindows",
+        script("eval.py", "--model", folder, "--dtype", "auto", "--ppl", heldout, "--seqlen", 512, "--nwindows",
                2 if quick else 64, "--save", work / f"{name}.json",
                *([] if name == "dense" else ["--sparsity_type", "2:4"]))
         rows.append([LABELS[name], f"{json.loads((RUN / f'{name}.json').read_text())['ppl']:.2f}", *cost(name)])

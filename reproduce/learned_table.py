@@ -1,4 +1,4 @@
-"""The tables of SMALL=1: what runs learned, from the records that evaluate.py left and from the runs themselves.
+"""The tables of SMALL=1: what runs learned, from the records that eval.py left and from the runs themselves.
 
     python reproduce/learned_table.py DENSE.json FOLDER/wanda.json FOLDER/RUN.json FOLDER/RUN-seed1.json
 
@@ -27,7 +27,7 @@ COLUMNS = ("mask", "seeds", "perplexity", "nats", "of the gap (%)", "sampled mas
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", nargs="+", metavar="RECORD",
-                        help="JSON files of evaluate.py, the dense model's first")
+                        help="JSON files of eval.py, the dense model's first")
     return parser.parse_args(argv)
 
 
@@ -37,7 +37,7 @@ def read_nats(record: Path) -> tuple[float, float]:
         found = json.loads(record.read_text(encoding="utf-8"))
         return float(found["ppl"]), float(found["nats"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record} is no record of evaluate.py ({type(error).__name__}); make it with evaluate.py")
+        raise UserError(f"{record} is no record of eval.py ({type(error).__name__}); make it with eval.py")
 
 
 def cell(values: list[float], digits: int) -> str:

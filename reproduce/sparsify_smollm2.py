@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--ppl", nargs="+", required=True, help="held-out text files")
-    parser.add_argument("--task_file", nargs="+", default=[], help="multiple-choice items, as of evaluate.py")
+    parser.add_argument("--task_file", nargs="+", default=[], help="multiple-choice items, as of eval.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--orders", nargs="+", choices=list(ORDERS), default=list(ORDERS), help="of the channels")
     parser.add_argument("--out", type=Path, default=Path("demo/sparsify_smollm2"), help="folder of what is made")
@@ -68,7 +68,7 @@ def evaluated(args: argparse.Namespace, model: Path, name: str) -> dict[str, flo
     """Log perplexity of each text, and mean accuracy in percent."""
     def evaluate(files: list[str], *flags: object) -> dict:
         record = args.out / f"{name}.{file_name(files)}.json"
-        return once(record, "evaluate.py", "--model", model, "--dtype", "auto", *flags, "--save", record)
+        return once(record, "eval.py", "--model", model, "--dtype", "auto", *flags, "--save", record)
 
     found = {f"perplexity, {text}": evaluate([text], "--ppl", text, "--seqlen", 512, "--nwindows", 64)["nats"]
              for text in args.ppl}

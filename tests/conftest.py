@@ -110,7 +110,7 @@ def stopped(workshop, tmp_path, losses):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, models):
-    """The models, a text and a quiz, for evaluate.py."""
+    """The models, a text and a quiz, for eval.py."""
     return make_folder(tmp_path_factory.mktemp("evaluate"), models)
 
 
@@ -122,10 +122,10 @@ def loaded(request, folder):
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    """A model that evaluate.py loads is a failure."""
+    """A model that eval.py loads is a failure."""
     def load_model(*given):
         raise AssertionError("a model was loaded")
-    monkeypatch.setattr("evaluate.load_model", load_model)
+    monkeypatch.setattr("eval.load_model", load_model)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-import evaluate
+import eval as evaluate
 import get_mask
 import inference_loss
 import plot
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_corpus
 
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "sparsify": sparsify,
-           "evaluate": evaluate}
+           "eval": evaluate}
 ALL = list(SCRIPTS)
 SCRIPTS |= {"compare": evaluate, "plot": plot}  # what needs no model
 PLACE = "--model {w}/llama --dtype float32 --device cpu"
@@ -34,7 +34,7 @@ COMMANDS = {
              "--targets q_proj --out new",
     "sparsify": f"{PLACE} --dataset {{w}}/text.jsonl --mask {{w}}/mask.safetensors --seqlen 32 --batchsize 4 --steps 2 "
                 "--targets q_proj --out new",
-    "evaluate": f"{PLACE} --ppl {{w}}/held_out.txt --seqlen 32 --nwindows 2 --save new.json",
+    "eval": f"{PLACE} --ppl {{w}}/held_out.txt --seqlen 32 --nwindows 2 --save new.json",
     "compare": "--compare {w}/record.json {w}/record.json",
     "plot": "--out new {w}/run"}
 

@@ -1,9 +1,9 @@
-"""What the tests of evaluation share: models, a text and a quiz in one folder, and evaluate.py run on them."""
+"""What the tests of evaluation share: models, a text and a quiz in one folder, and eval.py run on them."""
 import json
 import shutil
 from pathlib import Path
 
-import evaluate
+import eval as evaluate
 
 import transformers
 from tiny import training_text

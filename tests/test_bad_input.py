@@ -79,7 +79,7 @@ def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
 
 MODELS = [
     ("get_mask", "--model {w}/absent", "--model", "absent", "no such folder"),
-    ("evaluate", "--model {w}/no_config", "--model", "no_config cannot be read", "give a folder"),
+    ("eval", "--model {w}/no_config", "--model", "no_config cannot be read", "give a folder"),
     *[("inference_loss", f"--model {{w}}/{name}", "--model", f"{name} cannot be read") for name in (
         "bad_config", "other_config", "no_tokenizer", "no_weights", "bad_weights")],
     ("inference_loss", "--model {w}/few_weights", "few_weights has no weights for model.norm.weight", "restore it"),
@@ -88,8 +88,8 @@ MODELS = [
     (ALL, "--device cuda:99", "--device cuda:99 cannot be used", "--device cpu"),
     ("prune", "--model {w}/gpt2 --dataset {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"),
     ("sparsify", "--model {w}/gpt2 --mask {w}/mask_gpt2.safetensors --seqlen 300", "--seqlen", "300", "256"),
-    ("evaluate", "--model {w}/gpt2 --ppl {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"),
-    ("evaluate", "--model {w}/nan", "not finite", "--dtype"),
+    ("eval", "--model {w}/gpt2 --ppl {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"),
+    ("eval", "--model {w}/nan", "not finite", "--dtype"),
     ("prune", "--model {w}/inf", "not finite", "--dtype"),
     ("train", "--model {w}/nan", "the loss is nan at step 1", "--dtype bfloat16"),
     ("train", "--model {w}/nan --baseline online --val_fraction 0.3", "held-out loss of m0 is not finite", "bfloat16"),
@@ -97,23 +97,23 @@ MODELS = [
 MASKS = [
     ("train", "--mask {w}/mask_gpt2.safetensors", "mask", "another model", ("--mask", "get_mask.py", "--model")),
     ("sparsify", "--mask {w}/mask_other.safetensors", "mask", "another model", ("--mask", "get_mask.py", "--model")),
-    ("evaluate", "--mask {w}/absent.safetensors", "absent.safetensors", "no such mask", "get_mask.py"),
+    ("eval", "--mask {w}/absent.safetensors", "absent.safetensors", "no such mask", "get_mask.py"),
     ("train", "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors cannot be read", "make it anew"),
-    ("evaluate", "--mask {w}/llama/model.safetensors", "model.safetensors", "no maskpro-mask", "give a mask file"),
+    ("eval", "--mask {w}/llama/model.safetensors", "model.safetensors", "no maskpro-mask", "give a mask file"),
     ("train", "--mask {w}/mask8.safetensors", "mask8", "4:8, not 2:4"),
-    ("evaluate", "--mask {w}/mask8.safetensors --sparsity_type 2:4", "mask8", "4:8, not 2:4"),
+    ("eval", "--mask {w}/mask8.safetensors --sparsity_type 2:4", "mask8", "4:8, not 2:4"),
     ("train", "--mask {w}/attention.safetensors --targets mlp", "the mask has none of the layers that --targets name"),
     ("get_mask", "--convert {w}/mask.safetensors --targets q_proj", "--targets"),
     ("get_mask", "--model {w}/llama", "not 2:4 sparse in 14 of 14 layers", "q_proj", "prune.py"),
     (["get_mask", "prune"], "--sparsity_type 2:5", "5 does not divide the 64 input features", "--sparsity_type"),
-    (["prune", "get_mask", "train", "evaluate"], "--targets q_proj nonsense", "--targets nonsense matches", "q_proj")]
+    (["prune", "get_mask", "train", "eval"], "--targets q_proj nonsense", "--targets nonsense matches", "q_proj")]
 TEXTS = [
     ("train", "--dataset {w}/absent.jsonl", "absent.jsonl", "no such file", "check the path"),
     ("train", "--dataset {w}/few.jsonl", "only 3 of the 3 documents", "lower --dataset_size"),
     ("train", "--seqlen 5000", ("only 0 of the 12 documents", "256 positions"), "--seqlen"),
     ("inference_loss", "--batchsize 3", "--batchsize 3 does not divide --dataset_size 8", "use 2 or 4"),
-    (["inference_loss", "sparsify", "evaluate"], "--seqlen 1", "--seqlen", "'1' is not a whole number of at least 2"),
-    ("evaluate", "--seqlen 5000", ("fewer than one window of 5000", "256 positions"), "lower --seqlen"),
+    (["inference_loss", "sparsify", "eval"], "--seqlen 1", "--seqlen", "'1' is not a whole number of at least 2"),
+    ("eval", "--seqlen 5000", ("fewer than one window of 5000", "256 positions"), "lower --seqlen"),
     ("train", "--val_fraction 0.6", "--val_fraction 0.6 of 2 minibatches leaves none to learn from"),
     ("sparsify", "--batchsize 2000", "has only", "fewer than one minibatch of 2000 x 32", "lower --batchsize")]
 AGAIN = "inference_loss.py"
@@ -133,7 +133,7 @@ OUTPUTS = [
       for script, flag, end, shown in (
           ("prune", "save_model", "", ""), ("get_mask", "save", *[".safetensors"] * 2),
           ("inference_loss", "save", *[".npz"] * 2), ("train", "out", "", ""), ("sparsify", "out", "", ""),
-          ("evaluate", "save", *[".json"] * 2), ("plot", "out", "", ".png"))],
+          ("eval", "save", *[".json"] * 2), ("plot", "out", "", ".png"))],
     ("train", "--out {w}/standing.json/new", "standing.json"),
     ("get_mask", "--save new.bin", "new.bin", ".safetensors")]
 ARGUMENTS = [
@@ -141,7 +141,7 @@ ARGUMENTS = [
       for text in ("nonsense", "2:2", "0:4", "2:32", "2:4:8")],
     *[(script, f"--{name} {value}", f"--{name}", value, "at least 1") for script, name, value in (
         ("inference_loss", "dataset_size", "-1"), ("train", "batchsize", "2.5"), ("train", "epoch", "nonsense"),
-        ("sparsify", "steps", "1e6"), ("prune", "nsamples", "0"), ("evaluate", "nwindows", "0"))],
+        ("sparsify", "steps", "1e6"), ("prune", "nsamples", "0"), ("eval", "nwindows", "0"))],
     *[("train", f"--{name} {value}", f"--{name}", value)
       for name, value in (("lr", "-1"), ("lr", "nan"), ("logits", "-1"), ("alpha", "1.0"), ("val_fraction", "nan"))],
     ("train", "--space pattern --sparsity_type 8:16", "12870 logits a block of 8:16; use --space linear"),
@@ -149,8 +149,8 @@ ARGUMENTS = [
     ("prune", f"--seed {10**30}", "--seed"),
     (list(SCRIPTS), "--nonsense", "--nonsense")]
 RECORDS = [
-    ("evaluate", "--task_file {w}/absent.jsonl", "absent.jsonl cannot be read", "one JSON object a line"),
-    *[("compare", f"--compare {{w}}/record.json {{w}}/{name}", name, "cannot be read", "give a record of evaluate.py")
+    ("eval", "--task_file {w}/absent.jsonl", "absent.jsonl cannot be read", "one JSON object a line"),
+    *[("compare", f"--compare {{w}}/record.json {{w}}/{name}", name, "cannot be read", "give a record of eval.py")
       for name in ("absent.json", "torn.json")],
     ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders")]
 

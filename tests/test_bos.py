@@ -5,7 +5,7 @@ import random
 from types import SimpleNamespace
 
 import data
-import evaluate
+import eval as evaluate
 import generate_text
 import prune
 import sparsify

@@ -1,4 +1,4 @@
-"""evaluate.py --compare: the table of several evaluations."""
+"""eval.py --compare: the table of several evaluations."""
 import json
 
 from evaluation.comparison import comparison, percent

@@ -2,7 +2,7 @@
 import json
 import shutil
 
-import evaluate
+import eval as evaluate
 import get_mask
 import prune
 import train

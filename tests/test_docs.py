@@ -19,7 +19,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|json|txt|toml)|(?:[\w-]+/)+)`")
 MADE = re.compile(r"(results|demo|out|RUN|checkpoint|state|tensorboard|.*\.venv)/|"  # by users and runs, not by us
                   r"(text|quiz|data|generated|.*evaluation|prune|run|config|adapter_config|other|report)\.(jsonl?|txt)$")
-SCRIPTS = {"sparsify", "prune", "get_mask", "inference_loss", "evaluate", "generate_text", "plot", "permute"}
+SCRIPTS = {"sparsify", "prune", "get_mask", "inference_loss", "eval", "generate_text", "plot", "permute"}
 
 
 def anchors(page: Path) -> set[str]:

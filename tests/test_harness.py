@@ -1,4 +1,4 @@
-"""evaluate.py --tasks: lm-evaluation-harness, whose scores are those of evaluation/zero_shot.py; what it refuses."""
+"""eval.py --tasks: lm-evaluation-harness, whose scores are those of evaluation/zero_shot.py; what it refuses."""
 
 import json
 import sys

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("prune", "get_mask", "inference_loss", "train", "sparsify", "evaluate", "generate_text", "plot", "permute")
+SCRIPTS = ("prune", "get_mask", "inference_loss", "train", "sparsify", "eval", "generate_text", "plot", "permute")
 FLOORS = [{"utils", "pge"}, {"files"}, {"models", "data"}, {"masking"}, {"pruning", "evaluation"}, {"training"},
           set(SCRIPTS)]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -119,3 +119,8 @@ def test_args_stop_at_the_door():
             if isinstance(node, (ast.FunctionDef, ast.Lambda)):
                 given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 assert "args" not in [argument.arg for argument in given], f"{name} takes args"
+
+
+def test_no_script_hides_a_library():
+    """Tasks of lm-evaluation-harness import Hugging Face's `evaluate`, with our folder first on the path."""
+    assert not list(ROOT.glob("evaluate*"))

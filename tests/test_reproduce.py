@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluate
+import eval as evaluate
 import get_mask
 import inference_loss
 import prune
@@ -33,7 +33,7 @@ _spec = importlib.util.spec_from_file_location("learned_table", ROOT / "reproduc
 learned_table = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(learned_table)
 COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
-            "sparsify.py": sparsify, "evaluate.py": evaluate, "reproduce/learned_table.py": learned_table}
+            "sparsify.py": sparsify, "eval.py": evaluate, "reproduce/learned_table.py": learned_table}
 SCRIPTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
 SHARED = {"baselines": "cached", "dataset_size": "8", "estimators": "maskpro", "learning_rate": "50", "logits": "10",
           "llama2_7b_2of4": ""}  # VALUES with which a script has no rows but those of llama2_7b_2of4
@@ -98,7 +98,7 @@ def test_the_scripts_take_the_commands(script, mode, tmp_path):
     outputs = [vars(args).get("save_model") or vars(args).get("out") or args.save for _, args in parsed[:-1]]
     assert len(set(outputs)) == len(outputs)  # nothing twice
     shown = parsed[-1][1].records if mode.get("SMALL") else parsed[-1][1].compare
-    assert shown == [args.save for name, args in parsed[:-1] if name == "evaluate.py"]
+    assert shown == [args.save for name, args in parsed[:-1] if name == "eval.py"]
 
 
 def test_the_papers_settings(tmp_path):
@@ -108,7 +108,7 @@ def test_the_papers_settings(tmp_path):
     assert (paper.estimator, paper.dataset_size, paper.batchsize, paper.seqlen, paper.lr, paper.logits) == (
         "maskpro", 512, 32, 128, 50, 10)
     assert (ours.model, ours.mask, ours.dataset, ours.steps) == (paper.model, paper.mask, [paper.dataset], 10000)
-    evaluated = [evaluate.parse_args(flags) for name, *flags in plan[:-1] if name == "evaluate.py"]
+    evaluated = [evaluate.parse_args(flags) for name, *flags in plan[:-1] if name == "eval.py"]
     assert {(args.ppl, args.seqlen, len(args.tasks.split(","))) for args in evaluated} == {("wikitext2", 4096, 7)}
 
 
@@ -133,7 +133,7 @@ def test_the_table_of_the_small_model_is_over_seeds(tmp_path, capsys):
 @pytest.mark.parametrize("script", SHARED)
 def test_what_a_script_has_made_others_take(script, finished):
     (command,) = planned(script, {**finished.settings, "VALUES": SHARED[script]})
-    assert command[:2] == ["evaluate.py", "--compare"] and all(Path(record).is_file() for record in command[2:])
+    assert command[:2] == ["eval.py", "--compare"] and all(Path(record).is_file() for record in command[2:])
 
 
 def test_an_interrupted_script_goes_on(finished):
@@ -142,7 +142,7 @@ def test_an_interrupted_script_goes_on(finished):
     record.unlink()
     done = bash("llama2_7b_2of4", finished.settings, folder=finished.root)
     assert done.returncode == 0, done.stderr
-    assert [command[0] for command in printed(done.stdout)] == ["evaluate.py"] * 2 and record.is_file()
+    assert [command[0] for command in printed(done.stdout)] == ["eval.py"] * 2 and record.is_file()
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     table = (finished.out / "llama2_7b_2of4/table.md").read_text()
     assert done.stdout.endswith(table) and table.count("\n") == 2 + 6

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import data
-import evaluate
+import eval as evaluate
 import get_mask
 import inference_loss
 import prune
@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "evaluate": evaluate}
+SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "eval": evaluate}
 MODELS = {  # name -> maskable layers, a late one whose inputs have been through most of the model
     "llama": (14, "model.layers.1.mlp.down_proj"), "gpt2": (8, "transformer.h.1.mlp.c_proj"),
     "opt": (12, "model.decoder.layers.1.fc2")}
@@ -47,7 +47,7 @@ COMMANDS = [
     "get_mask.py",
     f"inference_loss.py --model dense {PLACE} {DATA}",
     f"train.py --model dense {PLACE} {DATA} --logits 2 --lr 20 --max_step {STEPS} --save --out run",
-    (f"evaluate.py --model run/checkpoint {PLACE} --sparsity_type 2:4 --ppl ../held_out.txt --seqlen {WINDOW}"
+    (f"eval.py --model run/checkpoint {PLACE} --sparsity_type 2:4 --ppl ../held_out.txt --seqlen {WINDOW}"
      " --save evaluation.json")]
 
 

@@ -6,14 +6,14 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluate
+import eval as evaluate
 import prune
 import sparsify
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"prune.py": prune, "evaluate.py": evaluate, "sparsify.py": sparsify}
+SCRIPTS = {"prune.py": prune, "eval.py": evaluate, "sparsify.py": sparsify}
 PERPLEXITIES = {"dense": 20.0, "wanda": 160.0, "given0": 40.0, "given1": 50.0, "reordered0": 30.0, "reordered1": 30.0}
 _spec = importlib.util.spec_from_file_location("sparsify_smollm2", ROOT / "reproduce/sparsify_smollm2.py")
 script = importlib.util.module_from_spec(_spec)
@@ -28,7 +28,7 @@ def series(monkeypatch, tmp_path):
     def run(command, cwd, check):
         name, flags = command[1], command[2:]
         args = SCRIPTS[name].parse_args(flags) if flags[0] != "--resume" else SimpleNamespace(resume=flags[1])
-        if name == "evaluate.py":
+        if name == "eval.py":
             value = next(value for row, value in PERPLEXITIES.items() if Path(args.save).name.startswith(row))
             record, found = Path(args.save), {"nats": math.log(value), "mean_acc": value / 1000}
         elif name == "prune.py":

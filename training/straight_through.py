@@ -96,9 +96,6 @@ class StraightThrough:
                 and not (masked.is_sharded and REDUCES_UNUSED)):
             raise UserError("experts that one process's text does not reach would keep the other processes waiting: "
                             "use --shard with torch 2.13, name other layers with --targets, or start one process")
-        if any(layer.sharded and layer.weight.dtype == torch.float16 for layer in layers):
-            raise UserError("float16 overflows in gradients of sharded layers, which are summed over tokens: use "
-                            "--dtype bfloat16 with --shard")
         self._reached = set()  # names of sharded layers whose gradient this backward pass has brought
         for layer in layers:
             if layer.sharded:

@@ -1,11 +1,11 @@
 """Evaluate a model: perplexity on held-out text, zero-shot accuracy, and whether its layers are N:M sparse.
 
-    python evaluate.py --model results/RUN/checkpoint --sparsity_type 2:4 --ppl wikitext2 --seqlen 2048
-    python evaluate.py --model BASE --mask results/RUN/mask.safetensors --ppl text.txt --seqlen 512
-    python evaluate.py --model BASE --ppl none --tasks hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa
-    python evaluate.py --model BASE --ppl none --task_file quiz.jsonl       # zero-shot without the Hub
-    python evaluate.py --model BASE --ppl text.txt --seqlen 512 --bos       # for models that need a first token
-    python evaluate.py --compare BASE results/RUN/checkpoint other.json     # one table of earlier evaluations
+    python eval.py --model results/RUN/checkpoint --sparsity_type 2:4 --ppl wikitext2 --seqlen 2048
+    python eval.py --model BASE --mask results/RUN/mask.safetensors --ppl text.txt --seqlen 512
+    python eval.py --model BASE --ppl none --tasks hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa
+    python eval.py --model BASE --ppl none --task_file quiz.jsonl       # zero-shot without the Hub
+    python eval.py --model BASE --ppl text.txt --seqlen 512 --bos       # for models that need a first token
+    python eval.py --compare BASE results/RUN/checkpoint other.json     # one table of earlier evaluations
 
 Perplexity follows SparseGPT, Wanda and MaskLLM: one tokenizer call for the text, disjoint windows of --seqlen tokens,
 the remainder dropped, cross entropy in float32, exp of the mean over windows. It is perplexity by token; the harness's

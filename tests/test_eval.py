@@ -1,9 +1,9 @@
-"""evaluate.py: what is verified and refused, and where the numbers go."""
+"""eval.py: what is verified and refused, and where the numbers go."""
 import json
 import shutil
 
 import data
-import evaluate
+import eval as evaluate
 from files import mask_files
 from models.layers import find_layers
 from models.loading import model_fingerprint
