@@ -41,23 +41,23 @@ def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: 
     return blocks.float()
 
 
-def draw(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, space: Space, start: int = 0,
-         chunk: int | None = None) -> None:
+def draw(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, space: Space,
+         start: int = 0) -> None:
     """`fused_draw`; logits: `width` planes. Blocks that start elsewhere in the layer draw other masks."""
     generator = _generator(key, start)
-    chunks = zip(*(plane.split(chunk or chunk_of(plane)) for plane in logits))
+    chunks = zip(*(plane.split(chunk_of(plane)) for plane in logits))
     bits.copy_(torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks]))
     write_masked(weight, bits, out, space.m)
 
 
 def update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
-           space: Space, start: int = 0, chunk: int | None = None) -> None:
+           space: Space, start: int = 0) -> None:
     """`fused_update`."""
     generator = _generator(~key, start)  # other numbers than this key's draws
-    at_a_time = chunk or blocks_at_a_time(space, chunk_of(key))
-    for begin in range(0, len(logits[0]), at_a_time):
-        part = slice(begin, begin + at_a_time)
+    chunk = blocks_at_a_time(space, chunk_of(key))
+    for begin in range(0, len(logits[0]), chunk):
+        part = slice(begin, begin + chunk)
         before = torch.stack([plane[part] for plane in logits], 1).float()
         moved = before - coefficient * space.score(before, bits_to_mask(bits[part], space.m))
         _store_blocks(logits, moved, part, generator)
-    draw(logits, bits, weight, out, key, space, start, chunk)
+    draw(logits, bits, weight, out, key, space, start)

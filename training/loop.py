@@ -159,9 +159,8 @@ class Run:
             line["blocks_not_finite"] = result.not_finite
         before, position.evaluations = position.evaluations, int(self.progress * self.evaluations)
         if position.evaluations > before:  # evenly spread over the run
-            masked = self.validation.masked
-            line["changed"] = masked.changed()
-            if (result.not_finite or 0) > MANY * masked.blocks:
+            line["changed"] = self.validation.masked.changed()
+            if (result.not_finite or 0) > MANY * self.validation.masked.blocks:
                 processes.log(f"\nat step {self.step} the gradients of {result.not_finite:,} blocks are not finite and "
                               "do not count: --dtype bfloat16 does not overflow")
             heldout = self.validation.evaluate(self.step)
