@@ -203,7 +203,8 @@ def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
     estimator, losses = pge.MaskPro(), losses_of_theirs(run)
     advantages = [estimator.advantage(loss, baseline[step % len(baseline)]) for step, loss in enumerate(losses)]
     kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-    pairs = [step for step in steps if step + 1 in steps]
+    pairs = sorted((step for step in steps if step + 1 in steps), key=lambda step: abs(advantages[step]))
+    pairs = pairs[len(pairs) // 2:]  # those that moved the logits most, which float32 rounds
     for step in pairs:
         for (before, mask), (after, _) in zip(steps[step], steps[step + 1]):
             found = (before.double() - after.double()) / (lr * advantages[step])  # that of step + 1, counted from 1
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         "authors": f"github.com/woodenchild95/Maskpro at {authors_git(args.authors, 'rev-parse', 'HEAD')}",
         **environment("cpu"), "seeds": [*range(args.seeds)],
         "sha256": {"model": hashlib.sha256(weights).hexdigest(),
-                   "text": hashlib.sha256(Path(args.dataset).read_bytes()).hexdigest(), "mask": mask},
+                   "text": hashlib.sha256(Path(args.dataset).read_bytes()).hexdigest(), "mask (fingerprint)": mask},
         "table": [dict(zip(HEADING, row)) for row in rows],
         "curves": {"last step": [int(window[-1]) + 1 for window in windows],
                    **{side: [round(float(curve[:, window].mean()), 5) for window in windows]
