@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import common
 import pge
-from masking.block_bits import mask_to_bits
+from masking.block_bits import as_words, mask_to_bits
 from masking.kernels import Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
@@ -89,18 +89,14 @@ def passes(layer: Layer) -> dict[str, Tensor]:
     """What each kernel of a step leaves, on the CPU."""
     found = {}
     layer.update()
-    found |= {"mask drawn": layer.bits.cpu().clone(), "masked weight": words(layer.out),
+    found |= {"mask drawn": layer.bits.cpu().clone(),
+              "masked weight": as_words(layer.out, layer.kernels.space.m).cpu().clone(),
               "logits after an update": torch.stack([plane.cpu() for plane in layer.logits])}
     layer.vjp()
     layer.vjp_by_block()
     layer.write_soft()
     return found | {"logits after two vjp": torch.stack([plane.cpu() for plane in layer.logits]),
                     "mask of them": layer.bits.cpu(), "soft weights": layer.out.cpu()}
-
-
-def words(weight: Tensor) -> Tensor:
-    """Numbers as integers: masked weights must be the same to the bit."""
-    return weight.cpu().view(torch.int16 if weight.itemsize == 2 else torch.int32).clone()
 
 
 def draws(args: argparse.Namespace) -> Rows:
