@@ -163,7 +163,7 @@ def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> list
     """The tokens of a text to go on from, of any length: without the end-of-text token that some tokenizers put behind
     one. special_tokens: with those that the tokenizer puts before one."""
     tokens = tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids
-    is_ended = special_tokens and tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    is_ended = special_tokens and tokens[-1:] == [tokenizer.eos_token_id] == tokenizer("a").input_ids[-1:]
     return tokens[:-1] if is_ended else tokens
 
 

@@ -22,7 +22,7 @@ def load_sharded(model: str, dtype: str | None, device: str,
     source, loaded = local_folder(model), None
     with processes.main_before_others():  # the main one may have to fetch it
         if processes.is_main():
-            loaded, tokenizer = read_model(model, dtype, device, trust_remote_code)
+            loaded, _ = read_model(model, dtype, device, trust_remote_code)
         with explained(model):
             tokenizer = read_tokenizer(source, trust_remote_code)
             config = read_config(source, trust_remote_code)

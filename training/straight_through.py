@@ -96,7 +96,7 @@ class StraightThrough:
                 and not (masked.is_sharded and REDUCES_UNUSED)):
             raise UserError("experts that one process's text does not reach would keep the other processes waiting: "
                             "use --shard with torch 2.13, name other layers with --targets, or start one process")
-        self._reached = set()  # names of sharded layers whose gradient this backward pass has brought
+        self._reached = set()  # names of sharded layers whose gradient this step has brought
         for layer in layers:
             if layer.sharded:
                 masked.handles.append(layer.module.weight.register_post_accumulate_grad_hook(
