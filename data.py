@@ -32,10 +32,7 @@ def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize
     Errors: UserError for sizes that do not fit together, too few documents long enough, and those of `documents`.
     """
     if dataset_size % batchsize:
-        divisors = [size for size in range(1, dataset_size + 1) if dataset_size % size == 0]
-        below, above = [d for d in divisors if d < batchsize], [d for d in divisors if d > batchsize]
-        nearest = " or ".join(map(str, below[-1:] + above[:1]))
-        raise UserError(f"--batchsize {batchsize} does not divide --dataset_size {dataset_size}: use {nearest}")
+        raise UserError(f"--batchsize {batchsize} does not divide --dataset_size {dataset_size}: change one of them")
     samples, read = [], 0
     with progress_bar(total=dataset_size, desc="reading documents", leave=False) as bar:
         for text in documents(dataset):

@@ -3,9 +3,9 @@
     python eval.py --model results/RUN/checkpoint --sparsity_type 2:4 --ppl wikitext2 --seqlen 2048
     python eval.py --model BASE --mask results/RUN/mask.safetensors --ppl text.txt --seqlen 512
     python eval.py --model BASE --ppl none --tasks hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa
-    python eval.py --model BASE --ppl none --task_file quiz.jsonl       # zero-shot without the Hub
+    python eval.py --model BASE --ppl none --task_file quiz.jsonl       # zero-shot on your own items
     python eval.py --model BASE --ppl text.txt --seqlen 512 --bos       # for models that need a first token
-    python eval.py --compare BASE results/RUN/checkpoint other.json     # one table of earlier evaluations
+    python eval.py --compare results/evaluations        # one table of earlier evaluations: files, or folders of them
 
 Perplexity follows SparseGPT, Wanda and MaskLLM: one tokenizer call for the text, disjoint windows of --seqlen tokens,
 the remainder dropped, cross entropy in float32, exp of the mean over windows. It is perplexity by token; the harness's
@@ -19,8 +19,8 @@ With --mask or --sparsity_type, a layer that breaks the pattern or has a zero th
 without it: all but the first of each window. Gemma and some other models need it. The script says so where the token
 lowers the loss of a window by more than a tenth. Published perplexities of Llama are without it.
 
-The numbers are written to evaluation.json in the model's folder or, with --mask, to NAME.evaluation.json beside the
-mask. Such a file holds one evaluation. --overwrite replaces it; --save chooses another file.
+The numbers are written to a file in results/evaluations/, which is named by the model or mask and a hash of what
+decides them; --save names another. An evaluation that is there already is shown, not repeated.
 """
 import argparse
 from pathlib import Path
@@ -28,10 +28,11 @@ from pathlib import Path
 import data
 from evaluation.comparison import comparison, percent, read_evaluation
 from evaluation.perplexity import evaluate_windows, read_text
-from evaluation.zero_shot import load_harness, read_items, run_harness, score_items
+from evaluation.zero_shot import load_file, load_harness, run_harness
 from files import mask_files
 from files.atomic import refuse_existing
-from files.records import write_json
+from files.documents import check_paths
+from files.records import short_hash, write_json
 from masking.layers import apply_masks, check_sparsity, read_masks
 from models.layers import check_divisible, find_layers
 from models.loading import Tokenizer, check_length, load_model
@@ -53,7 +54,7 @@ from torch import nn
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--mask", default=None, help="mask file or folder of .pt masks to apply to --model")
+    parser.add_argument("--mask", default=None, help="mask file, RUN or folder of .pt masks to apply to --model")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
                         help="N:M to verify (default: of --mask; 2:4 where its format does not say)")
     parser.add_argument("--targets", nargs="+", default=None, help="verify the layers whose names contain one of these")
@@ -67,24 +68,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks_batchsize", type=positive_int, default=16, help="choices in one forward pass")
     parser.add_argument("--tasks_no_bos", action="store_true", help="task prompts without BOS, as older figures have")
     parser.add_argument("--save", default=None, help="write the numbers to this JSON file (default: see above)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file if it exists")
     parser.add_argument("--compare", nargs="+", metavar="PATH", help="only print a table of JSON files or folders")
     return parser.parse_args(argv)
 
 
-def output_file(model: str, mask: str | None, save: str | None, overwrite: bool) -> Path | None:
-    """The JSON file to write, None for a model of the Hub; UserError where the file exists or cannot be written."""
-    if save:
-        out = Path(save)
-    elif mask:
-        file = Path(mask).resolve()
-        out = file.with_name(f"{file.name if file.is_dir() else file.stem}.evaluation.json")
-    elif Path(model).expanduser().is_dir():
-        out = Path(model).expanduser() / "evaluation.json"
-    else:
-        return None
-    replaced = overwrite and out.is_file()
-    return out if replaced else refuse_existing(out, "replace it with --overwrite, or choose another --save")
+def output_file(args: argparse.Namespace) -> Path:
+    """Where the numbers go: results/evaluations/NAME_HASH.json, unless --save says otherwise. A file of the model, mask
+    or text that was written again makes it another evaluation."""
+    if args.save:
+        return Path(args.save)
+    local = [Path(path) for path in (args.model, args.mask, args.ppl, *args.task_file) if path]
+    files = [file for path in local for file in [path, *sorted(path.glob("*"))] if file.is_file()]
+    hashed = {**vars(args), "files": [(str(file), file.stat().st_mtime_ns) for file in files]}
+    parts = Path(args.mask or args.model).parts[-2:]
+    return Path("results/evaluations") / f"{'_'.join(parts)}_{short_hash(hashed)}.json"
 
 
 def apply_and_verify(loaded: nn.Module, mask: str | None, sparsity_type: tuple[int, int] | None,
@@ -120,40 +117,44 @@ def evaluate_text(model: nn.Module, tokenizer: Tokenizer, ppl: str, seqlen: int,
     return result
 
 
-def evaluate_tasks(model: nn.Module, tokenizer: Tokenizer, files: dict, harness: dict,
-                   batchsize: int, bos: bool, limit: int | None) -> dict:
-    """The results, printed, of `files` (name -> items) and `harness` (name -> lm_eval's task), and mean acc."""
-    tasks = {name: score_items(model, tokenizer, items, batchsize, bos) for name, items in files.items()}
-    tasks |= run_harness(model, tokenizer, harness, batchsize, limit, bos) if harness else {}
-    for name, task in tasks.items():
+def evaluate_tasks(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsize: int, bos: bool,
+                   limit: int | None) -> dict:
+    """The results, printed, of these tasks (name -> lm_eval's task), and mean acc."""
+    results = run_harness(model, tokenizer, tasks, batchsize, limit, bos)
+    for name, task in results.items():
         metrics = [f"{metric} {percent(task, metric)} %" for metric in ("acc", "acc_norm") if metric in task]
         print(f"{name}: {', '.join(metrics)} ({'first ' if limit else ''}{task['items']} items)")
-    mean_acc = sum(task["acc"] for task in tasks.values()) / len(tasks)
-    print(f"mean acc {100 * mean_acc:.2f} % (acc, not acc_norm; tasks: {len(tasks)})")
-    return {"tasks": tasks, "mean_acc": mean_acc, "task_limit": limit}
+    mean_acc = sum(task["acc"] for task in results.values()) / len(results)
+    print(f"mean acc {100 * mean_acc:.2f} % (acc, not acc_norm; tasks: {len(results)})")
+    return {"tasks": results, "mean_acc": mean_acc, "task_limit": limit}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
-        print(comparison([read_evaluation(path) for path in args.compare]))
+        print(comparison([read_evaluation(file) for path in map(Path, args.compare)
+                          for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]))
         return
-    out = output_file(args.model, args.mask, args.save, args.overwrite)
-    files = {Path(path).stem: read_items(path)[:args.task_limit] for path in args.task_file}
-    harness = load_harness(args.tasks.split(","), args.trust_remote_code) if args.tasks else {}
-    if len(files) < len(args.task_file) or files.keys() & harness.keys():
+    out = output_file(args)
+    if out.is_file() and not args.save:
+        print(f"{comparison([read_evaluation(out)])}\nas measured before; remove {out} to measure anew")
+        return
+    refuse_existing(out, "remove it, or choose another --save")
+    check_paths([args.mask, *args.task_file], [args.ppl])
+    tasks = load_harness(args.tasks.split(",")) if args.tasks else {}
+    files = {Path(path).stem: load_file(path) for path in args.task_file}
+    if len(files) < len(args.task_file) or files.keys() & tasks.keys():
         raise UserError("two tasks have one name; rename a file of --task_file, or name it once")
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     result = {"model": args.model, "mask": args.mask, "dtype": str(model.dtype).removeprefix("torch."),
               **apply_and_verify(model, args.mask, args.sparsity_type, args.targets)}
     if args.ppl != "none":
         result |= evaluate_text(model, tokenizer, args.ppl, args.seqlen, args.nwindows, args.bos)
-    if files or harness:
-        result |= evaluate_tasks(model, tokenizer, files, harness, args.tasks_batchsize,
-                                 not args.tasks_no_bos, args.task_limit)
-    if out:
-        write_json(out, {**result, "environment": environment(args.device)})
-    print(f"written to {out}" if out else f"not written: {args.model} is no folder here; --save FILE keeps the numbers")
+    if tasks or files:
+        result |= evaluate_tasks(model, tokenizer, tasks | files, args.tasks_batchsize, not args.tasks_no_bos,
+                                 args.task_limit)
+    write_json(out, {**result, "environment": environment(args.device)})
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import math
 
 import data
 from files.atomic import refuse_existing
+from files.documents import check_paths
 from masking.layers import apply_masks, read_masks
 from models.layers import find_layers
 from models.loading import check_length, devices_of, load_model
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.save or baselines.default_path(args.dataset_size, args.batchsize, args.seqlen)
     out = refuse_existing(path, "choose another --save or remove it")
+    check_paths([] if args.mask == "none" else [args.mask], [args.dataset])
     set_seed(args.seed)
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")

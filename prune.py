@@ -34,7 +34,9 @@ import time
 
 import data
 from files.atomic import atomic_write, refuse_existing
+from files.documents import check_paths
 from files.records import write_json
+from masking.layers import note_sparse
 from models.layers import check_divisible, find_layers
 from models.loading import check_length, devices_of, load_model
 from models.loss import bos_hint, check_tokens
@@ -42,7 +44,6 @@ from pruning.one_shot import METHODS, OneShot, prune_model
 from utils import (
     add_model_arguments,
     environment,
-    finite,
     peak_memory,
     positive_int,
     run_script,
@@ -66,8 +67,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--true_sequential", action="store_true", help="later layers see the earlier ones pruned")
     parser.add_argument("--swaps", type=positive_int, default=0, metavar="SWEEPS",
                         help="improve the score's mask by swaps within blocks, in at most so many sweeps")
-    parser.add_argument("--percdamp", type=finite(0), default=0.01,
-                        help="sparsegpt: damping, as a share of the Hessian's mean diagonal")
     parser.add_argument("--targets", nargs="+", default=None, help="prune the layers whose names contain one of these")
     parser.add_argument("--save_model", default="out", help="folder of the sparse model, must be new")
     args = parser.parse_args(argv)
@@ -80,12 +79,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = refuse_existing(args.save_model, "choose another --save_model or remove it")
+    check_paths([], [args.dataset])
     set_seed(args.seed)
     started = time.time()
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    way = OneShot(args.prune_method, args.sparsity_type, args.true_sequential, args.swaps, args.percdamp)
+    way = OneShot(args.prune_method, args.sparsity_type, args.true_sequential, args.swaps)
     layers = find_layers(model, args.targets)
     check_divisible(layers, args.sparsity_type[1])
+    note_sparse(layers)
     samples = None
     if way.needs_text:
         check_length(model, args.seqlen, "--seqlen")

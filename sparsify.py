@@ -23,11 +23,13 @@ from pathlib import Path
 
 import data
 from evaluation.perplexity import evaluate_windows
+from files.documents import check_paths
 from files.mask_files import fingerprint
-from masking.layers import learned_layers, read_masks
+from masking.layers import learned_layers, note_sparse, read_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models import processes
+from models.layers import find_layers
 from models.loading import check_length, load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from pruning.channels import apply_permutation
@@ -91,8 +93,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                         help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, "
                              "c4 or files")
     arguments.add_run_arguments(parser)
-    args = arguments.parse(parser, argv, lambda args: "results/sparsify_{}_{}of{}".format(
-        Path(args.model).name, *args.sparsity_type))
+    args = arguments.parse(parser, argv, lambda args: "sparsify")
     if args.shard and not args.resume and not (args.dataset and args.mask):
         parser.error("--shard needs --dataset and --mask: text and m0 are made by one process that has the whole model")
     if args.shard and not args.resume and args.dtype == "float16":
@@ -111,6 +112,7 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
     load = load_sharded if args.shard and processes.size() > 1 else load_model
     model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
+    note_sparse(find_layers(model, args.targets))
     if "tokens" not in plan:
         plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen)
 
@@ -122,6 +124,9 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
             preparation.generate_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after, args.seed, max_s,
                                       preparation.FEWEST * args.batchsize * args.seqlen)
     minibatches = data.token_sequences(tokenizer, datasets, plan["tokens"], args.batchsize, args.seqlen, args.seed)
+    if minibatches.numel() < plan["tokens"]:
+        processes.log(f"note: the text has {minibatches.numel():,} of the {plan['tokens']:,} tokens that the budget "
+                      "has time for; it is used again")
     sequences = preparation.split(minibatches)[0].flatten(0, 1)
 
     order, wanda = folder.path / "order.permutation.safetensors", folder.path / "initial_mask.safetensors"
@@ -141,6 +146,7 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
 def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
     """The run from its start, or from where it was stopped, to its results."""
     set_seed(args.seed)
+    check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
     saved, stages = folder.newest_state(), Stages(folder, device)
     model, tokenizer, minibatches, m0 = prepare(args, device, folder, stages)
     batches, selecting, unseen = preparation.split(minibatches)
@@ -185,8 +191,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     with stages.stage("table", "the learned mask is evaluated and written"):
         with masked.use_masks(validation.bits):
             table["learned"] = nats()
-        summary = results.deliver(run, m0, tokenizer, False, args.skip_checkpoint, levels={
-            row: found["held-out text"] for row, found in table.items()})
+        summary = results.deliver(run, m0, tokenizer, False, args.skip_checkpoint, table)
     processes.say(report.write(folder.path, folder.record, summary))
     folder.finish(summary)
 

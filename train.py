@@ -16,11 +16,13 @@ from statistics import fmean as mean
 
 import data
 import pge
+from files.documents import check_paths
 from files.mask_files import fingerprint
-from masking.layers import learned_layers, read_masks
+from masking.layers import learned_layers, note_sparse, read_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import SPACES
 from models import processes
+from models.layers import find_layers
 from models.loading import check_length, load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from training import args as arguments
@@ -66,20 +68,22 @@ class PolicyGradient:
 def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
     """The run from its start, or from where it was stopped, to its results."""
     set_seed(args.seed, deterministic=True)
-    saved = folder.newest_state()
+    saved, is_online, cached = folder.newest_state(), args.baseline == "online", None
+    check_paths([args.mask], [args.dataset])
+    estimator = pge.make_estimator(args.estimator, args.alpha, args.debias_tracker, args.normalize_advantage)
+    if estimator.needs_baseline and not is_online:
+        cached = baselines.find(args.baseline, args.dataset_size, args.batchsize, args.seqlen)
 
     # text -> minibatches; m0 -> the masked model and the baseline
     load = load_sharded if args.shard and processes.size() > 1 else load_model
     model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
+    note_sparse(find_layers(model, args.targets))
     m0 = read_masks(args.mask, model, *args.sparsity_type)
     learned = learned_layers(model, m0, args.targets)
     minibatches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
     folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
-    estimator = pge.make_estimator(args.estimator, args.alpha, args.debias_tracker, args.normalize_advantage)
-    is_online, baseline = args.baseline == "online", None
-    if estimator.needs_baseline and not is_online:
-        baseline = baselines.load(args.baseline, model, m0.masks, minibatches, args.dataset)
+    baseline = baselines.load(cached, model, m0.masks, minibatches, args.dataset) if cached else None
     batches, heldout = hold_out(minibatches, args.val_fraction)
     masked = MaskedModel(model, m0.masks, SPACES[args.space](m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
                          learned, args.seed, keep_dense=args.init == "scores", microbatch=args.microbatch)

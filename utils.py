@@ -5,6 +5,7 @@ threads may spin.
 """
 import argparse
 import ctypes
+import difflib
 import os
 import platform
 import random
@@ -23,11 +24,6 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys(
 
 import torch
 from tqdm import tqdm
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 VERSION = "0.9.0"  # as in CITATION.cff
 STATUS = Path("/proc/self/status")  # Linux
@@ -67,6 +63,15 @@ def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command, and which flag may be meant by one that does not exist."""
+
+    def error(self, message: str) -> None:
+        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        self.exit(2, f"error: {message}; {f'is {near[0]} meant?' if near else '--help explains the flags'}\n")
+
+
 def script_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser that shows the script's docstring, its manual, and every flag's default."""
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -76,16 +81,9 @@ def script_parser(docstring: str) -> argparse.ArgumentParser:
             if isinstance(action.default, tuple):
                 return f"{action.help} (default: {':'.join(map(str, action.default))})"
             return super()._get_help_string(action)
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=Formatter)
+    parser = Parser(description=docstring, formatter_class=Formatter)
     parser.add_argument("--version", action="version", version=f"MaskPro {VERSION}")
     return parser
-
-
-def add_old_name(parser: argparse.ArgumentParser, old: str, name: str) -> None:
-    """Let a flag's old name mean the new one, without a word of it in --help."""
-    action = next(action for action in parser._actions if f"--{name}" in action.option_strings)
-    parser.add_argument(f"--{old}", dest=action.dest, type=action.type, default=argparse.SUPPRESS,
-                        help=argparse.SUPPRESS)
 
 
 def sparsity_type(text: str) -> tuple[int, int]:
@@ -138,8 +136,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
                              "eval.py's --task_file has them")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
     parser.add_argument("--batchsize", type=positive_int, default=32, help="sequences in a minibatch")
-    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
-    add_old_name(parser, "sqlen", "seqlen")
+    parser.add_argument("--seqlen", "--sqlen", type=sequence_length, default=128, help="tokens in a sequence")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
 
 
@@ -221,16 +218,13 @@ def hardware(device: str | torch.device | None = None) -> str:
 
 def peak_memory(devices: Iterable[torch.device]) -> dict[str, int]:
     """The most memory this process has used since its start or `reset_peak_memory`, bytes: of these devices' GPUs,
-    `peak_memory_bytes` allocated and `peak_reserved_bytes`; where none of them is one, resident."""
+    `peak_memory_bytes` allocated and `peak_reserved_bytes`; where none of them is one, resident, on Linux (else 0)."""
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:
         return {"peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)),
                 "peak_reserved_bytes": sum(map(torch.cuda.max_memory_reserved, gpus))}
-    if STATUS.exists():
-        return {"peak_memory_bytes": 1024 * int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1])}
-    if resource is None:
-        return {"peak_memory_bytes": 0}
-    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # macOS: in bytes
+    status = STATUS.read_text() if STATUS.exists() else "VmHWM: 0"
+    return {"peak_memory_bytes": 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])}
 
 
 def reset_peak_memory(devices: Iterable[torch.device]) -> None:

@@ -13,17 +13,17 @@ def percent(task: dict, metric: str) -> str:
 
 def cells(record: dict) -> dict[tuple[int, str, str], str]:
     """The numbers of a record: (group of columns, heading, fingerprint of the tokens or items) -> cell."""
-    row, tasks = {}, record.get("tasks", {})
+    row, tasks, dtype = {}, record.get("tasks", {}), record["dtype"]
     if "ppl" in record:
         heading = (f"perplexity, {Path(record['text']).name}, {record['windows']} windows of {record['seqlen']} tokens"
-                   f"{' after BOS' if record.get('bos') else ''}")
+                   f"{' after BOS' if record.get('bos') else ''}, {dtype}")
         row[0, heading, str(record["fingerprint"])] = f"{record['ppl']:.3f}"
     for name, task in tasks.items():
-        row |= {(1, f"{name} {metric} (%, {task['items']} items)", str(task["source"])): percent(task, metric)
+        row |= {(1, f"{name} {metric} (%, {task['items']} items, {dtype})", str(task["source"])): percent(task, metric)
                 for metric in ("acc", "acc_norm") if metric in task}
     if len(tasks) > 1:
         measured = sorted((name, str(task["items"]), str(task["source"])) for name, task in tasks.items())
-        row[2, f"mean acc (%, {len(tasks)} tasks)", str(measured)] = f"{100 * record['mean_acc']:.2f}"
+        row[2, f"mean acc (%, {len(tasks)} tasks, {dtype})", str(measured)] = f"{100 * record['mean_acc']:.2f}"
     return row
 
 
@@ -51,11 +51,9 @@ def comparison(records: list[tuple[str, dict]]) -> str:
     return table if all(len(row) == len(columns) for row in rows) else table + note
 
 
-def read_evaluation(path: str) -> tuple[str, dict]:
-    """Name and record of a JSON file of eval.py, or of a folder's evaluation.json; UserError where it is none."""
-    file = Path(path) / "evaluation.json" if Path(path).is_dir() else Path(path)
-    name = str(file.parent if file.name == "evaluation.json" else file)
+def read_evaluation(file: Path) -> tuple[str, dict]:
+    """Name and record of a JSON file of eval.py; UserError where it is none."""
     with explained(file, "give a record of eval.py"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        comparison([(name, record)])  # what it lacks shows here
-    return name.removesuffix(".json").removesuffix(".evaluation"), record
+        comparison([("", record)])  # what it lacks shows here
+    return str(file.with_suffix("")), record

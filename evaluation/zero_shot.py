@@ -1,39 +1,34 @@
-"""Zero-shot multiple choice: which choice does the model find most likely after the context?
+"""Zero-shot multiple choice by lm-evaluation-harness: which choice does the model find most likely after the context?
 
-A task is one of lm-evaluation-harness, given by name or as a YAML file, or a file with one JSON object a line:
+A task is one of the harness, given by name or as a YAML file, or a file with one JSON object a line:
     {"context": "Question: What do bees make?\nAnswer:", "choices": [" honey", " wool"], "gold": 0}
 A choice is appended to its context as it is, so it includes its leading space. Its score is the sum of the log
-probabilities of its tokens, each given all tokens before it. As in the harness:
+probabilities of its tokens, each given all tokens before it, in float32:
     acc         the share of items whose gold choice has the highest score
-    acc_norm    the same with each score divided by the characters of its choice, one leading space not counted
+    acc_norm    the same with each score divided by the characters of its choice, without the leading space where all
+                choices of the file have one
     *_stderr    the sample standard deviation over the items / sqrt(items)
-Task files are scored here, in float32. Tasks of the harness are scored by the harness, in the dtype of the model.
 """
 import functools
 import hashlib
 import json
 import logging
 import math
-import statistics
 from pathlib import Path
 
-import data
 from files.errors import explained
-from models.loading import Tokenizer, input_device
-from utils import UserError, progress_bar
+from models.loading import Tokenizer
+from utils import UserError
 
-import torch
+from datasets import Dataset
 from torch import nn
 
 
 def read_items(path: str) -> list[dict]:
     """The items of a task file. UserError names the first wrong line."""
-    items = []
     with explained(f"--task_file {path}", "give a file of one JSON object a line"):
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would split inside JSON strings
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                items.append({**_checked(line, number), "place": f"{path}, line {number}"})
+        items = [_checked(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
         if not items:
             raise UserError("it has no items; give a file of one JSON object a line")
     return items
@@ -57,77 +52,6 @@ def _checked(line: str, number: int) -> dict:
     return item
 
 
-def encode(tokenizer: Tokenizer, context: str, choice: str, bos: bool = True) -> tuple[list[int], int]:
-    """The tokens of context and choice, and the index of the choice's first token, which is at least 1.
-
-    As in the harness, spaces at the end of the context belong to the choice, and an empty context is the BOS token, or
-    EOS where there is none. Where the choice changes the last token of its context, the context keeps its own tokens,
-    and the choice is what both together have beyond so many. bos: include the special tokens with which the tokenizer
-    begins a text. Those with which it ends one are left out; the harness would score them.
-    """
-    tokens, before = (data.encode(tokenizer, text, bos) for text in (context + choice, context.rstrip()))
-    if not before:
-        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return [first, *tokens], 1
-    return before + tokens[len(before):], len(before)
-
-
-@torch.no_grad()
-def log_likelihoods(model: nn.Module, requests: list[tuple[list[int], int]], batchsize: int) -> list[float]:
-    """For each (tokens, start), in nats: Σ log p(token | all tokens before it) over the tokens from `start` on."""
-    order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))  # longest first: out of memory at once
-    batches = [order[i:i + batchsize] for i in range(0, len(order), batchsize)]
-    scores = [0.0] * len(requests)
-    for batch in progress_bar(batches, desc="choices", unit="batch"):
-        rows = [torch.tensor(requests[i][0][:-1]) for i in batch]
-        inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right: no token attends to it
-        logits = model(input_ids=inputs.to(input_device(model)), use_cache=False).logits
-        for row_logits, i in zip(logits, batch):
-            tokens, start = requests[i]
-            chosen = torch.tensor(tokens[start:], device=logits.device)
-            log_probs = row_logits[start - 1:len(tokens) - 1].float().log_softmax(-1)
-            scores[i] = log_probs.gather(1, chosen[:, None]).double().sum().item()
-    return scores
-
-
-def score_items(model: nn.Module, tokenizer: Tokenizer, items: list[dict], batchsize: int = 16,
-                bos: bool = True) -> dict:
-    """acc, acc_norm and their standard errors (None for a single item), `items` (how many), and `source` (their
-    fingerprint). A text longer than the model's positions loses its first tokens.
-
-    UserError for a choice that alone exceeds the positions or adds no token, and for scores that are not finite.
-    """
-    longest = getattr(model.config, "max_position_embeddings", None) or math.inf
-    requests = []
-    for item in items:
-        for choice in item["choices"]:
-            tokens, start = encode(tokenizer, item["context"], choice, bos)
-            if start >= len(tokens):
-                raise UserError(f"{item['place']}: the choice {choice!r} adds no token to its context; begin it with a "
-                                "space, or end the context before a word")
-            surplus = max(0, len(tokens) - 1 - longest)  # the last token is not put in, only predicted
-            if surplus >= start:
-                raise UserError(f"{item['place']}: a choice of {len(tokens) - start} tokens is more than the {longest} "
-                                "positions of the model; shorten it")
-            requests.append((tokens[surplus:], start - surplus))
-    scores = log_likelihoods(model, requests, batchsize)
-    if not all(map(math.isfinite, scores)):
-        raise UserError(f"a score is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
-    hits, scores = {"acc": [], "acc_norm": []}, iter(scores)
-    for item in items:
-        sums = [next(scores) for _ in item["choices"]]
-        per_character = [total / len(choice.removeprefix(" ")) for total, choice in zip(sums, item["choices"])]
-        for metric, values in (("acc", sums), ("acc_norm", per_character)):
-            hits[metric].append(values.index(max(values)) == item["gold"])
-    content = [[item[key] for key in ("context", "choices", "gold")] for item in items]
-    source = f"file {hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
-    result = {"items": len(items), "source": source if bos else f"{source}, no BOS"}
-    for metric, found in hits.items():
-        result[metric] = sum(found) / len(items)
-        result[f"{metric}_stderr"] = statistics.stdev(found) / math.sqrt(len(items)) if len(items) > 1 else None
-    return result
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # lm-evaluation-harness
 
@@ -137,28 +61,34 @@ def _task_manager():
     try:
         from lm_eval.tasks.manager import TaskManager  # where it is since 0.4.12
     except ImportError:
-        raise UserError("--tasks needs lm-evaluation-harness 0.4.12 or later: pip install 'lm_eval>=0.4.12,<0.5'; "
-                        "--task_file needs nothing")
+        raise UserError("tasks need lm-evaluation-harness 0.4.12 or later: pip install 'lm_eval>=0.4.12,<0.5'")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager()
 
 
-def load_harness(names: list[str], trusted: bool = False) -> dict:
-    """Task name -> lm_eval's task object with its data. names: tasks, tags or groups of tasks, or YAML files.
+def load_file(path: str) -> object:
+    """A task file as a task of the harness."""
+    items, _ = read_items(path), _task_manager()
+    from lm_eval.api.task import ConfigurableTask
+    are_spaced = all(choice[0] == " " for item in items for choice in item["choices"])
+    rows = [{**item, "context": item["context"] if item["context"].strip() else "",  # of spaces alone it has no token
+             "choices": [choice[are_spaced:] for choice in item["choices"]]} for item in items]
+    return ConfigurableTask(config={
+        "task": Path(path).stem, "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}, "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold",
+        "target_delimiter": " " if are_spaced else "",
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}
+                        for metric in ("acc", "acc_norm")]})
 
-    trusted: YAML files may name Python functions and other files. UserError for a file that does so and is not trusted,
-    an unknown name, data that cannot be loaded, a task without acc, and where lm_eval is missing.
-    """
+
+def load_harness(names: list[str]) -> dict:
+    """Task name -> lm_eval's task object with its data. names: tasks, tags or groups of tasks, or YAML files, which may
+    run code. UserError for an unknown name, data that cannot be loaded, a task without acc, and where lm_eval is
+    missing."""
     found = {}
     for name in names:
-        is_file = Path(name).is_file()
-        text = Path(name).read_text(encoding="utf-8", errors="replace") if is_file and not trusted else ""
-        for mark in ("!function", "include:"):
-            if mark in text:
-                raise UserError(f"--tasks {name} has {mark!r} in it, by which a task runs code from other files; read "
-                                "it, and give --trust_remote_code if you trust it")
         manager = _task_manager()
-        if name not in manager.all_tasks and not is_file:
+        if name not in manager.all_tasks and not Path(name).is_file():
             raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task and there is no such YAML file; "
                             "correct the name (`lm_eval ls tasks` lists them)")
         try:
@@ -172,22 +102,37 @@ def load_harness(names: list[str], trusted: bool = False) -> dict:
     return found
 
 
-def run_harness(model: nn.Module, tokenizer: Tokenizer, loaded: dict, batchsize: int,
-                limit: int | None = None, bos: bool = True) -> dict[str, dict]:
-    """Task name -> the harness's zero-shot results in the form of `score_items`, with acc_norm where the task has it.
+def run_harness(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsize: int, limit: int | None = None,
+                bos: bool = True) -> dict[str, dict]:
+    """Task name -> acc, acc_norm where the task has it, their standard errors (None for a single item), `items` (how
+    many), and `source` (the harness's version, or the fingerprint of a file).
 
-    loaded: the tasks of `load_harness`. bos False: prompts without BOS, lm_eval's default before 0.4.9.2.
+    tasks: name -> task of `load_harness` or `load_file`. bos False: prompts without BOS, lm_eval's default before
+    0.4.9.2. A text longer than the model's positions loses its first tokens. UserError for what the harness cannot
+    score, and for scores that are not finite.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False)
-    told = lm_eval.simple_evaluate(model=lm, tasks=list(loaded.values()), task_manager=_task_manager(), num_fewshot=0,
-                                   limit=limit, log_samples=False)
-    source = f"lm_eval {lm_eval.__version__}" if bos else f"lm_eval {lm_eval.__version__}, no BOS"
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False,
+              softmax_dtype="float32")
+    try:
+        told = lm_eval.simple_evaluate(model=lm, tasks=list(tasks.values()), task_manager=_task_manager(),
+                                       num_fewshot=0, limit=limit)
+    except AssertionError as error:
+        raise UserError(f"{', '.join(tasks)}: a choice has no token of its own, or more than the model's positions "
+                        f"({error})")
     results = {}
-    for name in loaded:
+    for name, task in tasks.items():
+        scores = [score for sample in told["samples"][name] for score, _ in sample["filtered_resps"]]
+        if not all(map(math.isfinite, scores)):
+            raise UserError(f"a score is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
         numbers = {key.partition(",")[0]: value for key, value in told["results"][name].items()}  # "acc,none" -> acc
         results[name] = {key: None if numbers[key] == "N/A" else float(numbers[key])
                          for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr") if key in numbers}
-        results[name] |= {"items": told["n-samples"][name]["effective"], "source": source}
+        source = f"lm_eval {lm_eval.__version__}"
+        if task.config.custom_dataset:
+            content = json.dumps(list(task.dataset["test"])[:limit]).encode()
+            source = f"file {hashlib.sha256(content).hexdigest()[:16]}"
+        results[name] |= {"items": told["n-samples"][name]["effective"],
+                          "source": source if bos else f"{source}, no BOS"}
     return results

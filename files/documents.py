@@ -51,6 +51,13 @@ def hub_texts(dataset: str, **arguments) -> Iterator[str]:
         yield from _texts(datasets.load_dataset(**arguments, verification_mode="no_checks", streaming=True))
 
 
+def check_paths(files: Iterable[str | None], texts: Iterable[str | None] = ()) -> None:
+    """UserError naming all of these files that are not there, before anything is loaded; texts may be hub ids."""
+    wanted = [name for name in files if name] + [name for name in texts if name and _is_local(name)]
+    if missing := [name for name in wanted if not Path(name).expanduser().exists()]:
+        raise UserError(f"{', '.join(missing)}: no such file or folder, check the path")
+
+
 def _is_local(dataset: str) -> bool:
     return Path(dataset).exists() or dataset.startswith((".", "/")) or dataset.endswith(SUFFIXES)
 

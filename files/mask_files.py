@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from files import checked_tensors
 from files.atomic import atomic_write, refuse_existing
 from files.errors import explained
 from files.packing import pack, unpack, unpack_words
@@ -24,8 +25,6 @@ from utils import UserError
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 ANEW = "restore it or make it anew"
@@ -52,6 +51,12 @@ class MaskFile:
     m: int = 0
     model: str = ""
     fingerprint: str = ""
+
+
+def public_name(model: str) -> str:
+    """A hub id as it is; of a local folder its name."""
+    path = Path(model).expanduser()
+    return path.resolve().name if model and (path.exists() or path.is_absolute()) else model
 
 
 def fingerprint(masks: Masks) -> str:
@@ -82,8 +87,8 @@ def _fault(masks: Masks, n: int, m: int) -> str | None:
 def save(path: str | Path, masks: Masks, n: int, m: int, model: str = "", fingerprint: str = "") -> None:
     """Write masks (name -> bool [out, in], strictly N:M) to `path`, in the format that its name asks for (see above).
 
-    model, fingerprint: kept in a .safetensors only. UserError: `path` exists or cannot be written, or a layer (named)
-    is not N:M.
+    model, fingerprint: kept in a .safetensors only, of a folder its name alone. UserError: `path` exists or cannot be
+    written, or a layer (named) is not N:M.
     """
     path = refuse_existing(path, "choose another name or remove it")
     masks = {name: mask.cpu() for name, mask in masks.items()}
@@ -97,22 +102,15 @@ def save(path: str | Path, masks: Masks, n: int, m: int, model: str = "", finger
         elif path.suffix == ".safetensors":
             packed = {name: pack(mask, n, m) for name, mask in masks.items()}
             metadata = {"format": "maskpro-mask", "version": "1" if (n, m) == (2, 4) else "2", "sparsity": f"{n}:{m}",
-                        "model": model, "fingerprint": fingerprint,
+                        "model": public_name(model), "fingerprint": fingerprint,
                         "shapes": json.dumps({name: [*mask.shape] for name, mask in masks.items()})}
-            save_file(packed, beside, metadata | {"checksum": _digest(metadata, packed)})
+            checked_tensors.save(beside, packed, metadata)
         else:
             beside.mkdir()
             for name, mask in masks.items():
                 buffer = io.BytesIO()  # torch.save itself would report a full disk as RuntimeError
                 torch.save(mask.clone(memory_format=torch.contiguous_format), buffer)  # not a view's storage
                 (beside / f"{name}.pt").write_bytes(buffer.getbuffer())
-
-
-def _digest(metadata: dict, packed: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(packed):
-        sha.update(packed[name].numpy())
-    return sha.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,17 +146,11 @@ def load(path: str | Path, n: int | None = None, m: int | None = None, shapes: S
 
 
 def _read_safetensors(path: Path) -> MaskFile:
-    with safe_open(path, framework="pt") as file:  # it checks the header's offsets and shapes against the file's size
-        metadata, names = file.metadata() or {}, file.keys()
-        if metadata.get("format") != "maskpro-mask" or metadata.get("version") not in ("1", "2"):
-            raise UserError("is no maskpro-mask of version 1 or 2: give a mask file, or one this version can read")
-        packed = {name: file.get_tensor(name) for name in names}
-    if metadata.pop("checksum") != _digest(metadata, packed):
-        raise ValueError("its contents do not match their checksum")
+    packed, metadata = checked_tensors.load(path, "maskpro-mask", ("1", "2"))
     n, m = map(int, metadata["sparsity"].split(":"))
     shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
     if metadata["version"] == "1" and (n, m) != (2, 4):
-        packed = {name: pack(unpack_words(packed[name], shapes[name], n, m), n, m) for name in names}
+        packed = {name: pack(unpack_words(packed[name], shapes[name], n, m), n, m) for name in packed}
     return MaskFile(PackedMasks(packed, shapes, n, m), n, m, metadata["model"], metadata["fingerprint"])
 
 

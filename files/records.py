@@ -1,4 +1,5 @@
 """Records of scripts: prune.json, a run's run.json, and its logs, a JSON object a line."""
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,11 @@ def write_json(path: str | Path, value: object) -> None:
         beside.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def short_hash(settings: dict) -> str:
+    """6 hex digits that name these settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+
+
 def read_record(run: str | Path) -> dict:
     """A run's run.json; UserError where there is none or it is damaged."""
     path = Path(run) / "run.json"
@@ -20,6 +26,12 @@ def read_record(run: str | Path) -> dict:
         if not isinstance(record["arguments"], dict):
             raise ValueError("no arguments")
         return record
+
+
+def of_run(path: str | Path, name: str) -> Path:
+    """What a run's folder has of this name, where the path is such a folder; else the path."""
+    path = Path(path).expanduser()
+    return path / name if (path / "run.json").is_file() and (path / name).exists() else path
 
 
 def base_model(model: str) -> str:

@@ -5,6 +5,7 @@ TORCH_COMPILE_DISABLE=1 in the environment, PyTorch's own switch, has everything
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from models import processes
 import torch
 
 MOST_SHAPES = 64  # shapes x dtypes of a model; more run eagerly
+SLOW_S = 10  # of a compilation, from which on it is told
 _thread = threading.local()
 eagerly = threading.Event()  # set: everything runs eagerly from here on
 
@@ -39,8 +41,12 @@ def compiled(function: Callable, eager: Callable) -> Callable:
     def run(*args, **names):
         if not (broken or eagerly.is_set()):
             _allow_shapes()
+            began = time.monotonic()
             try:
-                return fast(*args, **names)
+                result = fast(*args, **names)
+                if (seconds := time.monotonic() - began) > SLOW_S:
+                    processes.log(f"{function.__name__}: {seconds:.0f} s to compile; other shapes take as long")
+                return result
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # no compiler, none that works, no Triton, a bug of torch: each has its class

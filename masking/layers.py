@@ -2,33 +2,35 @@
 from pathlib import Path
 
 from files import mask_files
+from files.records import of_run
+from models import processes
 from models.layers import check_divisible, find_layers, weight_matrix
 from models.loading import model_fingerprint
+from models.sharding import own_weight
 from utils import UserError
 
 import torch
 from torch import Tensor, nn
 
+SPARSE = 0.1  # share of zeros that a dense layer does not have
+
 
 def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
     """UserError unless each mask has a layer of its shape."""
     for name, mask in masks.items():
-        if name not in layers:
-            raise UserError(f"the mask is of another model: it has {name}, which this model has not; give the --mask "
-                            "that get_mask.py made from this --model")
-        shape = tuple(weight_matrix(layers[name]).shape)
-        if tuple(mask.shape) != shape:
-            raise UserError(f"the mask is of another model: {name} is {list(mask.shape)} there, {list(shape)} here; "
-                            "give the --mask that get_mask.py made from this --model")
+        shape = [*weight_matrix(layers[name]).shape] if name in layers else "not"
+        if [*mask.shape] != shape:
+            raise UserError(f"the mask is of another model: {name} is {[*mask.shape]} there and {shape} here; give the "
+                            "--mask that get_mask.py made from this --model")
 
 
 def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int | None = None) -> mask_files.MaskFile:
-    """The mask file (of any format) for this model, checked against its layers and its fingerprint.
+    """The mask file (of any format, or a run's) for this model, checked against its layers and its fingerprint.
 
     UserError for a file that is damaged, of another N:M than the wanted (None: the file's own, or 2:4 where the format
     holds none), or of another model.
     """
-    layers = find_layers(model, targets=[""])
+    path, layers = of_run(path, "mask.safetensors"), find_layers(model, targets=[""])
     shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
     found = mask_files.load(path, n, m, shapes if str(path).endswith(".npz") else None)
     match_masks(layers, found.masks)
@@ -49,6 +51,13 @@ def learned_layers(model: nn.Module, found: mask_files.MaskFile, targets: list[s
         raise UserError("the mask has none of the layers that --targets name; give the --mask of a model in which they "
                         "are pruned")
     return learned
+
+
+def note_sparse(layers: dict[str, nn.Module]) -> None:
+    """Say so where layers to be pruned have been pruned before."""
+    zeros = [int((own_weight(module) == 0).sum()) / max(1, own_weight(module).numel()) for module in layers.values()]
+    if max(zeros) > SPARSE:
+        processes.log(f"note: {max(zeros):.0%} of the weights of a layer are zero already: is this the dense model?")
 
 
 def zero_weights(weight: Tensor, pruned: Tensor) -> None:

@@ -112,19 +112,29 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
                passages: list[list[int]] | None = None, max_s: float = math.inf, least: int = 0) -> tuple[int, int]:
     """Generate documents until there are so many tokens or, beyond the `least`, so many seconds are over, into a new
     .jsonl file, {"text": ...} a line. Returns the numbers of documents and of tokens. batchsize: documents at a time.
+    Ctrl-C leaves the documents so far, in part_of_<the file's name>.
     """
-    texts, found, end = [], 0, time.monotonic() + max_s
-    with progress_bar(total=tokens, desc="generating", unit="token") as progress:
-        while found < tokens and (found < least or time.monotonic() < end):
-            left_s = end - time.monotonic()
-            count = batchsize if left_s > 0 else -(-(least - found) // length)
-            written = generate(model, tokenizer, count, length - 1, passages, left_s if 0 < left_s < math.inf else None)
-            written = [row for row in written if row]
-            if not written:
-                raise UserError("the model ends every text at once, so it writes none")
-            texts += tokenizer.batch_decode(written)
-            found += sum(map(len, written))
-            progress.update(sum(map(len, written)))
+    path, texts, found, end = Path(path), [], 0, time.monotonic() + max_s
+    try:
+        with progress_bar(total=tokens, desc="generating", unit="token") as progress:
+            while found < tokens and (found < least or time.monotonic() < end):
+                left_s = end - time.monotonic()
+                count = batchsize if left_s > 0 else -(-(least - found) // length)
+                written = generate(model, tokenizer, count, length - 1, passages,
+                                   left_s if 0 < left_s < math.inf else None)
+                written = [row for row in written if row]
+                if not written:
+                    raise UserError("the model ends every text at once, so it writes none")
+                texts += tokenizer.batch_decode(written)
+                found += sum(map(len, written))
+                progress.update(sum(map(len, written)))
+    except KeyboardInterrupt:
+        _write(path.with_name(f"part_of_{path.name}"), texts)
+        raise
+    _write(path, texts)
+    return len(texts), found
+
+
+def _write(path: Path, texts: list[str]) -> None:
     with atomic_write(path) as beside:
         beside.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return len(texts), found

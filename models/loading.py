@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from files import errors
+from files.records import of_run
 from models import processes
 from utils import DTYPES, UserError, checked_device, fast_dtype, reuse_freed_memory
 
@@ -39,6 +40,8 @@ def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bo
     source, dtype = local_folder(model), dtype or ("auto" if device.startswith("cpu") else "float16")
     torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
     processes.log(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device})")
+    if torch_dtype == torch.float16 and device.startswith("cpu"):
+        processes.log("note: a CPU is several times slower in float16 than in what --dtype auto takes")
     with explained(model):
         tokenizer = read_tokenizer(source, trust_remote_code)
         read_config(source, trust_remote_code)
@@ -57,9 +60,10 @@ def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bo
 
 
 def local_folder(model: str) -> str | Path:
-    """The model's folder, or its hub id as it is. UserError where it should be a folder and is none."""
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
+    """The model's folder, or that of a run's sparse model, or its hub id as it is. UserError where it should be a
+    folder and is none."""
+    if (folder := of_run(model, "checkpoint")).is_dir():
+        return folder
     if any(model.startswith(mark) for mark in (".", "/", "~")):
         raise UserError(f"--model {model}: there is no such folder")
     return model
@@ -70,12 +74,16 @@ def explained(model: str) -> Iterator[None]:
     """Turns whatever the libraries find wrong with a model into one line."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with errors.explained(f"--model {model}", "give a folder or hub id of a causal LM (gated: first `hf auth login`)"):
+    hub = "" if Path(model).expanduser().exists() else " or a hub id (gated: first `hf auth login`)"
+    with errors.explained(f"--model {model}", f"give the folder of a causal LM{hub}"):
         yield
 
 
 def read_tokenizer(source: str | Path, trusted: bool) -> Tokenizer:
-    """Of a model; a damaged one fails here rather than far from its name."""
+    """Of a model; a damaged one fails here rather than far from its name. UserError where a folder has none."""
+    if Path(source).is_dir() and not [
+            file for kind in ("*token*", "vocab*", "*.model") for file in Path(source).glob(kind)]:
+        raise UserError(f"there is no tokenizer in {source}: copy the base model's tokenizer files there")
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
     tokenizer("Does it take a text?")
     return tokenizer

@@ -41,12 +41,11 @@ def largest(score: Tensor, n: int, m: int) -> Tensor:
 @dataclass
 class OneShot:
     """How to prune. sparsity_type: (N, M); true_sequential: later layers see the earlier ones pruned; swaps: sweeps of
-    `refine_by_swaps` over the score's mask, at most; percdamp: sparsegpt's damping."""
+    `refine_by_swaps` over the score's mask, at most."""
     prune_method: str = "wanda"
     sparsity_type: tuple[int, int] = (2, 4)
     true_sequential: bool = False
     swaps: int = 0
-    percdamp: float = 0.01
 
     @property
     def needs_text(self) -> bool:
@@ -69,7 +68,7 @@ class OneShot:
         `[sequences, tokens, in]`."""
         weight = weight.float()
         if self.prune_method == "sparsegpt":
-            return sparsegpt.solve(weight, hessians.of(inputs), self.sparsity_type, self.percdamp)[0]
+            return sparsegpt.solve(weight, hessians.of(inputs), self.sparsity_type)[0]
         norms = sum(part.float().square().sum(0) for part in inputs.flatten(0, -2).split(8192)).sqrt()
         mask = self.mask(weight, norms)
         if self.swaps:

@@ -28,7 +28,7 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
             if not failed:
                 return upper
         damp = damp * 10
-    raise UserError("a layer's Hessian is not positive definite; raise --percdamp, or give more calibration text")
+    raise UserError("a layer's Hessian is not positive definite; give more calibration text")
 
 
 def solve(weight: Tensor, hessian: Tensor, pattern: tuple[int, int], percdamp: float = 0.01,

@@ -131,7 +131,7 @@ ours() {  # this project's own method, by backward passes, in the dtype that spa
 
 table() {  # table NAME: of the rows so far, to NAME/table.md
     local compare=(eval.py --compare)
-    [ "$SMALL" = 0 ] || compare=(reproduce/learned_table.py)
+    [ "$SMALL" = 0 ] || compare=(reproduce/record.py) rows=("$OUT")
     echo "\$ python ${compare[*]} ${rows[*]}"
     [ "$DRY" = 0 ] || return 0
     local made

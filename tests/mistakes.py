@@ -100,7 +100,7 @@ def fill(w: Path, models: dict[str, Path]) -> None:
         np.savez(w / "nan.npz", losses=file["losses"] * np.nan, depends_on=file["depends_on"])
     for whole in ("mask.safetensors", "baseline.npz"):
         (w / f"torn_{whole}").write_bytes((w / whole).read_bytes()[:-100])
-    (w / "record.json").write_text(json.dumps({"sparsity_type": "2:4", "density": 0.5}))
+    (w / "record.json").write_text(json.dumps({"sparsity_type": "2:4", "density": 0.5, "dtype": "float32"}))
     (w / "torn.json").write_text('{"sparsity_type":')
     (w / "run").mkdir()
     (w / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.5, "baseline": 3.6}) + "\n")

@@ -103,7 +103,7 @@ def by_gradients(folder: Path) -> None:
     """What processes learn from a sequence each is what one learns from all of them."""
     masked, expected = pair(folder, "float32")
     for each in (masked, expected):
-        from_swaps(each, 1.0, TOKENS, sweeps=2)
+        from_swaps(each, 1.0, TOKENS)
     assert_same(masked, expected, apart=1e-4)  # products of fewer rows may round otherwise
     for ours, one in learn(masked, expected, TOKENS[:processes.size()], checkpointing=True, curvature=True):
         assert torch.allclose(ours.curvature.mean_squares, one.curvature.mean_squares, rtol=1e-3)

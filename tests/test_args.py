@@ -21,16 +21,19 @@ def test_learning_by_gradients_has_a_script_of_its_own(flags):
         train.main(flags.split())
 
 
-@pytest.mark.parametrize("flags, name", [
-    ("--dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625", "lr50_epoch625_logits10_size512"),
-    ("--estimator residual --lr 0.5 --dataset_size 64", "residual_lr0.5_epoch10000_logits10_size64")])
-def test_the_default_folder_says_what_a_run_is(flags, name):
-    assert parse(flags).out == f"results/{name}" and parse(f"{flags} --out elsewhere").out == "elsewhere"
+def test_the_default_folder_says_what_a_run_is():
+    """Model, pattern, method, and a hash that other settings change."""
+    flags = ["--lr 5", "--lr 6", "--lr 5 --seed 1", "--lr 5 --estimator residual", "--lr 5 --sparsity_type 4:8"]
+    folders = [parse(f"{each} --model some/model").out for each in flags]
+    assert [folder[:-7] for folder in folders] == [*["results/model_2of4_maskpro"] * 3, "results/model_2of4_residual",
+                                                   "results/model_4of8_maskpro"]
+    assert len({folder[-7:] for folder in folders}) == 5 and parse("--lr 5 --model some/model").out == folders[0]
+    assert parse("--out elsewhere").out == "elsewhere"
 
 
 def test_sparsify_has_a_folder_and_a_budget():
     args = sparsify.parse_args(["--model", "some/model", "--sparsity_type", "4:8"])
-    assert (args.out, args.minutes, args.steps, args.dtype) == ("results/sparsify_model_4of8", 30, None, "auto")
+    assert (args.out[:-7], args.minutes, args.steps, args.dtype) == ("results/model_4of8_sparsify", 30, None, "auto")
     assert sparsify.parse_args(["--steps", "7"]).minutes is None
 
 

@@ -1,6 +1,8 @@
 """eval.py: what is verified and refused, and where the numbers go."""
 import json
+import os
 import shutil
+from pathlib import Path
 
 import data
 import eval as evaluate
@@ -40,7 +42,7 @@ def test_tokens_of_the_text_and_of_the_windows(folder, tmp_path, capsys):
     (("layers.0.mlp.up_proj", slice(None), 0.0), None),  # a block with fewer weights is no breach of the pattern
     (("layers.1.mlp.down_proj", 3, 1.0), r"1 of 14 layers are not 2:4 .*model.layers.1.mlp.down_proj \(1 blocks\)"),
     (("layers.1.mlp.down_proj", 3, -0.0), r"model.layers.1.mlp.down_proj \(1 zeros are -0.0\)")])
-def test_density_and_pattern(model_copy, capsys, change, words):
+def test_density_and_pattern(model_copy, tmp_path, capsys, change, words):
     """One block of a 2:4 model is changed; the density is exact, and nothing is written of a broken model."""
     model, _ = hf_model(model_copy)
     weights = sum(mask.numel() for mask in masks_of(model).values())
@@ -50,38 +52,45 @@ def test_density_and_pattern(model_copy, capsys, change, words):
     name, place, value = change
     tensors[f"model.{name}.weight"].view(-1, 4)[7, place] = value
     save_file(tensors, model_copy / "model.safetensors", metadata={"format": "pt"})
-    command = f"--model {model_copy} --ppl none --sparsity_type 2:4"
+    command = f"--model {model_copy} --ppl none --sparsity_type 2:4 --save {tmp_path}/record.json"
     if words:
         with pytest.raises(UserError, match=words):
             run(command)
-        assert not (model_copy / "evaluation.json").exists()
+        assert not list(tmp_path.glob("*.json"))
         run(f"{command} --targets self_attn")
         return
     run(command)
-    record = json.loads((model_copy / "evaluation.json").read_text())
+    record = json.loads((tmp_path / "record.json").read_text())
     assert record["density"] == (weights // 2 - 2) / weights and record["sparsity_type"] == "2:4"
     assert "density 0.49997" in (said := capsys.readouterr().out) and ", 2:4 in every masked layer\n" in said
 
 
-def test_one_evaluation_a_file(model_copy, monkeypatch, request):
-    """A second one is refused before the model is loaded, unless with --overwrite."""
-    run(f"--model {model_copy} --ppl none")
-    run(f"--model {model_copy} --ppl none --overwrite --dtype bfloat16")
-    record = json.loads((model_copy / "evaluation.json").read_text())
-    assert record["density"] == 1 and record["dtype"] == "bfloat16"
+def test_an_evaluation_is_shown_and_not_repeated(model_copy, tmp_path, monkeypatch, capsys, request):
+    """Until something that decides its numbers changes. With --save a file that is there is refused."""
+    monkeypatch.chdir(tmp_path)
+    run("--model model --ppl none")
+    (first,) = Path("results/evaluations").iterdir()
+    assert first.name.startswith("model_") and f"written to {first}" in capsys.readouterr().out
+    run("--model model --ppl none --dtype bfloat16")
+    os.utime("model/config.json", (1, 1))
+    run("--model model --ppl none")
+    assert len(list(Path("results/evaluations").iterdir())) == 3 and sorted(os.listdir("model")) == sorted(
+        os.listdir(request.getfixturevalue("models")["llama"]))
+    run(f"--model model --ppl none --save {first}x")
     request.getfixturevalue("nothing_loads")
-    with pytest.raises(UserError, match=r"evaluation.json exists already; replace it with --overwrite, or"):
-        run(f"--model {model_copy} --ppl none")
-    with pytest.raises(UserError, match=r"model exists already"):  # a folder is not overwritten
-        run(f"--model {model_copy} --ppl none --overwrite --save {model_copy}")
-    (model_copy / "evaluation.json").unlink()
+    capsys.readouterr()
+    run("--model model --ppl none")
+    assert "1.000000 |\nas measured before; remove results/evaluations/model_" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"jsonx exists already; remove it, or choose another --save"):
+        run(f"--model model --ppl none --save {first}x")
     monkeypatch.setattr("files.atomic.os.access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"not a folder that can be written to; .*--save"):
-        run(f"--model {model_copy} --ppl none")
+        run("--model model --ppl none --save new.json")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_beside_the_mask(model_copy, tmp_path, kind):
+def test_a_mask(model_copy, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
     model, _ = hf_model(model_copy)
     masks, mask = masks_of(model), tmp_path / {"file": "mask.v1.safetensors", "folder": "mask.v1"}[kind]
     if kind == "file":
@@ -89,14 +98,13 @@ def test_beside_the_mask(model_copy, tmp_path, kind):
     else:
         mask_files.save(mask, masks, 2, 4)
     run(f"--model {model_copy} --mask {mask} --ppl none")
-    record = json.loads((tmp_path / "mask.v1.evaluation.json").read_text())
+    (written,) = Path("results/evaluations").glob("*_mask.v1*_*.json")
+    record = json.loads(written.read_text())
     assert record["density"] == 0.5 and record["mask_fingerprint"] == mask_files.fingerprint(masks)
-    assert not (model_copy / "evaluation.json").exists()
 
 
 def test_a_hub_id(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "load_model", lambda *given: hf_model(folder / "llama"))
     run("--model someone/model --ppl none")
-    assert "not written: someone/model is no folder here" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    assert "written to results/evaluations/someone_model_" in capsys.readouterr().out

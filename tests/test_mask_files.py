@@ -12,6 +12,7 @@ import pytest
 import torch
 from masked import random_mask
 from old_masks import WORDS, words_of
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (6, 40), "model.layers.0.mlp.down_proj": (5, 24)}
@@ -151,7 +152,7 @@ def test_not_a_mask_file(tmp_path):
 
 def test_metadata_that_are_not_those_written(tmp_path, layers):
     path = write("safetensors", tmp_path, layers)
-    with mask_files.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(load_file(path), path, metadata | {"sparsity": "1:4"})
     with pytest.raises(UserError, match=r"mask.safetensors cannot be read .*checksum.*; restore it or make it anew"):

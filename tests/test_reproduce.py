@@ -3,7 +3,6 @@
 Its commands, printed by DRY=1, run in this process, which saves them a process each; the rest runs as a user runs it.
 """
 import hashlib
-import importlib.util
 import json
 import os
 import shlex
@@ -29,11 +28,12 @@ import pytest
 from tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
-_spec = importlib.util.spec_from_file_location("learned_table", ROOT / "reproduce/learned_table.py")
-learned_table = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(learned_table)
+sys.path.insert(0, str(ROOT / "reproduce"))
+import record
+import tables
+
 COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
-            "sparsify.py": sparsify, "eval.py": evaluate, "reproduce/learned_table.py": learned_table}
+            "sparsify.py": sparsify, "eval.py": evaluate, "reproduce/record.py": record}
 SCRIPTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
 SHARED = {"baselines": "cached", "dataset_size": "8", "estimators": "maskpro", "learning_rate": "50", "logits": "10",
           "llama2_7b_2of4": ""}  # VALUES with which a script has no rows but those of llama2_7b_2of4
@@ -97,8 +97,10 @@ def test_the_scripts_take_the_commands(script, mode, tmp_path):
     assert not (tmp_path / "out").exists()
     outputs = [vars(args).get("save_model") or vars(args).get("out") or args.save for _, args in parsed[:-1]]
     assert len(set(outputs)) == len(outputs)  # nothing twice
-    shown = parsed[-1][1].records if mode.get("SMALL") else parsed[-1][1].compare
-    assert shown == [args.save for name, args in parsed[:-1] if name == "eval.py"]
+    if mode.get("SMALL"):
+        assert parsed[-1][1].folder == str(tmp_path / "out")
+    else:
+        assert parsed[-1][1].compare == [args.save for name, args in parsed[:-1] if name == "eval.py"]
 
 
 def test_the_papers_settings(tmp_path):
@@ -112,22 +114,43 @@ def test_the_papers_settings(tmp_path):
     assert {(args.ppl, args.seqlen, len(args.tasks.split(","))) for args in evaluated} == {("wikitext2", 4096, 7)}
 
 
-def test_the_table_of_the_small_model_is_over_seeds(tmp_path, capsys):
-    nats = {"dense": 1.0, "wanda": 2.0, "run": 1.5, "run-seed1": 1.25, "run-seed12": 1.75}
+def test_a_record_and_its_table_are_over_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "text").write_text("a text")
+    nats = {"dense": 1.0, "1of4/wanda": 2.0, "1of4/run": 1.5, "1of4/run-seed1": 1.25, "1of4/run-seed12": 1.75}
     for number, (name, loss) in enumerate(nats.items()):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"ppl": 2**loss, "nats": loss}))
-        if name.startswith("run"):
-            (tmp_path / name).mkdir()
+        (tmp_path / f"out/{name}.json").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"out/{name}.json").write_text(json.dumps(
+            {"nats": loss, "ppl": 2**loss, "model": ".", **dict.fromkeys(
+                ("text", "windows", "seqlen", "dtype", "fingerprint", "environment"), "text")}))
+        if "run" in name:
+            run = tmp_path / f"out/{name}"
+            run.mkdir()
             summary = {"blocks": 200, "blocks_changed": number, "seconds": 60.0}
-            (tmp_path / name / "run.json").write_text(json.dumps({"arguments": {}, "summary": summary}))
-            (tmp_path / name / "metrics.jsonl").write_text("".join(
-                json.dumps({"loss": float(step < learned_table.STEPS) + number}) + "\n" for step in range(1500)))
-    learned_table.main([str(tmp_path / f"{name}.json") for name in nats])
-    dense, wanda, run = [[cell.strip() for cell in line.split("|")[2:-1]]
-                         for line in capsys.readouterr().out.splitlines()[2:]]
-    assert dense[:3] == ["1", "2.0000", "1.0000"] and wanda[2:] == ["2.0000", "", "", "", "", ""]
-    assert run[0] == "3" and run[2:] == ["1.5000 ± 0.2500", "50.0 ± 25.0", "4.0000 ± 1.0000", "3.0000 ± 1.0000",
-                                         "1.50 ± 0.50", "60 ± 0"]
+            (run / "run.json").write_text(json.dumps({
+                "arguments": {"dataset": "text", "seed": number - 2}, "environment": {}, "fingerprints": {},
+                "summary": summary}))
+            (run / "metrics.jsonl").write_text("".join(
+                json.dumps({"loss": float(step < record.STEPS) + number}) + "\n" for step in range(1500)))
+    record.main(["out"])
+    dense, run, wanda = [[cell.strip() for cell in line.split("|")[2:-1]]
+                            for line in capsys.readouterr().out.splitlines()[2:]]
+    assert dense == ["1", "1.0000", *[""] * 5] and wanda == ["1", "2.0000", *[""] * 5]
+    assert run == ["3", "1.5000 ± 0.2500", "50.0 ± 25.0", "4.0000 ± 1.0000", "3.0000 ± 1.0000", "1.50 ± 0.50", "60 ± 0"]
+    kept = json.loads((tmp_path / "out/record.json").read_text())
+    assert kept["sha256"] == {name: hashlib.sha256(Path(name).read_bytes()).hexdigest()
+                              for name in ("model.safetensors", "text")}
+    curve = kept["rows"]["1of4/run"][0]["run"]["curve"]
+    assert (curve[0], curve[-1], len(curve)) == (3.0, 2.0, record.POINTS)
+
+
+def test_the_docs_say_what_the_records_say(tmp_path, monkeypatch):
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text()
+        assert tables.rendered(text) == text, f"{page} is other than the records: run python reproduce/tables.py"
+    falsified = text.replace("| ≤ 1e-06 | same |", "| ≤ 1e-06 | other |")
+    assert falsified != text and tables.rendered(falsified) == text
 
 
 @pytest.mark.parametrize("script", SHARED)

@@ -12,6 +12,8 @@ from runs import VANILLA, arguments, raises, states_of
 
 def test_the_second_run_in_a_folder_is_refused(workshop, stopped):
     with pytest.raises(UserError, match=r"exists already; go on with it: python train.py --resume .*or choose another"):
+        train.main(arguments(workshop, stopped, VANILLA))
+    with pytest.raises(UserError, match=r"run exists already; choose another --out or remove it$"):  # other settings
         train.main(arguments(workshop, stopped))
     with run_folder.lock(stopped), pytest.raises(UserError, match="is being written by another run; wait for its end"):
         train.main(["--resume", str(stopped)])

@@ -76,5 +76,5 @@ def test_m_must_divide(layer):
 
 
 def test_a_hessian_that_no_damping_mends_is_told():
-    with pytest.raises(UserError, match="raise --percdamp"):
+    with pytest.raises(UserError, match="give more calibration text"):
         sparsegpt.inverse_factor(torch.ones(4, 4), 0.0)

@@ -7,6 +7,7 @@ from masking.layers import apply_masks
 from masking.spaces import PatternSpace, logits_from_scores
 from models.layers import find_layers
 from pruning.swaps import confidence, refine_by_swaps
+from training.initialize import SWEEPS
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_swaps_start_the_mask_and_the_logits(learn, models, sequences, m0):
     apply_masks(find_layers(model), {**m0, earlier: run.masks[earlier]})
     inputs = inputs_of(model, name, sequences)
     hessian = inputs.T @ inputs
-    mask = refine_by_swaps(weight, m0[name], hessian, 4)
+    mask = refine_by_swaps(weight, m0[name], hessian, 4, SWEEPS)
     assert torch.equal(run.masks[name], mask) and not torch.equal(mask, m0[name])
     score = confidence(weight, mask, hessian, 4)
     assert torch.allclose(run.logits[name], logits_from_scores(mask.view(-1, 4), 4, score.view(-1, 4)), atol=1e-3)

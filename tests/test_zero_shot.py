@@ -1,12 +1,14 @@
-"""evaluation/zero_shot.py: scores against plain loops and by hand; task files."""
+"""evaluation/zero_shot.py: files are scored by the harness as by plain loops; what is refused; the field's tasks."""
 
+import json
 import math
-from contextlib import nullcontext
-from types import SimpleNamespace
+import statistics
+import sys
 
 from evaluation import zero_shot
 from utils import UserError
 
+import datasets
 import pytest
 import torch
 from quizzes import quiz, run, write_lines
@@ -27,72 +29,46 @@ def plain_score(model, tokenizer, context: str, choice: str, bos: bool = True) -
     return sum(float(logits[i - 1, ids[i]] - logits[i - 1].logsumexp(0)) for i in range(start, len(ids)))
 
 
-@pytest.mark.parametrize("batchsize, bos", [(1, True), (5, True), (64, False)])
-def test_scores_are_the_chain_rule(loaded, batchsize, bos):
+@pytest.mark.parametrize("bos, are_spaced", [(True, False), (True, True), (False, True)])
+def test_files_are_scored_by_the_chain_rule(loaded, tmp_path, bos, are_spaced):
+    """acc_norm divides by the characters of a choice, without its leading space where all choices have one."""
+    pytest.importorskip("lm_eval")
     model, tokenizer = loaded
-    pairs = [(item["context"], choice) for item in quiz() for choice in item["choices"]]
-    pairs.append(("every do", "g follows the bird."))  # a dog is another token than do
-    requests = [zero_shot.encode(tokenizer, *pair, bos) for pair in pairs]
-    expected = [plain_score(model, tokenizer, *pair, bos) for pair in pairs]
-    assert zero_shot.log_likelihoods(model, requests, batchsize) == pytest.approx(expected, abs=1e-4)
-
-
-class Letters:
-    """A tokenizer of one token a letter, BOS 0 before a text."""
-    bos_token_id = eos_token_id = 0
-    end = ()  # after a text
-
-    def __call__(self, text, add_special_tokens=True, **_):
-        tokens = [1 + " abcde".index(letter) for letter in text]
-        return SimpleNamespace(input_ids=[0, *tokens, *self.end] if add_special_tokens else tokens)
-
-
-class Unigram(torch.nn.Module):
-    """p(a) = 1/2, p(b) = 1/4, p(c) = 1/8, p( ) = p(d) = p(e) = p(BOS) = 1/32, whatever came before; 12 positions."""
-    dtype = torch.float32
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.config = torch.nn.Embedding(7, 1), SimpleNamespace(max_position_embeddings=12)
-        self.logits = torch.tensor([1 / 32, 1 / 32, 1 / 2, 1 / 4, 1 / 8, 1 / 32, 1 / 32]).log() + 3
-
-    def get_input_embeddings(self):
-        return self.embedding
-
-    def forward(self, input_ids, use_cache):
-        assert input_ids.shape[1] <= 12
-        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, 7))
-
-
-def test_by_hand(monkeypatch):
-    """In bits: " b" 5 + 2, " aaa" 5 + 3: acc takes b; a character of theirs costs 7 and 8/3: acc_norm takes aaa."""
-    item = {"context": "dd", "choices": [" b", " aaa"], "gold": 0, "place": "here"}
-    requests = [zero_shot.encode(Letters(), "dd", choice) for choice in item["choices"]]
-    assert requests[0] == ([0, 5, 5, 1, 3], 3)
-    bits = [-score / math.log(2) for score in zero_shot.log_likelihoods(Unigram(), requests, 1)]
-    assert bits == pytest.approx([7, 8], abs=1e-5)
-    items = [item, {**item, "gold": 1}, {**item, "gold": 1}, {**item, "gold": 1}]
-    found = zero_shot.score_items(Unigram(), Letters(), items)
-    assert (found["acc"], found["acc_norm"]) == (0.25, 0.75)
-    assert found["acc_stderr"] == found["acc_norm_stderr"] == 0.25  # sqrt(0.25 * 0.75 * 4 / 3 / 4)
-    alone = zero_shot.score_items(Unigram(), Letters(), [item])
-    assert (alone["acc"], alone["acc_stderr"]) == (1, None)
-    monkeypatch.setattr(Letters, "end", (0,))  # nor context nor choice has it
-    assert [zero_shot.encode(Letters(), "dd", choice) for choice in item["choices"]] == requests
-    tie = {"context": "", "choices": ["d", "e"], "gold": 0, "place": "here"}
-    assert zero_shot.score_items(Unigram(), Letters(), [tie, {**tie, "gold": 1}])["acc"] == 0.5  # the first of equals
+    items = [item for item in quiz() if item["context"].strip() or (item["context"] == "" and bos)]
+    items = [item for item in items if item["choices"][0][0] == " "] if are_spaced else items
+    items.append({"context": "every do", "choices": [" cat", " g follows the bird."], "gold": 1})
+    hits = {"acc": [], "acc_norm": []}
+    for item in items:
+        scores = [plain_score(model, tokenizer, item["context"], choice, bos) for choice in item["choices"]]
+        for metric, length in (("acc", lambda choice: 1), ("acc_norm", lambda choice: len(choice) - are_spaced)):
+            values = [score / length(choice) for score, choice in zip(scores, item["choices"])]
+            hits[metric].append(values.index(max(values)) == item["gold"])
+    task = zero_shot.load_file(write_lines(tmp_path / "quiz.jsonl", items))
+    found = zero_shot.run_harness(model, tokenizer, {"quiz": task}, 5, bos=bos)["quiz"]
+    for metric, expected in hits.items():
+        assert found[metric] == pytest.approx(statistics.mean(expected))
+        assert found[f"{metric}_stderr"] == pytest.approx(statistics.stdev(expected) / math.sqrt(len(items)))
+    assert found["items"] == len(items) and found["source"].startswith("file ")
+    few = zero_shot.run_harness(model, tokenizer, {"quiz": task}, 5, limit=1, bos=bos)["quiz"]
+    assert (few["acc"], few["acc_stderr"], few["items"]) == (hits["acc"][0], None, 1)
+    assert few["source"] != found["source"] and few["source"].endswith("no BOS") == (not bos)
 
 
 @pytest.mark.parametrize("scale, choices, words", [
-    (1, ["a" * 12, "a" * 13], "line 3: a choice of 13 tokens is more than the 12 positions"),
-    (1, ["d", ""], "line 3: the choice '' adds no token to its context; begin it with a space"),
-    (math.nan, ["a", "b"], "not finite.*--dtype"), (1, ["b" * 12, "a" * 12], None)])
-def test_choices_that_cannot_be_scored(scale, choices, words):
-    """The last is the longest that can be: all its tokens are scored."""
-    model, item = Unigram(), {"context": "d" * 30, "choices": choices, "gold": 1, "place": "quiz.jsonl, line 3"}
-    model.logits = model.logits * scale
-    with pytest.raises(UserError, match=words) if words else nullcontext():
-        assert zero_shot.score_items(model, Letters(), [item])["acc"] == 1
+    (1, [" d", ""], "no item"), (1, [" bird" * 400, " fox"], "quiz: a choice has no token of its own, or more"),
+    (math.nan, [" bird", " fox"], "not finite.*--dtype")])
+def test_choices_that_cannot_be_scored(loaded, tmp_path, scale, choices, words):
+    pytest.importorskip("lm_eval")
+    model, tokenizer = loaded
+    with torch.no_grad(), pytest.raises(UserError, match=words):
+        path = write_lines(tmp_path / "quiz.jsonl", [{"context": "The old", "choices": choices, "gold": 1}])
+        weight = model.get_input_embeddings().weight
+        before = weight.clone()
+        try:
+            weight.mul_(scale)
+            zero_shot.run_harness(model, tokenizer, {"quiz": zero_shot.load_file(path)}, 4)
+        finally:
+            weight.copy_(before)
 
 
 # ---------------------------------------------------------------------------------------------------------- task files
@@ -120,5 +96,61 @@ def test_good_files(tmp_path):
 
 
 def test_two_tasks_of_one_name(folder, tmp_path):
+    pytest.importorskip("lm_eval")
     with pytest.raises(UserError, match="two tasks have one name"):
         run(f"--model {folder}/llama --task_file {folder}/quiz.jsonl {write_lines(tmp_path / 'quiz.jsonl', quiz())}")
+
+
+# ---------------------------------------------------------------------------------------------- the harness's own tasks
+
+HUB = {  # rows of the Hub's data sets for the field's seven tasks
+    "Rowan/hellaswag": {"ctx_a": "A cat sits.", "ctx_b": "the cat", "activity_label": "Cats", "label": "1",
+                        "endings": ["hears a fox.", "follows the bird.", "is old.", "carries it."]},
+    "EleutherAI/race": {"article": "The old cat watches the doctor.", "problems": str(
+        [{"question": "Who watches?", "answer": "B", "options": ["A fox.", "The cat.", "A bird.", "No one."]}])},
+    "baber/piqa": {"goal": "Hear the bird", "sol1": "Be quiet.", "sol2": "Follow the fox.", "label": 0},
+    "allenai/winogrande": {"sentence": "The dog follows the child because _ is small.", "option1": "the dog",
+                           "option2": "the child", "answer": "2"},
+    "allenai/ai2_arc": {"question": "What hears?", "choices": {"text": ["a river", "a bird", "rain"],
+                                                               "label": ["A", "B", "C"]}, "answerKey": "B"},
+    "allenai/openbookqa": {"question_stem": "After rain, the river is", "choices": {"text": ["bright", "heavy"],
+                                                                                    "label": ["A", "B"]},
+                           "answerKey": "B"}}
+SEVEN = "hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa"
+
+
+def test_the_fields_seven_tasks(folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+
+    def load_dataset(path, *args, **kwargs):
+        rows = datasets.Dataset.from_list([HUB[path]] * 3)
+        return datasets.DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), rows))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    run(f"--model {folder}/llama --ppl none --tasks {SEVEN} --task_limit 2 --save {tmp_path}/seven.json")
+    record, said = json.loads((tmp_path / "seven.json").read_text()), capsys.readouterr().out
+    assert list(record["tasks"]) == SEVEN.split(",") and record["task_limit"] == 2
+    assert {name for name, task in record["tasks"].items() if "acc_norm" not in task} == {"race", "winogrande"}
+    assert record["mean_acc"] == sum(task["acc"] for task in record["tasks"].values()) / 7
+    assert f"mean acc {100 * record['mean_acc']:.2f} % (acc, not acc_norm; tasks: 7)" in said
+    assert list(zero_shot.load_harness(["ai2_arc"])) == ["arc_challenge", "arc_easy"]  # a tag stands for its tasks
+
+
+def test_tasks_that_are_refused(folder, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="no such task"):
+        run(f"--model {folder}/llama --tasks helaswag")
+
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no network")
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(UserError, match=r"piqa cannot be loaded.*no network.*--task_file"):
+        run(f"--model {folder}/llama --tasks piqa")
+
+
+def test_without_the_harness(folder, monkeypatch):
+    zero_shot._task_manager.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks.manager", None)
+    with pytest.raises(UserError, match=r"tasks need.*pip install 'lm_eval"):
+        run(f"--model {folder}/llama --tasks piqa")

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from files.records import read_record
+from files.records import read_record, short_hash
 from masking import compiler
 from masking.spaces import SPACES
 from models import processes
@@ -95,9 +95,7 @@ def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Name
     add_paper_arguments(parser)
     add_mask_arguments(parser, "initial_mask.safetensors")
     add_run_arguments(parser)
-    args = parse(parser, argv, lambda args: "results/{}lr{:g}_epoch{}_logits{:g}_size{}".format(
-        "" if args.estimator == "maskpro" else f"{args.estimator}_", args.lr, args.epoch, args.logits,
-        args.dataset_size))  # as the authors name a run
+    args = parse(parser, argv, lambda args: args.estimator)
     n, m = args.sparsity_type
     if (width := SPACES[args.space](n, m).width) > MOST_LOGITS:
         raise UserError(f"--space {args.space} would keep {width} logits a block of {n}:{m}; use --space linear, which "
@@ -105,13 +103,13 @@ def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Name
     return args
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
-          default_folder: Callable[[Namespace], str]) -> Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, method: Callable[[Namespace], str]) -> Namespace:
     """The arguments of a run; with --resume those that RUN has recorded. UserError for a flag beside --resume that says
-    otherwise."""
+    otherwise. Without --out the folder is named by the model, the pattern, the method and a hash of all arguments."""
     args = parser.parse_args(argv)
     if not args.resume:
-        args.out = args.out or default_folder(args)
+        pattern = "{}of{}".format(*args.sparsity_type)
+        args.out = args.out or (f"results/{Path(args.model).name}_{pattern}_{method(args)}_{short_hash(vars(args))}")
         return args
     run, recorded = str(Path(args.resume)), read_record(args.resume)["arguments"]
     if recorded.keys() | {"out", "resume"} != vars(args).keys():

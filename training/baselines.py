@@ -57,21 +57,25 @@ def save(path: str | Path, losses: list[float], depends_on: dict[str, str]) -> N
         np.savez(file, losses=np.array(losses, np.float64), depends_on=np.array(json.dumps(depends_on)))
 
 
-def load(source: str, model: nn.Module, masks: dict[str, Tensor], batches: Tensor, dataset: str) -> list[float]:
-    """The losses of these minibatches from a file, that of the default name where `source` is "cached". UserError
-    where it was computed under other conditions, naming them."""
-    minibatches, batchsize, seqlen = batches.shape
-    wanted = conditions(model, masks, batches, dataset)
-    path = default_path(minibatches * batchsize, batchsize, seqlen) if source == "cached" else source
+def find(source: str, dataset_size: int, batchsize: int, seqlen: int) -> str:
+    """The file that --baseline names, that of the default name where it is "cached". UserError where there is none."""
+    path = default_path(dataset_size, batchsize, seqlen) if source == "cached" else source
     if not os.path.exists(path):
         raise UserError(f"{path}: there is no such baseline; run inference_loss.py with the same --model, --mask and "
                         "data flags first, or train with --baseline online")
+    return path
+
+
+def load(path: str, model: nn.Module, masks: dict[str, Tensor], batches: Tensor, dataset: str) -> list[float]:
+    """The losses of these minibatches from a file. UserError where it was computed under other conditions, naming
+    them."""
+    wanted = conditions(model, masks, batches, dataset)
     with explained(path, "make it anew with inference_loss.py"), np.load(path, allow_pickle=False) as arrays:
         losses, found = arrays["losses"].astype(np.float64), dict(json.loads(str(arrays["depends_on"])))
     stale = [f"{key.replace('sqlen', 'seqlen')} {str(found.get(key))[:80]} there, {value} here"
              for key, value in wanted.items() if found.get(key) != value]
-    if not stale and len(losses) != minibatches:
-        stale = [f"{len(losses)} minibatches there, {minibatches} here"]
+    if not stale and len(losses) != len(batches):
+        stale = [f"{len(losses)} minibatches there, {len(batches)} here"]
     if stale:
         raise UserError(f"{path} is stale: {'; '.join(stale)}; run inference_loss.py again with these settings")
     if not np.isfinite(losses).all():

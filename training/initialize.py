@@ -14,6 +14,7 @@ from torch import Tensor
 STARTS = ("mask", "scores", "swaps", "random")
 SEQUENCES = 64  # of text that scores measure the layers' inputs on
 TOKENS = 30_000  # of text, at most, that swaps measure them on
+SWEEPS = 3  # over the blocks; three more bring a hundredth of what these do, for as much time again
 
 
 def start(masked: MaskedModel, how: str, magnitude: float, sequences: Tensor, seed: int,
@@ -57,7 +58,7 @@ def from_random_numbers(masked: MaskedModel, magnitude: float, seed: int) -> Non
         layer.remember_start()
 
 
-def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, sweeps: int = 6) -> None:
+def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor) -> None:
     """Masks improved by swaps; a logit is the larger, the more the best swap of its weight would cost
     (`swaps.confidence`).
 
@@ -71,7 +72,7 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, sweeps:
         layer = masked.layers[name]
         hessian = hessians.of(inputs).to(layer.weight.device)
         if len(layer.bits):
-            mask = swaps.refine_by_swaps(layer.weight, layer.mask_of(layer.bits), hessian, layer.m, sweeps)
+            mask = swaps.refine_by_swaps(layer.weight, layer.mask_of(layer.bits), hessian, layer.m, SWEEPS)
             score = swaps.confidence(layer.weight, mask, hessian, layer.m).view(-1, layer.m)
             blocks = mask.view(-1, layer.m)
             layer.bits.copy_(mask_to_bits(blocks))

@@ -3,8 +3,11 @@ import math
 from pathlib import Path
 
 from evaluation.comparison import markdown_table
+from files import mask_files
 from files.records import write_json
+from utils import VERSION
 
+FEW = 1e-4  # of the blocks
 ROWS = ("dense", "m0", "learned")
 
 
@@ -20,11 +23,27 @@ def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
     return markdown_table(heading, lines)
 
 
+def model_card(arguments: dict, pattern: str, dtype: str, nats: dict[str, dict[str, float]] | None) -> str:
+    """The README.md of a sparse model's folder, as the Hub reads it. arguments: of the run; pattern: 'N:M'."""
+    method = f"train.py, estimator {arguments['estimator']}" if "estimator" in arguments else "sparsify.py"
+    table = f"Perplexity by token:\n\n{perplexity_table(nats)}" if nats else ""
+    card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return card.format(base=mask_files.public_name(arguments["model"]), pattern=pattern, version=VERSION, method=method,
+                       dtype=dtype.removeprefix("torch."), table=table)
+
+
 def stage_table(stages: dict[str, dict]) -> str:
     """Minutes and peak memory of each stage."""
     return markdown_table(["stage", "minutes", "peak memory (GiB)"],
                           [[name, f"{stage['seconds'] / 60:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f}"]
                            for name, stage in stages.items()])
+
+
+def note_unchanged(summary: dict) -> str:
+    """What to do where the mask is still m0; else nothing."""
+    if summary["blocks_changed"] >= FEW * summary["blocks"]:
+        return ""
+    return "note: hardly a block differs from m0: raise --lr, lower --logits, or take more steps\n"
 
 
 def write(folder: Path, record: dict, summary: dict) -> str:
@@ -34,5 +53,6 @@ def write(folder: Path, record: dict, summary: dict) -> str:
         return ""
     write_json(folder / "report.json", {**record, "summary": summary})
     changed = f"{summary['blocks_changed']:,} of {summary['blocks']:,} blocks changed from m0"
-    return (f"\n{perplexity_table(record['nats'])}\n\n{stage_table(record['stages'])}\n\n{changed}, "
+    tables = f"{perplexity_table(record['nats'])}\n\n{stage_table(record['stages'])}"
+    return (f"\n{note_unchanged(summary)}{tables}\n\n{changed}, "
             f"{summary['steps']} steps -> {folder}")

@@ -6,7 +6,7 @@ from files.atomic import atomic_write
 from models import processes
 from models.loading import Tokenizer, devices_of
 from models.sharded_files import gathered
-from training import figures
+from training import figures, report
 from training.loop import Run
 from utils import peak_memory
 
@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 
 def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_logits: bool, skips_checkpoint: bool,
-            levels: dict[str, float] | None = None) -> dict:
+            nats: dict[str, dict[str, float]] | None = None) -> dict:
     """Write the best mask, or the last, and the model under it; returns the run's summary, which `RunFolder.finish`
-    takes. initial: m0, of which the layers that are not learned keep theirs; levels: lines of the curve, label -> loss
-    in nats. All processes have to ask at once."""
+    takes. initial: m0, of which the layers that are not learned keep theirs; nats: mask -> text -> loss, for the model
+    card; those of the first text are lines of the curve. All processes have to ask at once."""
     masked, validation, folder = run.validation.masked, run.validation, run.folder.path
     logits, devices = masked.whole_logits() if saves_logits else {}, devices_of(masked.model)
     final = masked.finish(validation.bits)
     if not skips_checkpoint:
-        _write_checkpoint(masked.model, tokenizer, folder / "checkpoint", masked.is_sharded)
+        card = report.model_card(run.folder.arguments, f"{initial.n}:{initial.m}", str(masked.model.dtype), nats)
+        _write_checkpoint(masked.model, tokenizer, folder / "checkpoint", masked.is_sharded, card)
     if not processes.is_main():
         return {}
     if logits:
@@ -33,18 +34,20 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     masks = {**initial.masks, **final}
     mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, run.folder.arguments["model"],
                     run.folder.record["fingerprints"]["model"])
+    levels = {mask: next(iter(found.values())) for mask, found in (nats or {}).items()}
     figures.learning_curve({folder.name: run.log.lines}, folder / "curve.png", levels)
     return {**_summary(run, devices), **_changes(initial.masks, final, initial.m),
             "mask_fingerprint": mask_files.fingerprint(masks)}
 
 
-def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_sharded: bool) -> None:
-    """The sparse model as a plain Hugging Face folder."""
+def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_sharded: bool, card: str) -> None:
+    """The sparse model as a plain Hugging Face folder, with a model card."""
     tensors = gathered(model) if is_sharded else None
     if processes.is_main():
         with atomic_write(path) as beside:
             model.save_pretrained(beside, state_dict=tensors)
             tokenizer.save_pretrained(beside)
+            (beside / "README.md").write_text(card, encoding="utf-8")
 
 
 def _summary(run: Run, devices: set[torch.device]) -> dict:
@@ -76,5 +79,6 @@ def in_words(summary: dict, folder: object, model: str) -> str:
     skipped = f", {summary['steps_skipped']} skipped for a loss that was not finite" if summary["steps_skipped"] else ""
     return (f"{heldout}{summary['steps']} steps in {summary['seconds']:.0f} s{skipped}, last epoch's mean loss "
             f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "
-            f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> {folder}\n"
-            f"python eval.py --model {model} --mask {folder}/mask.safetensors --ppl wikitext2")
+            f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> "
+            f"{folder}\n{report.note_unchanged(summary)}"
+            f"python eval.py --model {model} --mask {folder} --ppl wikitext2")

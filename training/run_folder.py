@@ -70,7 +70,8 @@ class RunFolder:
 
     def _make(self) -> None:
         remedy = "choose another --out or remove it"
-        if (self.path / "run.json").is_file():
+        if (self.path / "run.json").is_file() and not is_finished(self.path) and (
+                read_record(self.path)["arguments"] == self.arguments):
             remedy = f"go on with it: {self.resume_command}, or {remedy}"
         refuse_existing(self.path, remedy)
         self.path.mkdir(parents=True)

@@ -1,0 +1,106 @@
+"""The record of what the scripts with SMALL=1 have made so far, and its table.
+
+    python reproduce/record.py results/reproduce-small                                   # as those scripts call it
+    python reproduce/record.py results/reproduce-small --out reproduce/records/small_model.json        # to be kept
+
+Reads the evaluations that eval.py left, FOLDER/dense.json and FOLDER/NofM/ROW.json, and the run of each beside it, the
+folder FOLDER/NofM/ROW. Rows that differ by their -seedN alone are one row of several seeds. The record has, of each
+seed, the evaluation (nats, perplexity, windows, dtype, fingerprint of the tokens) and of a run its arguments,
+environment (commit, hardware, versions), fingerprints of model, mask and text, summary and curve, the mean losses of
+POINTS stretches of its steps. With it go the sha256 of model and texts. reproduce/tables.py makes the tables of the
+docs from it. Columns of the table:
+
+    nats                    by token, of the held-out text, mean and standard deviation over the seeds
+    of the gap (%)          share of the gap in nats between the wanda.json of the same folder and dense that is closed
+    first, last steps       loss of the sampled masks in the first and in the last STEPS steps, on the training text
+    blocks changed (%)      in the final mask
+"""
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluation.comparison import markdown_table
+from files.errors import explained
+from files.records import read_lines, read_record, write_json
+from utils import run_script
+
+STEPS = 512  # that a mean of the sampled masks' losses goes over
+POINTS = 40  # of a curve
+HEADING = ["mask", "seeds", "nats", "of the gap (%)", "sampled masks, first steps", "last steps", "blocks changed (%)",
+           "seconds"]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="OUT of the scripts")
+    parser.add_argument("--out", default=None, help="record to write (default: FOLDER/record.json)")
+    return parser.parse_args(argv)
+
+
+def read_run(folder: Path) -> dict:
+    """What a record keeps of a run."""
+    record, losses = read_record(folder), [line["loss"] for line in read_lines(folder / "metrics.jsonl")]
+    windows = np.array_split(np.array(losses), min(POINTS, len(losses)))
+    return {**{key: record[key] for key in ("arguments", "environment", "fingerprints", "summary")},
+            "first": statistics.mean(losses[:STEPS]), "last": statistics.mean(losses[-STEPS:]),
+            "curve": [round(float(window.mean()), 4) for window in windows]}
+
+
+def make_record(folder: Path) -> dict:
+    """The record of a folder: `rows`, name -> seeds, and the `sha256` of what they are of."""
+    rows, files = {}, set()
+    for file in [folder / "dense.json", *sorted(folder.glob("*of*/*.json"))]:
+        with explained(file, "make it with eval.py"):
+            evaluation = json.loads(file.read_text(encoding="utf-8"))
+            seed = {key: evaluation[key] for key in ("nats", "ppl", "text", "windows", "seqlen", "dtype",
+                                                     "fingerprint", "environment")}
+        if file.with_suffix("").is_dir() and (file.with_suffix("") / "run.json").exists():
+            seed["run"] = read_run(file.with_suffix(""))
+            files.add(seed["run"]["arguments"]["dataset"])
+        name = re.sub(r"-seed\d+$", "", str(file.relative_to(folder).with_suffix("")))
+        seed["seed"] = seed["run"]["arguments"]["seed"] if "run" in seed else None
+        rows.setdefault(name, []).append(seed)
+        files |= {seed["text"]} | ({f"{evaluation['model']}/model.safetensors"} if file.stem == "dense" else set())
+    for seeds in rows.values():
+        seeds.sort(key=lambda seed: seed["seed"] or 0)
+    return {"sha256": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(files)},
+            "rows": rows}
+
+
+def cell(values: list[float], digits: int) -> str:
+    """'1.2345', or '1.2345 ± 0.0012' of several."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def row_cells(rows: dict[str, list[dict]], name: str, seeds: int | None = None) -> list[str]:
+    """The cells of a row after its name, of its first seeds; empty ones where there is no run."""
+    found, pattern = rows[name][:seeds], name.rpartition("/")[0]
+    nats, gap, of_run = [seed["nats"] for seed in found], "", [""] * 4
+    if f"{pattern}/wanda" in rows and not name.endswith("wanda"):
+        dense, m0 = rows["dense"][0]["nats"], rows[f"{pattern}/wanda"][0]["nats"]
+        gap = cell([100 * (m0 - loss) / (m0 - dense) for loss in nats], 1)
+    if "run" in found[0]:
+        runs = [seed["run"] for seed in found]
+        changed = [100 * run["summary"]["blocks_changed"] / run["summary"]["blocks"] for run in runs]
+        of_run = [cell([run["first"] for run in runs], 4), cell([run["last"] for run in runs], 4), cell(changed, 2),
+                  cell([run["summary"]["seconds"] for run in runs], 0)]
+    return [str(len(found)), cell(nats, 4), gap, *of_run]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    record = make_record(Path(args.folder))
+    write_json(args.out or Path(args.folder) / "record.json", record)
+    print(markdown_table(HEADING, [[name, *row_cells(record["rows"], name)] for name in record["rows"]]))
+
+
+if __name__ == "__main__":
+    run_script(main)

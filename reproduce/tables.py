@@ -1,0 +1,112 @@
+"""Render the tables of the docs from the records in reproduce/records/.
+
+    python reproduce/tables.py
+    python reproduce/tables.py --check      # exit code 1 where a table says what no record says
+
+The first rewrites what stands between <!-- NAME --> and <!-- end NAME --> in the docs, the second is a test. A new
+table is a function here, which returns Markdown, and two such lines in a page.
+"""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from record import row_cells
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from evaluation.comparison import markdown_table
+from utils import run_script
+
+PAGES = ("README.md", "docs/reproduction.md")
+SMALL = "1of4/{}-size{}-lr{}-logits{}-steps2500{}"  # rows of SMALL=1, as reproduce/common.sh names them
+ABLATIONS = [  # what is varied, what the paper says, the record's row, how many of its seeds
+    ("maskpro, η 5, C 5, 512 sequences, cached baseline", "learns, steadily", ("maskpro", 512, 5, 5, ""), None),
+    ("the same, seed 0", "", ("maskpro", 512, 5, 5, ""), 1),
+    ("residual", "learns, unsteadily", ("residual", 512, 5, 5, ""), None),
+    ("vanilla", "does not learn", ("vanilla", 512, 5, 5, ""), None),
+    ("vanilla, η 0.05, seed 0", "", ("vanilla", 512, 0.05, 5, ""), 1),
+    ("1 sequence", "enough to learn from", ("maskpro", 1, 5, 5, ""), 1),
+    ("32 sequences", "", ("maskpro", 32, 5, 5, ""), 1),
+    ("η 2", "", ("maskpro", 512, 2, 5, ""), 1),
+    ("η 10", "", ("maskpro", 512, 10, 5, ""), 1),
+    ("C 2", "too small a C fails", ("maskpro", 512, 5, 2, ""), 1),
+    ("C 10", "its setting", ("maskpro", 512, 5, 10, ""), 1),
+    ("online baseline", "", ("maskpro", 512, 5, 5, "-online"), 1)]
+
+
+def record(name: str) -> dict:
+    """A file of reproduce/records/."""
+    return json.loads((ROOT / f"reproduce/records/{name}.json").read_text(encoding="utf-8"))
+
+
+def ablations() -> str:
+    """The studies on the small model at 1:4."""
+    rows, lines = record("small_model")["rows"], []
+    for varied, says, row, seeds in ABLATIONS:
+        _, nats, gap, first, last, changed, _ = row_cells(rows, SMALL.format(*row), seeds)
+        lines.append([varied, says, nats, gap, f"{first}, {last}", changed])
+    return markdown_table(["varied", "the paper says", "held-out", "of the gap (%)", "sampled masks: first, last steps",
+                           "blocks changed (%)"], lines)
+
+
+def patterns() -> str:
+    """The small model at other patterns."""
+    rows, lines = record("small_model")["rows"], []
+    for pattern in ("1of4", "2of4", "4of8"):
+        learned = SMALL.format("maskpro", 512, 5, 5, "").replace("1of4", pattern)
+        cells = row_cells(rows, learned, 1)
+        lines.append([pattern.replace("of", ":"), *(row_cells(rows, f"{pattern}/{method}")[1] for method in (
+            "magnitude", "wanda", "sparsegpt")), cells[1], f"{cells[3]}, {cells[4]}"])
+    return markdown_table(["N:M, held-out", "magnitude", "Wanda, m0", "SparseGPT (updates weights)", "maskpro",
+                           "sampled masks: first, last steps"], lines)
+
+
+def conditions() -> str:
+    """What the small model's tables are of, in a sentence."""
+    rows = record("small_model")["rows"]
+    runs = [seed["run"] for seeds in rows.values() for seed in seeds if "run" in seed]
+    known = {key: sorted({run["environment"][key] for run in runs}) for key in ("hardware", "commit", "torch")}
+    dtypes = sorted({seed["dtype"] for seeds in rows.values() for seed in seeds})
+    seconds = sorted(run["summary"]["seconds"] for run in runs)
+    return (f"Dense {rows['dense'][0]['nats']:.4f}. {', '.join(known['hardware'])}, {', '.join(dtypes)}, torch "
+            f"{', '.join(known['torch'])}, commit {', '.join(known['commit'])}; a run took {seconds[0]:.0f} to "
+            f"{seconds[-1]:.0f} s.")
+
+
+def authors() -> str:
+    """The authors' scripts beside ours."""
+    table = record("against_authors")["table"]
+    return markdown_table(list(table[0]), [list(row.values()) for row in table])
+
+
+TABLES = (ablations, patterns, conditions, authors)
+
+
+def rendered(page: str) -> str:
+    """A page's text with its tables made anew."""
+    for table in TABLES:
+        name = table.__name__
+        page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
+                      lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", page, flags=re.DOTALL)
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    args, stale = parser.parse_args(argv), []
+    for page in PAGES:
+        before = (ROOT / page).read_text(encoding="utf-8")
+        after = rendered(before)
+        if after != before:
+            stale.append(page)
+            if not args.check:
+                (ROOT / page).write_text(after, encoding="utf-8")
+    print(f"{', '.join(stale) or 'no page'}: {'other than the records' if args.check else 'made anew'}")
+    sys.exit(1 if stale and args.check else 0)
+
+
+if __name__ == "__main__":
+    run_script(main)
