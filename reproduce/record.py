@@ -67,7 +67,7 @@ def make_record(folder: Path) -> dict:
         name = re.sub(r"-seed\d+$", "", str(file.relative_to(folder).with_suffix("")))
         seed["seed"] = seed["run"]["arguments"]["seed"] if "run" in seed else None
         rows.setdefault(name, []).append(seed)
-        files |= {seed["text"]} | ({f"{evaluation['model']}/model.safetensors"} if file.stem == "dense" else set())
+        files |= {seed["text"]} | ({str(Path(evaluation['model'], 'model.safetensors'))} if file.stem == "dense" else set())
     for seeds in rows.values():
         seeds.sort(key=lambda seed: seed["seed"] or 0)
     return {"sha256": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(files)},
