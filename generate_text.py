@@ -7,7 +7,6 @@ No data is needed. Only --after needs some: a few passages of the kind of text t
 then continues one of them. Writes one JSON object a line, {"text": ...}, as every --dataset is.
 """
 import argparse
-import sys
 
 from files.atomic import refuse_existing
 from models import generation
@@ -42,8 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     passages = generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []
-    with generation.made_fast(model, tokenizer, args.batchsize) as attention:
-        print(f"attention: {attention}", file=sys.stderr)
+    with generation.made_fast(model, tokenizer, args.batchsize):
         documents, tokens = generation.write_text(out, model, tokenizer, args.tokens, args.seqlen, args.batchsize,
                                                   passages)
     print(f"{documents} documents, {tokens} tokens -> {out}")

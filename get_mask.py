@@ -88,9 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"warning: {out} can be checked against no model later, it has no fingerprint; give --model for one",
               file=sys.stderr)
     weights = sum(mask.numel() for mask in found.masks.values())
-    size = sum(file.stat().st_size for file in [out, *out.glob("*")] if file.is_file())
-    print(f"{found.n}:{found.m} mask of {len(found.masks)} layers, {weights / 1e6:.1f} M weights -> {out} "
-          f"({size / 2**20:.1f} MiB)")
+    print(f"{found.n}:{found.m} mask of {len(found.masks)} layers, {weights / 1e6:.1f} M weights -> {out}")
 
 
 if __name__ == "__main__":

@@ -125,8 +125,7 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
                                       preparation.FEWEST * args.batchsize * args.seqlen)
     minibatches = data.token_sequences(tokenizer, datasets, plan["tokens"], args.batchsize, args.seqlen, args.seed)
     if minibatches.numel() < plan["tokens"]:
-        processes.log(f"note: the text has {minibatches.numel():,} of the {plan['tokens']:,} tokens that the budget "
-                      "has time for; it is used again")
+        processes.log(f"note: {minibatches.numel():,} of {plan['tokens']:,} planned tokens are there and used again")
     sequences = preparation.split(minibatches)[0].flatten(0, 1)
 
     order, wanda = folder.path / "order.permutation.safetensors", folder.path / "initial_mask.safetensors"

@@ -22,6 +22,10 @@ from pathlib import Path
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")
 
+# Ctrl-C is a line, not a traceback, and so it is while libraries are imported.
+sys.excepthook = lambda kind, *rest: (print("interrupted", file=sys.stderr) if kind is KeyboardInterrupt
+                                      else sys.__excepthook__(kind, *rest))
+
 import torch
 from tqdm import tqdm
 
@@ -37,7 +41,7 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call a script's `main`; a mistake or a full GPU becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Call a script's `main`; a mistake or a full GPU becomes one line and exit code 2."""
     try:
         main()
     except UserError as error:
@@ -47,9 +51,6 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"error: out of memory ({str(error).splitlines()[0][:120]}); use a 16-bit --dtype, or lower "
               "--microbatch, --batchsize, --nsamples or --seqlen, where the script has it", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import common
 import pge
-from utils import UserError
 
 import pytest
 import rivals
@@ -145,13 +144,3 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     assert [round(float(row["bytes a weight"]), 2) for row in found[2:]] == [4.25, 24, 4.25]
     rivals.main(["--quick", "--device", "cpu", "--model", "tiny", "--rows", "SR-STE", "--rates", "0.001,0.002"])
     assert "SR-STE, rate 0.002" in capsys.readouterr().out
-
-
-def test_rows_are_chosen_by_parts_of_their_names_or_by_a_whole_one():
-    names = {"MaskLLM": 1, "MaskLLM + KD": 2, "SR-STE": 3, "STE + KD": 4}
-    assert common.chosen(names, "") == list(names)
-    assert common.chosen(names, "Mask,SR") == ["MaskLLM", "MaskLLM + KD", "SR-STE"]
-    assert common.chosen(names, "MaskLLM") == ["MaskLLM"]
-    assert common.chosen(names, "STE + KD,MaskLLM + KD") == ["MaskLLM + KD", "STE + KD"]
-    with pytest.raises(UserError, match="no row's name contains Wanda"):
-        common.chosen(names, "Wanda")

@@ -46,8 +46,7 @@ def comparison(records: list[tuple[str, dict]]) -> str:
     table = markdown_table(["model", "sparsity", "density", *(heading for _, heading, _ in columns)],
                            [[name, str(record["sparsity_type"] or ""), f"{record['density']:.6f}",
                              *(row.get(key, "") for key in columns)] for (name, record), row in zip(records, rows)])
-    note = ("\n\nCompare numbers within a column only. Columns with the same heading were measured on different tokens "
-            "or items, or by different versions of the harness.")
+    note = "\n\nCompare numbers within a column only: others are of other tokens, items or versions of the harness."
     return table if all(len(row) == len(columns) for row in rows) else table + note
 
 

@@ -91,11 +91,8 @@ def load_harness(names: list[str]) -> dict:
         if name not in manager.all_tasks and not Path(name).is_file():
             raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task and there is no such YAML file; "
                             "correct the name (`lm_eval ls tasks` lists them)")
-        try:
+        with explained(f"--tasks {name}", "check the network, since its data come from the Hub, or use --task_file"):
             found |= manager.load([name])["tasks"]
-        except Exception as error:  # of the Hub, the network, Arrow, YAML or the task's own code
-            raise UserError(f"--tasks {name} cannot be loaded ({type(error).__name__}: {str(error)[:200]}); its data "
-                            "come from the Hugging Face Hub: check the network, or score local items with --task_file")
     for name, task in found.items():
         if "acc" not in task.aggregation():
             raise UserError(f"--tasks {name} has no acc but {', '.join(task.aggregation())}; leave it out")

@@ -22,10 +22,7 @@ def read_record(run: str | Path) -> dict:
     """A run's run.json; UserError where there is none or it is damaged."""
     path = Path(run) / "run.json"
     with explained(path, "give the folder of a run of train.py"):
-        record = json.loads(path.read_bytes())
-        if not isinstance(record["arguments"], dict):
-            raise ValueError("no arguments")
-        return record
+        return json.loads(path.read_bytes())
 
 
 def of_run(path: str | Path, name: str) -> Path:
@@ -37,8 +34,7 @@ def of_run(path: str | Path, name: str) -> Path:
 def base_model(model: str) -> str:
     """The model that a folder was pruned from, by the prune.json that prune.py left in it; else the model itself."""
     path = Path(model) / "prune.json"
-    with explained(path, "remove it, or prune anew with prune.py"):
-        return str(json.loads(path.read_bytes())["arguments"]["model"]) if path.is_file() else model
+    return json.loads(path.read_bytes())["arguments"]["model"] if path.is_file() else model
 
 
 def read_lines(path: Path, size_bytes: int | None = None) -> list[dict]:

@@ -14,7 +14,7 @@ from models import processes
 import torch
 
 MOST_SHAPES = 64  # shapes x dtypes of a model; more run eagerly
-SLOW_S = 10  # of a compilation, from which on it is told
+SLOW_S = 20  # of a compilation, from which on it is told
 _thread = threading.local()
 eagerly = threading.Event()  # set: everything runs eagerly from here on
 

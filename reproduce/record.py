@@ -6,9 +6,9 @@
 Reads the evaluations that eval.py left, FOLDER/dense.json and FOLDER/NofM/ROW.json, and the run of each beside it, the
 folder FOLDER/NofM/ROW. Rows that differ by their -seedN alone are one row of several seeds. The record has, of each
 seed, the evaluation (nats, perplexity, windows, dtype, fingerprint of the tokens) and of a run its arguments,
-environment (commit, hardware, versions), fingerprints of model, mask and text, summary and curve, the mean losses of
-POINTS stretches of its steps. With it go the sha256 of model and texts. reproduce/tables.py makes the tables of the
-docs from it. Columns of the table:
+environment (commit, hardware, versions), fingerprints of model, mask and text, summary, seconds (of sparsify.py all
+stages) and curve, the mean losses of POINTS stretches of its steps. With it go the sha256 of model and texts.
+reproduce/tables.py makes the tables of the docs from it. Columns of the table:
 
     nats                    by token, of the held-out text, mean and standard deviation over the seeds
     of the gap (%)          share of the gap in nats between the wanda.json of the same folder and dense that is closed
@@ -23,13 +23,13 @@ import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.comparison import markdown_table
 from files.errors import explained
 from files.records import read_lines, read_record, write_json
 from utils import run_script
+
+import numpy as np
 
 STEPS = 512  # that a mean of the sampled masks' losses goes over
 POINTS = 40  # of a curve
@@ -48,8 +48,9 @@ def read_run(folder: Path) -> dict:
     """What a record keeps of a run."""
     record, losses = read_record(folder), [line["loss"] for line in read_lines(folder / "metrics.jsonl")]
     windows = np.array_split(np.array(losses), min(POINTS, len(losses)))
+    seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values()) or record["summary"]["seconds"]
     return {**{key: record[key] for key in ("arguments", "environment", "fingerprints", "summary")},
-            "first": statistics.mean(losses[:STEPS]), "last": statistics.mean(losses[-STEPS:]),
+            "seconds": seconds, "first": statistics.mean(losses[:STEPS]), "last": statistics.mean(losses[-STEPS:]),
             "curve": [round(float(window.mean()), 4) for window in windows]}
 
 
@@ -67,7 +68,8 @@ def make_record(folder: Path) -> dict:
         name = re.sub(r"-seed\d+$", "", str(file.relative_to(folder).with_suffix("")))
         seed["seed"] = seed["run"]["arguments"]["seed"] if "run" in seed else None
         rows.setdefault(name, []).append(seed)
-        files |= {seed["text"]} | ({str(Path(evaluation['model'], 'model.safetensors'))} if file.stem == "dense" else set())
+        weights = {str(Path(evaluation["model"], "model.safetensors"))} if file.stem == "dense" else set()
+        files |= {seed["text"]} | weights
     for seeds in rows.values():
         seeds.sort(key=lambda seed: seed["seed"] or 0)
     return {"sha256": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(files)},
@@ -91,7 +93,7 @@ def row_cells(rows: dict[str, list[dict]], name: str, seeds: int | None = None) 
         runs = [seed["run"] for seed in found]
         changed = [100 * run["summary"]["blocks_changed"] / run["summary"]["blocks"] for run in runs]
         of_run = [cell([run["first"] for run in runs], 4), cell([run["last"] for run in runs], 4), cell(changed, 2),
-                  cell([run["summary"]["seconds"] for run in runs], 0)]
+                  cell([run["seconds"] for run in runs], 0)]
     return [str(len(found)), cell(nats, 4), gap, *of_run]
 
 

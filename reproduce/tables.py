@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+import variance as signal
 from record import row_cells
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +82,34 @@ def authors() -> str:
     return markdown_table(list(table[0]), [list(row.values()) for row in table])
 
 
-TABLES = (ablations, patterns, conditions, authors)
+def variance() -> str:
+    """Signal and noise of the estimators."""
+    found = record("variance")
+    return markdown_table(signal.HEADING, [signal.row(row) for row in found["rows"]]) + (
+        f"\n\n{found['arguments']['samples']} draws a row, {found['environment']['hardware']}, commit "
+        f"{found['environment']['commit']}.")
+
+
+def minutes() -> str:
+    """Loss recovered over minutes, on the small model at 1:4."""
+    lines = [[method, str(steps), f"{minute:.1f}", f"{share:.1f}"] for method, steps, minute, share in over_minutes()]
+    return markdown_table(["small model, 1:4", "steps", "minutes", "of Wanda's loss recovered (%)"], lines)
+
+
+def over_minutes() -> list[tuple[str, int, float, float]]:
+    """Method, steps, minutes and share in percent of the rows of minutes.sh, those that learn."""
+    rows, found = record("small_model")["rows"], []
+    dense, m0 = rows["dense"][0]["nats"], rows["1of4/wanda"][0]["nats"]
+    for method, row, all_steps in (("MaskPro: train.py", SMALL.rpartition("-")[0].format("maskpro", 512, 5, 5),
+                                    (500, 1000, 2500, 10000)),
+                                   ("ours: sparsify.py", "1of4/sparsify", (8, 32, 128, 512))):
+        for steps in all_steps:
+            seed = rows[f"{row}-steps{steps}"][0]
+            found.append((method, steps, seed["run"]["seconds"] / 60, 100 * (m0 - seed["nats"]) / (m0 - dense)))
+    return found
+
+
+TABLES = (ablations, patterns, conditions, authors, variance, minutes)
 
 
 def rendered(page: str) -> str:

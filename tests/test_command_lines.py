@@ -18,7 +18,6 @@ import pytest
 
 SCRIPTS = {script.__name__: script for script in (
     prune, get_mask, inference_loss, train, sparsify, evaluate, permute, generate_text, plot)}
-OLD_NAMES = {"--sqlen"}  # of flags, hidden
 
 
 def parse(command: str) -> argparse.Namespace:
@@ -62,10 +61,7 @@ def test_help_explains_every_flag(name, monkeypatch, capsys):
     assert stop.value.code == 0 and script.__doc__.splitlines()[0] in said
     for action in parsers[0]._actions:
         name = (action.option_strings or [action.metavar or action.dest])[-1]
-        if action.help == argparse.SUPPRESS:  # the old name of a flag
-            assert name not in said and name in OLD_NAMES
-        else:
-            assert action.help and len(action.help) > 10 and name in said
+        assert action.help and len(action.help) > 10 and name in said
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

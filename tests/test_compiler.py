@@ -51,12 +51,6 @@ def test_mistakes_and_a_lack_of_memory_keep_their_traceback(compiler, monkeypatc
         compiled(mistaken, mistaken)(torch.ones(2))
 
 
-@pytest.mark.parametrize("name", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
-def test_the_environment_may_ask_for_eager_steps(compiler, monkeypatch, name):
-    monkeypatch.setenv(name, "1")
-    assert compiled(lambda x: x, must_compile) is must_compile
-
-
 class Waits(TorchDispatchMode):
     """Counts how often a number is fetched from the device, which on a GPU makes the host wait."""
     count = 0

@@ -113,11 +113,10 @@ def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path, kind,
     train.main(f"--model {w}/{kind} {PLACE} --mask {w}/{kind}.safetensors --dataset {w}/text.jsonl --dataset_size 8 "
                f"--batchsize 4 --sqlen 32 --baseline online --init random --max_step 2 "
                f"--out {tmp_path}/run".split())
-    learned = tmp_path / "run" / "mask.safetensors"
-    model = apply_mask(dense(w, kind), learned)
+    model = apply_mask(dense(w, kind), tmp_path / "run")  # a run stands for its mask, and for its model
     assert not same_bits(model, dense(w, f"sparse_{kind}"))  # another mask than that
     assert same_bits(model, AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint"))
-    for name, measured in (("a", f"{tmp_path}/run/checkpoint"), ("b", f"{w}/{kind} --mask {learned}")):
+    for name, measured in (("a", f"{tmp_path}/run"), ("b", f"{w}/{kind} --mask {tmp_path}/run/mask.safetensors")):
         evaluate.main(f"--model {measured} {PLACE} --ppl {w}/text.jsonl --seqlen 64 --nwindows 4 "
                       f"--save {tmp_path}/{name}.json".split())
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import socket
 
 import data
 from files.documents import documents
@@ -45,13 +44,6 @@ def test_every_kind_of_source_gives_the_same_minibatches(kind, tokenizers, corpu
     assert list(documents(str(path))) == texts
     expected = data.minibatches(tokenizers["gpt2"], corpus, 32, 8, 64)
     assert torch.equal(data.minibatches(tokenizers["gpt2"], str(path), 32, 8, 64), expected)
-
-
-def test_local_files_never_touch_the_network(corpus, monkeypatch):
-    calls = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: calls.append(args) or [])
-    assert list(documents(corpus)) == read(corpus)
-    assert calls == []
 
 
 def test_txt_documents_are_paragraphs(tmp_path):

@@ -92,10 +92,6 @@ def test_the_model_that_a_folder_was_pruned_from(tmp_path):
     assert records.base_model(str(tmp_path)) == str(tmp_path)
     records.write_json(tmp_path / "prune.json", {"arguments": {"model": "some/model"}})
     assert records.base_model(str(tmp_path)) == "some/model"
-    for damaged in ("{", "[]", '{"arguments": 1}'):
-        (tmp_path / "prune.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"prune.json cannot be read .*; remove it, or prune anew"):
-            records.base_model(str(tmp_path))
 
 
 def test_lines_are_read_up_to_a_torn_one_and_cut_to_what_a_state_knows(tmp_path):

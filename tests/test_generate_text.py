@@ -1,9 +1,11 @@
 """generate_text.py: documents follow the model's own probabilities, end where it ends them, and can be learned from."""
 import json
 import math
+import signal
 
 import data
 import generate_text
+from files.documents import documents
 from models import generation
 from utils import UserError, set_seed
 
@@ -129,6 +131,15 @@ def test_more_tokens_than_the_model_has_positions(models, tmp_path, monkeypatch,
     (tmp_path / "passages.txt").write_text("a long one " * 200)
     with pytest.raises(UserError, match=words):
         generate_text.main(f"{flags(models, 'generated.jsonl')} {further}".split())
+
+
+def test_what_was_generated_before_an_interruption_is_kept(llama, tmp_path, monkeypatch):
+    batches = iter([[[5] * 7] * 2])
+    monkeypatch.setattr(generation, "generate", lambda *_: next(batches, None) or signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        generation.write_text(tmp_path / "text.jsonl", *llama, 84, 8, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["part_of_text.jsonl"]
+    assert len(list(documents(str(tmp_path / "part_of_text.jsonl")))) == 2
 
 
 def test_a_model_that_ends_every_text_at_once(llama, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """masking/layers.py: which layers are found, and masking them for good."""
 from contextlib import nullcontext
 
-from masking.layers import apply_masks, check_sparsity, match_masks
+from masking.layers import apply_masks, check_sparsity, match_masks, note_sparse
 from models.layers import DENSE, check_divisible, find_layers, is_transposed, weight_matrix
 from models.loading import model_fingerprint
 from utils import UserError
@@ -158,3 +158,12 @@ def test_check_sparsity_looks_along_the_inputs_of_a_transposed_layer(load):
     layers["transformer.h.0.mlp.c_fc"].weight.data[:, 1::2] = 1
     with pytest.raises(UserError, match="1 of 8 layers"):
         check_sparsity(layers, (2, 4))
+
+
+def test_a_model_that_is_sparse_already_is_pointed_out(load, capsys):
+    layers, _ = find_layers(load()), capsys.readouterr()
+    note_sparse(layers)
+    assert capsys.readouterr().err == ""
+    layers["model.layers.0.mlp.up_proj"].weight.data[::2] = 0
+    note_sparse(layers)
+    assert "note: 50% of the weights of a layer are zero already: is this the dense model?" in capsys.readouterr().err

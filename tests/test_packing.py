@@ -1,4 +1,4 @@
-"""files/packing.py: exact round trips, sizes, and the words of version 1."""
+"""files/packing.py: exact round trips, and sizes."""
 from itertools import combinations
 from math import comb, log2
 
@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked import random_mask
-from old_masks import WORDS, words_of
 
 PATTERNS = [(n, m) for m in range(2, 9) for n in range(1, m)] + [(5, 11), (7, 15), (1, 16), (8, 16), (15, 16)]
 
@@ -28,14 +27,6 @@ def test_round_trip(n, m):
     check()
 
 
-@pytest.mark.parametrize("n, m", WORDS)
-def test_words_of_version_1(n, m):
-    mask = random_mask((5, 7 * m), n, m)
-    assert torch.equal(packing.unpack_words(words_of(mask, n, m), mask.shape, n, m), mask)
-    if (n, m) == (2, 4):  # which has not changed
-        assert torch.equal(packing.pack(mask, n, m), words_of(mask, n, m))
-
-
 def test_patterns_are_in_lexicographic_order():
     assert [tuple(row.nonzero().flatten().tolist()) for row in pge.patterns(2, 4)] == [*combinations(range(4), 2)]
     assert len(pge.patterns(3, 7)) == comb(7, 3)
@@ -48,8 +39,3 @@ def test_patterns_are_in_lexicographic_order():
 def test_bits_per_weight(n, m, most):
     mask = random_mask((256, 72 * m), n, m)
     assert log2(comb(m, n)) / m <= 8 * len(packing.pack(mask, n, m)) / mask.numel() <= most
-
-
-def test_two_four_puts_three_blocks_in_a_byte():
-    mask = pge.patterns(2, 4)[torch.tensor([1, 2, 5, 4])].view(1, 16)
-    assert packing.pack(mask, 2, 4).tolist() == [1 + 2 * 6 + 5 * 36, 4]

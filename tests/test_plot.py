@@ -84,10 +84,3 @@ def test_lines_and_levels():
     assert line.get_ydata()[-1] == pytest.approx(sum(value for _, value in points[-32:]) / 32)
     assert line.get_linestyle() != other.get_linestyle() and line.get_marker() != other.get_marker()
     assert list(level.get_ydata()) == [3, 3] and axes.texts[0].get_text() == "dense"
-
-
-@pytest.mark.parametrize("heldout", [True, False])
-def test_the_learning_curve_shows_known_losses(tmp_path, heldout):
-    metrics = metrics_of(40, baseline=False, heldout=heldout)
-    figures.learning_curve({"a": metrics}, tmp_path / "curve.svg", {"dense": 3.0, "m0": 4.0})
-    assert {figures.TRAINING, "a", "dense", "m0"} <= texts(tmp_path / "curve.svg")

@@ -126,7 +126,7 @@ def test_changed_settings_are_refused_by_name(stopped):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda record: "{", "run.json cannot be read"), (lambda record: "[]", "run.json cannot be read"),
+    (lambda record: "{", "run.json cannot be read"),
     (lambda record: json.dumps({**record, "arguments": {"lr": {}}}), "another version or script"),
     (lambda record: json.dumps({**record, "arguments": {**record["arguments"], "trust_remote_code": True}}),
      "add the flag if you still trust")])

@@ -53,9 +53,3 @@ def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(w
     train.main(["--resume", str(tmp_path / "run")])
     train.main(arguments(workshop, tmp_path / "whole/run"))
     assert kill.contents(tmp_path / "run") == kill.contents(tmp_path / "whole/run")
-
-
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
-    (tmp_path / "lock").mkdir()  # so that no file of this name can be opened
-    with pytest.raises(UserError, match="cannot be written"):
-        run_folder.lock(tmp_path)

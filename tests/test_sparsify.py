@@ -12,6 +12,7 @@ from files import mask_files
 from files.documents import documents
 from models import generation
 from training import initialize, preparation, results
+from training.report import note_unchanged, perplexity_table
 from training.straight_through import StraightThrough
 from training.validation import Validation
 from utils import UserError
@@ -89,6 +90,11 @@ def test_its_table_recomputed(workshop, learned, capsys):
         nats = {text: loss_under(workshop / "dense", masks, sequences) for text, sequences in texts.items()}
         assert report["nats"][row] == pytest.approx(nats, abs=1e-4)
         assert all(f"{math.exp(value):.3f}" in said for value in report["nats"][row].values())
+    card = (run.folder / "checkpoint/README.md").read_text()
+    assert card.startswith("---\nbase_model: dense\n") and '"2:4"' in card and str(workshop) not in card
+    assert perplexity_table(report["nats"]) in card and perplexity_table(report["nats"]) in said
+    few, some = ({**report["summary"], "blocks": 10**6, "blocks_changed": changed} for changed in (99, 100))
+    assert "raise --lr" in note_unchanged(few) and note_unchanged(some) == ""
     assert list(report["stages"]) == ["text", "m0", "swaps", "learning", "table"]
     assert report["summary"]["blocks_changed"] == sum(
         int((mask != m0[name]).view(-1, 4).any(1).sum()) for name, mask in run.masks.items()) > 0

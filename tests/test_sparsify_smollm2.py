@@ -77,9 +77,3 @@ def test_a_series_that_was_interrupted_goes_on(series):
     last = Path(series("--steps 7")[-1].out)
     (last / "report.json").unlink()
     assert [args.resume for args in series("--steps 7")] == [str(last)]
-
-
-def test_without_the_model_it_says_how_to_make_it(series, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "MODEL", tmp_path / "none")
-    with pytest.raises(script.UserError, match="make demo DEMO_FLAGS=--quick"):
-        series()

@@ -144,7 +144,7 @@ def test_tasks_that_are_refused(folder, monkeypatch):
     def no_network(*args, **kwargs):
         raise ConnectionError("no network")
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(UserError, match=r"piqa cannot be loaded.*no network.*--task_file"):
+    with pytest.raises(UserError, match=r"piqa cannot be read.*no network.*--task_file"):
         run(f"--model {folder}/llama --tasks piqa")
 
 

@@ -108,8 +108,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, method: Calla
     otherwise. Without --out the folder is named by the model, the pattern, the method and a hash of all arguments."""
     args = parser.parse_args(argv)
     if not args.resume:
-        pattern = "{}of{}".format(*args.sparsity_type)
-        args.out = args.out or (f"results/{Path(args.model).name}_{pattern}_{method(args)}_{short_hash(vars(args))}")
+        args.out = args.out or "results/{}_{}of{}_{}_{}".format(
+            Path(args.model).name, *args.sparsity_type, method(args), short_hash(vars(args)))
         return args
     run, recorded = str(Path(args.resume)), read_record(args.resume)["arguments"]
     if recorded.keys() | {"out", "resume"} != vars(args).keys():

@@ -53,6 +53,5 @@ def write(folder: Path, record: dict, summary: dict) -> str:
         return ""
     write_json(folder / "report.json", {**record, "summary": summary})
     changed = f"{summary['blocks_changed']:,} of {summary['blocks']:,} blocks changed from m0"
-    tables = f"{perplexity_table(record['nats'])}\n\n{stage_table(record['stages'])}"
-    return (f"\n{note_unchanged(summary)}{tables}\n\n{changed}, "
-            f"{summary['steps']} steps -> {folder}")
+    return (f"\n{perplexity_table(record['nats'])}\n\n{stage_table(record['stages'])}\n\n"
+            f"{note_unchanged(summary)}{changed}, {summary['steps']} steps -> {folder}")
