@@ -32,8 +32,8 @@ def test_threads_spin_shortly_unless_the_user_says_otherwise():
 
 def test_an_interruption_is_a_line_even_while_libraries_are_imported(tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, ROOT / "plot.py"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, ROOT / "plot.py"], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True, check=False)
     assert (done.stderr, done.returncode) == ("interrupted\n", -signal.SIGINT)  # 130 in a shell
 
 
