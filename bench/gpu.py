@@ -10,6 +10,8 @@
                 ones on the CPU in float32.
     profile     the kernels and copies that one layer's pass launches, counted by torch's profiler.
     runs        whole runs of both scripts: the same seed twice, and once killed and resumed. The same mask?
+    processes   two processes, on two GPUs: copies and --shard against one process (bench/scaling.py), and one of two
+                killed: the run ends, and goes on to the same mask. Needs two GPUs, or --device cpu.
     agreement   compiled kernels on the device against eager ones there and on the CPU. Share: of the blocks. ulp: units
                 in the last place, at most. Masked weights must be the same to the bit, of masks that are.
     draws       the compiled step's draws against the exact probabilities of the patterns, by chi-square. Rare flips are
@@ -22,6 +24,7 @@ failure the next measurement starts; the exit code is then 1.
 import argparse
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -38,8 +41,9 @@ from utils import environment, run_script
 
 import torch
 from gpu_layer import NOT_MEASURED, Rows, agreement, draws, kernels, profile
-from scaling import make_inputs
+from scaling import WAYS, compare, make_inputs
 
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SCRIPTS = {
     "train.py": "--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl --dtype auto "
                 "--seqlen 24 --batchsize 4 --dataset_size 12 --baseline online --lr 5 --logits 1 --max_step {steps} "
@@ -131,6 +135,30 @@ def runs(args: argparse.Namespace) -> Rows:
                 ("the same seed twice", "resumed, the same"), (1, 1))
 
 
+def processes(args: argparse.Namespace) -> Rows:
+    """Two processes against one, and one of two killed."""
+    if args.device.startswith("cuda") and torch.cuda.device_count() < 2:
+        yield {"what": "two GPUs", "the same mask": NOT_MEASURED}, {}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder), args.seed)
+        for way in WAYS:
+            for row in compare(Path(folder), way, (2,), 4, args.device):
+                yield {"what": row.pop("learning"), **row}, {"logits apart from one process's, at most": (0, 2e-3),
+                                                             "the same mask": (1, 1)}
+        for script, flags in SCRIPTS.items():
+            outs = [Path(folder, script, name) for name in ("once", "killed")]
+            place = ["--device", "cpu"] if args.device == "cpu" else []
+            once, killed = ([*TWO, script, *flags.format(folder=folder, steps=8).split(), "--shard", "--dtype",
+                             "float32", *place, "--out", str(out)] for out in outs)
+            run(once)
+            is_killed = kill(killed, outs[1], rank=1)
+            run([*TWO, script, "--resume", str(outs[1])])
+            first, second = (json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"] for out in outs)
+            yield {"what": f"{script} --shard", "one killed": int(is_killed), "the same mask": int(first == second)}, {
+                "one killed": (1, 1), "the same mask": (1, 1)}
+
+
 def run(command: list[str]) -> None:
     """Run a script. RuntimeError with the end of its messages if it fails."""
     done = subprocess.run([sys.executable, *command], cwd=common.ROOT, capture_output=True, text=True)
@@ -138,19 +166,22 @@ def run(command: list[str]) -> None:
         raise RuntimeError(done.stderr[-400:])
 
 
-def kill(command: list[str], out: Path) -> bool:
-    """Start a run and kill it after its third step; False if it has ended before."""
+def kill(command: list[str], out: Path, rank: int | None = None) -> bool:
+    """Start a run and kill it, or this one of its launcher's processes, after its third step; False if it has ended
+    before."""
     process = subprocess.Popen([sys.executable, *command, "--checkpoint_every", "1"], cwd=common.ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = out / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 2):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    if process.poll() is None:
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(process.pid if rank is None else int(children[rank]), signal.SIGKILL)
+    return process.wait() != 0
 
 
-MEASUREMENTS = {"step": step, "learning": learning, "profile": profile, "runs": runs, "agreement": agreement,
-                "draws": draws, "kernels": kernels}
+MEASUREMENTS = {"step": step, "learning": learning, "profile": profile, "runs": runs, "processes": processes,
+                "agreement": agreement, "draws": draws, "kernels": kernels}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -37,7 +37,8 @@ WORDS = "the a cat dog horse bird watches follows hears avoids small old quiet r
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.set_defaults(device="cpu")  # the processes share one machine's cores
-    parser.add_argument("--child", nargs=5, default=None, metavar=("INPUTS", "WAY", "SHARD", "STEPS", "FOLDER"),
+    parser.add_argument("--child", nargs=6, default=None,
+                        metavar=("INPUTS", "WAY", "SHARD", "STEPS", "DEVICE", "FOLDER"),
                         help="learn in this process, and write the result to a folder")
     return parser.parse_args(argv)
 
@@ -71,10 +72,10 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def learn(inputs: Path, way: str, is_sharded: bool, steps: int) -> dict:
+def learn(inputs: Path, way: str, is_sharded: bool, steps: int, device: str) -> dict:
     """A run in this process of several: the logits of all layers, in the main process, and what a step sent."""
     load = load_sharded if is_sharded else load_model
-    model, _ = load(str(inputs / "dense"), "float32", "cpu")
+    model, _ = load(str(inputs / "dense"), "float32", device)
     masks = mask_files.load(inputs / "mask.safetensors", 2, 4).masks
     masked = MaskedModel(model, masks, LinearSpace(2, 4), magnitude=1.0, mode="eager")
     learner = StraightThrough(masked, distill=1.0) if way == "gradients" else None
@@ -95,30 +96,31 @@ def learn(inputs: Path, way: str, is_sharded: bool, steps: int) -> dict:
             "collectives": counted.number / steps}
 
 
-def compare(inputs: Path, way: str, counts: tuple[int, ...], steps: int) -> list[dict]:
-    """The table's rows of one way to learn: one process, then these numbers of processes, without and with --shard."""
-    def run(number: int, is_sharded: bool) -> tuple[dict, torch.Tensor]:
-        flags = ["--child", str(inputs), way, str(int(is_sharded)), str(steps)]
+def compare(inputs: Path, way: str, counts: tuple[int, ...], steps: int, device: str = "cpu") -> list[dict]:
+    """The table's rows of one way to learn: one process, then these numbers of processes, without and with --shard, and
+    on GPUs one process with its layers spread over all."""
+    def run(number: int, is_sharded: bool, where: str = device) -> tuple[dict, torch.Tensor]:
+        flags = ["--child", str(inputs), way, str(int(is_sharded)), str(steps), where]
         result = common.run_child(__file__, flags, number)[0]
         return result, torch.tensor([logit for _, layer in sorted(result["logits"].items()) for logit in layer])
     (result_alone, alone), rows = run(1, False), []
-    for is_sharded in (False, True):
-        for number in counts:
-            result, logits = run(number, is_sharded)
-            rows.append({"learning": way + ", --shard" * is_sharded, "processes": number, "steps": steps,
-                         "logits apart from one process's, at most": float((logits - alone).abs().max()),
-                         "the same mask": "yes" if result["mask"] == result_alone["mask"] else "no",
-                         "sent a process and step (bytes)": round(result["sent_bytes"]),
-                         "collectives a step": result["collectives"]})
+    cases = [(number, is_sharded, device) for is_sharded in (False, True) for number in counts]
+    for number, is_sharded, where in cases + [(1, False, "auto")] * device.startswith("cuda"):
+        result, logits = run(number, is_sharded, where)
+        rows.append({"learning": way + ", --shard" * is_sharded + ", spread" * (where == "auto"), "processes": number,
+                     "steps": steps, "logits apart from one process's, at most": float((logits - alone).abs().max()),
+                     "the same mask": int(result["mask"] == result_alone["mask"]),
+                     "sent a process and step (bytes)": round(result["sent_bytes"]),
+                     "collectives a step": result["collectives"]})
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.child:
-        inputs, way, is_sharded, steps, folder = args.child
-        with processes.joined("cpu"):
-            common.hand_back(folder, learn(Path(inputs), way, bool(int(is_sharded)), int(steps)))
+        inputs, way, is_sharded, steps, device, folder = args.child
+        with processes.joined(device) as own:
+            common.hand_back(folder, learn(Path(inputs), way, bool(int(is_sharded)), int(steps), own))
         return
     steps = 4 if args.quick else 12  # in long runs a last bit changes a draw, and then everything after it
     with tempfile.TemporaryDirectory() as folder:
