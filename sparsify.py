@@ -112,7 +112,7 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
     load = load_sharded if args.shard and processes.size() > 1 else load_model
     model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
-    note_sparse(find_layers(model, args.targets))
+    note_sparse(find_layers(model, args.targets or [""]))
     if "tokens" not in plan:
         plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen)
 

@@ -55,10 +55,12 @@ def ablations() -> str:
 def patterns() -> str:
     """The small model at other patterns."""
     rows, lines = record("small_model")["rows"], []
-    for pattern in ("1of4", "2of4", "4of8"):
-        learned = SMALL.format("maskpro", 512, 5, 5, "").replace("1of4", pattern)
-        cells = row_cells(rows, learned, 1)
-        lines.append([pattern.replace("of", ":"), *(row_cells(rows, f"{pattern}/{method}")[1] for method in (
+    for heading, learned in (("1:4", SMALL.format("maskpro", 512, 5, 5, "")),
+                             ("2:4", "2of4/maskpro-size512-lr5-logits5-steps2500"),
+                             ("2:4, η 10, 10,000 steps", "2of4/maskpro-size512-lr10-logits5-steps10000"),
+                             ("4:8", "4of8/maskpro-size512-lr5-logits5-steps2500")):
+        cells, folder = row_cells(rows, learned, 1), learned.partition("/")[0]
+        lines.append([heading, *(row_cells(rows, f"{folder}/{method}")[1] for method in (
             "magnitude", "wanda", "sparsegpt")), cells[1], f"{cells[3]}, {cells[4]}"])
     return markdown_table(["N:M, held-out", "magnitude", "Wanda, m0", "SparseGPT (updates weights)", "maskpro",
                            "sampled masks: first, last steps"], lines)
@@ -83,9 +85,13 @@ def authors() -> str:
 
 
 def variance() -> str:
-    """Signal and noise of the estimators."""
-    found = record("variance")
-    return markdown_table(signal.HEADING, [signal.row(row) for row in found["rows"]]) + (
+    """Signal and noise of the estimators, a line for each pattern and C."""
+    found, lines = record("variance"), []
+    for start in range(0, len(found["rows"]), len(signal.ADVANTAGES)):
+        cells = [signal.row(row) for row in found["rows"][start:start + len(signal.ADVANTAGES)]]
+        lines.append([*cells[-1][:2], *(cell[3] for cell in cells), *cells[-1][4:]])
+    heading = ["N:M", "C", *(f"noise, {name}" for name in signal.ADVANTAGES), *signal.HEADING[4:]]
+    return markdown_table(heading, lines) + (
         f"\n\n{found['arguments']['samples']} draws a row, {found['environment']['hardware']}, commit "
         f"{found['environment']['commit']}.")
 
