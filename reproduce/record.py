@@ -64,7 +64,8 @@ def make_record(folder: Path) -> dict:
                                                      "fingerprint", "environment")}
         if file.with_suffix("").is_dir() and (file.with_suffix("") / "run.json").exists():
             seed["run"] = read_run(file.with_suffix(""))
-            files.add(seed["run"]["arguments"]["dataset"])
+            dataset = seed["run"]["arguments"]["dataset"]
+            files.update([dataset] if isinstance(dataset, str) else dataset)
         name = re.sub(r"-seed\d+$", "", str(file.relative_to(folder).with_suffix("")))
         seed["seed"] = seed["run"]["arguments"]["seed"] if "run" in seed else None
         rows.setdefault(name, []).append(seed)

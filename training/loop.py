@@ -114,12 +114,11 @@ class Run:
         which then ends the process as it would have at once."""
         self.signals.deferred = True
         self._started = time.monotonic() - self.position.seconds
-        total = self.total_steps if self.total_steps < math.inf else None
-        self._bar = progress_bar(total=total, initial=self.step, desc="learning", unit="step",
-                                 disable=not processes.is_main())
+        self._bar = progress_bar(initial=self.step, desc="learning", unit="step", disable=not processes.is_main())
         with self._bar:
             while self.progress < 1:
                 yield self.step
+                self._bar.total = math.ceil(self.expected_steps())
                 self._bar.update()
                 due = processes.is_main() and self.checkpoints.due(self.step, self.elapsed_s(),
                                                                    last=self.progress == 1.0)
