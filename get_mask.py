@@ -5,6 +5,7 @@
     python get_mask.py --convert mask.npz --model BASE_MODEL --save mask.safetensors       # from MaskLLM's format
     python get_mask.py --convert folder --sparsity_type 4:8 --save mask.safetensors        # from the authors' folder
     python get_mask.py --convert mask.safetensors --save initial_mask                      # to the authors' folder
+    python get_mask.py --convert mask.safetensors --base_model HUB_ID --save named.safetensors        # to publish
 
 Checks every layer: a block of M that keeps more than N weights is an error that names its layer. A block that keeps
 fewer (a kept weight was zero itself) is filled up from its lowest free positions, and counted.
@@ -35,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4),
                         help="N:M the model must have; with --convert, the mask (then default: its own, or 2:4)")
     parser.add_argument("--targets", nargs="+", default=None, help="take the layers whose names contain one of these")
+    parser.add_argument("--base_model", default=None, help="hub id to name as the base, of masks to be published")
     parser.add_argument("--save", default="initial_mask.safetensors", help="mask file to write, must be new")
     args = parser.parse_args(argv)
     if args.convert:  # what was not said is not asked for
@@ -83,12 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     if out.suffix not in (".safetensors", ".npz", ""):
         raise UserError(f"--save {out} must end in .safetensors, in .npz, or have no suffix, for a folder of .pt")
     found = convert(args) if args.convert else extract(args)
+    found.model = args.base_model or found.model
     mask_files.save(out, **vars(found))
     if out.suffix == ".safetensors" and not found.fingerprint:
         print(f"warning: {out} can be checked against no model later, it has no fingerprint; give --model for one",
               file=sys.stderr)
-    weights = sum(mask.numel() for mask in found.masks.values())
-    print(f"{found.n}:{found.m} mask of {len(found.masks)} layers, {weights / 1e6:.1f} M weights -> {out}")
+    print(f"{found.n}:{found.m} mask of {len(found.masks)} layers -> {out}")
 
 
 if __name__ == "__main__":

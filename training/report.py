@@ -23,12 +23,12 @@ def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
     return markdown_table(heading, lines)
 
 
-def model_card(arguments: dict, pattern: str, dtype: str, nats: dict[str, dict[str, float]] | None) -> str:
+def model_card(base: str, arguments: dict, pattern: str, dtype: str, nats: dict[str, dict[str, float]] | None) -> str:
     """The README.md of a sparse model's folder, as the Hub reads it. arguments: of the run; pattern: 'N:M'."""
     method = f"train.py, estimator {arguments['estimator']}" if "estimator" in arguments else "sparsify.py"
     table = f"Perplexity by token:\n\n{perplexity_table(nats)}" if nats else ""
     card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    return card.format(base=mask_files.public_name(arguments["model"]), pattern=pattern, version=VERSION, method=method,
+    return card.format(base=mask_files.public_name(base), pattern=pattern, version=VERSION, method=method,
                        dtype=dtype.removeprefix("torch."), table=table)
 
 

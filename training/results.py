@@ -22,9 +22,9 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     card; those of the first text are lines of the curve. All processes have to ask at once."""
     masked, validation, folder = run.validation.masked, run.validation, run.folder.path
     logits, devices = masked.whole_logits() if saves_logits else {}, devices_of(masked.model)
-    final = masked.finish(validation.bits)
+    final, base = masked.finish(validation.bits), initial.model or run.folder.arguments["model"]
     if not skips_checkpoint:
-        card = report.model_card(run.folder.arguments, f"{initial.n}:{initial.m}", str(masked.model.dtype), nats)
+        card = report.model_card(base, run.folder.arguments, f"{initial.n}:{initial.m}", str(masked.model.dtype), nats)
         _write_checkpoint(masked.model, tokenizer, folder / "checkpoint", masked.is_sharded, card)
     if not processes.is_main():
         return {}
@@ -32,7 +32,7 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
         with atomic_write(folder / "logits.safetensors") as beside:
             save_file(logits, beside)
     masks = {**initial.masks, **final}
-    mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, run.folder.arguments["model"],
+    mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, base,
                     run.folder.record["fingerprints"]["model"])
     levels = {mask: next(iter(found.values())) for mask, found in (nats or {}).items()}
     figures.learning_curve({folder.name: run.log.lines}, folder / "curve.png", levels)
