@@ -73,15 +73,16 @@ def test_round_trip_through_the_three_formats(w, tmp_path, kind):
 
 
 def test_without_a_model_a_foreign_mask_gets_no_fingerprint_and_a_warning(w, tmp_path, capsys):
-    copy, wanted = mask_files.load(convert(w / "llama.safetensors", tmp_path / "copy.safetensors")), dense(w, "llama")
-    assert (copy.model, copy.fingerprint) == ("llama", model_fingerprint(wanted))
+    wanted, named = dense(w, "llama"), ("--base_model", "some/llama")
+    copy = mask_files.load(convert(w / "llama.safetensors", tmp_path / "copy.safetensors", *named))
+    assert (copy.model, copy.fingerprint) == ("some/llama", model_fingerprint(wanted))
     assert "warning" not in capsys.readouterr().err
     folder = convert(w / "llama.safetensors", tmp_path / "folder")
     bare = convert(folder, tmp_path / "bare.safetensors")
     assert "no fingerprint" in capsys.readouterr().err
     assert mask_files.load(bare).fingerprint == ""
-    full = convert(folder, tmp_path / "full.safetensors", "--model", w / "llama")
-    assert mask_files.load(full).fingerprint == model_fingerprint(wanted)
+    full = mask_files.load(convert(folder, tmp_path / "full.safetensors", "--model", w / "llama"))
+    assert full.fingerprint == model_fingerprint(wanted)
 
 
 @pytest.mark.parametrize("arguments, words", [
