@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
             model, _ = load_model(args.model, "auto", "cpu")
     print(markdown_table(HEADING, [row(found) for found in rows]))
     if args.record:
-        write_json(args.record, {"arguments": vars(args), "environment": environment("cpu"), "rows": rows})
+        arguments = {name: value for name, value in vars(args).items() if name != "record"}
+        write_json(args.record, {"arguments": arguments, "environment": environment("cpu"), "rows": rows})
 
 
 if __name__ == "__main__":
