@@ -174,10 +174,13 @@ def kill(command: list[str], out: Path, rank: int | None = None) -> bool:
     log = out / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 2):
         time.sleep(0.02)
+    if rank is None:
+        process.send_signal(signal.SIGKILL)
+        return process.wait() == -signal.SIGKILL
     if process.poll() is None:
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(process.pid if rank is None else int(children[rank]), signal.SIGKILL)
-    return process.wait() != 0
+        os.kill(int(children[rank]), signal.SIGKILL)
+    return process.wait() != 0  # the launcher's code
 
 
 MEASUREMENTS = {"step": step, "learning": learning, "profile": profile, "runs": runs, "processes": processes,

@@ -4,6 +4,7 @@
 """
 import sys
 
+from record import recovered
 from tables import ROOT, over_minutes, record
 
 sys.path.insert(0, str(ROOT))
@@ -16,14 +17,13 @@ LEVELS = {"SparseGPT (updates weights)": "1of4/sparsegpt", "Wanda": "1of4/wanda"
 
 def main() -> None:
     rows = record("small_model")["rows"]
-    dense, m0 = rows["dense"][0]["nats"], rows["1of4/wanda"][0]["nats"]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     points = over_minutes()
     for (method, marker) in zip(dict.fromkeys(point[0] for point in points), "os"):
         axes.plot(*zip(*[point[2:] for point in points if point[0] == method]), marker=marker, label=method)
     for method, row in LEVELS.items():
-        share = 100 * (m0 - rows[row][0]["nats"]) / (m0 - dense)
+        share = recovered(rows, row, rows[row][0]["nats"])
         axes.axhline(share, color="gray", linewidth=0.8)
         axes.text(1.01, share, method, transform=axes.get_yaxis_transform(), va="center", fontsize="small")
     axes.set(xscale="log", xlabel="minutes, one thread", ylabel="of Wanda's loss recovered (%)", ylim=(-8, 100))

@@ -83,13 +83,18 @@ def cell(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def recovered(rows: dict[str, list[dict]], name: str, nats: float) -> float:
+    """Share of the gap in nats between the wanda of a row's pattern and dense that these nats close, in percent."""
+    dense, m0 = rows["dense"][0]["nats"], rows[f"{name.rpartition('/')[0]}/wanda"][0]["nats"]
+    return 100 * (m0 - nats) / (m0 - dense)
+
+
 def row_cells(rows: dict[str, list[dict]], name: str, seeds: int | None = None) -> list[str]:
     """The cells of a row after its name, of its first seeds; empty ones where there is no run."""
     found, pattern = rows[name][:seeds], name.rpartition("/")[0]
     nats, gap, of_run = [seed["nats"] for seed in found], "", [""] * 4
     if f"{pattern}/wanda" in rows and not name.endswith("wanda"):
-        dense, m0 = rows["dense"][0]["nats"], rows[f"{pattern}/wanda"][0]["nats"]
-        gap = cell([100 * (m0 - loss) / (m0 - dense) for loss in nats], 1)
+        gap = cell([recovered(rows, name, loss) for loss in nats], 1)
     if "run" in found[0]:
         runs = [seed["run"] for seed in found]
         changed = [100 * run["summary"]["blocks_changed"] / run["summary"]["blocks"] for run in runs]

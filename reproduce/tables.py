@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import variance as signal
-from record import row_cells
+from record import recovered, row_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -99,13 +99,13 @@ def variance() -> str:
 def over_minutes() -> list[tuple[str, int, float, float]]:
     """Method, steps, minutes and share in percent of the rows of minutes.sh, those that learn."""
     rows, found = record("small_model")["rows"], []
-    dense, m0 = rows["dense"][0]["nats"], rows["1of4/wanda"][0]["nats"]
     for method, row, all_steps in (("MaskPro: train.py", SMALL.rpartition("-")[0].format("maskpro", 512, 5, 5),
                                     (500, 1000, 2500, 10000)),
                                    ("ours: sparsify.py", "1of4/sparsify", (32, 128, 512))):
         for steps in all_steps:
-            seed = rows[f"{row}-steps{steps}"][0]
-            found.append((method, steps, seed["run"]["seconds"] / 60, 100 * (m0 - seed["nats"]) / (m0 - dense)))
+            name = f"{row}-steps{steps}"
+            seed = rows[name][0]
+            found.append((method, steps, seed["run"]["seconds"] / 60, recovered(rows, name, seed["nats"])))
     return found
 
 
