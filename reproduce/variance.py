@@ -1,18 +1,28 @@
-"""Signal and noise of the paper's estimators, measured: masks drawn again and again from logits that stay as they are.
+"""Signal and noise of the paper's estimators, measured, and the steps that follow from them.
 
     python reproduce/variance.py --record reproduce/records/variance.json        # the small model, 1:4 and 2:4
     python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --record variance.json
+    python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --targets layers.29
 
 A step moves the logits by -eta X, X = A score(m), m ~ p(pi), of which the mean is the gradient g of the expected loss.
-With logits C * m0, m0 of Wanda, and minibatches of 8 x 128 tokens, for each advantage A
+Masks are drawn again and again from logits that stay as they are, C * m0, m0 of Wanda, on minibatches of 8 x 128
+tokens. Noise is the second moment E |X|^2 for each advantage A:
 
     vanilla     f(m * w)
     residual    f(m * w) - f(m0 * w)                    of the same minibatch
     maskpro     f(m * w) - f(m0 * w) - delta            delta: the mean residual, to which the tracker goes
 
-the table has E |X|^2, its second moment; |g|^2, from the means over two halves of the draws, whose product has no noise
-squared in it, with the standard error of the same over several ways to halve them; and how many steps at these logits
-go half way to -g, steps = E |X|^2 / (3 |g|^2): the sum of so many X has a cosine of 1/2 with g. Needs the demo's text.
+Signal is |g|^2. A backward pass at a drawn mask gives Y = J^T G (docs/sparsify.md), whose mean is g where f is linear
+in a single block, the others drawn: so it is, nearly, among many blocks. |g|^2 is the mean product of the means of Y
+over any two of GROUPS groups of draws, which has no noise squared in it. The same from X, of maskpro, is far noisier;
+it is recorded as signal_of_scores, with the standard errors of both.
+
+After T steps noise has moved each of the d logits by eta sqrt(T E|X|^2 / d), and the expected loss has fallen by
+T eta |g|^2, to first order. With eta such that the noise is half a nat, a fall by L takes
+
+    T = (2 L / |g|^2)^2 E|X|^2 / d        steps
+
+of maskpro: the last column, for L a tenth of f(m0 * w) - f(w), the gap on the minibatches. Needs the demo's text.
 """
 import argparse
 import sys
@@ -22,22 +32,28 @@ from statistics import fmean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-import pge
 from evaluation.comparison import markdown_table
 from files.records import write_json
-from masking.block_bits import bits_to_mask
+from masking import fused_ops
+from masking.block_bits import kept_planes
+from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models.layers import find_layers
 from models.loading import load_model
 from pruning.one_shot import OneShot, one_shot_masks
+from training.straight_through import StraightThrough
 from utils import environment, positive_int, progress_bar, run_script, sparsity_type
 
 import torch
+from torch import Tensor
 
 ADVANTAGES = ("vanilla", "residual", "maskpro")
-GROUPS = 16  # of draws, each with its own mean
-HEADING = ["N:M", "C", "advantage", "noise, E ‖X‖²", "signal, ‖g‖²", "noise / signal", "steps to a cosine of 1/2"]
+GROUPS = 8  # of draws, each with its own mean
+NOISE = 0.5  # nats that noise may move a logit
+SHARE = 0.1  # of the gap
+HEADING = ["logits", "N:M", "C", *(f"noise, {name}" for name in ADVANTAGES), "signal, ‖g‖²", "noise / signal",
+           "steps to a tenth of the gap"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,54 +63,102 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patterns", nargs="+", type=sparsity_type, default=[(1, 4), (2, 4)])
     parser.add_argument("--targets", nargs="+", default=None, help="the layers whose masks are drawn; others keep m0")
     parser.add_argument("--logits", nargs="+", type=float, default=[5.0, 10.0], help="C")
-    parser.add_argument("--samples", type=positive_int, default=1024, help="masks drawn")
+    parser.add_argument("--samples", type=positive_int, default=512, help="masks drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", default=None, help="JSON file to write")
     return parser.parse_args(argv)
 
 
-def scores(masked: MaskedModel) -> torch.Tensor:
-    """The score of the masks that the last forward pass drew, float32 `[learned weights]`."""
-    return torch.cat([pge.score(torch.stack([plane.float() for plane in layer.logits], 1),
-                                bits_to_mask(layer.bits, layer.m)).flatten() for layer in masked.layers.values()])
+class Collected:
+    """In place of a learner's normalization: takes J^T G of each layer, and moves nothing. total: flat, float32
+    `[logits]`, to which it is added; scale: what the gradient of the summed loss is multiplied by."""
+
+    def __init__(self, masked: MaskedModel):
+        self.masked, self.total, self.scale = masked, None, 1.0
+        ends = torch.tensor([layer.shape.numel() for layer in masked.layers.values()]).cumsum(0).tolist()
+        self.parts = dict(zip(masked.layers, map(slice, [0, *ends[:-1]], ends)))
+
+    def begin_pass(self, size: float, temperature: float) -> None:
+        """Nothing to prepare."""
+
+    def end_pass(self) -> None:
+        """Nothing is left to do."""
+
+    def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> Tensor:
+        """As `ByLayer.move`."""
+        saliency = (layer.weight * gradient).view(-1, layer.m) * self.scale
+        planes = fused_ops.vjp(layer.logits, list(saliency.unbind(1)), self.masked.space.n)
+        self.total[self.parts[layer.name]] += torch.stack(planes, 1).flatten()
+        return torch.zeros((), dtype=torch.int64)
 
 
-def measure(masked: MaskedModel, batches: torch.Tensor, samples: int) -> dict[str, dict[str, float]]:
-    """Advantage -> second moment of X, square of its mean and that one's standard error. batches: int64 `[minibatches,
-    sequences, tokens]`."""
+def add_score(masked: MaskedModel, advantage: float, total: Tensor) -> float:
+    """Add the advantage times the score of the masks that the last forward pass drew to `total`, float32 `[logits]`;
+    returns the square of the score's norm."""
+    square, begin = 0.0, 0
+    for layer in masked.layers.values():
+        planes = fused_ops.score(fused_ops.weights(layer.logits, masked.space.n), kept_planes(layer.bits, layer.m),
+                                 masked.space.n)
+        score = torch.stack(planes, 1).flatten()
+        square += float(score.dot(score))
+        total[begin:begin + len(score)].add_(score, alpha=advantage)
+        begin += len(score)
+    return square
+
+
+def mean_product(means: Tensor) -> tuple[float, float]:
+    """The mean product of any two of these `[groups, logits]`, and its standard error."""
+    products = (means @ means.T).double()
+    pairs = products[~torch.eye(GROUPS, dtype=torch.bool)].view(GROUPS, -1).mean(1).tolist()
+    return fmean(pairs), stdev(pairs) / GROUPS**0.5
+
+
+def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
+    """What a record has of these logits. batches: int64 `[minibatches, sequences, tokens]`."""
     baseline = [masked.loss(batch) for batch in batches]
-    sums = {name: [0.0] * GROUPS for name in ADVANTAGES}
-    seconds = {name: [] for name in ADVANTAGES}
+    with masked.use_dense():
+        dense = fmean(masked.loss(batch) for batch in batches)
+    learner = StraightThrough(masked, batches.shape[2])
+    learner.normalization = gradients = Collected(masked)
+    gradients.scale = 1 / (batches.shape[1] * (batches.shape[2] - 1))
 
-    def draw(index: int) -> tuple[float, float]:
+    first = []
+    for number in range(max(8, samples // 8)):
         masked.redraw()
-        return masked.loss(batches[index]), baseline[index]
-    losses = [draw(number % len(batches)) for number in range(max(16, samples // 8))]
-    delta = fmean(loss - reference for loss, reference in losses)
+        first.append(masked.loss(batches[number % len(batches)]) - baseline[number % len(batches)])
+    delta, moments = fmean(first), {name: [] for name in ADVANTAGES}
+    count = sum(layer.shape.numel() for layer in masked.layers.values())
+    of_gradients, of_scores = torch.zeros(2, GROUPS, count)
     for number in progress_bar(range(samples), desc="draws"):
-        loss, reference = draw(number % len(batches))
-        score = scores(masked)
-        square = float(score.double().square().sum())
-        for name, advantage in zip(ADVANTAGES, (loss, loss - reference, loss - reference - delta)):
-            seconds[name].append(advantage**2 * square)
-            sums[name][number % GROUPS] = sums[name][number % GROUPS] + advantage * score
-    found = {}
-    for name in ADVANTAGES:
-        means = torch.stack(sums[name]) / (samples / GROUPS)
-        products = (means @ means.T).double()  # of the means of any two groups
-        pairs = products[~torch.eye(GROUPS, dtype=torch.bool)].view(GROUPS, -1).mean(1).tolist()
-        found[name] = {"second_moment": fmean(seconds[name]), "signal": fmean(pairs),
-                       "signal_error": stdev(pairs) / GROUPS**0.5}
-    return found
+        index, group = number % len(batches), number % GROUPS
+        masked.redraw()
+        gradients.total = of_gradients[group]
+        loss = learner.step(batches[index], 0.0).loss
+        residual = loss - baseline[index]
+        square = add_score(masked, residual - delta, of_scores[group])
+        for name, advantage in zip(ADVANTAGES, (loss, residual, residual - delta)):
+            moments[name].append(advantage**2 * square)
+    signal, error = mean_product(of_gradients * (GROUPS / samples))
+    by_scores = mean_product(of_scores * (GROUPS / samples))
+    return {"logits": count, "dense": dense, "m0": fmean(baseline), "drawn": fmean(baseline) + delta,
+            "second_moment": {name: fmean(values) for name, values in moments.items()},
+            "signal": signal, "signal_error": error, "signal_of_scores": by_scores}
+
+
+def steps_to_share(found: dict, share: float = SHARE) -> float:
+    """The steps of maskpro to this share of the gap, by the docstring's T."""
+    fall = share * (found["m0"] - found["dense"])
+    return (fall / NOISE / found["signal"])**2 * found["second_moment"]["maskpro"] / found["logits"]
 
 
 def row(found: dict) -> list[str]:
     """A line of the table; no ratio where the signal is within two of its errors from 0."""
-    ratio = found["second_moment"] / found["signal"]
     is_seen = found["signal"] > 2 * found["signal_error"]
-    return [found["pattern"], f"{found['C']:g}", found["advantage"], f"{found['second_moment']:.3g}",
-            f"{found['signal']:.2g} ± {found['signal_error']:.1g}", f"{ratio:.2g}" if is_seen else "not seen",
-            f"{ratio / 3:.2g}" if is_seen else "not seen"]
+    ratios = found["second_moment"]["maskpro"] / found["signal"], steps_to_share(found)
+    return [f"{found['logits']:,}", found["pattern"], f"{found['C']:g}",
+            *(f"{moment:.3g}" for moment in found["second_moment"].values()),
+            f"{found['signal']:.2g} ± {found['signal_error']:.1g}",
+            *(f"{ratio:.1e}" if is_seen else "not seen" for ratio in ratios)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,13 +167,12 @@ def main(argv: list[str] | None = None) -> None:
     for n, m in args.patterns:
         model, tokenizer = load_model(args.model, "auto", "cpu")
         layers = find_layers(model)
-        batches = data.minibatches(tokenizer, args.text, 512, 8, 128)
+        batches = data.minibatches(tokenizer, args.text, 512, 8, 128)[:args.samples]
         masks = one_shot_masks(model, layers, batches[:8].flatten(0, 1), OneShot("wanda", (n, m)))
         for c in args.logits:
             learned = list(find_layers(model, args.targets)) if args.targets else None
             masked = MaskedModel(model, masks, LinearSpace(n, m), c, learned=learned, seed=args.seed, keep_dense=True)
-            for name, found in measure(masked, batches, args.samples).items():
-                rows.append({"pattern": f"{n}:{m}", "C": c, "advantage": name, **found})
+            rows.append({"pattern": f"{n}:{m}", "C": c, "targets": args.targets, **measure(masked, batches, args.samples)})
             masked.finish()
             model, _ = load_model(args.model, "auto", "cpu")
     print(markdown_table(HEADING, [row(found) for found in rows]))
