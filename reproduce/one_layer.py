@@ -1,0 +1,74 @@
+"""train.py on the last decoder layers alone, as the authors' early logs learn, at the cost of these layers.
+
+    python reproduce/one_layer.py 29 --model demo/model --targets layers.29. --dataset demo/train.jsonl --mask MASK \\
+        --baseline BASELINE --batchsize 8 --lr 1 --logits 5 --max_step 10000
+    python reproduce/one_layer.py 29 --resume results/RUN
+
+The first argument is the number of the first layer that learns; all others are train.py's. Layers before it keep m0,
+so what they make of a sequence is kept in memory, and steps that see the sequence again begin there. The numbers are
+train.py's own, to the bit.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from masking.masked_model import MaskedModel
+from models.sharding import decoder_layers
+from utils import UserError, run_script
+
+from torch import Tensor, nn
+import torch
+
+
+class KeptStates:
+    """Gives a model's decoder layer number `first` what the layers before it made of each sequence, once that is
+    known."""
+
+    def __init__(self, model: nn.Module, first: int):
+        self.states: dict[bytes, Tensor] = {}  # token ids of a sequence -> `[tokens, hidden]`
+        self.rows, self.is_known = [], False
+        embeddings, layers = model.get_input_embeddings(), decoder_layers(model)
+        self.embed = embeddings.forward
+        embeddings.forward = self.begin
+        layers[first].register_forward_pre_hook(self.keep, with_kwargs=True)
+        for layer in layers[:first]:
+            layer.forward = self.passing(layer.forward)
+
+    def begin(self, tokens: Tensor) -> Tensor:
+        """In place of the embeddings, int64 `[sequences, tokens]`: the kept states, where all are known."""
+        self.rows = [row.numpy().tobytes() for row in tokens]
+        self.is_known = all(row in self.states for row in self.rows)
+        return torch.stack([self.states[row] for row in self.rows]) if self.is_known else self.embed(tokens)
+
+    def passing(self, forward):
+        """A layer's forward, or nothing where its outcome is known."""
+        return lambda hidden_states, *args, **kwargs: (
+            hidden_states if self.is_known else forward(hidden_states, *args, **kwargs))
+
+    def keep(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the first layer that learns."""
+        if not self.is_known:
+            states = args[0] if args else kwargs["hidden_states"]
+            self.states |= {row: state.clone() for row, state in zip(self.rows, states)}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or not sys.argv[1].isdigit():
+        raise UserError("the first argument is the number of a decoder layer; see the beginning of this file")
+    first = int(sys.argv.pop(1))
+
+    class Masked(MaskedModel):
+        """A MaskedModel whose layers before the first that learns are run once for each sequence."""
+
+        def __init__(self, model: nn.Module, *args, **kwargs):
+            super().__init__(model, *args, **kwargs)
+            if min(int(name.split("layers.")[1].split(".")[0]) for name in self.layers) < first:
+                raise UserError(f"--targets must name layers from {first} on")
+            KeptStates(model, first)
+    train.MaskedModel = Masked
+    train.main()
+
+
+if __name__ == "__main__":
+    run_script(main)
