@@ -20,7 +20,7 @@ from pathlib import Path
 from files import checked_tensors
 from files.atomic import atomic_write, refuse_existing
 from files.errors import explained
-from files.packing import pack, unpack, unpack_words
+from files.packing import pack, unpack
 from utils import UserError
 
 import numpy as np
@@ -149,8 +149,6 @@ def _read_safetensors(path: Path) -> MaskFile:
     packed, metadata = checked_tensors.load(path, "maskpro-mask", ("1", "2"))
     n, m = map(int, metadata["sparsity"].split(":"))
     shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-    if metadata["version"] == "1" and (n, m) != (2, 4):
-        packed = {name: pack(unpack_words(packed[name], shapes[name], n, m), n, m) for name in packed}
     return MaskFile(PackedMasks(packed, shapes, n, m), n, m, metadata["model"], metadata["fingerprint"])
 
 

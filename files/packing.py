@@ -8,7 +8,7 @@ K = C(M, N) patterns, numbered from 0 as `pge.patterns` lists them.
 other N:M  a bit a weight, deflated by zlib: 0.51 (1:4), 0.77 (4:8), 0.99 (8:16)
 """
 import zlib
-from math import log2, prod
+from math import prod
 
 from pge import patterns
 
@@ -41,16 +41,3 @@ def unpack(packed: Tensor, shape: tuple[int, int], n: int, m: int) -> Tensor:
         bits = np.frombuffer(zlib.decompress(packed.numpy()), np.uint8)
         flat = np.unpackbits(bits, count=prod(shape)).view(bool)
     return torch.from_numpy(flat).view(*shape)
-
-
-def unpack_words(packed: Tensor, shape: tuple[int, int], n: int, m: int) -> Tensor:
-    """`unpack` for mask files of version 1, which is not written any more but for 2:4: the patterns' numbers are
-    base-K digits, the lowest first, several to a little-endian word of 1..7 bytes."""
-    table, bits = patterns(n, m), log2(len(patterns(n, m)))
-    sizes = [(width, int(8 * width / bits)) for width in range(1, 8) if 8 * width >= bits]  # bytes and blocks in a word
-    fewest = min(width / digits for width, digits in sizes)
-    width, digits = next((width, digits) for width, digits in sizes if width / digits <= 1.03 * fewest)
-    words = torch.zeros(len(packed) // width, 8, dtype=torch.uint8)
-    words[:, :width] = packed.view(-1, width)
-    numbers = words.view(torch.int64) // len(table) ** torch.arange(digits) % len(table)
-    return table[numbers].view(-1)[:prod(shape)].view(*shape)

@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${PYTHON:-}" ]; then
     if [ -x .venv-lock/bin/python ]; then PYTHON=.venv-lock/bin/python; else PYTHON=python; fi
 fi
-: "${DRY:=0}" "${DEMO:=0}" "${SMALL:=0}" "${SQLEN:=128}"
+: "${DRY:=0}" "${DEMO:=0}" "${SMALL:=0}" "${RECORD:=$SMALL}" "${SQLEN:=128}"
 [ "$SMALL" = 0 ] || : "${LR:=5}" "${LOGITS:=5}" "${N_M:=1:4}"
 : "${LR:=50}" "${LOGITS:=10}" "${N_M:=2:4}"  # what the studies of one pattern are of
 if [ "$DEMO" = 1 ]; then  # what `make demo` leaves in demo/, in minutes on a CPU
@@ -37,7 +37,8 @@ else
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --tasks "$TASKS" --tasks_no_bos)  # no BOS, as in older figures
 fi
 # the sequential pass: later layers are calibrated on the pruned earlier ones, as in Wanda's and SparseGPT's own code
-calibration=(--dataset "$TRAIN_TEXT" --nsamples "$NSAMPLES" --seqlen "$CALIBRATION_SEQLEN" --true_sequential)
+calibration=(--dataset "$TRAIN_TEXT" --nsamples "$NSAMPLES" --seqlen "$CALIBRATION_SEQLEN"
+    ${SEQUENTIAL---true_sequential})
 rows=() planned=" "  # the table's records; outputs made or, with DRY=1, printed by now
 : "${SEED:=0}"  # of the draws of `learned`
 
@@ -119,8 +120,9 @@ learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's loss
         once "$baseline" inference_loss.py --model "$MODEL" --dtype "$DTYPE" --mask "$folder/initial_mask.safetensors" \
             --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" "${minibatches[@]}" --save "$baseline"
     fi
+    [ -z "${TARGETS:-}" ] || run=$run-${TARGETS//./} source+=(--targets "$TARGETS")
     [ "$SEED" = 0 ] || run=$run-seed$SEED
-    learn train.py "$folder/$run" --dtype "$DTYPE" --estimator "$1" "${minibatches[@]}" --lr "$3" --logits "$4" \
+    learn "${TRAIN:-train.py}" "$folder/$run" --dtype "$DTYPE" --estimator "$1" "${minibatches[@]}" --lr "$3" --logits "$4" \
         --epoch "$STEPS" --max_step "$STEPS" "${source[@]}" --seed "$SEED"
 }
 
@@ -131,7 +133,7 @@ ours() {  # this project's own method, by backward passes, in the dtype that spa
 
 table() {  # table NAME: of the rows so far, to NAME/table.md
     local compare=(eval.py --compare)
-    [ "$SMALL" = 0 ] || compare=(reproduce/record.py) rows=("$OUT")
+    [ "$RECORD" = 0 ] || compare=(reproduce/record.py) rows=("$OUT")
     echo "\$ python ${compare[*]} ${rows[*]}"
     [ "$DRY" = 0 ] || return 0
     local made

@@ -1,24 +1,23 @@
 """train.py on the last decoder layers alone, as the authors' early logs learn, at the cost of these layers.
 
-    python reproduce/one_layer.py 29 --model demo/model --targets layers.29. --dataset demo/train.jsonl --mask MASK \\
-        --baseline BASELINE --batchsize 8 --lr 1 --logits 5 --max_step 10000
-    python reproduce/one_layer.py 29 --resume results/RUN
+    python reproduce/one_layer.py --model demo/model --targets layers.29. --dataset demo/train.jsonl --mask MASK \\
+        --baseline BASELINE --batchsize 8 --lr 2 --logits 5
 
-The first argument is the number of the first layer that learns; all others are train.py's. Layers before it keep m0,
-so what they make of a sequence is kept in memory, and steps that see the sequence again begin there. The numbers are
-train.py's own, to the bit.
+All flags are train.py's. The layers before the first that learns keep m0, so what they make of a sequence is kept in
+memory, and steps that see the sequence again begin there. The numbers are train.py's own, to the bit.
 """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from masking.masked_model import MaskedModel
 from models.sharding import decoder_layers
-from utils import UserError, run_script
+from utils import run_script
 
-from torch import Tensor, nn
 import torch
+from torch import Tensor, nn
 
 
 class KeptStates:
@@ -41,7 +40,7 @@ class KeptStates:
         self.is_known = all(row in self.states for row in self.rows)
         return torch.stack([self.states[row] for row in self.rows]) if self.is_known else self.embed(tokens)
 
-    def passing(self, forward):
+    def passing(self, forward: Callable) -> Callable:
         """A layer's forward, or nothing where its outcome is known."""
         return lambda hidden_states, *args, **kwargs: (
             hidden_states if self.is_known else forward(hidden_states, *args, **kwargs))
@@ -53,22 +52,14 @@ class KeptStates:
             self.states |= {row: state.clone() for row, state in zip(self.rows, states)}
 
 
-def main() -> None:
-    if len(sys.argv) < 2 or not sys.argv[1].isdigit():
-        raise UserError("the first argument is the number of a decoder layer; see the beginning of this file")
-    first = int(sys.argv.pop(1))
+class Masked(MaskedModel):
+    """A MaskedModel whose layers before the first that learns are run once for each sequence."""
 
-    class Masked(MaskedModel):
-        """A MaskedModel whose layers before the first that learns are run once for each sequence."""
-
-        def __init__(self, model: nn.Module, *args, **kwargs):
-            super().__init__(model, *args, **kwargs)
-            if min(int(name.split("layers.")[1].split(".")[0]) for name in self.layers) < first:
-                raise UserError(f"--targets must name layers from {first} on")
-            KeptStates(model, first)
-    train.MaskedModel = Masked
-    train.main()
+    def __init__(self, model: nn.Module, *args, **kwargs):
+        super().__init__(model, *args, **kwargs)
+        KeptStates(model, min(int(name.split("layers.")[1].split(".")[0]) for name in self.layers))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    train.MaskedModel = Masked
+    run_script(train.main)

@@ -2,12 +2,14 @@
 
     python reproduce/record.py results/reproduce-small                                   # as those scripts call it
     python reproduce/record.py results/reproduce-small --out reproduce/records/small_model.json        # to be kept
+    python reproduce/record.py results/RUN --out record.json           # of one run, also of one that has not ended
 
 Reads the evaluations that eval.py left, FOLDER/dense.json and FOLDER/NofM/ROW.json, and the run of each beside it, the
 folder FOLDER/NofM/ROW. Rows that differ by their -seedN alone are one row of several seeds. The record has, of each
 seed, the evaluation (nats, perplexity, windows, dtype, fingerprint of the tokens) and of a run its arguments,
 environment (commit, hardware, versions), fingerprints of model, mask and text, summary, seconds (of sparsify.py all
-stages) and curve, the mean losses of POINTS stretches of its steps. With it go the sha256 of model and texts.
+stages) and curve, the mean losses of POINTS stretches of its steps; `residuals` is the same of loss less baseline. With
+it go the sha256 of model and texts.
 reproduce/tables.py makes the tables of the docs from it. Columns of the table:
 
     nats                    by token, of the held-out text, mean and standard deviation over the seeds
@@ -39,19 +41,28 @@ HEADING = ["mask", "seeds", "nats", "of the gap (%)", "sampled masks, first step
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="OUT of the scripts")
+    parser.add_argument("folder", help="OUT of the scripts, or a run")
     parser.add_argument("--out", default=None, help="record to write (default: FOLDER/record.json)")
     return parser.parse_args(argv)
 
 
 def read_run(folder: Path) -> dict:
-    """What a record keeps of a run."""
-    record, losses = read_record(folder), [line["loss"] for line in read_lines(folder / "metrics.jsonl")]
-    windows = np.array_split(np.array(losses), min(POINTS, len(losses)))
-    seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values()) or record["summary"]["seconds"]
-    return {**{key: record[key] for key in ("arguments", "environment", "fingerprints", "summary")},
-            "seconds": seconds, "first": statistics.mean(losses[:STEPS]), "last": statistics.mean(losses[-STEPS:]),
-            "curve": [round(float(window.mean()), 4) for window in windows]}
+    """What a record keeps of a run; the summary is empty where it has not ended."""
+    record, lines = read_record(folder), read_lines(folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines]
+    seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values())
+    run = {**{key: record[key] for key in ("arguments", "environment", "fingerprints")},
+           "summary": record.get("summary", {}), "steps": len(lines),
+           "seconds": seconds or record.get("summary", lines[-1])["seconds"], "first": statistics.mean(losses[:STEPS]),
+           "last": statistics.mean(losses[-STEPS:]), "curve": thinned(losses)}
+    if lines[-1].get("baseline") is not None:
+        run["residuals"] = thinned([line["loss"] - line["baseline"] for line in lines])
+    return run
+
+
+def thinned(values: list[float]) -> list[float]:
+    """The means of POINTS stretches."""
+    return [round(float(part.mean()), 5) for part in np.array_split(np.array(values), min(POINTS, len(values)))]
 
 
 def make_record(folder: Path) -> dict:
@@ -62,9 +73,10 @@ def make_record(folder: Path) -> dict:
             evaluation = json.loads(file.read_text(encoding="utf-8"))
             seed = {key: evaluation[key] for key in ("nats", "ppl", "text", "windows", "seqlen", "dtype",
                                                      "fingerprint", "environment")}
+            seed |= {key: evaluation[key] for key in ("mean_acc",) if key in evaluation}
         if file.with_suffix("").is_dir() and (file.with_suffix("") / "run.json").exists():
             seed["run"] = read_run(file.with_suffix(""))
-            dataset = seed["run"]["arguments"]["dataset"]
+            dataset = seed["run"]["arguments"]["dataset"] or []
             files.update([dataset] if isinstance(dataset, str) else dataset)
         name = re.sub(r"-seed\d+$", "", str(file.relative_to(folder).with_suffix("")))
         seed["seed"] = seed["run"]["arguments"]["seed"] if "run" in seed else None
@@ -105,6 +117,9 @@ def row_cells(rows: dict[str, list[dict]], name: str, seeds: int | None = None) 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if (Path(args.folder) / "run.json").exists():
+        write_json(args.out or Path(args.folder) / "record.json", read_run(Path(args.folder)))
+        return
     record = make_record(Path(args.folder))
     write_json(args.out or Path(args.folder) / "record.json", record)
     print(markdown_table(HEADING, [[name, *row_cells(record["rows"], name)] for name in record["rows"]]))

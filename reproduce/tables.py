@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 import variance as signal
-from record import recovered, row_cells
+from record import POINTS, recovered, row_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from evaluation.comparison import markdown_table
 from utils import run_script
+
+import numpy as np
 
 PAGES = ("README.md", "docs/reproduction.md")
 SMALL = "1of4/{}-size{}-lr{}-logits{}-steps2500{}"  # rows of SMALL=1, as reproduce/common.sh names them
@@ -34,6 +36,11 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
     ("C 2", "too small a C fails", ("maskpro", 512, 5, 2, ""), 1),
     ("C 10", "its setting", ("maskpro", 512, 5, 10, ""), 1),
     ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
+SIGNALS = (("small", "variance"), ("SmolLM2-135M, decoder layer 29", "variance_layer29"),
+           ("SmolLM2-135M", "variance_smollm2"))
+FALLS = (("small, 1:4", "variance", "1:4", SMALL.format("maskpro", 512, 5, 5, "")),
+         ("small, 2:4", "variance", "2:4", "2of4/maskpro-size512-lr5-logits5-steps10000"),
+         ("SmolLM2-135M, decoder layer 29, 2:4", "variance_layer29", "2:4", ("smollm2_layer29",)))
 
 
 def record(name: str) -> dict:
@@ -85,15 +92,31 @@ def authors() -> str:
 
 
 def variance() -> str:
-    """Signal and noise of the estimators, a line for each pattern and C."""
-    found, lines = record("variance"), []
-    for start in range(0, len(found["rows"]), len(signal.ADVANTAGES)):
-        cells = [signal.row(row) for row in found["rows"][start:start + len(signal.ADVANTAGES)]]
-        lines.append([*cells[-1][:2], *(cell[3] for cell in cells), *cells[-1][4:]])
-    heading = ["N:M", "C", *(f"noise, {name}" for name in signal.ADVANTAGES), *signal.HEADING[4:]]
-    return markdown_table(heading, lines) + (
-        f"\n\n{found['arguments']['samples']} draws a row, {found['environment']['hardware']}, commit "
-        f"{found['environment']['commit']}.")
+    """Signal and noise of the estimators."""
+    lines = [[model, *signal.row(row)] for model, name in SIGNALS for row in record(name)["rows"]]
+    found = [record(name) for _, name in SIGNALS]
+    return markdown_table(["model", *signal.HEADING], lines) + "\n\n" + "; ".join(
+        f"{model}: {each['arguments']['samples']} draws, commit {each['environment']['commit']}"
+        for (model, _), each in zip(SIGNALS, found)) + f". {found[0]['environment']['hardware']}."
+
+
+def falls() -> str:
+    """What the signal predicts of runs, and what they did in their first quarter."""
+    lines = []
+    for what, name, pattern, run in FALLS:
+        (row,) = [row for row in record(name)["rows"] if (row["pattern"], row["C"]) == (pattern, 5)]
+        if isinstance(run, str):
+            runs = [seed["run"] for seed in record("small_model")["rows"][run]]
+            steps = runs[0]["arguments"]["max_step"]
+        else:
+            runs = [record(run[0])]
+            steps = runs[0]["steps"]
+        curve = np.mean([each.get("residuals", each["curve"])[:POINTS // 4] for each in runs], 0)
+        fit, covariance = np.polyfit(np.arange(len(curve)) * steps / POINTS, curve, 1, cov=True)
+        lr = runs[0]["arguments"]["lr"]
+        lines.append([what, f"{lr:g}", f"{len(runs)}", f"{steps // 4:,}", f"{lr * row['signal']:.1e}",
+                      f"{-fit[0]:.1e} ± {covariance[0, 0]**0.5:.0e}"])
+    return markdown_table(["run", "η", "seeds", "first steps", "predicted fall a step, η‖g‖²", "seen"], lines)
 
 
 def over_minutes() -> list[tuple[str, int, float, float]]:
@@ -109,7 +132,7 @@ def over_minutes() -> list[tuple[str, int, float, float]]:
     return found
 
 
-TABLES = (ablations, patterns, conditions, authors, variance)
+TABLES = (ablations, patterns, conditions, authors, variance, falls)
 
 
 def rendered(page: str) -> str:

@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         for c in args.logits:
             learned = list(find_layers(model, args.targets)) if args.targets else None
             masked = MaskedModel(model, masks, LinearSpace(n, m), c, learned=learned, seed=args.seed, keep_dense=True)
-            rows.append({"pattern": f"{n}:{m}", "C": c, "targets": args.targets, **measure(masked, batches, args.samples)})
+            rows.append({"pattern": f"{n}:{m}", "C": c, **measure(masked, batches, args.samples)})
             masked.finish()
             model, _ = load_model(args.model, "auto", "cpu")
     print(markdown_table(HEADING, [row(found) for found in rows]))

@@ -1,5 +1,5 @@
-"""The flags that train.py and sparsify.py share (training/args.py): what is gone, the folder that a run is written to,
-and the settings of a run that goes on."""
+"""The flags that train.py and sparsify.py share (training/args.py): the folder that a run is written to, and
+the settings of a run that goes on."""
 import json
 
 import sparsify
@@ -12,13 +12,6 @@ import pytest
 
 def parse(flags):
     return train_args.parse_paper(script_parser(train.__doc__), flags.split())
-
-
-@pytest.mark.parametrize("flags", ["--preset fast", "--preset=fast", "--estimator straight_through",
-                                   "--lr 1 --estimator=straight_through"])
-def test_learning_by_gradients_has_a_script_of_its_own(flags):
-    with pytest.raises(UserError, match=r"forward passes alone; .* run: python sparsify.py --model MODEL$"):
-        train.main(flags.split())
 
 
 def test_the_default_folder_says_what_a_run_is():

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 from contextlib import nullcontext
+from itertools import combinations
 
 from files import mask_files
 from utils import UserError
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from masked import random_mask
-from old_masks import WORDS, words_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -64,19 +64,19 @@ def test_reads_what_the_original_projects_write(tmp_path, layers):
         assert same(mask_files.load(path, shapes=SHAPES).masks, layers)
 
 
-@pytest.mark.parametrize("n, m", WORDS)
-def test_reads_what_version_1_wrote(tmp_path, n, m):
-    """Made here by other means, as the file is described: words of base-K digits, and a checksum over all of it."""
-    layers = {"b": random_mask((5, 7 * m), n, m, 1), "a": random_mask((3, m), n, m, 2)}
-    packed = {name: words_of(mask, n, m) for name, mask in layers.items()}
-    metadata = {"format": "maskpro-mask", "version": "1", "sparsity": f"{n}:{m}", "model": "tiny",
+def test_reads_a_file_that_was_made_by_other_means(tmp_path):
+    """As the format is described: three patterns' numbers in a byte, and a checksum over all of it."""
+    layers = {"b": random_mask((5, 28), 2, 4, 1), "a": random_mask((3, 4), 2, 4, 2)}
+    numbers = {name: [[*combinations(range(4), 2)].index(tuple(block.nonzero().flatten().tolist()))
+                      for block in mask.view(-1, 4)] + [0, 0] for name, mask in layers.items()}
+    packed = {name: torch.tensor([a + 6 * b + 36 * c for a, b, c in zip(of[::3], of[1::3], of[2::3])]).byte()
+              for name, of in numbers.items()}
+    metadata = {"format": "maskpro-mask", "version": "1", "sparsity": "2:4", "model": "tiny",
                 "fingerprint": "f00d", "shapes": json.dumps({name: [*mask.shape] for name, mask in layers.items()})}
     everything = json.dumps(metadata, sort_keys=True).encode() + bytes(packed["a"].tolist() + packed["b"].tolist())
-    save_file(packed, tmp_path / "old.safetensors", metadata | {"checksum": hashlib.sha256(everything).hexdigest()})
-    found = mask_files.load(tmp_path / "old.safetensors")
-    assert (found.n, found.m, found.model, found.fingerprint) == (n, m, "tiny", "f00d") and same(found.masks, layers)
-    mask_files.save(tmp_path / "new.safetensors", **vars(found))
-    assert same(mask_files.load(tmp_path / "new.safetensors", n, m).masks, layers)
+    save_file(packed, tmp_path / "made.safetensors", metadata | {"checksum": hashlib.sha256(everything).hexdigest()})
+    found = mask_files.load(tmp_path / "made.safetensors")
+    assert (found.n, found.m, found.model, found.fingerprint) == (2, 4, "tiny", "f00d") and same(found.masks, layers)
 
 
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 2), (1, 4), (4, 8), (2, 3)])

@@ -13,27 +13,38 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import eval as evaluate
+import generate_text
 import get_mask
 import inference_loss
+import pge
 import prune
 import sparsify
 import train
 from files.documents import documents
+from masking.layers import apply_masks
+from models.layers import find_layers
 from models.loading import load_model
 from models.loss import batch_loss
 from training import args as arguments
 from utils import script_parser
 
 import pytest
+import torch
+from exact import exact_vjp
+from masked import drawn_masks, logits_of, make, seeded
+from runs import column
 from tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "reproduce"))
+import one_layer
 import record
 import tables
+import variance
 
 COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
-            "sparsify.py": sparsify, "eval.py": evaluate, "reproduce/record.py": record}
+            "sparsify.py": sparsify, "eval.py": evaluate, "generate_text.py": generate_text,
+            "reproduce/record.py": record}
 SCRIPTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
 SHARED = {"baselines": "cached", "dataset_size": "8", "estimators": "maskpro", "learning_rate": "50", "logits": "10",
           "llama2_7b_2of4": ""}  # VALUES with which a script has no rows but those of llama2_7b_2of4
@@ -56,7 +67,7 @@ def printed(said: str) -> list[list[str]]:
 
 
 def parse(name: str, flags: list[str]):
-    if name == "train.py":
+    if name in ("train.py", "reproduce/one_layer.py"):
         return arguments.parse_paper(script_parser(""), flags)
     return COMMANDS[name].parse_args(flags)
 
@@ -92,12 +103,14 @@ def finished(tmp_path_factory, models):
 @pytest.mark.parametrize("mode", [{}, {"DEMO": "1"}, {"SMALL": "1"}], ids=["paper", "demo", "small"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_take_the_commands(script, mode, tmp_path):
-    plan = planned(script, {**mode, "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path)}, folder=tmp_path)
+    further = {"HELDOUT": "text.txt", "VALUES": "after questions layer29", "QUESTIONS": "quiz.jsonl"}
+    plan = planned(script, {**mode, "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path),
+                            **(further if script == "smollm2" else {})}, folder=tmp_path)
     parsed = [(name, parse(name, flags)) for name, *flags in plan]
     assert not (tmp_path / "out").exists()
     outputs = [vars(args).get("save_model") or vars(args).get("out") or args.save for _, args in parsed[:-1]]
     assert len(set(outputs)) == len(outputs)  # nothing twice
-    if mode.get("SMALL"):
+    if mode.get("SMALL") or script == "smollm2":
         assert parsed[-1][1].folder == str(tmp_path / "out")
     else:
         assert parsed[-1][1].compare == [args.save for name, args in parsed[:-1] if name == "eval.py"]
@@ -190,3 +203,54 @@ def test_the_small_model_is_the_one_that_was_made(dtype, within):
     model, tokenizer = load_model(str(folder), dtype, "cpu")
     text = "The commerce of the United States with the other nations has continued to increase, and revenue is ample."
     assert batch_loss(model, tokenizer(text, return_tensors="pt").input_ids) == pytest.approx(0.7849, abs=within)
+
+
+def test_a_layer_alone_learns_as_it_does_in_the_whole_model(learn, monkeypatch):
+    """The same bits, and the first layer runs once for each of the four minibatches and not again."""
+    flags, ran = "--targets layers.1. --lr 30 --max_step 7 --batchsize 2", []
+    whole = learn(flags)
+    monkeypatch.setattr(one_layer.KeptStates, "passing", lambda self, forward: lambda x, *args, **kwargs: (
+        x if self.is_known else (ran.append(len(x)), forward(x, *args, **kwargs))[1]))
+    monkeypatch.setattr(train, "MaskedModel", one_layer.Masked)
+    alone = learn(flags)
+    assert ran == [2] * 4 and alone.masks.keys() == whole.masks.keys()
+    assert column(alone, "loss") == column(whole, "loss") and column(whole, "loss") != column(whole, "baseline")
+    assert all(torch.equal(logits, whole.logits[name]) for name, logits in alone.logits.items())
+
+
+def test_signal_and_noise_are_those_of_plain_autograd(load):
+    """Of the same draws: E |X|^2 of each advantage, and |g|^2 from the products of the means of different groups."""
+    batches, groups, first = torch.randint(32, (2, 2, 20), generator=seeded(0)), variance.GROUPS, 8
+    found = variance.measure(make(load(), magnitude=2.0, keep_dense=True)[0], batches, samples=2 * groups)
+    masked, m0, dense = make(load(), magnitude=2.0)
+
+    def under(masks, batch):
+        """Loss, and its gradient in the masked weights."""
+        plain = load()
+        layers = find_layers(plain)
+        apply_masks(layers, masks)
+        weights = [layer.weight.requires_grad_() for layer in layers.values()]
+        loss = plain(input_ids=batch, labels=batch).loss
+        return loss.item(), torch.autograd.grad(loss, weights)
+    draws, delta = [], 0.0
+    for number in range(-first, 2 * groups):
+        masked.redraw()
+        masked.flush()
+        masks, batch = drawn_masks(masked), batches[number % 2]
+        loss, gradients = under(masks, batch)
+        residual = loss - under(m0, batch)[0]
+        if number < 0:
+            delta += residual / first
+            continue
+        masked.steps += 1  # as a step counts
+        blocks = [(logits_of(layer), masks[name].view(-1, 4)) for name, layer in masked.layers.items()]
+        saliency = [(dense[name] * gradient).double().view(-1, 4) for name, gradient in zip(masks, gradients)]
+        draws.append((loss, residual, sum(float(pge.score(*pair).square().sum()) for pair in blocks),
+                      torch.cat([exact_vjp(logits, 2, g).flatten() for (logits, _), g in zip(blocks, saliency)])))
+    for name, moments in {"vanilla": [loss**2 * square for loss, _, square, _ in draws],
+                          "residual": [residual**2 * square for _, residual, square, _ in draws],
+                          "maskpro": [(residual - delta)**2 * square for _, residual, square, _ in draws]}.items():
+        assert found["second_moment"][name] == pytest.approx(sum(moments) / len(draws), rel=1e-3)
+    means = [(draws[group][3] + draws[group + groups][3]) / 2 for group in range(groups)]
+    pairs = [float(a @ b) for i, a in enumerate(means) for b in means[:i]]
+    assert found["signal"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-3)

@@ -1,7 +1,6 @@
 """Flags that train.py and sparsify.py share, and the arguments of a run that goes on."""
 import argparse
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -84,12 +83,7 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
-    """train.py's arguments. UserError that names sparsify.py where learning by backward passes is asked for."""
-    flags = sys.argv[1:] if argv is None else argv
-    if any(flag.partition("=")[0] in ("--preset", "straight_through") or flag.endswith("=straight_through")
-           for flag in flags):
-        raise UserError("train.py learns by forward passes alone; for learning by backward passes run: python "
-                        "sparsify.py --model MODEL")
+    """train.py's arguments."""
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_paper_arguments(parser)

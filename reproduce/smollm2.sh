@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The README's results on a real model: SmolLM2-135M at 2:4, which `make demo DEMO_FLAGS=--quick` leaves in demo/.
+#
+#   HELDOUT=WIKITEXT bash reproduce/smollm2.sh                          # all rows but those below
+#   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh     # one
+#   HELDOUT=WIKITEXT VALUES=questions QUESTIONS="piqa-even.jsonl arc-even.jsonl" \
+#       TASK_FILES="piqa-odd.jsonl arc-odd.jsonl" bash reproduce/smollm2.sh     # learn from no item that is evaluated
+#   HELDOUT=WIKITEXT VALUES="layer29 layer28" SEEDS=0 bash reproduce/smollm2.sh     # the paper's method, a layer alone
+#   HELDOUT=WIKITEXT VALUES=maskpro SEEDS=0 bash reproduce/smollm2.sh   # and all: 10,000 steps, hours on a CPU
+#
+# HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set;
+# TASK_FILES, as of eval.py --task_file, add accuracy. reproduce/articles.jsonl has twelve short articles, made up for
+# this in the manner of WikiText. Afterwards: python reproduce/record.py $OUT --out reproduce/records/smollm2.json
+DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
+: "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${LR:=2}" "${LOGITS:=5}"
+. "$(dirname "$0")/common.sh"
+[[ $HELDOUT != demo/* ]] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
+[ -z "${TASK_FILES:-}" ] || protocol+=(--task_file $TASK_FILES)
+
+sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order of channels may be part of
+    local run=$folder/sparsify-$1
+    shift
+    [ "$SEED" = 0 ] || run=$run-seed$SEED
+    [ ! -e "$run" ] || once "$run/report.json" sparsify.py --resume "$run"
+    once "$run/report.json" sparsify.py --model "$MODEL" --seed "$SEED" "$@" --out "$run"
+    evaluated "$run" --model "$run"
+}
+
+sparsity_type 2:4
+dense
+pruned wanda
+for SEED in ${SEEDS:-0 1 2}; do
+    for row in ${VALUES:-after permuted plain ten}; do
+        case $row in
+        after) sparsified after-steps280 --steps 280 --after reproduce/articles.jsonl ;;
+        permuted) sparsified permuted-steps280 --steps 280 --after reproduce/articles.jsonl --permute ;;
+        plain) sparsified plain-steps560 --steps 560 ;;
+        ten) sparsified plain-steps97 --steps 97 ;;
+        questions)
+            text=$folder/generated-seed$SEED.jsonl
+            once "$text" generate_text.py --model "$MODEL" --seed "$SEED" --tokens 150000 --out "$text"
+            sparsified questions-steps400 --steps 400 --distill 0.5 --dataset $QUESTIONS "$text" ;;
+        maskpro) STEPS=10000 learned maskpro "$SIZE" "$LR" "$LOGITS" ;;
+        layer*) TRAIN=reproduce/one_layer.py TARGETS=layers.${row#layer}. STEPS=10000 \
+                learned maskpro "$SIZE" "$LR" "$LOGITS" ;;
+        *) stop "there is no row $row" ;;
+        esac
+    done
+done
+calibration+=(--true_sequential)
+pruned sparsegpt
+table smollm2
