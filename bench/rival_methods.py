@@ -2,7 +2,6 @@
 
     MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits a block, a soft mask from Gumbel noise in the forward
     ScoresSTE   the plain straight-through estimator: a real score a weight, the N largest kept, gradient passed through
-    SRSTE       Zhou et al., arXiv 2102.04010: the same on the weights themselves, pruned ones pulled towards 0
     ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step bring to 2:4
 
 All move their parameters with Adam. Their result is a mask, which is evaluated on the frozen weights. `distill`, the
@@ -157,23 +156,6 @@ class ScoresSTE(Rival):
         return self.largest(self.parameters[name])
 
 
-class SRSTE(Rival):
-    """Trained weights W. The forward pass uses m * W, m the N largest |W| ||x|| of each block; the gradient goes to all
-    of W, and `decay` * (1 - m) * W is added to it."""
-    decay = 2e-4
-
-    def start(self, name: str, mask: Tensor) -> Tensor:
-        return self.dense(name).clone()
-
-    def weight(self, name: str) -> Tensor:
-        weight, mask = self.parameters[name], self.mask(name)
-        self.penalty = self.penalty + self.decay / 2 * weight.masked_fill(mask, 0.0).square().sum()
-        return weight - weight.detach().masked_fill(mask, 0.0)
-
-    def mask(self, name: str) -> Tensor:
-        return self.largest(self.parameters[name].abs() * self.norms[name])
-
-
 class ProxSparse(Rival):
     """Dense weights W, trained towards 2:4. Each step is Adam's on the loss plus `stay` ||W / w * (W - w)||^2, then in
     each block the proximal step of lambda * (sum of the products of three |W|).
@@ -244,4 +226,4 @@ def proximal_step(y: Tensor, strength: float, sweeps: int = 30) -> Tensor:
 
 
 RIVALS: dict[str, Callable[..., Rival]] = {
-    "maskllm": MaskLLM, "scores_ste": ScoresSTE, "sr_ste": SRSTE, "proxsparse": ProxSparse}
+    "maskllm": MaskLLM, "scores_ste": ScoresSTE, "proxsparse": ProxSparse}

@@ -54,8 +54,6 @@ ROWS = {
     "MaskLLM + KD": MASKLLM,
     "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={
         160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}),
-    "SR-STE": dict(learner="sr_ste", **TEXT, tuned={
-        160: dict(lr=1e-3), 2500: dict(lr=1e-3, batchsize=32)}),
     "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.MaskPro, lr=10, logits=5),
     "forward-only: MaskPro, debiased tracker": dict(
         learner="forward_only", estimator=lambda: pge.MaskPro(debias=True), lr=10, logits=5),

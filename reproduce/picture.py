@@ -1,10 +1,10 @@
-"""Draw docs/minutes.png, the README's picture, from the record that minutes.sh left.
+"""Draw docs/minutes.png, the README's picture, and docs/one_layer.png, that of docs/steps.md, from the records.
 
     python reproduce/picture.py
 """
 import sys
 
-from record import recovered
+from record import POINTS, recovered
 from tables import ROOT, over_minutes, record
 
 sys.path.insert(0, str(ROOT))
@@ -16,6 +16,12 @@ LEVELS = {"SparseGPT (updates weights)": "1of4/sparsegpt", "Wanda": "1of4/wanda"
 
 
 def main() -> None:
+    minutes()
+    one_layer()
+
+
+def minutes() -> None:
+    """Share of the loss recovered over minutes, on the small model."""
     rows = record("small_model")["rows"]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -32,6 +38,24 @@ def main() -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(ROOT / "docs/minutes.png", dpi=130)
+
+
+def one_layer() -> None:
+    """How much better than m0 the sampled masks of a run in one decoder layer are, over its steps."""
+    run = record("smollm2_layer29")
+    (row,) = record("variance_layer29")["rows"]
+    steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
+    better = [-residual for residual in run["residuals"]]
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, better, label="seen")
+    first, fall = row["m0"] - row["drawn"], run["arguments"]["lr"] * row["signal"]
+    axes.plot(steps, [first + fall * step for step in steps], "--", label="as its first step promises")
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set(xlabel="steps", ylabel="better than m0 (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(ROOT / "docs/one_layer.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import variance as signal
-from record import POINTS, recovered, row_cells
+from record import POINTS, cell, recovered, row_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,7 +22,7 @@ from utils import run_script
 
 import numpy as np
 
-PAGES = ("README.md", "docs/reproduction.md")
+PAGES = ("README.md", "docs/reproduction.md", "docs/steps.md")
 SMALL = "1of4/{}-size{}-lr{}-logits{}-steps2500{}"  # rows of SMALL=1, as reproduce/common.sh names them
 ABLATIONS = [  # what is varied, what the paper says, the record's row, how many of its seeds
     ("maskpro, η 5, C 5, 512 sequences, cached baseline", "learns, steadily", ("maskpro", 512, 5, 5, ""), None),
@@ -36,6 +36,16 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
     ("C 2", "too small a C fails", ("maskpro", 512, 5, 2, ""), 1),
     ("C 10", "its setting", ("maskpro", 512, 5, 10, ""), 1),
     ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
+RESULTS = [  # the README's rows of smollm2.sh: what was done, the weights, the record's row
+    ("dense", "", "dense"),
+    ("ours: half of its text after passages, 280 steps", "frozen", "2of4/sparsify-after-steps280"),
+    ("ours: the same, channels reordered", "frozen", "2of4/sparsify-permuted-steps280"),
+    ("ours: plain generated text, 560 steps", "frozen", "2of4/sparsify-plain-steps560"),
+    ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
+    ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr2-logits5-steps10000"),
+    ("MaskPro, the last decoder layer alone, 10,000 steps", "frozen",
+     "2of4/maskpro-size512-lr2-logits5-steps10000-layers29"),
+    ("Wanda", "frozen", "2of4/wanda")]
 SIGNALS = (("small", "variance"), ("SmolLM2-135M, decoder layer 29", "variance_layer29"),
            ("SmolLM2-135M", "variance_smollm2"))
 FALLS = (("small, 1:4", "variance", "1:4", SMALL.format("maskpro", 512, 5, 5, "")),
@@ -85,6 +95,18 @@ def conditions() -> str:
             f"{seconds[-1]:.0f} s.")
 
 
+def results() -> str:
+    """SmolLM2-135M, the rows that were run."""
+    rows, lines = record("smollm2")["rows"], []
+    for what, weights, name in RESULTS:
+        if name in rows:
+            _, _, gap, *_, seconds = row_cells(rows, name)
+            perplexity = cell([seed["ppl"] for seed in rows[name]], 2)
+            minutes = cell([seed["run"]["seconds"] / 60 for seed in rows[name]], 0) if seconds else ""
+            lines.append([what, weights, perplexity, gap, minutes])
+    return markdown_table(["", "weights", "perplexity", "of the gap (%)", "minutes"], lines)
+
+
 def authors() -> str:
     """The authors' scripts beside ours."""
     table = record("against_authors")["table"]
@@ -132,7 +154,7 @@ def over_minutes() -> list[tuple[str, int, float, float]]:
     return found
 
 
-TABLES = (ablations, patterns, conditions, authors, variance, falls)
+TABLES = (results, ablations, patterns, conditions, authors, variance, falls)
 
 
 def rendered(page: str) -> str:

@@ -14,18 +14,20 @@ tokens. Noise is the second moment E |X|^2 for each advantage A:
 
 Signal is |g|^2. A backward pass at a drawn mask gives Y = J^T G (docs/sparsify.md), whose mean is g where f is linear
 in a single block, the others drawn: so it is, nearly, among many blocks. |g|^2 is the mean product of the means of Y
-over any two of GROUPS groups of draws, which has no noise squared in it. The same from X, of maskpro, is far noisier;
-it is recorded as signal_of_scores, with the standard errors of both.
+over any two of GROUPS groups of draws, which has no noise squared in it; its standard error is given. Most of it only
+makes m0 more probable, where leaving it costs much. What can end in another mask is the part away from m0: that of the
+blocks where a step makes m0 less probable.
 
-After T steps noise has moved each of the d logits by eta sqrt(T E|X|^2 / d), and the expected loss has fallen by
-T eta |g|^2, to first order. With eta such that the noise is half a nat, a fall by L takes
+After T steps noise has moved each of the d logits by eta sqrt(T E|X|^2 / d), and the expected loss has fallen, in those
+blocks, by T eta |g_away|^2, to first order. With eta such that the noise is half a nat, a fall by L takes
 
-    T = (2 L / |g|^2)^2 E|X|^2 / d        steps
+    T = (2 L / |g_away|^2)^2 E|X|^2 / d        steps
 
 of maskpro: the last column, for L a tenth of f(m0 * w) - f(w), the gap on the minibatches. Needs the demo's text.
 """
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -52,7 +54,7 @@ ADVANTAGES = ("vanilla", "residual", "maskpro")
 GROUPS = 8  # of draws, each with its own mean
 NOISE = 0.5  # nats that noise may move a logit
 SHARE = 0.1  # of the gap
-HEADING = ["logits", "N:M", "C", *(f"noise, {name}" for name in ADVANTAGES), "signal, ‖g‖²", "noise / signal",
+HEADING = ["logits", "N:M", "C", *(f"noise, {name}" for name in ADVANTAGES), "signal, ‖g‖²", "away from m0",
            "steps to a tenth of the gap"]
 
 
@@ -92,18 +94,11 @@ class Collected:
         return torch.zeros((), dtype=torch.int64)
 
 
-def add_score(masked: MaskedModel, advantage: float, total: Tensor) -> float:
-    """Add the advantage times the score of the masks that the last forward pass drew to `total`, float32 `[logits]`;
-    returns the square of the score's norm."""
-    square, begin = 0.0, 0
+def scores(masked: MaskedModel, bits: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The score of these masks, a layer after the other, float32 `[blocks, M]`."""
     for layer in masked.layers.values():
-        planes = fused_ops.score(fused_ops.weights(layer.logits, masked.space.n), kept_planes(layer.bits, layer.m),
-                                 masked.space.n)
-        score = torch.stack(planes, 1).flatten()
-        square += float(score.dot(score))
-        total[begin:begin + len(score)].add_(score, alpha=advantage)
-        begin += len(score)
-    return square
+        yield torch.stack(fused_ops.score(fused_ops.weights(layer.logits, masked.space.n), kept_planes(
+            bits[layer.name], layer.m), masked.space.n), 1)
 
 
 def mean_product(means: Tensor) -> tuple[float, float]:
@@ -113,9 +108,24 @@ def mean_product(means: Tensor) -> tuple[float, float]:
     return fmean(pairs), stdev(pairs) / GROUPS**0.5
 
 
+def away_from_m0(means: Tensor, m0: Iterator[Tensor]) -> float:
+    """The part of |g|^2 in blocks where a step along -g makes m0 less probable, from the groups' means of Y, `[groups,
+    logits]`, and m0's score. Half of the groups chooses the blocks, the others tell the product there; and vice versa.
+    """
+    total, begin, half = 0.0, 0, GROUPS // 2
+    for score in m0:
+        part = means[:, begin:begin + score.numel()].view(GROUPS, *score.shape)
+        begin += score.numel()
+        for choosing, telling in ((part[:half], part[half:]), (part[half:], part[:half])):
+            away = (choosing.mean(0) * score).sum(1) > 0
+            first, second = telling[::2].mean(0)[away], telling[1::2].mean(0)[away]
+            total += float((first * second).sum()) / 2
+    return total
+
+
 def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
     """What a record has of these logits. batches: int64 `[minibatches, sequences, tokens]`."""
-    baseline = [masked.loss(batch) for batch in batches]
+    m0, baseline = masked.bits(), [masked.loss(batch) for batch in batches]
     with masked.use_dense():
         dense = fmean(masked.loss(batch) for batch in batches)
     learner = StraightThrough(masked, batches.shape[2])
@@ -128,37 +138,36 @@ def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
         first.append(masked.loss(batches[number % len(batches)]) - baseline[number % len(batches)])
     delta, moments = fmean(first), {name: [] for name in ADVANTAGES}
     count = sum(layer.shape.numel() for layer in masked.layers.values())
-    of_gradients, of_scores = torch.zeros(2, GROUPS, count)
+    sums = torch.zeros(GROUPS, count)
     for number in progress_bar(range(samples), desc="draws"):
-        index, group = number % len(batches), number % GROUPS
+        index = number % len(batches)
         masked.redraw()
-        gradients.total = of_gradients[group]
+        gradients.total = sums[number % GROUPS]
         loss = learner.step(batches[index], 0.0).loss
         residual = loss - baseline[index]
-        square = add_score(masked, residual - delta, of_scores[group])
+        square = sum(float(score.square().sum()) for score in scores(masked, masked.bits()))
         for name, advantage in zip(ADVANTAGES, (loss, residual, residual - delta)):
             moments[name].append(advantage**2 * square)
-    signal, error = mean_product(of_gradients * (GROUPS / samples))
-    by_scores = mean_product(of_scores * (GROUPS / samples))
+    means = sums.mul_(GROUPS / samples)
+    signal, error = mean_product(means)
     return {"logits": count, "dense": dense, "m0": fmean(baseline), "drawn": fmean(baseline) + delta,
             "second_moment": {name: fmean(values) for name, values in moments.items()},
-            "signal": signal, "signal_error": error, "signal_of_scores": by_scores}
+            "signal": signal, "signal_error": error, "signal_away": away_from_m0(means, scores(masked, m0))}
 
 
 def steps_to_share(found: dict, share: float = SHARE) -> float:
     """The steps of maskpro to this share of the gap, by the docstring's T."""
     fall = share * (found["m0"] - found["dense"])
-    return (fall / NOISE / found["signal"])**2 * found["second_moment"]["maskpro"] / found["logits"]
+    return (fall / NOISE / found["signal_away"])**2 * found["second_moment"]["maskpro"] / found["logits"]
 
 
 def row(found: dict) -> list[str]:
-    """A line of the table; no ratio where the signal is within two of its errors from 0."""
-    is_seen = found["signal"] > 2 * found["signal_error"]
-    ratios = found["second_moment"]["maskpro"] / found["signal"], steps_to_share(found)
+    """A line of the table; no steps where the signal is within two of its errors from 0."""
+    is_seen = found["signal"] > 2 * found["signal_error"] and found["signal_away"] > 0
     return [f"{found['logits']:,}", found["pattern"], f"{found['C']:g}",
-            *(f"{moment:.3g}" for moment in found["second_moment"].values()),
-            f"{found['signal']:.2g} ± {found['signal_error']:.1g}",
-            *(f"{ratio:.1e}" if is_seen else "not seen" for ratio in ratios)]
+            *(f"{moment:.2g}" for moment in found["second_moment"].values()),
+            f"{found['signal']:.2g} ± {found['signal_error']:.1g}", f"{found['signal_away']:.1e}",
+            f"{steps_to_share(found):.1e}" if is_seen else "not seen"]
 
 
 def main(argv: list[str] | None = None) -> None:
