@@ -2,7 +2,8 @@
 
     python reproduce/variance.py --record reproduce/records/variance.json        # the small model, 1:4 and 2:4
     python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --record variance.json
-    python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --targets layers.29
+    python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --targets layers.29.
+    python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --logits 4 --init scores
 
 A step moves the logits by -eta X, X = A score(m), m ~ p(pi), of which the mean is the gradient g of the expected loss.
 Masks are drawn again and again from logits that stay as they are, C * m0, m0 of Wanda, on minibatches of 8 x 128
@@ -44,6 +45,7 @@ from masking.spaces import LinearSpace
 from models.layers import find_layers
 from models.loading import load_model
 from pruning.one_shot import OneShot, one_shot_masks
+from training.initialize import from_scores
 from training.straight_through import StraightThrough
 from utils import environment, positive_int, progress_bar, run_script, sparsity_type
 
@@ -65,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patterns", nargs="+", type=sparsity_type, default=[(1, 4), (2, 4)])
     parser.add_argument("--targets", nargs="+", default=None, help="the layers whose masks are drawn; others keep m0")
     parser.add_argument("--logits", nargs="+", type=float, default=[5.0, 10.0], help="C")
+    parser.add_argument("--init", choices=["mask", "scores"], default="mask", help="as train.py's")
     parser.add_argument("--samples", type=positive_int, default=512, help="masks drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", default=None, help="JSON file to write")
@@ -181,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         for c in args.logits:
             learned = list(find_layers(model, args.targets)) if args.targets else None
             masked = MaskedModel(model, masks, LinearSpace(n, m), c, learned=learned, seed=args.seed, keep_dense=True)
+            if args.init == "scores":
+                from_scores(masked, c, batches[:8].flatten(0, 1))
             rows.append({"pattern": f"{n}:{m}", "C": c, **measure(masked, batches, args.samples)})
             masked.finish()
             model, _ = load_model(args.model, "auto", "cpu")
