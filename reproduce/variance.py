@@ -24,7 +24,8 @@ blocks, by T eta |g_away|^2, to first order. With eta such that the noise is hal
 
     T = (2 L / |g_away|^2)^2 E|X|^2 / d        steps
 
-of maskpro: the last column, for L a tenth of f(m0 * w) - f(w), the gap on the minibatches. Needs the demo's text.
+of maskpro at the pace of the first: the last column, for L a tenth of f(m0 * w) - f(w), the gap on the minibatches. The
+column before it has the eta of half a nat in STEPS steps, to begin a search with. Needs the demo's text.
 """
 import argparse
 import sys
@@ -56,8 +57,9 @@ ADVANTAGES = ("vanilla", "residual", "maskpro")
 GROUPS = 8  # of draws, each with its own mean
 NOISE = 0.5  # nats that noise may move a logit
 SHARE = 0.1  # of the gap
+STEPS = 10_000  # the paper's
 HEADING = ["logits", "N:M", "C", *(f"noise, {name}" for name in ADVANTAGES), "signal, ‖g‖²", "away from m0",
-           "steps to a tenth of the gap"]
+           f"η for {STEPS:,} steps", "steps to a tenth of the gap"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -158,6 +160,11 @@ def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
             "signal": signal, "signal_error": error, "signal_away": away_from_m0(means, scores(masked, m0))}
 
 
+def noise_lr(found: dict, steps: int = STEPS) -> float:
+    """The eta with which noise moves a logit by NOISE in so many steps of maskpro."""
+    return NOISE / (steps * found["second_moment"]["maskpro"] / found["logits"])**0.5
+
+
 def steps_to_share(found: dict, share: float = SHARE) -> float:
     """The steps of maskpro to this share of the gap, by the docstring's T."""
     fall = share * (found["m0"] - found["dense"])
@@ -170,7 +177,7 @@ def row(found: dict) -> list[str]:
     return [f"{found['logits']:,}", found["pattern"], f"{found['C']:g}",
             *(f"{moment:.2g}" for moment in found["second_moment"].values()),
             f"{found['signal']:.2g} ± {found['signal_error']:.1g}", f"{found['signal_away']:.1e}",
-            f"{steps_to_share(found):.1e}" if is_seen else "not seen"]
+            f"{noise_lr(found):.2g}", f"{steps_to_share(found):.1e}" if is_seen else "not seen"]
 
 
 def main(argv: list[str] | None = None) -> None:
