@@ -12,7 +12,7 @@
 # TASK_FILES, as of eval.py --task_file, add accuracy. reproduce/articles.jsonl has twelve short articles, made up for
 # this in the manner of WikiText. Afterwards: python reproduce/record.py $OUT --out reproduce/records/smollm2.json
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
-: "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${LR:=2}" "${LOGITS:=5}"
+: "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${LOGITS:=5}"
 . "$(dirname "$0")/common.sh"
 [[ $HELDOUT != demo/* ]] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
 [ -z "${TASK_FILES:-}" ] || protocol+=(--task_file $TASK_FILES)
@@ -40,9 +40,9 @@ for SEED in ${SEEDS:-0 1 2}; do
             text=$folder/generated-seed$SEED.jsonl
             once "$text" generate_text.py --model "$MODEL" --seed "$SEED" --tokens 150000 --out "$text"
             sparsified questions-steps400 --steps 400 --distill 0.5 --dataset $QUESTIONS "$text" ;;
-        maskpro) STEPS=10000 learned maskpro "$SIZE" "$LR" "$LOGITS" ;;
+        maskpro) STEPS=10000 learned maskpro "$SIZE" "${ETA:-0.03}" "$LOGITS" ;;  # docs/steps.md
         layer*) TRAIN=reproduce/one_layer.py TARGETS=layers.${row#layer}. STEPS=10000 \
-                learned maskpro "$SIZE" "$LR" "$LOGITS" ;;
+                learned maskpro "$SIZE" "${ETA:-2}" "$LOGITS" ;;
         *) stop "there is no row $row" ;;
         esac
     done

@@ -42,7 +42,7 @@ RESULTS = [  # the README's rows of smollm2.sh: what was done, the weights, the 
     ("ours: the same, channels reordered", "frozen", "2of4/sparsify-permuted-steps280"),
     ("ours: plain generated text, 560 steps", "frozen", "2of4/sparsify-plain-steps560"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
-    ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr2-logits5-steps10000"),
+    ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr0.03-logits5-steps10000"),
     ("MaskPro, the last decoder layer alone, 10,000 steps", "frozen",
      "2of4/maskpro-size512-lr2-logits5-steps10000-layers29"),
     ("Wanda", "frozen", "2of4/wanda")]
