@@ -14,7 +14,7 @@
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
 : "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${LOGITS:=5}"
 . "$(dirname "$0")/common.sh"
-[[ $HELDOUT != demo/* ]] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
+[ "$HELDOUT" != demo/heldout.txt ] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
 [ -z "${TASK_FILES:-}" ] || protocol+=(--task_file $TASK_FILES)
 
 sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order of channels may be part of
