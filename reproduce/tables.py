@@ -46,8 +46,7 @@ RESULTS = [  # the README's rows of smollm2.sh: what was done, the weights, the 
     ("MaskPro, the last decoder layer alone, 10,000 steps", "frozen",
      "2of4/maskpro-size512-lr2-logits5-steps10000-layers29"),
     ("Wanda", "frozen", "2of4/wanda")]
-SIGNALS = (("small", "variance"), ("SmolLM2-135M, decoder layer 29", "variance_layer29"),
-           ("SmolLM2-135M", "variance_smollm2"))
+SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"), ("its decoder layer 29", "variance_layer29"))
 FALLS = (("small, 1:4", "variance", "1:4", SMALL.format("maskpro", 512, 5, 5, "")),
          ("small, 2:4", "variance", "2:4", "2of4/maskpro-size512-lr5-logits5-steps10000"),
          ("SmolLM2-135M, decoder layer 29, 2:4", "variance_layer29", "2:4", ("smollm2_layer29",)))
