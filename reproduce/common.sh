@@ -110,8 +110,9 @@ learn() {  # learn SCRIPT RUN FLAGS...: RUN/mask.safetensors, evaluated on the o
 }
 
 learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's losses cached, or of a second forward pass
+    # in the environment: AS, for its name, FURTHER flags of train.py, and TRAIN in place of it
     local minibatches=(--dataset_size "$2" --batchsize "$(($2 < BATCHSIZE ? $2 : BATCHSIZE))")
-    local source baseline=$folder/baseline-size$2.npz run=$1-size$2-lr$3-logits$4-steps$STEPS
+    local source baseline=$folder/baseline-size$2.npz run=$1${AS:+-$AS}-size$2-lr$3-logits$4-steps$STEPS
     initial_mask
     if [ "${5:-cached}" = online ]; then
         run=$run-online source=(--baseline online)
@@ -120,10 +121,9 @@ learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's loss
         once "$baseline" inference_loss.py --model "$MODEL" --dtype "$DTYPE" --mask "$folder/initial_mask.safetensors" \
             --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" "${minibatches[@]}" --save "$baseline"
     fi
-    [ -z "${TARGETS:-}" ] || run=$run-${TARGETS//./} source+=(--targets "$TARGETS")
     [ "$SEED" = 0 ] || run=$run-seed$SEED
-    learn "${TRAIN:-train.py}" "$folder/$run" --dtype "$DTYPE" --estimator "$1" "${minibatches[@]}" --lr "$3" --logits "$4" \
-        --epoch "$STEPS" --max_step "$STEPS" "${source[@]}" --seed "$SEED"
+    learn "${TRAIN:-train.py}" "$folder/$run" --dtype "$DTYPE" --estimator "$1" "${minibatches[@]}" --lr "$3" \
+        --logits "$4" --epoch "$STEPS" --max_step "$STEPS" "${source[@]}" --seed "$SEED" ${FURTHER:-}
 }
 
 ours() {  # this project's own method, by backward passes, in the dtype that sparsify.py chooses

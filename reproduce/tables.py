@@ -42,14 +42,19 @@ RESULTS = [  # the README's rows of smollm2.sh: what was done, the weights, the 
     ("ours: the same, channels reordered", "frozen", "2of4/sparsify-permuted-steps280"),
     ("ours: plain generated text, 560 steps", "frozen", "2of4/sparsify-plain-steps560"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
+    ("MaskPro from Wanda's scores, 600 steps", "frozen", "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
     ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr0.03-logits5-steps10000"),
     ("MaskPro, the last decoder layer alone, 10,000 steps", "frozen",
-     "2of4/maskpro-size512-lr2-logits5-steps10000-layers29"),
+     "2of4/maskpro-layer29-size512-lr2-logits5-steps10000"),
     ("Wanda", "frozen", "2of4/wanda")]
-SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"), ("its decoder layer 29", "variance_layer29"))
-FALLS = (("small, 1:4", "variance", "1:4", SMALL.format("maskpro", 512, 5, 5, "")),
-         ("small, 2:4", "variance", "2:4", "2of4/maskpro-size512-lr5-logits5-steps10000"),
-         ("SmolLM2-135M, decoder layer 29, 2:4", "variance_layer29", "2:4", ("smollm2_layer29",)))
+SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"),
+           ("the same, from scores", "variance_smollm2_scores"), ("its decoder layer 29", "variance_layer29"))
+FALLS = (  # a run, the record of its signal, its own record and the row there
+    ("small, 1:4", "variance", "small_model", SMALL.format("maskpro", 512, 5, 5, "")),
+    ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),
+    ("SmolLM2-135M, 2:4, from scores", "variance_smollm2_scores", "smollm2",
+     "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
+    ("its decoder layer 29, 2:4", "variance_layer29", "smollm2_layer29", None))
 
 
 def record(name: str) -> dict:
@@ -124,19 +129,15 @@ def variance() -> str:
 def falls() -> str:
     """What the signal predicts of runs, and what they did in their first quarter."""
     lines = []
-    for what, name, pattern, run in FALLS:
-        (row,) = [row for row in record(name)["rows"] if (row["pattern"], row["C"]) == (pattern, 5)]
-        if isinstance(run, str):
-            runs = [seed["run"] for seed in record("small_model")["rows"][run]]
-            steps = runs[0]["arguments"]["max_step"]
-        else:
-            runs = [record(run[0])]
-            steps = runs[0]["steps"]
-        curve = np.mean([each.get("residuals", each["curve"])[:POINTS // 4] for each in runs], 0)
+    for what, signals, name, row in FALLS:
+        runs = [seed["run"] for seed in record(name)["rows"][row]] if row else [record(name)]
+        arguments, steps = runs[0]["arguments"], runs[0].get("steps") or runs[0]["summary"]["steps"]
+        here = ["{}:{}".format(*arguments["sparsity_type"]), arguments["logits"]]
+        (found,) = [found for found in record(signals)["rows"] if [found["pattern"], found["C"]] == here]
+        curve = np.mean([run.get("residuals", run["curve"])[:POINTS // 4] for run in runs], 0)
         fit, covariance = np.polyfit(np.arange(len(curve)) * steps / POINTS, curve, 1, cov=True)
-        lr = runs[0]["arguments"]["lr"]
-        lines.append([what, f"{lr:g}", f"{len(runs)}", f"{steps // 4:,}", f"{lr * row['signal']:.1e}",
-                      f"{-fit[0]:.1e} ± {covariance[0, 0]**0.5:.0e}"])
+        lines.append([what, f"{arguments['lr']:g}", f"{len(runs)}", f"{steps // 4:,}",
+                      f"{arguments['lr'] * found['signal']:.1e}", f"{-fit[0]:.1e} ± {covariance[0, 0]**0.5:.0e}"])
     return markdown_table(["run", "η", "seeds", "first steps", "predicted fall a step, η‖g‖²", "seen"], lines)
 
 
