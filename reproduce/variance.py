@@ -58,7 +58,7 @@ GROUPS = 8  # of draws, each with its own mean
 NOISE = 0.5  # nats that noise may move a logit
 SHARE = 0.1  # of the gap
 STEPS = 10_000  # the paper's
-HEADING = ["logits", "N:M", "C", *(f"noise, {name}" for name in ADVANTAGES), "signal, ‖g‖²", "away from m0",
+HEADING = ["N:M", "C", *(f"noise, {name}" for name in ADVANTAGES), "signal, ‖g‖²", "away from m0",
            f"η for {STEPS:,} steps", "steps to a tenth of the gap"]
 
 
@@ -174,7 +174,7 @@ def steps_to_share(found: dict, share: float = SHARE) -> float:
 def row(found: dict) -> list[str]:
     """A line of the table; no steps where the signal is within two of its errors from 0."""
     is_seen = found["signal"] > 2 * found["signal_error"] and found["signal_away"] > 0
-    return [f"{found['logits']:,}", found["pattern"], f"{found['C']:g}",
+    return [found["pattern"], f"{found['C']:g}",
             *(f"{moment:.2g}" for moment in found["second_moment"].values()),
             f"{found['signal']:.2g} ± {found['signal_error']:.1g}", f"{found['signal_away']:.1e}",
             f"{noise_lr(found):.2g}", f"{steps_to_share(found):.1e}" if is_seen else "not seen"]
