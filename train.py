@@ -1,7 +1,7 @@
 """Learn an N:M mask of a frozen model by policy gradient, from forward passes only (MaskPro, arXiv 2506.12876).
 
     python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625
-    python train.py --model MODEL --dataset text.jsonl --lr 1 --logits 5 --debias_tracker  # if it is small
+    python train.py --model MODEL --dataset text.jsonl --init scores --logits 4 --lr 1     # where 10 * m0 is slow
     python train.py --model MODEL --dataset text.jsonl --baseline online      # without inference_loss.py
     python train.py --resume results/RUN                                      # goes on with a run that was stopped
     torchrun --nproc_per_node R train.py ...     # R processes, each with a minibatch of its own under the same mask

@@ -26,7 +26,7 @@ class KeptStates:
 
     def __init__(self, model: nn.Module, first: int):
         self.states: dict[bytes, Tensor] = {}  # token ids of a sequence -> `[tokens, hidden]`
-        self.rows, self.is_known = [], False
+        self.rows, self.is_known, self.are_tuples = [], False, False
         embeddings, layers = model.get_input_embeddings(), decoder_layers(model)
         self.embed = embeddings.forward
         embeddings.forward = self.begin
@@ -42,8 +42,13 @@ class KeptStates:
 
     def passing(self, forward: Callable) -> Callable:
         """A layer's forward, or nothing where its outcome is known."""
-        return lambda hidden_states, *args, **kwargs: (
-            hidden_states if self.is_known else forward(hidden_states, *args, **kwargs))
+        def passed(hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple:
+            if self.is_known:
+                return (hidden_states,) if self.are_tuples else hidden_states
+            output = forward(hidden_states, *args, **kwargs)
+            self.are_tuples = isinstance(output, tuple)  # transformers 4
+            return output
+        return passed
 
     def keep(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the first layer that learns."""
