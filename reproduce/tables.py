@@ -130,6 +130,8 @@ def falls() -> str:
     """What the signal predicts of runs, and what they did in their first quarter."""
     lines = []
     for what, signals, name, row in FALLS:
+        if row and row not in record(name)["rows"]:
+            continue  # not run yet
         runs = [seed["run"] for seed in record(name)["rows"][row]] if row else [record(name)]
         arguments, steps = runs[0]["arguments"], runs[0].get("steps") or runs[0]["summary"]["steps"]
         here = ["{}:{}".format(*arguments["sparsity_type"]), arguments["logits"]]
