@@ -62,7 +62,9 @@ class Masked(MaskedModel):
 
     def __init__(self, model: nn.Module, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
-        KeptStates(model, min(int(name.split("layers.")[1].split(".")[0]) for name in self.layers))
+        learned = {layer.module for layer in self.layers.values()}
+        KeptStates(model, next(number for number, layer in enumerate(decoder_layers(model))
+                               if learned & set(layer.modules())))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def make_record(folder: Path) -> dict:
             evaluation = json.loads(file.read_text(encoding="utf-8"))
             seed = {key: evaluation[key] for key in ("nats", "ppl", "text", "windows", "seqlen", "dtype",
                                                      "fingerprint", "environment")}
-            seed |= {key: evaluation[key] for key in ("mean_acc",) if key in evaluation}
+        if "mean_acc" in evaluation:
+            seed["mean_acc"] = evaluation["mean_acc"]
         if file.with_suffix("").is_dir() and (file.with_suffix("") / "run.json").exists():
             seed["run"] = read_run(file.with_suffix(""))
             dataset = seed["run"]["arguments"]["dataset"] or []

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's results on a real model: SmolLM2-135M at 2:4, which `make demo DEMO_FLAGS=--quick` leaves in demo/.
+# Results on a real model: SmolLM2-135M at 2:4, which `make demo DEMO_FLAGS=--quick` leaves in demo/.
 #
 #   HELDOUT=WIKITEXT bash reproduce/smollm2.sh                          # all rows but those below
 #   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh     # one
@@ -39,7 +39,8 @@ for SEED in ${SEEDS:-0 1 2}; do
         questions)
             text=$folder/generated-seed$SEED.jsonl
             once "$text" generate_text.py --model "$MODEL" --seed "$SEED" --tokens 150000 --out "$text"
-            sparsified questions-steps400 --steps 400 --distill 0.5 --dataset $QUESTIONS "$text" ;;
+            sparsified questions-steps400 --steps 400 --distill 0.5 --dataset \
+                ${QUESTIONS:?give files of questions, none of which is evaluated} "$text" ;;
         maskpro) STEPS=10000 learned maskpro "$SIZE" "${ETA:-0.03}" 5 ;;  # docs/steps.md
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
         layer*) AS=$row FURTHER="--targets layers.${row#layer}." TRAIN=reproduce/one_layer.py STEPS=10000 \

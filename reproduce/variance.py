@@ -28,6 +28,7 @@ of maskpro at the pace of the first: the last column, for L a tenth of f(m0 * w)
 column before it has the eta of half a nat in STEPS steps, to begin a search with. Needs the demo's text.
 """
 import argparse
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,14 +189,13 @@ def main(argv: list[str] | None = None) -> None:
         layers = find_layers(model)
         batches = data.minibatches(tokenizer, args.text, 512, 8, 128)[:args.samples]
         masks = one_shot_masks(model, layers, batches[:8].flatten(0, 1), OneShot("wanda", (n, m)))
+        learned = list(find_layers(model, args.targets)) if args.targets else None
         for c in args.logits:
-            learned = list(find_layers(model, args.targets)) if args.targets else None
-            masked = MaskedModel(model, masks, LinearSpace(n, m), c, learned=learned, seed=args.seed, keep_dense=True)
+            masked = MaskedModel(copy.deepcopy(model), masks, LinearSpace(n, m), c, learned=learned, seed=args.seed,
+                                 keep_dense=True)
             if args.init == "scores":
                 from_scores(masked, c, batches[:8].flatten(0, 1))
             rows.append({"pattern": f"{n}:{m}", "C": c, **measure(masked, batches, args.samples)})
-            masked.finish()
-            model, _ = load_model(args.model, "auto", "cpu")
     print(markdown_table(HEADING, [row(found) for found in rows]))
     if args.record:
         arguments = {name: value for name, value in vars(args).items() if name != "record"}
