@@ -132,8 +132,8 @@ def forward_step(masked: MaskedModel) -> Callable[[Tensor], float]:
 
 def gradient_step(masked: MaskedModel, checkpointing: bool = False, distill: float = 0.0) -> Callable[[Tensor], float]:
     """A function that learns from gradients: one small step on int64 `[sequences, tokens]`; returns the loss, nats."""
-    learner = StraightThrough(masked, distill=distill, checkpointing=checkpointing)
-    return lambda batch: learner.step(batch, 0.01).loss
+    learner = StraightThrough(masked, checkpointing=checkpointing)
+    return lambda batch: learner.step(batch, 0.01, distill=[distill] * len(batch)).loss
 
 
 def run_child(bench: str, flags: list[str], processes: int = 1) -> list:

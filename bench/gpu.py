@@ -103,8 +103,8 @@ def learning(args: argparse.Namespace) -> Rows:
             if flags is None:
                 losses = [common.forward_step(masked)(batch) for batch in batches]
             else:
-                learner = StraightThrough(masked, distill=1.0, **flags)
-                losses = [learner.step(batch, 0.1, t / 4).loss for t, batch in enumerate(batches)]
+                learner = StraightThrough(masked, **flags)
+                losses = [learner.step(batch, 0.1, t / 4, [1.0] * 8).loss for t, batch in enumerate(batches)]
             found.append((losses, torch.cat([bits.cpu() for bits in masked.mode_bits().values()])))
         (ours, mask), (expected, other) = found
         is_exact = dtype == torch.float32

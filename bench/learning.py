@@ -91,13 +91,13 @@ class Gradients(ForwardOnly):
 
     def __init__(self, problem: Problem, setting: dict, seed: int):
         super().__init__(problem, {"estimator": pge.Vanilla, **setting}, seed)
-        self.learner = StraightThrough(self.masked, distill=setting["distill"], curvature=True,
-                                       normalize=setting.get("normalize", "layer"),
+        self.distill = setting["distill"]
+        self.learner = StraightThrough(self.masked, curvature=True, normalize=setting.get("normalize", "layer"),
                                        soft_masks=setting.get("soft_masks", False))
 
     def learn(self, batch: Tensor, step: int, steps: int) -> None:
         """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
-        self.learner.step(batch, step_size(self.lr, step / steps, steps), step / steps)
+        self.learner.step(batch, step_size(self.lr, step / steps, steps), step / steps, [self.distill] * len(batch))
 
     def kept(self) -> list[Tensor]:
         """The tensors that are kept beside the model."""

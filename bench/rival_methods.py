@@ -70,7 +70,7 @@ class Rival:
                 teacher = self.model(input_ids=batch, use_cache=False).logits
                 self.is_dense = False
         logits = self.model(input_ids=batch, use_cache=False).logits
-        loss, gradient = summed_loss(logits.detach(), batch, teacher, self.distill)
+        loss, gradient = summed_loss(logits.detach(), batch, teacher, [self.distill] * len(batch))
         predictions = batch.shape[0] * (batch.shape[1] - 1)
         self.optimizer.param_groups[0]["lr"] = self.lr * self.multiplier()
         self.optimizer.zero_grad()

@@ -78,13 +78,13 @@ def learn(inputs: Path, way: str, is_sharded: bool, steps: int, device: str) -> 
     model, _ = load(str(inputs / "dense"), "float32", device)
     masks = mask_files.load(inputs / "mask.safetensors", 2, 4).masks
     masked = MaskedModel(model, masks, LinearSpace(2, 4), magnitude=1.0, mode="eager")
-    learner = StraightThrough(masked, distill=1.0) if way == "gradients" else None
+    learner = StraightThrough(masked) if way == "gradients" else None
     generator, m0_loss = torch.Generator().manual_seed(0), None
     with Collectives() as counted:
         for _ in range(steps):
             batch = processes.split(torch.randint(97, 123, (SEQUENCES, TOKENS), generator=generator))
             if learner:
-                learner.step(batch, 0.5)
+                learner.step(batch, 0.5, distill=[1.0] * len(batch))
                 continue
             loss = processes.mean([masked.loss(batch)])
             m0_loss = loss if m0_loss is None else m0_loss

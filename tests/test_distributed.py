@@ -23,7 +23,7 @@ from runs import is_strict, read_run, steps_of
 from safetensors.torch import load_file
 
 PAPER = "--baseline online --logits 1 --lr 5 --debias_tracker --dataset_size 16 --epoch 4 --save"
-GRADIENTS = "--batchsize 2 --distill 0.5"
+GRADIENTS = "--batchsize 2"
 KINDS = {PAPER: "train.py", GRADIENTS: "sparsify.py"}
 
 

@@ -30,7 +30,7 @@ LOOSE, STEADY = 2e-3, 20  # nats; steps before a block falls otherwise and makes
 MODEL = "--model {w}/llama --dtype float32 --device cpu --dataset {w}/text.jsonl "
 COMMON = MODEL + "--seqlen 24 --batchsize 4 --skip_checkpoint --mask {w}/2of4.safetensors "
 PAPER = "train.py", COMMON + "--dataset_size 16 --max_step 9 --logits 1 "
-OURS = "sparsify.py", COMMON + "--steps 30 "
+OURS = "sparsify.py", COMMON + "--distill 1 --steps 30 "
 RUNS = {  # name -> (processes, script, flags)
     "maskpro, cached": (1, PAPER[0], PAPER[1] + "--lr 5 --baseline {w}/baseline.npz"),
     "running, normalized, float16 logits, held out": (

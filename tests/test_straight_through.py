@@ -64,12 +64,14 @@ def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, monk
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
-def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, distill):
-    """Of pruned weights too; with Conv1D's [in, out] weights, biases and shared buffers."""
-    learner = learner_of(load(kind), distill=distill)[0]
+@pytest.mark.parametrize("shares", [[], [1.0, 1.0], [0.0, 0.75]])
+def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, shares):
+    """Of pruned weights too; with Conv1D's [in, out] weights, biases and shared buffers; of sequences that distill to
+    different shares."""
+    learner = learner_of(load(kind))[0]
     seen = watch(learner)
-    result = learner.step(TOKENS, 0.0)
+    result = learner.step(TOKENS, 0.0, distill=shares)
+    distill = torch.tensor(shares or [0.0, 0.0])[:, None, None]
     plain = load(kind)
     layers = find_layers(plain)
     apply_masks(layers, magnitude_masks(layers))
@@ -77,7 +79,7 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, distill):
     log_probs = plain(input_ids=TOKENS).logits[:, :-1].log_softmax(-1)
     text = -log_probs.gather(2, TOKENS[:, 1:, None])
     teacher = forward(load(kind))[:, :-1].softmax(-1)
-    objective = (1 - distill) * text.sum() - distill * (teacher * log_probs).sum()
+    objective = ((1 - distill) * text).sum() - (distill * teacher * log_probs).sum()
     expected = dict(zip(layers, torch.autograd.grad(objective, parameters)))
     assert result.loss == pytest.approx(float(text.detach().mean()), rel=1e-5) and result.not_finite == 0
     assert sorted(layer.name for layer, *_ in seen) == sorted(layers)
@@ -119,11 +121,11 @@ def test_updates_follow_the_formula(load, normalize, n, m):
 @pytest.mark.parametrize("kwargs", [{}, {"normalize": "block"}, {"curvature": True}])
 def test_a_step_in_microbatches_is_that_of_the_whole(load, kwargs):
     """Equal to rounding, with a last microbatch that is smaller; nothing moves where one of them is not finite."""
-    tokens, found = torch.randint(32, (5, 20), generator=seeded(0)), []
+    tokens, distill, found = torch.randint(32, (5, 20), generator=seeded(0)), [0.0, 1.0, 0.5, 0.0, 0.25], []
     for microbatch in (5, 2, 1):
         learner, masked, _ = learner_of(load(), microbatch=microbatch, **kwargs)
         for progress in (0.0, 0.5, 0.95):
-            learner.step(tokens, 0.1, progress)
+            learner.step(tokens, 0.1, progress, distill)
         found.append(all_logits(masked))
     for name, whole in found[0].items():
         for parts in found[1:]:
@@ -131,7 +133,7 @@ def test_a_step_in_microbatches_is_that_of_the_whole(load, kwargs):
     final = masked.model.get_output_embeddings()
     final.register_forward_hook(lambda _module, inputs, output: output / (tokens[3, 0] != learner.first))
     learner.first, backward = None, learner._backward
-    learner._backward = lambda part: (setattr(learner, "first", part[0, 0]), backward(part))[1]
+    learner._backward = lambda part, shares: (setattr(learner, "first", part[0, 0]), backward(part, shares))[1]
     assert not learner.step(tokens, 0.1, 0.95).is_finite and same(all_logits(masked), found[-1])
 
 
@@ -214,7 +216,7 @@ def generated_text(models):
 
 
 @pytest.mark.parametrize("dtype, of_learner", [
-    (torch.float16, {"checkpointing": True}), (torch.bfloat16, {"distill": 1.0}),
+    (torch.float16, {"checkpointing": True}), (torch.bfloat16, {}),
     (torch.float32, {"normalize": "block", "soft_masks": True, "curvature": True})])
 def test_it_learns(load, generated_text, dtype, of_learner):
     """From a mask that keeps the smaller half of each block to one better than magnitude's, on text it did not see;
@@ -227,9 +229,9 @@ def test_it_learns(load, generated_text, dtype, of_learner):
     masked = MaskedModel(model, {name: ~mask for name, mask in kept.items()}, LinearSpace(2, 4), magnitude=1.0,
                          logits_dtype=torch.float16, mode="eager")
     start, target = masked.loss(heldout), batch_loss(larger, heldout)
-    learner = StraightThrough(masked, **of_learner)
+    learner, distill = StraightThrough(masked, **of_learner), [1.0] * 16 if dtype == torch.bfloat16 else []
     for t, batch in enumerate(batches):
-        learner.step(batch, 0.2 * (1 - t / len(batches)), t / len(batches))
+        learner.step(batch, 0.2 * (1 - t / len(batches)), t / len(batches), distill)
     masks = masked.finish()
     end = batch_loss(model, heldout)
     assert end < target < start - 0.5, (end, target, start)

@@ -47,6 +47,17 @@ def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, b
     return found * batchsize * seqlen
 
 
+def mixed(given: list[Tensor], shares: list[float], seed: int) -> tuple[Tensor, Tensor]:
+    """Minibatches of all sequences in one random order, int64 `[minibatches, sequences, tokens]`, and the share of
+    distillation of each sequence, `[minibatches, sequences]`; given: minibatches of each text, and its share."""
+    minibatches = torch.cat(given)
+    distill = torch.cat([torch.full(text.shape[:2], share) for text, share in zip(given, shares)])
+    order = torch.arange(distill.numel())
+    if len(given) > 1:  # one text is in a random order already
+        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
+    return (minibatches.flatten(0, 1)[order].view_as(minibatches), distill.flatten()[order].view_as(distill))
+
+
 def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Minibatches to learn from, those that select the mask, and those that only the final table uses. UserError where
     there are fewer than three."""

@@ -17,7 +17,7 @@ written again before its backward. Of a layer that FSDP shards, FSDP gathers the
 mean gradient of its own rows.
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from masking.masked_layer import MaskedLayer
@@ -74,14 +74,13 @@ def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
 class StraightThrough:
     """Moves the logits of a MaskedModel by J^T G in each backward pass; the next mask is the most probable one.
 
-    tokens: in a sequence. distill: the share, 0 to 1, of the loss that compares with the dense model's predictions.
-    curvature: adds the loss's second order to G. normalize: what J^T G is divided by, a key of
+    tokens: in a sequence. curvature: adds the loss's second order to G. normalize: what J^T G is divided by, a key of
     `normalization.NORMALIZATIONS`. soft_masks: in the first half of the run. checkpointing: of activations.
     """
 
-    def __init__(self, masked: MaskedModel, tokens: int = SHORT, distill: float = 0.0, curvature: bool = False,
-                 normalize: str = "layer", soft_masks: bool = False, checkpointing: bool = False):
-        self.masked, self.distill, self.soft_masks = masked, distill, soft_masks
+    def __init__(self, masked: MaskedModel, tokens: int = SHORT, curvature: bool = False, normalize: str = "layer",
+                 soft_masks: bool = False, checkpointing: bool = False):
+        self.masked, self.soft_masks = masked, soft_masks
         self.curvature = Curvature(masked) if curvature else None
         self.keys, self.reducing = {}, None
         self._held, self._is_last = {}, True  # gradients of earlier microbatches
@@ -108,9 +107,10 @@ class StraightThrough:
             self._undo.append(enable_checkpointing(masked.model))
         masked.handles.append(self)
 
-    def step(self, batch: Tensor, size: float, progress: float = 0.0) -> StepResult:
+    def step(self, batch: Tensor, size: float, progress: float = 0.0, distill: Sequence[float] = ()) -> StepResult:
         """Forward and backward of the masked model on this process's minibatch, int64 `[sequences, tokens]`, at this
-        share of the run, 0 to 1.
+        share of the run, 0 to 1. distill: the share, 0 to 1, of each sequence's loss that compares with the dense
+        model's predictions; without it, none.
 
         The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not finite moves nothing.
         Of several microbatches the layers' gradients are summed, in the weights' dtype: as much memory as these take.
@@ -127,7 +127,8 @@ class StraightThrough:
         total, parts = 0.0, sequences.split(self.masked.microbatch)
         for number, part in enumerate(parts, 1):
             self._is_last = number == len(parts)
-            total += self._backward(part)
+            total += self._backward(part, distill[:len(part)])
+            distill = distill[len(part):]
         if self._is_finite:
             for layer in self.masked.layers.values():
                 if layer.sharded and layer.name not in self._reached:
@@ -143,14 +144,14 @@ class StraightThrough:
         losses, not_finite = zip(*processes.all_gather([loss, float(self._not_finite)]))
         return StepResult(losses, not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
 
-    def _backward(self, sequences: Tensor) -> float:
+    def _backward(self, sequences: Tensor, distill: Sequence[float]) -> float:
         """Of one microbatch, unless an earlier one's loss was not finite; its loss summed over its tokens."""
         teacher = None
-        if self.distill:
+        if any(distill):
             with torch.no_grad(), self.masked.use_dense():
                 teacher = self.masked.model(input_ids=sequences, use_cache=False).logits
         logits = self.masked.model(input_ids=sequences, use_cache=False).logits
-        loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, self.distill,
+        loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, distill,
                                      self._of_sequence)
         self._is_finite = self._is_finite and math.isfinite(processes.mean([loss]))
         if self._is_finite:
