@@ -1,6 +1,7 @@
 """Other methods that learn an N:M mask from gradients, written from their papers for bench/rivals.py.
 
     MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits a block, a soft mask from Gumbel noise in the forward
+    SUSI        arXiv 2608.23048: M logits a block, a soft mask from sampling without replacement in the forward
     ScoresSTE   the plain straight-through estimator: a real score a weight, the N largest kept, gradient passed through
     ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step bring to 2:4
 
@@ -8,7 +9,7 @@ All move their parameters with Adam. Their result is a mask, which is evaluated 
 loss against the dense model's predictions, is not in any of the papers.
 """
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pge
@@ -23,19 +24,21 @@ class Rival:
     """A model whose masked layers compute with a weight made of learned parameters, one float32 tensor a layer.
 
     model: frozen, its layers plain nn.Linear; masks: m0, bool `[out, in]` by name; norms: ||x_j|| of their inputs,
-    `[in]`; lr: Adam's; distill: 0 or 1. A subclass defines the parameters at the start, the weight that they make, and
-    their mask.
+    `[in]`; lr: Adam's; distill: 0 or 1, of `learn`; weights: the dense ones by name, where the layers have others. A
+    subclass defines the parameters at the start, the weight that they make, and their mask. Where no gradient is asked
+    for, layers compute with the weights that they have.
     """
     betas = (0.9, 0.999)
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], norms: dict[str, Tensor], n: int, m: int, lr: float,
-                 seed: int = 0, distill: float = 0.0):
+                 seed: int = 0, distill: float = 0.0, weights: dict[str, Tensor] | None = None):
         self.model, self.n, self.m, self.lr, self.distill = model, n, m, lr, distill
         self.layers = {name: layer for name, layer in find_layers(model).items() if name in masks}
+        self.weights = weights or {name: layer.weight for name, layer in self.layers.items()}
         self.norms = norms
         self.device = model.get_input_embeddings().weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.is_dense, self.penalty, self.progress = False, 0.0, 0.0
+        self.penalty, self.progress = 0.0, 0.0
         self.parameters = {name: self.start(name, masks[name]).requires_grad_() for name in self.layers}
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=lr, betas=self.betas)
         for name, layer in self.layers.items():
@@ -62,15 +65,18 @@ class Rival:
 
     def learn(self, batch: Tensor, step: int, steps: int) -> float:
         """Step number `step` of `steps` on int64 `[sequences, tokens]`; returns the loss, nats a prediction."""
-        batch = batch.to(self.device)
-        self.progress, self.penalty, teacher = step / steps, 0.0, None
+        batch, teacher = batch.to(self.device), None
         if self.distill:
             with torch.no_grad():
-                self.is_dense = True
                 teacher = self.model(input_ids=batch, use_cache=False).logits
-                self.is_dense = False
+        return self.move(batch, teacher, [self.distill] * len(batch), step / steps)
+
+    def move(self, batch: Tensor, teacher: Tensor | None, distill: Sequence[float], progress: float) -> float:
+        """A step of Adam at this share of the run; teacher: the dense model's logits, distill: each sequence's share of
+        the loss against them. Returns the loss, nats a prediction."""
+        self.progress, self.penalty = progress, 0.0
         logits = self.model(input_ids=batch, use_cache=False).logits
-        loss, gradient = summed_loss(logits.detach(), batch, teacher, [self.distill] * len(batch))
+        loss, gradient = summed_loss(logits.detach(), batch, teacher, distill)
         predictions = batch.shape[0] * (batch.shape[1] - 1)
         self.optimizer.param_groups[0]["lr"] = self.lr * self.multiplier()
         self.optimizer.zero_grad()
@@ -95,7 +101,7 @@ class Rival:
         return sum(tensor.nbytes for tensor in tensors) / sum(layer.weight.numel() for layer in self.layers.values())
 
     def _forward(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
-        weight = layer.weight if self.is_dense else self.weight(name).to(layer.weight.dtype)
+        weight = self.weight(name).to(x.dtype) if torch.is_grad_enabled() else layer.weight
         return nn.functional.linear(x, weight, layer.bias)
 
     def largest(self, score: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ class Rival:
 
     def dense(self, name: str) -> Tensor:
         """A layer's own weight, float32 `[out, in]`."""
-        return self.layers[name].weight.detach().float()
+        return self.weights[name].detach().float()
 
 
 class MaskLLM(Rival):
@@ -129,16 +135,41 @@ class MaskLLM(Rival):
                               (self.temperatures, self.scales))
         logits = self.parameters[name]
         noise = -torch.empty_like(logits).exponential_(generator=self.generator).log_()  # Gumbel
-        probs = torch.softmax((scale * logits + noise) / temperature, 1)
-        weight = self.dense(name) * (probs @ self.patterns.float()).view_as(self.layers[name].weight)
+        weight = self.dense(name) * self.kept(scale * logits + noise, temperature).view_as(self.layers[name].weight)
         self.penalty = self.penalty - self.norm_reward * weight.square().sum()
         return weight
+
+    def kept(self, keys: Tensor, temperature: float) -> Tensor:
+        """How much of each weight counts, `[blocks, M]`, by logits with noise."""
+        return torch.softmax(keys / temperature, 1) @ self.patterns.float()
 
     def mask(self, name: str) -> Tensor:
         return self.patterns[self.parameters[name].argmax(1)].view_as(self.layers[name].weight)
 
     def multiplier(self) -> float:
         return 0.55 + 0.45 * math.cos(math.pi * self.progress)
+
+
+class SUSI(MaskLLM):
+    """M logits a block, which with Gumbel noise are the keys of a weighted reservoir: the N largest are a draw without
+    replacement. The forward pass uses its relaxation (Xie and Ermon, arXiv 1901.10517), the sum of N softmaxes, each of
+    what the ones before have left. Temperatures, scales, prior and reward are MaskLLM's; the authors' may differ."""
+
+    def start(self, name: str, mask: Tensor) -> Tensor:
+        blocks = mask.to(self.device).view(-1, self.m).float()
+        noise = self.noise * torch.randn(blocks.shape, generator=self.generator, device=self.device)
+        return noise + self.noise * self.prior * (blocks - self.n / self.m)
+
+    def kept(self, keys: Tensor, temperature: float) -> Tensor:
+        keys, kept = keys / temperature, 0.0
+        for _ in range(self.n):
+            taken = torch.softmax(keys, 1)
+            kept = kept + taken
+            keys = keys + (1 - taken).clamp(min=1e-6).log() / temperature
+        return kept
+
+    def mask(self, name: str) -> Tensor:
+        return self.largest(self.parameters[name].view_as(self.layers[name].weight))
 
 
 class ScoresSTE(Rival):
@@ -226,4 +257,4 @@ def proximal_step(y: Tensor, strength: float, sweeps: int = 30) -> Tensor:
 
 
 RIVALS: dict[str, Callable[..., Rival]] = {
-    "maskllm": MaskLLM, "scores_ste": ScoresSTE, "proxsparse": ProxSparse}
+    "maskllm": MaskLLM, "susi": SUSI, "scores_ste": ScoresSTE, "proxsparse": ProxSparse}

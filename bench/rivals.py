@@ -52,6 +52,8 @@ ROWS = {
     "MaskLLM": dict(MASKLLM, distill=0.0, tuned={
         **MASKLLM["tuned"], 640: dict(lr=6e-4), 10000: dict(lr=0.001, batchsize=32)}),
     "MaskLLM + KD": MASKLLM,
+    "SUSI": dict(MASKLLM, learner="susi", distill=0.0),
+    "SUSI + KD": dict(MASKLLM, learner="susi"),
     "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={
         160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}),
     "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.MaskPro, lr=10, logits=5),

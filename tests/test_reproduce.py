@@ -32,13 +32,14 @@ import pytest
 import torch
 from exact import exact_vjp
 from masked import drawn_masks, logits_of, make, seeded
-from runs import column
+from runs import column, read_run
 from tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "reproduce"))
 import one_layer
 import record
+import rival
 import tables
 import variance
 
@@ -254,3 +255,21 @@ def test_signal_and_noise_are_those_of_plain_autograd(load):
     means = [(draws[group][3] + draws[group + groups][3]) / 2 for group in range(groups)]
     pairs = [float(a @ b) for i, a in enumerate(means) for b in means[:i]]
     assert found["signal"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", rival.RIVALS)
+def test_a_rival_in_the_place_of_our_learner(workshop, tmp_path, monkeypatch, method):
+    """It learns; stopped after three steps it ends in the mask of the run that was not."""
+    monkeypatch.setattr(sparsify, "StraightThrough", None), monkeypatch.setattr(rival.initialize, "start", None)
+    flags = (f"--model {workshop}/dense --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl --seqlen 24 "
+             "--dtype float32 --device cpu --steps 6 --lr 0.05 --checkpoint_every 3 --skip_checkpoint --out").split()
+    rival.main([method, *flags, f"{tmp_path}/whole"])
+    move, calls = rival.Rival.move, iter(range(3))
+    monkeypatch.setattr(rival.Rival, "move", lambda *given: (next(calls), move(*given))[1])
+    with pytest.raises(StopIteration):
+        rival.main([method, *flags, f"{tmp_path}/run"])
+    monkeypatch.setattr(rival.Rival, "move", move)
+    rival.main([method, "--resume", f"{tmp_path}/run"])
+    whole, run = (read_run(tmp_path / name) for name in ("whole", "run"))
+    assert column(whole, "loss") == column(run, "loss") and whole.record["summary"]["blocks_changed"] > 0
+    assert all(torch.equal(mask, run.masks[name]) for name, mask in whole.masks.items())
