@@ -3,8 +3,9 @@
 #
 #   HELDOUT=WIKITEXT bash reproduce/smollm2.sh                          # all rows but those below
 #   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh     # one
-#   HELDOUT=WIKITEXT VALUES=questions QUESTIONS="piqa-even.jsonl arc-even.jsonl" \
+#   HELDOUT=WIKITEXT VALUES=both QUESTIONS="piqa-even.jsonl arc-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc-odd.jsonl" bash reproduce/smollm2.sh     # learn from no item that is evaluated
+#   HELDOUT=WIKITEXT VALUES="scores_ste maskllm" SEEDS=0 bash reproduce/smollm2.sh     # rivals, on the text of `after`
 #   HELDOUT=WIKITEXT VALUES="layer29 layer28" SEEDS=0 bash reproduce/smollm2.sh     # the paper's method, a layer alone
 #   HELDOUT=WIKITEXT VALUES="scores maskpro" SEEDS=0 bash reproduce/smollm2.sh     # and all: 40 minutes, and 8 hours
 #
@@ -26,6 +27,16 @@ sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order o
     evaluated "$run" --model "$run"
 }
 
+rival() {  # rival METHOD RATE: a mask from the text and the m0 of `after`
+    local run=$folder/rival-$1-lr$2-steps280 ours=$folder/sparsify-after-steps280
+    if [ "$SEED" != 0 ]; then run=$run-seed$SEED ours=$ours-seed$SEED; fi
+    [ ! -e "$run" ] || once "$run/mask.safetensors" reproduce/rival.py "$1" --resume "$run"
+    once "$run/mask.safetensors" reproduce/rival.py "$1" --model "$MODEL" --seed "$SEED" --steps 280 --lr "$2" \
+        --mask "$ours/initial_mask.safetensors" --dataset "$ours/generated.jsonl" "$ours/generated_after.jsonl" \
+        --distill 1 --skip_checkpoint --out "$run"
+    evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
+}
+
 sparsity_type 2:4
 dense
 pruned wanda
@@ -36,11 +47,11 @@ for SEED in ${SEEDS:-0 1 2}; do
         permuted) sparsified permuted-steps280 --steps 280 --after reproduce/articles.jsonl --permute ;;
         plain) sparsified plain-steps560 --steps 560 ;;
         ten) sparsified plain-steps97 --steps 97 ;;
-        questions)
-            text=$folder/generated-seed$SEED.jsonl
-            once "$text" generate_text.py --model "$MODEL" --seed "$SEED" --tokens 150000 --out "$text"
-            sparsified questions-steps400 --steps 400 --distill 0.5 --dataset \
-                ${QUESTIONS:?give files of questions, none of which is evaluated} "$text" ;;
+        both)
+            : "${QUESTIONS:?give files of questions, none of which is evaluated}"
+            sparsified both-steps280 --steps 280 --after reproduce/articles.jsonl --dataset $QUESTIONS $QUESTIONS ;;
+        scores_ste) rival scores_ste "${ETA:-0.02}" ;;
+        maskllm | susi) rival "$row" "${ETA:-0.001}" ;;
         maskpro) STEPS=10000 learned maskpro "$SIZE" "${ETA:-0.03}" 5 ;;  # docs/steps.md
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
         layer*) AS=$row FURTHER="--targets layers.${row#layer}." TRAIN=reproduce/one_layer.py STEPS=10000 \

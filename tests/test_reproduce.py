@@ -70,6 +70,8 @@ def printed(said: str) -> list[list[str]]:
 def parse(name: str, flags: list[str]):
     if name in ("train.py", "reproduce/one_layer.py"):
         return arguments.parse_paper(script_parser(""), flags)
+    if name == "reproduce/rival.py":
+        return sparsify.parse_args(flags[1:])
     return COMMANDS[name].parse_args(flags)
 
 
@@ -104,7 +106,7 @@ def finished(tmp_path_factory, models):
 @pytest.mark.parametrize("mode", [{}, {"DEMO": "1"}, {"SMALL": "1"}], ids=["paper", "demo", "small"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_take_the_commands(script, mode, tmp_path):
-    further = {"HELDOUT": "text.txt", "VALUES": "after questions layer29", "QUESTIONS": "quiz.jsonl"}
+    further = {"HELDOUT": "text.txt", "VALUES": "after both layer29 susi", "QUESTIONS": "quiz.jsonl"}
     plan = planned(script, {**mode, "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path),
                             **(further if script == "smollm2" else {})}, folder=tmp_path)
     parsed = [(name, parse(name, flags)) for name, *flags in plan]
