@@ -122,8 +122,8 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
     def read(datasets: list[str], tokens: int) -> Tensor:
         return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
 
-    texts, shares = ([read(args.dataset, plan["tokens"])], [args.distill]) if args.dataset else ([], [])
-    missing = plan["tokens"] - sum(text.numel() for text in texts)
+    texts = [(read(args.dataset, plan["tokens"]), args.distill)] if args.dataset else []
+    missing = plan["tokens"] - sum(text.numel() for text, _ in texts)
     if missing and not args.shard:
         tokens = min(missing, preparation.MOST_GENERATED)
         max_s = preparation.TEXT_SHARE * 60 * args.minutes if args.minutes else math.inf
@@ -131,9 +131,8 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
             with stages.stage("text", f"the model generates up to {tokens:,} tokens"):
                 preparation.generate_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after, args.seed,
                                           max_s, preparation.FEWEST * args.batchsize * args.seqlen)
-        texts.append(read(preparation.text_files(folder.path, args.after), missing))
-        shares.append(1.0)
-    minibatches, distill = preparation.mixed(texts, shares, args.seed)
+        texts.append((read(preparation.text_files(folder.path, args.after), missing), 1.0))
+    minibatches, distill = preparation.mixed(texts, args.seed)
     if minibatches.numel() < plan["tokens"]:
         processes.log(f"note: {minibatches.numel():,} of {plan['tokens']:,} planned tokens are there and used again")
     sequences = preparation.split(minibatches)[0].flatten(0, 1)

@@ -22,7 +22,7 @@ from utils import run_script
 
 import numpy as np
 
-PAGES = ("README.md", "docs/reproduction.md", "docs/steps.md")
+PAGES = ("README.md", "docs/reproduction.md", "docs/rivals.md", "docs/steps.md")
 SMALL = "1of4/{}-size{}-lr{}-logits{}-steps2500{}"  # rows of SMALL=1, as reproduce/common.sh names them
 ABLATIONS = [  # what is varied, what the paper says, the record's row, how many of its seeds
     ("maskpro, η 5, C 5, 512 sequences, cached baseline", "learns, steadily", ("maskpro", 512, 5, 5, ""), None),
@@ -38,15 +38,22 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
     ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
     ("dense", "", "dense"),
-    ("ours: half of its text after passages, 280 steps", "frozen", "2of4/sparsify-after-steps280"),
-    ("ours: the same, channels reordered", "frozen", "2of4/sparsify-permuted-steps280"),
-    ("ours: plain generated text, 560 steps", "frozen", "2of4/sparsify-plain-steps560"),
+    ("`sparsify.py`, half of its text [after passages](docs/sparsify.md#passages), 280 steps", "frozen",
+     "2of4/sparsify-after-steps280"),
+    ("the same, a quarter of the text [questions](docs/sparsify.md#accuracy)", "frozen", "2of4/sparsify-both-steps280"),
+    ("the same, [channels reordered](docs/permutations.md)", "frozen", "2of4/sparsify-permuted-steps280"),
+    ("`sparsify.py`, plain generated text, 560 steps", "frozen", "2of4/sparsify-plain-steps560"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
-    ("MaskPro from Wanda's scores, 600 steps", "frozen", "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
+    ("MaskPro [from Wanda's scores](docs/steps.md), 600 steps", "frozen",
+     "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
     ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr0.03-logits5-steps10000"),
     ("MaskPro, the last decoder layer alone, 10,000 steps", "frozen",
      "2of4/maskpro-layer29-size512-lr2-logits5-steps10000"),
-    ("Wanda", "frozen", "2of4/wanda")]
+    ("Wanda, m0", "frozen", "2of4/wanda")]
+RIVALS = [  # the same: method, bytes of state a weight
+    ("ours", "4.25", "2of4/sparsify-after-steps280"),
+    ("STE on scores + Adam + KD", "16", "2of4/rival-scores_ste-lr{}-steps280"),
+    ("MaskLLM + KD", "24", "2of4/rival-maskllm-lr{}-steps280"), ("SUSI + KD", "16", "2of4/rival-susi-lr{}-steps280")]
 SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"),
            ("the same, from scores", "variance_smollm2_scores"), ("its decoder layer 29", "variance_layer29"))
 FALLS = (  # a run, the record of its signal, its own record and the row there
@@ -102,12 +109,30 @@ def conditions() -> str:
 def results() -> str:
     """SmolLM2-135M, the rows that were run."""
     rows, lines = record("smollm2")["rows"], []
+    dense, m0 = (rows[name][0]["mean_acc"] for name in ("dense", "2of4/wanda"))
     for what, weights, name in RESULTS:
         if name in rows:
             minutes = [seed["run"]["seconds"] / 60 for seed in rows[name] if "run" in seed]
+            accuracies = [seed["mean_acc"] for seed in rows[name] if "mean_acc" in seed]
+            shares = [100 * (accuracy - m0) / (dense - m0) for accuracy in accuracies]
             lines.append([what, weights, cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2],
-                          cell(minutes, 0) if minutes else ""])
-    return markdown_table(["", "weights", "perplexity", "of the gap (%)", "minutes"], lines)
+                          cell([100 * accuracy for accuracy in accuracies], 1) if accuracies else "not run",
+                          cell(shares, 0) if accuracies and minutes else "", cell(minutes, 0) if minutes else ""])
+    return markdown_table(["", "weights", "perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)", "minutes"],
+                          lines)
+
+
+def rivals() -> str:
+    """Methods that learn by backward passes on SmolLM2-135M, those that were run."""
+    rows, lines = record("smollm2")["rows"], []
+    for method, state_bytes, pattern in RIVALS:
+        for name in (name for name in rows if re.fullmatch(pattern.replace("{}", ".*"), name)):
+            runs = [seed["run"] for seed in rows[name]]
+            lines.append([method, state_bytes, f"{runs[0]['arguments']['lr']:g}", str(len(runs)),
+                          cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2],
+                          cell([run["summary"]["seconds"] / run["summary"]["steps"] for run in runs], 1)])
+    return markdown_table(["method", "state, bytes a weight", "rate", "seeds", "WikiText-2", "of the gap (%)",
+                           "seconds a step"], lines)
 
 
 def authors() -> str:
@@ -155,7 +180,7 @@ def over_minutes() -> list[tuple[str, int, float, float]]:
     return found
 
 
-TABLES = (results, ablations, patterns, conditions, authors, variance, falls)
+TABLES = (results, rivals, ablations, patterns, conditions, authors, variance, falls)
 
 
 def rendered(page: str) -> str:

@@ -47,13 +47,13 @@ def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, b
     return found * batchsize * seqlen
 
 
-def mixed(given: list[Tensor], shares: list[float], seed: int) -> tuple[Tensor, Tensor]:
-    """Minibatches of all sequences in one random order, int64 `[minibatches, sequences, tokens]`, and the share of
-    distillation of each sequence, `[minibatches, sequences]`; given: minibatches of each text, and its share."""
-    minibatches = torch.cat(given)
-    distill = torch.cat([torch.full(text.shape[:2], share) for text, share in zip(given, shares)])
+def mixed(texts: list[tuple[Tensor, float]], seed: int) -> tuple[Tensor, Tensor]:
+    """Minibatches of all sequences in one random order, int64 `[minibatches, sequences, tokens]`, and each sequence's
+    share of distillation, `[minibatches, sequences]`; texts: the minibatches of each text, and its share."""
+    minibatches = torch.cat([text for text, _ in texts])
+    distill = torch.cat([torch.full(text.shape[:2], share) for text, share in texts])
     order = torch.arange(distill.numel())
-    if len(given) > 1:  # one text is in a random order already
+    if len(texts) > 1:  # one text is in a random order already
         order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
     return (minibatches.flatten(0, 1)[order].view_as(minibatches), distill.flatten()[order].view_as(distill))
 
