@@ -186,7 +186,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
             run.save()
 
     # the loop
-    with stages.stage("learning", f"from {len(batches)} minibatches"):
+    with stages.stage("learning", f"from {len(batches)} minibatches", run.position.seconds):
         if args.minutes and "learning_s" not in plan:
             plan["learning_s"] = processes.agreed(60 * args.minutes - stages.elapsed_s() - plan["table_s"])
             folder.write_record()

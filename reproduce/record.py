@@ -8,8 +8,8 @@ Reads the evaluations that eval.py left, FOLDER/dense.json and FOLDER/NofM/ROW.j
 folder FOLDER/NofM/ROW. Rows that differ by their -seedN alone are one row of several seeds. The record has, of each
 seed, the evaluation (nats, perplexity, windows, dtype, fingerprint of the tokens) and of a run its arguments,
 environment (commit, hardware, versions), fingerprints of model, mask and text, summary, seconds (of sparsify.py all
-stages) and curve, the mean losses of POINTS stretches of its steps; `residuals` is the same of loss less baseline. With
-it go the sha256 of model and texts.
+stages; loop_s are of the steps alone) and curve, the mean losses of POINTS stretches of its steps; `residuals` is the
+same of loss less baseline. With it go the sha256 of model and texts.
 reproduce/tables.py makes the tables of the docs from it. Columns of the table:
 
     nats                    by token, of the held-out text, mean and standard deviation over the seeds
@@ -50,10 +50,11 @@ def read_run(folder: Path) -> dict:
     """What a record keeps of a run; the summary is empty where it has not ended."""
     record, lines = read_record(folder), read_lines(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines]
-    seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values())
-    run = {**{key: record[key] for key in ("arguments", "environment", "fingerprints")},
+    loop_s, stages = lines[-1]["seconds"], {name: stage["seconds"] for name, stage in record.get("stages", {}).items()}
+    seconds = sum(stages.values()) + loop_s - stages.get("learning", 0) if stages else loop_s
+    run = {**{key: record[key] for key in ("arguments", "environment", "fingerprints", "rival") if key in record},
            "summary": record.get("summary", {}), "steps": len(lines),
-           "seconds": seconds or record.get("summary", lines[-1])["seconds"], "first": statistics.mean(losses[:STEPS]),
+           "seconds": seconds, "loop_s": loop_s, "first": statistics.mean(losses[:STEPS]),
            "last": statistics.mean(losses[-STEPS:]), "curve": thinned(losses)}
     if lines[-1].get("baseline") is not None:
         run["residuals"] = thinned([line["loss"] - line["baseline"] for line in lines])

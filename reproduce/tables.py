@@ -130,7 +130,7 @@ def rivals() -> str:
             runs = [seed["run"] for seed in rows[name]]
             lines.append([method, state_bytes, f"{runs[0]['arguments']['lr']:g}", str(len(runs)),
                           cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2],
-                          cell([run["summary"]["seconds"] / run["summary"]["steps"] for run in runs], 1)])
+                          cell([run["loop_s"] / run["steps"] for run in runs], 1)])
     return markdown_table(["method", "state, bytes a weight", "rate", "seeds", "WikiText-2", "of the gap (%)",
                            "seconds a step"], lines)
 

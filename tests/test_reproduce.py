@@ -143,12 +143,13 @@ def test_a_record_and_its_table_are_over_seeds(tmp_path, monkeypatch, capsys):
         if "run" in name:
             run = tmp_path / f"out/{name}"
             run.mkdir()
-            summary = {"blocks": 200, "blocks_changed": number, "seconds": 60.0}
+            summary = {"blocks": 200, "blocks_changed": number}
             (run / "run.json").write_text(json.dumps({
                 "arguments": {"dataset": "text", "seed": number - 2}, "environment": {}, "fingerprints": {},
                 "summary": summary}))
             (run / "metrics.jsonl").write_text("".join(
-                json.dumps({"loss": float(step < record.STEPS) + number}) + "\n" for step in range(1500)))
+                json.dumps({"loss": float(step < record.STEPS) + number, "seconds": step * 60 / 1499}) + "\n"
+                for step in range(1500)))
     record.main(["out"])
     dense, run, wanda = [[cell.strip() for cell in line.split("|")[2:-1]]
                             for line in capsys.readouterr().out.splitlines()[2:]]

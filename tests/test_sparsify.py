@@ -194,7 +194,9 @@ def test_killed_in_a_stage_it_goes_on_there(whole, tmp_path, monkeypatch, stage)
     assert {name: len(found) for name, found in calls.items()} == {
         name: count - done.get(name, 0) for name, count in once.items()}
     assert kill.contents(tmp_path / "run") == kill.contents(expected.folder)
-    assert read_run(tmp_path / "run").record["nats"] == expected.record["nats"]
+    record = read_run(tmp_path / "run").record
+    assert record["nats"] == expected.record["nats"]
+    assert record["stages"]["learning"]["seconds"] >= record["summary"]["seconds"] - 0.1  # of all processes
 
 
 def test_reordered_channels_and_passages(workshop, whole):

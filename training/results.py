@@ -54,7 +54,7 @@ def _summary(run: Run, devices: set[torch.device]) -> dict:
     position, validation = run.position, run.validation
     epoch = math.ceil(run.minibatches / processes.size())  # steps, each with a minibatch of every process
     tail = [line["loss"] for line in run.log.lines[-epoch:]]
-    summary = {"steps": position.step, "seconds": round(run.elapsed_s(), 1),
+    summary = {"steps": position.step, "seconds": run.log.lines[-1]["seconds"],  # of the loop
                "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
                "processes": processes.size(),
                "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped,

@@ -26,14 +26,15 @@ class Stages:
         return time.monotonic() - self._started
 
     @contextmanager
-    def stage(self, name: str, doing: str) -> Iterator[None]:
-        """Inside is this stage; when it ends well it is recorded as done. It may have been done in part before."""
+    def stage(self, name: str, doing: str, earlier_s: float = 0.0) -> Iterator[None]:
+        """Inside is this stage; when it ends well it is recorded as done. It may have been done in part before, in
+        these `earlier_s` of it."""
         processes.log(f"[{name}] {doing}")
         reset_peak_memory(self.devices)
         began = time.monotonic()
         yield
         before = self.done.get(name, {"seconds": 0.0, "peak_memory_bytes": 0})
-        seconds = before["seconds"] + time.monotonic() - began
+        seconds = max(before["seconds"], earlier_s) + time.monotonic() - began
         peak = max(before["peak_memory_bytes"], peak_memory(self.devices)["peak_memory_bytes"])
         self.done[name] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak}
         self.folder.has_results = True
