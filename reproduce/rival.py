@@ -23,7 +23,7 @@ from training.loop import StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.validation import Validation
-from utils import UserError, run_script
+from utils import UserError, run_script, script_parser
 
 import torch
 from rival_methods import RIVALS, Rival
@@ -97,12 +97,18 @@ def start(masked: MaskedModel, _how: str, _magnitude: float, sequences: Tensor, 
     masked.learner.begin(norms)
 
 
-def main(argv: list[str] | None = None) -> None:
-    method, *flags = sys.argv[1:] if argv is None else argv
-    if method not in RIVALS:
-        raise UserError(f"{method}: the methods are {', '.join(RIVALS)}")
+def parse_args(argv: list[str]) -> Namespace:
+    """sparsify.py's, behind a method."""
+    parser = script_parser(__doc__)
+    parser.add_argument("method", choices=list(RIVALS), help="then flags of sparsify.py")
+    return sparsify.parse_args(parser.parse_known_args(argv)[1])
 
-    def work(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args, method = parse_args(argv), argv[0]
+
+    def work(_args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
         further = {"strength": 200.0, "steps": args.steps} if method == "proxsparse" else {}
         if folder.record.setdefault("rival", method) != method:
             raise UserError(f"{args.resume} is a run of {folder.record['rival']}")
@@ -114,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             return made
         sparsify.StraightThrough, initialize.start = learner, start
         sparsify.sparsify(args, device, folder, signals)
-    arguments.run("rival.py", sparsify.parse_args(flags), work)
+    arguments.run("rival.py", args, work)
 
 
 if __name__ == "__main__":

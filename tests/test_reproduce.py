@@ -45,7 +45,7 @@ import variance
 
 COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
             "sparsify.py": sparsify, "eval.py": evaluate, "generate_text.py": generate_text,
-            "reproduce/record.py": record}
+            "reproduce/record.py": record, "reproduce/rival.py": rival}
 SCRIPTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
 SHARED = {"baselines": "cached", "dataset_size": "8", "estimators": "maskpro", "learning_rate": "50", "logits": "10",
           "llama2_7b_2of4": ""}  # VALUES with which a script has no rows but those of llama2_7b_2of4
@@ -70,8 +70,6 @@ def printed(said: str) -> list[list[str]]:
 def parse(name: str, flags: list[str]):
     if name in ("train.py", "reproduce/one_layer.py"):
         return arguments.parse_paper(script_parser(""), flags)
-    if name == "reproduce/rival.py":
-        return sparsify.parse_args(flags[1:])
     return COMMANDS[name].parse_args(flags)
 
 
@@ -143,13 +141,11 @@ def test_a_record_and_its_table_are_over_seeds(tmp_path, monkeypatch, capsys):
         if "run" in name:
             run = tmp_path / f"out/{name}"
             run.mkdir()
-            summary = {"blocks": 200, "blocks_changed": number}
             (run / "run.json").write_text(json.dumps({
                 "arguments": {"dataset": "text", "seed": number - 2}, "environment": {}, "fingerprints": {},
-                "summary": summary}))
+                "summary": {"blocks": 200, "blocks_changed": number}}))
             (run / "metrics.jsonl").write_text("".join(
-                json.dumps({"loss": float(step < record.STEPS) + number, "seconds": step * 60 / 1499}) + "\n"
-                for step in range(1500)))
+                json.dumps({"loss": (step < record.STEPS) + number, "seconds": 60}) + "\n" for step in range(1500)))
     record.main(["out"])
     dense, run, wanda = [[cell.strip() for cell in line.split("|")[2:-1]]
                             for line in capsys.readouterr().out.splitlines()[2:]]
@@ -268,10 +264,9 @@ def test_a_rival_in_the_place_of_our_learner(workshop, tmp_path, monkeypatch, me
              "--dtype float32 --device cpu --steps 6 --lr 0.05 --checkpoint_every 3 --skip_checkpoint --out").split()
     rival.main([method, *flags, f"{tmp_path}/whole"])
     move, calls = rival.Rival.move, iter(range(3))
-    monkeypatch.setattr(rival.Rival, "move", lambda *given: (next(calls), move(*given))[1])
-    with pytest.raises(StopIteration):
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(rival.Rival, "move", lambda *given: (next(calls), move(*given))[1])
         rival.main([method, *flags, f"{tmp_path}/run"])
-    monkeypatch.setattr(rival.Rival, "move", move)
     rival.main([method, "--resume", f"{tmp_path}/run"])
     whole, run = (read_run(tmp_path / name) for name in ("whole", "run"))
     assert column(whole, "loss") == column(run, "loss") and whole.record["summary"]["blocks_changed"] > 0

@@ -118,17 +118,13 @@ def test_given_texts_and_given_masks(workshop, learned, text_and_masks):
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
 
 
-def test_what_a_given_text_lacks_is_generated_and_distilled(workshop, learned):
+def test_what_a_given_text_lacks_is_generated_and_distilled(workshop, learned, monkeypatch):
     """Each sequence keeps its text's share of distillation."""
     file, seen, step = workshop / "short.jsonl", [], StraightThrough.step
     file.write_text(json.dumps({"text": next(documents(str(workshop / "text.jsonl")))[:200]}))
-
-    def watched(learner, batch, size, progress, distill):
-        seen.extend(zip(batch.tolist(), distill, strict=True))
-        return step(learner, batch, size, progress, distill)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StraightThrough, "step", watched)
-        run = learned(f"--steps 9 --dataset {file} {file} --distill 0.25")
+    monkeypatch.setattr(StraightThrough, "step", lambda *given: (
+        seen.extend(zip(given[1].tolist(), given[4], strict=True)), step(*given))[1])
+    run = learned(f"--steps 9 --dataset {file} {file} --distill 0.25")
     tokenizer = AutoTokenizer.from_pretrained(workshop / "dense")
     of_share = {share: data.token_sequences(tokenizer, files, run.record["plan"]["tokens"], 2, 24, 0).flatten(0, 1)
                 for share, files in ((0.25, [str(file)] * 2), (1.0, [str(run.folder / "generated.jsonl")]))}
