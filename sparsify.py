@@ -132,6 +132,8 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
                 preparation.generate_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after, args.seed,
                                           max_s, preparation.FEWEST * args.batchsize * args.seqlen)
         texts.append((read(preparation.text_files(folder.path, args.after), missing), 1.0))
+    elif args.after:
+        processes.log("note: no text is generated, so that none continues --after's passages")
     minibatches, distill = preparation.mixed(texts, args.seed)
     if minibatches.numel() < plan["tokens"]:
         processes.log(f"note: {minibatches.numel():,} of {plan['tokens']:,} planned tokens are there and used again")

@@ -22,7 +22,8 @@ from utils import run_script
 
 import numpy as np
 
-PAGES = ("README.md", "docs/reproduction.md", "docs/rivals.md", "docs/steps.md")
+PAGES = ("README.md", *(f"docs/{page}.md" for page in ("measurements", "reproduction", "rivals", "steps")))
+CONDITIONS = {"version", "commit", "python", "torch", "transformers", "hardware", "device", "seed", "command"}
 SMALL = "1of4/{}-size{}-lr{}-logits{}-steps2500{}"  # rows of SMALL=1, as reproduce/common.sh names them
 ABLATIONS = [  # what is varied, what the paper says, the record's row, how many of its seeds
     ("maskpro, η 5, C 5, 512 sequences, cached baseline", "learns, steadily", ("maskpro", 512, 5, 5, ""), None),
@@ -135,6 +136,27 @@ def rivals() -> str:
                            "seconds a step"], lines)
 
 
+def of_bench(name: str) -> str:
+    """The rows that a bench has left by --json, and what they are of."""
+    rows = record(name)
+    given = [{key: f"{cell:.4g}" if isinstance(cell, float) else str(cell) for key, cell in row.items()
+              if key not in CONDITIONS} for row in rows]
+    columns = list(dict.fromkeys(key for row in given for key in row))
+    conditions = ", ".join(str(rows[0][key]) for key in ("hardware", "torch", "seed", "commit"))
+    return (markdown_table(columns, [[row.get(column, "") for column in columns] for row in given])
+            + f"\n\n{conditions}.".replace(", ", ", torch ", 1))
+
+
+def step() -> str:
+    """bench/step.py."""
+    return of_bench("step")
+
+
+def memory() -> str:
+    """bench/memory.py."""
+    return of_bench("memory")
+
+
 def authors() -> str:
     """The authors' scripts beside ours."""
     table = record("against_authors")["table"]
@@ -180,7 +202,7 @@ def over_minutes() -> list[tuple[str, int, float, float]]:
     return found
 
 
-TABLES = (results, rivals, ablations, patterns, conditions, authors, variance, falls)
+TABLES = (results, rivals, step, memory, ablations, patterns, conditions, authors, variance, falls)
 
 
 def rendered(page: str) -> str:

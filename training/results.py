@@ -56,9 +56,8 @@ def _summary(run: Run, devices: set[torch.device]) -> dict:
     tail = [line["loss"] for line in run.log.lines[-epoch:]]
     summary = {"steps": position.step, "seconds": run.log.lines[-1]["seconds"],  # of the loop
                "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
-               "processes": processes.size(),
-               "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped,
-               "mask_of_step": position.step}
+               "processes": processes.size(), "mask_of_step": position.step,
+               "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped}
     if validation.bits:
         summary |= {"mask_of_step": validation.step, "heldout_loss": validation.loss,
                     "heldout_loss_of_m0": validation.m0_loss}
