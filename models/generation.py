@@ -119,7 +119,7 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
         with progress_bar(total=tokens, desc="generating", unit="token") as progress:
             while found < tokens and (found < least or time.monotonic() < end):
                 left_s = end - time.monotonic()
-                count = batchsize if left_s > 0 else -(-(least - found) // length)
+                count = min(batchsize, -(-((tokens if left_s > 0 else least) - found) // (length - 1)))
                 written = generate(model, tokenizer, count, length - 1, passages,
                                    left_s if 0 < left_s < math.inf else None)
                 written = [row for row in written if row]

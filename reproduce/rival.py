@@ -3,22 +3,26 @@
     python reproduce/rival.py scores_ste --model demo/model --steps 280 --lr 0.01 --mask MASK --dataset TEXT --distill 1
     python reproduce/rival.py maskllm --resume results/RUN
 
-The method is maskllm, susi, scores_ste or proxsparse. The flags are sparsify.py's. --lr is Adam's rate; nothing comes
-in place of the swaps; the flags of our own method do nothing.
+A method (maskllm, susi, scores_ste, proxsparse), then flags of `python sparsify.py --help`. --lr is Adam's rate and
+must be given, as --steps and --out. No swaps improve m0. Without effect: --logits, --logits_dtype, --curvature,
+--soft_masks, --normalize, --microbatch, --gradient_checkpointing. In one process, all layers, nn.Linear only.
 """
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import sparsify
 from masking.masked_model import MaskedModel
+from models import processes
+from models.layers import is_transposed
 from models.loading import input_device
 from pruning.calibration import input_norms
 from training import args as arguments
-from training import initialize
+from training.initialize import SEQUENCES
 from training.loop import StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -31,11 +35,26 @@ from torch import Tensor
 
 
 class Learner:
-    """A rival in the place of StraightThrough; make: the rival, from (model, masks, norms, n, m, weights)."""
+    """A rival as sparsify.py's learner; make: the rival, from (model, masks, norms, n, m, weights)."""
 
-    def __init__(self, masked: MaskedModel, make: Callable[..., Rival]):
-        self.masked, self.make, masked.learner = masked, make, self
-        masked.mode_bits, masked.changed = self.mode_bits, self.changed
+    def __init__(self, make: Callable[..., Rival]):
+        self.make = make
+
+    def of(self, masked: MaskedModel, *_: object) -> "Learner":
+        """In place of StraightThrough(masked, ...)."""
+        if any(is_transposed(layer.module) for layer in masked.layers.values()):
+            raise UserError("rivals are written for nn.Linear, and this model has Conv1D layers")
+        self.masked, masked.mode_bits, masked.changed = masked, self.mode_bits, self.changed
+        masked.handles.append(self)
+        return self
+
+    def start(self, _masked: MaskedModel, _how: str, _magnitude: float, sequences: Tensor, _seed: int,
+              validation: Validation) -> None:
+        """In place of initialize.start: from m0."""
+        validation.evaluate(0)
+        modules = {name: layer.module for name, layer in self.masked.layers.items()}
+        with self.masked.use_dense():
+            self.begin(input_norms(self.masked.model, modules, sequences[:SEQUENCES]))
 
     def begin(self, norms: dict[str, Tensor]) -> None:
         """From m0; norms: of the layers' inputs in the dense model."""
@@ -49,10 +68,11 @@ class Learner:
     def step(self, batch: Tensor, _size: float, progress: float, distill: list[float]) -> StepResult:
         """As StraightThrough's; the size of the step is Adam's own."""
         batch, teacher = batch.to(input_device(self.masked.model)), None
-        if any(distill):
-            with torch.no_grad(), self.masked.use_dense():
-                teacher = self.masked.model(input_ids=batch, use_cache=False).logits
-        return StepResult([self.rival.move(batch, teacher, distill, progress)])
+        with self.masked.use_dense():  # the rival makes its weights itself
+            if any(distill):
+                with torch.no_grad():
+                    teacher = self.masked.model(input_ids=batch, use_cache=False).logits
+            return StepResult([self.rival.move(batch, teacher, distill, progress)])
 
     def mode_bits(self) -> dict[str, Tensor]:
         """The rival's mask."""
@@ -73,8 +93,8 @@ class Learner:
 
     def restore(self, _scalars: dict, read: Callable) -> None:
         """From `state`."""
-        layers = self.masked.layers
-        self.begin({name: read(f"norms.{name}", torch.empty(layer.shape[1])) for name, layer in layers.items()})
+        self.begin({name: read(f"norms.{name}", torch.empty(layer.shape[1])).to(layer.weight.device)
+                    for name, layer in self.masked.layers.items()})
         self.rival.generator.set_state(read("random", self.rival.generator.get_state()))
         for name, parameter in self.rival.parameters.items():
             parameter.data.copy_(read(f"parameter.{name}", parameter).view_as(parameter))
@@ -87,40 +107,35 @@ class Learner:
             del module.forward
 
 
-def start(masked: MaskedModel, _how: str, _magnitude: float, sequences: Tensor, _seed: int,
-          validation: Validation) -> None:
-    """In place of initialize.start: m0 is evaluated and stays."""
-    validation.evaluate(0)
-    modules = {name: layer.module for name, layer in masked.layers.items()}
-    with masked.use_dense():
-        norms = input_norms(masked.model, modules, sequences[:initialize.SEQUENCES])
-    masked.learner.begin(norms)
-
-
 def parse_args(argv: list[str]) -> Namespace:
-    """sparsify.py's, behind a method."""
+    """sparsify.py's, behind a method, `argv[0]`."""
     parser = script_parser(__doc__)
     parser.add_argument("method", choices=list(RIVALS), help="then flags of sparsify.py")
-    return sparsify.parse_args(parser.parse_known_args(argv)[1])
+    parser.parse_args(argv[:1])
+    wanted = {"--resume"} if "--resume" in argv else {"--lr", "--steps", "--out"}
+    if missing := wanted - set(argv):
+        parser.error(f"give {', '.join(sorted(missing))}")
+    args = sparsify.parse_args(argv[1:])
+    if args.permute or args.targets:
+        parser.error("a rival learns all layers, in the model's own order: leave out --permute and --targets")
+    return args
+
+
+def compete(method: str, args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
+    """The run, as `sparsify.sparsify`."""
+    if folder.record.setdefault("rival", None if args.resume else method) != method:
+        raise UserError(f"{args.resume} is a run of {folder.record['rival'] or 'sparsify.py'}, not of {method}")
+    if processes.size() > 1:
+        raise UserError("rivals learn in one process")
+    further = {"strength": 200.0, "steps": args.steps} if method == "proxsparse" else {}
+    learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further))
+    sparsify.sparsify(args, device, folder, signals, learner.of, learner.start)
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args, method = parse_args(argv), argv[0]
-
-    def work(_args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
-        further = {"strength": 200.0, "steps": args.steps} if method == "proxsparse" else {}
-        if folder.record.setdefault("rival", method) != method:
-            raise UserError(f"{args.resume} is a run of {folder.record['rival']}")
-
-        def learner(masked: MaskedModel, *_: object) -> Learner:
-            made = Learner(masked, lambda *given, **weights: RIVALS[method](
-                *given, lr=args.lr, seed=args.seed, **weights, **further))
-            masked.handles.append(made)
-            return made
-        sparsify.StraightThrough, initialize.start = learner, start
-        sparsify.sparsify(args, device, folder, signals)
-    arguments.run("rival.py", args, work)
+    args = parse_args(argv)
+    arguments.run(f"reproduce/rival.py {argv[0]}", args, partial(compete, argv[0]))
 
 
 if __name__ == "__main__":

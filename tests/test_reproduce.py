@@ -259,7 +259,6 @@ def test_signal_and_noise_are_those_of_plain_autograd(load):
 @pytest.mark.parametrize("method", rival.RIVALS)
 def test_a_rival_in_the_place_of_our_learner(workshop, tmp_path, monkeypatch, method):
     """It learns; stopped after three steps it ends in the mask of the run that was not."""
-    monkeypatch.setattr(sparsify, "StraightThrough", None), monkeypatch.setattr(rival.initialize, "start", None)
     flags = (f"--model {workshop}/dense --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl --seqlen 24 "
              "--dtype float32 --device cpu --steps 6 --lr 0.05 --checkpoint_every 3 --skip_checkpoint --out").split()
     rival.main([method, *flags, f"{tmp_path}/whole"])

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 SMALL = "--dtype float32 --device cpu --seqlen 24 --batchsize 2"
 MOMENTS = {  # stage -> what is called in it, and which call is the last of a run that is killed there
     "text": (generation, "write_text", 2), "order": (preparation, "search_and_reorder", 1),
-    "m0": (preparation, "one_shot_masks", 1), "swaps": (initialize, "start", 1),
+    "m0": (preparation, "one_shot_masks", 1), "swaps": (initialize, "from_swaps", 1),
     "learning": (StraightThrough, "step", 3), "table": (results, "deliver", 1)}
 
 
@@ -46,12 +46,13 @@ def learned(workshop, tmp_path):
     return run
 
 
-def heldout(workshop, run, files) -> torch.Tensor:
-    """The minibatches that nothing was selected by."""
+def heldout(workshop, run, *texts) -> torch.Tensor:
+    """The minibatches that nothing was selected by, of as much of each text, a list of files."""
     tokenizer, arguments = AutoTokenizer.from_pretrained(workshop / "dense"), run.record["arguments"]
-    minibatches = data.token_sequences(tokenizer, [str(file) for file in files], run.record["plan"]["tokens"],
-                                       arguments["batchsize"], arguments["seqlen"], arguments["seed"])
-    assert run.record["fingerprints"]["text"] == data.fingerprint(minibatches)
+    parts = [data.token_sequences(tokenizer, [str(file) for file in files], run.record["plan"]["tokens"] // len(texts),
+                                  arguments["batchsize"], arguments["seqlen"], arguments["seed"]) for files in texts]
+    minibatches = preparation.mixed([(part, 1.0) for part in parts], arguments["seed"])[0]
+    assert run.record["fingerprints"]["text"] == data.fingerprint(minibatches)  # so the texts' shares are the same
     return minibatches[-math.ceil(0.02 * len(minibatches)):].flatten(0, 1)
 
 
@@ -67,7 +68,7 @@ def test_a_model_is_all_it_needs_and_minutes_are_kept(workshop, tmp_path, monkey
     def slow(owner, name, seconds):
         true = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *given: (clock.append(clock.pop() + seconds), true(*given))[1])
-    slow(preparation, "batch_loss", 10), slow(generation, "generate", 20), slow(initialize, "start", 90)
+    slow(preparation, "batch_loss", 10), slow(generation, "generate", 20), slow(initialize, "from_swaps", 90)
     slow(StraightThrough, "step", 60), slow(Validation, "heldout_loss", 15)
     monkeypatch.chdir(tmp_path)
     sparsify.main(["--model", str(workshop / "dense")])
@@ -124,10 +125,10 @@ def test_what_a_given_text_lacks_is_generated_and_distilled(workshop, learned, m
     file.write_text(json.dumps({"text": next(documents(str(workshop / "text.jsonl")))[:200]}))
     monkeypatch.setattr(StraightThrough, "step", lambda *given: (
         seen.extend(zip(given[1].tolist(), given[4], strict=True)), step(*given))[1])
-    run = learned(f"--steps 9 --dataset {file} {file} --distill 0.25")
+    run = learned(f"--steps 9 --dataset {file} {file}")
     tokenizer = AutoTokenizer.from_pretrained(workshop / "dense")
     of_share = {share: data.token_sequences(tokenizer, files, run.record["plan"]["tokens"], 2, 24, 0).flatten(0, 1)
-                for share, files in ((0.25, [str(file)] * 2), (1.0, [str(run.folder / "generated.jsonl")]))}
+                for share, files in ((0.5, [str(file)] * 2), (1.0, [str(run.folder / "generated.jsonl")]))}
     assert len(seen) == 18 and {share for _, share in seen} == of_share.keys()
     assert all(sequence in of_share[share].tolist() for sequence, share in seen)
 
@@ -198,7 +199,7 @@ def test_killed_in_a_stage_it_goes_on_there(whole, tmp_path, monkeypatch, stage)
 def test_reordered_channels_and_passages(workshop, whole):
     """The order changes no loss of the dense model; half of the text continues passages."""
     run, files = whole[1], [whole[1].folder / name for name in ("generated.jsonl", "generated_after.jsonl")]
-    unseen = heldout(workshop, run, files)
+    unseen = heldout(workshop, run, *[[file] for file in files])
     dense = loss_under(workshop / "dense", {}, unseen)
     assert run.record["nats"]["dense"]["held-out text"] == pytest.approx(dense, abs=1e-4)
     assert all(list(documents(str(file))) for file in files) and is_strict(run.masks)

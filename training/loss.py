@@ -19,19 +19,19 @@ def sequence_loss(logits: Tensor, chosen: Tensor, teacher: Tensor | None, distil
     return -log_probs.gather(1, chosen).sum()
 
 
-def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None, distill: Sequence[float] = (),
-                of_sequence: Callable = sequence_loss) -> tuple[float, Tensor]:
-    """Next-token cross entropy summed over tokens, nats, and a gradient in the logits, both
-    `[sequences, tokens, vocabulary]`: of it or, in a sequence's share `distill`, of the cross entropy with the
-    teacher's predictions in place of the text. of_sequence: `sequence_loss`, or that compiled.
+def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None,
+                distill: Sequence[float] | None = None, of_sequence: Callable = sequence_loss) -> tuple[float, Tensor]:
+    """Next-token cross entropy summed over tokens, nats, and a gradient in the logits. Logits, teacher and gradient:
+    `[sequences, tokens, vocabulary]`. The gradient of sequence i is that of (1 - distill[i]) times the cross entropy
+    with the text and distill[i] times that with the teacher's predictions. of_sequence: `sequence_loss`, or that
+    compiled.
 
     Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather than the mean, so
     that float16 gradients stay clear of its smallest numbers.
     """
     gradient, losses = torch.empty_like(logits), []
-    for index, tokens in enumerate(sequences):
-        wanted = None if teacher is None else teacher[index, :-1]
-        share = 0.0 if teacher is None else distill[index]
+    for index, (tokens, share) in enumerate(zip(sequences, distill or [0.0] * len(sequences), strict=True)):
+        wanted = teacher[index, :-1] if share else None
         losses.append(of_sequence(logits[index, :-1], tokens[1:, None], wanted, share, gradient[index, :-1]))
     gradient[:, -1] = 0
     return sum(torch.stack(losses).tolist()), gradient  # the host waits once

@@ -51,11 +51,11 @@ def mixed(texts: list[tuple[Tensor, float]], seed: int) -> tuple[Tensor, Tensor]
     """Minibatches of all sequences in one random order, int64 `[minibatches, sequences, tokens]`, and each sequence's
     share of distillation, `[minibatches, sequences]`; texts: the minibatches of each text, and its share."""
     minibatches = torch.cat([text for text, _ in texts])
-    distill = torch.cat([torch.full(text.shape[:2], share) for text, share in texts])
-    order = torch.arange(distill.numel())
-    if len(texts) > 1:  # one text is in a random order already
-        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
-    return (minibatches.flatten(0, 1)[order].view_as(minibatches), distill.flatten()[order].view_as(distill))
+    distill = torch.cat([torch.full(text.shape[:2], share, dtype=torch.float64) for text, share in texts])
+    if len(texts) == 1:  # it is in a random order already
+        return minibatches, distill
+    order = torch.randperm(distill.numel(), generator=torch.Generator().manual_seed(seed))
+    return minibatches.flatten(0, 1)[order].view_as(minibatches), distill.flatten()[order].view_as(distill)
 
 
 def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,11 +76,11 @@ def text_files(folder: Path, after: str | None) -> list[str]:
 
 def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, seqlen: int, after: str | None,
                   seed: int, max_s: float, least: int) -> None:
-    """Write documents that the model generates, so many tokens in all or, beyond the `least`, as many as so many
-    seconds give. With `after`, passages, half of it continues them. A file that is there already is kept."""
+    """Write documents that the model generates, so many tokens in all, or the `least` if that is more; beyond it, as
+    many as so many seconds give. With `after`, passages, half of it continues them. A file that is there is kept."""
     passages = generation.read_passages(after, model, tokenizer, seqlen) if after else []
     files = dict(zip(map(Path, text_files(folder, after)), ([], passages)))
-    tokens = tokens // len(files)
+    tokens = max(tokens, least) // len(files)
     batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
         missing = [file for file in files if not file.exists()]

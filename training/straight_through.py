@@ -109,13 +109,13 @@ class StraightThrough:
 
     def step(self, batch: Tensor, size: float, progress: float = 0.0, distill: Sequence[float] = ()) -> StepResult:
         """Forward and backward of the masked model on this process's minibatch, int64 `[sequences, tokens]`, at this
-        share of the run, 0 to 1. distill: the share, 0 to 1, of each sequence's loss that compares with the dense
-        model's predictions; without it, none.
+        share of the run, 0 to 1. distill: of each sequence's loss, the share, 0 to 1, that compares with the dense
+        model's predictions; empty: none of any.
 
         The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not finite moves nothing.
         Of several microbatches the layers' gradients are summed, in the weights' dtype: as much memory as these take.
         """
-        sequences = batch.to(input_device(self.masked.model))
+        sequences, distill = batch.to(input_device(self.masked.model)), distill or [0.0] * len(batch)
         self.keys, self._held, self._is_finite = self.masked.keys(), {}, True
         self._not_finite.zero_()
         self._reached.clear()
