@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-DEFAULTS = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)  # the defaults of sparsify.py
+DEFAULTS = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)  # of sparsify.py, on text that it generates
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
                  num_key_value_heads=4, vocab_size=256, tie_word_embeddings=True),

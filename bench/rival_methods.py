@@ -1,12 +1,12 @@
-"""Other methods that learn an N:M mask from gradients, written from their papers for bench/rivals.py.
+"""Other methods that learn an N:M mask from gradients, written for comparison: bench/rivals.py, reproduce/rival.py.
 
     MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits a block, a soft mask from Gumbel noise in the forward
-    SUSI        arXiv 2608.23048: M logits a block, a soft mask from sampling without replacement in the forward
+    SUSI        arXiv 2608.23048, from its abstract: M logits a block, a soft mask from sampling without replacement
     ScoresSTE   the plain straight-through estimator: a real score a weight, the N largest kept, gradient passed through
     ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step bring to 2:4
 
 All move their parameters with Adam. Their result is a mask, which is evaluated on the frozen weights. `distill`, the
-loss against the dense model's predictions, is not in any of the papers.
+loss against the dense model's predictions, is not in the papers of MaskLLM and ProxSparse.
 """
 import math
 from collections.abc import Callable, Sequence

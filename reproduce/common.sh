@@ -47,6 +47,8 @@ stop() {
     exit 2
 }
 
+[ -z "${TASK_FILES:-}" ] || protocol+=(--task_file $TASK_FILES)  # files of items, for accuracy
+
 # one $OUT, one protocol; what its files are named by, such as STEPS, may vary
 settings="$MODEL $DTYPE; ${calibration[*]}; batchsize $BATCHSIZE, sqlen $SQLEN; ${protocol[*]}"
 if [ "$DRY" = 0 ]; then
@@ -128,7 +130,7 @@ learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's loss
 
 ours() {  # this project's own method, by backward passes, in the dtype that sparsify.py chooses
     initial_mask
-    learn sparsify.py "$folder/sparsify-steps$STEPS" --steps "$STEPS"
+    learn sparsify.py "$folder/sparsify-steps$STEPS" --steps "$STEPS" --distill 1
 }
 
 table() {  # table NAME: of the rows so far, to NAME/table.md

@@ -78,8 +78,9 @@ def make_record(folder: Path) -> dict:
             seed["mean_acc"] = evaluation["mean_acc"]
         if file.with_suffix("").is_dir() and (file.with_suffix("") / "run.json").exists():
             seed["run"] = read_run(file.with_suffix(""))
-            dataset = seed["run"]["arguments"]["dataset"] or []
-            files.update([dataset] if isinstance(dataset, str) else dataset)
+            given = seed["run"]["arguments"]
+            dataset = given["dataset"] or []
+            files.update([dataset] if isinstance(dataset, str) else dataset, filter(None, [given.get("after")]))
         name = re.sub(r"-seed\d+$", "", str(file.relative_to(folder).with_suffix("")))
         seed["seed"] = seed["run"]["arguments"]["seed"] if "run" in seed else None
         rows.setdefault(name, []).append(seed)
@@ -87,7 +88,8 @@ def make_record(folder: Path) -> dict:
         files |= {seed["text"]} | weights
     for seeds in rows.values():
         seeds.sort(key=lambda seed: seed["seed"] or 0)
-    return {"sha256": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(files)},
+    return {"sha256": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(files)
+                       if Path(name).is_file()},
             "rows": rows}
 
 

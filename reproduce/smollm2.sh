@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
 # Results on a real model: SmolLM2-135M at 2:4, which `make demo DEMO_FLAGS=--quick` leaves in demo/.
 #
-#   HELDOUT=WIKITEXT bash reproduce/smollm2.sh                          # all rows but those below
-#   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh     # one
-#   HELDOUT=WIKITEXT VALUES=both QUESTIONS="piqa-even.jsonl arc-even.jsonl" \
-#       TASK_FILES="piqa-odd.jsonl arc-odd.jsonl" bash reproduce/smollm2.sh     # learn from no item that is evaluated
-#   HELDOUT=WIKITEXT VALUES="scores_ste maskllm" SEEDS=0 bash reproduce/smollm2.sh     # rivals, on the text of `after`
-#   HELDOUT=WIKITEXT VALUES="layer29 layer28" SEEDS=0 bash reproduce/smollm2.sh     # the paper's method, a layer alone
-#   HELDOUT=WIKITEXT VALUES="scores maskpro" SEEDS=0 bash reproduce/smollm2.sh     # and all: 40 minutes, and 8 hours
+#   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                    # one row
+#   HELDOUT=WIKITEXT VALUES="after scores_ste susi" bash reproduce/smollm2.sh          # rivals, on the text of `after`
+#   HELDOUT=WIKITEXT VALUES=scores SEEDS=0 bash reproduce/smollm2.sh                   # MaskPro, 40 minutes
+#   HELDOUT=WIKITEXT VALUES="maskpro layer29" SEEDS=0 bash reproduce/smollm2.sh        # 10,000 steps: 8 hours, 2 hours
 #
-# HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set;
-# TASK_FILES, as of eval.py --task_file, add accuracy. reproduce/articles.jsonl has twelve short articles, made up for
-# this in the manner of WikiText. Afterwards: python reproduce/record.py $OUT --out reproduce/records/smollm2.json
+# and the README's table, for which no item that is learned from is evaluated:
+#
+#   for name in piqa arc_easy; do
+#       awk 'NR % 2' $name.jsonl > $name-odd.jsonl; awk 'NR % 2 == 0' $name.jsonl > $name-even.jsonl
+#   done
+#   HELDOUT=WIKITEXT VALUES="after both scores" SEEDS=0 QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
+#       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
+#
+# HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
+# reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
+# python reproduce/record.py $OUT --out reproduce/records/smollm2.json
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
 : "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}"
 . "$(dirname "$0")/common.sh"
 [ "$HELDOUT" != demo/heldout.txt ] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
-[ -z "${TASK_FILES:-}" ] || protocol+=(--task_file $TASK_FILES)
 
 sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order of channels may be part of
     local run=$folder/sparsify-$1
@@ -50,7 +54,7 @@ for SEED in ${SEEDS:-0 1 2}; do
         both)
             : "${QUESTIONS:?give files of questions, none of which is evaluated}"
             sparsified both-steps280 --steps 280 --after reproduce/articles.jsonl --dataset $QUESTIONS $QUESTIONS ;;
-        scores_ste) rival scores_ste "${ETA:-0.02}" ;;
+        scores_ste) rival scores_ste "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row" "${ETA:-0.001}" ;;
         maskpro) STEPS=10000 learned maskpro "$SIZE" "${ETA:-0.03}" 5 ;;  # docs/steps.md
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
