@@ -182,7 +182,7 @@ def sparsify_rows(shape: str, depth: int | None, dtype: torch.dtype, device: str
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     gpu, repeats, dtype = args.device.startswith("cuda"), 3 if args.quick else 7, fast_dtype(args.device)
-    dtypes = [(torch.float32, torch.float32), (dtype, torch.float32), (dtype, torch.float16)]
+    dtypes = list(dict.fromkeys([(torch.float32,) * 2, (dtype, torch.float32), (dtype, torch.float16)]))
     rows = layer_rows(args.layer, dtypes[:1] if args.quick else dtypes, args.device, repeats)
     if not args.quick:
         rows += growth_rows(args.layer, dtype, args.device, repeats)
