@@ -24,7 +24,6 @@ from utils import run_script
 import numpy as np
 
 PAGES = ("README.md", *(f"docs/{page}.md" for page in ("measurements", "reproduction", "rivals", "steps")))
-CONDITIONS = {"version", "commit", "python", "torch", "transformers", "hardware", "device", "seed", "command"}
 SMALL = "1of4/{}-size{}-lr{}-logits{}-steps2500{}"  # rows of SMALL=1, as reproduce/common.sh names them
 ABLATIONS = [  # what is varied, what the paper says, the record's row, how many of its seeds
     ("maskpro, η 5, C 5, 512 sequences, cached baseline", "learns, steadily", ("maskpro", 512, 5, 5, ""), None),
@@ -137,24 +136,14 @@ def rivals() -> str:
     return markdown_table(["method", "state, bytes a weight", "rate", "seeds", "WikiText-2", "of the gap (%)"], lines)
 
 
-def of_bench(name: str) -> str:
-    """The rows that a bench has left by --json, and what they are of."""
-    rows = record(name)
-    given = [{key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()
-              if key not in CONDITIONS} for row in rows]
-    columns = list(dict.fromkeys(key for row in given for key in row))
-    return (markdown_table(columns, [[row.get(column, "") for column in columns] for row in given])
-            + "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}.".format(**rows[0]))
-
-
 def step() -> str:
-    """bench/step.py."""
-    return of_bench("step")
-
-
-def memory() -> str:
-    """bench/memory.py."""
-    return of_bench("memory")
+    """What bench/step.py has left by --json, without its rows of growth."""
+    rows = list({row["what"]: row for row in record("step") if not row["what"].startswith("growth")}.values())
+    columns = ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
+    lines = [[row["what"].replace("torch.", ""), *(f"{row[key]:.3g}" if key in row else "" for key in columns)]
+             for row in rows]
+    return markdown_table(["", *columns], lines) + (
+        "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}.".format(**rows[0]))
 
 
 def authors() -> str:
@@ -202,7 +191,7 @@ def over_minutes() -> list[tuple[str, int, float, float]]:
     return found
 
 
-TABLES = (results, rivals, step, memory, ablations, patterns, conditions, authors, variance, falls)
+TABLES = (results, rivals, step, ablations, patterns, conditions, authors, variance, falls)
 
 
 def rendered(page: str) -> str:
