@@ -197,7 +197,7 @@ class ProxSparse(Rival):
     """
     stay = 0.25
 
-    def __init__(self, *args, strength: float, steps: int, **kwargs):
+    def __init__(self, *args, steps: int, strength: float = 200.0, **kwargs):
         self.strength = strength / steps
         super().__init__(*args, **kwargs)
 

@@ -54,7 +54,7 @@ ROWS = {
     "MaskLLM + KD": MASKLLM,
     "SUSI": dict(MASKLLM, learner="susi", distill=0.0),
     "SUSI + KD": dict(MASKLLM, learner="susi"),
-    "ProxSparse": dict(learner="proxsparse", strength=200.0, **TEXT, tuned={
+    "ProxSparse": dict(learner="proxsparse", **TEXT, tuned={
         160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}),
     "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.MaskPro, lr=10, logits=5),
     "forward-only: MaskPro, debiased tracker": dict(
@@ -97,8 +97,8 @@ def make_method(problem: Problem, setting: dict, seed: int, steps: int) -> Rival
     """The method of a setting, on a copy of the model."""
     if setting["learner"] in OURS:
         return OURS[setting["learner"]](problem, setting, seed)
-    further = {name: setting[name] for name in ("distill", "strength") if name in setting}
-    if "strength" in further:
+    further = {"distill": setting["distill"]} if "distill" in setting else {}
+    if setting["learner"] == "proxsparse":
         further["steps"] = steps
     return RIVALS[setting["learner"]](problem.fresh_model(), problem.masks, problem.norms, 2, 4, lr=setting["lr"],
                                       seed=seed, **further)

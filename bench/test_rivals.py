@@ -84,8 +84,9 @@ def test_maskllm_starts_from_its_prior():
     assert torch.allclose(logits.std(0), torch.full((6,), 0.01), atol=3e-4)
 
 
-@pytest.mark.parametrize("kind, logits", [(MaskLLM, [0.2, -0.7, 1.1, 0.0, 0.5, -0.1]), (SUSI, [0.2, -0.7, 1.1, 0.0])])
-def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits):
+@pytest.mark.parametrize("kind, logits, most_are_drawn, are_mixed", [
+    (MaskLLM, [0.2, -0.7, 1.1, 0.0, 0.5, -0.1], 0.9, 1.0), (SUSI, [0.2, -0.7, 1.1, 0.0], 0.85, 0.99)])
+def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits, most_are_drawn, are_mixed):
     """MaskLLM draws a pattern, SUSI weights without replacement."""
     model, logits = Toy(), torch.tensor(logits)
     model.inner = nn.Linear(4, 40000, bias=False)
@@ -96,12 +97,12 @@ def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits):
     drawn = rival.weight("inner")
     expected = logits.softmax(0) @ pge.patterns(2, 4).float() if kind is MaskLLM else pge.inclusion(logits[None], 2)[0]
     assert torch.allclose(drawn.mean(0), expected, atol=0.01)
-    assert ((drawn < 0.02) | (drawn > 0.98)).float().mean() > 0.85
+    assert ((drawn < 0.02) | (drawn > 0.98)).float().mean() > most_are_drawn
     assert float(rival.penalty.detach()) == pytest.approx(-1e-5 * float(drawn.detach().square().sum()))
     rival.progress = 0.0
     mixed = rival.weight("inner")
     assert torch.allclose(mixed.sum(1), torch.full((40000,), 2.0))
-    assert ((mixed > 0.02) & (mixed < 0.98)).float().mean() > 0.99
+    assert ((mixed > 0.02) & (mixed < 0.98)).float().mean() >= are_mixed
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 4.0])

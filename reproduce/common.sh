@@ -71,6 +71,13 @@ once() {  # once OUTPUT SCRIPT FLAGS...: run a script of the repository unless i
     [ "$DRY" = 1 ] || "$PYTHON" "$@"
 }
 
+ran() {  # ran OUTPUT RUN "SCRIPT [METHOD]" FLAGS...: a run, up to this output of it; one that was stopped goes on
+    local output=$1 run=$2 script=$3
+    shift 3
+    [ ! -e "$run" ] || once "$output" $script --resume "$run"
+    once "$output" $script "$@" --out "$run"
+}
+
 evaluated() {  # evaluated NAME FLAGS...: a row of the table, the numbers in NAME.json
     local name=$1
     shift
@@ -105,9 +112,8 @@ initial_mask() {  # Wanda's, where all learning starts
 learn() {  # learn SCRIPT RUN FLAGS...: RUN/mask.safetensors, evaluated on the original weights; resumes a stopped run
     local script=$1 run=$2
     shift 2
-    [ ! -e "$run" ] || once "$run/mask.safetensors" "$script" --resume "$run"
-    once "$run/mask.safetensors" "$script" --model "$MODEL" --sparsity_type "$n_m" --dataset "$TRAIN_TEXT" \
-        --mask "$folder/initial_mask.safetensors" --seqlen "$SQLEN" "$@" --skip_checkpoint --out "$run"
+    ran "$run/mask.safetensors" "$run" "$script" --model "$MODEL" --sparsity_type "$n_m" --dataset "$TRAIN_TEXT" \
+        --mask "$folder/initial_mask.safetensors" --seqlen "$SQLEN" "$@" --skip_checkpoint
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 

@@ -51,6 +51,7 @@ def read_run(folder: Path) -> dict:
     record, lines = read_record(folder), read_lines(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines]
     loop_s, stages = lines[-1]["seconds"], {name: stage["seconds"] for name, stage in record.get("stages", {}).items()}
+    # the loop's own count: until commit a01b1fd the stage's left out what was before a stop
     seconds = sum(stages.values()) + loop_s - stages.get("learning", 0) if stages else loop_s
     run = {**{key: record[key] for key in ("arguments", "environment", "fingerprints", "rival") if key in record},
            "summary": record.get("summary", {}), "steps": len(lines),

@@ -127,7 +127,7 @@ def compete(method: str, args: Namespace, device: str | None, folder: RunFolder,
         raise UserError(f"{args.resume} is a run of {folder.record['rival'] or 'sparsify.py'}, not of {method}")
     if processes.size() > 1:
         raise UserError("rivals learn in one process")
-    further = {"strength": 200.0, "steps": args.steps} if method == "proxsparse" else {}
+    further = {"steps": args.steps} if method == "proxsparse" else {}
     learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further))
     sparsify.sparsify(args, device, folder, signals, learner.of, learner.start)
 

@@ -26,18 +26,16 @@ sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order o
     local run=$folder/sparsify-$1
     shift
     [ "$SEED" = 0 ] || run=$run-seed$SEED
-    [ ! -e "$run" ] || once "$run/report.json" sparsify.py --resume "$run"
-    once "$run/report.json" sparsify.py --model "$MODEL" --seed "$SEED" "$@" --out "$run"
+    ran "$run/report.json" "$run" sparsify.py --model "$MODEL" --seed "$SEED" "$@"
     evaluated "$run" --model "$run"
 }
 
 rival() {  # rival METHOD RATE: a mask from the text and the m0 of `after`
     local run=$folder/rival-$1-lr$2-steps280 ours=$folder/sparsify-after-steps280
     if [ "$SEED" != 0 ]; then run=$run-seed$SEED ours=$ours-seed$SEED; fi
-    [ ! -e "$run" ] || once "$run/mask.safetensors" reproduce/rival.py "$1" --resume "$run"
-    once "$run/mask.safetensors" reproduce/rival.py "$1" --model "$MODEL" --seed "$SEED" --steps 280 --lr "$2" \
+    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --model "$MODEL" --seed "$SEED" --steps 280 --lr "$2" \
         --mask "$ours/initial_mask.safetensors" --dataset "$ours/generated.jsonl" "$ours/generated_after.jsonl" \
-        --distill 1 --skip_checkpoint --out "$run"
+        --distill 1 --skip_checkpoint
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 

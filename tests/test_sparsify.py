@@ -208,17 +208,17 @@ def test_reordered_channels_and_passages(workshop, whole):
 # ------------------------------------------------------------------------------------------------------------- refused
 
 
-@pytest.mark.parametrize("flags, words", [("--shard --dataset text.jsonl", "--shard needs --dataset and --mask"),
-                                          ("--shard --dataset t --mask m --dtype float16", "overflows in float16"),
-                                          ("--minutes 5 --steps 5", "not allowed with argument"),
-                                          ("--permute --mask m0.safetensors", "leave out --mask"),
-                                          ("--minutes 0", "at least 0.01"), ("--distill 1.5", "at most 1")])
+@pytest.mark.parametrize("flags, words", [
+    ("--shard --dataset text.jsonl", "--shard needs --dataset and --mask"), ("--minutes 0", "at least 0.01"),
+    ("--shard --dataset t --mask m --dtype float16", "overflows in float16"), ("--distill 1.5", "at most 1"),
+    ("--minutes 5 --steps 5", "not allowed with argument"), ("--permute --mask m0.safetensors", "leave out --mask")])
 def test_flags_that_do_not_go_together(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
         sparsify.main(flags.split())
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_a_text_that_is_too_short():
+def test_a_text_that_is_too_short(workshop, learned, tmp_path):
     with pytest.raises(UserError, match="the text makes 2 minibatches and at least 3 are needed"):
-        preparation.split(torch.zeros(2, 8, 24))
+        learned(f"--shard --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl --steps 5 --batchsize 150")
+    assert not (tmp_path / "run").exists()
