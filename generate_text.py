@@ -42,9 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     passages = generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []
-    with generation.made_fast(model, tokenizer, args.batchsize):
-        documents, tokens = generation.write_text(out, model, tokenizer, args.tokens, args.seqlen, args.batchsize,
-                                                  passages)
+    documents, tokens = generation.write_text(out, model, tokenizer, args.tokens, args.seqlen, args.batchsize, passages)
     print(f"{documents} documents, {tokens} tokens -> {out}")
 
 

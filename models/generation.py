@@ -7,22 +7,19 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from files.atomic import atomic_write
 from files.documents import documents
-from models.loading import Tokenizer, attention_of, check_length, input_device
+from models.loading import Tokenizer, check_length, input_device
 from utils import UserError, progress_bar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-ATTENTION, TRIED_TOKENS = ("eager", "sdpa"), 8
 MOST_PASSAGES = 1000
 
 
@@ -69,43 +66,34 @@ def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, pa
     pad = start if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=sorted(ends) or None,
                               pad_token_id=pad, max_time=max_s)
-    chosen = random.choices(passages, k=count) if passages else [[]] * count
-    begun = [torch.tensor([start, *passage]) for passage in chosen]
+    begun = passages or [[]]
+    used, chosen = torch.tensor(random.choices(range(len(begun)), k=count)).unique(return_inverse=True)
+    begun = [torch.tensor([start, *begun[number]]) for number in used]
     in_front = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")  # so all go on at one place
     tokens = in_front(begun, padding_value=pad).to(input_device(model))
     is_text = in_front([torch.ones_like(row) for row in begun]).to(tokens.device)
     model.generation_config = GenerationConfig(eos_token_id=own)  # the rest of its own may penalise what repeats
-    written = model.generate(tokens, attention_mask=is_text, generation_config=greedy,
-                             logits_processor=LogitsProcessorList([Draw()]))[:, tokens.shape[1]:].tolist()
+    # of the slice that the last tokens of passages are, PyTorch's product would copy the head's weight for each
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        cache = _read(model, tokens[:, :-1], is_text[:, :-1], pad, chosen) if passages else {}
+        written = model.generate(tokens[chosen], attention_mask=is_text[chosen], generation_config=greedy, **cache,
+                                 logits_processor=LogitsProcessorList([Draw()]))[:, tokens.shape[1]:].tolist()
+    finally:
+        hook.remove()
     return [row[:next((i for i, token in enumerate(row) if token in ends), length)] for row in written]
 
 
-@contextmanager
-def made_fast(model: nn.Module, tokenizer: Tokenizer, count: int) -> Iterator[str]:
-    """Inside, the model generates with the attention that is faster here for one query at a time, which on some
-    processors is not the fused kernel. Yields its name. The random numbers to come are as if nothing had been tried."""
-    def contiguous(_head: nn.Module, inputs: tuple) -> tuple:
-        # of the slice that the last tokens of passages are, PyTorch's product would copy the head's weight for each
-        return (inputs[0].contiguous(),)
-    own, seconds = attention_of(model.config), {}
-    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
-    if hasattr(model, "set_attn_implementation"):  # transformers 4.56
-        with torch.random.fork_rng():
-            for name in (*ATTENTION, *ATTENTION):  # the first round only warms up
-                with suppress(ValueError):  # of a model that has no such attention, as Gemma 2
-                    model.set_attn_implementation(name)
-                    started = time.perf_counter()
-                    generate(model, tokenizer, count, TRIED_TOKENS)
-                    seconds[name] = time.perf_counter() - started
-    try:
-        best = min(seconds, key=seconds.get, default="the model's")
-        if seconds:
-            model.set_attn_implementation(best)
-        yield best
-    finally:
-        hook.remove()
-        if seconds:
-            model.set_attn_implementation(own)
+def _read(model: nn.Module, tokens: Tensor, is_text: Tensor, pad: int, chosen: Tensor) -> dict[str, object]:
+    """The keys and values of these tokens, `[passages, length]`, as generate takes them, of the `chosen` row for each
+    document: a passage is read once, however many documents go on from it. Empty where a model's cache has no rows."""
+    once = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad, return_dict_in_generate=True)
+    found = model.generate(tokens, attention_mask=is_text, generation_config=once)
+    name = "cache" if hasattr(found, "cache") else "past_key_values"  # before transformers 5.2x
+    if not hasattr(found[name], "batch_select_indices"):
+        return {}
+    found[name].batch_select_indices(chosen.to(tokens.device))
+    return {name: found[name]}
 
 
 def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, length: int, batchsize: int,

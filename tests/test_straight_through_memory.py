@@ -3,7 +3,6 @@ import weakref
 
 from masking.kernels import Kernels
 from masking.spaces import LinearSpace
-from models.generation import made_fast
 from models.layers import find_layers
 from training.faster_model import SHORT, speed_up
 
@@ -152,12 +151,10 @@ def test_what_is_not_the_models_own_stays():
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4Config"), reason="transformers has no Gemma 4")
-def test_the_attention_of_parts_that_have_but_one_is_put_back(tokenizers):
+def test_the_attention_of_parts_that_have_but_one_is_put_back():
     """Gemma 4's audio has no sdpa, as Gemma 2 has none."""
     text = SIZES | dict(vocab_size=352, vocab_size_per_layer_input=352, num_hidden_layers=1, head_dim=16)
     model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma4Config(
         text_config=text, vision_config=None, audio_config=dict(hidden_size=64, num_hidden_layers=1)))
     speed_up(model, Kernels(LinearSpace(2, 4), "eager"), 8)()
-    with made_fast(model, tokenizers["sentencepiece"], 2) as attention:
-        assert attention == "eager"
     assert (model.config._attn_implementation, model.config.audio_config._attn_implementation) == ("sdpa", "eager")

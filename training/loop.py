@@ -165,7 +165,6 @@ class Run:
             heldout = self.validation.evaluate(self.step)
             line |= {"heldout": heldout} if self.validation.has_text else {}
         self.log.write(line)
-        self.folder.has_results = True
         improvement = "" if result.reference is None else f" ({result.reference - result.loss:+.4f} against m0)"
         self._bar.set_postfix_str(f"loss {result.loss:.4f}{improvement}", refresh=False)
 
@@ -222,7 +221,6 @@ class Run:
     def save(self) -> None:
         """Save the state; the other processes wait, since writing may take longer than a process may take to answer.
         The logs are synced first: a state that is there has its lines there."""
-        self.folder.has_results = True
         states = {name: part.state() for name, part in self.parts.items()}
         tensors = {f"{name}.{key}": tensor for name, (_, found) in states.items() for key, tensor in found.items()}
         if processes.is_main():

@@ -83,14 +83,11 @@ def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens: 
     tokens = max(tokens, least) // len(files)
     batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
-        missing = [file for file in files if not file.exists()]
-        if missing and processes.is_main():
-            with generation.made_fast(model, tokenizer, batchsize):
-                for number, file in enumerate(files):
-                    set_seed(seed + number)  # the same text after a stop
-                    if file in missing:
-                        generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, files[file],
-                                              max_s / len(files), least // len(files))
+        for number, file in enumerate(files):
+            set_seed(seed + number)  # the same text after a stop
+            if processes.is_main() and not file.exists():
+                generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, files[file],
+                                      max_s / len(files), least // len(files))
 
 
 def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],

@@ -6,7 +6,7 @@
     lock             held by the process that writes here; the system frees that of a dead one
 
 Of several processes (models/processes.py) the main one writes; the others read. A run that has made nothing yet, no
-step and no finished stage, leaves nothing.
+step and no text, leaves nothing.
 """
 import errno
 import json
@@ -48,7 +48,6 @@ class RunFolder:
         arguments = {name: value for name, value in arguments.items() if name not in ("out", "resume")}
         self.arguments = json.loads(json.dumps(arguments))  # as JSON gives them back
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"])
-        self.has_results = is_resumed  # worth keeping: a finished stage, a step
         self.resume_command = f"python {script} --resume {self.path}"
         self._lock = None
 
@@ -77,6 +76,12 @@ class RunFolder:
         self.path.mkdir(parents=True)
         sync(self.path.parent)
 
+    @property
+    def has_results(self) -> bool:
+        """Is it worth keeping: has it text, a step, a mask?"""
+        made = [path for path in self.path.glob("[!.]*") if path.name not in ("run.json", "lock")]
+        return self.is_resumed or any(path.stat().st_size for path in made)
+
     def _remove_leftovers(self) -> None:
         """Files that a killed process had begun, and its results, which are made again."""
         for path in [*self.path.glob(".*.tmp"), *(self.path / "state").glob(".*.tmp"),
@@ -86,13 +91,14 @@ class RunFolder:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self._lock is None:
             return
-        if not self.has_results:
+        kept = self.has_results
+        if not kept:
             shutil.rmtree(self.path)
         elif error is None:
             shutil.rmtree(self.path / "state", ignore_errors=True)
             (self.path / "lock").unlink(missing_ok=True)
         self._lock.release()
-        then = f"; go on with: {self.resume_command}" if self.has_results and self.path.exists() else ""
+        then = f"; go on with: {self.resume_command}" if kept and self.path.exists() else ""
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); free some space{then}") from error
         if isinstance(error, UserError) and then:

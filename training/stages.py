@@ -37,6 +37,5 @@ class Stages:
         seconds = max(before["seconds"], earlier_s) + time.monotonic() - began
         peak = max(before["peak_memory_bytes"], peak_memory(self.devices)["peak_memory_bytes"])
         self.done[name] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak}
-        self.folder.has_results = True
         self.folder.write_record()
         processes.log(f"[{name}] {seconds / 60:.1f} minutes, peak memory {peak / 2**30:.2f} GiB")
