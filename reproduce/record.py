@@ -9,7 +9,8 @@ folder FOLDER/NofM/ROW. Rows that differ by their -seedN alone are one row of se
 seed, the evaluation (nats, perplexity, windows, dtype, fingerprint of the tokens) and of a run its arguments,
 environment (commit, hardware, versions), fingerprints of model, mask and text, summary, seconds (of sparsify.py all
 stages; loop_s are of the steps alone) and curve, the mean losses of POINTS stretches of its steps; `residuals` is the
-same of loss less baseline. With it go the sha256 of model and texts.
+same of loss less baseline. With it go the sha256 of model and texts. A record that is there is added to: its other rows
+and seeds stay, where they are of the same files and evaluated on the same tokens.
 reproduce/tables.py makes the tables of the docs from it. Columns of the table:
 
     nats                    by token, of the held-out text, mean and standard deviation over the seeds
@@ -29,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.comparison import markdown_table
 from files.errors import explained
 from files.records import read_lines, read_record, write_json
-from utils import run_script
+from utils import UserError, run_script
 
 import numpy as np
 
 STEPS = 512  # that a mean of the sampled masks' losses goes over
 POINTS = 40  # of a curve
+GENERATED = ("generated.jsonl", "generated_after.jsonl")  # a run's own text
 HEADING = ["mask", "seeds", "nats", "of the gap (%)", "sampled masks, first steps", "last steps", "blocks changed (%)",
            "seconds"]
 
@@ -94,6 +96,20 @@ def make_record(folder: Path) -> dict:
             "rows": rows}
 
 
+def added(old: dict, new: dict) -> dict:
+    """A record and what was made since. UserError where they are of other files, or evaluated on other tokens."""
+    for name, digest in new["sha256"].items():
+        if old["sha256"].get(name, digest) != digest and not name.endswith(GENERATED):
+            raise UserError(f"{name} is not the one of that record: give another --out")
+    if old["rows"]["dense"][0]["fingerprint"] != new["rows"]["dense"][0]["fingerprint"]:
+        raise UserError("that record was evaluated on other tokens: give another --out")
+    rows = dict(old["rows"])
+    for name, seeds in new["rows"].items():
+        of_seed = {seed["seed"]: seed for seed in [*rows.get(name, []), *seeds]}
+        rows[name] = sorted(of_seed.values(), key=lambda seed: seed["seed"] or 0)
+    return {"sha256": old["sha256"] | new["sha256"], "rows": dict(sorted(rows.items()))}
+
+
 def cell(values: list[float], digits: int) -> str:
     """'1.2345', or '1.2345 ± 0.0012' of several."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -125,8 +141,11 @@ def main(argv: list[str] | None = None) -> None:
     if (Path(args.folder) / "run.json").exists():
         write_json(args.out or Path(args.folder) / "record.json", read_run(Path(args.folder)))
         return
-    record = make_record(Path(args.folder))
-    write_json(args.out or Path(args.folder) / "record.json", record)
+    record, out = make_record(Path(args.folder)), Path(args.out or Path(args.folder, "record.json"))
+    if args.out and out.exists():
+        with explained(out, "give another --out"):
+            record = added(json.loads(out.read_text(encoding="utf-8")), record)
+    write_json(out, record)
     print(markdown_table(HEADING, [[name, *row_cells(record["rows"], name)] for name in record["rows"]]))
 
 

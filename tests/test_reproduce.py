@@ -26,7 +26,7 @@ from models.layers import find_layers
 from models.loading import load_model
 from models.loss import batch_loss
 from training import args as arguments
-from utils import script_parser
+from utils import UserError, script_parser
 
 import pytest
 import torch
@@ -156,6 +156,13 @@ def test_a_record_and_its_table_are_over_seeds(tmp_path, monkeypatch, capsys):
                               for name in ("model.safetensors", "text")}
     curve = kept["rows"]["1of4/run"][0]["run"]["curve"]
     assert (curve[0], curve[-1], len(curve)) == (3.0, 2.0, record.POINTS)
+    (tmp_path / "out/1of4/run-seed1.json").rename(tmp_path / "out/1of4/other.json")  # its seed 1 is on record alone
+    record.main(["out", "--out", "out/record.json"])
+    grown = json.loads((tmp_path / "out/record.json").read_text())["rows"]
+    assert grown["1of4/run"] == kept["rows"]["1of4/run"] and grown["1of4/other"][0]["nats"] == 1.25
+    (tmp_path / "text").write_text("another text")
+    with pytest.raises(UserError, match="text is not the one of that record"):
+        record.main(["out", "--out", "out/record.json"])
 
 
 def test_the_docs_say_what_the_records_say(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from utils import UserError
 import pytest
 import torch
 from faults import kill
-from runs import column, is_strict, loss_under, read_run
+from runs import column, is_strict, loss_under, raises, read_run
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -29,12 +29,6 @@ MOMENTS = {  # stage -> what is called in it, and which call is the last of a ru
     "text": (generation, "write_text", 2), "order": (preparation, "search_and_reorder", 1),
     "m0": (preparation, "one_shot_masks", 1), "swaps": (initialize, "from_swaps", 1),
     "learning": (StraightThrough, "step", 3), "table": (results, "deliver", 1)}
-
-
-@pytest.fixture(autouse=True)
-def one_attention(monkeypatch):
-    """Else text is generated with the one that happens to be faster."""
-    monkeypatch.setattr(generation, "ATTENTION", ("eager",))
 
 
 @pytest.fixture
@@ -153,9 +147,7 @@ def whole(workshop, tmp_path_factory):
     """A run of all stages that nothing stops: its flags, and what it made."""
     flags = (f"--model {workshop}/dense {SMALL} --steps 4 --permute --after {workshop}/text.jsonl --checkpoint_every 1 "
              "--skip_checkpoint").split()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "ATTENTION", ("eager",))
-        sparsify.main([*flags, "--out", str(tmp_path_factory.mktemp("whole") / "run")])
+    sparsify.main([*flags, "--out", str(tmp_path_factory.mktemp("whole") / "run")])
     return flags, read_run(tmp_path_factory.getbasetemp() / "whole0/run")
 
 
@@ -194,6 +186,14 @@ def test_killed_in_a_stage_it_goes_on_there(whole, tmp_path, monkeypatch, stage)
     record = read_run(tmp_path / "run").record
     assert record["nats"] == expected.record["nats"]
     assert record["stages"]["learning"]["seconds"] >= record["summary"]["seconds"] - 0.1  # of all processes
+
+
+def test_text_that_was_generated_before_a_run_failed_is_kept(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "_read", raises(MemoryError()))
+    with pytest.raises(MemoryError):
+        sparsify.main([*whole[0], "--out", str(tmp_path / "run")])
+    kept, wanted = ((run / "generated.jsonl").read_bytes() for run in (tmp_path / "run", whole[1].folder))
+    assert kept == wanted
 
 
 def test_reordered_channels_and_passages(workshop, whole):
