@@ -18,7 +18,7 @@ from utils import UserError, progress_bar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 MOST_PASSAGES = 1000
 
@@ -86,14 +86,16 @@ def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, pa
 
 def _read(model: nn.Module, tokens: Tensor, is_text: Tensor, pad: int, chosen: Tensor) -> dict[str, object]:
     """The keys and values of these tokens, `[passages, length]`, as generate takes them, of the `chosen` row for each
-    document: a passage is read once, however many documents go on from it. Empty where a model's cache has no rows."""
+    document: a passage is read once, however many documents go on from it. Empty for a model with a cache of its own.
+    """
     once = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad, return_dict_in_generate=True)
     found = model.generate(tokens, attention_mask=is_text, generation_config=once)
-    name = "cache" if hasattr(found, "cache") else "past_key_values"  # before transformers 5.2x
-    if not hasattr(found[name], "batch_select_indices"):
+    name = "cache" if hasattr(found, "cache") else "past_key_values"  # transformers 4
+    cache = getattr(found, name)
+    if not isinstance(cache, DynamicCache):
         return {}
-    found[name].batch_select_indices(chosen.to(tokens.device))
-    return {name: found[name]}
+    cache.reorder_cache(chosen.to(tokens.device))
+    return {name: cache}
 
 
 def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, length: int, batchsize: int,
