@@ -52,9 +52,8 @@ def read_run(folder: Path) -> dict:
     """What a record keeps of a run; the summary is empty where it has not ended."""
     record, lines = read_record(folder), read_lines(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines]
-    loop_s, stages = lines[-1]["seconds"], {name: stage["seconds"] for name, stage in record.get("stages", {}).items()}
-    # the loop's own count: until commit a01b1fd the stage's left out what was before a stop
-    seconds = sum(stages.values()) + loop_s - stages.get("learning", 0) if stages else loop_s
+    loop_s = lines[-1]["seconds"]
+    seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values()) or loop_s
     run = {**{key: record[key] for key in ("arguments", "environment", "fingerprints", "rival") if key in record},
            "summary": record.get("summary", {}), "steps": len(lines),
            "seconds": seconds, "loop_s": loop_s, "first": statistics.mean(losses[:STEPS]),
