@@ -5,7 +5,7 @@
 
 No data is needed. Only --after needs some: a few passages of the kind of text that the model will meet. Each document
 then continues one of them. Writes one JSON object a line, {"text": ...}, as every --dataset is. sparsify.py does not
-know who wrote it: give it --distill 1 there.
+know who wrote it: give it --distill 1 there. Stopped, the same command goes on.
 """
 import argparse
 
@@ -18,7 +18,6 @@ from utils import (
     run_script,
     script_parser,
     sequence_length,
-    set_seed,
 )
 
 
@@ -38,11 +37,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = refuse_existing(args.out, "choose another --out or remove it")
-    set_seed(args.seed)
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     passages = generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []
-    documents, tokens = generation.write_text(out, model, tokenizer, args.tokens, args.seqlen, args.batchsize, passages)
+    documents, tokens = generation.write_text(out, model, tokenizer, args.tokens, args.seqlen, args.batchsize, passages,
+                                              args.seed)
     print(f"{documents} documents, {tokens} tokens -> {out}")
 
 

@@ -11,16 +11,19 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from files.atomic import atomic_write
+from files.atomic import atomic_write, sync
 from files.documents import documents
+from files.records import read_lines
+from models import processes
 from models.loading import Tokenizer, check_length, input_device
-from utils import UserError, progress_bar
+from utils import UserError, progress_bar, set_seed
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 MOST_PASSAGES = 1000
+APART = 1_000_003  # between the seeds of two texts: more documents than a text has
 
 
 def start_of_text(tokenizer: Tokenizer) -> int:
@@ -99,32 +102,33 @@ def _read(model: nn.Module, tokens: Tensor, is_text: Tensor, pad: int, chosen: T
 
 
 def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, length: int, batchsize: int,
-               passages: list[list[int]] | None = None, max_s: float = math.inf, least: int = 0) -> tuple[int, int]:
+               passages: list[list[int]] | None = None, seed: int = 0, max_s: float = math.inf,
+               least: int = 0) -> tuple[int, int]:
     """Generate documents until there are so many tokens or, beyond the `least`, so many seconds are over, into a new
-    .jsonl file, {"text": ...} a line. Returns the numbers of documents and of tokens. batchsize: documents at a time.
-    Ctrl-C leaves the documents so far, in part_of_<the file's name>.
+    .jsonl file, {"text": ..., "tokens": ...} a line. Returns the numbers of documents and of tokens. batchsize:
+    documents at a time. After each of these all are in part_of_<the file's name>; from there it goes on, to the same
+    text.
     """
-    path, texts, found, end = Path(path), [], 0, time.monotonic() + max_s
-    try:
-        with progress_bar(total=tokens, desc="generating", unit="token") as progress:
-            while found < tokens and (found < least or time.monotonic() < end):
-                left_s = end - time.monotonic()
-                count = min(batchsize, -(-((tokens if left_s > 0 else least) - found) // (length - 1)))
-                written = generate(model, tokenizer, count, length - 1, passages,
-                                   left_s if 0 < left_s < math.inf else None)
-                written = [row for row in written if row]
-                if not written:
-                    raise UserError("the model ends every text at once, so it writes none")
-                texts += tokenizer.batch_decode(written)
-                found += sum(map(len, written))
-                progress.update(sum(map(len, written)))
-    except KeyboardInterrupt:
-        _write(path.with_name(f"part_of_{path.name}"), texts)
-        raise
-    _write(path, texts)
-    return len(texts), found
-
-
-def _write(path: Path, texts: list[str]) -> None:
-    with atomic_write(path) as beside:
-        beside.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    path, end = Path(path), time.monotonic() + max_s
+    part = path.with_name(f"part_of_{path.name}")
+    rows = read_lines(part) if part.exists() else []
+    found = sum(row["tokens"] for row in rows)
+    if rows:
+        processes.log(f"going on from the {len(rows)} documents of {part}; to begin anew, remove it")
+    with progress_bar(total=tokens, initial=found, desc="generating", unit="token") as progress:
+        while found < tokens and (found < least or time.monotonic() < end):
+            set_seed(APART * seed + len(rows))
+            left_s = end - time.monotonic()
+            count = min(batchsize, -(-((tokens if left_s > 0 else least) - found) // (length - 1)))
+            written = generate(model, tokenizer, count, length - 1, passages, left_s if 0 < left_s < math.inf else None)
+            written = [row for row in written if row]
+            if not written:
+                raise UserError("the model ends every text at once, so it writes none")
+            rows += [{"text": text, "tokens": len(row)} for text, row in zip(tokenizer.batch_decode(written), written)]
+            found += sum(map(len, written))
+            progress.update(sum(map(len, written)))
+            with atomic_write(part) as beside:
+                beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+    sync(path.parent)
+    return len(rows), found

@@ -5,7 +5,6 @@ import signal
 
 import data
 import generate_text
-from files.documents import documents
 from models import generation
 from utils import UserError, set_seed
 
@@ -137,13 +136,20 @@ def test_more_tokens_than_the_model_has_positions(models, tmp_path, monkeypatch,
         generate_text.main(f"{flags(models, 'generated.jsonl')} {further}".split())
 
 
-def test_what_was_generated_before_an_interruption_is_kept(llama, tmp_path, monkeypatch):
-    batches = iter([[[5] * 7] * 2])
-    monkeypatch.setattr(generation, "generate", lambda *_: next(batches, None) or signal.raise_signal(signal.SIGINT))
+def test_after_an_interruption_it_goes_on_to_the_same_text(llama, tmp_path, monkeypatch):
+    generate, counts = generation.generate, []
+
+    def interrupted(model, tokenizer, count, *given):
+        counts.append(count)
+        return generate(model, tokenizer, count, *given) if len(counts) != 2 else signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(generation, "generate", interrupted)
+    stopped, whole = tmp_path / "text.jsonl", tmp_path / "whole.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        generation.write_text(tmp_path / "text.jsonl", *llama, 84, 8, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["part_of_text.jsonl"]
-    assert len(list(documents(str(tmp_path / "part_of_text.jsonl")))) == 2
+        generation.write_text(stopped, *llama, 40, 8, 2, seed=3)
+    for path in stopped, whole:
+        generation.write_text(path, *llama, 40, 8, 2, seed=3)
+    assert stopped.read_text() == whole.read_text() and counts == [2] * 7  # 1, 1 in vain, 2; then 3
+    assert sorted(tmp_path.iterdir()) == [stopped, whole]
 
 
 def test_a_model_that_ends_every_text_at_once(llama, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from models.loading import Tokenizer, model_fingerprint
 from models.loss import batch_loss
 from pruning.channel_order import search_and_reorder
 from pruning.one_shot import OneShot, one_shot_masks
-from utils import UserError, set_seed
+from utils import UserError
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +84,8 @@ def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens: 
     batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
         for number, file in enumerate(files):
-            set_seed(seed + number)  # the same text after a stop
             if processes.is_main() and not file.exists():
-                generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, files[file],
+                generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, files[file], seed + number,
                                       max_s / len(files), least // len(files))
 
 
