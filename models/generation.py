@@ -91,7 +91,8 @@ def _read(model: nn.Module, tokens: Tensor, is_text: Tensor, pad: int, chosen: T
     """The keys and values of these tokens, `[passages, length]`, as generate takes them, of the `chosen` row for each
     document: a passage is read once, however many documents go on from it. Empty for a model with a cache of its own.
     """
-    once = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad, return_dict_in_generate=True)
+    once = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad, return_dict_in_generate=True,
+                            return_legacy_cache=False)
     found = model.generate(tokens, attention_mask=is_text, generation_config=once)
     name = "cache" if hasattr(found, "cache") else "past_key_values"  # transformers 4
     cache = getattr(found, name)

@@ -148,8 +148,7 @@ def test_after_an_interruption_it_goes_on_to_the_same_text(llama, tmp_path, monk
         generation.write_text(stopped, *llama, 40, 8, 2, seed=3)
     for path in stopped, whole:
         generation.write_text(path, *llama, 40, 8, 2, seed=3)
-    assert stopped.read_text() == whole.read_text() and counts == [2] * 7  # 1, 1 in vain, 2; then 3
-    assert sorted(tmp_path.iterdir()) == [stopped, whole]
+    assert (stopped.read_text(), counts, sorted(tmp_path.iterdir())) == (whole.read_text(), [2] * 7, [stopped, whole])
 
 
 def test_a_model_that_ends_every_text_at_once(llama, tmp_path, monkeypatch):

@@ -192,8 +192,7 @@ def test_text_that_was_generated_before_a_run_failed_is_kept(whole, tmp_path, mo
     monkeypatch.setattr(generation, "_read", raises(MemoryError()))
     with pytest.raises(MemoryError):
         sparsify.main([*whole[0], "--out", str(tmp_path / "run")])
-    kept, wanted = ((run / "generated.jsonl").read_bytes() for run in (tmp_path / "run", whole[1].folder))
-    assert kept == wanted
+    assert len({(run / "generated.jsonl").read_bytes() for run in (tmp_path / "run", whole[1].folder)}) == 1
 
 
 def test_reordered_channels_and_passages(workshop, whole):
