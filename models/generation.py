@@ -94,7 +94,7 @@ def _read(model: nn.Module, tokens: Tensor, is_text: Tensor, pad: int, chosen: T
     once = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad, return_dict_in_generate=True,
                             return_legacy_cache=False)
     found = model.generate(tokens, attention_mask=is_text, generation_config=once)
-    name = "cache" if hasattr(found, "cache") else "past_key_values"  # transformers 4
+    name = "cache" if hasattr(found, "cache") else "past_key_values"  # older transformers
     cache = getattr(found, name)
     if not isinstance(cache, DynamicCache):
         return {}

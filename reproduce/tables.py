@@ -19,6 +19,7 @@ from record import POINTS, cell, recovered, row_cells
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from evaluation.comparison import markdown_table
+from training.report import perplexity_table
 from utils import run_script
 
 import numpy as np
@@ -57,6 +58,7 @@ RIVALS = [  # the same: method, bytes of state a weight
     ("ours", "4.25", "2of4/sparsify-after-steps280"),
     ("STE on scores + Adam + KD", "16", "2of4/rival-scores_ste-lr{}-steps280"),
     ("MaskLLM + KD", "24", "2of4/rival-maskllm-lr{}-steps280"), ("SUSI + KD", "16", "2of4/rival-susi-lr{}-steps280")]
+BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."  # what a bench's table is of
 SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"),
            ("the same, from scores", "variance_smollm2_scores"), ("its decoder layer 29", "variance_layer29"))
 FALLS = (  # a run, the record of its signal, its own record and the row there
@@ -126,6 +128,14 @@ def results() -> str:
                           lines)
 
 
+def example() -> str:
+    """What one command of sparsify.py tells: report.json of a run, as it left it."""
+    run = record("one_command")
+    given, here = run["arguments"], run["environment"]
+    return (f"{perplexity_table(run['nats'])}\n\nSmolLM2-135M, `--minutes {given['minutes']:g}`, "
+            f"{run['summary']['steps']} steps ({here['hardware']}, seed {given['seed']}, commit {here['commit']}).")
+
+
 def rivals() -> str:
     """Methods that learn by backward passes on SmolLM2-135M, those that were run."""
     rows, lines = record("smollm2")["rows"], []
@@ -144,8 +154,15 @@ def step() -> str:
     columns = ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
     lines = [[row["what"].replace("torch.", ""), *(f"{row[key]:.3g}" if key in row else "" for key in columns)]
              for row in rows]
-    return markdown_table(["", *columns], lines) + (
-        "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}.".format(**rows[0]))
+    return markdown_table(["", *columns], lines) + BENCH.format(**rows[0])
+
+
+def memory() -> str:
+    """What bench/memory.py has left by --json."""
+    rows, numbers = record("memory"), ("kept (bytes a weight)", "predicted (MiB)", "used (MiB)")
+    lines = [[row["learning"], row["logits"], str(row["processes"]),
+              *(f"{row[key]:,.4g}" if key in row else "" for key in numbers)] for row in rows]
+    return markdown_table(["learning", "logits", "processes", *numbers], lines) + BENCH.format(**rows[0])
 
 
 def authors() -> str:
@@ -193,7 +210,7 @@ def over_minutes() -> list[tuple[str, int, float, float]]:
     return found
 
 
-TABLES = (results, rivals, step, ablations, patterns, conditions, authors, variance, falls)
+TABLES = (example, results, rivals, step, memory, ablations, patterns, conditions, authors, variance, falls)
 
 
 def rendered(page: str) -> str:
