@@ -19,12 +19,12 @@ from record import POINTS, cell, recovered, row_cells
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from evaluation.comparison import markdown_table
-from training.report import perplexity_table
+from training.report import perplexity_table, stage_table
 from utils import run_script
 
 import numpy as np
 
-PAGES = ("README.md", *(f"docs/{page}.md" for page in ("measurements", "reproduction", "rivals", "steps")))
+PAGES = ("README.md", *(f"docs/{page}.md" for page in ("measurements", "reproduction", "rivals", "sparsify", "steps")))
 SMALL = "1of4/{}-size{}-lr{}-logits{}-steps2500{}"  # rows of SMALL=1, as reproduce/common.sh names them
 ABLATIONS = [  # what is varied, what the paper says, the record's row, how many of its seeds
     ("maskpro, η 5, C 5, 512 sequences, cached baseline", "learns, steadily", ("maskpro", 512, 5, 5, ""), None),
@@ -132,8 +132,8 @@ def example() -> str:
     """What one command of sparsify.py tells: report.json of a run, as it left it."""
     run = record("one_command")
     given, here = run["arguments"], run["environment"]
-    return (f"{perplexity_table(run['nats'])}\n\nSmolLM2-135M, `--minutes {given['minutes']:g}`, "
-            f"{run['summary']['steps']} steps ({here['hardware']}, seed {given['seed']}, commit {here['commit']}).")
+    return (f"{perplexity_table(run['nats'])}\n\n{stage_table(run['stages'])}\n\n{run['summary']['steps']} steps, "
+            f"SmolLM2-135M, {here['hardware']}, seed {given['seed']}, commit {here['commit']}.")
 
 
 def rivals() -> str:
