@@ -1,12 +1,12 @@
-"""sparsify.py with a rival's learner, of bench/rival_methods.py: the same text, m0, steps, selection and records.
+"""A rival's learner, of bench/rival_methods.py, in the place of sparsify.py's: all else is as in a run of sparsify.py.
 
-    python reproduce/rival.py scores_ste --model demo/model --steps 280 --lr 0.01 --mask MASK --dataset TEXT --distill 1
-    python reproduce/rival.py maskllm --resume results/RUN
+    python reproduce/rival.py scores_ste --like results/RUN --lr 0.01 --out results/RIVAL
+    python reproduce/rival.py scores_ste --resume results/RIVAL
 
-A method (maskllm, susi, scores_ste, proxsparse), then flags of `python sparsify.py --help`. --lr is Adam's rate and
-must be given, as --steps and --out. No swaps improve m0. Without effect: --logits, --logits_dtype, --curvature,
---soft_masks, --normalize, --microbatch, --gradient_checkpointing. In one process, all layers, nn.Linear only.
+RUN, which was given --steps and is finished, lends its arguments, its text and its m0. --lr is Adam's rate. No swaps
+improve m0. In one process, all layers, nn.Linear only.
 """
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from pruning.calibration import input_norms
 from training import args as arguments
 from training.initialize import SEQUENCES
 from training.loop import StepResult
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, is_finished
 from training.signals import StopSignals
 from training.validation import Validation
-from utils import UserError, run_script, script_parser
+from utils import UserError, finite, run_script, script_parser
 
 import torch
 from rival_methods import RIVALS, Rival
@@ -107,35 +107,49 @@ class Learner:
             del module.forward
 
 
-def parse_args(argv: list[str]) -> Namespace:
-    """sparsify.py's, behind a method, `argv[0]`."""
+def parse_args(argv: list[str] | None) -> Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("method", choices=list(RIVALS), help="then flags of sparsify.py")
-    parser.parse_args(argv[:1])
-    wanted = {"--resume"} if "--resume" in argv else {"--lr", "--steps", "--out"}
-    if missing := wanted - set(argv):
-        parser.error(f"give {', '.join(sorted(missing))}")
-    args = sparsify.parse_args(argv[1:])
-    if args.permute or args.targets:
-        parser.error("a rival learns all layers, in the model's own order: leave out --permute and --targets")
+    parser.add_argument("method", choices=list(RIVALS))
+    parser.add_argument("--like", metavar="RUN", help="of sparsify.py")
+    parser.add_argument("--lr", type=finite(0), help="of Adam")
+    parser.add_argument("--out", help="run folder, must be new")
+    parser.add_argument("--resume", metavar="RIVAL", help="go on with a rival's run that was stopped")
+    args = parser.parse_args(argv)
+    if [args.like, args.lr, args.out].count(None) != (3 if args.resume else 0):
+        parser.error("give --like, --lr and --out, or --resume alone")
     return args
 
 
-def compete(method: str, args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
+def settings_of(run: str) -> Namespace:
+    """The arguments of a run of sparsify.py that a rival can have, too; UserError where it cannot."""
+    args = sparsify.parse_args(["--resume", run])
+    if not is_finished(run) or args.steps is None or args.permute or args.targets:
+        raise UserError(f"{run} must be finished, with --steps, without --permute and --targets: a rival learns all "
+                        "layers in the model's own order")
+    return args
+
+
+def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
+            signals: StopSignals) -> None:
     """The run, as `sparsify.sparsify`."""
     if folder.record.setdefault("rival", None if args.resume else method) != method:
         raise UserError(f"{args.resume} is a run of {folder.record['rival'] or 'sparsify.py'}, not of {method}")
     if processes.size() > 1:
         raise UserError("rivals learn in one process")
+    for file in Path(like).glob("*.*") if like else ():
+        if file.name.startswith("generated") or file.name == "initial_mask.safetensors":
+            shutil.copy(file, folder.path)
     further = {"steps": args.steps} if method == "proxsparse" else {}
     learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further))
     sparsify.sparsify(args, device, folder, signals, learner.of, learner.start)
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    arguments.run(f"reproduce/rival.py {argv[0]}", args, partial(compete, argv[0]))
+    given = parse_args(argv)
+    args = settings_of(given.like) if given.like else sparsify.parse_args(["--resume", given.resume])
+    if given.like:
+        args = Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": True})
+    arguments.run(f"reproduce/rival.py {given.method}", args, partial(compete, given.method, given.like))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 # Results on a real model: SmolLM2-135M at 2:4, which `make demo DEMO_FLAGS=--quick` leaves in demo/.
 #
 #   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                    # one row
-#   HELDOUT=WIKITEXT VALUES="after scores_ste susi" bash reproduce/smollm2.sh          # rivals, on the text of `after`
 #   HELDOUT=WIKITEXT VALUES=scores SEEDS=0 bash reproduce/smollm2.sh                   # MaskPro, 40 minutes
 #   HELDOUT=WIKITEXT VALUES="maskpro layer29" SEEDS=0 bash reproduce/smollm2.sh        # 10,000 steps: 8 hours, 2 hours
 #
@@ -11,7 +10,7 @@
 #   for name in piqa arc_easy; do
 #       awk 'NR % 2' $name.jsonl > $name-odd.jsonl; awk 'NR % 2 == 0' $name.jsonl > $name-even.jsonl
 #   done
-#   HELDOUT=WIKITEXT VALUES="after both scores" SEEDS=0 QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
+#   HELDOUT=WIKITEXT VALUES="after both scores_ste scores" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
@@ -30,12 +29,11 @@ sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order o
     evaluated "$run" --model "$run"
 }
 
-rival() {  # rival METHOD RATE: a mask from the text and the m0 of `after`
-    local run=$folder/rival-$1-lr$2-steps280 ours=$folder/sparsify-after-steps280
-    if [ "$SEED" != 0 ]; then run=$run-seed$SEED ours=$ours-seed$SEED; fi
-    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --model "$MODEL" --seed "$SEED" --steps 280 --lr "$2" \
-        --mask "$ours/initial_mask.safetensors" --dataset "$ours/generated.jsonl" "$ours/generated_after.jsonl" \
-        --distill 1 --skip_checkpoint
+rival() {  # rival METHOD RATE: with the arguments, the text and the m0 of `both`
+    local name=both-steps280
+    [ "$SEED" = 0 ] || name=$name-seed$SEED
+    local run=$folder/rival-$1-lr$2-$name
+    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --like "$folder/sparsify-$name" --lr "$2"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 
