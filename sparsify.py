@@ -184,8 +184,9 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
             with masked.use_masks(masked.bits()):
                 began, table["m0"] = time.monotonic(), nats()
             plan["table_s"] = processes.agreed(time.monotonic() - began)
-            read = max(1, int(preparation.SWAPS * plan["tokens"]) // args.seqlen)
-            start(masked, "swaps", args.logits, batches.flatten(0, 1)[:read], args.seed, validation)
+            read = max(1, int(preparation.READ_BY_SWAPS * plan["tokens"]) // args.seqlen)
+            start(masked, "swaps", args.logits, batches.flatten(0, 1)[:read], args.seed, validation,
+                  60 * preparation.SWAPS_SHARE * args.minutes if args.minutes else math.inf)
             folder.write_record()
             run.save()
 

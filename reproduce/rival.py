@@ -49,7 +49,7 @@ class Learner:
         return self
 
     def start(self, _masked: MaskedModel, _how: str, _magnitude: float, sequences: Tensor, _seed: int,
-              validation: Validation) -> None:
+              validation: Validation, _max_s: float) -> None:
         """In place of initialize.start: from m0."""
         validation.evaluate(0)
         modules = {name: layer.module for name, layer in self.masked.layers.items()}

@@ -11,6 +11,7 @@ import sparsify
 from files import mask_files
 from files.documents import documents
 from models import generation
+from pruning import swaps
 from training import initialize, preparation, results
 from training.report import note_unchanged, perplexity_table
 from training.straight_through import StraightThrough
@@ -55,20 +56,22 @@ def heldout(workshop, run, *texts) -> torch.Tensor:
 
 def test_a_model_is_all_it_needs_and_minutes_are_kept(workshop, tmp_path, monkeypatch):
     """Half an hour in which each call takes its seconds by a clock of our own."""
-    clock = [0.0]
+    clock, calls = [0.0], []
     for name in ("monotonic", "perf_counter"):
         monkeypatch.setattr(time, name, lambda: clock[0])
 
     def slow(owner, name, seconds):
         true = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given: (clock.append(clock.pop() + seconds), true(*given))[1])
-    slow(preparation, "batch_loss", 10), slow(generation, "generate", 20), slow(initialize, "from_swaps", 90)
+        monkeypatch.setattr(owner, name, lambda *given: (
+            calls.append(name), clock.append(clock.pop() + seconds), true(*given))[2])
+    slow(preparation, "batch_loss", 10), slow(generation, "generate", 20), slow(swaps, "refine_by_swaps", 60)
     slow(StraightThrough, "step", 60), slow(Validation, "heldout_loss", 15)
     monkeypatch.chdir(tmp_path)
     sparsify.main(["--model", str(workshop / "dense")])
     run = read_run(next(Path("results").glob("dense_2of4_sparsify_*")))
     assert 1800 <= clock[0] <= 1800 + 60 + 15 and run.record["plan"]["tokens"] == (18 + 2) * 8 * 128
     assert is_strict(run.masks) and len(run.metrics) == pytest.approx(18, abs=8)
+    assert 4 <= calls.count("refine_by_swaps") <= 5 < len(run.masks)  # 0.15 of the time
     assert {path.name for path in run.folder.iterdir()} == {
         "checkpoint", "curve.png", "generated.jsonl", "initial_mask.safetensors", "mask.safetensors",
         "metrics.jsonl", "report.json", "run.json"}

@@ -1,4 +1,7 @@
 """Where learning starts, if not from C * m0: logits from the weights' scores, from swaps, or at random."""
+import math
+import time
+
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import CHUNK
 from masking.masked_model import MaskedModel
@@ -17,12 +20,12 @@ TOKENS = 30_000  # of text, at most, that swaps measure them on
 SWEEPS = 3  # over the blocks; three more bring a hundredth of what these do, for as much time again
 
 
-def start(masked: MaskedModel, how: str, magnitude: float, sequences: Tensor, seed: int,
-          validation: Validation) -> None:
+def start(masked: MaskedModel, how: str, magnitude: float, sequences: Tensor, seed: int, validation: Validation,
+          max_s: float = math.inf) -> None:
     """Set the logits before the first step, one of STARTS; "mask" leaves them at C = `magnitude` times m0. The held-out
     loss of m0 is evaluated on the way, before swaps improve it; at random, that of the first mask.
 
-    sequences: of text, int64 `[sequences, tokens]`, for scores and swaps.
+    sequences: of text, int64 `[sequences, tokens]`, for scores and swaps; max_s: for swaps.
     """
     if how == "random":
         from_random_numbers(masked, magnitude, seed)
@@ -30,7 +33,7 @@ def start(masked: MaskedModel, how: str, magnitude: float, sequences: Tensor, se
         from_scores(masked, magnitude, sequences[:SEQUENCES])
     validation.evaluate(0)
     if how == "swaps":
-        from_swaps(masked, magnitude, sequences)
+        from_swaps(masked, magnitude, sequences, max_s)
         processes.check_same(masked.checksum(), "the logits at the start")
 
 
@@ -58,25 +61,38 @@ def from_random_numbers(masked: MaskedModel, magnitude: float, seed: int) -> Non
         layer.remember_start()
 
 
-def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor) -> None:
+def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, max_s: float = math.inf) -> None:
     """Masks improved by swaps; a logit is the larger, the more the best swap of its weight would cost
     (`swaps.confidence`).
 
     One pass of the sequences, int64 `[sequences, tokens]`, the first TOKENS tokens of them, through the decoder without
     its head; a layer is improved when the pass reaches it, so that it sees what the improved masks before it make of
-    its inputs. One Hessian is kept at a time.
+    its inputs. One Hessian is kept at a time. A layer that the pass reaches late, by its share of `max_s` seconds,
+    keeps its mask, and its logits follow Wanda's scores.
     """
     sequences, hessians = sequences[:-(-TOKENS // sequences.shape[1])], Hessians()
+    began, blocks_seen, late = time.monotonic(), 0, []
 
     def improve(name: str, inputs: Tensor) -> None:
+        nonlocal blocks_seen
         layer = masked.layers[name]
-        hessian = hessians.of(inputs).to(layer.weight.device)
+        blocks_seen += layer.shape.numel() // layer.m
+        if processes.agreed(time.monotonic() - began) > max_s * blocks_seen / masked.blocks:
+            late.append(name)
         if len(layer.bits):
-            mask = swaps.refine_by_swaps(layer.weight, layer.mask_of(layer.bits), hessian, layer.m, SWEEPS)
-            score = swaps.confidence(layer.weight, mask, hessian, layer.m).view(-1, layer.m)
-            blocks = mask.view(-1, layer.m)
+            mask, device = layer.mask_of(layer.bits), layer.weight.device
+            if name in late:
+                norms = torch.linalg.vector_norm(inputs.flatten(0, -2), dim=0, dtype=torch.float32)
+                score = wanda(layer.weight.float(), norms.to(device))
+            else:
+                hessian = hessians.of(inputs).to(device)
+                mask = swaps.refine_by_swaps(layer.weight, mask, hessian, layer.m, SWEEPS)
+                score = swaps.confidence(layer.weight, mask, hessian, layer.m)
+            blocks, score = mask.view(-1, layer.m), score.view(-1, layer.m)
             layer.bits.copy_(mask_to_bits(blocks))
             layer.set_logits(lambda part: masked.space.init(blocks[part], magnitude, score[part]))
         masked.rewrite(layer)
     modules = {name: layer.module for name, layer in masked.layers.items()}
     visit_in_order(masked.model, modules, sequences, improve, "swapping")
+    if late:
+        processes.log(f"note: there was time for swaps in {len(modules) - len(late)} of {len(modules)} layers")

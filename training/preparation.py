@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 HELDOUT, MOST_HELDOUT = 0.02, 8  # share of the minibatches, and how many at most, to select the mask; as many to report
 PARTS = 2  # that are held out
-TEXT_SHARE, LEARNING_SHARE = 0.3, 0.6  # of the minutes: for generating text, at most; for learning, about
+TEXT_SHARE, SWAPS_SHARE, LEARNING_SHARE = 0.3, 0.15, 0.6  # of the minutes: for text and swaps at most, learning about
 FORWARDS = 6  # that a step of learning costs
-SWAPS = 0.4  # share of the planned text that swaps read at most: four forwards a token, a sixth of the minutes
+READ_BY_SWAPS = 0.4  # of the planned text, at most
 MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
 FEWEST = 8  # minibatches of text, however short the time
 SEQUENCES = 64  # of text that Wanda and the order are measured on
