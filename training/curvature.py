@@ -37,13 +37,10 @@ def with_curvature(gradient: Tensor, weight: Tensor, bits: Tensor, outputs: Tens
 
 
 class Curvature:
-    """Adds the curvature to the gradients of a MaskedModel's layers, and measures it from time to time.
+    """Adds the curvature to the gradients of a MaskedModel's layers, and measures it from time to time."""
 
-    ramp: the shares of the run at which it begins to count, and counts in full.
-    """
-
-    def __init__(self, masked: MaskedModel, ramp: tuple[float, float] = (START, FULL)):
-        self.masked, self.ramp = masked, ramp
+    def __init__(self, masked: MaskedModel):
+        self.masked = masked
         self.share, self.tokens, self.is_measuring = 0.0, 1, False
         layers = list(masked.layers.values())
         self._sizes = [size for layer in layers for size in layer.shape]
@@ -55,9 +52,8 @@ class Curvature:
     def begin_step(self, sequences: Tensor, progress: float) -> None:
         """Before a step on int64 `[sequences, tokens]`, at this share of the run, 0 to 1: measure on the first of them
         where it is time."""
-        start, full = self.ramp
         self.tokens = sequences.numel()  # over which this step's gradients are summed
-        self.share = min(1.0, max(0.0, progress - start) / max(full - start, 1e-9))
+        self.share = min(1.0, max(0.0, progress - START) / (FULL - START))
         if self.share and (self.masked.steps % EVERY == 0 or bool(self.mean_squares.isnan().all())):
             self.measure(sequences[:SEQUENCES])
 

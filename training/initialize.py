@@ -4,6 +4,7 @@ import time
 
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import CHUNK
+from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
 from pruning import swaps
@@ -43,9 +44,13 @@ def from_scores(masked: MaskedModel, magnitude: float, sequences: Tensor) -> Non
     with masked.use_dense():
         norms = input_norms(masked.model, {name: layer.module for name, layer in masked.layers.items()}, sequences)
     for name, layer in masked.layers.items():
-        score = wanda(layer.weight.float(), norms[name].to(layer.weight.device)).view(-1, layer.m)
-        layer.set_logits(lambda part, layer=layer, score=score: masked.space.init(
-            bits_to_mask(layer.bits[part], layer.m), magnitude, score[part]))
+        _follow(masked, layer, magnitude, wanda(layer.weight.float(), norms[name].to(layer.weight.device)))
+
+
+def _follow(masked: MaskedModel, layer: MaskedLayer, magnitude: float, score: Tensor) -> None:
+    """Logits of the layer's mask and of scores, `[out, in]`."""
+    score = score.view(-1, layer.m)
+    layer.set_logits(lambda part: masked.space.init(bits_to_mask(layer.bits[part], layer.m), magnitude, score[part]))
 
 
 def from_random_numbers(masked: MaskedModel, magnitude: float, seed: int) -> None:
@@ -79,18 +84,14 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, max_s: 
         blocks_seen += layer.shape.numel() // layer.m
         if processes.agreed(time.monotonic() - began) > max_s * blocks_seen / masked.blocks:
             late.append(name)
-        if len(layer.bits):
-            mask, device = layer.mask_of(layer.bits), layer.weight.device
-            if name in late:
-                norms = torch.linalg.vector_norm(inputs.flatten(0, -2), dim=0, dtype=torch.float32)
-                score = wanda(layer.weight.float(), norms.to(device))
-            else:
-                hessian = hessians.of(inputs).to(device)
-                mask = swaps.refine_by_swaps(layer.weight, mask, hessian, layer.m, SWEEPS)
-                score = swaps.confidence(layer.weight, mask, hessian, layer.m)
-            blocks, score = mask.view(-1, layer.m), score.view(-1, layer.m)
-            layer.bits.copy_(mask_to_bits(blocks))
-            layer.set_logits(lambda part: masked.space.init(blocks[part], magnitude, score[part]))
+        if len(layer.bits) and name in late:
+            norms = torch.linalg.vector_norm(inputs.flatten(0, -2), dim=0, dtype=torch.float32)
+            _follow(masked, layer, magnitude, wanda(layer.weight.float(), norms.to(layer.weight.device)))
+        elif len(layer.bits):
+            hessian = hessians.of(inputs).to(layer.weight.device)
+            mask = swaps.refine_by_swaps(layer.weight, layer.mask_of(layer.bits), hessian, layer.m, SWEEPS)
+            layer.bits.copy_(mask_to_bits(mask.view(-1, layer.m)))
+            _follow(masked, layer, magnitude, swaps.confidence(layer.weight, mask, hessian, layer.m))
         masked.rewrite(layer)
     modules = {name: layer.module for name, layer in masked.layers.items()}
     visit_in_order(masked.model, modules, sequences, improve, "swapping")

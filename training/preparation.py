@@ -40,8 +40,7 @@ def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, b
             batch_loss(model, batch)
         steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(time.perf_counter() - began))
         steps = max(FEWEST, math.ceil(steps))
-    wanted = steps * processes.size()
-    found = wanted
+    found = wanted = steps * processes.size()
     while found - PARTS * heldout_of(found) < wanted:
         found += 1
     return found * batchsize * seqlen
