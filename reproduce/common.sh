@@ -93,14 +93,16 @@ dense() {
     evaluated "$OUT/dense" --model "$MODEL"
 }
 
-prune() {  # prune METHOD
-    once "$folder/$1" prune.py --model "$MODEL" --dtype "$DTYPE" --prune_method "$1" --sparsity_type "$n_m" \
-        "${calibration[@]}" --save_model "$folder/$1"
+prune() {  # prune METHOD [NAME FLAGS...]
+    local method=$1 name=${2:-$1}
+    once "$folder/$name" prune.py --model "$MODEL" --dtype "$DTYPE" --prune_method "$method" --sparsity_type "$n_m" \
+        "${calibration[@]}" "${@:3}" --save_model "$folder/$name"
 }
 
-pruned() {  # pruned METHOD
-    prune "$1"
-    evaluated "$folder/$1" --model "$folder/$1" --sparsity_type "$n_m"
+pruned() {  # pruned METHOD [NAME FLAGS...]
+    local name=$folder/${2:-$1}
+    prune "$@"
+    evaluated "$name" --model "$name" --sparsity_type "$n_m"
 }
 
 initial_mask() {  # Wanda's, where all learning starts

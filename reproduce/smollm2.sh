@@ -54,6 +54,13 @@ for SEED in ${SEEDS:-0 1 2}; do
         maskllm | susi) rival "$row" "${ETA:-0.001}" ;;
         maskpro) STEPS=10000 learned maskpro "$SIZE" "${ETA:-0.03}" 5 ;;  # docs/steps.md
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
+        one_shot)  # docs/one_shot_masks.md, docs/permutations.md
+            pruned magnitude
+            pruned wanda swaps --swaps 6
+            pruned wanda swaps-sequential --swaps 6 --true_sequential
+            once "$folder/order" permute.py --model "$MODEL" --dtype "$DTYPE" --sparsity_type "$n_m" \
+                "${calibration[@]}" --save_model "$folder/order"
+            MODEL=$folder/order pruned wanda wanda-reordered ;;
         layer*) AS=$row FURTHER="--targets layers.${row#layer}." TRAIN=reproduce/one_layer.py STEPS=10000 \
                 learned maskpro "$SIZE" "${ETA:-2}" 5 ;;
         *) stop "there is no row $row" ;;
