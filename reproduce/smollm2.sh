@@ -47,9 +47,10 @@ for SEED in ${SEEDS:-0 1 2}; do
         permuted) sparsified permuted-steps280 --steps 280 --after reproduce/articles.jsonl --permute ;;
         plain) sparsified plain-steps560 --steps 560 ;;
         ten) sparsified plain-steps97 --steps 97 ;;
-        both)
+        both | half_hour)
             : "${QUESTIONS:?give files of questions, none of which is evaluated}"
-            sparsified both-steps280 --steps 280 --after reproduce/articles.jsonl --dataset $QUESTIONS $QUESTIONS ;;
+            if [ "$row" = both ]; then budget="steps 280"; else budget="minutes 30"; fi  # by the clock: run it alone
+            sparsified "both-${budget/ /}" --$budget --after reproduce/articles.jsonl --dataset $QUESTIONS $QUESTIONS ;;
         scores_ste) rival scores_ste "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row" "${ETA:-0.001}" ;;
         maskpro) STEPS=10000 learned maskpro "$SIZE" "${ETA:-0.03}" 5 ;;  # docs/steps.md

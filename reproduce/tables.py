@@ -24,7 +24,8 @@ from utils import run_script
 
 import numpy as np
 
-PAGES = ("README.md", *(f"docs/{page}.md" for page in ("measurements", "reproduction", "rivals", "sparsify", "steps")))
+PAGES = ("README.md", *(f"docs/{page}.md" for page in ("large_models", "measurements", "one_shot_masks", "reproduction",
+                                                       "rivals", "sparsify", "steps")))
 SMALL = "1of4/{}-size{}-lr{}-logits{}-steps2500{}"  # rows of SMALL=1, as reproduce/common.sh names them
 ABLATIONS = [  # what is varied, what the paper says, the record's row, how many of its seeds
     ("maskpro, η 5, C 5, 512 sequences, cached baseline", "learns, steadily", ("maskpro", 512, 5, 5, ""), None),
@@ -45,6 +46,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("the same, [channels reordered](docs/permutations.md)", "frozen", "2of4/sparsify-permuted-steps280"),
     ("the same, and a quarter of its text [questions](docs/sparsify.md#accuracy)", "frozen",
      "2of4/sparsify-both-steps280"),
+    ("the same in half an hour, alone on two threads", "frozen", "2of4/sparsify-both-minutes30"),
     ("`sparsify.py`, plain generated text, 560 steps", "frozen", "2of4/sparsify-plain-steps560"),
     ("the same in ten minutes, 97 steps", "frozen", "2of4/sparsify-plain-steps97"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
@@ -54,10 +56,19 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("MaskPro, the last decoder layer alone, 10,000 steps", "frozen",
      "2of4/maskpro-layer29-size512-lr2-logits5-steps10000"),
     ("Wanda, m0", "frozen", "2of4/wanda")]
-RIVALS = [  # the same: method, bytes of state a weight
-    ("ours", "4.25", "2of4/sparsify-after-steps280"),
-    ("STE on scores + Adam + KD", "16", "2of4/rival-scores_ste-lr{}-steps280"),
-    ("MaskLLM + KD", "24", "2of4/rival-maskllm-lr{}-steps280"), ("SUSI + KD", "16", "2of4/rival-susi-lr{}-steps280")]
+ONE_SHOT = [  # the same
+    ("dense", "", "dense"), ("magnitude", "frozen", "2of4/magnitude"), ("Wanda", "frozen", "2of4/wanda"),
+    ("Wanda, swaps", "frozen", "2of4/swaps"),
+    ("Wanda, swaps, true sequential", "frozen", "2of4/swaps-sequential"),
+    ("Wanda, [channels reordered](permutations.md)", "frozen", "2of4/wanda-reordered"),
+    ("SparseGPT, true sequential", "updated", "2of4/sparsegpt")]
+RIVALS = [  # the same: method, bytes of state a weight; {}: any rate
+    ("ours", "4.25", "2of4/sparsify-both-steps280"),
+    ("STE on scores + Adam", "16", "2of4/rival-scores_ste-lr{}-both-steps280"),
+    ("MaskLLM", "24", "2of4/rival-maskllm-lr{}-both-steps280"), ("SUSI", "16", "2of4/rival-susi-lr{}-both-steps280"),
+    ("ours, no questions", "4.25", "2of4/sparsify-after-steps280"),
+    ("STE on scores + Adam, no questions", "16", "2of4/rival-scores_ste-lr{}-steps280")]
+GAPS = ["perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)"]
 BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."  # what a bench's table is of
 SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"),
            ("the same, from scores", "variance_smollm2_scores"), ("its decoder layer 29", "variance_layer29"))
@@ -111,21 +122,51 @@ def conditions() -> str:
             f"{seconds[-1]:.0f} s.")
 
 
+def gaps(name: str) -> list[str]:
+    """Of a row on SmolLM2-135M: WikiText-2 and accuracy, and the shares of the gaps that Wanda leaves."""
+    rows = record("smollm2")["rows"]
+    dense, m0 = (rows[name][0].get("mean_acc", math.nan) for name in ("dense", "2of4/wanda"))
+    accuracies = [seed["mean_acc"] for seed in rows[name] if "mean_acc" in seed]
+    between = [] if name in ("dense", "2of4/wanda") else accuracies
+    shares = [100 * (accuracy - m0) / (dense - m0) for accuracy in between]
+    return [cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2],
+            cell([100 * accuracy for accuracy in accuracies], 1) if accuracies else "not run",
+            cell(shares, 0) if shares else ""]
+
+
 def results() -> str:
     """SmolLM2-135M, the rows that were run."""
     rows, lines = record("smollm2")["rows"], []
-    dense, m0 = (rows[name][0].get("mean_acc", math.nan) for name in ("dense", "2of4/wanda"))
-    for what, weights, name in RESULTS:
-        if name in rows:
-            minutes = [seed["run"]["seconds"] / 60 for seed in rows[name] if "run" in seed]
-            accuracies = [seed["mean_acc"] for seed in rows[name] if "mean_acc" in seed]
-            between = [] if name in ("dense", "2of4/wanda") else accuracies
-            shares = [100 * (accuracy - m0) / (dense - m0) for accuracy in between]
-            lines.append([what, weights, cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2],
-                          cell([100 * accuracy for accuracy in accuracies], 1) if accuracies else "not run",
-                          cell(shares, 0) if shares else "", cell(minutes, 0) if minutes else ""])
-    return markdown_table(["", "weights", "perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)", "minutes"],
-                          lines)
+    for what, weights, name in (row for row in RESULTS if row[2] in rows):
+        minutes = [seed["run"]["seconds"] / 60 for seed in rows[name] if "run" in seed]
+        lines.append([what, weights, *gaps(name), cell(minutes, 0) if minutes else ""])
+    return markdown_table(["", "weights", *GAPS, "minutes"], lines)
+
+
+def one_shot() -> str:
+    """One-shot masks of the same model."""
+    lines = [[what, weights, *gaps(name)] for what, weights, name in ONE_SHOT]
+    return markdown_table(["method", "weights", *GAPS], lines)
+
+
+def rivals() -> str:
+    """Methods that learn by backward passes on the same model, those that were run."""
+    rows, lines = record("smollm2")["rows"], []
+    for method, state_bytes, pattern in RIVALS:
+        for name in (name for name in rows if re.fullmatch(pattern.replace("{}", ".*"), name)):
+            rate = rows[name][0]["run"]["arguments"]["lr"]
+            seeds = ", ".join(str(seed["seed"]) for seed in rows[name])
+            lines.append([method, state_bytes, f"{rate:g}", seeds, *gaps(name)])
+    return markdown_table(["method", "state, bytes a weight", "rate", "seeds", *GAPS], lines)
+
+
+def scaling() -> str:
+    """What bench/scaling.py has left by --json."""
+    rows, (apart, same, sent) = record("scaling"), (
+        "logits apart from one process's, at most", "the same mask", "sent a process and step (bytes)")
+    lines = [[row["learning"], str(row["processes"]), f"{row[apart]:.1e}" if row[apart] else "0",
+              "yes" if row[same] else "no", f"{row[sent]:,}"] for row in rows]
+    return markdown_table(["learning", "processes", apart, same, sent], lines) + BENCH.format(**rows[0])
 
 
 def example() -> str:
@@ -134,17 +175,6 @@ def example() -> str:
     given, here = run["arguments"], run["environment"]
     return (f"{perplexity_table(run['nats'])}\n\n{stage_table(run['stages'])}\n\n{run['summary']['steps']} steps, "
             f"SmolLM2-135M, {here['hardware']}, seed {given['seed']}, commit {here['commit']}.")
-
-
-def rivals() -> str:
-    """Methods that learn by backward passes on SmolLM2-135M, those that were run."""
-    rows, lines = record("smollm2")["rows"], []
-    for method, state_bytes, pattern in RIVALS:
-        for name in (name for name in rows if re.fullmatch(pattern.replace("{}", ".*"), name)):
-            runs = [seed["run"] for seed in rows[name]]
-            lines.append([method, state_bytes, f"{runs[0]['arguments']['lr']:g}", str(len(runs)),
-                          cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2]])
-    return markdown_table(["method", "state, bytes a weight", "rate", "seeds", "WikiText-2", "of the gap (%)"], lines)
 
 
 def step() -> str:
@@ -210,7 +240,8 @@ def over_minutes() -> list[tuple[str, int, float, float]]:
     return found
 
 
-TABLES = (example, results, rivals, step, memory, ablations, patterns, conditions, authors, variance, falls)
+TABLES = (example, results, one_shot, rivals, scaling, step, memory, ablations, patterns, conditions,
+          authors, variance, falls)
 
 
 def rendered(page: str) -> str:
