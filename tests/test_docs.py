@@ -43,9 +43,7 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        if "://" in target:
-            continue
+    for target in (target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{page.name} links to {target}"
@@ -56,17 +54,14 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_are_there(page):
     for name in PATH.findall(page.read_text(encoding="utf-8")):
-        is_there = (ROOT / name).exists() or (ROOT / "reproduce" / name).exists()
-        assert is_there or MADE.match(name), f"{page.name}: {name}"
+        assert any((ROOT / room / name).exists() for room in ("", "reproduce")) or MADE.match(name), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_the_scripts_parse(page):
     for words in commands(page):
-        if words[0] not in ("python", "torchrun", "accelerate") or "..." in words:
-            continue
-        place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-        if place is None:  # python -m pip
+        place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)  # None: python -m pip
+        if words[0] not in ("python", "torchrun", "accelerate") or "..." in words or place is None:
             continue
         assert (ROOT / words[place]).is_file(), " ".join(words)
         name, flags = words[place].removesuffix(".py").replace("/", "."), words[place + 1:]
@@ -102,10 +97,8 @@ def test_other_commands_are_there(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for words in commands(page):
         words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
-        if words[0] == "make":
-            assert words[1] in targets
-        if words[0] == "bash":
-            assert (ROOT / words[1]).is_file(), words
+        assert words[0] != "make" or words[1] in targets
+        assert words[0] != "bash" or (ROOT / words[1]).is_file(), words
 
 
 def test_the_readme_is_read():
