@@ -17,8 +17,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-# Threads that wait spin, on cores that another process may want; a short spin costs nothing alone
-# (docs/lab_notebook.md). OpenMP reads these when torch is loaded.
+# Threads that wait spin, on cores that another process may want; a short spin costs nothing alone. OpenMP reads these
+# when torch is loaded.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")
 
@@ -123,7 +123,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
     parser.add_argument("--model", default=model_default, help="Hugging Face causal LM: hub id or folder")
     parser.add_argument("--dtype", default=None, choices=["auto", "checkpoint", *DTYPES],
                         help="of the weights; auto: what the hardware is fast at; checkpoint: as they are stored "
-                             "(default: auto on a CPU, float16 on a GPU)")
+                             "(default: auto on a CPU, float16 on a GPU; of sparsify.py: auto)")
     parser.add_argument("--device", default=None,
                         help="cpu, cuda, cuda:1 ...; auto: spread layers over all GPUs (default: cuda if there is one)")
     parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")

@@ -136,8 +136,8 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
         raise UserError(f"{args.resume} is a run of {folder.record['rival'] or 'sparsify.py'}, not of {method}")
     if processes.size() > 1:
         raise UserError("rivals learn in one process")
-    for file in Path(like).glob("*.*") if like else ():
-        if file.name.startswith("generated") or file.name == "initial_mask.safetensors":
+    for pattern in ("generated*.jsonl", "initial_mask.safetensors") if like else ():
+        for file in Path(like).glob(pattern):
             shutil.copy(file, folder.path)
     further = {"steps": args.steps} if method == "proxsparse" else {}
     learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further))

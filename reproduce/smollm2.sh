@@ -2,16 +2,18 @@
 # Results on a real model: SmolLM2-135M at 2:4, which `make demo DEMO_FLAGS=--quick` leaves in demo/.
 #
 #   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                    # one row
-#   HELDOUT=WIKITEXT VALUES=scores SEEDS=0 bash reproduce/smollm2.sh                   # MaskPro, 40 minutes
-#   HELDOUT=WIKITEXT VALUES="maskpro layer29" SEEDS=0 bash reproduce/smollm2.sh        # 10,000 steps: 8 hours, 2 hours
+#   HELDOUT=WIKITEXT VALUES=scores SEEDS=0 bash reproduce/smollm2.sh                   # MaskPro, 45 minutes
+#   HELDOUT=WIKITEXT VALUES="maskpro layer29" SEEDS=0 bash reproduce/smollm2.sh        # 10,000 steps: 6 hours, 2 hours
 #
 # and the README's table, for which no item that is learned from is evaluated:
 #
 #   for name in piqa arc_easy; do
 #       awk 'NR % 2' $name.jsonl > $name-odd.jsonl; awk 'NR % 2 == 0' $name.jsonl > $name-even.jsonl
 #   done
-#   HELDOUT=WIKITEXT VALUES="after both scores_ste scores" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
+#   HELDOUT=WIKITEXT VALUES="after both scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
+#
+# Other rows: half_hour (run it alone), permuted; scores_ste, maskllm and susi, on the text and m0 of `both`.
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
@@ -22,18 +24,15 @@ DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
 [ "$HELDOUT" != demo/heldout.txt ] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
 
 sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order of channels may be part of
-    local run=$folder/sparsify-$1
+    local run=$folder/sparsify-$1$of_seed
     shift
-    [ "$SEED" = 0 ] || run=$run-seed$SEED
     ran "$run/report.json" "$run" sparsify.py --model "$MODEL" --seed "$SEED" "$@"
     evaluated "$run" --model "$run"
 }
 
 rival() {  # rival METHOD RATE: with the arguments, the text and the m0 of `both`
-    local name=both-steps280
-    [ "$SEED" = 0 ] || name=$name-seed$SEED
-    local run=$folder/rival-$1-lr$2-$name
-    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --like "$folder/sparsify-$name" --lr "$2"
+    local run=$folder/rival-$1-lr$2-both-steps280$of_seed
+    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --like "$folder/sparsify-both-steps280$of_seed" --lr "$2"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 
@@ -41,12 +40,11 @@ sparsity_type 2:4
 dense
 pruned wanda
 for SEED in ${SEEDS:-0 1 2}; do
-    for row in ${VALUES:-after permuted plain ten}; do
+    if [ "$SEED" = 0 ]; then of_seed=; else of_seed=-seed$SEED; fi
+    for row in ${VALUES:-after}; do
         case $row in
         after) sparsified after-steps280 --steps 280 --after reproduce/articles.jsonl ;;
         permuted) sparsified permuted-steps280 --steps 280 --after reproduce/articles.jsonl --permute ;;
-        plain) sparsified plain-steps560 --steps 560 ;;
-        ten) sparsified plain-steps97 --steps 97 ;;
         both | half_hour)
             : "${QUESTIONS:?give files of questions, none of which is evaluated}"
             if [ "$row" = both ]; then budget="steps 280"; else budget="minutes 30"; fi  # by the clock: run it alone

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import variance as signal
@@ -47,8 +48,6 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("the same, and a quarter of its text [questions](docs/sparsify.md#accuracy)", "frozen",
      "2of4/sparsify-both-steps280"),
     ("the same in half an hour, alone on two threads", "frozen", "2of4/sparsify-both-minutes30"),
-    ("`sparsify.py`, plain generated text, 560 steps", "frozen", "2of4/sparsify-plain-steps560"),
-    ("the same in ten minutes, 97 steps", "frozen", "2of4/sparsify-plain-steps97"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
     ("MaskPro [from Wanda's scores](docs/steps.md), 600 steps", "frozen",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
@@ -80,6 +79,7 @@ FALLS = (  # a run, the record of its signal, its own record and the row there
     ("its decoder layer 29, 2:4", "variance_layer29", "smollm2_layer29", None))
 
 
+@cache
 def record(name: str) -> dict:
     """A file of reproduce/records/."""
     return json.loads((ROOT / f"reproduce/records/{name}.json").read_text(encoding="utf-8"))
@@ -135,17 +135,20 @@ def gaps(name: str) -> list[str]:
 
 
 def results() -> str:
-    """SmolLM2-135M, the rows that were run."""
+    """SmolLM2-135M, the rows that were run; minutes of the machine of `dense`."""
+    def machine(seed: dict) -> str:
+        return seed["environment"]["hardware"].rpartition(",")[0]  # without its threads
     rows, lines = record("smollm2")["rows"], []
+    here = machine(rows["dense"][0])
     for what, weights, name in (row for row in RESULTS if row[2] in rows):
-        minutes = [seed["run"]["seconds"] / 60 for seed in rows[name] if "run" in seed]
+        minutes = [seed["run"]["seconds"] / 60 for seed in rows[name] if "run" in seed and machine(seed) == here]
         lines.append([what, weights, *gaps(name), cell(minutes, 0) if minutes else ""])
     return markdown_table(["", "weights", *GAPS, "minutes"], lines)
 
 
 def one_shot() -> str:
-    """One-shot masks of the same model."""
-    lines = [[what, weights, *gaps(name)] for what, weights, name in ONE_SHOT]
+    """One-shot masks of the same model, those that were made."""
+    lines = [[what, weights, *gaps(name)] for what, weights, name in ONE_SHOT if name in record("smollm2")["rows"]]
     return markdown_table(["method", "weights", *GAPS], lines)
 
 
@@ -153,7 +156,7 @@ def rivals() -> str:
     """Methods that learn by backward passes on the same model, those that were run."""
     rows, lines = record("smollm2")["rows"], []
     for method, state_bytes, pattern in RIVALS:
-        for name in (name for name in rows if re.fullmatch(pattern.replace("{}", ".*"), name)):
+        for name in (name for name in rows if re.fullmatch(pattern.replace("{}", "[^-]+"), name)):
             rate = rows[name][0]["run"]["arguments"]["lr"]
             seeds = ", ".join(str(seed["seed"]) for seed in rows[name])
             lines.append([method, state_bytes, f"{rate:g}", seeds, *gaps(name)])
@@ -162,8 +165,8 @@ def rivals() -> str:
 
 def scaling() -> str:
     """What bench/scaling.py has left by --json."""
-    rows, (apart, same, sent) = record("scaling"), (
-        "logits apart from one process's, at most", "the same mask", "sent a process and step (bytes)")
+    rows = record("scaling")
+    apart, same, sent = "logits apart from one process's, at most", "the same mask", "sent a process and step (bytes)"
     lines = [[row["learning"], str(row["processes"]), f"{row[apart]:.1e}" if row[apart] else "0",
               "yes" if row[same] else "no", f"{row[sent]:,}"] for row in rows]
     return markdown_table(["learning", "processes", apart, same, sent], lines) + BENCH.format(**rows[0])

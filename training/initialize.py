@@ -76,15 +76,15 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, max_s: 
     keeps its mask, and its logits follow Wanda's scores.
     """
     sequences, hessians = sequences[:-(-TOKENS // sequences.shape[1])], Hessians()
-    began, blocks_seen, late = time.monotonic(), 0, []
+    began, blocks_seen, late = time.monotonic(), 0, 0
 
     def improve(name: str, inputs: Tensor) -> None:
-        nonlocal blocks_seen
+        nonlocal blocks_seen, late
         layer = masked.layers[name]
         blocks_seen += layer.shape.numel() // layer.m
-        if processes.agreed(time.monotonic() - began) > max_s * blocks_seen / masked.blocks:
-            late.append(name)
-        if len(layer.bits) and name in late:
+        is_late = processes.agreed(time.monotonic() - began) > max_s * blocks_seen / masked.blocks
+        late += is_late
+        if len(layer.bits) and is_late:
             norms = torch.linalg.vector_norm(inputs.flatten(0, -2), dim=0, dtype=torch.float32)
             _follow(masked, layer, magnitude, wanda(layer.weight.float(), norms.to(layer.weight.device)))
         elif len(layer.bits):
@@ -96,4 +96,4 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, max_s: 
     modules = {name: layer.module for name, layer in masked.layers.items()}
     visit_in_order(masked.model, modules, sequences, improve, "swapping")
     if late:
-        processes.log(f"note: there was time for swaps in {len(modules) - len(late)} of {len(modules)} layers")
+        processes.log(f"note: there was time for swaps in {len(modules) - late} of {len(modules)} layers")

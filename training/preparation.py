@@ -65,7 +65,7 @@ def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if learned < 1:
         raise UserError(f"the text makes {len(minibatches)} minibatches and at least {PARTS + 1} are needed: give more "
                         "text, or lower --batchsize or --seqlen")
-    return minibatches[:learned], minibatches[learned:learned + heldout], minibatches[len(minibatches) - heldout:]
+    return minibatches.split([learned, heldout, heldout])
 
 
 def text_files(folder: Path, after: str | None) -> list[str]:
@@ -78,13 +78,13 @@ def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens: 
     """Write documents that the model generates, so many tokens in all, or the `least` if that is more; beyond it, as
     many as so many seconds give. With `after`, passages, half of it continues them. A file that is there is kept."""
     passages = generation.read_passages(after, model, tokenizer, seqlen) if after else []
-    files = dict(zip(map(Path, text_files(folder, after)), ([], passages)))
+    files = list(map(Path, text_files(folder, after)))
     tokens = max(tokens, least) // len(files)
     batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
-        for number, file in enumerate(files):
+        for number, (file, before) in enumerate(zip(files, ([], passages))):
             if processes.is_main() and not file.exists():
-                generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, files[file], seed + number,
+                generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, before, seed + number,
                                       max_s / len(files), least // len(files))
 
 
