@@ -5,7 +5,7 @@
 import sys
 
 from record import POINTS, recovered
-from tables import ROOT, over_minutes, record
+from tables import LAYER_29, ROOT, over_minutes, record
 
 sys.path.insert(0, str(ROOT))
 from utils import run_script
@@ -42,7 +42,7 @@ def minutes() -> None:
 
 def one_layer() -> None:
     """How much better than m0 the sampled masks of a run in one decoder layer are, over its steps."""
-    run = record("smollm2_layer29")
+    run = record("smollm2")["rows"][LAYER_29][0]["run"]
     (row,) = record("variance_layer29")["rows"]
     steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
     better = [-residual for residual in run["residuals"]]

@@ -40,6 +40,7 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
     ("C 2", "too small a C fails", ("maskpro", 512, 5, 2, ""), 1),
     ("C 10", "its setting", ("maskpro", 512, 5, 10, ""), 1),
     ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
+LAYER_29 = "2of4/maskpro-layer29-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
     ("dense", "", "dense"),
     ("`sparsify.py`, half of its text [after passages](docs/sparsify.md#passages), 280 steps", "frozen",
@@ -52,8 +53,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("MaskPro [from Wanda's scores](docs/steps.md), 600 steps", "frozen",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
     ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr0.03-logits5-steps10000"),
-    ("MaskPro, the last decoder layer alone, 10,000 steps", "frozen",
-     "2of4/maskpro-layer29-size512-lr2-logits5-steps10000"),
+    ("MaskPro, the last decoder layer alone, 10,000 steps", "frozen", LAYER_29),
     ("Wanda, m0", "frozen", "2of4/wanda")]
 ONE_SHOT = [  # the same
     ("dense", "", "dense"), ("magnitude", "frozen", "2of4/magnitude"), ("Wanda", "frozen", "2of4/wanda"),
@@ -76,7 +76,7 @@ FALLS = (  # a run, the record of its signal, its own record and the row there
     ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),
     ("SmolLM2-135M, 2:4, from scores", "variance_smollm2_scores", "smollm2",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
-    ("its decoder layer 29, 2:4", "variance_layer29", "smollm2_layer29", None))
+    ("its decoder layer 29, 2:4", "variance_layer29", "smollm2", LAYER_29))
 
 
 @cache
@@ -217,9 +217,9 @@ def falls() -> str:
     """What the signal predicts of runs, and what they did in their first quarter."""
     lines = []
     for what, signals, name, row in FALLS:
-        if row and row not in record(name)["rows"]:
+        if row not in record(name)["rows"]:
             continue  # not run yet
-        runs = [seed["run"] for seed in record(name)["rows"][row]] if row else [record(name)]
+        runs = [seed["run"] for seed in record(name)["rows"][row]]
         arguments, steps = runs[0]["arguments"], runs[0].get("steps") or runs[0]["summary"]["steps"]
         here = ["{}:{}".format(*arguments["sparsity_type"]), arguments["logits"]]
         (found,) = [found for found in record(signals)["rows"] if [found["pattern"], found["C"]] == here]
