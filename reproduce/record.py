@@ -112,7 +112,7 @@ def added(old: dict, new: dict) -> dict:
 def cell(values: list[float], digits: int) -> str:
     """'1.2345', or '1.2345 ± 0.0012' of several."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}{spread}"  # 0, not -0
 
 
 def recovered(rows: dict[str, list[dict]], name: str, nats: float) -> float:

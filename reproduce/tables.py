@@ -53,7 +53,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("MaskPro [from Wanda's scores](docs/steps.md), 600 steps", "frozen",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
     ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr0.03-logits5-steps10000"),
-    ("MaskPro, the last decoder layer alone, 10,000 steps", "frozen", LAYER_29),
+    ("MaskPro, [the last decoder layer alone](docs/steps.md#held-against-runs), 10,000 steps", "frozen", LAYER_29),
     ("Wanda, m0", "frozen", "2of4/wanda")]
 ONE_SHOT = [  # the same
     ("dense", "", "dense"), ("magnitude", "frozen", "2of4/magnitude"), ("Wanda", "frozen", "2of4/wanda"),
