@@ -1,7 +1,6 @@
 """generate_text.py: documents follow the model's own probabilities, end where it ends them, and can be learned from."""
 import json
 import math
-import signal
 
 import data
 import generate_text
@@ -11,6 +10,7 @@ from utils import UserError, set_seed
 import pytest
 import torch
 import transformers
+from runs import raises
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_after_an_interruption_it_goes_on_to_the_same_text(llama, tmp_path, monk
 
     def interrupted(model, tokenizer, count, *given):
         counts.append(count)
-        return generate(model, tokenizer, count, *given) if len(counts) != 2 else signal.raise_signal(signal.SIGINT)
+        return (generate if len(counts) != 2 else raises(KeyboardInterrupt))(model, tokenizer, count, *given)
     monkeypatch.setattr(generation, "generate", interrupted)
     stopped, whole = tmp_path / "text.jsonl", tmp_path / "whole.jsonl"
     with pytest.raises(KeyboardInterrupt):
