@@ -35,10 +35,12 @@ def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, b
     """Tokens of text for one pass in so many steps or, by the measured speed of a forward pass, in so many minutes."""
     if steps is None:
         batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
-        for _ in range(2):  # the first warms up
+        took_s = []
+        for _ in range(3):  # the first warms up, and another program may take its time
             began = time.perf_counter()
             batch_loss(model, batch)
-        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(time.perf_counter() - began))
+            took_s.append(time.perf_counter() - began)
+        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(min(took_s)))
         steps = max(FEWEST, math.ceil(steps))
     found = wanted = steps * processes.size()
     while found - PARTS * heldout_of(found) < wanted:
