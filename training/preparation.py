@@ -1,6 +1,8 @@
 """What sparsify.py learns from: how much text its budget needs, the text itself, the order of the channels, m0."""
 import math
 import time
+import timeit
+from functools import partial
 from pathlib import Path
 
 from files import mask_files, permutation_files
@@ -35,12 +37,8 @@ def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, b
     """Tokens of text for one pass in so many steps or, by the measured speed of a forward pass, in so many minutes."""
     if steps is None:
         batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
-        took_s = []
-        for _ in range(3):  # the first warms up, and another program may take its time
-            began = time.perf_counter()
-            batch_loss(model, batch)
-            took_s.append(time.perf_counter() - began)
-        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(min(took_s)))
+        repeated = timeit.repeat(partial(batch_loss, model, batch), timer=time.perf_counter, repeat=3, number=1)
+        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(min(repeated)))  # the first warms up
         steps = max(FEWEST, math.ceil(steps))
     found = wanted = steps * processes.size()
     while found - PARTS * heldout_of(found) < wanted:
