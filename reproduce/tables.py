@@ -48,7 +48,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("the same, [channels reordered](docs/permutations.md)", "frozen", "2of4/sparsify-permuted-steps280"),
     ("the same, and a quarter of its text [questions](docs/sparsify.md#accuracy)", "frozen",
      "2of4/sparsify-both-steps280"),
-    ("the same in half an hour, alone on two threads", "frozen", "2of4/sparsify-both-minutes30"),
+    ("[half an hour](docs/sparsify.md#a-runs-report) of it, 235 steps, half of the text questions", "frozen", "2of4/sparsify-both-minutes30"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
     ("MaskPro [from Wanda's scores](docs/steps.md), 600 steps", "frozen",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
@@ -63,10 +63,10 @@ ONE_SHOT = [  # the same
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt")]
 RIVALS = [  # the same: method, bytes of state a weight; {}: any rate
     ("ours", "4.25", "2of4/sparsify-both-steps280"),
-    ("STE on scores + Adam", "16", "2of4/rival-scores_ste-lr{}-both-steps280"),
+    ("STE on scores with Adam", "16", "2of4/rival-scores_ste-lr{}-both-steps280"),
     ("MaskLLM", "24", "2of4/rival-maskllm-lr{}-both-steps280"), ("SUSI", "16", "2of4/rival-susi-lr{}-both-steps280"),
-    ("ours, no questions", "4.25", "2of4/sparsify-after-steps280"),
-    ("STE on scores + Adam, no questions", "16", "2of4/rival-scores_ste-lr{}-steps280")]
+    ("ours, text without questions", "4.25", "2of4/sparsify-after-steps280"),
+    ("the STE, text without questions", "16", "2of4/rival-scores_ste-lr{}-steps280")]
 GAPS = ["perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)"]
 BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."  # what a bench's table is of
 SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"),
