@@ -127,7 +127,7 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
     missing, minibatch = plan["tokens"] - sum(text.numel() for text, _ in texts), args.batchsize * args.seqlen
     if missing and not args.shard:
         tokens = min(missing, preparation.MOST_GENERATED)
-        max_s = preparation.TEXT_SHARE * 60 * args.minutes if args.minutes else math.inf
+        max_s = preparation.TEXT_SHARE * 60 * (args.minutes or math.inf)
         if "text" not in stages.done:
             with stages.stage("text", f"the model generates up to {tokens:,} tokens"):
                 preparation.generate_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after, args.seed,
@@ -186,7 +186,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
             plan["table_s"] = processes.agreed(time.monotonic() - began)
             read = max(1, int(preparation.READ_BY_SWAPS * plan["tokens"]) // args.seqlen)
             start(masked, "swaps", args.logits, batches.flatten(0, 1)[:read], args.seed, validation,
-                  60 * preparation.SWAPS_SHARE * args.minutes if args.minutes else math.inf)
+                  preparation.SWAPS_SHARE * 60 * (args.minutes or math.inf))
             folder.write_record()
             run.save()
 

@@ -89,6 +89,10 @@ sparsity_type() {  # sparsity_type N:M: of the rows that follow
     n_m=$1 folder=$OUT/${1/:/of}
 }
 
+of_seed() {  # what the names of runs end with
+    [ "$SEED" = 0 ] || echo "-seed$SEED"
+}
+
 dense() {
     evaluated "$OUT/dense" --model "$MODEL"
 }
@@ -131,7 +135,7 @@ learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's loss
         once "$baseline" inference_loss.py --model "$MODEL" --dtype "$DTYPE" --mask "$folder/initial_mask.safetensors" \
             --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" "${minibatches[@]}" --save "$baseline"
     fi
-    [ "$SEED" = 0 ] || run=$run-seed$SEED
+    run=$run$(of_seed)
     learn "${TRAIN:-train.py}" "$folder/$run" --dtype "$DTYPE" --estimator "$1" "${minibatches[@]}" --lr "$3" \
         --logits "$4" --epoch "$STEPS" --max_step "$STEPS" "${source[@]}" --seed "$SEED" ${FURTHER:-}
 }

@@ -24,6 +24,7 @@ from pruning.calibration import input_norms
 from training import args as arguments
 from training.initialize import SEQUENCES
 from training.loop import StepResult
+from training.preparation import text_files
 from training.run_folder import RunFolder, is_finished
 from training.signals import StopSignals
 from training.validation import Validation
@@ -120,13 +121,15 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-def settings_of(run: str) -> Namespace:
-    """The arguments of a run of sparsify.py that a rival can have, too; UserError where it cannot."""
-    args = sparsify.parse_args(["--resume", run])
-    if not is_finished(run) or args.steps is None or args.permute or args.targets:
-        raise UserError(f"{run} must be finished, with --steps, without --permute and --targets: a rival learns all "
-                        "layers in the model's own order")
-    return args
+def settings_of(given: Namespace) -> Namespace:
+    """The arguments of the rival's run; UserError for a run of sparsify.py that it cannot be like."""
+    args = sparsify.parse_args(["--resume", given.resume or given.like])
+    if given.resume:
+        return args
+    if not is_finished(given.like) or args.steps is None or args.permute or args.targets:
+        raise UserError(f"{given.like} must be finished, with --steps, without --permute and --targets: a rival learns "
+                        "all layers in the model's own order")
+    return Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": True})
 
 
 def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
@@ -136,8 +139,9 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
         raise UserError(f"{args.resume} is a run of {folder.record['rival'] or 'sparsify.py'}, not of {method}")
     if processes.size() > 1:
         raise UserError("rivals learn in one process")
-    for pattern in ("generated*.jsonl", "initial_mask.safetensors") if like else ():
-        for file in Path(like).glob(pattern):
+    of_ours = [*text_files(Path(like), args.after), Path(like, "initial_mask.safetensors")] if like else []
+    for file in map(Path, of_ours):
+        if file.exists():
             shutil.copy(file, folder.path)
     further = {"steps": args.steps} if method == "proxsparse" else {}
     learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further))
@@ -146,10 +150,8 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
 
 def main(argv: list[str] | None = None) -> None:
     given = parse_args(argv)
-    args = settings_of(given.like) if given.like else sparsify.parse_args(["--resume", given.resume])
-    if given.like:
-        args = Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": True})
-    arguments.run(f"reproduce/rival.py {given.method}", args, partial(compete, given.method, given.like))
+    arguments.run(f"reproduce/rival.py {given.method}", settings_of(given),
+                  partial(compete, given.method, given.like))
 
 
 if __name__ == "__main__":

@@ -24,15 +24,15 @@ DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
 [ "$HELDOUT" != demo/heldout.txt ] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
 
 sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order of channels may be part of
-    local run=$folder/sparsify-$1$of_seed
+    local run=$folder/sparsify-$1$(of_seed)
     shift
     ran "$run/report.json" "$run" sparsify.py --model "$MODEL" --seed "$SEED" "$@"
     evaluated "$run" --model "$run"
 }
 
 rival() {  # rival METHOD RATE: with the arguments, the text and the m0 of `both`
-    local run=$folder/rival-$1-lr$2-both-steps280$of_seed
-    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --like "$folder/sparsify-both-steps280$of_seed" --lr "$2"
+    local run=$folder/rival-$1-lr$2-both-steps280$(of_seed)
+    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --like "$folder/sparsify-both-steps280$(of_seed)" --lr "$2"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 
@@ -40,7 +40,6 @@ sparsity_type 2:4
 dense
 pruned wanda
 for SEED in ${SEEDS:-0 1 2}; do
-    if [ "$SEED" = 0 ]; then of_seed=; else of_seed=-seed$SEED; fi
     for row in ${VALUES:-after}; do
         case $row in
         after) sparsified after-steps280 --steps 280 --after reproduce/articles.jsonl ;;

@@ -168,7 +168,7 @@ def scaling() -> str:
     """What bench/scaling.py has left by --json."""
     rows = record("scaling")
     apart, same, sent = "logits apart from one process's, at most", "the same mask", "sent a process and step (bytes)"
-    lines = [[row["learning"], str(row["processes"]), f"{row[apart]:.1e}" if row[apart] else "0",
+    lines = [[row["learning"], str(row["processes"]), f"{row[apart]:.1e}",
               "yes" if row[same] else "no", f"{row[sent]:,}"] for row in rows]
     return markdown_table(["learning", "processes", apart, same, sent], lines) + BENCH.format(**rows[0])
 

@@ -38,7 +38,7 @@ def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, b
     if steps is None:
         batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
         repeated = timeit.repeat(partial(batch_loss, model, batch), timer=time.perf_counter, repeat=3, number=1)
-        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(min(repeated)))  # the first warms up
+        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(min(repeated)))  # the rest warmed up or waited
         steps = max(FEWEST, math.ceil(steps))
     found = wanted = steps * processes.size()
     while found - PARTS * heldout_of(found) < wanted:
