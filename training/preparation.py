@@ -37,8 +37,9 @@ def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, b
     """Tokens of text for one pass in so many steps or, by the measured speed of a forward pass, in so many minutes."""
     if steps is None:
         batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
+        # the first warms up, and another program may slow one down
         repeated = timeit.repeat(partial(batch_loss, model, batch), timer=time.perf_counter, repeat=3, number=1)
-        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(min(repeated)))  # the rest warmed up or waited
+        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(min(repeated)))
         steps = max(FEWEST, math.ceil(steps))
     found = wanted = steps * processes.size()
     while found - PARTS * heldout_of(found) < wanted:
