@@ -2,9 +2,10 @@
 
     python reproduce/rival.py scores_ste --like results/RUN --lr 0.01 --out results/RIVAL
     python reproduce/rival.py scores_ste --resume results/RIVAL
+    python reproduce/rival.py ours --like results/RUN --no-curvature --out results/OURS      # sparsify.py, one change
 
 RUN, which was given --steps and is finished, lends its arguments, its text and its m0. --lr is Adam's rate. No swaps
-improve m0. In one process, all layers, nn.Linear only.
+improve a rival's m0. In one process, all layers, nn.Linear only.
 """
 import shutil
 import sys
@@ -110,13 +111,16 @@ class Learner:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("method", choices=list(RIVALS))
+    parser.add_argument("method", choices=["ours", *RIVALS])
     parser.add_argument("--like", metavar="RUN", help="of sparsify.py")
-    parser.add_argument("--lr", type=finite(0), help="of Adam")
+    parser.add_argument("--lr", type=finite(0), help="of Adam; of ours, as sparsify.py's")
     parser.add_argument("--out", help="run folder, must be new")
     parser.add_argument("--resume", metavar="RIVAL", help="go on with a rival's run that was stopped")
-    args = parser.parse_args(argv)
-    if [args.like, args.lr, args.out].count(None) != (3 if args.resume else 0):
+    args, args.flags = parser.parse_known_args(argv)
+    if args.flags and (args.method != "ours" or args.resume):
+        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
+    needed = [args.like, args.out, *([args.lr] if args.method != "ours" else [])]
+    if needed.count(None) != (len(needed) if args.resume else 0):
         parser.error("give --like, --lr and --out, or --resume alone")
     return args
 
@@ -126,10 +130,14 @@ def settings_of(given: Namespace) -> Namespace:
     args = sparsify.parse_args(["--resume", given.resume or given.like])
     if given.resume:
         return args
+    flags, defaults = (vars(sparsify.parse_args(["--model", "", *flags])) for flags in (given.flags, []))
+    changed = {name: value for name, value in flags.items() if value != defaults[name]}
+    if given.lr is not None:
+        changed["lr"] = given.lr
     if not is_finished(given.like) or args.steps is None or args.permute or args.targets:
         raise UserError(f"{given.like} must be finished, with --steps, without --permute and --targets: a rival learns "
                         "all layers in the model's own order")
-    return Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": True})
+    return Namespace(**{**vars(args), **changed, "out": given.out, "resume": None, "skip_checkpoint": True})
 
 
 def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
@@ -143,6 +151,9 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
     for file in map(Path, of_ours):
         if file.exists():
             shutil.copy(file, folder.path)
+    if method == "ours":
+        sparsify.sparsify(args, device, folder, signals)
+        return
     further = {"steps": args.steps} if method == "proxsparse" else {}
     learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further))
     sparsify.sparsify(args, device, folder, signals, learner.of, learner.start)

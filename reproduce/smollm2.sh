@@ -13,7 +13,8 @@
 #   HELDOUT=WIKITEXT VALUES="after both scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
-# Other rows: half_hour (run it alone), permuted; scores_ste, maskllm and susi, on the text and m0 of `both`.
+# Other rows: half_hour (run it alone), permuted; on the text and m0 of `both` scores_ste, maskllm, susi, and ours
+# with one change, no_curvature and soft_masks.
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
@@ -30,9 +31,10 @@ sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order o
     evaluated "$run" --model "$run"
 }
 
-rival() {  # rival METHOD RATE: with the arguments, the text and the m0 of `both`
-    local run=$folder/rival-$1-lr$2-both-steps280$(of_seed)
-    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --like "$folder/sparsify-both-steps280$(of_seed)" --lr "$2"
+rival() {  # rival ROW METHOD FLAGS...: with the arguments, the text and the m0 of `both`
+    local run=$folder/rival-$1-both-steps280$(of_seed) method=$2
+    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $method" --like "$folder/sparsify-both-steps280$(of_seed)" \
+        "${@:3}"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 
@@ -48,8 +50,10 @@ for SEED in ${SEEDS:-0 1 2}; do
             : "${QUESTIONS:?give files of questions, none of which is evaluated}"
             if [ "$row" = both ]; then budget="steps 280"; else budget="minutes 30"; fi  # by the clock: run it alone
             sparsified "both-${budget/ /}" --$budget --after reproduce/articles.jsonl --dataset $QUESTIONS $QUESTIONS ;;
-        scores_ste) rival scores_ste "${ETA:-0.01}" ;;
-        maskllm | susi) rival "$row" "${ETA:-0.001}" ;;
+        scores_ste) rival "scores_ste-lr${ETA:-0.01}" scores_ste --lr "${ETA:-0.01}" ;;
+        maskllm | susi) rival "$row-lr${ETA:-0.001}" "$row" --lr "${ETA:-0.001}" ;;
+        no_curvature) rival ours-no_curvature ours --no-curvature ;;
+        soft_masks) rival ours-soft_masks ours --soft_masks --normalize block --lr 0.5 ;;
         maskpro) STEPS=10000 learned maskpro "$SIZE" "${ETA:-0.03}" 5 ;;  # docs/steps.md
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
         one_shot)  # docs/one_shot_masks.md, docs/permutations.md

@@ -263,20 +263,23 @@ def test_signal_and_noise_are_those_of_plain_autograd(load):
     assert found["signal"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", rival.RIVALS)
+@pytest.mark.parametrize("method", ["ours", *rival.RIVALS])
 def test_a_rival_in_the_place_of_our_learner(workshop, tmp_path, monkeypatch, method):
     """It learns from the text of ours; stopped after three steps it ends in the mask of the run that was not."""
     ours, given, like = tmp_path / "ours", tmp_path / "given.txt", f"--like {tmp_path}/ours --lr 0.1 --out".split()
     given.write_text((workshop / "text.jsonl").read_text()[:400])
     sparsify.main(f"--model {workshop}/dense --dataset {given} --seqlen 24 --batchsize 4 --dtype float32 --device cpu "
                   f"--steps 6 --checkpoint_every 3 --skip_checkpoint --out {ours}".split())
-    rival.main([method, *like, f"{tmp_path}/whole"])
-    move, calls = rival.Rival.move, iter(range(3))
+    flags = ["--no-curvature", "--lr", "2"] if method == "ours" else []
+    rival.main([method, *like, f"{tmp_path}/whole", *flags])
+    kind, name = (sparsify.StraightThrough, "step") if method == "ours" else (rival.Rival, "move")
+    move, calls = getattr(kind, name), iter(range(3))
     with monkeypatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(rival.Rival, "move", lambda *given: (next(calls), move(*given))[1])
-        rival.main([method, *like, f"{tmp_path}/run"])
+        patch.setattr(kind, name, lambda *given: (next(calls), move(*given))[1])
+        rival.main([method, *like, f"{tmp_path}/run", *flags])
     rival.main([method, "--resume", f"{tmp_path}/run"])
     whole, run = (read_run(tmp_path / name) for name in ("whole", "run"))
     assert list(ours.glob("generated*")) and whole.record["fingerprints"] == read_run(ours).record["fingerprints"]
+    assert whole.record["arguments"]["curvature"] == (method != "ours")
     assert column(whole, "loss") == column(run, "loss") and whole.record["summary"]["blocks_changed"] > 0
     assert all(torch.equal(mask, run.masks[name]) for name, mask in whole.masks.items())
