@@ -1,11 +1,12 @@
 """From a dense model to an N:M-sparse one, in one command.
 
     python sparsify.py --model MODEL                                          # half an hour; needs nothing else
-    python sparsify.py --model MODEL --minutes 180 --after PASSAGES.jsonl     # half of its text continues passages
+    python sparsify.py --model MODEL --minutes 180 --after PASSAGES.jsonl     # half of its text continues these
     python sparsify.py --model MODEL --dataset text.jsonl questions.jsonl --sparsity_type 4:8
     python sparsify.py --resume results/RUN                                   # goes on with a run that was stopped
 
-    text      --dataset; where it is too short or missing, the model generates the rest (models/generation.py)
+    text      --dataset, of which questions make a quarter of the text; the model generates what is missing
+              (models/generation.py), so that half of the text continues the passages of --after
     m0        --mask, or Wanda's mask on the same text; with --permute, channels are reordered before
     swaps     weights of a block change places while a layer's output comes closer to the dense one (pruning/swaps.py)
     learning  gradients of backward passes move the logits; the weights stay frozen (training/straight_through.py)
@@ -69,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                         help="text to learn from: hub ids, .json.gz, .jsonl, .parquet, .txt, folders; also questions, "
                              "as eval.py's --task_file; if it is too short, the model generates the rest")
     parser.add_argument("--after", metavar="PASSAGES", default=None,
-                        help="text of the kind that the model will meet: half of what it generates continues these")
+                        help="text of the kind that the model will meet: half of what it learns from continues these")
     parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
     parser.add_argument("--batchsize", type=positive_int, default=8, help="sequences in a step of each process")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
@@ -123,18 +124,16 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
         return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
 
     given, generated = (0.5, 1.0) if args.distill is None else (args.distill, args.distill)
-    texts = [(read(args.dataset, plan["tokens"]), given)] if args.dataset else []
+    texts = [(text, given) for text in preparation.given_texts(read, args.dataset or [], plan["tokens"])]
     missing, minibatch = plan["tokens"] - sum(text.numel() for text, _ in texts), args.batchsize * args.seqlen
     if missing and not args.shard:
-        tokens = min(missing, preparation.MOST_GENERATED)
+        wanted = preparation.generated_tokens(plan["tokens"], missing, minibatch, args.after)
         max_s = preparation.TEXT_SHARE * 60 * (args.minutes or math.inf)
         if "text" not in stages.done:
-            with stages.stage("text", f"the model generates up to {tokens:,} tokens"):
-                preparation.generate_text(folder.path, model, tokenizer, tokens, args.seqlen, args.after, args.seed,
+            with stages.stage("text", f"the model generates up to {sum(wanted.values()):,} tokens"):
+                preparation.generate_text(folder.path, model, tokenizer, wanted, args.seqlen, args.after, args.seed,
                                           max_s, preparation.FEWEST * minibatch)
-        files = preparation.text_files(folder.path, args.after)
-        texts += [(read([file], (missing // minibatch + number) // len(files) * minibatch), generated)
-                  for number, file in enumerate(files)]  # of each as much
+        texts += [(read([str(folder.path / name)], tokens), generated) for name, tokens in wanted.items()]
     elif args.after:
         processes.log("note: no text is generated, so that none continues --after's passages")
     minibatches, distill = preparation.mixed(texts, args.seed)

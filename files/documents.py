@@ -41,6 +41,15 @@ def documents(dataset: str) -> Iterator[str]:
             yield from _texts(_rows(file))
 
 
+def are_questions(dataset: str) -> bool:
+    """Whether the first row of a dataset is a question; a hub id's is none. Errors as those of `documents`."""
+    if not _is_local(dataset):
+        return False
+    file = _files(Path(dataset))[0]
+    with explained(f"dataset {file}", INTACT):
+        return any(map(_is_question, itertools.islice(_rows(file), 1)))
+
+
 def hub_texts(dataset: str, **arguments) -> Iterator[str]:
     """The texts of what datasets.load_dataset gives for these arguments, as they are read; dataset: its name in
     messages."""
@@ -142,5 +151,6 @@ def _text_column(row: dict) -> str:
     return columns[0]
 
 
-def _is_question(row: dict) -> bool:
-    return "text" not in row and isinstance(row.get("context"), str) and isinstance(row.get("choices"), list)
+def _is_question(row: object) -> bool:
+    return (isinstance(row, dict) and "text" not in row and isinstance(row.get("context"), str)
+            and isinstance(row.get("choices"), list))

@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.comparison import markdown_table
 from files.errors import explained
 from files.records import read_lines, read_record, write_json
+from training.preparation import GENERATED
 from utils import UserError, run_script
 
 import numpy as np
 
 STEPS = 512  # that a mean of the sampled masks' losses goes over
 POINTS = 40  # of a curve
-GENERATED = ("generated.jsonl", "generated_after.jsonl")  # a run's own text
 HEADING = ["mask", "seeds", "nats", "of the gap (%)", "sampled masks, first steps", "last steps", "blocks changed (%)",
            "seconds"]
 

@@ -25,7 +25,7 @@ from pruning.calibration import input_norms
 from training import args as arguments
 from training.initialize import SEQUENCES
 from training.loop import StepResult
-from training.preparation import text_files
+from training.preparation import GENERATED
 from training.run_folder import RunFolder, is_finished
 from training.signals import StopSignals
 from training.validation import Validation
@@ -147,10 +147,9 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
         raise UserError(f"{args.resume} is a run of {folder.record['rival'] or 'sparsify.py'}, not of {method}")
     if processes.size() > 1:
         raise UserError("rivals learn in one process")
-    of_ours = [*text_files(Path(like), args.after), Path(like, "initial_mask.safetensors")] if like else []
-    for file in map(Path, of_ours):
-        if file.exists():
-            shutil.copy(file, folder.path)
+    for name in (*GENERATED, "initial_mask.safetensors"):
+        if like and Path(like, name).exists():
+            shutil.copy(Path(like, name), folder.path)
     if method == "ours":
         sparsify.sparsify(args, device, folder, signals)
         return

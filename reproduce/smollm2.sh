@@ -49,7 +49,7 @@ for SEED in ${SEEDS:-0 1 2}; do
         both | half_hour)
             : "${QUESTIONS:?give files of questions, none of which is evaluated}"
             if [ "$row" = both ]; then budget="steps 280"; else budget="minutes 30"; fi  # by the clock: run it alone
-            sparsified "both-${budget/ /}" --$budget --after reproduce/articles.jsonl --dataset $QUESTIONS $QUESTIONS ;;
+            sparsified "both-${budget/ /}" --$budget --after reproduce/articles.jsonl --dataset $QUESTIONS ;;
         scores_ste) rival "scores_ste-lr${ETA:-0.01}" scores_ste --lr "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row-lr${ETA:-0.001}" "$row" --lr "${ETA:-0.001}" ;;
         no_curvature) rival ours-no_curvature ours --no-curvature ;;

@@ -116,18 +116,24 @@ def test_given_texts_and_given_masks(workshop, learned, text_and_masks):
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
 
 
-def test_what_a_given_text_lacks_is_generated_and_distilled(workshop, learned, monkeypatch):
-    """Each sequence keeps its text's share of distillation."""
-    file, seen, step = workshop / "short.jsonl", [], StraightThrough.step
-    file.write_text(json.dumps({"text": next(documents(str(workshop / "text.jsonl")))[:200]}))
+@pytest.mark.parametrize("questions", [8, 80])
+def test_a_quarter_of_questions_and_half_after_passages(workshop, learned, monkeypatch, questions):
+    """Few questions are read twice; the rest is generated; each sequence keeps its text's share of distillation."""
+    file, texts, seen, mixed, step = workshop / "questions.jsonl", [], [], preparation.mixed, StraightThrough.step
+    item = {"context": next(documents(str(workshop / "text.jsonl")))[:30], "choices": ["!", "?"], "gold": 1}
+    file.write_text(f"{json.dumps(item)}\n" * questions)
+    monkeypatch.setattr(preparation, "mixed", lambda *given: (texts.extend(given[0]), mixed(*given))[1])
     monkeypatch.setattr(StraightThrough, "step", lambda *given: (
         seen.extend(zip(given[1].tolist(), given[4], strict=True)), step(*given))[1])
-    run = learned(f"--steps 9 --dataset {file} {file}")
+    run = learned(f"--steps 38 --dataset {file} --after {workshop}/text.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(workshop / "dense")
-    of_share = {share: data.token_sequences(tokenizer, files, run.record["plan"]["tokens"], 2, 24, 0).flatten(0, 1)
-                for share, files in ((0.5, [str(file)] * 2), (1.0, [str(run.folder / "generated.jsonl")]))}
-    assert len(seen) == 18 and {share for _, share in seen} == of_share.keys()
-    assert all(sequence in of_share[share].tolist() for sequence, share in seen)
+    once = len(data.token_sequences(tokenizer, [str(file)], 40 * 48, 2, 24, 0))
+    asked = 2 * once if questions == 8 else 10
+    assert run.record["plan"]["tokens"] == 40 * 48 and asked == min(10, 2 * once)
+    assert [(len(text), share) for text, share in texts] == [(asked, 0.5), (20 - asked, 1.0), (20, 1.0)]
+    of_share = {share: [row for text, its in texts if its == share for row in text.flatten(0, 1).tolist()]
+                for share in (0.5, 1.0)}
+    assert len(seen) == 76 and all(sequence in of_share[share] for sequence, share in seen)
 
 
 def test_ways_to_take_the_gradient(workshop, learned):

@@ -2,11 +2,13 @@
 import math
 import time
 import timeit
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from files import mask_files, permutation_files
 from files.atomic import atomic_write
+from files.documents import are_questions
 from models import generation, processes
 from models.layers import check_divisible, find_layers
 from models.loading import Tokenizer, model_fingerprint
@@ -23,6 +25,9 @@ PARTS = 2  # that are held out
 TEXT_SHARE, SWAPS_SHARE, LEARNING_SHARE = 0.3, 0.15, 0.6  # of the minutes: for text and swaps at most, learning about
 FORWARDS = 6  # that a step of learning costs
 READ_BY_SWAPS = 0.4  # of the planned text, at most
+QUESTIONS_SHARE, READINGS = 0.25, 2  # of the text, questions at most; how often each is read to make it
+AFTER_SHARE = 0.5  # of the text, what continues passages
+GENERATED = ("generated.jsonl", "generated_after.jsonl")  # in a run folder: on its own, after passages
 MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
 FEWEST = 8  # minibatches of text, however short the time
 SEQUENCES = 64  # of text that Wanda and the order are measured on
@@ -69,24 +74,42 @@ def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return minibatches.split([learned, heldout, heldout])
 
 
-def text_files(folder: Path, after: str | None) -> list[str]:
-    """The files of a run's generated text."""
-    return [str(folder / name) for name in ("generated.jsonl", "generated_after.jsonl")[:2 if after else 1]]
+def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str], tokens: int) -> list[Tensor]:
+    """The minibatches of given questions, at most a quarter of so many tokens, and of other text up to as many; read:
+    up to so many tokens of datasets, int64 `[minibatches, sequences, tokens]`."""
+    questions = [dataset for dataset in datasets if are_questions(dataset)]
+    others, texts = [dataset for dataset in datasets if dataset not in questions], []
+    if questions:
+        once = read(questions, tokens)
+        most = max(1, int(QUESTIONS_SHARE * tokens) // once[0].numel())
+        texts.append(once.repeat(READINGS, 1, 1)[:most])
+    if others:
+        texts.append(read(others, tokens - sum(text.numel() for text in texts)))
+    return texts
 
 
-def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, seqlen: int, after: str | None,
-                  seed: int, max_s: float, least: int) -> None:
-    """Write documents that the model generates, so many tokens in all, or the `least` if that is more; beyond it, as
-    many as so many seconds give. With `after`, passages, half of it continues them. A file that is there is kept."""
-    passages = generation.read_passages(after, model, tokenizer, seqlen) if after else []
-    files = list(map(Path, text_files(folder, after)))
-    tokens = max(tokens, least) // len(files)
-    batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
+def generated_tokens(tokens: int, missing: int, minibatch: int, after: str | None) -> dict[str, int]:
+    """File of GENERATED -> tokens that the model is to write, where `missing` of `tokens` are not given: after passages
+    half of all the text, if so many are missing. All are multiples of a minibatch of so many tokens."""
+    count = max(1, min(missing, MOST_GENERATED) // minibatch)
+    whole = (tokens - missing) // minibatch + count
+    behind = min(count, math.ceil(AFTER_SHARE * whole)) if after else 0
+    return {name: number * minibatch for name, number in zip(GENERATED, (count - behind, behind)) if number}
+
+
+def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: dict[str, int], seqlen: int,
+                  after: str | None, seed: int, max_s: float, least: int) -> None:
+    """Write documents that the model generates, of each file so many tokens; beyond the `least` in all, as many as so
+    many seconds give. after: the passages that the second of GENERATED continues. A file that is there is kept."""
+    passages, total = generation.read_passages(after, model, tokenizer, seqlen) if after else [], sum(wanted.values())
+    batchsize = min(256, max(16, total // len(wanted) // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
-        for number, (file, before) in enumerate(zip(files, ([], passages))):
-            if processes.is_main() and not file.exists():
-                generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, before, seed + number,
-                                      max_s / len(files), least // len(files))
+        for name, tokens in wanted.items():
+            if processes.is_main() and not (folder / name).exists():
+                number = GENERATED.index(name)
+                generation.write_text(folder / name, model, tokenizer, tokens, seqlen, batchsize,
+                                      passages if number else [], seed + number, max_s * tokens / total,
+                                      min(tokens, math.ceil(least * tokens / total)))
 
 
 def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],
