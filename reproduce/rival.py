@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import sparsify
+from files.records import read_record
 from masking.masked_model import MaskedModel
 from models import processes
 from models.layers import is_transposed
@@ -147,9 +148,11 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
         raise UserError(f"{args.resume} is a run of {folder.record['rival'] or 'sparsify.py'}, not of {method}")
     if processes.size() > 1:
         raise UserError("rivals learn in one process")
-    for name in (*GENERATED, "initial_mask.safetensors"):
-        if like and Path(like, name).exists():
-            shutil.copy(Path(like, name), folder.path)
+    if like:
+        folder.record["fingerprints"] = read_record(like)["fingerprints"]  # so another version's shares of text stop it
+        for name in (*GENERATED, "initial_mask.safetensors"):
+            if Path(like, name).exists():
+                shutil.copy(Path(like, name), folder.path)
     if method == "ours":
         sparsify.sparsify(args, device, folder, signals)
         return
