@@ -39,7 +39,6 @@ from pruning.channels import apply_permutation
 from training import args as arguments
 from training import initialize, preparation, report, results
 from training.loop import Run
-from training.normalization import NORMALIZATIONS
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.stages import Stages
@@ -88,10 +87,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                              "(default: 1 on text that it generates, 0.5 on --dataset)")
     parser.add_argument("--curvature", action=argparse.BooleanOptionalAction, default=True,
                         help="add the loss's second order to its gradient")
-    parser.add_argument("--soft_masks", action="store_true",
-                        help="in the first half, weights count by their probability of being kept")
-    parser.add_argument("--normalize", choices=list(NORMALIZATIONS), default="layer",
-                        help="what divides a gradient: its root mean square over the layer, or over its block")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time a step")
     parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
                         help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, "
@@ -164,8 +159,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     masked = MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
                          learned_layers(model, m0, args.targets), args.seed, keep_dense=True,
                          microbatch=args.microbatch)
-    learner = learner_of(masked, args.seqlen, args.curvature, args.normalize, args.soft_masks,
-                         args.gradient_checkpointing)
+    learner = learner_of(masked, args.seqlen, args.curvature, args.gradient_checkpointing)
     validation, reported = Validation(masked, selecting), Validation(masked, unseen)
     texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS)[0] for text in args.ppl}
 

@@ -51,7 +51,6 @@ SCRIPTS = {
     "sparsify.py": "--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl --dtype auto "
                    "--seqlen 24 --batchsize 4 --steps {steps} --skip_checkpoint"}
 CASES = [("forward passes", torch.float32, None), ("gradients, curvature", torch.float32, {"curvature": True}),
-         ("gradients, by block, soft", torch.float32, {"normalize": "block", "soft_masks": True}),
          ("gradients, checkpointing", torch.float32, {"checkpointing": True}),
          ("gradients, curvature", torch.bfloat16, {"curvature": True}),
          ("gradients, curvature", torch.float16, {"curvature": True})]

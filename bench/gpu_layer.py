@@ -39,24 +39,17 @@ class Layer:
         self.out = torch.empty_like(self.weight).view(-1)
         self.key = torch.nn.functional.pad(layer_keys(0, 7, 1), (0, 2))[0].to(device)
         self.coefficient = torch.tensor(0.7, device=device)
-        self.scale = torch.tensor([3.0, 0.05, 1.0, 0.95], device=device)
-        self.mean_squares = torch.full((blocks,), -1.0, device=device)
+        self.scale = torch.tensor([3.0, 0.05], device=device)
 
     def update(self) -> None:
         self.kernels.update(self.logits, self.bits, self.weight.view(-1), self.out, self.coefficient, self.key)
 
-    def vjp(self, mean_squares: Tensor | None = None) -> None:
-        self.kernels.vjp(self.logits, self.bits, self.weight, self.gradient, mean_squares, self.scale, self.key)
-
-    def vjp_by_block(self) -> None:
-        self.vjp(self.mean_squares)
-
-    def write_soft(self) -> None:
-        self.kernels.write_soft(self.logits, self.weight.view(-1), self.out, self.coefficient)
+    def vjp(self) -> None:
+        self.kernels.vjp(self.logits, self.bits, self.weight, self.gradient, self.scale, self.key)
 
     def passes(self) -> dict[str, Callable[[], None]]:
         """Each kernel of a step, by its name."""
-        return {"update": self.update, "vjp": self.vjp, "vjp by block": self.vjp_by_block, "soft": self.write_soft}
+        return {"update": self.update, "vjp": self.vjp}
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> float:
@@ -93,10 +86,8 @@ def passes(layer: Layer) -> dict[str, Tensor]:
               "masked weight": as_words(layer.out, layer.kernels.space.m).cpu().clone(),
               "logits after an update": torch.stack([plane.cpu() for plane in layer.logits])}
     layer.vjp()
-    layer.vjp_by_block()
-    layer.write_soft()
-    return found | {"logits after two vjp": torch.stack([plane.cpu() for plane in layer.logits]),
-                    "mask of them": layer.bits.cpu(), "soft weights": layer.out.cpu()}
+    return found | {"logits after a vjp": torch.stack([plane.cpu() for plane in layer.logits]),
+                    "mask of them": layer.bits.cpu()}
 
 
 def draws(args: argparse.Namespace) -> Rows:

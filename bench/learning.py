@@ -92,8 +92,7 @@ class Gradients(ForwardOnly):
     def __init__(self, problem: Problem, setting: dict, seed: int):
         super().__init__(problem, {"estimator": pge.Vanilla, **setting}, seed)
         self.distill = setting["distill"]
-        self.learner = StraightThrough(self.masked, curvature=True, normalize=setting.get("normalize", "layer"),
-                                       soft_masks=setting.get("soft_masks", False))
+        self.learner = StraightThrough(self.masked, curvature=True)
 
     def learn(self, batch: Tensor, step: int, steps: int) -> None:
         """Step number `step` of `steps` on int64 `[sequences, tokens]`."""

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import common
 from models.layers import find_layers, weight_matrix
-from training.normalization import NORMALIZATIONS
 from utils import DTYPES, UserError, run_script
 
 import torch
@@ -46,8 +45,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--m", type=int, default=4, help="M of N:M")
     parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float16")
-    parser.add_argument("--normalize_gradient", choices=list(NORMALIZATIONS), default="layer",
-                        help="what gradients are divided by")
     return parser.parse_args(argv)
 
 
@@ -77,14 +74,12 @@ class ModelSize:
 
 @dataclass
 class Settings:
-    """Of a run: sequences in a minibatch and in a forward pass, tokens in a sequence, M of N:M, dtype of the logits,
-    what gradients are divided by."""
+    """Of a run: sequences in a minibatch and in a forward pass, tokens in a sequence, M of N:M, dtype of the logits."""
     batchsize: int
     microbatch: int
     seqlen: int
     m: int = 4
     logits_dtype: str = "float16"
-    normalize_gradient: str = "layer"
 
     @property
     def tokens(self) -> int:
@@ -95,11 +90,6 @@ class Settings:
     def logits_itemsize(self) -> int:
         """Bytes of a logit."""
         return DTYPES[self.logits_dtype].itemsize
-
-    @property
-    def measured_bytes(self) -> float:
-        """Bytes a weight of the gradients' mean squares: one a block, or one a layer, which is nothing."""
-        return torch.float32.itemsize / self.m if self.normalize_gradient == "block" else 0.0
 
 
 def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes: int = 1) -> dict[str, float]:
@@ -114,7 +104,7 @@ def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes
     body = wide * (4 * size.hidden + 4 * size.inner)  # of one decoder layer
     own, copies = size.learned / processes, size.weights - size.learned
     found = {"weights": (copies + own) * size.itemsize, "logits": own * settings.logits_itemsize,
-             "masks": own / settings.m * width, "mean squares": own * settings.measured_bytes * gradients,
+             "masks": own / settings.m * width,
              "scratch": 0 if processes > 1 else size.largest * size.itemsize}
     # a sharded decoder layer: the rows sent, two buffers gathered, the layer; in backward its gradient, twice. In the
     # head's turn the last layer's gathered buffer is still there.
@@ -143,7 +133,7 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
     if layout == "sharded":  # gathered in each pass but the recomputed one; gradients go to the rows' owners
         host += packed_bytes(size) * (gpus - 1)  # one process loads the model
         return everything, host, (4 if gradients else 1) * others * weights
-    spread = sum(parts[name] for name in ("weights", "logits", "masks", "mean squares"))
+    spread = sum(parts[name] for name in ("weights", "logits", "masks"))
     wire = passes * (gpus - 1) * settings.tokens * size.hidden * size.itemsize
     return spread / gpus + everything - spread, host, wire
 
@@ -164,8 +154,7 @@ def layout_row(layout: str, size: ModelSize, settings: Settings, rates: dict[str
     parts = memory_bytes(size, settings, gradients, gpus if layout == "sharded" else 1)
     here, host, wire = layout_costs(layout, size, settings, parts, gpus, gradients)
     compute = forward_passes(gradients) * 2 * size.weights * settings.tokens / (MATMUL * rates["flops"])
-    measured = 2 * settings.measured_bytes * gradients
-    step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize + measured)
+    step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize)
     parallel = gpus if layout == "sharded" else 1
     step = step_bytes / (BANDWIDTH * rates["bandwidth"]) * (1.5 if gradients else 1) / parallel
     seconds = compute + step + wire / rates["link"]

@@ -35,18 +35,12 @@ WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
 # rates were tried; the others are first guesses.
 TEXT = dict(batchsize=8, fresh=True)
 TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16), 10000: dict(lr=2.5, batchsize=32)}
-SOFT = dict(DEFAULTS, soft_masks=True, normalize="block")
-TUNED_SOFT = {160: dict(lr=1.5, soft_masks=False), 640: dict(lr=3.0), 2500: dict(lr=3.0, batchsize=16),
-              10000: dict(lr=2.0, logits=0.5, batchsize=32)}
 STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
     160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005), 10000: dict(lr=0.005, batchsize=32)})
 MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)})
 ROWS = {
     "sparsify.py": DEFAULTS,
     "sparsify.py with its rate tuned": dict(DEFAULTS, tuned=TUNED),
-    "steps by block and soft masks from 640 passes on": dict(SOFT, tuned=TUNED_SOFT),
-    "steps by block and soft masks from 640 passes on, no KD": dict(SOFT, distill=0.0, tuned={
-        **TUNED_SOFT, 640: dict(lr=2.0, logits=1.0), 2500: dict(lr=2.0, logits=0.5, batchsize=16)}),
     "STE on scores + Adam + KD": STE,
     "STE on scores + Adam": dict(STE, distill=0.0),
     "MaskLLM": dict(MASKLLM, distill=0.0, tuned={

@@ -10,7 +10,7 @@ on a GPU, that touches every byte once. Without a compiler the same functions ru
 not 8 bytes (M = 8, or float32), the mask is drawn in one loop and the weight written in another: one loop would need
 temporaries.
 
-`Kernels` has the passes of one space and N:M: update, draw, vjp, write, write_soft, and mode.
+`Kernels` has the passes of one space and N:M: update, draw, vjp, write, and mode.
 """
 from collections.abc import Callable
 from functools import lru_cache
@@ -27,7 +27,7 @@ from masking.block_bits import (
 )
 from masking.compiler import compiled
 from masking.exact_kernels import chunk_of
-from masking.fused_ops import draw, draws, inclusion, most_probable, score, sum_of, vjp, weights
+from masking.fused_ops import draw, draws, most_probable, score, sum_of, vjp, weights
 from masking.random_bits import random_bits, round_stochastically, uniform
 from masking.spaces import LinearSpace, Space
 
@@ -82,43 +82,27 @@ def fused_update(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out:
 
 
 def fused_vjp(logits: list[Tensor], bits: Tensor, saliency: list[Tensor] | tuple[Tensor, Tensor], dtype: torch.dtype,
-              mean_squares: Tensor | None, scale: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> Tensor:
-    """pi <- pi - step * J^T G, normalized, and m <- the most probable mask, in place; returns the sum of squares of
-    each block's J^T G, float32 `[blocks]`, NaN where it is not finite, which moves nothing.
+              scale: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> Tensor:
+    """pi <- pi - step * clip(factor * J^T G, +-1), and m <- the most probable mask, in place; returns the sum of
+    squares of each block's J^T G, float32 `[blocks]`, NaN where it is not finite, which moves nothing.
 
     J is the Jacobian of the inclusion probabilities. saliency: G as M planes float32 `[blocks]` or, where a block fits
     a word, the weights as words int64 `[blocks]` of numbers of this dtype, and their gradients as words too or as
-    float32 `[blocks, M]`, whose product G is. mean_squares: of each block's J^T G, float32 `[blocks]`, a running mean
-    that takes this one in first (negative: none yet), by whose root J^T G is divided; or None: it is multiplied with a
-    factor and clipped to +-1. scale float32 `[4]`: that factor, the step, 1 / temperature of the logits that
-    probabilities are made of, and what the mean keeps of the earlier ones.
+    float32 `[blocks, M]`, whose product G is. scale float32 `[2]`: the factor, the step.
     """
     if isinstance(saliency, tuple):
         weight, gradient = saliency
         gradient = list(gradient.unbind(1)) if gradient.dim() == 2 else planes_of_words(gradient, m, dtype)
         saliency = [w * g for w, g in zip(planes_of_words(weight, m, dtype), gradient)]
     planes = [plane.float() for plane in logits]
-    gradient = vjp([plane * scale[2] for plane in planes], saliency, n)
+    gradient = vjp(planes, saliency, n)
     squares = sum_of([g * g for g in gradient])
     is_finite = squares < torch.inf
-    if mean_squares is None:
-        moves = [(g * scale[0]).clamp(-1, 1) for g in gradient]
-    else:
-        now = squares / len(gradient)
-        mean = torch.where(mean_squares < 0, now, mean_squares * scale[3] + now * (1 - scale[3]))
-        mean_squares.copy_(torch.where(is_finite, mean, mean_squares))
-        moves = [g * torch.rsqrt(mean.clamp(min=1e-30)) for g in gradient]
+    moves = [(g * scale[0]).clamp(-1, 1) for g in gradient]
     planes = [plane - torch.where(is_finite, move, 0.0) * scale[1] for plane, move in zip(planes, moves)]
     planes = _store(logits, planes, _counter(logits[0], n, m, start), key, n)
     bits.copy_(most_probable(planes, n).to(bits.dtype))
     return torch.where(is_finite, squares, torch.nan)
-
-
-def fused_write_soft(logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor, n: int) -> None:
-    """out <- mu * w, mu the probabilities of being kept under the logits at a temperature. weight and out
-    `[blocks, M]`; inverse_temperature float32 `[]`."""
-    mu = inclusion([plane.float() * inverse_temperature for plane in logits], n)
-    out.copy_(torch.stack(mu, 1) * weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,8 +132,8 @@ class Kernels:
         update(logits, bits, weight, out, coefficient, key, start)    pi <- pi - coefficient * score(pi, m), then draw
         draw(logits, bits, weight, out, key, start)                   m ~ p(pi); out <- m * w
 
-    With mode `exact`, and elsewhere where they have no fused form, these two are those of `exact_kernels.py`. `vjp` and
-    `write_soft` are the linear space's.
+    With mode `exact`, and elsewhere where they have no fused form, these two are those of `exact_kernels.py`. `vjp` is
+    the linear space's.
 
     logits: `space.width` planes `[blocks]`, no two of which share a storage, as a compiler would copy what might
     overlap; bits `[blocks]`; weight and out `[blocks * M]`; coefficient float32 `[]`; key int32 `[2]` or longer; start:
@@ -162,7 +146,7 @@ class Kernels:
         scored = self._is_linear and mode != "exact" and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
         self.update = self._pass(fused_update, exact_kernels.update, scored)
         self.draw = self._pass(fused_draw, exact_kernels.draw, scored)
-        self._vjp, self._write_soft = (self.fastest(fused, sliced(fused)) for fused in (fused_vjp, fused_write_soft))
+        self._vjp = self.fastest(fused_vjp, sliced(fused_vjp))
         self._write = self.fastest(write_masked)
 
     def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:
@@ -187,9 +171,9 @@ class Kernels:
                 self._write(weight, bits, out, space.m)
         return make
 
-    def vjp(self, logits: list[Tensor], bits: Tensor, weight: Tensor, gradient: Tensor, mean_squares: Tensor | None,
-            scale: Tensor, key: Tensor, start: int = 0) -> Tensor:
-        """pi <- pi - step * J^T (weight * gradient), normalized, and m <- its most probable mask; see `fused_vjp`.
+    def vjp(self, logits: list[Tensor], bits: Tensor, weight: Tensor, gradient: Tensor, scale: Tensor, key: Tensor,
+            start: int = 0) -> Tensor:
+        """pi <- pi - step * J^T (weight * gradient), clipped, and m <- its most probable mask; see `fused_vjp`.
         weight and gradient `[out, in]`."""
         space, dtype = self.space, weight.dtype
         if fits_a_word(space.m, dtype):
@@ -200,12 +184,7 @@ class Kernels:
             blocks = logits[0].numel()
             saliency = torch.empty(space.m, blocks, device=weight.device).copy_(weight.view(blocks, -1).T)
             saliency = list(saliency.mul_(gradient.reshape(blocks, -1).T))
-        return self._vjp(list(logits), bits, saliency, dtype, mean_squares, scale, key, space.n, space.m, start=start)
-
-    def write_soft(self, logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor) -> None:
-        """out <- mu * w, mu the probabilities of being kept at this temperature, float32 `[]`."""
-        weight, out = weight.view(-1, self.space.m), out.view(-1, self.space.m)
-        self._write_soft(list(logits), weight, out, inverse_temperature, self.space.n)
+        return self._vjp(list(logits), bits, saliency, dtype, scale, key, space.n, space.m, start=start)
 
     def write(self, weight: Tensor, bits: Tensor, out: Tensor, once: bool = False) -> None:
         """out <- m * w; `once`: it is not worth a compilation."""

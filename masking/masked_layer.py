@@ -76,11 +76,6 @@ class MaskedLayer:
         else:
             self.kernels.write(self.weight.view(-1), bits, out, once)
 
-    def write_soft(self, inverse_temperature: Tensor, out: Tensor | None = None) -> None:
-        """Write the weight times the probabilities of being kept at this temperature, as `write` does."""
-        out = self.scratch.view(-1) if out is None else out
-        self.kernels.write_soft(self.logits, self.weight.view(-1), out, inverse_temperature)
-
     def schedule(self, kernel: Callable, *arguments: Tensor) -> None:
         """Have a pass of `kernels` made when the next forward gets here: its arguments after weight and out."""
         self.arguments = arguments  # kept until the next: FSDP makes the pass on a stream of its own

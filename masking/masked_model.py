@@ -43,7 +43,6 @@ class MaskedModel:
         self.seed, self.steps = seed, 0  # which draws are keyed by
         self.kernels = Kernels(space, mode)
         self._used: Bits | None = None  # used instead of the masks drawn
-        self._soft: dict[torch.device, Tensor] = {}  # 1 / temperature of soft masks; empty: masks of 0 and 1
         modules = find_layers(model, targets=[""])
         match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
@@ -91,10 +90,7 @@ class MaskedModel:
 
     def write(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
         """Write the weight that the layer uses now into `out`, or the scratch buffer."""
-        if self._soft and self._used is None:
-            layer.write_soft(self._soft[layer.weight.device], out)
-        else:
-            layer.write(layer.bits if self._used is None else self._used[layer.name], out, once=self.steps == 0)
+        layer.write(layer.bits if self._used is None else self._used[layer.name], out, once=self.steps == 0)
 
     def rewrite(self, layer: MaskedLayer) -> None:
         """In a pass that has just reached this layer: have it use the mask that it has now."""
@@ -140,13 +136,11 @@ class MaskedModel:
     def _devices(self) -> set[torch.device]:
         return {layer.weight.device for layer in self.layers.values()}
 
-    def _on_devices(self, value: float) -> dict[torch.device, Tensor]:
-        return {device: torch.tensor(value, dtype=torch.float32, device=device) for device in self._devices()}
-
     def update(self, coefficient: float) -> None:
         """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer."""
         self.flush()
-        keys, coefficients = self.keys(), self._on_devices(coefficient)
+        keys = self.keys()
+        coefficients = {device: torch.tensor(coefficient, device=device) for device in self._devices()}
         for name, layer in self.layers.items():
             layer.schedule(self.kernels.update, coefficients[layer.weight.device], keys[name])
         self.steps += 1
@@ -159,11 +153,6 @@ class MaskedModel:
         self.steps += 1
 
     # ------------------------------------------------------------------------------------------- which mask is used
-
-    def use_soft_masks(self, temperature: float) -> None:
-        """From now on, where no masks are named (`use_masks`), a weight counts by its probability of being kept under
-        its block's logits / temperature; 0: by the mask drawn, as at first."""
-        self._soft = self._on_devices(1 / temperature) if temperature else {}
 
     @contextmanager
     def use_masks(self, bits: Bits) -> Iterator[None]:

@@ -14,7 +14,7 @@
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
 # Other rows: half_hour (run it alone), permuted; on the text and m0 of `both` scores_ste, maskllm, susi, and ours
-# with one change, no_curvature and soft_masks.
+# without curvature, no_curvature.
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
@@ -53,7 +53,6 @@ for SEED in ${SEEDS:-0 1 2}; do
         scores_ste) rival "scores_ste-lr${ETA:-0.01}" scores_ste --lr "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row-lr${ETA:-0.001}" "$row" --lr "${ETA:-0.001}" ;;
         no_curvature) rival ours-no_curvature ours --no-curvature ;;
-        soft_masks) rival ours-soft_masks ours --soft_masks --normalize block --lr 0.5 ;;
         maskpro) STEPS=10000 learned maskpro "$SIZE" "${ETA:-0.03}" 5 ;;  # docs/steps.md
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
         one_shot)  # docs/one_shot_masks.md, docs/permutations.md

@@ -114,7 +114,7 @@ def watch(learner):
     return seen
 
 
-LEARNERS = {"tokens", "curvature", "normalize", "soft_masks", "checkpointing"}
+LEARNERS = {"tokens", "curvature", "checkpointing"}
 
 
 def learner_of(model, n=2, m=4, space="linear", mode="eager", **kwargs):

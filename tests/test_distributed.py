@@ -190,7 +190,7 @@ def test_a_process_that_reads_other_files_is_named(w, tmp_path):
 
 @pytest.mark.parametrize("count, flags", [
     (3, f"{PAPER} --batchsize 2 --logits_dtype float16 --val_fraction 0.3 --init scores"),
-    (2, f"{GRADIENTS} --steps 6 --gradient_checkpointing --soft_masks --normalize block")])
+    (2, f"{GRADIENTS} --steps 6 --gradient_checkpointing")])
 def test_sharded_layers_learn_what_copies_learn(w, tmp_path, count, flags):
     """To the bit without gradients; with them but for the order in which squares are added up. The checkpoint, which
     one process gathers, is the model under its mask."""

@@ -37,8 +37,7 @@ RUNS = {  # name -> (processes, script, flags)
         1, PAPER[0], PAPER[1] + "--estimator running --normalize_advantage --lr 0.3 --logits_dtype float16 "
                                 "--val_fraction 0.25"),
     "sparsify": (1, *OURS),
-    "sparsify, soft masks, by block, GPT-2": (
-        1, OURS[0], OURS[1] + "--soft_masks --normalize block --model {w}/gpt2 --mask {w}/gpt2.safetensors"),
+    "sparsify, GPT-2": (1, OURS[0], OURS[1] + "--model {w}/gpt2 --mask {w}/gpt2.safetensors"),
     "sparsify, 2 processes, --shard": (2, OURS[0], OURS[1] + "--steps 15 --shard"),
     "wanda, swaps, 4:8": (1, "prune.py", MODEL + "--nsamples 6 --seqlen 40 --prune_method wanda --swaps 3 "
                                                  "--true_sequential --sparsity_type 4:8"),

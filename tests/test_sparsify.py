@@ -140,8 +140,7 @@ def test_ways_to_take_the_gradient(workshop, learned):
     """Each flag changes the run, but for checkpointing and microbatches, which do not."""
     text = f"--steps 6 --dataset {workshop}/text.jsonl --mask {workshop}/mask.safetensors --skip_checkpoint"
     runs = {flags: learned(f"{text} {flags}", f"run{number}") for number, flags in enumerate((
-        "", "--gradient_checkpointing", "--microbatch 1", "--distill 1", "--no-curvature",
-        "--soft_masks", "--normalize block", "--logits_dtype bfloat16"))}
+        "", "--gradient_checkpointing", "--microbatch 1", "--distill 1", "--no-curvature", "--logits_dtype bfloat16"))}
     for flags, run in runs.items():
         same = flags in ("", "--gradient_checkpointing", "--microbatch 1")
         expected = pytest.approx(column(runs[""], "loss"), rel=1e-5)

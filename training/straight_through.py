@@ -7,9 +7,7 @@ loss expected under the masks' distribution then has, to first order around m, t
     d E[f] / d pi  ~  J^T G,    J = d mu / d pi,    mu_i = P(i is kept)
 
 a vector-Jacobian product. It is biased where f is not linear in the mask (exact where it is). m is the most probable
-mask, the one that will be delivered. With soft masks, m in the first half of the run is mu itself, of the logits at a
-temperature that falls (`soft_temperature`): each weight counts in part, and J^T G is the true gradient of that model's
-loss, which compares many masks at once.
+mask, the one that will be delivered.
 
 No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's weight gradient to
 that layer's logits and frees it. All layers share the scratch buffer of `MaskedModel`, so a layer's masked weight is
@@ -29,15 +27,12 @@ from training.curvature import Curvature
 from training.faster_model import SHORT, speed_up
 from training.loop import StepResult
 from training.loss import sequence_loss, summed_loss
-from training.normalization import NORMALIZATIONS, State
+from training.normalization import Normalization
 from utils import UserError
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-HOT, COLD = 2.0, 0.4  # temperatures of soft masks, in logits: the first, the last
-SOFT = 0.5  # share of the run that has them
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -74,19 +69,17 @@ def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
 class StraightThrough:
     """Moves the logits of a MaskedModel by J^T G in each backward pass; the next mask is the most probable one.
 
-    tokens: in a sequence. curvature: adds the loss's second order to G. normalize: what J^T G is divided by, a key of
-    `normalization.NORMALIZATIONS`. soft_masks: in the first half of the run. checkpointing: of activations.
+    tokens: in a sequence. curvature: adds the loss's second order to G. checkpointing: of activations.
     """
 
-    def __init__(self, masked: MaskedModel, tokens: int = SHORT, curvature: bool = False, normalize: str = "layer",
-                 soft_masks: bool = False, checkpointing: bool = False):
-        self.masked, self.soft_masks = masked, soft_masks
+    def __init__(self, masked: MaskedModel, tokens: int = SHORT, curvature: bool = False, checkpointing: bool = False):
+        self.masked = masked
         self.curvature = Curvature(masked) if curvature else None
         self.keys, self.reducing = {}, None
         self._held, self._is_last = {}, True  # gradients of earlier microbatches
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
         layers = list(masked.layers.values())
-        self.normalization = NORMALIZATIONS[normalize](masked)
+        self.normalization = Normalization(masked)
         self._not_finite = torch.zeros((), dtype=torch.int64, device=layers[0].weight.device)  # blocks, of this step
         self._of_sequence = masked.kernels.fastest(sequence_loss)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
@@ -121,9 +114,7 @@ class StraightThrough:
         self._reached.clear()
         if self.curvature:
             self.curvature.begin_step(sequences, progress)
-        temperature = soft_temperature(progress) if self.soft_masks else 0.0
-        self.masked.use_soft_masks(temperature)
-        self.normalization.begin_pass(size, temperature)
+        self.normalization.begin_pass(size)
         total, parts = 0.0, sequences.split(self.masked.microbatch)
         for number, part in enumerate(parts, 1):
             self._is_last = number == len(parts)
@@ -138,7 +129,6 @@ class StraightThrough:
             for name in list(self._held):  # experts that the last microbatch did not reach
                 self._move(self.masked.layers[name], self._held.pop(name))
             self.normalization.end_pass()
-        self.masked.use_soft_masks(0.0)
         self.masked.steps += 1
         loss = total / (batch.shape[0] * (batch.shape[1] - 1))
         losses, not_finite = zip(*processes.all_gather([loss, float(self._not_finite)]))
@@ -213,7 +203,7 @@ class StraightThrough:
 
     # ---------------------------------------------------------------------------------------------- saved and detached
 
-    def state(self) -> tuple[dict, State]:
+    def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The running mean squares of J^T G, and the curvature's."""
         further = {"curvature": self.curvature.mean_squares} if self.curvature else {}
         return {}, self.normalization.state() | further
@@ -242,14 +232,6 @@ def step_size(lr: float, progress: float, steps: float) -> float:
     far in a long run as in a short one, and one whose gradient is true moves further.
     """
     return lr * ((1 - progress) * min(1.0, (progress + 1e-3) / 0.02)) * math.sqrt(3 / steps)
-
-
-def soft_temperature(progress: float) -> float:
-    """At this share of the run, 0 to 1: from HOT to COLD by equal factors, then 0, masks of 0 and 1.
-
-    While a kept weight is e^(C / HOT) as likely as a pruned one, half the model counts in part: the mask that it starts
-    from is a hint and no more. Well below COLD soft masks are hard and J^T G mere noise."""
-    return HOT * (COLD / HOT) ** (progress / SOFT) if progress < SOFT else 0.0
 
 
 def enable_checkpointing(model: nn.Module) -> Callable[[], None]:

@@ -51,7 +51,6 @@ RUNS = {  # name -> script, flags
     "sparsify": (sparsify, "--steps 8"),
     "pattern space": (train, f"{PAPER} --lr 5 --space pattern --baseline online --skip_checkpoint"),
     "running, normalized, float16 logits": (train, f"{PAPER} {RUNNING}"),
-    "sparsify, soft masks, by block": (sparsify, "--steps 8 --soft_masks --normalize block"),
 }
 
 
