@@ -86,14 +86,14 @@ class Collected:
         ends = torch.tensor([layer.shape.numel() for layer in masked.layers.values()]).cumsum(0).tolist()
         self.parts = dict(zip(masked.layers, map(slice, [0, *ends[:-1]], ends)))
 
-    def begin_pass(self, size: float, temperature: float) -> None:
+    def begin_pass(self, size: float) -> None:
         """Nothing to prepare."""
 
     def end_pass(self) -> None:
         """Nothing is left to do."""
 
     def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> Tensor:
-        """As `ByLayer.move`."""
+        """As `Normalization.move`."""
         saliency = (layer.weight * gradient).view(-1, layer.m) * self.scale
         planes = fused_ops.vjp(layer.logits, list(saliency.unbind(1)), self.masked.space.n)
         self.total[self.parts[layer.name]] += torch.stack(planes, 1).flatten()
