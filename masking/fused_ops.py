@@ -200,16 +200,6 @@ def flows(w: Planes, n: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     return inverse, flow
 
 
-def inclusion(logits: Planes, n: int) -> Planes:
-    """P(i is kept), which `vjp` differentiates: exact where the walk is short, of the stopped race elsewhere."""
-    w = weights(logits, n)
-    if not has_short_walk(n, len(w)):
-        tau = time_of(w, n)
-        return [1 - torch.exp(-x * tau) for x in w]
-    flow = flows(w, n)[1]
-    return [x * sum_of([flow[drawn] for drawn in flow if not drawn >> i & 1]) for i, x in enumerate(w)]
-
-
 def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
     """J^T saliency, J = d inclusion / d logits: the gradient of sum_i saliency_i P(i is kept) in the logits, a
     vector-Jacobian product; planes in and out.
