@@ -26,6 +26,7 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in its folder
 C4_TRAIN = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
 INTACT = "check that the file is intact"
+ACCESS = "check its spelling, your access to it and the network, or give a local file"
 
 
 def documents(dataset: str) -> Iterator[str]:
@@ -42,22 +43,25 @@ def documents(dataset: str) -> Iterator[str]:
 
 
 def are_questions(dataset: str) -> bool:
-    """Whether the first row of a dataset is a question; a hub id's is none. Errors as those of `documents`."""
-    if not _is_local(dataset):
-        return False
-    file = _files(Path(dataset))[0]
-    with explained(f"dataset {file}", INTACT):
-        return any(map(_is_question, itertools.islice(_rows(file), 1)))
+    """Whether the first row of a dataset is a question. Errors as those of `documents`."""
+    source, advice = (_files(Path(dataset))[0], INTACT) if _is_local(dataset) else (dataset, ACCESS)
+    with explained(f"dataset {source}", advice):
+        rows = _hub_rows(**_hub_arguments(dataset)) if source == dataset else _rows(source)
+        return any(map(_is_question, itertools.islice(rows, 1)))
 
 
 def hub_texts(dataset: str, **arguments) -> Iterator[str]:
     """The texts of what datasets.load_dataset gives for these arguments, as they are read; dataset: its name in
     messages."""
+    with explained(f"dataset {dataset}", ACCESS):
+        yield from _texts(_hub_rows(**arguments))
+
+
+def _hub_rows(**arguments) -> Iterable[dict]:
     import datasets  # takes a second, which a local file need not wait for
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
-    with explained(f"dataset {dataset}", "check its spelling, your access to it and the network, or give a local file"):
-        # one shard is not all that a card lists
-        yield from _texts(datasets.load_dataset(**arguments, verification_mode="no_checks", streaming=True))
+    # one shard is not all that a card lists
+    return datasets.load_dataset(**arguments, verification_mode="no_checks", streaming=True)
 
 
 def check_paths(files: Iterable[str | None], texts: Iterable[str | None] = ()) -> None:

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import data
-from files.documents import documents
+from files.documents import are_questions, documents
 from utils import UserError
 
 import datasets
@@ -62,13 +62,15 @@ def test_a_question_is_a_document_with_its_right_choice_or_with_every_one(tmp_pa
     path = write_lines(tmp_path / "quiz.jsonl", [{**question, "gold": 1}, question, {**question, "gold": None},
                                                  {"text": "x", "context": "c", "choices": ["a"]}])
     assert list(documents(path)) == ["Bees make wool", *["Bees make honey", "Bees make wool"] * 2, "x"]
+    others = [write_lines(tmp_path / f"{number}.jsonl", rows) for number, rows in enumerate(([], [3], [{"text": "x"}]))]
+    assert are_questions(path) and not any(map(are_questions, others))
 
 
 def test_questions_of_the_hub_are_documents_to_learn_from_and_to_calibrate_on(hub):
     hub.columns = {"context": ["Bees make", "Sheep give"], "choices": [[" honey", " wool"], [" wool", " milk"]],
                    "gold": [0, 1]}
     asked = ["Bees make honey", "Sheep give milk"]
-    assert list(documents("some/quiz")) == asked
+    assert list(documents("some/quiz")) == asked and are_questions("some/quiz")
 
 
 # ----------------------------------------------------------------------------------------------------- bad local input
