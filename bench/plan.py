@@ -104,8 +104,7 @@ def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes
     body = wide * (4 * size.hidden + 4 * size.inner)  # of one decoder layer
     own, copies = size.learned / processes, size.weights - size.learned
     found = {"weights": (copies + own) * size.itemsize, "logits": own * settings.logits_itemsize,
-             "masks": own / settings.m * width,
-             "scratch": 0 if processes > 1 else size.largest * size.itemsize}
+             "masks": own / settings.m * width, "scratch": 0 if processes > 1 else size.largest * size.itemsize}
     # a sharded decoder layer: the rows sent, two buffers gathered, the layer; in backward its gradient, twice. In the
     # head's turn the last layer's gathered buffer is still there.
     gathered = size.learned / size.layers * size.itemsize if processes > 1 else 0

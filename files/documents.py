@@ -44,9 +44,10 @@ def documents(dataset: str) -> Iterator[str]:
 
 def are_questions(dataset: str) -> bool:
     """Whether the first row of a dataset is a question. Errors as those of `documents`."""
-    source, advice = (_files(Path(dataset))[0], INTACT) if _is_local(dataset) else (dataset, ACCESS)
+    is_local = _is_local(dataset)
+    source, advice = (_files(Path(dataset))[0], INTACT) if is_local else (dataset, ACCESS)
     with explained(f"dataset {source}", advice):
-        rows = _hub_rows(**_hub_arguments(dataset)) if source == dataset else _rows(source)
+        rows = _rows(source) if is_local else _hub_rows(**_hub_arguments(dataset))
         return any(map(_is_question, itertools.islice(rows, 1)))
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from files.atomic import atomic_write
 from files.errors import explained
 
+GENERATED = ("generated.jsonl", "generated_after.jsonl")  # a run's own text: as it comes, after passages
+
 
 def write_json(path: str | Path, value: object) -> None:
     """Write a file, whole or not at all."""

@@ -140,7 +140,8 @@ class MaskedModel:
         """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer."""
         self.flush()
         keys = self.keys()
-        coefficients = {device: torch.tensor(coefficient, device=device) for device in self._devices()}
+        coefficients = {device: torch.tensor(coefficient, dtype=torch.float32, device=device)
+                        for device in self._devices()}
         for name, layer in self.layers.items():
             layer.schedule(self.kernels.update, coefficients[layer.weight.device], keys[name])
         self.steps += 1

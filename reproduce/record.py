@@ -29,8 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.comparison import markdown_table
 from files.errors import explained
-from files.records import read_lines, read_record, write_json
-from training.preparation import GENERATED
+from files.records import GENERATED, read_lines, read_record, write_json
 from utils import UserError, run_script
 
 import numpy as np

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import sparsify
-from files.records import read_record
+from files.records import GENERATED, read_record
 from masking.masked_model import MaskedModel
 from models import processes
 from models.layers import is_transposed
@@ -26,7 +26,6 @@ from pruning.calibration import input_norms
 from training import args as arguments
 from training.initialize import SEQUENCES
 from training.loop import StepResult
-from training.preparation import GENERATED
 from training.run_folder import RunFolder, is_finished
 from training.signals import StopSignals
 from training.validation import Validation
@@ -131,8 +130,12 @@ def settings_of(given: Namespace) -> Namespace:
     args = sparsify.parse_args(["--resume", given.resume or given.like])
     if given.resume:
         return args
-    flags, defaults = (vars(sparsify.parse_args(["--model", "", *flags])) for flags in (given.flags, []))
-    changed = {name: value for name, value in flags.items() if value != defaults[name]}
+    values = vars(sparsify.parse_args(["--model", "", *given.flags]))
+    names = {flag.partition("=")[0].removeprefix("--").removeprefix("no-") for flag in given.flags
+             if flag.startswith("--")}
+    if short := names - values.keys():
+        raise UserError(f"write the flags {', '.join(sorted(short))} out in full")
+    changed = {name: values[name] for name in names}
     if given.lr is not None:
         changed["lr"] = given.lr
     if not is_finished(given.like) or args.steps is None or args.permute or args.targets:

@@ -9,6 +9,7 @@ from pathlib import Path
 from files import mask_files, permutation_files
 from files.atomic import atomic_write
 from files.documents import are_questions
+from files.records import GENERATED
 from models import generation, processes
 from models.layers import check_divisible, find_layers
 from models.loading import Tokenizer, model_fingerprint
@@ -27,7 +28,6 @@ FORWARDS = 6  # that a step of learning costs
 READ_BY_SWAPS = 0.4  # of the planned text, at most
 QUESTIONS_SHARE, READINGS = 0.25, 2  # of the text, questions at most; how often each is read to make it
 AFTER_SHARE = 0.5  # of the text, what continues passages
-GENERATED = ("generated.jsonl", "generated_after.jsonl")  # in a run folder: on its own, after passages
 MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
 FEWEST = 8  # minibatches of text, however short the time
 SEQUENCES = 64  # of text that Wanda and the order are measured on
@@ -80,7 +80,7 @@ def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str], t
     questions = [dataset for dataset in datasets if are_questions(dataset)]
     others, texts = [dataset for dataset in datasets if dataset not in questions], []
     if questions:
-        once = read(questions, tokens)
+        once = read(questions, tokens)  # more than is wanted, so that every file has its part
         most = max(1, int(QUESTIONS_SHARE * tokens) // once[0].numel())
         texts.append(once.repeat(READINGS, 1, 1)[:most])
     if others:
@@ -105,11 +105,11 @@ def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: 
     batchsize = min(256, max(16, total // len(wanted) // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
         for name, tokens in wanted.items():
+            number, share = GENERATED.index(name), tokens / total
             if processes.is_main() and not (folder / name).exists():
-                number = GENERATED.index(name)
                 generation.write_text(folder / name, model, tokenizer, tokens, seqlen, batchsize,
-                                      passages if number else [], seed + number, max_s * tokens / total,
-                                      min(tokens, math.ceil(least * tokens / total)))
+                                      passages if number else [], seed + number, max_s * share,
+                                      min(tokens, math.ceil(least * share)))
 
 
 def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],
