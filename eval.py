@@ -57,7 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mask", default=None, help="mask file, RUN or folder of .pt masks to apply to --model")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
                         help="N:M to verify (default: of --mask; 2:4 where its format does not say)")
-    parser.add_argument("--targets", nargs="+", default=None, help="verify the layers whose names contain one of these")
+    parser.add_argument("--targets", nargs="+", default=None,
+                        help="verify these layers: parts of their names, or regular expressions")
     parser.add_argument("--ppl", default="wikitext2", help="held-out text: wikitext2, c4, a file, or none")
     parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a window")
     parser.add_argument("--nwindows", type=positive_int, default=None, help="windows, at most (default: all)")

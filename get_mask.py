@@ -35,7 +35,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--convert", default=None, help="mask file or folder to convert, instead of a --model's zeros")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4),
                         help="N:M the model must have; with --convert, the mask (then default: its own, or 2:4)")
-    parser.add_argument("--targets", nargs="+", default=None, help="take the layers whose names contain one of these")
+    parser.add_argument("--targets", nargs="+", default=None,
+                        help="take these layers: parts of their names, or regular expressions")
     parser.add_argument("--base_model", default=None, help="hub id to name as the base, of masks to be published")
     parser.add_argument("--save", default="initial_mask.safetensors", help="mask file to write, must be new")
     args = parser.parse_args(argv)

@@ -67,7 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--true_sequential", action="store_true", help="later layers see the earlier ones pruned")
     parser.add_argument("--swaps", type=positive_int, default=0, metavar="SWEEPS",
                         help="improve the score's mask by swaps within blocks, in at most so many sweeps")
-    parser.add_argument("--targets", nargs="+", default=None, help="prune the layers whose names contain one of these")
+    parser.add_argument("--targets", nargs="+", default=None,
+                        help="prune these layers: parts of their names, or regular expressions")
     parser.add_argument("--save_model", default="out", help="folder of the sparse model, must be new")
     args = parser.parse_args(argv)
     if args.swaps and args.prune_method == "sparsegpt":

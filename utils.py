@@ -133,8 +133,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LL
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """The fixed list of minibatches that inference_loss.py and train.py must agree on."""
     parser.add_argument("--dataset", default="allenai/c4",
-                        help="training text: hub id, .json.gz, .jsonl, .parquet, .txt or a folder; also questions, as "
-                             "eval.py's --task_file has them")
+                        help="training text: hub id, .json.gz, .jsonl, .parquet, .txt or a folder")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
     parser.add_argument("--batchsize", type=positive_int, default=32, help="sequences in a minibatch")
     parser.add_argument("--seqlen", "--sqlen", type=sequence_length, default=128, help="tokens in a sequence")

@@ -9,13 +9,13 @@
 # relative to the root of the repository.
 #
 # PYTHON is by default that of .venv-lock, the exact versions of requirements-lock.txt, which `make reproduce-env`
-# installs; without that folder it is `python`.
+# installs; without that folder it is that of .venv, which `make demo` installs, or else `python`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [ -z "${PYTHON:-}" ]; then
-    if [ -x .venv-lock/bin/python ]; then PYTHON=.venv-lock/bin/python; else PYTHON=python; fi
-fi
+for python in .venv-lock/bin/python .venv/bin/python python; do
+    if [ -z "${PYTHON:-}" ] && command -v "$python" > /dev/null; then PYTHON=$python; fi
+done
 : "${DRY:=0}" "${DEMO:=0}" "${SMALL:=0}" "${RECORD:=$SMALL}" "${SQLEN:=128}"
 [ "$SMALL" = 0 ] || : "${LR:=5}" "${LOGITS:=5}" "${N_M:=1:4}"
 : "${LR:=50}" "${LOGITS:=10}" "${N_M:=2:4}"  # what the studies of one pattern are of

@@ -43,14 +43,15 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
 LAYER_29 = "2of4/maskpro-layer29-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
     ("dense", "", "dense"),
-    ("`sparsify.py`, half of its text [after passages](docs/sparsify.md#passages), 280 steps", "frozen",
+    ("`sparsify.py`, two fifths of its text [after passages](docs/sparsify.md#passages), 280 steps", "frozen",
      "2of4/sparsify-after-steps280"),
     ("the same, [channels reordered](docs/permutations.md)", "frozen", "2of4/sparsify-permuted-steps280"),
     ("the same, and a quarter of its text [questions](docs/sparsify.md#accuracy)", "frozen",
      "2of4/sparsify-both-steps280"),
-    ("the same in [half an hour](docs/sparsify.md#a-runs-report)", "frozen", "2of4/sparsify-both-minutes30"),
+    ("the same, half of its text after passages, in [half an hour](docs/sparsify.md#a-runs-report)", "frozen",
+     "2of4/sparsify-both-minutes30"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
-    ("MaskPro [from Wanda's scores](docs/steps.md), 600 steps", "frozen",
+    ("MaskPro [from Wanda's scores](docs/steps.md#on-a-real-model), debiased tracker, 600 steps", "frozen",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
     ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr0.03-logits5-steps10000"),
     ("MaskPro, [the last decoder layer alone](docs/steps.md#held-against-runs), 10,000 steps", "frozen", LAYER_29),
