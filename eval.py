@@ -78,10 +78,12 @@ def output_file(args: argparse.Namespace) -> Path:
     or text that was written again makes it another evaluation."""
     if args.save:
         return Path(args.save)
-    local = [Path(path) for path in (args.model, args.mask, args.ppl, *args.task_file) if path]
+    tasks = (args.tasks or "").split(",")  # some are YAML files
+    local = [Path(path) for path in (args.model, args.mask, args.ppl, *args.task_file, *tasks) if path]
     files = [file for path in local for file in [path, *sorted(path.glob("*"))] if file.is_file()]
     hashed = {**vars(args), "files": [(str(file), file.stat().st_mtime_ns) for file in files]}
-    parts = Path(args.mask or args.model).parts[-2:]
+    named = Path(args.mask or args.model)
+    parts = named.relative_to(named.anchor).parts[-2:]
     return Path("results/evaluations") / f"{'_'.join(parts)}_{short_hash(hashed)}.json"
 
 

@@ -54,17 +54,16 @@ def extract(args: argparse.Namespace) -> mask_files.MaskFile:
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     layers = find_layers(model, args.targets)
     check_divisible(layers, m)
-    masks, broken, filled = {}, {}, 0
+    masks, broken, filled = {}, [], 0
     for name, module in layers.items():
         masks[name], crowded, short = nonzero_mask(weight_matrix(module), n, m)
         filled += short
         if crowded:
-            broken[name] = f"{crowded} of {module.weight.numel() // m} blocks"
+            broken.append(f"{name} ({crowded} of {module.weight.numel() // m} blocks)")
     if broken:
-        listed = ", ".join(f"{name} ({count})" for name, count in list(broken.items())[:5])
-        raise UserError(f"{args.model} is not {n}:{m} sparse in {len(broken)} of {len(layers)} layers: {listed}"
-                        f"{' ...' if len(broken) > 5 else ''}; prune it with prune.py, give its --sparsity_type, or "
-                        "leave these layers out with --targets")
+        raise UserError(f"{args.model} is not {n}:{m} sparse in {len(broken)} of {len(layers)} layers, {broken[0]} "
+                        "among them; prune it with prune.py, give its --sparsity_type, or leave these layers out with "
+                        "--targets")
     if filled:
         print(f"{filled} blocks had fewer than {n} weights that are not zero and were filled up")
     return mask_files.MaskFile(masks, n, m, base_model(args.model), model_fingerprint(model))

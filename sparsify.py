@@ -27,13 +27,13 @@ from pathlib import Path
 import data
 from evaluation.perplexity import evaluate_windows
 from files.documents import check_paths
-from files.mask_files import fingerprint
+from files.mask_files import MaskFile, fingerprint
 from masking.layers import learned_layers, note_sparse, read_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models import processes
 from models.layers import find_layers
-from models.loading import check_length, load_model, model_fingerprint
+from models.loading import Tokenizer, check_length, load_model, model_fingerprint
 from models.sharded_files import load_sharded
 from pruning.channels import apply_permutation
 from training import args as arguments
@@ -46,6 +46,7 @@ from training.straight_through import StraightThrough, step_size
 from training.validation import Validation
 from utils import (
     DTYPES,
+    UserError,
     add_model_arguments,
     finite,
     positive_int,
@@ -55,7 +56,8 @@ from utils import (
     set_seed,
 )
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 EVALUATIONS = 10  # of the held-out loss, in a run
 WINDOW, WINDOWS = 512, 64  # tokens in one, and how many, of --ppl
@@ -95,8 +97,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = arguments.parse(parser, argv, lambda args: "sparsify")
     if args.shard and not args.resume and not (args.dataset and args.mask):
         parser.error("--shard needs --dataset and --mask: text and m0 are made by one process that has the whole model")
-    if args.shard and not args.resume and args.dtype == "float16":
-        parser.error("--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16")
+    if len({Path(text).name for text in args.ppl}) < len(args.ppl):
+        parser.error("--ppl: two texts have one name, which the table would show twice: rename one")
     if args.permute and args.mask:
         parser.error("--permute makes a mask of its own, for the order of channels that it finds: leave out --mask")
     if args.minutes is None and args.steps is None:
@@ -104,16 +106,27 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stages) -> tuple:
-    """What is learned from: the model and its tokenizer, minibatches, int64 `[minibatches, sequences, tokens]`, their
-    sequences' shares of distillation, `[minibatches, sequences]`, and m0, a MaskFile."""
-    n_m, plan = args.sparsity_type, folder.record.setdefault("plan", {})
-    load = load_sharded if args.shard and processes.size() > 1 else load_model
-    model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
+def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer]:
+    """The model and its tokenizer; UserError where no mask can be learned of it as the flags ask."""
+    read = load_sharded if args.shard and processes.size() > 1 else load_model
+    model, tokenizer = read(args.model, args.dtype, device, args.trust_remote_code)
+    if args.shard and model.dtype == torch.float16:
+        raise UserError("--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16")
     check_length(model, args.seqlen, "--seqlen")
+    if not args.mask:
+        preparation.check_model(model, args.targets, args.sparsity_type, args.permute)
     note_sparse(find_layers(model, args.targets or [""]))
+    return model, tokenizer
+
+
+def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: RunFolder,
+            stages: Stages) -> tuple[Tensor, Tensor, MaskFile]:
+    """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, their sequences' shares of
+    distillation, `[minibatches, sequences]`, and m0."""
+    n_m, plan = args.sparsity_type, folder.record.setdefault("plan", {})
     if "tokens" not in plan:
         plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen)
+        folder.write_record()
 
     def read(datasets: list[str], tokens: int) -> Tensor:
         return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
@@ -135,17 +148,17 @@ def prepare(args: Namespace, device: str | None, folder: RunFolder, stages: Stag
     sequences = preparation.split(minibatches)[0].flatten(0, 1)
 
     order, wanda = folder.path / "order.permutation.safetensors", folder.path / "initial_mask.safetensors"
-    if args.permute and order.exists():
+    if args.permute and "order" in stages.done:  # not: its file is there, which another process may just have written
         apply_permutation(model, order)
     elif args.permute:
         with stages.stage("order", "channels are reordered"):
             preparation.reorder_channels(order, model, args.model, args.targets, n_m, sequences, args.seed)
-    if not args.mask and not wanda.exists():
+    if not args.mask and "m0" not in stages.done:
         with stages.stage("m0", "Wanda's mask"):
             preparation.wanda_mask(wanda, model, args.model, args.targets, n_m, sequences)
     m0 = read_masks(args.mask or wanda, model, *n_m)
     folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
-    return model, tokenizer, minibatches, distill, m0
+    return minibatches, distill, m0
 
 
 def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals,
@@ -154,14 +167,15 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     set_seed(args.seed)
     check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
     saved, stages = folder.newest_state(), Stages(folder, device)
-    model, tokenizer, minibatches, distill, m0 = prepare(args, device, folder, stages)
+    model, tokenizer = load(args, device)
+    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS)[0] for text in args.ppl}
+    minibatches, distill, m0 = prepare(args, model, tokenizer, folder, stages)
     batches, selecting, unseen = preparation.split(minibatches)
     masked = MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
                          learned_layers(model, m0, args.targets), args.seed, keep_dense=True,
                          microbatch=args.microbatch)
     learner = learner_of(masked, args.seqlen, args.curvature, args.gradient_checkpointing)
     validation, reported = Validation(masked, selecting), Validation(masked, unseen)
-    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS)[0] for text in args.ppl}
 
     def nats() -> dict[str, float]:
         """Text -> loss of the mask in use."""

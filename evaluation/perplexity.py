@@ -3,10 +3,12 @@ import math
 
 import data
 from models.loading import Tokenizer
-from models.loss import batch_loss, perplexity
+from models.loss import batch_loss
 from utils import UserError, progress_bar
 
 from torch import Tensor, nn
+
+LARGEST = 700  # nats of a loss whose exp a float holds
 
 
 def read_text(tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None, bos: bool) -> tuple[Tensor, dict]:
@@ -23,6 +25,7 @@ def evaluate_windows(model: nn.Module, windows: Tensor, bos: int | None = None) 
     """
     losses = [batch_loss(model, window[None], bos=None if window[0] == bos else bos)
               for window in progress_bar(windows, desc="perplexity", unit="window")]
-    if not math.isfinite(perplexity(losses)):
+    nats = sum(losses) / len(losses)
+    if not nats < LARGEST:
         raise UserError(f"the perplexity is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
-    return {"ppl": perplexity(losses), "nats": sum(losses) / len(losses)}
+    return {"ppl": math.exp(nats), "nats": nats}

@@ -20,7 +20,6 @@ from files.errors import explained
 from models.loading import Tokenizer
 from utils import UserError
 
-from datasets import Dataset
 from torch import nn
 
 
@@ -69,6 +68,7 @@ def _task_manager():
 def load_file(path: str) -> object:
     """A task file as a task of the harness."""
     items, _ = read_items(path), _task_manager()
+    from datasets import Dataset  # takes seconds, as the harness does
     from lm_eval.api.task import ConfigurableTask
     are_spaced = all(choice[0] == " " for item in items for choice in item["choices"])
     rows = [{**item, "context": item["context"] if item["context"].strip() else "",  # of spaces alone it has no token

@@ -23,7 +23,7 @@ def short_hash(settings: dict) -> str:
 def read_record(run: str | Path) -> dict:
     """A run's run.json; UserError where there is none or it is damaged."""
     path = Path(run) / "run.json"
-    with explained(path, "give the folder of a run of train.py"):
+    with explained(path, "give the folder of a run of train.py or sparsify.py"):
         return json.loads(path.read_bytes())
 
 

@@ -51,9 +51,9 @@ def compiled(function: Callable, eager: Callable) -> Callable:
                 raise
             except Exception as error:  # no compiler, none that works, no Triton, a bug of torch: each has its class
                 broken.append(error)
-                print(f"note: torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:160]}): the "
-                      "mask step runs eagerly, several times slower; only without a C++ compiler, or Triton on a GPU, "
-                      "is this expected", file=sys.stderr)
+                print(f"note: torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
+                      f"{function.__name__} runs eagerly, several times slower; only without a C++ compiler, or Triton "
+                      "on a GPU, is this expected", file=sys.stderr)
         return eager(*args, **names)
     return run
 

@@ -94,8 +94,7 @@ def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int, int]:
 def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None) -> float:
     """The share of weights of these layers that are not zero. With pattern (N, M), UserError naming the layers where a
     block of M keeps more than N or a zero is -0.0."""
-    broken = {}
-    kept = total = 0
+    broken, kept, total = [], 0, 0
     for name, module in layers.items():
         weight = weight_matrix(module)
         nonzero = weight != 0
@@ -104,10 +103,8 @@ def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None
             crowded = int((nonzero.reshape(-1, pattern[1]).sum(1) > pattern[0]).sum())
             negative = int((~nonzero & torch.signbit(weight)).sum())
             if crowded or negative:
-                broken[name] = f"{crowded} blocks" if crowded else f"{negative} zeros are -0.0"
+                broken.append(f"{name} ({f'{crowded} blocks' if crowded else f'{negative} zeros are -0.0'})")
     if broken:
-        listed = ", ".join(f"{name} ({what})" for name, what in list(broken.items())[:5])
-        raise UserError(f"{len(broken)} of {len(layers)} layers are not {pattern[0]}:{pattern[1]} sparse: {listed}"
-                        f"{' ...' if len(broken) > 5 else ''}; check --sparsity_type, or name the sparse layers with "
-                        "--targets")
+        raise UserError(f"{len(broken)} of {len(layers)} layers are not {pattern[0]}:{pattern[1]} sparse, {broken[0]} "
+                        "among them; check --sparsity_type, or name the sparse layers with --targets")
     return kept / total

@@ -64,7 +64,8 @@ def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, pa
              max_s: float | None = None) -> list[list[int]]:
     """Token ids of so many documents, each of up to `length` tokens, the first one and the end of text left out; and
     the passage, where each goes on from one of these, drawn for it. All are cut short after `max_s` seconds."""
-    start, own = start_of_text(tokenizer), model.generation_config.eos_token_id
+    settings = model.generation_config
+    start, own = start_of_text(tokenizer), settings.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad = start if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=sorted(ends) or None,
@@ -84,6 +85,7 @@ def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, pa
                                  logits_processor=LogitsProcessorList([Draw()]))[:, tokens.shape[1]:].tolist()
     finally:
         hook.remove()
+        model.generation_config = settings
     return [row[:next((i for i, token in enumerate(row) if token in ends), length)] for row in written]
 
 
@@ -107,8 +109,8 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
                least: int = 0) -> tuple[int, int]:
     """Generate documents until there are so many tokens or, beyond the `least`, so many seconds are over, into a new
     .jsonl file, {"text": ..., "tokens": ...} a line. Returns the numbers of documents and of tokens. batchsize:
-    documents at a time. After each of these all are in part_of_<the file's name>; from there it goes on, to the same
-    text.
+    documents at a time, fewer where a GPU's memory is full. After each of these all are in part_of_<the file's name>;
+    from there it goes on, to the same text.
     """
     path, end = Path(path), time.monotonic() + max_s
     part = path.with_name(f"part_of_{path.name}")
@@ -118,10 +120,17 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
         processes.log(f"going on from the {len(rows)} documents of {part}; to begin anew, remove it")
     with progress_bar(total=tokens, initial=found, desc="generating", unit="token") as progress:
         while found < tokens and (found < least or time.monotonic() < end):
-            set_seed(APART * seed + len(rows))
+            set_seed((APART * seed + len(rows)) % 2**63)
             left_s = end - time.monotonic()
             count = min(batchsize, -(-((tokens if left_s > 0 else least) - found) // (length - 1)))
-            written = generate(model, tokenizer, count, length - 1, passages, left_s if 0 < left_s < math.inf else None)
+            try:
+                written = generate(model, tokenizer, count, length - 1, passages,
+                                   left_s if 0 < left_s < math.inf else None)
+            except torch.OutOfMemoryError:  # keys and values of so many documents
+                if count == 1:
+                    raise
+                batchsize = count // 2
+                continue
             written = [row for row in written if row]
             if not written:
                 raise UserError("the model ends every text at once, so it writes none")

@@ -1,6 +1,4 @@
-"""The loss of a causal LM on tokens, f(w, batch), and its perplexity."""
-import math
-
+"""The loss of a causal LM on tokens, f(w, batch)."""
 from models.loading import Tokenizer, input_device
 from utils import UserError
 
@@ -44,12 +42,6 @@ def bos_hint(model: nn.Module, tokenizer: Tokenizer, sequences: Tensor, what: st
         return None
     return (f"--bos is for this model: with the beginning-of-text token in front, the loss of the first {what} that "
             f"has none falls from {without:.3f} to {behind:.3f} nats")
-
-
-def perplexity(losses: list[float]) -> float:
-    """exp of the mean loss over equal windows; inf where that overflows."""
-    mean = sum(losses) / len(losses)
-    return math.exp(mean) if mean < 700 else math.inf
 
 
 def check_tokens(model: nn.Module, tokens: Tensor) -> None:

@@ -145,6 +145,14 @@ def find_orders(model: nn.Module, layers: dict[str, nn.Module], norms: dict[str,
     return Found(orders, {kind: tuple((part[1:] / part[0]).tolist()) for kind, part in sums.items()})
 
 
+def check_reorderable(model: nn.Module) -> None:
+    """UserError for a model that `search_and_reorder` refuses, and without scipy: before there are any samples."""
+    if getattr(model.config, "channel_permutation", None):
+        raise UserError("the channels of this model were reordered before; give the model that it was made from")
+    channel_sets(model)
+    assignment(torch.eye(1))
+
+
 def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, pattern: tuple[int, int],
                        steps: int = STEPS, seed: int = 0) -> Found:
     """Search for the best orders on calibration samples, int64 `[sequences, tokens]`, at least 2 tokens each, and
@@ -153,9 +161,7 @@ def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: 
     UserError if the model was reordered before, if its architecture is not known, or if the reordered model has another
     loss on the first sample.
     """
-    if getattr(model.config, "channel_permutation", None):
-        raise UserError("the channels of this model were reordered before; give the model that it was made from")
-    channel_sets(model)  # an unknown architecture is refused before the calibration
+    check_reorderable(model)
     found = find_orders(model, layers, input_norms(model, layers, samples), pattern, steps, seed=seed)
     before = batch_loss(model, samples[:1])
     reorder(model, found.orders)

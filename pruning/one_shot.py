@@ -119,6 +119,8 @@ def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: 
     reached, pending, hessians = set(), {}, Hessians()
 
     def prune(name: str, inputs: Tensor) -> None:
+        if not inputs.numel():  # an expert that is called with no token
+            return
         weight = weight_matrix(layers[name])
         reached.add(name)
         pending[name] = way.pruned_weight(weight.to(inputs.device), inputs, hessians).to(weight)

@@ -23,7 +23,7 @@ from tiny import write_corpus
 SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "sparsify": sparsify,
            "eval": evaluate}
 ALL = list(SCRIPTS)
-SCRIPTS |= {"compare": evaluate, "plot": plot}  # what needs no model
+SCRIPTS |= {"alone": sparsify, "compare": evaluate, "plot": plot}
 PLACE = "--model {w}/llama --dtype float32 --device cpu"
 DATA = "--dataset {w}/text.jsonl --dataset_size 8 --batchsize 4 --seqlen 32"
 COMMANDS = {
@@ -35,6 +35,7 @@ COMMANDS = {
     "sparsify": f"{PLACE} --dataset {{w}}/text.jsonl --mask {{w}}/mask.safetensors --seqlen 32 --batchsize 4 --steps 2 "
                 "--targets q_proj --out new",
     "eval": f"{PLACE} --ppl {{w}}/held_out.txt --seqlen 32 --nwindows 2 --save new.json",
+    "alone": f"{PLACE} --seqlen 32 --batchsize 4 --steps 2 --out new",  # it generates its text, after all refusals
     "compare": "--compare {w}/record.json {w}/record.json",
     "plot": "--out new {w}/run"}
 
@@ -62,6 +63,7 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     write_corpus(w / "few.jsonl", 3)
     texts = [json.loads(line)["text"] for line in (w / "text.jsonl").read_text().splitlines()]
     (w / "held_out.txt").write_text(texts[0])
+    (w / "short.txt").write_text(texts[0][:50])
     (w / "long.jsonl").write_text("".join(json.dumps({"text": " ".join([text] * 3)}) + "\n" for text in texts))
 
     edited(w / "llama", w / "other", lambda tensors: [tensor.neg_() for tensor in tensors.values()])
@@ -77,11 +79,13 @@ def fill(w: Path, models: dict[str, Path]) -> None:
         if content:
             (w / name / file).write_bytes(content)
     (w / "no_tokenizer" / "tokenizer_config.json").unlink()
+    shutil.copytree(w / "llama", w / "reordered")
+    settings = json.loads((w / "llama" / "config.json").read_text())
+    (w / "reordered" / "config.json").write_text(json.dumps(settings | {"channel_permutation": "0123"}))
     edited(w / "llama", w / "few_weights", lambda tensors: tensors.pop("model.norm.weight"))
     edited(w / "llama", w / "few_rows", lambda tensors: tensors.update(
         {name: tensors[name][:32] for name in ("model.embed_tokens.weight", "lm_head.weight")}))
-    config = json.loads((w / "llama" / "config.json").read_text())
-    (w / "few_rows" / "config.json").write_text(json.dumps(config | {"vocab_size": 32}))
+    (w / "few_rows" / "config.json").write_text(json.dumps(settings | {"vocab_size": 32}))
 
     for model, sparsity, sparse, mask in [("llama", "2:4", "sparse", "mask"), ("llama", "4:8", "sparse8", "mask8"),
                                           ("other", "2:4", "sparse_other", "mask_other"),

@@ -92,6 +92,7 @@ MODELS = [
     ("eval", "--model {w}/gpt2 --ppl {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"),
     ("eval", "--model {w}/nan", "not finite", "--dtype"),
     ("prune", "--model {w}/inf", "not finite", "--dtype"),
+    ("alone", "--model {w}/reordered --permute", "were reordered before", "give the model that it was made from"),
     ("train", "--model {w}/nan", "the loss is nan at step 1", "--dtype bfloat16"),
     ("train", "--model {w}/nan --baseline online --val_fraction 0.3", "held-out loss of m0 is not finite", "bfloat16"),
     ("sparsify", "--model {w}/inf", "held-out loss of m0 is not finite", "--dtype bfloat16")]
@@ -106,11 +107,14 @@ MASKS = [
     ("train", "--mask {w}/attention.safetensors --targets mlp", "the mask has none of the layers that --targets name"),
     ("get_mask", "--convert {w}/mask.safetensors --targets q_proj", "--targets"),
     ("get_mask", "--model {w}/llama", "not 2:4 sparse in 14 of 14 layers", "q_proj", "prune.py"),
-    (["get_mask", "prune"], "--sparsity_type 2:5", "5 does not divide the 64 input features", "--sparsity_type"),
+    (["get_mask", "prune", "alone"], "--sparsity_type 2:5", "5 does not divide the 64 input", "--sparsity_type"),
+    ("train", "--sparsity_type 9:16", "a sum over 2^9 subsets of each block", "sparsify.py"),
     (["prune", "get_mask", "train", "eval"], "--targets q_proj nonsense", "--targets nonsense matches", "q_proj")]
 TEXTS = [
     ("train", "--mask {w}/gone.npz --dataset {w}/absent.jsonl", "gone.npz", "absent.jsonl: no such file", "the path"),
     ("sparsify", "--ppl {w}/absent.txt", "absent.txt: no such file", "check the path"),
+    ("alone", "--ppl {w}/short.txt", "fewer than one window of 512", "use a longer text"),
+    ("alone", "--ppl {w}/text.jsonl ./text.jsonl", "two texts have one name"),
     ("train", "--dataset {w}/few.jsonl", "only 3 of the 3 documents", "lower --dataset_size"),
     ("train", "--seqlen 5000", ("only 0 of the 12 documents", "256 positions"), "--seqlen"),
     ("inference_loss", "--batchsize 3", "--batchsize 3 does not divide --dataset_size 8", "change one"),

@@ -106,10 +106,20 @@ def test_minibatches_split_over_processes_are_larger_minibatches(w, tmp_path):
         assert (planes - planes.round().clamp(0, 1)).abs().max() > 0.1, name  # they moved far more than that
 
 
-def test_text_is_generated_once_for_all(w, tmp_path):
-    command = f"--model {w}/dense --dtype float32 --device cpu --seqlen 24 --batchsize 2 --steps 3 --out {tmp_path}/run"
-    launched = started(2, w, ["sparsify.py", *command.split()])
-    assert launched.wait() == 0 and launched.said.count("[text] the model generates") == 1, launched.said
+def test_text_order_and_m0_are_made_once_for_all(w, tmp_path):
+    """Also where a process comes late to them."""
+    (tmp_path / "script.py").write_text(
+        "import time, sparsify, utils\nfrom models import processes\nfrom training import preparation\n"
+        "late = lambda made: lambda *given: (time.sleep(2 * processes.rank()), made(*given))[1]\n"
+        "preparation.mixed = late(preparation.mixed)\n"
+        "preparation.reorder_channels = late(preparation.reorder_channels)\n"
+        "utils.run_script(sparsify.main)\n")
+    command = (f"--model {w}/dense --dtype float32 --device cpu --seqlen 24 --batchsize 2 --steps 3 --permute "
+               f"--out {tmp_path}/run")
+    launched = started(2, w, [tmp_path / "script.py", *command.split()])
+    assert launched.wait() == 0, launched.said
+    for stage in ("text", "order", "m0"):
+        assert launched.said.count(f"[{stage}] ") == 2, launched.said  # it begins and ends
     assert steps_of(tmp_path / "run") == [1, 2, 3] and (tmp_path / "run/checkpoint").exists()
     assert is_strict(mask_files.load(tmp_path / "run/mask.safetensors").masks)
 

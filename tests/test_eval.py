@@ -68,6 +68,8 @@ def test_density_and_pattern(model_copy, tmp_path, capsys, change, words):
 def test_an_evaluation_is_shown_and_not_repeated(model_copy, tmp_path, monkeypatch, capsys, request):
     """Until something that decides its numbers changes. With --save a file that is there is refused."""
     monkeypatch.chdir(tmp_path)
+    of_a_root = evaluate.output_file(evaluate.parse_args(["--model", "/model"]))
+    assert of_a_root.parent == Path("results/evaluations") and of_a_root.name.startswith("model_")
     run("--model model --ppl none")
     (first,) = Path("results/evaluations").iterdir()
     assert first.name.startswith("model_") and f"written to {first}" in capsys.readouterr().out

@@ -89,8 +89,10 @@ def test_the_models_own_settings_of_generation_change_nothing(llama):
     """A penalty on repetition would make the text another one than the model's own."""
     texts = []
     for settings in {}, {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1}:
-        llama[0].generation_config.update(**settings)
+        before = llama[0].generation_config
+        before.update(**settings)
         texts.append(drawn(*llama, 4, 30))
+        assert llama[0].generation_config is before  # as the sparse model has it
     assert texts[0] == texts[1] and any(len(set(tokens)) < len(tokens) for tokens in texts[0])
 
 
@@ -124,6 +126,17 @@ def test_text_is_written_until_the_time_is_over(llama, tmp_path, monkeypatch, ma
     monkeypatch.setattr(generation.time, "monotonic", lambda: clock[0])
     written = generation.write_text(tmp_path / "text.jsonl", *llama, 84, 8, 2, max_s=max_s, least=least)
     assert written == (documents, 7 * documents)
+
+
+def test_where_memory_is_full_fewer_documents_are_written_at_a_time(llama, tmp_path, monkeypatch):
+    counts = []
+
+    def generate(model, tokenizer, count, *_):
+        counts.append(count)
+        return [[5] * 7] * count if count < 3 else raises(torch.OutOfMemoryError())()
+    monkeypatch.setattr(generation, "generate", generate)
+    assert generation.write_text(tmp_path / "text.jsonl", *llama, 35, 8, 9, seed=2**62) == (5, 35)
+    assert counts == [5, 2, 2, 1]
 
 
 @pytest.mark.parametrize("further, words", [

@@ -1,6 +1,8 @@
 """training/loop.py: when a run ends, by steps, epochs or a clock of our own, and the sizes of its steps."""
 import json
 import math
+import os
+import signal
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -77,6 +79,14 @@ def test_sizes_follow_the_speed_of_recent_steps(go):
 @pytest.mark.parametrize("first_s, steps", [(150.0, 51), (200.0, 1), (500.0, 1)])
 def test_a_first_step_longer_than_half_the_time_does_not_prolong_a_run(go, first_s, steps):
     assert len(go(lambda step: 1.0 if step else first_s, max_s=200.0)[0]) == steps
+
+
+def test_a_signal_while_the_last_state_is_saved_ends_the_run(go, monkeypatch):
+    save = Run.save
+    monkeypatch.setattr(Run, "save", lambda run: (save(run), os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit) as stop:
+        go(lambda step: 1.0, max_step=3)
+    assert stop.value.code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("not_finite, said", [(None, 0), (0, 0), (1, 2)])

@@ -43,11 +43,14 @@ def test_true_sequential_differs_only_after_the_first_layers(pruned):
 
 
 @pytest.mark.parametrize("flags", [{}, {"true_sequential": True}, {"prune_method": "sparsegpt"}])
-def test_layers_that_the_text_does_not_reach_are_pruned_by_magnitude(load, flags, capsys):
+@pytest.mark.parametrize("is_called", [False, True])
+def test_layers_that_the_text_does_not_reach_are_pruned_by_magnitude(load, flags, is_called, capsys):
     """As an expert that no token is sent to, or a part of the model that text does not use."""
     model = load("llama")
     model.unused = torch.nn.Linear(8, 4)
     size, layers = model.unused.weight.detach().clone().abs(), find_layers(model, [""])
+    if is_called:
+        model.model.layers[1].register_forward_hook(lambda *_: (model.unused(torch.zeros(0, 8)), None)[1])
     prune_model(model, layers, torch.arange(64).view(2, 32), OneShot(**flags))
     assert f"does not reach 1 of {len(layers)} layers, unused among them" in capsys.readouterr().out
     assert torch.equal(model.unused.weight != 0, largest(size, 2, 4))

@@ -10,6 +10,7 @@ import data
 import sparsify
 from files import mask_files
 from files.documents import documents
+from files.records import read_record
 from models import generation
 from pruning import swaps
 from training import initialize, preparation, results
@@ -184,6 +185,7 @@ def test_killed_in_a_stage_it_goes_on_there(whole, tmp_path, monkeypatch, stage)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert read_record(tmp_path / "run")["plan"]["tokens"] == expected.record["plan"]["tokens"]  # measured once
     calls = {name: counting(*moment[:2], monkeypatch) for name, moment in MOMENTS.items()}
     sparsify.main(["--resume", str(tmp_path / "run")])
     once = {"text": 2, "learning": 4} | dict.fromkeys(("order", "m0", "swaps", "table"), 1)
@@ -217,12 +219,17 @@ def test_reordered_channels_and_passages(workshop, whole):
 
 @pytest.mark.parametrize("flags, words", [
     ("--shard --dataset text.jsonl", "--shard needs --dataset and --mask"), ("--minutes 0", "at least 0.01"),
-    ("--shard --dataset t --mask m --dtype float16", "overflows in float16"), ("--distill 1.5", "at most 1"),
+    ("--distill 1.5", "at most 1"),
     ("--minutes 5 --steps 5", "not allowed with argument"), ("--permute --mask m0.safetensors", "leave out --mask")])
 def test_flags_that_do_not_go_together(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
         sparsify.main(flags.split())
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_float16_is_not_summed_over_shards(workshop, learned):
+    with pytest.raises(UserError, match="overflows in float16"):
+        learned(f"--shard --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl --steps 5 --dtype float16")
 
 
 def test_a_text_that_is_too_short(workshop, learned, tmp_path):

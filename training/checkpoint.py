@@ -25,6 +25,7 @@ from torch import Tensor
 FORMAT = "maskpro-state 5"
 CHUNK_BYTES = 2**24
 CHECKSUM_BYTES = 32
+KEPT = 2  # states of a run
 MOST_SHARE = 0.02  # of a run's time that saving may take where --checkpoint_every is in minutes
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.uint8: "U8"}
 
@@ -103,13 +104,13 @@ class StateFile:
 
 
 class Checkpoints:
-    """The newest `keep` states of a run, and when the next is due.
+    """The newest states of a run, and when the next is due.
 
     every: '500' for steps, '10m' for minutes.
     """
 
-    def __init__(self, folder: Path, every: str, keep: int = 2):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, every: str):
+        self.folder = folder
         self.steps = None if every.endswith("m") else int(every)
         self.minutes = float(every[:-1]) if every.endswith("m") else None
         self.step, self.saved_at, self.cost_s = None, 0.0, 0.0  # of the last one
@@ -118,7 +119,7 @@ class Checkpoints:
         """Is it time to save, after so many steps and seconds of the run? With `every` in minutes saving takes at most
         MOST_SHARE of the run's time. `last`: the run ends here, so that the minutes need not have passed."""
         if self.steps:
-            return step % self.steps == 0
+            return last or step % self.steps == 0
         waited = seconds - self.saved_at
         return waited * MOST_SHARE >= self.cost_s and (waited >= 60 * self.minutes or (last and self.step))
 
@@ -127,10 +128,10 @@ class Checkpoints:
         return sorted(self.folder.glob("step*.safetensors"))
 
     def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor]) -> None:
-        """Save the state after so many steps and seconds of the run, then remove the oldest states beyond `keep`."""
+        """Save the state after so many steps and seconds of the run, then remove the oldest states beyond KEPT."""
         started = time.monotonic()
         save(self.folder / f"step{step:08d}.safetensors", scalars, tensors)
-        for path in self.paths()[:-self.keep]:
+        for path in self.paths()[:-KEPT]:
             path.unlink()
         self.step, self.saved_at, self.cost_s = step, seconds, time.monotonic() - started
 

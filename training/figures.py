@@ -3,7 +3,6 @@ in grey."""
 from pathlib import Path
 
 from files.atomic import atomic_write
-from utils import UserError
 
 WINDOW = 32  # steps of the running mean
 LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]
@@ -56,13 +55,10 @@ def learning_curve(runs: dict[str, list[dict]], path: str | Path, levels: dict[s
     """Draw the training loss over the steps and, where it is known, the held-out loss; one line a run.
 
     runs: name -> the lines of metrics.jsonl; path: a .png or .svg; levels: label -> loss in nats, such as that of the
-    dense model or of m0, drawn as horizontal lines in the last panel. UserError without matplotlib.
+    dense model or of m0, drawn as horizontal lines in the last panel.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is missing; install it with: pip install matplotlib")
+    import matplotlib  # takes a second, which other scripts need not wait for
+    from matplotlib.figure import Figure
     drawn = {label: points for label, points in curves(runs).items() if any(points.values())}
     # In an .svg text stays text, and a $ in a run's name is a dollar.
     with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}), atomic_write(path) as beside:

@@ -125,10 +125,18 @@ class Run:
                 due = processes.agreed(float(bool(due)))
                 if due or self._stopped_by:
                     self.save()
-                if self._stopped_by:
-                    processes.log(f"stopped after step {self.step}, with its state saved")
-                    sys.exit(128 + self._stopped_by)
+                self._stop()
         self.signals.deferred = False
+        found = processes.all_gather([float(self.signals.received)])  # while the last state was saved
+        if received := int(max(received for received, in found)):
+            self._stopped_by = received
+            self.save()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._stopped_by:
+            processes.log(f"stopped after step {self.step}, with its state saved")
+            sys.exit(128 + self._stopped_by)
 
     def next_batches(self) -> list[int]:
         """The minibatches of the step to come, one for each process."""
@@ -192,8 +200,8 @@ class Run:
         if self.log.lines:
             self.save()
             saved = "; the state is saved"
-        raise UserError(f"the loss is {loss} at step {begin} and at all up to step {self.step}; lower --lr, or use "
-                        f"--dtype bfloat16 if the model overflows in its dtype{saved}")
+        raise UserError(f"the loss is {loss} at step {begin} and at all up to step {self.step}; start a new run with a "
+                        f"lower --lr, or with --dtype bfloat16 if the model overflows in its dtype{saved}")
 
     # ----------------------------------------------------------------------------------------------- saved and restored
 

@@ -14,7 +14,8 @@ from models import generation, processes
 from models.layers import check_divisible, find_layers
 from models.loading import Tokenizer, model_fingerprint
 from models.loss import batch_loss
-from pruning.channel_order import search_and_reorder
+from pruning.channel_order import check_reorderable, search_and_reorder
+from pruning.channels import apply_permutation
 from pruning.one_shot import OneShot, one_shot_masks
 from utils import UserError
 
@@ -99,8 +100,9 @@ def generated_tokens(tokens: int, missing: int, minibatch: int, after: str | Non
 
 def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: dict[str, int], seqlen: int,
                   after: str | None, seed: int, max_s: float, least: int) -> None:
-    """Write documents that the model generates, of each file so many tokens; beyond the `least` in all, as many as so
-    many seconds give. after: the passages that the second of GENERATED continues. A file that is there is kept."""
+    """Write documents that the model generates, of each file so many tokens; beyond the `least` in all, FEWEST
+    minibatches, as many as so many seconds give. after: the passages that the second of GENERATED continues. A file
+    that is there is kept."""
     passages, total = generation.read_passages(after, model, tokenizer, seqlen) if after else [], sum(wanted.values())
     batchsize = min(256, max(16, total // len(wanted) // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
@@ -109,24 +111,35 @@ def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: 
             if processes.is_main() and not (folder / name).exists():
                 generation.write_text(folder / name, model, tokenizer, tokens, seqlen, batchsize,
                                       passages if number else [], seed + number, max_s * share,
-                                      min(tokens, math.ceil(least * share)))
+                                      min(tokens, max(least // FEWEST, math.ceil(least * share))))
+
+
+def check_model(model: nn.Module, targets: list[str] | None, pattern: tuple[int, int], permute: bool) -> None:
+    """UserError where m0 or an order of the channels cannot be had of this model: before any text is generated."""
+    check_divisible(find_layers(model, targets), pattern[1])
+    if permute:
+        check_reorderable(model)
 
 
 def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],
                      sequences: Tensor, seed: int) -> None:
-    """Bring the model's channels into an order in which masks of this pattern keep more; the order goes to a file."""
-    original = model_fingerprint(model)
-    found = search_and_reorder(model, find_layers(model, targets), sequences[:SEQUENCES], pattern, seed=seed)
-    if processes.is_main():
+    """Bring the model's channels into an order in which masks of this pattern keep more: that of a file which, where
+    it is not there yet, the main process writes."""
+    with processes.main_before_others():
+        if not processes.is_main() or file.exists():
+            apply_permutation(model, file)
+            return
+        original = model_fingerprint(model)
+        found = search_and_reorder(model, find_layers(model, targets), sequences[:SEQUENCES], pattern, seed=seed)
         with atomic_write(file) as beside:
             permutation_files.save(beside, permutation_files.PermutationFile(found.orders, name, original))
 
 
 def wanda_mask(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],
                sequences: Tensor) -> None:
-    """Write Wanda's mask of these layers, measured on the first SEQUENCES sequences, int64 `[sequences, tokens]`."""
+    """Write Wanda's mask of these layers, measured on the first SEQUENCES sequences, int64 `[sequences, tokens]`, where
+    it is not there yet."""
     layers = find_layers(model, targets)
-    check_divisible(layers, pattern[1])
     with processes.main_before_others():
         if processes.is_main() and not file.exists():
             masks = one_shot_masks(model, layers, sequences[:SEQUENCES], OneShot("wanda", pattern))

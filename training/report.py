@@ -29,7 +29,8 @@ def model_card(base: str, arguments: dict, pattern: str, dtype: str, nats: dict[
     table = f"Perplexity by token:\n\n{perplexity_table(nats)}" if nats else ""
     card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return card.format(base=mask_files.public_name(base), pattern=pattern, version=VERSION, method=method,
-                       dtype=dtype.removeprefix("torch."), table=table)
+                       dtype=dtype.removeprefix("torch."), table=table,
+                       order=", but for the order of the channels" if arguments.get("permute") else "")
 
 
 def stage_table(stages: dict[str, dict]) -> str:
