@@ -13,8 +13,8 @@
 #   HELDOUT=WIKITEXT VALUES="after both scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
-# Other rows: half_hour (run it alone), permuted, running; on the text and m0 of `both` scores_ste, maskllm, susi, and ours
-# without curvature, no_curvature.
+# Other rows: half_hour (run it alone), permuted, running; on the text and m0 of `both` scores_ste, no_curvature (ours
+# without it), maskllm and susi, which take hours.
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
