@@ -192,7 +192,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
                 began, table["m0"] = time.monotonic(), nats()
             plan["table_s"] = processes.agreed(time.monotonic() - began)
             read = max(1, int(preparation.READ_BY_SWAPS * plan["tokens"]) // args.seqlen)
-            start(masked, "swaps", args.logits, batches.flatten(0, 1)[:read], args.seed, validation,
+            start(masked, "swaps", args.logits, batches.flatten(0, 1)[:read], validation,
                   preparation.SWAPS_SHARE * 60 * (args.minutes or math.inf))
             folder.write_record()
             run.save()

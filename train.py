@@ -93,7 +93,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     learner, validation = PolicyGradient(masked, batches, baseline, estimator), Validation(masked, heldout)
     run = Run(folder, signals, validation, len(batches), args.max_step, args.epoch)
     if not run.restore(saved, masked=masked, estimator=estimator, validation=validation):
-        initialize.start(masked, args.init, args.logits, batches.flatten(0, 1), args.seed, validation)
+        initialize.start(masked, args.init, args.logits, batches.flatten(0, 1), validation)
 
     # the loop
     for _ in run.steps():

@@ -36,7 +36,7 @@ class MaskedLayer:
         self.logits = [torch.empty(len(self.bits), dtype=logits_dtype, device=self.weight.device)
                        for _ in range(kernels.space.width)]  # planes [blocks]
         self.stride = max(1, len(self.bits) // SAMPLE)
-        self.remember_start()
+        self.start_sample = self.bits[::self.stride].clone()
         self.pending: Callable[[Tensor], None] | None = None  # the pass to be made when the next forward gets here
         self.scratch = None if self.sharded else scratch[:self.shape.numel()].view(self.shape)
         if not self.sharded:
@@ -48,10 +48,6 @@ class MaskedLayer:
         self.used = weight
         weight = weight.T if is_transposed(self.module) else weight
         self.module.weight = nn.Parameter(weight, requires_grad=False)
-
-    def remember_start(self) -> None:
-        """Let `changed` compare with the present mask."""
-        self.start_sample = self.bits[::self.stride].clone()
 
     def changed(self) -> float:
         """The share of blocks whose most probable mask is not the one they started from, of an evenly spaced sample of

@@ -50,8 +50,8 @@ class Learner:
         masked.handles.append(self)
         return self
 
-    def start(self, _masked: MaskedModel, _how: str, _magnitude: float, sequences: Tensor, _seed: int,
-              validation: Validation, _max_s: float) -> None:
+    def start(self, _masked: MaskedModel, _how: str, _magnitude: float, sequences: Tensor, validation: Validation,
+              _max_s: float) -> None:
         """In place of initialize.start: from m0."""
         validation.evaluate(0)
         modules = {name: layer.module for name, layer in self.masked.layers.items()}

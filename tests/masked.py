@@ -1,9 +1,9 @@
 """Tiny models under masks: made, run, and looked into."""
 import pge
+from masking.block_bits import mask_to_bits
 from masking.masked_model import MaskedModel
 from masking.spaces import SPACES
 from models.layers import find_layers, weight_matrix
-from training.initialize import from_random_numbers
 from training.straight_through import StraightThrough
 
 import torch
@@ -66,7 +66,11 @@ def make(model, n=2, m=4, space="linear", init="mask", magnitude=10.0, seed=0, *
     masks = magnitude_masks(layers, n, m)
     masked = MaskedModel(model, masks, SPACES[space](n, m), magnitude, seed=seed, **({"mode": "eager"} | kwargs))
     if init == "random":
-        from_random_numbers(masked, magnitude, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in masked.layers.values():
+            logits = torch.randn(len(layer.bits), masked.space.width, generator=generator) * magnitude
+            layer.set_logits(lambda part, logits=logits: logits[part])
+            layer.bits.copy_(mask_to_bits(masked.space.mode(logits)))
     return masked, masks, dense
 
 

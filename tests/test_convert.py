@@ -112,7 +112,7 @@ def test_apply_mask_is_what_pruning_did(w, tmp_path, kind):
 def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path, kind, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # a compiler takes longer than these steps
     train.main(f"--model {w}/{kind} {PLACE} --mask {w}/{kind}.safetensors --dataset {w}/text.jsonl --dataset_size 8 "
-               f"--batchsize 4 --sqlen 32 --baseline online --init random --max_step 2 "
+               f"--batchsize 4 --sqlen 32 --baseline online --logits 0.1 --lr 99 --max_step 2 "
                f"--out {tmp_path}/run".split())
     model = apply_mask(dense(w, kind), tmp_path / "run")  # a run stands for its mask, and for its model
     assert not same_bits(model, dense(w, f"sparse_{kind}"))  # another mask than that

@@ -130,18 +130,6 @@ def test_learning_some_layers_keeps_the_others_at_m0_or_dense(load):
     assert list(masked.finish()) == learned
 
 
-def test_random_logits_start_at_their_own_mode(load):
-    runs = [make(load(), init="random", magnitude=3.0, seed=seed) for seed in (0, 0, 1)]
-    masked, masks, dense = runs[0]
-    logits = torch.cat([logits.flatten() for logits in all_logits(masked).values()])
-    assert abs(float(logits.mean())) < 0.1 and float(logits.std()) == pytest.approx(3.0, rel=0.02)
-    drawn = drawn_masks(masked)
-    assert same(masked.bits(), masked.mode_bits()) and not same(drawn, masks)
-    for name, weight in used_weights(masked.model).items():
-        assert_masked(weight, dense[name], drawn[name])
-    assert same(drawn, drawn_masks(runs[1][0])) and not same(drawn, drawn_masks(runs[2][0]))
-
-
 def test_all_layers_share_one_buffer_and_keep_their_dense_weight_without_a_copy(kind, load):
     model = load(kind)
     before = {name: layer.weight.data_ptr() for name, layer in find_layers(model).items()}

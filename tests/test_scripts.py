@@ -231,7 +231,7 @@ def test_the_checkpoint_is_dense_times_mask_which_is_the_mode_of_the_logits(made
     assert all(torch.equal(sparse[key], dense[key]) for key in dense)
 
 
-@pytest.mark.parametrize("init", ["mask", "random"])
+@pytest.mark.parametrize("init", ["mask", "scores"])
 def test_online_baselines_are_the_cached_ones(llama, tmp_path, init):
     runs = {}
     for kind in ("cached", "online"):

@@ -74,7 +74,7 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
                         help="divide the advantage by its running root mean square; --lr is then in logits")
     parser.add_argument("--init", choices=STARTS, default="mask",
                         help="logits start at C * m0; from Wanda's scores |w| ||x||, so that close scores give close "
-                             "logits; from m0 improved by swaps; or at C * normal random numbers")
+                             "logits; or from m0 improved by swaps")
     parser.add_argument("--space", choices=list(SPACES), default="linear",
                         help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
     parser.add_argument("--val_fraction", type=finite(0, 0.99999), default=0.0,

@@ -1,9 +1,8 @@
-"""Where learning starts, if not from C * m0: logits from the weights' scores, from swaps, or at random."""
+"""Where learning starts, if not from C * m0: logits from the weights' scores, or from swaps."""
 import math
 import time
 
 from masking.block_bits import bits_to_mask, mask_to_bits
-from masking.exact_kernels import CHUNK
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
@@ -15,21 +14,19 @@ from training.validation import Validation
 import torch
 from torch import Tensor
 
-STARTS = ("mask", "scores", "swaps", "random")
+STARTS = ("mask", "scores", "swaps")
 SEQUENCES = 64  # of text that scores measure the layers' inputs on
 TOKENS = 30_000  # of text, at most, that swaps measure them on
 SWEEPS = 3  # over the blocks; three more bring a hundredth of what these do, for as much time again
 
 
-def start(masked: MaskedModel, how: str, magnitude: float, sequences: Tensor, seed: int, validation: Validation,
+def start(masked: MaskedModel, how: str, magnitude: float, sequences: Tensor, validation: Validation,
           max_s: float = math.inf) -> None:
     """Set the logits before the first step, one of STARTS; "mask" leaves them at C = `magnitude` times m0. The held-out
-    loss of m0 is evaluated on the way, before swaps improve it; at random, that of the first mask.
+    loss of m0 is evaluated on the way, before swaps improve it.
 
     sequences: of text, int64 `[sequences, tokens]`, for scores and swaps; max_s: for swaps.
     """
-    if how == "random":
-        from_random_numbers(masked, magnitude, seed)
     if how == "scores":
         from_scores(masked, magnitude, sequences[:SEQUENCES])
     validation.evaluate(0)
@@ -51,19 +48,6 @@ def _follow(masked: MaskedModel, layer: MaskedLayer, magnitude: float, score: Te
     """Logits of the layer's mask and of scores, `[out, in]`."""
     score = score.view(-1, layer.m)
     layer.set_logits(lambda part: masked.space.init(bits_to_mask(layer.bits[part], layer.m), magnitude, score[part]))
-
-
-def from_random_numbers(masked: MaskedModel, magnitude: float, seed: int) -> None:
-    """Logits that are C times normal random numbers, and the masks most probable under them."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in masked.layers.values():
-        blocks = layer.shape.numel() // layer.m
-        logits = torch.cat([torch.randn(min(CHUNK, blocks - begin), masked.space.width, generator=generator) * magnitude
-                            for begin in range(0, blocks, CHUNK)])
-        logits = layer.rows.own(logits.view(layer.shape[0], -1)).reshape(-1, masked.space.width)
-        layer.set_logits(lambda part, logits=logits: logits[part])
-        layer.bits.copy_(mask_to_bits(masked.space.mode(logits)))
-        layer.remember_start()
 
 
 def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, max_s: float = math.inf) -> None:

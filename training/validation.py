@@ -19,8 +19,7 @@ def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 class Validation:
-    """The most probable mask with the lowest loss on held-out minibatches; m0, evaluated first, is one of them. With
-    --init random the run's first mask takes the place of m0 in all of this.
+    """The most probable mask with the lowest loss on held-out minibatches; m0, evaluated first, is one of them.
 
     heldout: int64 `[minibatches, sequences, tokens]`, split over the processes, except for a sharded model, which all
     of them run together; may be empty: then only the processes are compared, and the last mask is delivered.
