@@ -164,39 +164,31 @@ def mode(logits: Tensor, n: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # estimators: from losses to advantages
 
-Losses = Sequence[float]  # nats
+Losses = Sequence[float]  # nats, of each process's mask
 Baselines = Sequence[float | None]  # f(m0 * w, the same minibatch), nats; None: not wanted
 
 
 class Estimator:
-    """Turns a step's losses into advantages. `carried`: its attributes that a step hands to the next, plain numbers;
-    `delta`: its tracker, nats, where it has one."""
-    carried: tuple[str, ...] = ()
+    """Turns a step's losses into advantages; `delta`: its tracker, nats, where it has one."""
     needs_baseline = False
     delta: float | None = None
 
-    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
-        """Those of one step, whose masks were scored on these minibatches, several masks or several minibatches."""
+    def advantages(self, losses: Losses, baselines: Baselines) -> list[float]:
+        """Those of one step, of one mask on one minibatch or several."""
         raise NotImplementedError
-
-    def advantage(self, loss: float, baseline: float | None = None, minibatch: int = 0) -> float:
-        """That of a step of one mask and one minibatch."""
-        return self.advantages([loss], [baseline], [minibatch])[0]
 
     def state(self) -> tuple[dict, dict]:
         """For a checkpoint: numbers by name, and no tensors."""
-        return {name: getattr(self, name) for name in self.carried}, {}
+        return {}, {}
 
     def restore(self, scalars: dict, read: object = None) -> None:
         """From `state`; there are no tensors to read."""
-        for name in self.carried:
-            setattr(self, name, scalars[name])
 
 
 class Vanilla(Estimator):
     """A = f_t: plain policy gradient (paper, eq. of section 4.1)."""
 
-    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
+    def advantages(self, losses: Losses, baselines: Baselines) -> list[float]:
         return list(losses)
 
 
@@ -204,94 +196,35 @@ class Residual(Estimator):
     """A = f_t - f(m0 * w, batch): the loss residual takes the minibatch's own difficulty out."""
     needs_baseline = True
 
-    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
+    def advantages(self, losses: Losses, baselines: Baselines) -> list[float]:
         return [loss - baseline for loss, baseline in zip(losses, baselines)]
 
 
-class MaskPro(Estimator):
+class MaskPro(Residual):
     """A = residual - delta, with delta <- alpha delta + (1 - alpha) residual: the moving-average tracker.
 
     The authors update delta first and then use it, which scales the gradient by alpha; this order is kept. From
     delta = 0 the first advantages all carry the sign of the mean residual; `debias` divides delta by 1 - alpha^t.
     """
-    needs_baseline = True
-    carried = ("delta", "steps")
 
     def __init__(self, alpha: float = 0.99, debias: bool = False):
         self.alpha, self.debias = alpha, debias
         self.delta, self.steps = 0.0, 0
 
-    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
-        residuals = [loss - baseline for loss, baseline in zip(losses, baselines)]
+    def advantages(self, losses: Losses, baselines: Baselines) -> list[float]:
+        residuals = super().advantages(losses, baselines)
         self.steps += 1
         self.delta = self.alpha * self.delta + (1 - self.alpha) * sum(residuals) / len(residuals)
         correction = 1 - self.alpha**self.steps if self.debias else 1.0
         return [residual - self.delta / correction for residual in residuals]
 
-
-class Running(Estimator):
-    """A = f_t - b, b <- keep b + (1 - keep) f_t: a baseline for each minibatch that follows the loss down, where m0's
-    stays behind. b is used before it is updated, so A is unbiased; a minibatch's first visit only starts it.
-
-    This project's addition; the paper suggests that m0 be replaced as the loss falls.
-    """
-
-    def __init__(self, keep: float = 0.8):
-        self.keep, self.means = keep, {}
-
-    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
-        found, before = {}, {}
-        for loss, minibatch in zip(losses, minibatches):
-            found.setdefault(minibatch, []).append(loss)
-        for minibatch, here in found.items():
-            now = sum(here) / len(here)
-            before[minibatch] = self.means.get(minibatch, now)
-            self.means[minibatch] = self.keep * before[minibatch] + (1 - self.keep) * now
-        return [loss - before[minibatch] for loss, minibatch in zip(losses, minibatches)]
-
     def state(self) -> tuple[dict, dict]:
-        return {"means": list(self.means.items())}, {}  # JSON has no numbers for keys
+        return {"delta": self.delta, "steps": self.steps}, {}
 
     def restore(self, scalars: dict, read: object = None) -> None:
-        self.means = dict(scalars["means"])
+        self.delta, self.steps = scalars["delta"], scalars["steps"]
 
 
-class Normalized(Estimator):
-    """Another estimator's A divided by its root mean square, a running mean of 0.99 a step without the start's bias.
-
-    Then eta is in logits, whatever the size of the model and of its losses. This project's addition.
-    """
-
-    carried = ("mean_square", "steps")
-
-    def __init__(self, estimator: Estimator, decay: float = 0.99):
-        self.estimator, self.decay = estimator, decay
-        self.mean_square, self.steps = 0.0, 0
-        self.needs_baseline = estimator.needs_baseline
-
-    @property
-    def delta(self) -> float | None:
-        return self.estimator.delta
-
-    def advantages(self, losses: Losses, baselines: Baselines, minibatches: list[int]) -> list[float]:
-        found = self.estimator.advantages(losses, baselines, minibatches)
-        if not any(found):
-            return found
-        self.steps += 1
-        square = sum(advantage**2 for advantage in found) / len(found)
-        self.mean_square = self.decay * self.mean_square + (1 - self.decay) * square
-        return [advantage / (self.mean_square / (1 - self.decay**self.steps)) ** 0.5 for advantage in found]
-
-    def state(self) -> tuple[dict, dict]:
-        return {**super().state()[0], "estimator": self.estimator.state()[0]}, {}
-
-    def restore(self, scalars: dict, read: object = None) -> None:
-        super().restore(scalars)
-        self.estimator.restore(scalars["estimator"])
-
-
-def make_estimator(name: str, alpha: float = 0.99, debias: bool = False, normalize: bool = False) -> Estimator:
+def make_estimator(name: str, alpha: float = 0.99, debias: bool = False) -> Estimator:
     """The estimator of this name; `alpha` and `debias` are maskpro's."""
-    estimator = {"vanilla": Vanilla, "residual": Residual, "running": Running,
-                 "maskpro": lambda: MaskPro(alpha, debias)}[name]()
-    return Normalized(estimator) if normalize else estimator
+    return {"vanilla": Vanilla, "residual": Residual, "maskpro": lambda: MaskPro(alpha, debias)}[name]()

@@ -59,7 +59,7 @@ class PolicyGradient:
         if not result.is_finite:
             self.masked.redraw()                                                        # another mask may do better
             return result
-        advantages = self.estimator.advantages(losses, references, indices)             # A = f_t - f(m0) - delta
+        advantages = self.estimator.advantages(losses, references)                      # A = f_t - f(m0) - delta
         result.advantage, result.delta = mean(advantages), self.estimator.delta
         self.masked.update(lr * result.advantage)       # pi -= lr A score(m_t); m_{t+1} ~ p(pi): in the next forward
         return result
@@ -70,7 +70,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     set_seed(args.seed, deterministic=True)
     saved, is_online, cached = folder.newest_state(), args.baseline == "online", None
     check_paths([args.mask], [args.dataset])
-    estimator = pge.make_estimator(args.estimator, args.alpha, args.debias_tracker, args.normalize_advantage)
+    estimator = pge.make_estimator(args.estimator, args.alpha, args.debias_tracker)
     if estimator.needs_baseline and not is_online:
         cached = baselines.find(args.baseline, args.dataset_size, args.batchsize, args.seqlen)
 

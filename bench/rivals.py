@@ -53,8 +53,6 @@ ROWS = {
     "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.MaskPro, lr=10, logits=5),
     "forward-only: MaskPro, debiased tracker": dict(
         learner="forward_only", estimator=lambda: pge.MaskPro(debias=True), lr=10, logits=5),
-    "forward-only: running baseline, normalized, from swaps": dict(
-        learner="forward_only", estimator=lambda: pge.Normalized(pge.Running()), lr=0.1, logits=5, swaps=True),
 }
 
 

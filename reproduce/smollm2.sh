@@ -13,7 +13,7 @@
 #   HELDOUT=WIKITEXT VALUES="after both scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
-# Other rows: half_hour (run it alone), permuted, running; on the text and m0 of `both` scores_ste, no_curvature (ours
+# Other rows: half_hour (run it alone), permuted; on the text and m0 of `both` scores_ste, no_curvature (ours
 # without it), maskllm and susi, which take hours.
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
@@ -55,8 +55,6 @@ for SEED in ${SEEDS:-0 1 2}; do
         no_curvature) rival ours-no_curvature ours --no-curvature ;;
         maskpro) STEPS=10000 learned maskpro "$SIZE" "${ETA:-0.03}" 5 ;;  # docs/steps.md
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
-        running)  # forward passes alone, our way: docs/steps.md
-            FURTHER="--init swaps --normalize_advantage" STEPS=600 learned running "$SIZE" "${ETA:-0.2}" 4 ;;
         one_shot)  # docs/one_shot_masks.md, docs/permutations.md
             pruned magnitude
             pruned wanda swaps --swaps 6

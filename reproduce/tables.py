@@ -51,6 +51,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("the same, half of its text after passages, in [half an hour](docs/sparsify.md#a-runs-report)", "frozen",
      "2of4/sparsify-both-minutes30"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
+    ("Wanda, [swaps](docs/one_shot_masks.md#swaps), true sequential", "frozen", "2of4/swaps-sequential"),
     ("MaskPro [from Wanda's scores](docs/steps.md#on-a-real-model), debiased tracker, 600 steps", "frozen",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
     ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr0.03-logits5-steps10000"),

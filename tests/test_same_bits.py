@@ -33,9 +33,8 @@ PAPER = "train.py", COMMON + "--dataset_size 16 --max_step 9 --logits 1 "
 OURS = "sparsify.py", COMMON + "--distill 1 --steps 30 "
 RUNS = {  # name -> (processes, script, flags)
     "maskpro, cached": (1, PAPER[0], PAPER[1] + "--lr 5 --baseline {w}/baseline.npz"),
-    "running, normalized, float16 logits, held out": (
-        1, PAPER[0], PAPER[1] + "--estimator running --normalize_advantage --lr 0.3 --logits_dtype float16 "
-                                "--val_fraction 0.25"),
+    "debiased, float16 logits, held out": (
+        1, PAPER[0], PAPER[1] + "--debias_tracker --baseline online --lr 5 --logits_dtype float16 --val_fraction 0.25"),
     "sparsify": (1, *OURS),
     "sparsify, GPT-2": (1, OURS[0], OURS[1] + "--model {w}/gpt2 --mask {w}/gpt2.safetensors"),
     "sparsify, 2 processes, --shard": (2, OURS[0], OURS[1] + "--steps 15 --shard"),

@@ -62,16 +62,13 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--logits", type=finite(0), default=10.0, help="C: initial logit of a kept weight (pruned: 0)")
     parser.add_argument("--epoch", type=positive_int, default=10000, help="passes through the minibatches, at most")
     parser.add_argument("--max_step", type=positive_int, default=10000, help="steps in all, at most")
-    parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro", "running"], default="maskpro",
-                        help="the advantage: loss; loss - baseline; loss - baseline - delta; loss - running mean of "
-                             "the losses of the same minibatch")
+    parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro"], default="maskpro",
+                        help="the advantage: loss; loss - baseline; loss - baseline - delta")
     parser.add_argument("--baseline", default="cached", metavar="{cached,online,FILE}",
                         help="f(m0 * w): from inference_loss.py's file, of its default name or this one; online: by a "
                              "second forward pass a step")
     parser.add_argument("--alpha", type=finite(0, 0.99999), default=0.99, help="decay of delta a step")
     parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
-    parser.add_argument("--normalize_advantage", action="store_true",
-                        help="divide the advantage by its running root mean square; --lr is then in logits")
     parser.add_argument("--init", choices=STARTS, default="mask",
                         help="logits start at C * m0; from Wanda's scores |w| ||x||, so that close scores give close "
                              "logits; or from m0 improved by swaps")

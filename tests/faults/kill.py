@@ -43,14 +43,13 @@ import tiny
 
 COMMON = "--dtype float32 --device cpu --seqlen 24 --batchsize 2 --checkpoint_every 2"
 PAPER = "--dataset_size 8 --logits 1 --max_step 8 --save"
-RUNNING = ("--lr 0.3 --estimator running --normalize_advantage --logits_dtype float16 --val_fraction 0.25 "
-           "--skip_checkpoint")
+DEBIASED = "--lr 5 --debias_tracker --baseline online --logits_dtype float16 --val_fraction 0.25 --skip_checkpoint"
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 RUNS = {  # name -> script, flags
     "maskpro": (train, f"{PAPER} --lr 5 --baseline online --skip_checkpoint"),
     "sparsify": (sparsify, "--steps 8"),
     "pattern space": (train, f"{PAPER} --lr 5 --space pattern --baseline online --skip_checkpoint"),
-    "running, normalized, float16 logits": (train, f"{PAPER} {RUNNING}"),
+    "debiased, float16 logits": (train, f"{PAPER} {DEBIASED}"),
 }
 
 
