@@ -162,7 +162,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
 
 
 def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals,
-             learner_of: Callable = StraightThrough, start: Callable = initialize.start) -> None:
+             learner_of: Callable = StraightThrough, start: Callable | None = None) -> None:
     """The run from its start, or from where it was stopped, to its results. Both functions are for rivals."""
     set_seed(args.seed)
     check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
@@ -192,8 +192,10 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
                 began, table["m0"] = time.monotonic(), nats()
             plan["table_s"] = processes.agreed(time.monotonic() - began)
             read = max(1, int(preparation.READ_BY_SWAPS * plan["tokens"]) // args.seqlen)
-            start(masked, "swaps", args.logits, batches.flatten(0, 1)[:read], validation,
-                  preparation.SWAPS_SHARE * 60 * (args.minutes or math.inf))
+            validation.evaluate(0)
+            (start or initialize.from_swaps)(
+                masked, args.logits, batches.flatten(0, 1)[:read],
+                preparation.SWAPS_SHARE * 60 * (args.minutes or math.inf))
             folder.write_record()
             run.save()
 

@@ -93,7 +93,9 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     learner, validation = PolicyGradient(masked, batches, baseline, estimator), Validation(masked, heldout)
     run = Run(folder, signals, validation, len(batches), args.max_step, args.epoch)
     if not run.restore(saved, masked=masked, estimator=estimator, validation=validation):
-        initialize.start(masked, args.init, args.logits, batches.flatten(0, 1), validation)
+        if args.init == "scores":
+            initialize.from_scores(masked, args.logits, batches.flatten(0, 1))
+        validation.evaluate(0)
 
     # the loop
     for _ in run.steps():

@@ -28,7 +28,6 @@ from training.initialize import SEQUENCES
 from training.loop import StepResult
 from training.run_folder import RunFolder, is_finished
 from training.signals import StopSignals
-from training.validation import Validation
 from utils import UserError, finite, run_script, script_parser
 
 import torch
@@ -50,10 +49,8 @@ class Learner:
         masked.handles.append(self)
         return self
 
-    def start(self, _masked: MaskedModel, _how: str, _magnitude: float, sequences: Tensor, validation: Validation,
-              _max_s: float) -> None:
-        """In place of initialize.start: from m0."""
-        validation.evaluate(0)
+    def start(self, _masked: MaskedModel, _magnitude: float, sequences: Tensor, _max_s: float) -> None:
+        """In place of swaps: from m0."""
         modules = {name: layer.module for name, layer in self.masked.layers.items()}
         with self.masked.use_dense():
             self.begin(input_norms(self.masked.model, modules, sequences[:SEQUENCES]))

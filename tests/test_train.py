@@ -1,18 +1,21 @@
 """train.py's flags, run on the tiny Llama: what they do, held against formulas and the HF model."""
 
+import copy
+
 import data
 import pge
 from files import mask_files
 from masking.layers import apply_masks
-from masking.spaces import PatternSpace, logits_from_scores
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace, PatternSpace, logits_from_scores
 from models.layers import find_layers
 from pruning.swaps import confidence, refine_by_swaps
-from training.initialize import SWEEPS
+from training.initialize import SWEEPS, from_swaps
 
 import pytest
 import torch
 import transformers
-from masked import inputs_of
+from masked import all_logits, inputs_of
 from runs import column, is_strict
 from safetensors.torch import load_file
 
@@ -46,21 +49,22 @@ def test_scores_start_the_logits(learn, models, sequences, m0):
     assert torch.equal(run.masks[name].view(-1, 4), kept)
 
 
-def test_swaps_start_the_mask_and_the_logits(learn, models, sequences, m0):
+def test_swaps_start_the_mask_and_the_logits(models, sequences, m0):
     """Of the last layer: its inputs are those of a model whose earlier layers are masked by m0, one by what swaps made
     of it."""
-    run = learn("--init swaps --logits 4 --lr 0 --targets layers.1.mlp.down_proj layers.0.mlp.down_proj")
+    earlier, name = learned = [f"model.layers.{number}.mlp.down_proj" for number in range(2)]
     model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
-    name, earlier = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"
+    masked = MaskedModel(copy.deepcopy(model), m0, LinearSpace(2, 4), learned=learned, mode="eager")
+    from_swaps(masked, 4.0, sequences)
+    masks, logits = masked.masks_of(masked.bits()), all_logits(masked)
     weight = model.get_submodule(name).weight.detach().clone()
-    apply_masks(find_layers(model), {**m0, earlier: run.masks[earlier]})
+    apply_masks(find_layers(model), {**m0, earlier: masks[earlier]})
     inputs = inputs_of(model, name, sequences)
     hessian = inputs.T @ inputs
     mask = refine_by_swaps(weight, m0[name], hessian, 4, SWEEPS)
-    assert torch.equal(run.masks[name], mask) and not torch.equal(mask, m0[name])
+    assert torch.equal(masks[name], mask) and not torch.equal(mask, m0[name])
     score = confidence(weight, mask, hessian, 4)
-    assert torch.allclose(run.logits[name], logits_from_scores(mask.view(-1, 4), 4, score.view(-1, 4)), atol=1e-3)
-    assert all(torch.equal(run.masks[other], m0[other]) for other in m0 if other not in run.logits)
+    assert torch.allclose(logits[name], logits_from_scores(mask.view(-1, 4), 4, score.view(-1, 4)), atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- what it does

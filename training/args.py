@@ -9,7 +9,6 @@ from files.records import read_record, short_hash
 from masking import compiler
 from masking.spaces import SPACES
 from models import processes
-from training.initialize import STARTS
 from training.run_folder import RunFolder, is_finished
 from training.signals import StopSignals
 from utils import (
@@ -69,9 +68,8 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
                              "second forward pass a step")
     parser.add_argument("--alpha", type=finite(0, 0.99999), default=0.99, help="decay of delta a step")
     parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
-    parser.add_argument("--init", choices=STARTS, default="mask",
-                        help="logits start at C * m0; from Wanda's scores |w| ||x||, so that close scores give close "
-                             "logits; or from m0 improved by swaps")
+    parser.add_argument("--init", choices=["mask", "scores"], default="mask",
+                        help="logits start at C * m0, or follow Wanda's scores |w| ||x||: close scores, close logits")
     parser.add_argument("--space", choices=list(SPACES), default="linear",
                         help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
     parser.add_argument("--val_fraction", type=finite(0, 0.99999), default=0.0,

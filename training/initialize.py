@@ -9,37 +9,21 @@ from models import processes
 from pruning import swaps
 from pruning.calibration import Hessians, input_norms, visit_in_order
 from pruning.one_shot import wanda
-from training.validation import Validation
 
 import torch
 from torch import Tensor
 
-STARTS = ("mask", "scores", "swaps")
 SEQUENCES = 64  # of text that scores measure the layers' inputs on
 TOKENS = 30_000  # of text, at most, that swaps measure them on
 SWEEPS = 3  # over the blocks; three more bring a hundredth of what these do, for as much time again
 
 
-def start(masked: MaskedModel, how: str, magnitude: float, sequences: Tensor, validation: Validation,
-          max_s: float = math.inf) -> None:
-    """Set the logits before the first step, one of STARTS; "mask" leaves them at C = `magnitude` times m0. The held-out
-    loss of m0 is evaluated on the way, before swaps improve it.
-
-    sequences: of text, int64 `[sequences, tokens]`, for scores and swaps; max_s: for swaps.
-    """
-    if how == "scores":
-        from_scores(masked, magnitude, sequences[:SEQUENCES])
-    validation.evaluate(0)
-    if how == "swaps":
-        from_swaps(masked, magnitude, sequences, max_s)
-        processes.check_same(masked.checksum(), "the logits at the start")
-
-
 def from_scores(masked: MaskedModel, magnitude: float, sequences: Tensor) -> None:
-    """Logits follow Wanda's scores |w| ||x||, the norms measured in the dense model: blocks whose scores are close are
-    the least certain of m0."""
+    """Logits follow Wanda's scores |w| ||x||, the norms measured in the dense model on the first SEQUENCES of int64
+    `[sequences, tokens]`: blocks whose scores are close are the least certain of m0."""
+    modules = {name: layer.module for name, layer in masked.layers.items()}
     with masked.use_dense():
-        norms = input_norms(masked.model, {name: layer.module for name, layer in masked.layers.items()}, sequences)
+        norms = input_norms(masked.model, modules, sequences[:SEQUENCES])
     for name, layer in masked.layers.items():
         _follow(masked, layer, magnitude, wanda(layer.weight.float(), norms[name].to(layer.weight.device)))
 
@@ -81,3 +65,4 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, max_s: 
     visit_in_order(masked.model, modules, sequences, improve, "swapping")
     if late:
         processes.log(f"note: there was time for swaps in {len(modules) - late} of {len(modules)} layers")
+    processes.check_same(masked.checksum(), "the logits at the start")
