@@ -140,7 +140,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
         if "text" not in stages.done:
             with stages.stage("text", f"the model generates up to {sum(wanted.values()):,} tokens"):
                 preparation.generate_text(folder.path, model, tokenizer, wanted, args.seqlen, args.after, args.seed,
-                                          max_s, preparation.FEWEST * minibatch)
+                                          max_s, minibatch)
         texts += [(read([str(folder.path / name)], tokens), generated) for name, tokens in wanted.items()]
     elif args.after:
         processes.log("note: no text is generated, so that none continues --after's passages")

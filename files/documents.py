@@ -67,8 +67,9 @@ def _hub_rows(**arguments) -> Iterable[dict]:
 
 def check_paths(files: Iterable[str | None], texts: Iterable[str | None] = ()) -> None:
     """UserError naming all of these files that are not there, before anything is loaded; texts may be hub ids."""
-    wanted = [name for name in files if name] + [name for name in texts if name and _is_local(name)]
-    if missing := [name for name in wanted if not Path(name).exists()]:
+    missing = [name for name in files if name and not Path(name).expanduser().exists()]
+    missing += [name for name in texts if name and _is_local(name) and not Path(name).exists()]
+    if missing:
         raise UserError(f"{', '.join(missing)}: no such file or folder, check the path")
 
 

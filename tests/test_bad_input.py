@@ -107,7 +107,8 @@ MASKS = [
     ("train", "--mask {w}/attention.safetensors --targets mlp", "the mask has none of the layers that --targets name"),
     ("get_mask", "--convert {w}/mask.safetensors --targets q_proj", "--targets"),
     ("get_mask", "--model {w}/llama", "not 2:4 sparse in 14 of 14 layers", "q_proj", "prune.py"),
-    (["get_mask", "prune", "alone"], "--sparsity_type 2:5", "5 does not divide the 64 input", "--sparsity_type"),
+    (["get_mask", "prune", "alone"], "--sparsity_type 2:5", "5 does not divide the 64 input features",
+     "--sparsity_type"),
     ("train", "--sparsity_type 9:16", "a sum over 2^9 subsets of each block", "sparsify.py"),
     (["prune", "get_mask", "train", "eval"], "--targets q_proj nonsense", "--targets nonsense matches", "q_proj")]
 TEXTS = [

@@ -65,6 +65,8 @@ def test_swaps_start_the_mask_and_the_logits(models, sequences, m0):
     assert torch.equal(masks[name], mask) and not torch.equal(mask, m0[name])
     score = confidence(weight, mask, hessian, 4)
     assert torch.allclose(logits[name], logits_from_scores(mask.view(-1, 4), 4, score.view(-1, 4)), atol=1e-3)
+    others = {other: kept for other, kept in m0.items() if other not in learned}
+    assert all(torch.equal(masked.model.get_submodule(other).weight != 0, kept) for other, kept in others.items())
 
 
 # --------------------------------------------------------------------------------------------------------- what it does

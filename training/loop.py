@@ -81,7 +81,7 @@ class Run:
         self.position, self.parts = Position(), {}
         self.log: Log | None = None  # from `restore` on
         self._ends = []  # seconds of the run at which the last RECENT steps ended
-        self._stopped_by = 0
+        self._stopped_by, self._saved_step = 0, None
 
     @property
     def step(self) -> int:
@@ -123,20 +123,19 @@ class Run:
                 due = processes.is_main() and self.checkpoints.due(self.step, self.elapsed_s(),
                                                                    last=self.progress == 1.0)
                 due = processes.agreed(float(bool(due)))
-                if due or self._stopped_by:
+                if self._stopped_by:
+                    self._stop(self._stopped_by)
+                if due:
                     self.save()
-                self._stop()
         self.signals.deferred = False
         found = processes.all_gather([float(self.signals.received)])  # while the last state was saved
         if received := int(max(received for received, in found)):
-            self._stopped_by = received
-            self.save()
-            self._stop()
+            self._stop(received)
 
-    def _stop(self) -> None:
-        if self._stopped_by:
-            processes.log(f"stopped after step {self.step}, with its state saved")
-            sys.exit(128 + self._stopped_by)
+    def _stop(self, signal: int) -> None:
+        self.save()
+        processes.log(f"stopped after step {self.step}, with its state saved")
+        sys.exit(128 + signal)
 
     def next_batches(self) -> list[int]:
         """The minibatches of the step to come, one for each process."""
@@ -217,6 +216,7 @@ class Run:
             self.checkpoints.step, self.checkpoints.saved_at = self.position.step, self.position.seconds
             self.log = Log(self.folder.path, self.position.log_bytes)
         if saved:
+            self._saved_step = self.step
             processes.log(f"going on after step {self.step} of {self.folder.path}")
         return bool(saved)
 
@@ -227,8 +227,10 @@ class Run:
         torch.set_rng_state(saved.read("random", torch.get_rng_state()))
 
     def save(self) -> None:
-        """Save the state; the other processes wait, since writing may take longer than a process may take to answer.
-        The logs are synced first: a state that is there has its lines there."""
+        """Save the state of this step, once; the other processes wait, since writing may take longer than a process may
+        take to answer. The logs are synced first: a state that is there has its lines there."""
+        if self._saved_step == self.step:
+            return
         states = {name: part.state() for name, part in self.parts.items()}
         tensors = {f"{name}.{key}": tensor for name, (_, found) in states.items() for key, tensor in found.items()}
         if processes.is_main():
@@ -242,3 +244,4 @@ class Run:
         else:
             give_shards(tensors)
         processes.wait_for_main()
+        self._saved_step = self.step

@@ -99,9 +99,9 @@ def generated_tokens(tokens: int, missing: int, minibatch: int, after: str | Non
 
 
 def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: dict[str, int], seqlen: int,
-                  after: str | None, seed: int, max_s: float, least: int) -> None:
-    """Write documents that the model generates, of each file so many tokens; beyond the `least` in all, FEWEST
-    minibatches, as many as so many seconds give. after: the passages that the second of GENERATED continues. A file
+                  after: str | None, seed: int, max_s: float, minibatch: int) -> None:
+    """Write documents that the model generates, of each file so many tokens; beyond FEWEST minibatches in all, each of
+    so many tokens, as many as so many seconds give. after: the passages that the second of GENERATED continues. A file
     that is there is kept."""
     passages, total = generation.read_passages(after, model, tokenizer, seqlen) if after else [], sum(wanted.values())
     batchsize = min(256, max(16, total // len(wanted) // seqlen))  # a large batch takes hardly longer than a small one
@@ -111,7 +111,7 @@ def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: 
             if processes.is_main() and not (folder / name).exists():
                 generation.write_text(folder / name, model, tokenizer, tokens, seqlen, batchsize,
                                       passages if number else [], seed + number, max_s * share,
-                                      min(tokens, max(least // FEWEST, math.ceil(least * share))))
+                                      min(tokens, max(minibatch, math.ceil(FEWEST * minibatch * share))))
 
 
 def check_model(model: nn.Module, targets: list[str] | None, pattern: tuple[int, int], permute: bool) -> None:
