@@ -14,13 +14,14 @@
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
 # Other rows: half_hour (run it alone), permuted; on the text and m0 of `both` scores_ste, no_curvature (ours
-# without it), maskllm and susi, which take hours.
+# without it), maskllm and susi, which take hours. STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not
+# given.
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
 # python reproduce/record.py $OUT --out reproduce/records/smollm2.json
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
-: "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}"
+: "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${STEPS:=280}"
 . "$(dirname "$0")/common.sh"
 [ "$HELDOUT" != demo/heldout.txt ] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
 
@@ -32,8 +33,8 @@ sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order o
 }
 
 rival() {  # rival ROW METHOD FLAGS...: with the arguments, the text and the m0 of `both`
-    local run=$folder/rival-$1-both-steps280$(of_seed) method=$2
-    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $method" --like "$folder/sparsify-both-steps280$(of_seed)" \
+    local run=$folder/rival-$1-both-steps$STEPS$(of_seed) method=$2
+    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $method" --like "$folder/sparsify-both-steps$STEPS$(of_seed)" \
         "${@:3}"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
@@ -44,11 +45,11 @@ pruned wanda
 for SEED in ${SEEDS:-0 1 2}; do
     for row in ${VALUES:-after}; do
         case $row in
-        after) sparsified after-steps280 --steps 280 --after reproduce/articles.jsonl ;;
-        permuted) sparsified permuted-steps280 --steps 280 --after reproduce/articles.jsonl --permute ;;
+        after) sparsified "after-steps$STEPS" --steps "$STEPS" --after reproduce/articles.jsonl ;;
+        permuted) sparsified "permuted-steps$STEPS" --steps "$STEPS" --after reproduce/articles.jsonl --permute ;;
         both | half_hour)
             : "${QUESTIONS:?give files of questions, none of which is evaluated}"
-            if [ "$row" = both ]; then budget="steps 280"; else budget="minutes 30"; fi  # by the clock: run it alone
+            if [ "$row" = both ]; then budget="steps $STEPS"; else budget="minutes 30"; fi  # by the clock: run it alone
             sparsified "both-${budget/ /}" --$budget --after reproduce/articles.jsonl --dataset $QUESTIONS ;;
         scores_ste) rival "scores_ste-lr${ETA:-0.01}" scores_ste --lr "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row-lr${ETA:-0.001}" "$row" --lr "${ETA:-0.001}" ;;
