@@ -3,7 +3,7 @@
 #
 #   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                    # one row
 #   HELDOUT=WIKITEXT VALUES=scores SEEDS=0 bash reproduce/smollm2.sh                   # MaskPro, 45 minutes
-#   HELDOUT=WIKITEXT VALUES="maskpro layer29" SEEDS=0 bash reproduce/smollm2.sh        # 10,000 steps: 6 hours, 80 minutes
+#   HELDOUT=WIKITEXT VALUES="maskpro layer29" SEEDS=0 bash reproduce/smollm2.sh       # 10,000 steps: 6 hours, 80 minutes
 #
 # and the README's table, for which no item that is learned from is evaluated:
 #
@@ -34,7 +34,7 @@ sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order o
 
 rival() {  # rival ROW METHOD FLAGS...: with the arguments, the text and the m0 of `both`
     local run=$folder/rival-$1-both-steps$STEPS$(of_seed) method=$2
-    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $method" --like "$folder/sparsify-both-steps$STEPS$(of_seed)" \
+    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $method" --like "${run/rival-$1/sparsify}" \
         "${@:3}"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
@@ -49,7 +49,7 @@ for SEED in ${SEEDS:-0 1 2}; do
         permuted) sparsified "permuted-steps$STEPS" --steps "$STEPS" --after reproduce/articles.jsonl --permute ;;
         both | half_hour)
             : "${QUESTIONS:?give files of questions, none of which is evaluated}"
-            if [ "$row" = both ]; then budget="steps $STEPS"; else budget="minutes 30"; fi  # by the clock: run it alone
+            if [ "$row" = both ]; then budget="steps $STEPS"; else budget="minutes 30"; fi  # by the clock
             sparsified "both-${budget/ /}" --$budget --after reproduce/articles.jsonl --dataset $QUESTIONS ;;
         scores_ste) rival "scores_ste-lr${ETA:-0.01}" scores_ste --lr "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row-lr${ETA:-0.001}" "$row" --lr "${ETA:-0.001}" ;;
