@@ -3,7 +3,7 @@
 #
 #   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                    # one row
 #   HELDOUT=WIKITEXT VALUES=scores SEEDS=0 bash reproduce/smollm2.sh                   # MaskPro, 45 minutes
-#   HELDOUT=WIKITEXT VALUES="maskpro layer29" SEEDS=0 bash reproduce/smollm2.sh       # 10,000 steps: 6 hours, 80 minutes
+#   HELDOUT=WIKITEXT VALUES="maskpro layer29" SEEDS=0 bash reproduce/smollm2.sh      # 10,000 steps: 6 hours, 80 minutes
 #
 # and the README's table, for which no item that is learned from is evaluated:
 #
