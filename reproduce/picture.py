@@ -1,11 +1,12 @@
-"""Draw docs/minutes.png, the README's picture, and docs/one_layer.png, that of docs/steps.md, from the records.
+"""Draw the pictures of README and docs from the records: docs/results.png, minutes.png, one_layer.png.
 
     python reproduce/picture.py
 """
 import sys
+from statistics import mean
 
 from record import POINTS, recovered
-from tables import LAYER_29, ROOT, over_minutes, record
+from tables import LAYER_29, ROOT, of_accuracy, over_minutes, record
 
 sys.path.insert(0, str(ROOT))
 from utils import run_script
@@ -13,11 +14,38 @@ from utils import run_script
 from matplotlib.figure import Figure
 
 LEVELS = {"SparseGPT (updates weights)": "1of4/sparsegpt", "Wanda": "1of4/wanda"}
+BARS = {"MaskPro (the paper), 10,000 steps": "2of4/maskpro-size512-lr0.03-logits5-steps10000",
+        "MaskPro, the last layer, 10,000 steps": LAYER_29,
+        "MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-size512-lr1.2-logits4-steps600",
+        "SparseGPT (updates weights)": "2of4/sparsegpt",
+        "sparsify.py, half an hour": "2of4/sparsify-both-minutes30",
+        "sparsify.py, 280 steps": "2of4/sparsify-both-steps280"}
 
 
 def main() -> None:
+    results()
     minutes()
     one_layer()
+
+
+def results() -> None:
+    """Shares recovered of what Wanda lost on SmolLM2-135M, in the logarithm of perplexity and in accuracy."""
+    rows = record("smollm2")["rows"]
+    bars = {label: name for label, name in BARS.items() if name in rows}
+    figure = Figure(figsize=(7, 0.5 + 0.42 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(bars.values()):
+        perplexity = mean(recovered(rows, name, seed["nats"]) for seed in rows[name])
+        for share, place, colour in ((perplexity, 0.2, "C0"), (mean(of_accuracy(name)), -0.2, "C1")):
+            drawn = axes.barh(number + place, share, 0.38, color=colour)
+            axes.bar_label(drawn, [round(share)], padding=3, fontsize="small")
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set(yticks=range(len(bars)), yticklabels=bars, xlim=(-5, 100),
+             xlabel="recovered of what Wanda's mask lost (%)")
+    axes.grid(alpha=0.3, axis="x")
+    axes.set_axisbelow(True)
+    axes.legend(axes.containers[:2], ["in perplexity", "in accuracy"], loc="lower right")
+    figure.savefig(ROOT / "docs/results.png", dpi=130)
 
 
 def minutes() -> None:

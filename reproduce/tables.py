@@ -125,16 +125,20 @@ def conditions() -> str:
             f"{seconds[-1]:.0f} s.")
 
 
+def of_accuracy(name: str) -> list[float]:
+    """Of the seeds of a row on SmolLM2-135M that have an accuracy: the share in percent of what Wanda lost."""
+    rows = record("smollm2")["rows"]
+    dense, m0 = (rows[name][0].get("mean_acc", math.nan) for name in ("dense", "2of4/wanda"))
+    return [100 * (seed["mean_acc"] - m0) / (dense - m0) for seed in rows[name] if "mean_acc" in seed]
+
+
 def gaps(name: str) -> list[str]:
     """Of a row on SmolLM2-135M: WikiText-2 and accuracy, and the shares of the gaps that Wanda leaves."""
     rows = record("smollm2")["rows"]
-    dense, m0 = (rows[name][0].get("mean_acc", math.nan) for name in ("dense", "2of4/wanda"))
-    accuracies = [seed["mean_acc"] for seed in rows[name] if "mean_acc" in seed]
-    between = [] if name in ("dense", "2of4/wanda") else accuracies
-    shares = [100 * (accuracy - m0) / (dense - m0) for accuracy in between]
+    accuracies = [100 * seed["mean_acc"] for seed in rows[name] if "mean_acc" in seed]
+    shares = [] if name in ("dense", "2of4/wanda") else of_accuracy(name)
     return [cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2],
-            cell([100 * accuracy for accuracy in accuracies], 1) if accuracies else "not run",
-            cell(shares, 0) if shares else ""]
+            cell(accuracies, 1) if accuracies else "not run", cell(shares, 0) if shares else ""]
 
 
 def results() -> str:
