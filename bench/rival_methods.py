@@ -118,7 +118,8 @@ class MaskLLM(Rival):
 
     tau falls from 4 to 0.05 and kappa grows from 100 to 500, linearly. pi starts as noise of deviation 0.01, plus 0.03
     (`noise` times `prior`) for each weight that a pattern shares with m0 beyond the mean over patterns. The loss has
-    the term -`norm_reward` * ||masked weights||^2. The rate decays by a cosine to a tenth.
+    the term -`norm_reward` * ||masked weights||^2. The rate decays by a cosine to a tenth. Logits are kept
+    `[patterns, blocks]`: a CPU takes a softmax over the first dimension ten times as fast as over a short last one.
     """
     betas = (0.9, 0.95)
     noise, prior, norm_reward = 0.01, 3.0, 1e-5
@@ -126,7 +127,7 @@ class MaskLLM(Rival):
 
     def start(self, name: str, mask: Tensor) -> Tensor:
         self.patterns = pge.patterns(self.n, self.m).to(self.device)
-        shared = mask.to(self.device).view(-1, self.m).float() @ self.patterns.float().T
+        shared = self.patterns.float() @ mask.to(self.device).view(-1, self.m).float().T
         noise = self.noise * torch.randn(shared.shape, generator=self.generator, device=self.device)
         return noise + self.noise * self.prior * (shared - self.n * self.n / self.m)
 
@@ -134,17 +135,18 @@ class MaskLLM(Rival):
         temperature, scale = (first + (last - first) * self.progress for first, last in
                               (self.temperatures, self.scales))
         logits = self.parameters[name]
-        noise = -torch.empty_like(logits).exponential_(generator=self.generator).log_()  # Gumbel
-        weight = self.dense(name) * self.kept(scale * logits + noise, temperature).view_as(self.layers[name].weight)
+        uniform = torch.rand(logits.shape, generator=self.generator, device=self.device)
+        keys = scale * logits - uniform.log_().neg_().log_()  # Gumbel noise
+        weight = self.dense(name) * self.kept(keys, temperature).T.reshape(self.layers[name].weight.shape)
         self.penalty = self.penalty - self.norm_reward * weight.square().sum()
         return weight
 
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
-        """How much of each weight counts, `[blocks, M]`, by logits with noise."""
-        return torch.softmax(keys / temperature, 1) @ self.patterns.float()
+        """How much of each weight counts, `[M, blocks]`, by logits with noise."""
+        return self.patterns.float().T @ torch.softmax(keys / temperature, 0)
 
     def mask(self, name: str) -> Tensor:
-        return self.patterns[self.parameters[name].argmax(1)].view_as(self.layers[name].weight)
+        return self.patterns[self.parameters[name].argmax(0)].view_as(self.layers[name].weight)
 
     def multiplier(self) -> float:
         return 0.55 + 0.45 * math.cos(math.pi * self.progress)
@@ -156,20 +158,20 @@ class SUSI(MaskLLM):
     what the ones before have left. Temperatures, scales, prior and reward are MaskLLM's; the authors' may differ."""
 
     def start(self, name: str, mask: Tensor) -> Tensor:
-        blocks = mask.to(self.device).view(-1, self.m).float()
+        blocks = mask.to(self.device).view(-1, self.m).float().T
         noise = self.noise * torch.randn(blocks.shape, generator=self.generator, device=self.device)
         return noise + self.noise * self.prior * (blocks - self.n / self.m)
 
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
         keys, kept = keys / temperature, 0.0
         for _ in range(self.n):
-            taken = torch.softmax(keys, 1)
+            taken = torch.softmax(keys, 0)
             kept = kept + taken
             keys = keys + (1 - taken).clamp(min=1e-6).log() / temperature
         return kept
 
     def mask(self, name: str) -> Tensor:
-        return self.largest(self.parameters[name].view_as(self.layers[name].weight))
+        return self.largest(self.parameters[name].T.reshape(self.layers[name].weight.shape))
 
 
 class ScoresSTE(Rival):

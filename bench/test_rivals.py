@@ -80,8 +80,8 @@ def test_maskllm_starts_from_its_prior():
     rival = MaskLLM(model, {"inner": mask}, {}, 2, 4, lr=0.1)
     shared = (pge.patterns(2, 4) & mask[0]).sum(1)  # 2 of itself, 0 of its complement, else 1
     logits = rival.parameters["inner"].detach()
-    assert torch.allclose(logits.mean(0), 0.03 * (shared - 1), atol=4e-4)
-    assert torch.allclose(logits.std(0), torch.full((6,), 0.01), atol=3e-4)
+    assert torch.allclose(logits.mean(1), 0.03 * (shared - 1), atol=4e-4)
+    assert torch.allclose(logits.std(1), torch.full((6,), 0.01), atol=3e-4)
 
 
 @pytest.mark.parametrize("kind, logits, most_are_drawn, are_mixed", [
@@ -92,7 +92,7 @@ def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits, most_are_dr
     model.inner = nn.Linear(4, 40000, bias=False)
     model.inner.weight.data.fill_(1.0)
     rival = kind(model, {"inner": torch.ones(40000, 4, dtype=torch.bool)}, {}, 2, 4, lr=0.1)
-    rival.parameters["inner"].data = logits.expand(40000, -1) / 500
+    rival.parameters["inner"].data = (logits / 500)[:, None].repeat(1, 40000)
     rival.progress = 1.0
     drawn = rival.weight("inner")
     expected = logits.softmax(0) @ pge.patterns(2, 4).float() if kind is MaskLLM else pge.inclusion(logits[None], 2)[0]
