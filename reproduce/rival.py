@@ -156,7 +156,6 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
     if method == "ours":
         sparsify.sparsify(args, device, folder, signals)
         return
-    torch.set_flush_denormal(True)  # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
     further = {"steps": args.steps} if method == "proxsparse" else {}
     learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further))
     sparsify.sparsify(args, device, folder, signals, learner.of, learner.start)
