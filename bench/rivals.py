@@ -23,7 +23,6 @@ from models.loss import batch_loss
 from training.initialize import TOKENS, from_swaps
 from utils import UserError, progress_bar, run_script
 
-import torch
 from learning import DEFAULTS, OURS, ForwardOnly, Problem, passes_a_step
 from rival_methods import RIVALS, Rival
 from small_model import MODEL
