@@ -106,7 +106,7 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
             index = generator.randint(0, len(texts) - 1)
             if index in short:
                 continue
-            tokens = _tokens(tokenizer, texts[index] or "")
+            tokens = _tokens(tokenizer, texts[index])
             if len(tokens) <= seqlen:
                 short.add(index)
                 continue
@@ -156,11 +156,11 @@ def added_bos(tokenizer: Tokenizer) -> int | None:
     return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
 
 
-def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of a text to go on from, of any length: without the end-of-text token that some tokenizers put behind
-    one. special_tokens: with those that the tokenizer puts before one."""
-    tokens = tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids
-    is_ended = special_tokens and tokens[-1:] == [tokenizer.eos_token_id] == tokenizer("a").input_ids[-1:]
+    one."""
+    tokens = tokenizer(text, verbose=False).input_ids
+    is_ended = tokens[-1:] == [tokenizer.eos_token_id] == tokenizer("a").input_ids[-1:]
     return tokens[:-1] if is_ended else tokens
 
 

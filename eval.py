@@ -90,11 +90,11 @@ def output_file(args: argparse.Namespace) -> Path:
 def apply_and_verify(loaded: nn.Module, mask: str | None, sparsity_type: tuple[int, int] | None,
                      targets: list[str] | None) -> dict:
     """Apply the mask to a loaded model, verify the N:M of its layers, and print and return their sparsity."""
-    layers, fingerprint = find_layers(loaded, targets=targets or [""]), None
+    layers, fingerprint = find_layers(loaded, targets), None
     if mask:
         found = read_masks(mask, loaded, *(sparsity_type or (None, None)))
         sparsity_type, fingerprint = (found.n, found.m), mask_files.fingerprint(found.masks)
-        apply_masks(find_layers(loaded, targets=[""]), found.masks)
+        apply_masks(find_layers(loaded), found.masks)
         layers = {name: module for name, module in layers.items() if name in found.masks}
         if not layers:
             raise UserError(f"{mask} has no mask for the layers that --targets name")

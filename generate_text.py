@@ -10,6 +10,7 @@ who wrote it: give it --distill 1 there. Stopped, the same command goes on.
 import argparse
 
 from files.atomic import refuse_existing
+from files.documents import check_paths
 from models import generation
 from models.loading import check_length, load_model
 from utils import (
@@ -37,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = refuse_existing(args.out, "choose another --out or remove it")
+    check_paths([], [args.after])
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     passages = generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []

@@ -23,7 +23,7 @@ from files import mask_files
 from files.atomic import refuse_existing
 from files.records import base_model
 from masking.layers import nonzero_mask, read_masks
-from models.layers import check_divisible, find_layers, weight_matrix
+from models.layers import layers_to_mask, weight_matrix
 from models.loading import load_model, model_fingerprint
 from utils import UserError, add_model_arguments, run_script, script_parser, sparsity_type
 
@@ -52,8 +52,7 @@ def extract(args: argparse.Namespace) -> mask_files.MaskFile:
     """The mask of the weights of --model that are not zero."""
     n, m = args.sparsity_type
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    layers = find_layers(model, args.targets)
-    check_divisible(layers, m)
+    layers = layers_to_mask(model, args.targets, m)
     masks, broken, filled = {}, [], 0
     for name, module in layers.items():
         masks[name], crowded, short = nonzero_mask(weight_matrix(module), n, m)

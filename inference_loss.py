@@ -47,10 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
-    layers = find_layers(model, targets=[""])
+    layers = find_layers(model)
     masks = {} if args.mask == "none" else read_masks(args.mask, model).masks
     batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
-    depends_on = baselines.conditions(model, masks, batches, args.dataset)
+    depends_on = baselines.conditions(model, masks, batches)
     apply_masks(layers, masks)
     losses = [batch_loss(model, batch, args.microbatch)
               for batch in progress_bar(batches, desc="baseline", unit="minibatch")]

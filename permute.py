@@ -23,8 +23,9 @@ from pathlib import Path
 import data
 from files import permutation_files
 from files.atomic import atomic_write, refuse_existing
+from files.documents import check_paths
 from files.records import write_json
-from models.layers import check_divisible, find_layers
+from models.layers import layers_to_mask
 from models.loading import check_length, devices_of, load_model, model_fingerprint
 from models.loss import check_tokens
 from pruning.channel_order import STEPS, Found, search_and_reorder
@@ -57,8 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def search(args: argparse.Namespace) -> tuple[Found, dict]:
     """What the search found, and the memory that it took."""
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    layers = find_layers(model)
-    check_divisible(layers, args.sparsity_type[1])
+    layers = layers_to_mask(model, None, args.sparsity_type[1])
     check_length(model, args.seqlen, "--seqlen")
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
     check_tokens(model, samples)
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     remedy = "choose another --save_model or remove it"
     out = refuse_existing(args.save_model, remedy)
     file = Path(f"{out}.permutation.safetensors")
+    check_paths([args.order], [] if args.order else [args.dataset])
     started, summary = time.time(), {}
     if not args.order:
         refuse_existing(file, remedy)

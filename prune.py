@@ -37,7 +37,7 @@ from files.atomic import atomic_write, refuse_existing
 from files.documents import check_paths
 from files.records import write_json
 from masking.layers import note_sparse
-from models.layers import check_divisible, find_layers
+from models.layers import layers_to_mask
 from models.loading import check_length, devices_of, load_model
 from models.loss import bos_hint, check_tokens
 from pruning.one_shot import METHODS, OneShot, prune_model
@@ -85,8 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     way = OneShot(args.prune_method, args.sparsity_type, args.true_sequential, args.swaps)
-    layers = find_layers(model, args.targets)
-    check_divisible(layers, args.sparsity_type[1])
+    layers = layers_to_mask(model, args.targets, args.sparsity_type[1])
     note_sparse(layers)
     samples = None
     if way.needs_text:

@@ -95,8 +95,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                              "c4 or files")
     arguments.add_run_arguments(parser)
     args = arguments.parse(parser, argv, lambda args: "sparsify")
-    if args.shard and not args.resume and not (args.dataset and args.mask):
-        parser.error("--shard needs --dataset and --mask: text and m0 are made by one process that has the whole model")
+    if args.shard and not args.resume and not (args.dataset and args.mask and args.steps):
+        parser.error("--shard needs --dataset, --mask and --steps: text and m0 are made, and speed is measured, in one "
+                     "process that has the whole model")
     if len({Path(text).name for text in args.ppl}) < len(args.ppl):
         parser.error("--ppl: two texts have one name, which the table would show twice: rename one")
     if args.permute and args.mask:
@@ -115,7 +116,7 @@ def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer]:
     check_length(model, args.seqlen, "--seqlen")
     if not args.mask:
         preparation.check_model(model, args.targets, args.sparsity_type, args.permute)
-    note_sparse(find_layers(model, args.targets or [""]))
+    note_sparse(find_layers(model, args.targets))
     return model, tokenizer
 
 
@@ -125,7 +126,8 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     distillation, `[minibatches, sequences]`, and m0."""
     n_m, plan = args.sparsity_type, folder.record.setdefault("plan", {})
     if "tokens" not in plan:
-        plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen)
+        plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen,
+                                                     args.microbatch)
         folder.write_record()
 
     def read(datasets: list[str], tokens: int) -> Tensor:

@@ -78,12 +78,12 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     load = load_sharded if args.shard and processes.size() > 1 else load_model
     model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
-    note_sparse(find_layers(model, args.targets or [""]))
+    note_sparse(find_layers(model, args.targets))
     m0 = read_masks(args.mask, model, *args.sparsity_type)
     learned = learned_layers(model, m0, args.targets)
     minibatches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
     folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
-    baseline = baselines.load(cached, model, m0.masks, minibatches, args.dataset) if cached else None
+    baseline = baselines.load(cached, model, m0.masks, minibatches) if cached else None
     batches, heldout = hold_out(minibatches, args.val_fraction)
     masked = MaskedModel(model, m0.masks, SPACES[args.space](m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
                          learned, args.seed, keep_dense=args.init == "scores", microbatch=args.microbatch)

@@ -64,7 +64,7 @@ class ModelSize:
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSize":
         """Of a model, which may be on the meta device."""
-        learned = [weight_matrix(module).numel() for module in find_layers(model, [""]).values()]
+        learned = [weight_matrix(module).numel() for module in find_layers(model).values()]
         config = model.config.get_text_config()
         return cls(weights=sum(parameter.numel() for parameter in model.parameters()), learned=sum(learned),
                    largest=max(learned), layers=config.num_hidden_layers, hidden=config.hidden_size,

@@ -39,7 +39,7 @@ def comparison(records: list[tuple[str, dict]]) -> str:
     the same tokens or items as another record's.
 
     A record has `sparsity_type` ("2:4" or None) and `density`; if there is a perplexity, the fields of `read_text` and
-    `evaluate_windows`; if there are tasks, `tasks` (name -> `score_items`) and `mean_acc`.
+    `evaluate_windows`; if there are tasks, `tasks` (name -> `run_harness`) and `mean_acc`.
     """
     rows = [cells(record) for _, record in records]
     columns = sorted({key: None for row in rows for key in row}, key=lambda key: key[0])

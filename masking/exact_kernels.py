@@ -20,8 +20,8 @@ def chunk_of(tensor: Tensor) -> int:
 
 
 def blocks_at_a_time(space: Space, most: int) -> int:
-    """Of the score, which takes N 2^N numbers a block or, in the pattern space, one a pattern: no more of them together
-    than 2^18 blocks of 4:8 have."""
+    """How many blocks of the score are computed together. It takes N 2^N numbers a block or, in the pattern space, one
+    a pattern; there are never more of them at once than those of 2^18 blocks of 4:8."""
     return max(1, min(most, CHUNK * 64 // max(space.width, space.n << space.n)))
 
 
@@ -29,16 +29,14 @@ def _generator(key: Tensor, start: int) -> torch.Generator:
     return torch.Generator(key.device).manual_seed(int(key[:2].cpu().view(torch.int64)) ^ start)
 
 
-def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: torch.Generator) -> Tensor:
-    """Write float32 blocks `[part, width]` into the planes, rounded where these have 16 bits; returns what is stored,
-    float32."""
+def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: torch.Generator) -> None:
+    """Write float32 blocks `[part, width]` into the planes, rounded where these have 16 bits."""
     dtype = logits[0].dtype
     if dtype != torch.float32:
         noise = torch.randint(2**16, blocks.shape, generator=generator, device=blocks.device)
         blocks = round_stochastically(blocks.contiguous(), dtype, noise.int())
     for plane, column in zip(logits, blocks.unbind(1)):
         plane[part] = column
-    return blocks.float()
 
 
 def draw(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, space: Space,

@@ -186,10 +186,9 @@ class Kernels:
             saliency = list(saliency.mul_(gradient.reshape(blocks, -1).T))
         return self._vjp(list(logits), bits, saliency, dtype, scale, key, space.n, space.m, start=start)
 
-    def write(self, weight: Tensor, bits: Tensor, out: Tensor, once: bool = False) -> None:
-        """out <- m * w; `once`: it is not worth a compilation."""
-        write = write_masked if once else self._write
-        write(as_words(weight, self.space.m), bits, as_words(out, self.space.m), self.space.m)
+    def write(self, weight: Tensor, bits: Tensor, out: Tensor) -> None:
+        """out <- m * w."""
+        self._write(as_words(weight, self.space.m), bits, as_words(out, self.space.m), self.space.m)
 
     def mode(self, logits: list[Tensor]) -> Tensor:
         """The most probable mask, bits `[blocks]`."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from files import mask_files
 from files.records import of_run
 from models import processes
-from models.layers import check_divisible, find_layers, weight_matrix
+from models.layers import find_layers, weight_matrix
 from models.loading import model_fingerprint
 from models.sharding import own_weight
 from utils import UserError
@@ -30,9 +30,9 @@ def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int 
     UserError for a file that is damaged, of another N:M than the wanted (None: the file's own, or 2:4 where the format
     holds none), or of another model.
     """
-    path, layers = of_run(path, "mask.safetensors"), find_layers(model, targets=[""])
+    path, layers = of_run(path, "mask.safetensors"), find_layers(model)
     shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
-    found = mask_files.load(path, n, m, shapes if str(path).endswith(".npz") else None)
+    found = mask_files.load(path, n, m, shapes)
     match_masks(layers, found.masks)
     if found.fingerprint and found.fingerprint != model_fingerprint(model):
         raise UserError(f"{path} is of another model: it was made from {found.model}, and the order of the channels or "
@@ -43,9 +43,8 @@ def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int 
 
 def learned_layers(model: nn.Module, found: mask_files.MaskFile, targets: list[str] | None) -> list[str]:
     """Names of the layers whose masks are to be learned: of those with a mask, the ones that the targets name.
-    UserError where there is none, or where M does not divide their inputs."""
-    layers = find_layers(model, targets or [""])
-    check_divisible(layers, found.m)
+    UserError where there is none."""
+    layers = find_layers(model, targets)
     learned = [name for name in found.masks if name in layers]
     if not learned:
         raise UserError("the mask has none of the layers that --targets name; give the --mask of a model in which they "
@@ -77,7 +76,7 @@ def apply_mask(model: nn.Module, file: str | Path) -> nn.Module:
 
     UserError for a file that is damaged or of another model (shapes, fingerprint).
     """
-    apply_masks(find_layers(model, targets=[""]), read_masks(file, model).masks)
+    apply_masks(find_layers(model), read_masks(file, model).masks)
     return model
 
 

@@ -63,14 +63,13 @@ class MaskedLayer:
             for plane, column in zip(self.logits, logits_of(part).unbind(1)):
                 plane[part] = column
 
-    def write(self, bits: Tensor | None, out: Tensor | None = None, once: bool = False) -> None:
-        """Write the weight masked by these bits (None: dense) into `out`, `[rows * in]`, or the scratch buffer. `once`:
-        it is the only time."""
+    def write(self, bits: Tensor | None, out: Tensor | None = None) -> None:
+        """Write the weight masked by these bits (None: dense) into `out`, `[rows * in]`, or the scratch buffer."""
         out = self.scratch.view(-1) if out is None else out
         if bits is None:
             out.copy_(self.weight.view(-1))
         else:
-            self.kernels.write(self.weight.view(-1), bits, out, once)
+            self.kernels.write(self.weight.view(-1), bits, out)
 
     def schedule(self, kernel: Callable, *arguments: Tensor) -> None:
         """Have a pass of `kernels` made when the next forward gets here: its arguments after weight and out."""

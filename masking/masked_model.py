@@ -43,7 +43,7 @@ class MaskedModel:
         self.seed, self.steps = seed, 0  # which draws are keyed by
         self.kernels = Kernels(space, mode)
         self._used: Bits | None = None  # used instead of the masks drawn
-        modules = find_layers(model, targets=[""])
+        modules = find_layers(model)
         match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
         self._pruned: list[tuple[Tensor, Tensor]] = []  # weights of the other layers; what m0 has taken from them
@@ -90,7 +90,7 @@ class MaskedModel:
 
     def write(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
         """Write the weight that the layer uses now into `out`, or the scratch buffer."""
-        layer.write(layer.bits if self._used is None else self._used[layer.name], out, once=self.steps == 0)
+        layer.write(layer.bits if self._used is None else self._used[layer.name], out)
 
     def rewrite(self, layer: MaskedLayer) -> None:
         """In a pass that has just reached this layer: have it use the mask that it has now."""

@@ -62,8 +62,9 @@ class Draw(LogitsProcessor):
 @torch.no_grad()
 def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, passages: list[list[int]] | None = None,
              max_s: float | None = None) -> list[list[int]]:
-    """Token ids of so many documents, each of up to `length` tokens, the first one and the end of text left out; and
-    the passage, where each goes on from one of these, drawn for it. All are cut short after `max_s` seconds."""
+    """Token ids of so many documents, each of up to `length` tokens, without the first token and the end of text. With
+    passages each document continues one of them, drawn at random, which is left out. All are cut short after `max_s`
+    seconds."""
     settings = model.generation_config
     start, own = start_of_text(tokenizer), settings.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

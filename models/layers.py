@@ -29,18 +29,13 @@ def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str,
     """Name -> module of every nn.Linear and Conv1D but the output head and routers of experts, in model order.
 
     `targets` keep the layers whose name contains one of them; a target that no name contains is a regular expression.
-    UserError for a target that matches nothing, and for fused 3-D experts that would be left out in silence.
+    UserError for a target that matches nothing.
     """
     head = model.get_output_embeddings()
     layers = {name: module for name, module in model.named_modules()
               if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head
               and not DENSE.search(name) and module.weight is not model.get_input_embeddings().weight}
     if targets is None:
-        experts = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
-        if experts:
-            raise UserError(f"{experts[0][0]} {list(experts[0][1])} and {len(experts) - 1} more are fused experts, not "
-                            "nn.Linear, and cannot be masked; name the layers to mask with --targets, such as "
-                            "--targets self_attn, and the experts stay dense")
         return layers
     chosen = set()
     for target in targets:
@@ -52,6 +47,19 @@ def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str,
             raise UserError(f"--targets {target} matches no layer; names look like {', '.join(list(layers)[:3])}")
         chosen.update(found)
     return {name: module for name, module in layers.items() if name in chosen}
+
+
+def layers_to_mask(model: nn.Module, targets: list[str] | None, m: int) -> dict[str, nn.Module]:
+    """`find_layers`, each of which can be masked in blocks of M. UserError for one that cannot, and where there are no
+    targets for fused 3-D experts, which would be left out in silence."""
+    experts = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+    if experts and targets is None:
+        raise UserError(f"{experts[0][0]} {list(experts[0][1])} and {len(experts) - 1} more are fused experts, not "
+                        "nn.Linear, and cannot be masked; name the layers to mask with --targets, such as --targets "
+                        "self_attn, and the experts stay dense")
+    layers = find_layers(model, targets)
+    check_divisible(layers, m)
+    return layers
 
 
 def check_divisible(layers: dict[str, nn.Module], m: int) -> None:

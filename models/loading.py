@@ -90,8 +90,8 @@ def read_tokenizer(source: str | Path, trusted: bool) -> Tokenizer:
 
 
 def attention_of(config: transformers.PretrainedConfig) -> dict[str, str]:
-    """The attention of a model, under "", and of each of its parts, such as that of audio, which may know but one: what
-    `set_attn_implementation` takes to put it back."""
+    """The attention implementation of a model, under "", and of each of its parts, as `set_attn_implementation` takes
+    them. Parts are named one by one because some, such as audio encoders, support only one implementation."""
     parts = {name: getattr(config, name) for name in getattr(config, "sub_configs", {})}
     return {name: part._attn_implementation for name, part in {"": config, **parts}.items() if part}
 

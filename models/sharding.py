@@ -43,7 +43,7 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     if any(map(is_transposed, model.modules())):
         raise UserError("--shard shares out rows of nn.Linear, and this model has Conv1D: leave --shard out")
     model.requires_grad_(False)
-    projections, layers = find_layers(model, [""]).values(), decoder_layers(model)
+    projections, layers = find_layers(model).values(), decoder_layers(model)
     weights, inside = {module.weight for module in projections}, {part for layer in layers for part in layer.modules()}
     how = {"mesh": device_mesh.init_device_mesh(device.type, (processes,)), "reshard_after_forward": True,
            "ignored_params": {parameter for parameter in model.parameters() if parameter not in weights}}

@@ -39,8 +39,8 @@ def permutation(folder):
 
 def baseline(folder):
     path, batches, losses = folder / "baseline.npz", torch.zeros(24, 4, 8), [3 + i / 7 for i in range(24)]
-    baselines.save(path, losses, baselines.conditions(None, None, batches, "text"))
-    return [path], lambda: baselines.load(str(path), None, None, batches, "text")
+    baselines.save(path, losses, baselines.conditions(None, None, batches))
+    return [path], lambda: baselines.load(str(path), None, None, batches)
 
 
 def state(folder):

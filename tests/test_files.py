@@ -99,7 +99,8 @@ def test_lines_are_read_up_to_a_torn_one_and_cut_to_what_a_state_knows(tmp_path)
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert records.read_lines(path) == [{"step": 1}, {"step": 2}]
     assert records.read_lines(path, 24) == [{"step": 1}, {"step": 2}]
-    assert log.Log(tmp_path, 12).lines == [{"step": 1}] and path.read_text() == '{"step": 1}\n'
+    cut = log.Log(tmp_path, 12)
+    assert cut.lines == [{"step": 1}] and path.read_text() == '{"step": 1}\n' and cut.sync() == 12
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*lines are missing.*; .* bring it back"):
         records.read_lines(path, 24)
     path.write_text('{"step": 1}\n[\n{"step": 2}\n')

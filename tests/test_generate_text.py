@@ -141,8 +141,9 @@ def test_where_memory_is_full_fewer_documents_are_written_at_a_time(llama, tmp_p
 
 @pytest.mark.parametrize("further, words", [
     ("--seqlen 300", "--seqlen 300 is more than the 256"),
-    ("--seqlen 200 --after passages.txt", "--seqlen 200, behind a passage of 200 tokens, is")])
-def test_more_tokens_than_the_model_has_positions(models, tmp_path, monkeypatch, further, words):
+    ("--seqlen 200 --after passages.txt", "--seqlen 200, behind a passage of 200 tokens, is"),
+    ("--model absent --after gone.txt", "gone.txt: no such file")])
+def test_what_cannot_be_generated_is_refused(models, tmp_path, monkeypatch, further, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "passages.txt").write_text("a long one " * 200)
     with pytest.raises(UserError, match=words):

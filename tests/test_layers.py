@@ -1,8 +1,9 @@
 """masking/layers.py: which layers are found, and masking them for good."""
 from contextlib import nullcontext
 
-from masking.layers import apply_masks, check_sparsity, match_masks, note_sparse
-from models.layers import DENSE, check_divisible, find_layers, is_transposed, weight_matrix
+from files.mask_files import MaskFile
+from masking.layers import apply_masks, check_sparsity, learned_layers, match_masks, note_sparse
+from models.layers import DENSE, check_divisible, find_layers, is_transposed, layers_to_mask, weight_matrix
 from models.loading import model_fingerprint
 from utils import UserError
 
@@ -74,8 +75,8 @@ def test_fused_experts_are_refused_clearly_and_the_rest_can_be_named(tmp_path):
     # before transformers 5 they are not fused, and all but the router is found
     with (nullcontext() if int(transformers.__version__.split(".")[0]) < 5 else
           pytest.raises(UserError, match=r"fused experts.*--targets self_attn")):
-        assert len(find_layers(model)) == 2 * (4 + 4 * 3)
-    assert len(find_layers(model, ["self_attn"])) == 8
+        assert len(layers_to_mask(model, None, 4)) == 2 * (4 + 4 * 3)
+    assert len(layers_to_mask(model, ["self_attn"], 4)) == 8
 
 
 def test_check_divisible(load):
@@ -83,6 +84,11 @@ def test_check_divisible(load):
     with pytest.raises(UserError, match=r"M = 5 does not divide the 64 input features of transformer.h.0.attn.c_attn"):
         check_divisible(layers, 5)
     check_divisible({"c_proj": layers["transformer.h.0.mlp.c_proj"]}, 256)  # in: 256, out: 64
+
+
+def test_layers_without_a_mask_may_have_any_width(load):
+    name = "model.layers.0.mlp.down_proj"  # 128 inputs, the others 64
+    assert learned_layers(load(), MaskFile({name: None}, 2, 128), None) == [name]
 
 
 def test_masks_of_another_model_are_refused(load):

@@ -95,6 +95,7 @@ def test_damaged_files_are_refused(folder, tmp_path):
     ("--model {f}/a --order {f}/a.permutation.safetensors --save_model {t}/new", "reordered before"),
     ("--model {f}/dense --save_model {f}/a", "exists already"),
     ("--model {f}/dense --save_model {t}/new --sparsity_type 3:5", "M = 5 does not divide"),
+    ("--model {f}/absent --dataset {f}/gone.jsonl --save_model {t}/new", "gone.jsonl: no such file"),
 ])
 def test_errors_write_nothing(folder, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):

@@ -218,7 +218,8 @@ def test_reordered_channels_and_passages(workshop, whole):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--shard --dataset text.jsonl", "--shard needs --dataset and --mask"), ("--minutes 0", "at least 0.01"),
+    ("--shard --dataset text.jsonl --steps 2", "--shard needs --dataset, --mask and --steps"),
+    ("--shard --dataset text.jsonl --mask m0.safetensors", "speed is measured"), ("--minutes 0", "at least 0.01"),
     ("--distill 1.5", "at most 1"),
     ("--minutes 5 --steps 5", "not allowed with argument"), ("--permute --mask m0.safetensors", "leave out --mask")])
 def test_flags_that_do_not_go_together(flags, words, capsys):

@@ -42,11 +42,11 @@ def default_path(dataset_size: int, batchsize: int, seqlen: int) -> str:
     return f"inference_loss_{dataset_size}_bs{batchsize}_sql{seqlen}.npz"
 
 
-def conditions(model: nn.Module, masks: dict[str, Tensor], batches: Tensor, dataset: str) -> dict[str, str]:
+def conditions(model: nn.Module, masks: dict[str, Tensor], batches: Tensor) -> dict[str, str]:
     """Everything the losses of these minibatches depend on; call it while the model's weights are still its own."""
     minibatches, batchsize, seqlen = batches.shape
     return {"model": model_fingerprint(model), "mask": mask_files.fingerprint(masks),
-            "tokens": data.fingerprint(batches), "dataset": dataset, "dataset_size": str(minibatches * batchsize),
+            "tokens": data.fingerprint(batches), "dataset_size": str(minibatches * batchsize),
             "batchsize": str(batchsize), "sqlen": str(seqlen), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
@@ -66,10 +66,10 @@ def find(source: str, dataset_size: int, batchsize: int, seqlen: int) -> str:
     return path
 
 
-def load(path: str, model: nn.Module, masks: dict[str, Tensor], batches: Tensor, dataset: str) -> list[float]:
+def load(path: str, model: nn.Module, masks: dict[str, Tensor], batches: Tensor) -> list[float]:
     """The losses of these minibatches from a file. UserError where it was computed under other conditions, naming
     them."""
-    wanted = conditions(model, masks, batches, dataset)
+    wanted = conditions(model, masks, batches)
     with explained(path, "make it anew with inference_loss.py"), np.load(path, allow_pickle=False) as arrays:
         losses, found = arrays["losses"].astype(np.float64), dict(json.loads(str(arrays["depends_on"])))
     stale = [f"{key.replace('sqlen', 'seqlen')} {str(found.get(key))[:80]} there, {value} here"

@@ -117,7 +117,7 @@ class Checkpoints:
 
     def due(self, step: int, seconds: float, last: bool = False) -> bool:
         """Is it time to save, after so many steps and seconds of the run? With `every` in minutes saving takes at most
-        MOST_SHARE of the run's time. `last`: the run ends here, so that the minutes need not have passed."""
+        MOST_SHARE of the run's time. `last`: the run ends here; if it has a state, the minutes need not have passed."""
         if self.steps:
             return last or step % self.steps == 0
         waited = seconds - self.saved_at

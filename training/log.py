@@ -32,4 +32,4 @@ class Log:
         """Have the disk hold the log; its size in bytes."""
         os.fsync(self._file.fileno())
         sync(Path(self._file.name).parent)
-        return self._file.tell()
+        return os.fstat(self._file.fileno()).st_size  # `tell` is where it was before a truncation

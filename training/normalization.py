@@ -62,8 +62,7 @@ class Normalization:
             sums[sums == 0] = torch.nan  # no process reached the layer, or no block of it was finite
             now[reached] = sums / self._sizes[reached]
         mean = torch.where(before.isfinite(), KEPT * before + (1 - KEPT) * now, now)
-        mean = torch.where(before.isnan(), now, torch.where(now.isfinite(), mean, before))
-        self.mean_squares = torch.where(now.isnan(), before, mean)
+        self.mean_squares = torch.where(now.isfinite() | before.isnan(), mean, before)
 
     def state(self) -> dict[str, Tensor]:
         """Float32 `[layers]`, NaN of layers that have none."""

@@ -11,7 +11,7 @@ from files.atomic import atomic_write
 from files.documents import are_questions
 from files.records import GENERATED
 from models import generation, processes
-from models.layers import check_divisible, find_layers
+from models.layers import find_layers, layers_to_mask
 from models.loading import Tokenizer, model_fingerprint
 from models.loss import batch_loss
 from pruning.channel_order import check_reorderable, search_and_reorder
@@ -39,12 +39,14 @@ def heldout_of(minibatches: int) -> int:
     return min(MOST_HELDOUT, math.ceil(HELDOUT * minibatches))
 
 
-def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, batchsize: int, seqlen: int) -> int:
+def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, batchsize: int, seqlen: int,
+                   microbatch: int) -> int:
     """Tokens of text for one pass in so many steps or, by the measured speed of a forward pass, in so many minutes."""
     if steps is None:
         batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
+        forward = partial(batch_loss, model, batch, microbatch)
         # the first warms up, and another program may slow one down
-        repeated = timeit.repeat(partial(batch_loss, model, batch), timer=time.perf_counter, repeat=3, number=1)
+        repeated = timeit.repeat(forward, timer=time.perf_counter, repeat=3, number=1)
         steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(min(repeated)))
         steps = max(FEWEST, math.ceil(steps))
     found = wanted = steps * processes.size()
@@ -116,7 +118,7 @@ def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: 
 
 def check_model(model: nn.Module, targets: list[str] | None, pattern: tuple[int, int], permute: bool) -> None:
     """UserError where m0 or an order of the channels cannot be had of this model: before any text is generated."""
-    check_divisible(find_layers(model, targets), pattern[1])
+    layers_to_mask(model, targets, pattern[1])
     if permute:
         check_reorderable(model)
 
