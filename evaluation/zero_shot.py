@@ -54,20 +54,21 @@ def _checked(line: str, number: int) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # lm-evaluation-harness
 
-@functools.cache  # it reads thousands of YAML files, which takes seconds
-def _task_manager():
-    """The harness's list of tasks; UserError where lm_eval is missing."""
+@functools.cache
+def _task_manager(with_tasks: bool):
+    """The harness's list of tasks: those that it comes with, of which it reads thousands of YAML files for seconds, or
+    none. UserError where lm_eval is missing."""
     try:
         from lm_eval.tasks.manager import TaskManager  # where it is since 0.4.12
     except ImportError:
         raise UserError("tasks need lm-evaluation-harness 0.4.12 or later: pip install 'lm_eval>=0.4.12,<0.5'")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager()
+    return TaskManager(include_defaults=with_tasks)
 
 
 def load_file(path: str) -> object:
     """A task file as a task of the harness."""
-    items, _ = read_items(path), _task_manager()
+    items, _ = read_items(path), _task_manager(with_tasks=False)
     from datasets import Dataset  # takes seconds, as the harness does
     from lm_eval.api.task import ConfigurableTask
     are_spaced = all(choice[0] == " " for item in items for choice in item["choices"])
@@ -87,7 +88,7 @@ def load_harness(names: list[str]) -> dict:
     missing."""
     found = {}
     for name in names:
-        manager = _task_manager()
+        manager = _task_manager(with_tasks=True)
         if name not in manager.all_tasks and not Path(name).is_file():
             raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task and there is no such YAML file; "
                             "correct the name (`lm_eval ls tasks` lists them)")
@@ -113,8 +114,8 @@ def run_harness(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsize: 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False,
               softmax_dtype="float32")
     try:
-        told = lm_eval.simple_evaluate(model=lm, tasks=list(tasks.values()), task_manager=_task_manager(),
-                                       num_fewshot=0, limit=limit)
+        told = lm_eval.simple_evaluate(model=lm, tasks=list(tasks.values()), num_fewshot=0, limit=limit,
+                                       task_manager=_task_manager(with_tasks=False))
     except AssertionError as error:
         raise UserError(f"{', '.join(tasks)}: a choice has no token of its own, or more than the model's positions "
                         f"({error})")

@@ -3,6 +3,7 @@ import shutil
 from itertools import count
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # but in tests of the compiler, see `compiler`
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import train
 from files import mask_files

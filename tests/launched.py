@@ -22,7 +22,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "sparsify", "torch.distributed.launcher.api"])
+FORKS.set_forkserver_preload([  # what transformers lacks in other versions is left out
+    "train", "sparsify", "torch.distributed.launcher.api", "matplotlib.figure",
+    "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama"])
 
 
 class Launched:

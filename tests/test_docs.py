@@ -1,9 +1,6 @@
 """README and docs say what is there: links and anchors exist, files that are named exist, commands parse."""
-import json
 import re
 import shlex
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -77,19 +74,13 @@ def test_commands_of_the_scripts_parse(page):
 
 
 def test_commands_of_the_benches_parse():
-    """In a process of their own: tests import no bench."""
     wanted = [[Path(words[1]).stem, words[2:]] for page in PAGES for words in commands(page)
               if words[0] == "python" and words[1].startswith("bench/")]
     shown = [[Path(words[0]).stem, words[1:]] for page in PAGES for words in map(shlex.split, re.findall(
         r"`python (bench/[^`\n]+(?:\n[^`\n]+)?)`", page.read_text(encoding="utf-8")))]
     assert wanted or shown
-    code = ("import importlib, json, sys\n"
-            "for name, flags in json.load(sys.stdin):\n"
-            "    print(name, flags, file=sys.stderr)\n"
-            "    importlib.import_module(name).parse_args(flags)\n")
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(wanted + shown), text=True, cwd=ROOT / "bench",
-                          capture_output=True, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}", "PATH": ""})
-    assert done.returncode == 0, done.stderr
+    for name, flags in wanted + shown:
+        import_module(name).parse_args(flags)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,14 +1,12 @@
 """The scripts as a user runs them, tiny: what they write against brute force, hand computation and the HF model itself.
 
-Each script runs in a subprocess on three models, one command after the other with their default file names; the
-variations of a script run in this process, on the Llama.
+Each script runs on three models, one command after the other with their default file names; the variations of a
+script run on the Llama.
 """
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,15 +49,8 @@ COMMANDS = [
      " --save evaluation.json")]
 
 
-def shell(command: str, folder: Path) -> None:
-    """Run a script as a user does, in `folder`."""
-    script, *arguments = command.split()
-    subprocess.run([sys.executable, ROOT / script, *arguments], cwd=folder, check=True,
-                   env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-
-
 def in_process(command: str, folder: Path) -> None:
-    """The same in this process, which saves the seconds that a process takes to import torch."""
+    """Run a script in `folder`, in this process, which saves the seconds that another takes to import torch."""
     script, *arguments = command.split()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -68,14 +59,14 @@ def in_process(command: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory, models):
-    """Model name -> folder in which all five commands have run: the Llama's in a shell, as a user runs them."""
+    """Model name -> folder in which all five commands have run."""
     root = tmp_path_factory.mktemp("pipelines")
     write_corpus(root / "text.jsonl", 16)
     (root / "held_out.txt").write_text("\n\n".join(documents(write_corpus(root / "other.jsonl", 2, seed=7))))
     for name in MODELS:
         shutil.copytree(models[name], root / name / "dense")
         for command in COMMANDS:
-            (shell if name == "llama" else in_process)(command, root / name)
+            in_process(command, root / name)
     return {name: SimpleNamespace(name=name, folder=root / name, layers=layers, watched=watched)
             for name, (layers, watched) in MODELS.items()}
 

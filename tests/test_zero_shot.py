@@ -137,7 +137,6 @@ def test_the_fields_seven_tasks(folder, tmp_path, monkeypatch, capsys):
 
 def test_tasks_that_are_refused(folder, monkeypatch):
     pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="no such task"):
         run(f"--model {folder}/llama --tasks helaswag")
 
