@@ -2,7 +2,7 @@
 import random
 
 from files import mask_files, permutation_files
-from training import baselines, checkpoint
+from training import baselines
 from utils import UserError
 
 import pytest
@@ -43,21 +43,10 @@ def baseline(folder):
     return [path], lambda: baselines.load(str(path), None, None, batches)
 
 
-def state(folder):
-    path = folder / "step00000001.safetensors"
-    checkpoint.save(path, {"step": 1}, {"logits": torch.randn(64)})
-
-    def read():
-        if not checkpoint.is_whole(path):
-            raise UserError(f"{path} is torn or damaged")
-        return checkpoint.StateFile(path).read("logits", torch.empty(64)).tolist()
-    return [path], read
-
-
 @pytest.mark.parametrize("make", [
     mask_file("mask.safetensors", 2, 4), mask_file("mask.safetensors", 4, 8), mask_file("mask.npz", 2, 4),
-    mask_file("mask", 2, 4), permutation, baseline, state],
-    ids=["2:4", "4:8", "npz", "folder", "permutation", "baseline", "state"])
+    mask_file("mask", 2, 4), permutation, baseline],
+    ids=["2:4", "4:8", "npz", "folder", "permutation", "baseline"])
 def test_damaged_files(make, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "conditions", lambda *_: {"model": "0" * 16, "dataset": "text"})
     files, read = make(tmp_path)
@@ -76,13 +65,3 @@ def test_damaged_files(make, tmp_path, monkeypatch):
             refused += 1
         file.write_bytes(good)
     assert refused > 75
-
-
-def test_the_campaign_is_a_command(monkeypatch, capsys):
-    counts = {"kills": 2, "runs": 1, "same": 1}
-    monkeypatch.setattr(kill, "campaign", lambda folder, script, flags, kills, generator: {**counts, "kills": kills})
-    assert kill.main(["--kills", "5", "--seed", "3"]) == 0
-    said = capsys.readouterr().out
-    assert "| run | kills | runs | same |\n| --- | --- | --- | --- |\n| maskpro | 5 | 1 | 1 |" in said
-    counts["same"] = 0
-    assert kill.main(["--kills", "5"]) == 1

@@ -1,6 +1,7 @@
 """masking/masked_model.py: what a model under learned masks computes, layer by layer, bit for bit."""
 
 import pge
+from masking import masked_layer
 from masking.block_bits import mask_to_bits
 from masking.layers import apply_masks, check_sparsity
 from masking.masked_model import MaskedModel
@@ -166,6 +167,16 @@ def test_finish_leaves_an_ordinary_model_under_the_mode(kind, load):
 
 
 NAMES = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"]  # small enough to be looked at whole
+
+
+def test_changes_are_counted_in_a_sample_of_the_blocks(load, monkeypatch):
+    monkeypatch.setattr(masked_layer, "SAMPLE", 8)
+    masked = make(load(), magnitude=1.0)[0]
+    assert all(layer.stride > 1 for layer in masked.layers.values()) and masked.changed() == 0
+    for layer in masked.layers.values():
+        for plane in layer.logits:
+            plane.neg_()
+    assert masked.changed() == 1
 
 
 @pytest.mark.parametrize("n, m, space", [(2, 4, "linear"), (2, 4, "pattern"), (8, 16, "linear")])

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import train
-from training import checkpoint, initialize
+from training import checkpoint, figures, initialize
+from training.signals import StopSignals
 from utils import UserError
 
 import pytest
@@ -111,6 +112,31 @@ def test_in_a_fresh_process_the_mask_is_the_same(workshop, tmp_path):
     assert kill.contents(tmp_path / "first/run") == kill.contents(tmp_path / "again/run")
 
 
+def test_results_that_were_cut_short_are_made_again(workshop, tmp_path, monkeypatch):
+    """The curve is drawn when mask and model are there."""
+    whole, run = tmp_path / "whole/run", tmp_path / "cut/run"
+    train.main(arguments(workshop, whole))
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(figures, "learning_curve", raises(MemoryError()))
+        train.main(arguments(workshop, run))
+    assert (run / "mask.safetensors").exists() and "summary" not in json.loads((run / "run.json").read_text())
+    train.main(["--resume", str(run)])
+    assert kill.contents(run) == kill.contents(whole)
+
+
+def test_a_second_signal_ends_at_once_and_what_nohup_ignores_stays_ignored():
+    with StopSignals() as signals:
+        signals.deferred = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)
+
+
 # ------------------------------------------------------------------------------------------------------------- refused
 
 
@@ -123,17 +149,6 @@ def test_changed_settings_are_refused_by_name(stopped):
         (stopped / "run.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=rf"made from another {name} \(0000000000000000 there"):
             train.main(["--resume", str(stopped)])
-
-
-@pytest.mark.parametrize("change, words", [
-    (lambda record: "{", "run.json cannot be read"),
-    (lambda record: json.dumps({**record, "arguments": {"lr": {}}}), "another version or script"),
-    (lambda record: json.dumps({**record, "arguments": {**record["arguments"], "trust_remote_code": True}}),
-     "add the flag if you still trust")])
-def test_records_that_are_none(stopped, change, words):
-    (stopped / "run.json").write_text(change(json.loads((stopped / "run.json").read_text())))
-    with pytest.raises(UserError, match=words):
-        train.main(["--resume", str(stopped)])
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from masked import inputs_of
+from masked import inputs_of, same
+from mistakes import edited
 from quizzes import hf_model
 from runs import column, is_strict, read_run
 from safetensors.torch import load_file
@@ -163,6 +164,17 @@ def test_the_mask_is_where_weights_are_not_zero(made):
         assert torch.equal(mask, as_matrix(made, sparse[f"{name}.weight"]) != 0)
 
 
+def test_blocks_with_fewer_weights_are_filled_up(llama, tmp_path, capsys):
+    name = "model.layers.0.mlp.up_proj"
+    edited(llama / "out", tmp_path / "fewer", lambda tensors: tensors[f"{name}.weight"].view(-1, 4)[0].zero_())
+    get_mask.main(f"--model {tmp_path}/fewer --save {tmp_path}/m0.safetensors".split())
+    assert "1 blocks had fewer than 2 weights" in capsys.readouterr().out
+    found, before = (dict(mask_files.load(file).masks) for file in (f"{tmp_path}/m0.safetensors",
+                                                                    "initial_mask.safetensors"))
+    before[name].view(-1, 4)[0] = torch.tensor([True, True, False, False])
+    assert is_strict(found) and same(found, before)
+
+
 # ------------------------------------------------------------------------------------------------------ inference_loss
 
 
@@ -186,6 +198,13 @@ def test_baseline_losses_are_the_models_own(made, tmp_path, is_masked):
 
 
 # --------------------------------------------------------------------------------------------------------------- train
+
+
+def test_a_cached_baseline_serves_a_run_that_holds_text_out(llama, tmp_path):
+    train.main(f"--model dense {PLACE} {DATA} --max_step 1 --val_fraction 0.5 --skip_checkpoint --out {tmp_path}/run"
+               .split())
+    first, = read_run(tmp_path / "run").metrics
+    assert first["loss"] == pytest.approx(first["baseline"], abs=1e-5)
 
 
 def test_a_run_folder_is_complete(made):

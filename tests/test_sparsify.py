@@ -13,7 +13,7 @@ from files.documents import documents
 from files.records import read_record
 from models import generation
 from pruning import swaps
-from training import initialize, preparation, results
+from training import initialize, preparation, results, straight_through
 from training.report import note_unchanged, perplexity_table
 from training.straight_through import StraightThrough
 from training.validation import Validation
@@ -137,8 +137,12 @@ def test_a_quarter_of_questions_and_half_after_passages(workshop, learned, monke
     assert len(seen) == 76 and all(sequence in of_share[share] for sequence, share in seen)
 
 
-def test_ways_to_take_the_gradient(workshop, learned):
-    """Each flag changes the run, but for checkpointing and microbatches, which do not."""
+def test_ways_to_take_the_gradient(workshop, learned, monkeypatch):
+    """Each flag changes the run, but for checkpointing and microbatches, which do not: how it is computed they do."""
+    parts, backward, checkpointed, enable = [], StraightThrough._backward, [], straight_through.enable_checkpointing
+    monkeypatch.setattr(StraightThrough, "_backward", lambda learner, part, distill: parts.append(len(part)) or
+                        backward(learner, part, distill))
+    monkeypatch.setattr(straight_through, "enable_checkpointing", lambda model: checkpointed.append(1) or enable(model))
     text = f"--steps 6 --dataset {workshop}/text.jsonl --mask {workshop}/mask.safetensors --skip_checkpoint"
     runs = {flags: learned(f"{text} {flags}", f"run{number}") for number, flags in enumerate((
         "", "--gradient_checkpointing", "--microbatch 1", "--distill 1", "--no-curvature", "--logits_dtype bfloat16"))}
@@ -146,6 +150,7 @@ def test_ways_to_take_the_gradient(workshop, learned):
         same = flags in ("", "--gradient_checkpointing", "--microbatch 1")
         expected = pytest.approx(column(runs[""], "loss"), rel=1e-5)
         assert is_strict(run.masks) and (column(run, "loss") == expected) == same, flags
+    assert parts == 12 * [2] + 12 * [1] + 18 * [2] and len(checkpointed) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- stopped
@@ -212,6 +217,11 @@ def test_reordered_channels_and_passages(workshop, whole):
     dense = loss_under(workshop / "dense", {}, unseen)
     assert run.record["nats"]["dense"]["held-out text"] == pytest.approx(dense, abs=1e-4)
     assert all(list(documents(str(file))) for file in files) and is_strict(run.masks)
+
+
+def test_the_gap_is_one_of_losses():
+    assert perplexity_table({"dense": {"text": 1.0}, "m0": {"text": 3.0}, "learned": {"text": 2.5}}).endswith(
+        "| learned | 12.182 | 25.0 |")
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
