@@ -17,7 +17,9 @@ class Stages:
     """
 
     def __init__(self, folder: RunFolder, device: str | None):
-        self.folder, self.devices = folder, [torch.device(checked_device(device))]
+        gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+        self.devices = gpus if device == "auto" and gpus else [torch.device(checked_device(device))]
+        self.folder = folder
         self.done: dict[str, dict] = folder.record.setdefault("stages", {})
         self._started = time.monotonic() - sum(stage["seconds"] for stage in self.done.values())
 
