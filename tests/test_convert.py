@@ -13,6 +13,8 @@ from utils import UserError
 
 import pytest
 import torch
+from masked import same
+from mistakes import edited
 from tiny import write_corpus
 from transformers import AutoModelForCausalLM
 
@@ -26,12 +28,7 @@ def w(tmp_path_factory, models):
     write_corpus(w / "text.jsonl", 12)
     for kind in ("llama", "gpt2"):
         shutil.copytree(models[kind], w / kind)
-    shutil.copytree(w / "llama", w / "other")
-    other = AutoModelForCausalLM.from_pretrained(w / "llama")
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.neg_()
-    other.save_pretrained(w / "other")
+    edited(w / "llama", w / "other", lambda tensors: [tensor.neg_() for tensor in tensors.values()])
     for kind in ("llama", "gpt2", "other"):
         prune.main(f"--model {w}/{kind} {PLACE} --prune_method magnitude --save_model {w}/sparse_{kind}".split())
         get_mask.main(f"--model {w}/sparse_{kind} --save {w}/{kind}.safetensors".split())
@@ -45,10 +42,6 @@ def dense(w, kind):
 def convert(source, target, *arguments):
     get_mask.main(["--convert", str(source), "--save", str(target), *map(str, arguments)])
     return target
-
-
-def same_masks(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def same_bits(model, other):
@@ -68,7 +61,7 @@ def test_round_trip_through_the_three_formats(w, tmp_path, kind):
     back = convert(npz, tmp_path / "back.safetensors", "--model", w / kind)
     wanted, found = mask_files.load(first), mask_files.load(back)
     assert sorted(file.stem for file in folder.iterdir()) == sorted(wanted.masks)
-    assert same_masks(found.masks, wanted.masks)
+    assert same(found.masks, wanted.masks)
     assert (found.n, found.m, found.fingerprint, found.model) == (2, 4, wanted.fingerprint, kind)  # no local path
 
 

@@ -9,14 +9,9 @@ import torch
 from exact import drawings, inclusion_by_drawings, jacobian
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from masked import seeded
+from masked import planes_of, seeded
 
 CHEAP = [(n, m) for m in range(2, 9) for n in range(1, min(m, 5))]  # where the M!/(M-N)! ways to draw are few
-
-
-def split(blocks):
-    """[blocks, M] -> M planes [blocks]."""
-    return [plane.clone() for plane in blocks.unbind(1)]
 
 
 def joined(found):
@@ -50,9 +45,9 @@ def test_the_earliest_and_the_most_probable_are_the_sorted_ones(pattern, data):
     numbers = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0, torch.inf])
     rows = data.draw(st.lists(st.lists(numbers, min_size=m, max_size=m), min_size=1, max_size=5))
     x = torch.tensor(rows)
-    assert kept_by(fused_ops.earliest(split(x), n), m) == [
+    assert kept_by(fused_ops.earliest(planes_of(x), n), m) == [
         sorted(sorted(range(m), key=lambda i: (row[i], i))[:n]) for row in rows]
-    assert kept_by(fused_ops.most_probable(split(x), n), m) == [
+    assert kept_by(fused_ops.most_probable(planes_of(x), n), m) == [
         sorted(sorted(range(m), key=lambda i: (-row[i], i))[:n]) for row in rows]
 
 
@@ -67,7 +62,7 @@ def test_the_table_gives_each_mask_its_share_of_the_unit_interval(block):
     grid = 4096
     u = (torch.arange(grid) + 0.5) / grid
     for x in logits:
-        bits = fused_ops.draw_by_table(fused_ops.weights(split(x.expand(grid, m)), n), n, u)
+        bits = fused_ops.draw_by_table(fused_ops.weights(planes_of(x.expand(grid, m)), n), n, u)
         chance, order = drawings(x, n)
         probs = torch.zeros(2**m, dtype=torch.float64).index_add(0, (1 << order).sum(1), chance)
         assert ((torch.bincount(bits, minlength=2**m) - grid * probs).abs() <= 1.01).all()
@@ -83,7 +78,7 @@ def test_the_race_keeps_the_first_to_arrive(pattern, seed):
     w = torch.rand(8, m, generator=seeded(seed)) + 0.01
     u = torch.rand(8, m, generator=seeded(seed + 1))
     arrival = -(1 - u.double()).log() / w.double()
-    found = kept_by(fused_ops.draw_by_race(split(w), n, split(u)), m)
+    found = kept_by(fused_ops.draw_by_race(planes_of(w), n, planes_of(u)), m)
     for row, indices in zip(arrival.tolist(), found):
         times = sorted(row)
         assume(times[n] - times[n - 1] > 1e-5 * times[n])
@@ -94,7 +89,7 @@ def test_the_race_keeps_the_first_to_arrive(pattern, seed):
 
 
 def vjp_of(logits, saliency, n):
-    return joined(fused_ops.vjp(split(logits), split(saliency), n)).double()
+    return joined(fused_ops.vjp(planes_of(logits), planes_of(saliency), n)).double()
 
 
 @settings(max_examples=40, deadline=None)

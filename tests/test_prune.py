@@ -8,6 +8,7 @@ from pruning.one_shot import OneShot, largest, one_shot_masks, prune_model
 
 import pytest
 import torch
+from masked import inputs_of
 from tiny import write_corpus
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,14 +76,12 @@ def test_swaps_bring_the_first_layer_closer_and_change_no_weight(pruned, models,
     (plain, dense), (swapped, _) = pruned(kind, flags), pruned(kind, f"{flags} --swaps 5")
     assert check_sparsity(swapped, (4, 8)) == pytest.approx(0.5, abs=1e-3)
     assert all(((module.weight == dense[name].weight) | (module.weight == 0)).all() for name, module in swapped.items())
-    model, inputs = AutoModelForCausalLM.from_pretrained(models[kind]), []
+    model = AutoModelForCausalLM.from_pretrained(models[kind])
     name, module = next(iter(find_layers(model).items()))
-    module.register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, -2)))
     samples = data.calibration_samples(AutoTokenizer.from_pretrained(models[kind]), pruned.text, 8, 64, 0)
-    with torch.no_grad():
-        model(input_ids=samples)
-        plain, swapped = (((weight_matrix(layers[name]) - weight_matrix(module)) @ inputs[0].T).square().sum()
-                          for layers in (plain, swapped))
+    inputs = inputs_of(model, name, samples)
+    plain, swapped = (((weight_matrix(layers[name]) - weight_matrix(module)) @ inputs.T).square().sum()
+                      for layers in (plain, swapped))
     assert swapped < 0.98 * plain
 
 

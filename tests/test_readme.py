@@ -26,7 +26,6 @@ FEWER = {  # what is put behind a command, of which the last value of a flag cou
 
 def test_the_commands_run(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     for name in ("text.txt", "passages.txt"):
         Path(name).write_text("\n\n".join(documents(str(write_corpus(tmp_path / "text.jsonl", 40)))))
     write_lines(Path("questions.jsonl"), quiz())
