@@ -41,7 +41,6 @@ class Rival:
         self.penalty, self.progress = 0.0, 0.0
         self.parameters = {name: self.start(name, masks[name]).requires_grad_() for name in self.layers}
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=lr, betas=self.betas)
-        torch.set_flush_denormal(True)  # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
         for name, layer in self.layers.items():
             layer.forward = partial(self._forward, name, layer)
 

@@ -23,6 +23,7 @@ from models.loss import batch_loss
 from training.initialize import TOKENS, from_swaps
 from utils import UserError, progress_bar, run_script
 
+import torch
 from learning import DEFAULTS, OURS, ForwardOnly, Problem, passes_a_step
 from rival_methods import RIVALS, Rival
 from small_model import MODEL
@@ -153,4 +154,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
     run_script(main)

@@ -168,4 +168,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
     run_script(main)
