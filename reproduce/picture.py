@@ -18,6 +18,8 @@ BARS = {"MaskPro (the paper), 10,000 steps": "2of4/maskpro-size512-lr0.03-logits
         "MaskPro, the last layer, 10,000 steps": LAYER_29,
         "MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-size512-lr1.2-logits4-steps600",
         "SparseGPT (updates weights)": "2of4/sparsegpt",
+        "MaskLLM, 280 steps": "2of4/rival-maskllm-lr0.001-both-steps280",
+        "STE with Adam, 280 steps": "2of4/rival-scores_ste-lr0.01-both-steps280",
         "sparsify.py, half an hour": "2of4/sparsify-both-minutes30",
         "sparsify.py, 280 steps": "2of4/sparsify-both-steps280"}
 
