@@ -81,7 +81,7 @@ class Run:
         self.position, self.parts = Position(), {}
         self.log: Log | None = None  # from `restore` on
         self._ends = []  # seconds of the run at which the last RECENT steps ended
-        self._stopped_by, self._saved_step = 0, None
+        self._stopped_by = 0
 
     @property
     def step(self) -> int:
@@ -213,10 +213,9 @@ class Run:
         with processes.main_before_others():
             if saved:
                 self._restore(saved)
-            self.checkpoints.step, self.checkpoints.saved_at = self.position.step, self.position.seconds
+                self.checkpoints.step, self.checkpoints.saved_at = self.step, self.position.seconds
             self.log = Log(self.folder.path, self.position.log_bytes)
         if saved:
-            self._saved_step = self.step
             processes.log(f"going on after step {self.step} of {self.folder.path}")
         return bool(saved)
 
@@ -229,7 +228,7 @@ class Run:
     def save(self) -> None:
         """Save the state of this step, once; the other processes wait, since writing may take longer than a process may
         take to answer. The logs are synced first: a state that is there has its lines there."""
-        if self._saved_step == self.step:
+        if self.checkpoints.step == self.step:
             return
         states = {name: part.state() for name, part in self.parts.items()}
         tensors = {f"{name}.{key}": tensor for name, (_, found) in states.items() for key, tensor in found.items()}
@@ -243,5 +242,5 @@ class Run:
             self.position.seconds_saving += self.checkpoints.cost_s
         else:
             give_shards(tensors)
+            self.checkpoints.step = self.step
         processes.wait_for_main()
-        self._saved_step = self.step
