@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from utils import UserError
+from utils import run_script
 
 import pytest
 from tiny import write_corpus
@@ -19,10 +19,13 @@ def compare(*flags: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, SCRIPT, *map(str, flags)], capture_output=True, text=True, check=False)
 
 
-def test_without_a_clone_a_line_says_so(tmp_path, monkeypatch):
+def test_without_a_clone_a_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    with pytest.raises(UserError, match=rf"{tmp_path}/train.py is missing; clone "):
-        import_module(SCRIPT.stem).parse_args(["--authors", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: import_module(SCRIPT.stem).main(["--authors", str(tmp_path)]))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert err.startswith(f"error: {tmp_path}/train.py is missing; clone ") and err.count("\n") == 1
 
 
 @pytest.mark.skipif(not AUTHORS, reason="MASKPRO_AUTHORS names no clone of github.com/woodenchild95/Maskpro")

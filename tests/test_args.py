@@ -50,3 +50,6 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, script, flags, other):
     (tmp_path / "run.json").write_text(json.dumps({"arguments": {**recorded, "trust_remote_code": True}}))
     with pytest.raises(UserError, match="add the flag if you still trust"):
         script(f"--resume {tmp_path}")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json cannot be read"):
+        script(f"--resume {tmp_path}")

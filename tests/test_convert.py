@@ -101,8 +101,8 @@ def test_apply_mask_is_what_pruning_did(w, tmp_path, kind):
     assert same_bits(apply_mask(dense(w, kind), npz), model)
 
 
-def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path):
-    kind = "gpt2"
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path, kind):
     train.main(f"--model {w}/{kind} {PLACE} --mask {w}/{kind}.safetensors --dataset {w}/text.jsonl --dataset_size 8 "
                f"--batchsize 4 --sqlen 32 --baseline online --logits 0.1 --lr 99 --max_step 2 "
                f"--out {tmp_path}/run".split())
@@ -114,3 +114,11 @@ def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path):
                       f"--save {tmp_path}/{name}.json".split())
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     assert first["ppl"] == second["ppl"]
+
+
+@pytest.mark.parametrize("mask, words", [("gpt2", "another model: transformer.h.0"), ("other", "embeddings")])
+def test_apply_mask_refuses_another_models(w, mask, words):
+    model = dense(w, "llama")
+    with pytest.raises(UserError, match=words):
+        apply_mask(model, w / f"{mask}.safetensors")
+    assert same_bits(model, dense(w, "llama"))

@@ -48,7 +48,7 @@ def baseline(folder):
     mask_file("mask", 2, 4), permutation, baseline],
     ids=["2:4", "4:8", "npz", "folder", "permutation", "baseline"])
 def test_damaged_files(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "conditions", lambda *_: {"model": "0" * 16, "dataset": "text"})
+    monkeypatch.setattr(baselines, "conditions", lambda *_: {"model": "0" * 16, "tokens": "1" * 16})
     files, read = make(tmp_path)
     generator, original, refused = random.Random(0), read(), 0
     for _ in range(150):
@@ -65,3 +65,13 @@ def test_damaged_files(make, tmp_path, monkeypatch):
             refused += 1
         file.write_bytes(good)
     assert refused > 75
+
+
+def test_the_campaign_is_a_command(monkeypatch, capsys):
+    counts = {"kills": 2, "runs": 1, "same": 1}
+    monkeypatch.setattr(kill, "campaign", lambda folder, script, flags, kills, generator: {**counts, "kills": kills})
+    assert kill.main(["--kills", "5", "--seed", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "| run | kills | runs | same |\n| --- | --- | --- | --- |\n| maskpro | 5 | 1 | 1 |" in said
+    counts["same"] = 0
+    assert kill.main(["--kills", "5"]) == 1

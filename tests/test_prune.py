@@ -71,7 +71,8 @@ def test_masks_without_pruning(load, method):
 
 
 @pytest.mark.parametrize("kind, flags", [
-    ("llama", "--sparsity_type 4:8"), ("gpt2", "--sparsity_type 4:8 --true_sequential")])
+    ("llama", "--sparsity_type 4:8"), ("opt", "--sparsity_type 4:8"),
+    ("gpt2", "--sparsity_type 4:8 --true_sequential")])
 def test_swaps_bring_the_first_layer_closer_and_change_no_weight(pruned, models, kind, flags):
     (plain, dense), (swapped, _) = pruned(kind, flags), pruned(kind, f"{flags} --swaps 5")
     assert check_sparsity(swapped, (4, 8)) == pytest.approx(0.5, abs=1e-3)

@@ -194,10 +194,10 @@ def test_a_run_that_stopped_goes_on(finished):
     """A folder that is no run stops the script."""
     run = finished.out / "2of4" / RUN.replace("lr50", "lr77")
     run.mkdir()
-    done = bash("learning_rate", {**finished.settings, "VALUES": "77", "PYTHON": "false"})
+    done = bash("learning_rate", {**finished.settings, "VALUES": "77"})
     run.rmdir()
     assert printed(done.stdout) == [["train.py", "--resume", str(run)]]
-    assert done.returncode == 1
+    assert done.returncode == 2 and run.name in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("dtype, within", [("float32", 1e-3), ("bfloat16", 0.02)])

@@ -110,7 +110,7 @@ def test_float16_logits_and_bfloat16_weights(learn):
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("n, m", [(4, 8), (8, 16)])
+@pytest.mark.parametrize("n, m", [(4, 8), (1, 4), (8, 16)])
 def test_other_sparsity_types(learn, text_and_masks, n, m):
     mask = text_and_masks / f"{n}_{m}.safetensors"
     run = learn(f"--sparsity_type {n}:{m} --mask {mask} --lr 200 --targets layers.1.self_attn.q_proj")
