@@ -1,4 +1,4 @@
-"""Draw the pictures of README and docs from the records: docs/results.png, minutes.png, one_layer.png.
+"""Draw the pictures of README and docs from the records: docs/results.png, minutes.png, sampled_masks.png.
 
     python reproduce/picture.py
 """
@@ -6,7 +6,7 @@ import sys
 from statistics import mean
 
 from record import POINTS, recovered
-from tables import LAYER_29, ROOT, of_accuracy, over_minutes, record
+from tables import LAYER_29, MASKPRO, ROOT, of_accuracy, over_minutes, record
 
 sys.path.insert(0, str(ROOT))
 from utils import run_script
@@ -14,9 +14,9 @@ from utils import run_script
 from matplotlib.figure import Figure
 
 LEVELS = {"SparseGPT (updates weights)": "1of4/sparsegpt", "Wanda": "1of4/wanda"}
-BARS = {"MaskPro (the paper), 10,000 steps": "2of4/maskpro-size512-lr0.03-logits5-steps10000",
-        "MaskPro, the last layer, 10,000 steps": LAYER_29,
-        "MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-size512-lr1.2-logits4-steps600",
+BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-size512-lr1.2-logits4-steps600",
+        "MaskPro (the paper), 2,000 steps": MASKPRO.format(2000),
+        "MaskPro, 10,000 steps": MASKPRO.format(10000),
         "SparseGPT (updates weights)": "2of4/sparsegpt",
         "MaskLLM, 280 steps": "2of4/rival-maskllm-lr0.001-both-steps280",
         "STE with Adam, 280 steps": "2of4/rival-scores_ste-lr0.01-both-steps280",
@@ -27,7 +27,7 @@ BARS = {"MaskPro (the paper), 10,000 steps": "2of4/maskpro-size512-lr0.03-logits
 def main() -> None:
     results()
     minutes()
-    one_layer()
+    sampled_masks()
 
 
 def results() -> None:
@@ -70,22 +70,26 @@ def minutes() -> None:
     figure.savefig(ROOT / "docs/minutes.png", dpi=130)
 
 
-def one_layer() -> None:
-    """How much better than m0 the sampled masks of a run in one decoder layer are, over its steps."""
-    run = record("smollm2")["rows"][LAYER_29][0]["run"]
-    (row,) = record("variance_layer29")["rows"]
-    steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
-    better = [-residual for residual in run["residuals"]]
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, better, label="seen")
-    first, fall = row["m0"] - row["drawn"], run["arguments"]["lr"] * row["signal"]
-    axes.plot(steps, [first + fall * step for step in steps], "--", label="as its first step promises")
-    axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set(xlabel="steps", ylabel="better than m0 (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(ROOT / "docs/one_layer.png", dpi=130)
+def sampled_masks() -> None:
+    """How much better than m0 the sampled masks of MaskPro's runs are over their steps, in all layers and in one."""
+    rows = record("smollm2")["rows"]
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    for axes, title, runs, signals in zip(
+            figure.subplots(1, 2), ("all layers", "the last decoder layer alone"),
+            ([record("maskpro_lr0.03"), rows[MASKPRO.format(2000)][0]["run"]], [rows[LAYER_29][0]["run"]]),
+            ("variance_smollm2", "variance_layer29")):
+        (row,) = record(signals)["rows"]
+        for number, run in enumerate(runs):
+            steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
+            eta, colour = run["arguments"]["lr"], f"C{number}"
+            axes.plot(steps, [-residual for residual in run["residuals"]], color=colour, label=f"η {eta:g}")
+            axes.plot(steps, [row["m0"] - row["drawn"] + eta * row["signal"] * step for step in steps], "--",
+                      color=colour, label="as its first step promises")
+        axes.axhline(0, color="gray", linewidth=0.8)
+        axes.set(xlabel="steps", ylabel="better than m0 (nats)", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(ROOT / "docs/sampled_masks.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
     ("C 2", "too small a C fails", ("maskpro", 512, 5, 2, ""), 1),
     ("C 10", "its setting", ("maskpro", 512, 5, 10, ""), 1),
     ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
+MASKPRO = "2of4/maskpro-size512-lr0.6-logits5-steps{}"
 LAYER_29 = "2of4/maskpro-layer29-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
     ("dense", "", "dense"),
@@ -57,8 +58,8 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("Wanda, [swaps](docs/one_shot_masks.md#swaps), true sequential", "frozen", "2of4/swaps-sequential"),
     ("MaskPro [from Wanda's scores](docs/steps.md#on-a-real-model), debiased tracker, 600 steps", "frozen",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
-    ("MaskPro, 10,000 steps", "frozen", "2of4/maskpro-size512-lr0.03-logits5-steps10000"),
-    ("MaskPro, [the last decoder layer alone](docs/steps.md#held-against-runs), 10,000 steps", "frozen", LAYER_29),
+    ("MaskPro, 10,000 steps", "frozen", MASKPRO.format(10000)),
+    ("MaskPro [from C·m0](docs/steps.md#on-a-real-model), C 5, η 0.6, 2,000 steps", "frozen", MASKPRO.format(2000)),
     ("Wanda, m0", "frozen", "2of4/wanda")]
 ONE_SHOT = [  # the same
     ("dense", "", "dense"), ("magnitude", "frozen", "2of4/magnitude"), ("Wanda", "frozen", "2of4/wanda"),
@@ -77,10 +78,12 @@ GAPS = ["perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)"]
 BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."  # what a bench's table is of
 SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"),
            ("the same, from scores", "variance_smollm2_scores"), ("its decoder layer 29", "variance_layer29"))
-FALLS = (  # a run, the record of its signal, its own record and the row there
+FALLS = (  # a run, the record of its signal, its own record and the row there; None: a record of one run
     ("small, 1:4", "variance", "small_model", SMALL.format("maskpro", 512, 5, 5, "")),
     ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),
-    ("SmolLM2-135M, 2:4, from scores", "variance_smollm2_scores", "smollm2",
+    ("SmolLM2-135M, 2:4", "variance_smollm2", "maskpro_lr0.03", None),
+    ("the same", "variance_smollm2", "smollm2", MASKPRO.format(2000)),
+    ("the same, from scores", "variance_smollm2_scores", "smollm2",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
     ("its decoder layer 29, 2:4", "variance_layer29", "smollm2", LAYER_29))
 
@@ -217,25 +220,26 @@ def authors() -> str:
 def variance() -> str:
     """Signal and noise of the estimators."""
     lines = [[model, *signal.row(row)] for model, name in SIGNALS for row in record(name)["rows"]]
-    found = [record(name) for _, name in SIGNALS]
-    return markdown_table(["model", *signal.HEADING], lines) + "\n\n" + "; ".join(
-        f"{model}: {each['arguments']['samples']} draws, commit {each['environment']['commit']}"
-        for (model, _), each in zip(SIGNALS, found)) + f". {found[0]['environment']['hardware']}."
+    machines = {}
+    for model, name in SIGNALS:
+        draws, here = record(name)["arguments"]["samples"], record(name)["environment"]
+        machines.setdefault(here["hardware"], []).append(f"{model}, {draws} draws, commit {here['commit']}")
+    return markdown_table(["model", *signal.HEADING], lines) + "\n\n" + " ".join(
+        f"{hardware}: {'; '.join(rows)}." for hardware, rows in machines.items())
 
 
 def falls() -> str:
-    """What the signal predicts of runs, and what they did in their first quarter."""
+    """What the signal predicts of runs, and what they did in their first quarter or, not at their end yet, so far."""
     lines = []
     for what, signals, name, row in FALLS:
-        if row not in record(name)["rows"]:
-            continue  # not run yet
-        runs = [seed["run"] for seed in record(name)["rows"][row]]
+        runs = [seed["run"] for seed in record(name)["rows"][row]] if row else [record(name)]
         arguments, steps = runs[0]["arguments"], runs[0].get("steps") or runs[0]["summary"]["steps"]
         here = ["{}:{}".format(*arguments["sparsity_type"]), arguments["logits"]]
         (found,) = [found for found in record(signals)["rows"] if [found["pattern"], found["C"]] == here]
-        curve = np.mean([run.get("residuals", run["curve"])[:POINTS // 4] for run in runs], 0)
-        fit, covariance = np.polyfit(np.arange(len(curve)) * steps / POINTS, curve, 1, cov=True)
-        lines.append([what, f"{arguments['lr']:g}", f"{len(runs)}", f"{steps // 4:,}",
+        points = POINTS // 4 if runs[0]["summary"] else POINTS
+        curve = np.mean([run.get("residuals", run["curve"])[:points] for run in runs], 0)
+        fit, covariance = np.polyfit(np.arange(points) * steps / POINTS, curve, 1, cov=True)
+        lines.append([what, f"{arguments['lr']:g}", f"{len(runs)}", f"{steps * points // POINTS:,}",
                       f"{arguments['lr'] * found['signal']:.1e}", f"{-fit[0]:.1e} ± {covariance[0, 0]**0.5:.0e}"])
     return markdown_table(["run", "η", "seeds", "first steps", "predicted fall a step, η‖g‖²", "seen"], lines)
 
