@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 LEVELS = {"SparseGPT (updates weights)": "1of4/sparsegpt", "Wanda": "1of4/wanda"}
 BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-size512-lr1.2-logits4-steps600",
-        "MaskPro (the paper), 2,000 steps": MASKPRO.format(2000),
-        "MaskPro, 10,000 steps": MASKPRO.format(10000),
+        "MaskPro (the paper), 2,000 steps": MASKPRO[2000],
+        "MaskPro, 10,000 steps": MASKPRO[10000],
         "SparseGPT (updates weights)": "2of4/sparsegpt",
         "MaskLLM, 280 steps": "2of4/rival-maskllm-lr0.001-both-steps280",
         "STE with Adam, 280 steps": "2of4/rival-scores_ste-lr0.01-both-steps280",
@@ -76,7 +76,7 @@ def sampled_masks() -> None:
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     for axes, title, runs, signals in zip(
             figure.subplots(1, 2), ("all layers", "the last decoder layer alone"),
-            ([record("maskpro_lr0.03"), rows[MASKPRO.format(2000)][0]["run"]], [rows[LAYER_29][0]["run"]]),
+            ([record("maskpro_lr0.03"), rows[MASKPRO[2000]][0]["run"]], [rows[LAYER_29][0]["run"]]),
             ("variance_smollm2", "variance_layer29")):
         (row,) = record(signals)["rows"]
         for number, run in enumerate(runs):

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Results on a real model: SmolLM2-135M at 2:4, which `make demo DEMO_FLAGS=--quick` leaves in demo/.
 #
-#   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                    # one row
-#   HELDOUT=WIKITEXT VALUES="scores layer29" SEEDS=0 bash reproduce/smollm2.sh       # MaskPro: 45 minutes, 80 minutes
-#   HELDOUT=WIKITEXT VALUES=maskpro STEPS=2000 SEEDS=0 bash reproduce/smollm2.sh       # the same, 90 minutes
+#   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                        # one row
+#   HELDOUT=WIKITEXT VALUES="maskpro scores layer29" SEEDS=0 bash reproduce/smollm2.sh     # 80, 45 and 80 minutes
+#   HELDOUT=WIKITEXT VALUES=maskpro STEPS=10000 ETA=0.2 SEEDS=0 bash reproduce/smollm2.sh  # 7 hours
 #
 # and the README's table, for which no item that is learned from is evaluated:
 #
@@ -14,14 +14,14 @@
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
 # Other rows: half_hour (run it alone), permuted; on the text and m0 of `both` scores_ste, no_curvature (ours
-# without it), maskllm and susi, which take hours. STEPS=2000: of runs of maskpro, of sparsify.py and of its rivals; if
-# not given, 10,000 and 280.
+# without it), maskllm and susi, which take hours. STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not
+# given.
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
 # python reproduce/record.py $OUT --out reproduce/records/smollm2.json
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
-maskpro_steps=${STEPS:-10000}
+maskpro_steps=${STEPS:-2000}
 : "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${STEPS:=280}"
 . "$(dirname "$0")/common.sh"
 [ "$HELDOUT" != demo/heldout.txt ] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"

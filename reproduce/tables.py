@@ -40,7 +40,8 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
     ("C 2", "too small a C fails", ("maskpro", 512, 5, 2, ""), 1),
     ("C 10", "its setting", ("maskpro", 512, 5, 10, ""), 1),
     ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
-MASKPRO = "2of4/maskpro-size512-lr0.6-logits5-steps{}"
+MASKPRO = {2000: "2of4/maskpro-size512-lr0.6-logits5-steps2000",
+           10000: "2of4/maskpro-size512-lr0.2-logits5-steps10000"}
 LAYER_29 = "2of4/maskpro-layer29-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
     ("dense", "", "dense"),
@@ -58,8 +59,8 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("Wanda, [swaps](docs/one_shot_masks.md#swaps), true sequential", "frozen", "2of4/swaps-sequential"),
     ("MaskPro [from Wanda's scores](docs/steps.md#on-a-real-model), debiased tracker, 600 steps", "frozen",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
-    ("MaskPro, 10,000 steps", "frozen", MASKPRO.format(10000)),
-    ("MaskPro [from C·m0](docs/steps.md#on-a-real-model), C 5, η 0.6, 2,000 steps", "frozen", MASKPRO.format(2000)),
+    ("MaskPro, η 0.2, 10,000 steps", "frozen", MASKPRO[10000]),
+    ("MaskPro [from C·m0](docs/steps.md#on-a-real-model), C 5, η 0.6, 2,000 steps", "frozen", MASKPRO[2000]),
     ("Wanda, m0", "frozen", "2of4/wanda")]
 ONE_SHOT = [  # the same
     ("dense", "", "dense"), ("magnitude", "frozen", "2of4/magnitude"), ("Wanda", "frozen", "2of4/wanda"),
@@ -82,7 +83,7 @@ FALLS = (  # a run, the record of its signal, its own record and the row there; 
     ("small, 1:4", "variance", "small_model", SMALL.format("maskpro", 512, 5, 5, "")),
     ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),
     ("SmolLM2-135M, 2:4", "variance_smollm2", "maskpro_lr0.03", None),
-    ("the same", "variance_smollm2", "smollm2", MASKPRO.format(2000)),
+    ("the same", "variance_smollm2", "smollm2", MASKPRO[2000]),
     ("the same, from scores", "variance_smollm2_scores", "smollm2",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
     ("its decoder layer 29, 2:4", "variance_layer29", "smollm2", LAYER_29))
