@@ -73,11 +73,10 @@ def minutes() -> None:
 def sampled_masks() -> None:
     """How much better than m0 the sampled masks of MaskPro's runs are over their steps, in all layers and in one."""
     rows = record("smollm2")["rows"]
+    panels = (("all layers", "variance_smollm2", [record("maskpro_lr0.03"), rows[MASKPRO[2000]][0]["run"]]),
+              ("the last decoder layer alone", "variance_layer29", [rows[LAYER_29][0]["run"]]))
     figure = Figure(figsize=(9, 2.8), layout="constrained")
-    for axes, title, runs, signals in zip(
-            figure.subplots(1, 2), ("all layers", "the last decoder layer alone"),
-            ([record("maskpro_lr0.03"), rows[MASKPRO[2000]][0]["run"]], [rows[LAYER_29][0]["run"]]),
-            ("variance_smollm2", "variance_layer29")):
+    for axes, (title, signals, runs) in zip(figure.subplots(1, 2), panels):
         (row,) = record(signals)["rows"]
         for number, run in enumerate(runs):
             steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
