@@ -196,8 +196,7 @@ def example() -> str:
 
 def step() -> str:
     """What bench/step.py has left by --json, without its rows of growth."""
-    # by what they are, since the record has a row twice; the bench no longer makes it so
-    rows = list({row["what"]: row for row in record("step") if not row["what"].startswith("growth")}.values())
+    rows = [row for row in record("step") if not row["what"].startswith("growth")]
     columns = ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
     lines = [[row["what"].replace("torch.", ""), *(f"{row[key]:.3g}" if key in row else "" for key in columns)]
              for row in rows]
