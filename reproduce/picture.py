@@ -21,6 +21,7 @@ BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-size512-l
         "MaskLLM, 280 steps": "2of4/rival-maskllm-lr0.001-both-steps280",
         "STE with Adam, 280 steps": "2of4/rival-scores_ste-lr0.01-both-steps280",
         "sparsify.py, half an hour": "2of4/sparsify-both-minutes30",
+        "half an hour, channels reordered": "2of4/sparsify-permuted-both-minutes30",
         "sparsify.py, 280 steps": "2of4/sparsify-both-steps280"}
 
 

@@ -13,9 +13,9 @@
 #   HELDOUT=WIKITEXT VALUES="after both scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
-# Other rows: half_hour (run it alone), permuted; on the text and m0 of `both` scores_ste, no_curvature (ours
-# without it), maskllm and susi, which take hours. STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not
-# given.
+# Other rows: half_hour and half_hour_permuted (run them alone); on the text and m0 of `both` scores_ste, no_curvature
+# (ours without it), maskllm and susi, which take hours. STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if
+# not given.
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
@@ -33,6 +33,11 @@ sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order o
     evaluated "$run" --model "$run"
 }
 
+with_questions() {  # with_questions ROW FLAGS...: of text after passages and of questions
+    : "${QUESTIONS:?give files of questions, none of which is evaluated}"
+    sparsified "$@" --after reproduce/articles.jsonl --dataset $QUESTIONS
+}
+
 rival() {  # rival ROW METHOD FLAGS...: with the arguments, the text and the m0 of `both`
     local run=$folder/rival-$1-both-steps$STEPS$(of_seed) method=$2
     ran "$run/mask.safetensors" "$run" "reproduce/rival.py $method" --like "${run/rival-$1/sparsify}" \
@@ -47,11 +52,9 @@ for SEED in ${SEEDS:-0 1 2}; do
     for row in ${VALUES:-after}; do
         case $row in
         after) sparsified "after-steps$STEPS" --steps "$STEPS" --after reproduce/articles.jsonl ;;
-        permuted) sparsified "permuted-steps$STEPS" --steps "$STEPS" --after reproduce/articles.jsonl --permute ;;
-        both | half_hour)
-            : "${QUESTIONS:?give files of questions, none of which is evaluated}"
-            if [ "$row" = both ]; then budget="steps $STEPS"; else budget="minutes 30"; fi  # by the clock
-            sparsified "both-${budget/ /}" --$budget --after reproduce/articles.jsonl --dataset $QUESTIONS ;;
+        both) with_questions "both-steps$STEPS" --steps "$STEPS" ;;
+        half_hour) with_questions both-minutes30 --minutes 30 ;;
+        half_hour_permuted) with_questions permuted-both-minutes30 --minutes 30 --permute ;;
         scores_ste) rival "scores_ste-lr${ETA:-0.01}" scores_ste --lr "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row-lr${ETA:-0.001}" "$row" --lr "${ETA:-0.001}" ;;
         no_curvature) rival ours-no_curvature ours --no-curvature ;;
