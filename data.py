@@ -53,9 +53,9 @@ def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, 
                     seed: int) -> torch.Tensor:
     """Minibatches of about so many tokens of running text, shuffled: int64 [minibatches, batchsize, seqlen].
 
-    Documents are read in the order of the datasets and their files, joined with the end-of-text token if there is one,
-    and cut into sequences without a remainder, so that no text is lost; reading stops when there are enough tokens.
-    Datasets of less give what they have.
+    Documents are read in the order of their files, of several datasets always one of that which has given the fewest
+    tokens, joined with the end-of-text token if there is one, and cut into sequences without a remainder, so that no
+    text is lost; reading stops when there are enough tokens. Datasets of less give what they have.
     Where the tokenizer puts a token before a text, a sequence is that token and seqlen - 1 of the running text, which
     has it nowhere else: it stands where it stands in use, in front.
 
@@ -66,14 +66,19 @@ def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, 
     minibatch = batchsize * (seqlen - begin)  # tokens of the text in one
     wanted = max(1, tokens // (batchsize * seqlen)) * minibatch
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    pieces, found = [], 0
+    pieces, unread = [], {index: documents(dataset) for index, dataset in enumerate(datasets)}
+    found = dict.fromkeys(unread, 0)  # tokens of each
     with progress_bar(total=wanted, desc="reading tokens", leave=False) as bar:
-        for text in itertools.chain.from_iterable(map(documents, datasets)):
+        while unread and sum(found.values()) < wanted:
+            index = min(unread, key=found.get)
+            text = next(unread[index], None)
+            if text is None:
+                del unread[index]
+                continue
             pieces.append(torch.tensor(encode(tokenizer, text)[begin:] + between, dtype=torch.int64))
-            found += len(pieces[-1])
+            found[index] += len(pieces[-1])
             bar.update(len(pieces[-1]))
-            if found >= wanted:
-                break
+    found = sum(found.values())
     minibatches = min(wanted, found) // minibatch
     if not minibatches:
         raise UserError(f"{', '.join(datasets)} has only {found} tokens, fewer than one minibatch of {batchsize} x "

@@ -32,7 +32,7 @@ from evaluation.zero_shot import load_file, load_harness, run_harness
 from files import mask_files
 from files.atomic import refuse_existing
 from files.documents import check_paths
-from files.records import short_hash, write_json
+from files.records import of_run, short_hash, write_json
 from masking.layers import apply_masks, check_sparsity, read_masks
 from models.layers import check_divisible, find_layers
 from models.loading import Tokenizer, check_length, load_model
@@ -53,7 +53,7 @@ from torch import nn
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    add_model_arguments(parser)
+    add_model_arguments(parser, is_random=False)
     parser.add_argument("--mask", default=None, help="mask file, RUN or folder of .pt masks to apply to --model")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
                         help="N:M to verify (default: of --mask; 2:4 where its format does not say)")
@@ -79,7 +79,8 @@ def output_file(args: argparse.Namespace) -> Path:
     if args.save:
         return Path(args.save)
     tasks = (args.tasks or "").split(",")  # some are YAML files
-    local = [Path(path) for path in (args.model, args.mask, args.ppl, *args.task_file, *tasks) if path]
+    mask = of_run(args.mask, "mask.safetensors") if args.mask else ""
+    local = [Path(path) for path in (of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *tasks) if path]
     files = [file for path in local for file in [path, *sorted(path.glob("*"))] if file.is_file()]
     hashed = {**vars(args), "files": [(str(file), file.stat().st_mtime_ns) for file in files]}
     named = Path(args.mask or args.model)

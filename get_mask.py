@@ -21,7 +21,7 @@ import sys
 
 from files import mask_files
 from files.atomic import refuse_existing
-from files.records import base_model
+from files.records import base_model, of_run
 from masking.layers import nonzero_mask, read_masks
 from models.layers import layers_to_mask, weight_matrix
 from models.loading import load_model, model_fingerprint
@@ -30,9 +30,8 @@ from utils import UserError, add_model_arguments, run_script, script_parser, spa
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    add_model_arguments(parser, model_default="out")
-    parser.set_defaults(dtype="checkpoint", device="cpu")
-    parser.add_argument("--convert", default=None, help="mask file or folder to convert, instead of a --model's zeros")
+    add_model_arguments(parser, model="out", dtype="checkpoint", device="cpu", is_random=False)
+    parser.add_argument("--convert", default=None, help="mask file, RUN or folder of .pt masks to convert")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4),
                         help="N:M the model must have; with --convert, the mask (then default: its own, or 2:4)")
     parser.add_argument("--targets", nargs="+", default=None,
@@ -72,7 +71,7 @@ def convert(args: argparse.Namespace) -> mask_files.MaskFile:
     """The mask in --convert, checked against --model if there is one."""
     n, m = args.sparsity_type or (None, None)
     if not args.model:
-        return mask_files.load(args.convert, n, m)
+        return mask_files.load(of_run(args.convert, "mask.safetensors"), n, m)
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     found = read_masks(args.convert, model, n, m)
     return mask_files.MaskFile(found.masks, found.n, found.m, base_model(args.model), model_fingerprint(model))

@@ -12,7 +12,6 @@ Everything here takes logits `[blocks, M]` and bool masks `[blocks, M]`, and is 
 in float64 on recursions whose every term is positive, so that nothing cancels however saturated a block is.
 The training loop runs the same mathematics fused, in float32 (masking/fused_ops.py); the tests hold the two together.
 """
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
 
@@ -162,19 +161,16 @@ def mode(logits: Tensor, n: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# estimators: from losses to advantages
-
-Losses = Sequence[float]  # nats, of each process's mask
-Baselines = Sequence[float | None]  # f(m0 * w, the same minibatch), nats; None: not wanted
-
+# estimators: from a loss to an advantage
 
 class Estimator:
-    """Turns a step's losses into advantages; `delta`: its tracker, nats, where it has one."""
+    """Turns a step's loss into its advantage; `delta`: its tracker, nats, where it has one."""
     needs_baseline = False
     delta: float | None = None
 
-    def advantages(self, losses: Losses, baselines: Baselines) -> list[float]:
-        """Those of one step, of one mask on one minibatch or several."""
+    def advantage(self, loss: float, baseline: float | None) -> float:
+        """That of the loss f(m_t * w), nats, of a minibatch or the mean of several; baseline: f(m0 * w) of the same,
+        None where it is not needed."""
         raise NotImplementedError
 
     def state(self) -> tuple[dict, dict]:
@@ -188,16 +184,16 @@ class Estimator:
 class Vanilla(Estimator):
     """A = f_t: plain policy gradient (paper, eq. of section 4.1)."""
 
-    def advantages(self, losses: Losses, baselines: Baselines) -> list[float]:
-        return list(losses)
+    def advantage(self, loss: float, baseline: float | None) -> float:
+        return loss
 
 
 class Residual(Estimator):
     """A = f_t - f(m0 * w, batch): the loss residual takes the minibatch's own difficulty out."""
     needs_baseline = True
 
-    def advantages(self, losses: Losses, baselines: Baselines) -> list[float]:
-        return [loss - baseline for loss, baseline in zip(losses, baselines)]
+    def advantage(self, loss: float, baseline: float | None) -> float:
+        return loss - baseline
 
 
 class MaskPro(Residual):
@@ -211,12 +207,12 @@ class MaskPro(Residual):
         self.alpha, self.debias = alpha, debias
         self.delta, self.steps = 0.0, 0
 
-    def advantages(self, losses: Losses, baselines: Baselines) -> list[float]:
-        residuals = super().advantages(losses, baselines)
+    def advantage(self, loss: float, baseline: float | None) -> float:
+        residual = super().advantage(loss, baseline)
         self.steps += 1
-        self.delta = self.alpha * self.delta + (1 - self.alpha) * sum(residuals) / len(residuals)
+        self.delta = self.alpha * self.delta + (1 - self.alpha) * residual
         correction = 1 - self.alpha**self.steps if self.debias else 1.0
-        return [residual - self.delta / correction for residual in residuals]
+        return residual - self.delta / correction
 
     def state(self) -> tuple[dict, dict]:
         return {"delta": self.delta, "steps": self.steps}, {}

@@ -65,11 +65,11 @@ WINDOW, WINDOWS = 512, 64  # tokens in one, and how many, of --ppl
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = script_parser(__doc__)
-    add_model_arguments(parser)
-    parser.set_defaults(dtype="auto")
+    add_model_arguments(parser, dtype="auto")
     parser.add_argument("--dataset", nargs="+", default=None,
                         help="text to learn from: hub ids, .json.gz, .jsonl, .parquet, .txt, folders; also questions, "
-                             "as eval.py's --task_file; if it is too short, the model generates the rest")
+                             "as eval.py's --task_file; if it is too short (a minibatch at least), "
+                             "the model generates the rest")
     parser.add_argument("--after", metavar="PASSAGES", default=None,
                         help="text of the kind that the model will meet: half of what it learns from continues these")
     parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
@@ -114,7 +114,9 @@ def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer]:
     if args.shard and model.dtype == torch.float16:
         raise UserError("--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16")
     check_length(model, args.seqlen, "--seqlen")
-    if not args.mask:
+    if args.mask:
+        learned_layers(model, read_masks(args.mask, model, *args.sparsity_type), args.targets)
+    else:
         preparation.check_model(model, args.targets, args.sparsity_type, args.permute)
     note_sparse(find_layers(model, args.targets))
     return model, tokenizer
@@ -181,8 +183,9 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
 
     def nats() -> dict[str, float]:
         """Text -> loss of the mask in use."""
+        bos = data.added_bos(tokenizer)
         return {"held-out text": reported.heldout_loss(),
-                **{name: evaluate_windows(model, windows)["nats"] for name, windows in texts.items()}}
+                **{name: evaluate_windows(model, windows, bos)["nats"] for name, windows in texts.items()}}
 
     run = Run(folder, signals, validation, len(batches), args.steps or math.inf, evaluations=EVALUATIONS)
     table, plan = folder.record.setdefault("nats", {}), folder.record["plan"]

@@ -12,7 +12,6 @@ curve.png, run.json. The first mask is m0 itself; the final one keeps the N larg
 or, with --val_fraction, does best on held-out text. A run that was stopped goes on to the same bits with --resume.
 """
 from argparse import Namespace
-from statistics import fmean as mean
 
 import data
 import pge
@@ -23,7 +22,7 @@ from masking.masked_model import MaskedModel
 from masking.spaces import SPACES
 from models import processes
 from models.layers import find_layers
-from models.loading import check_length, load_model, model_fingerprint
+from models.loading import check_length, load_model, model_fingerprint, positions
 from models.sharded_files import load_sharded
 from training import args as arguments
 from training import baselines, initialize, results
@@ -59,8 +58,8 @@ class PolicyGradient:
         if not result.is_finite:
             self.masked.redraw()                                                        # another mask may do better
             return result
-        advantages = self.estimator.advantages(losses, references)                      # A = f_t - f(m0) - delta
-        result.advantage, result.delta = mean(advantages), self.estimator.delta
+        result.advantage = self.estimator.advantage(result.loss, result.reference)      # A = f_t - f(m0) - delta
+        result.delta = self.estimator.delta
         self.masked.update(lr * result.advantage)       # pi -= lr A score(m_t); m_{t+1} ~ p(pi): in the next forward
         return result
 
@@ -104,7 +103,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)
     folder.finish(summary)
     if processes.is_main():  # the others have no summary
-        print(results.in_words(summary, folder.path, args.model))
+        print(results.in_words(summary, folder.path, args.model, positions(model)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -118,15 +118,19 @@ def whole(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
 positive_int, sequence_length = whole(1), whole(2)  # a sequence has at least a token, and one to predict from it
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, model_default: str = LLAMA2) -> None:
-    """Which model, where, of what dtype: the parameters of `models.loading.load_model`, and the seed."""
-    parser.add_argument("--model", default=model_default, help="Hugging Face causal LM: hub id or folder")
-    parser.add_argument("--dtype", default=None, choices=["auto", "checkpoint", *DTYPES],
-                        help="of the weights; auto: what the hardware is fast at; checkpoint: as they are stored "
-                             "(default: auto on a CPU, float16 on a GPU; of sparsify.py: auto)")
-    parser.add_argument("--device", default=None,
-                        help="cpu, cuda, cuda:1 ...; auto: spread layers over all GPUs (default: cuda if there is one)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")
+def add_model_arguments(parser: argparse.ArgumentParser, model: str = LLAMA2, dtype: str | None = None,
+                        device: str | None = None, is_random: bool = True) -> None:
+    """Which model, where, of what dtype: the parameters of `models.loading.load_model`, by default these; and the seed
+    of a script that draws."""
+    parser.add_argument("--model", default=model, help="Hugging Face causal LM: hub id or folder")
+    parser.add_argument("--dtype", default=dtype, choices=["auto", "checkpoint", *DTYPES],
+                        help="of the weights; auto: what the hardware is fast at; checkpoint: as they are stored"
+                             + ("" if dtype else " (default: auto on a CPU, float16 on a GPU)"))
+    parser.add_argument("--device", default=device,
+                        help="cpu, cuda, cuda:1 ...; auto: spread layers over all GPUs"
+                             + ("" if device else " (default: cuda if there is one)"))
+    if is_random:
+        parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings or names")
 
 

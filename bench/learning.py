@@ -70,7 +70,7 @@ class ForwardOnly:
         """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
         index = step % len(self.baselines)
         loss = self.masked.loss(batch)
-        self.masked.update(self.lr * self.estimator.advantages([loss], [self.baselines[index]])[0])
+        self.masked.update(self.lr * self.estimator.advantage(loss, self.baselines[index]))
 
     def masks(self) -> dict[str, Tensor]:
         """The most probable masks."""

@@ -1,7 +1,7 @@
 """Permutation files: the order into which a model's channels were brought, one small .safetensors.
 
-The tensors are the orders, set of channels -> uint16 `[groups, size]`. The metadata hold the model's name, its
-fingerprint before it was reordered, and a checksum.
+The tensors are the orders, set of channels -> uint16 `[groups, size]`. The metadata hold the model's name (of a
+folder its name alone), its fingerprint before it was reordered, and a checksum.
 """
 import json
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from files import checked_tensors
 from files.errors import explained
+from files.mask_files import public_name
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def save(path: str | Path, found: PermutationFile) -> None:
     packed = {name: order.cpu().to(torch.uint16 if order.shape[1] <= 2**16 else torch.int32).contiguous()
               for name, order in found.orders.items()}
     checked_tensors.save(path, packed, {"format": KIND, "version": "2", "sets": json.dumps(sorted(packed)),
-                                        "model": found.model, "model_fingerprint": found.model_fingerprint})
+                                        "model": public_name(found.model),
+                                        "model_fingerprint": found.model_fingerprint})
 
 
 def load(path: str | Path) -> PermutationFile:

@@ -1,1 +1,1 @@
-"""A model under learnable masks: its layers, their logits, the masks drawn from them, the processes that share it."""
+"""A model under learnable masks: its layers, their logits, the masks drawn from them."""

@@ -1,5 +1,6 @@
 """A causal LM and its tokenizer, frozen, and the fingerprint that names it."""
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,8 @@ def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bo
     """As `load_model`, but on the CPU, unless it is spread over all GPUs. device: that it is meant for."""
     source, dtype = local_folder(model), dtype or ("auto" if device.startswith("cpu") else "float16")
     torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
-    processes.log(f"loading {model} ({str(torch_dtype).removeprefix('torch.')}, {device})")
+    named = dtype if dtype == "checkpoint" else str(torch_dtype).removeprefix("torch.")
+    processes.log(f"loading {model} ({named}, {device})")
     if torch_dtype == torch.float16 and device.startswith("cpu"):
         processes.log("note: a CPU is several times slower in float16 than in what --dtype auto takes")
     with explained(model):
@@ -132,10 +134,14 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def positions(model: nn.Module) -> float:
+    """The most tokens of a sequence; infinite where the model has no such limit."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
 def check_length(model: nn.Module, tokens: int, flag: str, before: int = 0) -> None:
     """UserError where sequences of so many tokens, behind so many of a passage, would run past the model's
     positions."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and before + tokens > longest:
+    if before + tokens > (longest := positions(model)):
         behind = f", behind a passage of {before} tokens," if before else ""
         raise UserError(f"{flag} {tokens}{behind} is more than the {longest} positions of the model; lower {flag}")

@@ -6,13 +6,13 @@ inputs taken as independent, relative to the mean of the layer:
     (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the calibration tokens
 
 Of every M channels of a row the N with the largest scores are kept. The search maximises the sum of what is kept, over
-all rows. One step takes a channel out of each of B blocks. If a block gets channel x instead, a row of it keeps
+all rows. An exchange takes a channel out of each of B blocks. If a block gets channel x instead, a row of it keeps
 
     the N - 1 largest of the M - 1 left  +  max(t, x)        t: the N-th largest of those left
 
 and sum max(t, x) = 1/2 (sum t + sum x + sum |t - x|). So how best to give B channels back to B blocks is an assignment
-problem with L1 distances as values, which is solved exactly. The next step takes other channels. No step makes the
-order worse.
+problem with L1 distances as values, which is solved exactly. A step exchanges channels of all blocks, TOGETHER at a
+time. None makes the order worse.
 """
 import math
 from collections import defaultdict

@@ -202,7 +202,7 @@ def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
     for step, logits, mask in torch.load(run / "steps.pt"):
         steps.setdefault(step, []).append((logits.view(-1, 4), mask.view(-1, 4)))
     estimator, losses = pge.MaskPro(), losses_of_theirs(run)
-    advantages = [estimator.advantages([loss], [baseline[step % len(baseline)]])[0] for step, loss in enumerate(losses)]
+    advantages = [estimator.advantage(loss, baseline[step % len(baseline)]) for step, loss in enumerate(losses)]
     kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     pairs = sorted((step for step in steps if step + 1 in steps), key=lambda step: abs(advantages[step]))
     pairs = pairs[len(pairs) // 2:]  # those that moved the logits most, which float32 rounds

@@ -55,11 +55,11 @@ def is_strict(masks, n=2, m=4):
     return all((mask.reshape(-1, m).sum(1) == n).all() for mask in masks.values())
 
 
-def loss_under(model, masks, sequences):
-    """Of the HF model of this folder."""
+def loss_under(model, masks, sequences, bos=None):
+    """Of the HF model of this folder; bos: a token to read before each sequence."""
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
     apply_masks(find_layers(loaded), masks)
-    return batch_loss(loaded, sequences)
+    return batch_loss(loaded, sequences, bos=bos)
 
 
 # ------------------------------------------------------------------------------------------------------------- stopped

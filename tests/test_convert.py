@@ -58,7 +58,10 @@ def test_round_trip_through_the_three_formats(w, tmp_path, kind):
     first = w / f"{kind}.safetensors"
     folder = convert(first, tmp_path / "folder")
     npz = convert(folder, tmp_path / "mask.npz")
-    back = convert(npz, tmp_path / "back.safetensors", "--model", w / kind)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").touch()
+    convert(npz, tmp_path / "run/mask.safetensors", "--model", w / kind)
+    back = convert(tmp_path / "run", tmp_path / "back.safetensors")
     wanted, found = mask_files.load(first), mask_files.load(back)
     assert sorted(file.stem for file in folder.iterdir()) == sorted(wanted.masks)
     assert same(found.masks, wanted.masks)

@@ -116,6 +116,16 @@ def test_token_sequences_stop_reading_at_the_budget(monkeypatch, tokens, minibat
     assert len(opened) == 2 * minibatches
 
 
+def test_token_sequences_take_their_datasets_in_turn(tmp_path):
+    """As many tokens of each, until one ends: of a long and a short one of 4 tokens a document."""
+    files = [write_lines(tmp_path / f"{n}.jsonl", [{"text": " ".join(["w" * n] * 2)}] * count)
+             for n, count in ((2, 99), (3, 4))]
+    tokenizer = Words()
+    tokenizer.eos_token_id = None
+    for tokens, short in ((24, 3), (80, 4)):
+        assert data.token_sequences(tokenizer, files, tokens, 2, 4, 0).flatten().tolist().count(3) == 2 * short
+
+
 @pytest.mark.parametrize("name, first", [("sentencepiece", ["<s>"]), ("opt", ["</s>"]), ("gpt2", []), ("ended", [])])
 def test_token_sequences_of_real_tokenizers(tokenizers, corpus, name, first):
     """All of a corpus, the end token after each document if there is one; the token that the tokenizer puts before a

@@ -70,6 +70,12 @@ def test_an_evaluation_is_shown_and_not_repeated(model_copy, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     of_a_root = evaluate.output_file(evaluate.parse_args(["--model", "/model"]))
     assert of_a_root.parent == Path("results/evaluations") and of_a_root.name.startswith("model_")
+    os.mkdir("run")
+    found = []
+    for file in ("run.json", "mask.safetensors", "plot.png"):  # a plot of a run changes no number
+        Path("run", file).touch()
+        found.append(evaluate.output_file(evaluate.parse_args(["--model", "model", "--mask", "run"])))
+    assert found[0] != found[1] == found[2]
     run("--model model --ppl none")
     (first,) = Path("results/evaluations").iterdir()
     assert first.name.startswith("model_") and f"written to {first}" in capsys.readouterr().out

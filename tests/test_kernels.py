@@ -199,7 +199,7 @@ def test_maskpro_finds_the_best_mask():
     estimator = pge.MaskPro(0.99, debias=True)
     for t in range(1200):
         found = weight.square().sum() - out.square().sum()
-        advantage = estimator.advantages([float(found + noise[t % 3])], [float(loss + noise[t % 3])])[0]
+        advantage = estimator.advantage(float(found + noise[t % 3]), float(loss + noise[t % 3]))
         eager_update(logits, bits, weight, out, torch.tensor(0.6 * advantage), layer_keys(0, t, 1)[0])
     assert torch.equal(pge.mode(torch.stack(logits, 1).float(), 2), order < 2)
 

@@ -5,6 +5,7 @@ import shutil
 import get_mask
 import permute
 import prune
+from files import permutation_files
 from masking.layers import apply_mask
 from pruning.channels import apply_permutation, reorder
 from utils import UserError
@@ -52,6 +53,7 @@ def test_the_script_writes_a_plain_folder_and_the_order(folder):
     for (name, before), after in zip(dense.named_parameters(), reordered.parameters()):
         assert torch.equal(before.flatten().sort().values, after.flatten().sort().values), name
     assert (folder / ORDER).stat().st_size < 8192 and load_file(folder / ORDER)["residual"].dtype == torch.uint16
+    assert permutation_files.load(folder / ORDER).model == "dense"  # no local path
     shares = json.loads((folder / "a" / "permute.json").read_text())["summary"]["shares"]
     assert set(shares) == {"residual", "value", "hidden"}
     assert all(after > before for before, after in shares.values())

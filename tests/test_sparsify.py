@@ -84,15 +84,20 @@ def test_its_table_recomputed(workshop, learned, capsys):
     run = learned(f"--steps 6 --ppl {workshop}/text.jsonl")
     report, said = json.loads((run.folder / "report.json").read_text()), capsys.readouterr().out
     m0 = mask_files.load(run.folder / "initial_mask.safetensors").masks
-    texts = {"held-out text": heldout(workshop, run, [run.folder / "generated.jsonl"]),
-             "text.jsonl": data.perplexity_windows(AutoTokenizer.from_pretrained(workshop / "dense"),
-                                                   f"{workshop}/text.jsonl", 512, 64)[0]}
+    tokenizer = AutoTokenizer.from_pretrained(workshop / "dense")
+    windows, _ = data.perplexity_windows(tokenizer, f"{workshop}/text.jsonl", 512, 64)
+    assert windows[:, 0].eq(tokenizer.bos_token_id).tolist() == [True, *[False] * (len(windows) - 1)]
+    unseen = heldout(workshop, run, [run.folder / "generated.jsonl"])
     for row, masks in (("dense", {}), ("m0", m0), ("learned", run.masks)):
-        nats = {text: loss_under(workshop / "dense", masks, sequences) for text, sequences in texts.items()}
-        assert report["nats"][row] == pytest.approx(nats, abs=1e-4)
+        first, others = (loss_under(workshop / "dense", masks, *read) for read in (
+            (windows[:1],), (windows[1:], tokenizer.bos_token_id)))
+        assert report["nats"][row] == pytest.approx({
+            "held-out text": loss_under(workshop / "dense", masks, unseen),
+            "text.jsonl": (first + (len(windows) - 1) * others) / len(windows)}, abs=1e-4)
         assert all(f"{math.exp(value):.3f}" in said for value in report["nats"][row].values())
     card = (run.folder / "checkpoint/README.md").read_text()
     assert card.startswith("---\nbase_model: dense\n") and '"2:4"' in card and str(workshop) not in card
+    assert f"Of its layers {len(m0)} keep 2:4 weights each" in card
     assert perplexity_table(report["nats"]) in card and perplexity_table(report["nats"]) in said
     few, some = ({**report["summary"], "blocks": 10**6, "blocks_changed": changed} for changed in (99, 100))
     assert "raise --lr" in note_unchanged(few) and note_unchanged(some) == ""
@@ -249,6 +254,12 @@ def test_flags_that_do_not_go_together(flags, words, capsys):
 def test_float16_is_not_summed_over_shards(workshop, learned):
     with pytest.raises(UserError, match="overflows in float16"):
         learned(f"--shard --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl --steps 5 --dtype float16")
+
+
+def test_a_mask_that_does_not_fit_is_refused_before_text_is_generated(learned, text_and_masks, monkeypatch):
+    monkeypatch.setattr(preparation, "generate_text", raises(AssertionError()))
+    with pytest.raises(UserError, match="4:8, not 2:4"):
+        learned(f"--steps 9 --mask {text_and_masks}/4_8.safetensors")
 
 
 def test_a_text_that_is_too_short(workshop, learned, tmp_path):

@@ -84,7 +84,7 @@ def test_advantages(learn, flags, estimator):
     run = learn(f"{flags} --lr 0.3 --max_step 6")
     for line in run.metrics:
         assert (line["baseline"] is None) == (not estimator.needs_baseline)
-        assert [line["advantage"]] == pytest.approx(estimator.advantages([line["loss"]], [line["baseline"]]))
+        assert line["advantage"] == pytest.approx(estimator.advantage(line["loss"], line["baseline"]))
         assert line["delta"] == (None if estimator.delta is None else pytest.approx(estimator.delta))
 
 

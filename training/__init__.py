@@ -1,1 +1,1 @@
-"""What a run of train.py is made of: flags, inputs, learners, its folder, its results."""
+"""What a run is made of: flags, inputs, learners, its folder, its results."""

@@ -38,7 +38,8 @@ def add_mask_arguments(parser: argparse.ArgumentParser, mask_default: str | None
     parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M of the mask")
     parser.add_argument("--mask", default=mask_default, help="m0: mask file or folder of .pt masks")
     parser.add_argument("--targets", nargs="+", default=None,
-                        help="learn these layers: parts of their names, or regular expressions; the others keep m0")
+                        help="learn these layers: parts of their names, or regular expressions; the others keep "
+                             "m0, or stay dense where it has none")
     parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float32",
                         help="of the logits; 16 bits halve their memory, and are rounded stochastically")
     parser.add_argument("--shard", action="store_true",

@@ -24,8 +24,8 @@ RECENT = 20  # steps whose mean time says how many are to come
 
 @dataclass
 class StepResult:
-    """What a learner's step came to, the same in all processes: the losses of its masks, nats, the baselines they are
-    compared with, and the advantage that moved the logits, if one did."""
+    """What a learner's step came to, the same in all processes: the losses of their minibatches, nats, the baselines
+    they are compared with, and the advantage that moved the logits, if one did."""
     losses: Sequence[float]
     references: Sequence[float | None] = ()
     advantage: float | None = None

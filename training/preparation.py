@@ -83,7 +83,7 @@ def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str], t
     questions = [dataset for dataset in datasets if are_questions(dataset)]
     others, texts = [dataset for dataset in datasets if dataset not in questions], []
     if questions:
-        once = read(questions, tokens)  # more than is wanted, so that every file has its part
+        once = read(questions, tokens)
         most = max(1, int(QUESTIONS_SHARE * tokens) // once[0].numel())
         texts.append(once.repeat(READINGS, 1, 1)[:most])
     if others:

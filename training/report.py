@@ -23,13 +23,15 @@ def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
     return markdown_table(heading, lines)
 
 
-def model_card(base: str, arguments: dict, pattern: str, dtype: str, nats: dict[str, dict[str, float]] | None) -> str:
-    """The README.md of a sparse model's folder, as the Hub reads it. arguments: of the run; pattern: 'N:M'."""
+def model_card(base: str, arguments: dict, layers: int, pattern: str, dtype: str,
+               nats: dict[str, dict[str, float]] | None) -> str:
+    """The README.md of a sparse model's folder, as the Hub reads it. arguments: of the run; layers: how many are
+    masked; pattern: 'N:M'."""
     method = f"train.py, estimator {arguments['estimator']}" if "estimator" in arguments else "sparsify.py"
     table = f"Perplexity by token:\n\n{perplexity_table(nats)}" if nats else ""
     card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    return card.format(base=mask_files.public_name(base), pattern=pattern, version=VERSION, method=method,
-                       dtype=dtype.removeprefix("torch."), table=table,
+    return card.format(base=mask_files.public_name(base), layers=layers, pattern=pattern, version=VERSION,
+                       method=method, dtype=dtype.removeprefix("torch."), table=table,
                        order=", but for the order of the channels" if arguments.get("permute") else "")
 
 

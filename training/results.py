@@ -24,7 +24,8 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     logits, devices = masked.whole_logits() if saves_logits else {}, devices_of(masked.model)
     final, base = masked.finish(validation.bits), initial.model or run.folder.arguments["model"]
     if not skips_checkpoint:
-        card = report.model_card(base, run.folder.arguments, f"{initial.n}:{initial.m}", str(masked.model.dtype), nats)
+        card = report.model_card(base, run.folder.arguments, len(initial.masks), f"{initial.n}:{initial.m}",
+                                 str(masked.model.dtype), nats)
         _write_checkpoint(masked.model, tokenizer, folder / "checkpoint", masked.is_sharded, card)
     if not processes.is_main():
         return {}
@@ -70,8 +71,10 @@ def _changes(initial: dict[str, Tensor], final: dict[str, Tensor], m: int) -> di
     return {"blocks": sum(mask.numel() // m for mask in final.values()), "blocks_changed": changed}
 
 
-def in_words(summary: dict, folder: object, model: str) -> str:
-    """A finished run in a line or two, and the command that evaluates its mask."""
+def in_words(summary: dict, folder: object, model: str, positions: float) -> str:
+    """A finished run in a line or two, and the command that evaluates its mask. positions: the most tokens of a
+    sequence."""
+    seqlen = f" --seqlen {positions}" if positions < 2048 else ""  # the default of eval.py
     heldout = "" if "heldout_loss" not in summary else (
         f"held-out loss of the mask delivered, that of step {summary['mask_of_step']}, {summary['heldout_loss']:.4f} "
         f"nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n")
@@ -80,4 +83,4 @@ def in_words(summary: dict, folder: object, model: str) -> str:
             f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "
             f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> "
             f"{folder}\n{report.note_unchanged(summary)}"
-            f"python eval.py --model {model} --mask {folder} --ppl wikitext2")
+            f"python eval.py --model {model} --mask {folder} --ppl wikitext2{seqlen}")
