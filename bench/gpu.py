@@ -103,8 +103,9 @@ def learning(args: argparse.Namespace) -> Rows:
                 losses = [common.forward_step(masked)(batch) for batch in batches]
             else:
                 learner = StraightThrough(masked, **flags)
-                losses = [learner.step(batch, 0.1, t / 4, [1.0] * 8).loss for t, batch in enumerate(batches)]
-            found.append((losses, torch.cat([bits.cpu() for bits in masked.mode_bits().values()])))
+                losses = [learner.step(batch, 0.3, t / 4, [1.0] * 8).loss for t, batch in enumerate(batches)]
+            masked.flush()
+            found.append((losses, torch.cat([bits.cpu() for bits in masked.bits().values()])))
         (ours, mask), (expected, other) = found
         is_exact = dtype == torch.float32
         yield {"what": f"{name}, {dtype}".replace("torch.", ""), "masks apart from the CPU (share)": float(
@@ -131,7 +132,7 @@ def runs(args: argparse.Namespace) -> Rows:
                                     for out in outs)
             yield {"what": script, "the same seed twice": int(again == once), "killed": int(killed),
                    "resumed, the same": int(resumed == once)}, dict.fromkeys(
-                ("the same seed twice", "resumed, the same"), (1, 1))
+                ("the same seed twice", "killed", "resumed, the same"), (1, 1))
 
 
 def processes(args: argparse.Namespace) -> Rows:

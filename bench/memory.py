@@ -85,10 +85,10 @@ def first_half_masks(model: nn.Module) -> mask_files.PackedMasks:
     return mask_files.PackedMasks(packed, shapes, 2, 4)
 
 
-def sharded_llama(shape: str, device: str, dtype: torch.dtype) -> nn.Module:
+def sharded_llama(shape: str, device: str, dtype: torch.dtype, seed: int) -> nn.Module:
     """A Llama of random weights of which each process has a part of each layer's rows."""
     with init_empty_weights(include_buffers=False):
-        model = common.random_llama(shape, device, dtype)
+        model = common.random_llama(shape, device, dtype, seed)
     shard(model, torch.device(device), processes.size())
     layers = find_layers(model)
     for tensor in [*map(own_weight, layers.values()), *(parameter for parameter in model.parameters()
@@ -100,9 +100,9 @@ def sharded_llama(shape: str, device: str, dtype: torch.dtype) -> nn.Module:
 class Learning:
     """A model of random weights and a way to learn its mask."""
 
-    def __init__(self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype):
+    def __init__(self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int):
         make = sharded_llama if processes.size() > 1 else common.random_llama
-        model = make(shape, device, dtype)
+        model = make(shape, device, dtype, seed)
         self.m0 = first_half_masks(model)  # stays in the host's memory, packed, as in a run
         self.masked = MaskedModel(model, self.m0, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype], mode="eager")
         if way.endswith("from swaps"):
@@ -123,16 +123,16 @@ class Learning:
         return kept / sum(layer.weight.numel() for layer in layers)
 
 
-def measure(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype) -> dict[str, float]:
+def measure(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int) -> dict[str, float]:
     """Bytes that a way to learn uses in this process, and that it keeps for each masked weight."""
     if device == "cpu":
         reuse_freed_memory()
     with processes.joined(device) as device:
-        Learning("tiny", way, logits_dtype, device, dtype).take_steps()  # loads libraries
+        Learning("tiny", way, logits_dtype, device, dtype, seed).take_steps()  # loads libraries
         base, found = present_bytes(device), {}
 
         def learn() -> None:
-            learning = Learning(shape, way, logits_dtype, device, dtype)
+            learning = Learning(shape, way, logits_dtype, device, dtype, seed)
             learning.take_steps()
             found["kept"] = learning.kept_bytes()
         return {"used": most_bytes(learn, device) - base, **found}
@@ -141,9 +141,9 @@ def measure(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.d
 # ---------------------------------------------------------------------------------------------------------------------
 # the table
 
-def table_row(shape: str, way: str, logits_dtype: str, device: str, number: int) -> dict:
+def table_row(shape: str, way: str, logits_dtype: str, number: int, device: str, seed: int) -> dict:
     """A row of the table, measured in so many processes; the one that uses most counts."""
-    flags = ["--shape", shape, "--device", device, "--child", way, logits_dtype]
+    flags = ["--shape", shape, "--device", device, "--seed", str(seed), "--child", way, logits_dtype]
     most = max(common.run_child(__file__, flags, number), key=lambda result: result["used"])
     row = {"learning": way, "logits": logits_dtype, "processes": number, "kept (bytes a weight)": most["kept"],
            "used (MiB)": most["used"] / 2**20}
@@ -163,14 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     dtype, shape = torch.float16 if gpu else torch.bfloat16, args.shape or ("llama2-7b" if gpu else "smollm2-135m")
     if args.child:
         way, logits_dtype, folder = args.child
-        common.hand_back(folder, measure(shape, way, logits_dtype, args.device, dtype))
+        common.hand_back(folder, measure(shape, way, logits_dtype, args.device, dtype, args.seed))
         return
     planned = [(way, "float32", 1) for way in WAYS] + [("forward-only", "float16", 1)]
     if not gpu:
         planned += [(way, "float32", 2) for way in PREDICTED]
     if args.quick:
         planned = planned[:1]
-    common.report([table_row(shape, *row[:2], args.device, row[2]) for row in planned], args,
+    common.report([table_row(shape, *row, args.device, args.seed) for row in planned], args,
                   f"{shape}, {dtype} weights, 2:4, three steps of 8 x 128 tokens")
 
 

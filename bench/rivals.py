@@ -31,8 +31,8 @@ from small_model import MODEL
 WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
 
 # Settings: `learner`, a key of OURS or RIVALS; lr, its rate; distill, the weight of KD in the loss, the rest is the
-# text's; batchsize sequences of fresh text; `tuned`, what differs from the named budget on. docs/rivals.md says which
-# rates were tried; the others are first guesses.
+# text's; batchsize sequences of fresh text; `tuned`, what differs from the named budget on. docs/lab_notebook.md says
+# which rates were tried; the others are first guesses.
 TEXT = dict(batchsize=8, fresh=True)
 TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16), 10000: dict(lr=2.5, batchsize=32)}
 STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={

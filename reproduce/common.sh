@@ -9,7 +9,7 @@
 # relative to the root of the repository.
 #
 # PYTHON is by default that of .venv-lock, the exact versions of requirements-lock.txt, which `make reproduce-env`
-# installs; without that folder it is that of .venv, which `make demo` installs, or else `python`.
+# installs; without that folder it is that of .venv (`make demo`; no accuracies, no scipy), or else `python`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -7,7 +7,7 @@ dense
 for method in magnitude wanda sparsegpt; do
     pruned "$method"
 done
-if [ "$SMALL" = 1 ]; then steps="500 1000 2500 10000" ours="8 32 128 512"; else steps="100 1000 10000" ours="30 100 300"; fi
+if [ "$SMALL" = 1 ]; then steps="500 1000 2500 10000" ours="32 128 512"; else steps="100 1000 10000" ours="30 100 300"; fi
 for STEPS in ${VALUES:-$steps}; do
     learned maskpro "$SIZE" "$LR" "$LOGITS"
 done

@@ -50,6 +50,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def read_run(folder: Path) -> dict:
     """What a record keeps of a run; the summary is empty where it has not ended."""
     record, lines = read_record(folder), read_lines(folder / "metrics.jsonl")
+    if not lines:
+        raise UserError(f"{folder} has no step yet; wait for one")
     losses = [line["loss"] for line in lines]
     loop_s = lines[-1]["seconds"]
     seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values()) or loop_s
@@ -101,6 +103,8 @@ def added(old: dict, new: dict) -> dict:
             raise UserError(f"{name} is not the one of that record: give another --out")
     if old["rows"]["dense"][0]["fingerprint"] != new["rows"]["dense"][0]["fingerprint"]:
         raise UserError("that record was evaluated on other tokens: give another --out")
+    if "mean_acc" in old["rows"]["dense"][0] and "mean_acc" not in new["rows"]["dense"][0]:
+        raise UserError("that record has accuracies, and these results have none: give TASK_FILES, or another --out")
     rows = dict(old["rows"])
     for name, seeds in new["rows"].items():
         of_seed = {seed["seed"]: seed for seed in [*rows.get(name, []), *seeds]}

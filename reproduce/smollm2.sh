@@ -35,6 +35,10 @@ sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order o
 
 with_questions() {  # with_questions ROW FLAGS...: of text after passages and of questions
     : "${QUESTIONS:?give files of questions, none of which is evaluated}"
+    if [ -e "$folder/questions" ] && [ "$(cat "$folder/questions")" != "$QUESTIONS" ]; then
+        stop "$folder has rows of other QUESTIONS; give another OUT="
+    fi
+    [ "$DRY" = 1 ] || echo "$QUESTIONS" > "$folder/questions"
     sparsified "$@" --after reproduce/articles.jsonl --dataset $QUESTIONS
 }
 

@@ -126,7 +126,7 @@ def conditions() -> str:
     runs = [seed["run"] for seeds in rows.values() for seed in seeds if "run" in seed]
     known = {key: sorted({run["environment"][key] for run in runs}) for key in ("hardware", "commit", "torch")}
     dtypes = sorted({seed["dtype"] for seeds in rows.values() for seed in seeds})
-    seconds = sorted(run["summary"]["seconds"] for run in runs)
+    seconds = sorted(run["seconds"] for run in runs)
     return (f"Dense {rows['dense'][0]['nats']:.4f}. {', '.join(known['hardware'])}, {', '.join(dtypes)}, torch "
             f"{', '.join(known['torch'])}, commit {', '.join(known['commit'])}; a run took {seconds[0]:.0f} to "
             f"{seconds[-1]:.0f} s.")

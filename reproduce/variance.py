@@ -108,10 +108,11 @@ def scores(masked: MaskedModel, bits: dict[str, Tensor]) -> Iterator[Tensor]:
 
 
 def mean_product(means: Tensor) -> tuple[float, float]:
-    """The mean product of any two of these `[groups, logits]`, and its standard error."""
+    """The mean product of any two of these `[groups, logits]`, and its standard error, by the jackknife: each is in
+    several products."""
     products = (means @ means.T).double()
     pairs = products[~torch.eye(GROUPS, dtype=torch.bool)].view(GROUPS, -1).mean(1).tolist()
-    return fmean(pairs), stdev(pairs) / GROUPS**0.5
+    return fmean(pairs), 2 * (GROUPS - 1) / (GROUPS - 2) * stdev(pairs) / GROUPS**0.5
 
 
 def away_from_m0(means: Tensor, m0: Iterator[Tensor]) -> float:

@@ -9,8 +9,7 @@ from training import figures
 from utils import UserError
 
 import pytest
-
-pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure
 
 
 def metrics_of(steps: int, baseline: bool = True, heldout: bool = True) -> list[dict]:
@@ -76,7 +75,7 @@ def test_curves_are_what_was_written():
 
 def test_lines_and_levels():
     """Dots are all losses, the line ends at the mean of the last 32; runs differ in style; levels are flat."""
-    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    axes = Figure().subplots()
     points = [(t, float(t * t)) for t in range(50)]
     figures._draw(axes, figures.TRAINING, {"a": points, "b": points}, {"dense": 3.0})
     dots, line, _, other, level = axes.lines

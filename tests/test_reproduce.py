@@ -16,6 +16,7 @@ import eval as evaluate
 import generate_text
 import get_mask
 import inference_loss
+import permute
 import pge
 import prune
 import sparsify
@@ -45,7 +46,7 @@ import variance
 
 COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
             "sparsify.py": sparsify, "eval.py": evaluate, "generate_text.py": generate_text,
-            "reproduce/record.py": record, "reproduce/rival.py": rival}
+            "permute.py": permute, "reproduce/record.py": record, "reproduce/rival.py": rival}
 SCRIPTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
 SHARED = {"baselines": "cached", "dataset_size": "8", "estimators": "maskpro", "learning_rate": "50", "logits": "10",
           "llama2_7b_2of4": ""}  # VALUES with which a script has no rows but those of llama2_7b_2of4
@@ -99,10 +100,14 @@ def finished(tmp_path_factory, models):
     return SimpleNamespace(settings=settings, out=root / "out", root=root)
 
 
-@pytest.mark.parametrize("mode", [{}, {"DEMO": "1"}, {"SMALL": "1"}], ids=["paper", "demo", "small"])
+@pytest.mark.parametrize("mode, rows", [
+    ({}, "after both layer29 susi"), ({"DEMO": "1"}, "one_shot maskpro scores"),
+    ({"SMALL": "1"}, "both half_hour half_hour_permuted scores_ste no_curvature maskllm")],
+    ids=["paper", "demo", "small"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_scripts_take_the_commands(script, mode, tmp_path):
-    further = {"HELDOUT": "text.txt", "VALUES": "after both layer29 susi", "QUESTIONS": "quiz.jsonl"}
+def test_the_scripts_take_the_commands(script, mode, rows, tmp_path):
+    """Of smollm2.sh, which has one mode, these rows."""
+    further = {"HELDOUT": "text.txt", "VALUES": rows, "QUESTIONS": "quiz.jsonl"}
     plan = planned(script, {**mode, "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path),
                             **(further if script == "smollm2" else {})}, folder=tmp_path)
     parsed = [(name, parse(name, flags)) for name, *flags in plan]
@@ -259,6 +264,15 @@ def test_signal_and_noise_are_those_of_plain_autograd(load):
     means = [(draws[group][3] + draws[group + groups][3]) / 2 for group in range(groups)]
     pairs = [float(a @ b) for i, a in enumerate(means) for b in means[:i]]
     assert found["signal"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-3)
+
+
+def test_the_error_of_a_mean_product_is_its_deviation():
+    """Over 2,000 tries; where there is nothing to see, it is too large."""
+    for mean, most in ((1.0, 1.2), (0.0, 1.8)):
+        groups = mean + torch.randn(2000, variance.GROUPS, 5, generator=seeded(0))
+        products, errors = torch.tensor([variance.mean_product(means) for means in groups]).T
+        assert float(products.mean()) == pytest.approx(5 * mean**2, abs=4 * float(products.std()) / 2000**0.5)
+        assert 0.9 < float(errors.square().mean().sqrt() / products.std()) < most
 
 
 @pytest.mark.parametrize("method", ["ours", *rival.RIVALS])
