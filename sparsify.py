@@ -17,7 +17,6 @@ How much text there is, and the size of a step, follow from the budget, --minute
 Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), report.json,
 curve.png, metrics.jsonl (one line a step), run.json. Finished stages are not done again.
 """
-import argparse
 import math
 import time
 from argparse import Namespace
@@ -87,8 +86,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--distill", type=finite(0, 1), default=None,
                         help="share of the loss that compares with the dense model's predictions, not with the text "
                              "(default: 1 on text that it generates, 0.5 on --dataset)")
-    parser.add_argument("--curvature", action=argparse.BooleanOptionalAction, default=True,
-                        help="add the loss's second order to its gradient")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time a step")
     parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
                         help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, "
@@ -178,7 +175,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     masked = MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
                          learned_layers(model, m0, args.targets), args.seed, keep_dense=True,
                          microbatch=args.microbatch)
-    learner = learner_of(masked, args.seqlen, args.curvature, args.gradient_checkpointing)
+    learner = learner_of(masked, args.seqlen, args.gradient_checkpointing)
     validation, reported = Validation(masked, selecting), Validation(masked, unseen)
 
     def nats() -> dict[str, float]:
@@ -212,7 +209,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
         run.max_s = max(1.0, plan.get("learning_s", math.inf))
         for _ in run.steps():
             number, size = run.next_batches()[processes.rank()], step_size(args.lr, run.progress, run.expected_steps())
-            run.advance(learner.step(batches[number], size, run.progress, distill[number].tolist()))
+            run.advance(learner.step(batches[number], size, distill[number].tolist()))
         run.save()
 
     with stages.stage("table", "the learned mask is evaluated and written"):

@@ -13,7 +13,6 @@ from models.loading import load_model
 from models.loss import batch_loss
 from pruning.calibration import input_norms
 from pruning.one_shot import OneShot, one_shot_masks
-from training.curvature import EVERY, SEQUENCES, START
 from training.straight_through import StraightThrough, step_size
 
 from small_model import HELDOUT, TEXT
@@ -92,11 +91,11 @@ class Gradients(ForwardOnly):
     def __init__(self, problem: Problem, setting: dict, seed: int):
         super().__init__(problem, {"estimator": pge.Vanilla, **setting}, seed)
         self.distill = setting["distill"]
-        self.learner = StraightThrough(self.masked, curvature=True)
+        self.learner = StraightThrough(self.masked)
 
     def learn(self, batch: Tensor, step: int, steps: int) -> None:
         """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
-        self.learner.step(batch, step_size(self.lr, step / steps, steps), step / steps, [self.distill] * len(batch))
+        self.learner.step(batch, step_size(self.lr, step / steps, steps), [self.distill] * len(batch))
 
     def kept(self) -> list[Tensor]:
         """The tensors that are kept beside the model."""
@@ -105,12 +104,10 @@ class Gradients(ForwardOnly):
 
 def passes_a_step(setting: dict) -> float:
     """The cost of a step in forward passes of 32 sequences: a backward pass counts as two, the teacher's forward of
-    distillation as one, the curvature as its measurements."""
+    distillation as one."""
     if setting["learner"] == "forward_only":
         return 1
-    size = setting["batchsize"]
-    measuring = 3 * min(1, SEQUENCES / size) * (1 - START) / EVERY if setting["learner"] == "gradients" else 0.0
-    return ((4 if setting.get("distill") else 3) + measuring) * size / 32
+    return (4 if setting.get("distill") else 3) * setting["batchsize"] / 32
 
 
 OURS: dict[str, Callable] = {"forward_only": ForwardOnly, "gradients": Gradients}

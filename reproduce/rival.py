@@ -2,7 +2,6 @@
 
     python reproduce/rival.py scores_ste --like results/RUN --lr 0.01 --out results/RIVAL
     python reproduce/rival.py scores_ste --resume results/RIVAL
-    python reproduce/rival.py ours --like results/RUN --no-curvature --out results/OURS      # sparsify.py, one change
 
 RUN, which was given --steps and is finished, lends its arguments, its text and its m0. --lr is Adam's rate. No swaps
 improve a rival's m0. In one process, all layers, nn.Linear only.
@@ -36,10 +35,11 @@ from torch import Tensor
 
 
 class Learner:
-    """A rival as sparsify.py's learner; make: the rival, from (model, masks, norms, n, m, weights)."""
+    """A rival as sparsify.py's learner in a run of so many steps; make: the rival, from (model, masks, norms, n, m,
+    weights)."""
 
-    def __init__(self, make: Callable[..., Rival]):
-        self.make = make
+    def __init__(self, make: Callable[..., Rival], steps: int):
+        self.make, self.steps = make, steps
 
     def of(self, masked: MaskedModel, *_: object) -> "Learner":
         """In place of StraightThrough(masked, ...)."""
@@ -64,9 +64,11 @@ class Learner:
             self.rival.optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
                                                      "exp_avg_sq": torch.zeros_like(parameter)}
 
-    def step(self, batch: Tensor, _size: float, progress: float, distill: list[float]) -> StepResult:
+    def step(self, batch: Tensor, _size: float, distill: list[float]) -> StepResult:
         """As StraightThrough's; the size of the step is Adam's own."""
         batch, teacher = batch.to(input_device(self.masked.model)), None
+        progress = self.masked.steps / self.steps
+        self.masked.steps += 1
         with self.masked.use_dense():  # the rival makes its weights itself
             if any(distill):
                 with torch.no_grad():
@@ -108,16 +110,13 @@ class Learner:
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("method", choices=["ours", *RIVALS])
+    parser.add_argument("method", choices=RIVALS)
     parser.add_argument("--like", metavar="RUN", help="of sparsify.py")
-    parser.add_argument("--lr", type=finite(0), help="of Adam; of ours, as sparsify.py's")
+    parser.add_argument("--lr", type=finite(0), help="of Adam")
     parser.add_argument("--out", help="run folder, must be new")
     parser.add_argument("--resume", metavar="RIVAL", help="go on with a rival's run that was stopped")
-    args, args.flags = parser.parse_known_args(argv)
-    if args.flags and (args.method != "ours" or args.resume):
-        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
-    needed = [args.like, args.out, *([args.lr] if args.method != "ours" else [])]
-    if needed.count(None) != (len(needed) if args.resume else 0):
+    args = parser.parse_args(argv)
+    if [args.like, args.lr, args.out].count(None) != (3 if args.resume else 0):
         parser.error("give --like, --lr and --out, or --resume alone")
     return args
 
@@ -127,18 +126,10 @@ def settings_of(given: Namespace) -> Namespace:
     args = sparsify.parse_args(["--resume", given.resume or given.like])
     if given.resume:
         return args
-    values = vars(sparsify.parse_args(["--model", "", *given.flags]))
-    names = {flag.partition("=")[0].removeprefix("--").removeprefix("no-") for flag in given.flags
-             if flag.startswith("--")}
-    if short := names - values.keys():
-        raise UserError(f"write the flags {', '.join(sorted(short))} out in full")
-    changed = {name: values[name] for name in names}
-    if given.lr is not None:
-        changed["lr"] = given.lr
     if not is_finished(given.like) or args.steps is None or args.permute or args.targets:
         raise UserError(f"{given.like} must be finished, with --steps, without --permute and --targets: a rival learns "
                         "all layers in the model's own order")
-    return Namespace(**{**vars(args), **changed, "out": given.out, "resume": None, "skip_checkpoint": True})
+    return Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": True})
 
 
 def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
@@ -153,11 +144,8 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
         for name in (*GENERATED, "initial_mask.safetensors"):
             if Path(like, name).exists():
                 shutil.copy(Path(like, name), folder.path)
-    if method == "ours":
-        sparsify.sparsify(args, device, folder, signals)
-        return
     further = {"steps": args.steps} if method == "proxsparse" else {}
-    learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further))
+    learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further), args.steps)
     sparsify.sparsify(args, device, folder, signals, learner.of, learner.start)
 
 

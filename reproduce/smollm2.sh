@@ -13,9 +13,8 @@
 #   HELDOUT=WIKITEXT VALUES="after both scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
-# Other rows: half_hour and half_hour_permuted (run them alone); on the text and m0 of `both` scores_ste, no_curvature
-# (ours without it), maskllm and susi, which take hours. STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if
-# not given.
+# Other rows: half_hour and half_hour_permuted (run them alone); on the text and m0 of `both` scores_ste, maskllm and
+# susi, which take hours. STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not given.
 #
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
@@ -42,10 +41,9 @@ with_questions() {  # with_questions ROW FLAGS...: of text after passages and of
     sparsified "$@" --after reproduce/articles.jsonl --dataset $QUESTIONS
 }
 
-rival() {  # rival ROW METHOD FLAGS...: with the arguments, the text and the m0 of `both`
-    local run=$folder/rival-$1-both-steps$STEPS$(of_seed) method=$2
-    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $method" --like "${run/rival-$1/sparsify}" \
-        "${@:3}"
+rival() {  # rival METHOD RATE: with the arguments, the text and the m0 of `both`
+    local run=$folder/rival-$1-lr$2-both-steps$STEPS$(of_seed)
+    ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --like "${run/rival-$1-lr$2/sparsify}" --lr "$2"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 
@@ -59,9 +57,8 @@ for SEED in ${SEEDS:-0 1 2}; do
         both) with_questions "both-steps$STEPS" --steps "$STEPS" ;;
         half_hour) with_questions both-minutes30 --minutes 30 ;;
         half_hour_permuted) with_questions permuted-both-minutes30 --minutes 30 --permute ;;
-        scores_ste) rival "scores_ste-lr${ETA:-0.01}" scores_ste --lr "${ETA:-0.01}" ;;
-        maskllm | susi) rival "$row-lr${ETA:-0.001}" "$row" --lr "${ETA:-0.001}" ;;
-        no_curvature) rival ours-no_curvature ours --no-curvature ;;
+        scores_ste) rival scores_ste "${ETA:-0.01}" ;;
+        maskllm | susi) rival "$row" "${ETA:-0.001}" ;;
         maskpro) STEPS=$maskpro_steps learned maskpro "$SIZE" "${ETA:-0.6}" 5 ;;  # docs/steps.md
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
         one_shot)  # docs/one_shot_masks.md, docs/permutations.md

@@ -118,7 +118,7 @@ def watch(learner):
     return seen
 
 
-LEARNERS = {"tokens", "curvature", "checkpointing"}
+LEARNERS = {"tokens", "checkpointing"}
 
 
 def learner_of(model, n=2, m=4, space="linear", mode="eager", **kwargs):

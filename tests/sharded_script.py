@@ -89,12 +89,10 @@ def learn(masked: MaskedModel, expected: MaskedModel, tokens: torch.Tensor, **se
     ours = StraightThrough(masked, **settings)
     with alone():
         one = StraightThrough(expected, **settings)
-    for learner in (ours, one) if ours.curvature else ():
-        learner.curvature._drawn = lambda _logits, sequences: sequences  # what is drawn depends on the process
     for _ in range(3):
-        ours.step(tokens[processes.rank()][None], 0.1, 1.0)
+        ours.step(tokens[processes.rank()][None], 0.1)
         with alone():
-            one.step(tokens, 0.1, 1.0)
+            one.step(tokens, 0.1)
         yield ours, one
     assert_same(masked, expected, apart=2e-3)
 
@@ -105,8 +103,7 @@ def by_gradients(folder: Path) -> None:
     for each in (masked, expected):
         from_swaps(each, 1.0, TOKENS)
     assert_same(masked, expected, apart=1e-4)  # products of fewer rows may round otherwise
-    for ours, one in learn(masked, expected, TOKENS[:processes.size()], checkpointing=True, curvature=True):
-        assert torch.allclose(ours.curvature.mean_squares, one.curvature.mean_squares, rtol=1e-3)
+    for ours, one in learn(masked, expected, TOKENS[:processes.size()], checkpointing=True):
         found, expected_squares = (each.normalization.mean_squares for each in (ours, one))
         assert torch.allclose(found * processes.size()**2, expected_squares, rtol=1e-3)
     assert max(float((plane - plane.round()).abs().max()) for layer in masked.layers.values() if len(layer.bits)

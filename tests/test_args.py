@@ -32,7 +32,7 @@ def test_sparsify_has_a_folder_and_a_budget():
 
 @pytest.mark.parametrize("script, flags, other", [
     (parse, "--lr 3 --sparsity_type 4:8 --targets a b", "--seed 1"),
-    (lambda flags: sparsify.parse_args(flags.split()), "--steps 7 --dtype float32 --no-curvature", "--minutes 5")])
+    (lambda flags: sparsify.parse_args(flags.split()), "--steps 7 --dtype float32 --permute", "--minutes 5")])
 def test_a_run_goes_on_with_its_own_settings(tmp_path, script, flags, other):
     """Flags that say the same are let pass, flags that say otherwise are named."""
     before = script(flags)

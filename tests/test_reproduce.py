@@ -102,7 +102,7 @@ def finished(tmp_path_factory, models):
 
 @pytest.mark.parametrize("mode, rows", [
     ({}, "after both layer29 susi"), ({"DEMO": "1"}, "one_shot maskpro scores"),
-    ({"SMALL": "1"}, "both half_hour half_hour_permuted scores_ste no_curvature maskllm")],
+    ({"SMALL": "1"}, "both half_hour half_hour_permuted scores_ste maskllm")],
     ids=["paper", "demo", "small"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_take_the_commands(script, mode, rows, tmp_path):
@@ -275,23 +275,20 @@ def test_the_error_of_a_mean_product_is_its_deviation():
         assert 0.9 < float(errors.square().mean().sqrt() / products.std()) < most
 
 
-@pytest.mark.parametrize("method", ["ours", *rival.RIVALS])
+@pytest.mark.parametrize("method", rival.RIVALS)
 def test_a_rival_in_the_place_of_our_learner(workshop, tmp_path, monkeypatch, method):
     """It learns from the text of ours; stopped after three steps it ends in the mask of the run that was not."""
     ours, given, like = tmp_path / "ours", tmp_path / "given.txt", f"--like {tmp_path}/ours --lr 0.1 --out".split()
     given.write_text((workshop / "text.jsonl").read_text()[:400])
     sparsify.main(f"--model {workshop}/dense --dataset {given} --seqlen 24 --batchsize 4 --dtype float32 --device cpu "
                   f"--steps 6 --checkpoint_every 3 --skip_checkpoint --out {ours}".split())
-    flags = ["--no-curvature", "--lr", "2"] if method == "ours" else []
-    rival.main([method, *like, f"{tmp_path}/whole", *flags])
-    kind, name = (sparsify.StraightThrough, "step") if method == "ours" else (rival.Rival, "move")
-    move, calls = getattr(kind, name), iter(range(3))
+    rival.main([method, *like, f"{tmp_path}/whole"])
+    move, calls = rival.Rival.move, iter(range(3))
     with monkeypatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(kind, name, lambda *given: (next(calls), move(*given))[1])
-        rival.main([method, *like, f"{tmp_path}/run", *flags])
+        patch.setattr(rival.Rival, "move", lambda *given: (next(calls), move(*given))[1])
+        rival.main([method, *like, f"{tmp_path}/run"])
     rival.main([method, "--resume", f"{tmp_path}/run"])
     whole, run = (read_run(tmp_path / name) for name in ("whole", "run"))
     assert list(ours.glob("generated*")) and whole.record["fingerprints"] == read_run(ours).record["fingerprints"]
-    assert whole.record["arguments"]["curvature"] == (method != "ours")
     assert column(whole, "loss") == column(run, "loss") and whole.record["summary"]["blocks_changed"] > 0
     assert all(torch.equal(mask, run.masks[name]) for name, mask in whole.masks.items())

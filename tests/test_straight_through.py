@@ -107,14 +107,13 @@ def test_updates_follow_the_formula(load, n, m):
         assert len(mine) == 3
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"curvature": True}])
-def test_a_step_in_microbatches_is_that_of_the_whole(load, kwargs):
+def test_a_step_in_microbatches_is_that_of_the_whole(load):
     """Equal to rounding, with a last microbatch that is smaller; nothing moves where one of them is not finite."""
     tokens, distill, found = torch.randint(32, (5, 20), generator=seeded(0)), [0.0, 1.0, 0.5, 0.0, 0.25], []
     for microbatch in (5, 2, 1):
-        learner, masked, _ = learner_of(load(), microbatch=microbatch, **kwargs)
-        for progress in (0.0, 0.5, 0.95):
-            learner.step(tokens, 0.1, progress, distill)
+        learner, masked, _ = learner_of(load(), microbatch=microbatch)
+        for _ in range(3):
+            learner.step(tokens, 0.1, distill)
         found.append(all_logits(masked))
     for name, whole in found[0].items():
         for parts in found[1:]:
@@ -123,7 +122,7 @@ def test_a_step_in_microbatches_is_that_of_the_whole(load, kwargs):
     final.register_forward_hook(lambda _module, inputs, output: output / (tokens[3, 0] != learner.first))
     learner.first, backward = None, learner._backward
     learner._backward = lambda part, shares: (setattr(learner, "first", part[0, 0]), backward(part, shares))[1]
-    assert not learner.step(tokens, 0.1, 0.95).is_finite and same(all_logits(masked), found[-1])
+    assert not learner.step(tokens, 0.1).is_finite and same(all_logits(masked), found[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -174,8 +173,7 @@ def generated_text(models):
 
 
 @pytest.mark.parametrize("dtype, of_learner", [
-    (torch.float16, {"checkpointing": True}), (torch.bfloat16, {}),
-    (torch.float32, {"curvature": True})])
+    (torch.float16, {"checkpointing": True}), (torch.bfloat16, {}), (torch.float32, {})])
 def test_it_learns(load, generated_text, dtype, of_learner):
     """From a mask that keeps the smaller half of each block to one better than magnitude's, on text it did not see;
     float16 logits."""
@@ -189,7 +187,7 @@ def test_it_learns(load, generated_text, dtype, of_learner):
     start, target = masked.loss(heldout), batch_loss(larger, heldout)
     learner, distill = StraightThrough(masked, **of_learner), [1.0] * 16 if dtype == torch.bfloat16 else []
     for t, batch in enumerate(batches):
-        learner.step(batch, 0.2 * (1 - t / len(batches)), t / len(batches), distill)
+        learner.step(batch, 0.2 * (1 - t / len(batches)), distill)
     masks = masked.finish()
     end = batch_loss(model, heldout)
     assert end < target < start - 0.5, (end, target, start)

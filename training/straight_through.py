@@ -23,7 +23,6 @@ from masking.masked_model import MaskedModel
 from models import processes
 from models.loading import input_device
 from models.sharding import REDUCES_UNUSED, decoder_layers
-from training.curvature import Curvature
 from training.faster_model import SHORT, speed_up
 from training.loop import StepResult
 from training.loss import sequence_loss, summed_loss
@@ -51,8 +50,7 @@ class MaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.learner.masked.write(layer)  # other layers have used the buffer since
             input_gradient = upstream @ layer.scratch
-        if not ctx.learner.is_measuring:
-            ctx.learner.consume(layer, weight_gradient(upstream.flatten(0, -2), x.flatten(0, -2)))
+        ctx.learner.consume(layer, weight_gradient(upstream.flatten(0, -2), x.flatten(0, -2)))
         return input_gradient, None, None, None
 
 
@@ -69,12 +67,11 @@ def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
 class StraightThrough:
     """Moves the logits of a MaskedModel by J^T G in each backward pass; the next mask is the most probable one.
 
-    tokens: in a sequence. curvature: adds the loss's second order to G. checkpointing: of activations.
+    tokens: in a sequence. checkpointing: of activations.
     """
 
-    def __init__(self, masked: MaskedModel, tokens: int = SHORT, curvature: bool = False, checkpointing: bool = False):
+    def __init__(self, masked: MaskedModel, tokens: int = SHORT, checkpointing: bool = False):
         self.masked = masked
-        self.curvature = Curvature(masked) if curvature else None
         self.keys, self.reducing = {}, None
         self._held, self._is_last = {}, True  # gradients of earlier microbatches
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
@@ -100,10 +97,10 @@ class StraightThrough:
             self._undo.append(enable_checkpointing(masked.model))
         masked.handles.append(self)
 
-    def step(self, batch: Tensor, size: float, progress: float = 0.0, distill: Sequence[float] = ()) -> StepResult:
-        """Forward and backward of the masked model on this process's minibatch, int64 `[sequences, tokens]`, at this
-        share of the run, 0 to 1. distill: of each sequence's loss, the share, 0 to 1, that compares with the dense
-        model's predictions; empty: none of any.
+    def step(self, batch: Tensor, size: float, distill: Sequence[float] = ()) -> StepResult:
+        """Forward and backward of the masked model on this process's minibatch, int64 `[sequences, tokens]`. distill:
+        of each sequence's loss, the share, 0 to 1, that compares with the dense model's predictions; empty: none of
+        any.
 
         The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not finite moves nothing.
         Of several microbatches the layers' gradients are summed, in the weights' dtype: as much memory as these take.
@@ -112,8 +109,6 @@ class StraightThrough:
         self.keys, self._held, self._is_finite = self.masked.keys(), {}, True
         self._not_finite.zero_()
         self._reached.clear()
-        if self.curvature:
-            self.curvature.begin_step(sequences, progress)
         self.normalization.begin_pass(size)
         total, parts = 0.0, sequences.split(self.masked.microbatch)
         for number, part in enumerate(parts, 1):
@@ -179,8 +174,6 @@ class StraightThrough:
     def _take_gradient(self, layer: MaskedLayer, parameter: Tensor) -> None:
         """FSDP has reduced a sharded layer's gradient: the mean over the processes, this one's rows of it."""
         gradient, parameter.grad = parameter.grad.to_local(), None
-        if self.is_measuring:
-            return
         self._reached.add(layer.name)
         if (gradient := self._summed(layer, gradient)) is not None:
             self._move(layer, gradient)
@@ -190,29 +183,19 @@ class StraightThrough:
             (layer, wait), self.reducing = self.reducing, None
             self._move(layer, wait())
 
-    @property
-    def is_measuring(self) -> bool:
-        """Whether this backward pass is one that measures the curvature: no logits move."""
-        return bool(self.curvature and self.curvature.is_measuring)
-
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        if self.curvature and len(layer.bits):
-            gradient = self.curvature.added_to(gradient, layer)
         not_finite = self.normalization.move(layer, gradient, self.keys[layer.name])
         self._not_finite += not_finite.to(self._not_finite.device)
 
     # ---------------------------------------------------------------------------------------------- saved and detached
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """The running mean squares of J^T G, and the curvature's."""
-        further = {"curvature": self.curvature.mean_squares} if self.curvature else {}
-        return {}, self.normalization.state() | further
+        """The running mean squares of J^T G."""
+        return {}, self.normalization.state()
 
     def restore(self, scalars: dict, read: Callable) -> None:
         """From `state`."""
         self.normalization.restore(read)
-        if self.curvature:
-            self.curvature.mean_squares.copy_(read("curvature", self.curvature.mean_squares))
 
     def remove(self) -> None:
         """Give the modules their own forward back."""
