@@ -21,7 +21,7 @@ import sys
 
 from files import mask_files
 from files.atomic import refuse_existing
-from files.records import base_model, of_run
+from files.records import base_model
 from masking.layers import nonzero_mask, read_masks
 from models.layers import layers_to_mask, weight_matrix
 from models.loading import load_model, model_fingerprint
@@ -71,7 +71,7 @@ def convert(args: argparse.Namespace) -> mask_files.MaskFile:
     """The mask in --convert, checked against --model if there is one."""
     n, m = args.sparsity_type or (None, None)
     if not args.model:
-        return mask_files.load(of_run(args.convert, "mask.safetensors"), n, m)
+        return mask_files.load(args.convert, n, m)
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     found = read_masks(args.convert, model, n, m)
     return mask_files.MaskFile(found.masks, found.n, found.m, base_model(args.model), model_fingerprint(model))

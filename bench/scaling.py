@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.seed)
         rows = [row for way in WAYS for row in compare(Path(folder), way, (2,) if args.quick else (2, 3, 4), steps,
-                                                           args.device)]
+                                                       args.device)]
     common.report(rows, args, "the processes share the cores of one machine: no statement about speed")
 
 

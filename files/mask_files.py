@@ -21,6 +21,7 @@ from files import checked_tensors
 from files.atomic import atomic_write, refuse_existing
 from files.errors import explained
 from files.packing import pack, unpack
+from files.records import of_run
 from utils import UserError
 
 import numpy as np
@@ -117,13 +118,14 @@ def save(path: str | Path, masks: Masks, n: int, m: int, model: str = "", finger
 # read
 
 def load(path: str | Path, n: int | None = None, m: int | None = None, shapes: Shapes | None = None) -> MaskFile:
-    """Read a mask file of any of the three formats into a `MaskFile`, every block verified to keep exactly N of M.
+    """Read a mask file of any of the three formats, or a run's, into a `MaskFile`, every block verified to keep exactly
+    N of M.
 
     n, m: the wanted pattern; where None, the file's own (.safetensors) or 2:4, for the other formats do not say theirs.
     shapes: name -> (out, in) of the model's layers, for .npz, which holds none. That the layers are those of a model is
     for the caller to check. UserError: no such file, damaged, not strictly N:M (names the layer), another N:M.
     """
-    path = Path(path)
+    path = of_run(path, "mask.safetensors")
     with explained(path, ANEW):
         if path.is_dir():
             found = _read_folder(path)

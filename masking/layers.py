@@ -2,7 +2,6 @@
 from pathlib import Path
 
 from files import mask_files
-from files.records import of_run
 from models import processes
 from models.layers import find_layers, weight_matrix
 from models.loading import model_fingerprint
@@ -30,7 +29,7 @@ def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int 
     UserError for a file that is damaged, of another N:M than the wanted (None: the file's own, or 2:4 where the format
     holds none), or of another model.
     """
-    path, layers = of_run(path, "mask.safetensors"), find_layers(model)
+    layers = find_layers(model)
     shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
     found = mask_files.load(path, n, m, shapes)
     match_masks(layers, found.masks)
