@@ -130,10 +130,11 @@ class MaskedModel:
         """Random keys of this step, by the layer's name: int32 `[4]`, of which two count, beside its weight."""
         keys = layer_keys(self.seed, self.steps, len(self.layers))
         keys = torch.nn.functional.pad(keys, (0, 2))  # 16 bytes apart: a compiler copies what is aligned worse
-        keys = {device: keys.to(device) for device in self._devices()}
+        keys = {device: keys.to(device) for device in self.devices()}
         return {name: keys[layer.weight.device][index] for index, (name, layer) in enumerate(self.layers.items())}
 
-    def _devices(self) -> set[torch.device]:
+    def devices(self) -> set[torch.device]:
+        """Where the learned layers are."""
         return {layer.weight.device for layer in self.layers.values()}
 
     def update(self, coefficient: float) -> None:
@@ -141,7 +142,7 @@ class MaskedModel:
         self.flush()
         keys = self.keys()
         coefficients = {device: torch.tensor(coefficient, dtype=torch.float32, device=device)
-                        for device in self._devices()}
+                        for device in self.devices()}
         for name, layer in self.layers.items():
             layer.schedule(self.kernels.update, coefficients[layer.weight.device], keys[name])
         self.steps += 1

@@ -6,7 +6,7 @@ import sys
 from statistics import mean
 
 from record import POINTS, recovered
-from tables import LAYER_29, MASKPRO, ROOT, of_accuracy, over_minutes, record
+from tables import LAYER, MASKPRO, ROOT, of_accuracy, over_minutes, record
 
 sys.path.insert(0, str(ROOT))
 from utils import run_script
@@ -74,19 +74,24 @@ def minutes() -> None:
 def sampled_masks() -> None:
     """How much better than m0 the sampled masks of MaskPro's runs are over their steps, in all layers and in one."""
     rows = record("smollm2")["rows"]
-    panels = (("all layers", "variance_smollm2", [record("maskpro_lr0.03"), rows[MASKPRO[2000]][0]["run"]]),
-              ("the last decoder layer alone", "variance_layer29", [rows[LAYER_29][0]["run"]]))
+    panels = (("all layers", {"η 0.03": ("variance_smollm2", record("maskpro_lr0.03")),
+                              "η 0.6": ("variance_smollm2", rows[MASKPRO[2000]][0]["run"])}),
+              ("one decoder layer alone, η 2", {
+                  f"layer {number}": (f"variance_layer{number}", record(name)["rows"][LAYER.format(number)][0]["run"])
+                  for number, name in ((29, "smollm2"), (28, "smollm2_layer28"))}))
     figure = Figure(figsize=(9, 2.8), layout="constrained")
-    for axes, (title, signals, runs) in zip(figure.subplots(1, 2), panels):
-        (row,) = record(signals)["rows"]
-        for number, run in enumerate(runs):
+    for axes, (title, curves) in zip(figure.subplots(1, 2), panels):
+        for number, (label, (signals, run)) in enumerate(curves.items()):
+            (row,) = record(signals)["rows"]
             steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
             eta, colour = run["arguments"]["lr"], f"C{number}"
-            axes.plot(steps, [-residual for residual in run["residuals"]], color=colour, label=f"η {eta:g}")
+            axes.plot(steps, [-residual for residual in run["residuals"]], color=colour, label=label)
             axes.plot(steps, [row["m0"] - row["drawn"] + eta * row["signal"] * step for step in steps], "--",
                       color=colour, label="as its first step promises")
         axes.axhline(0, color="gray", linewidth=0.8)
-        axes.set(xlabel="steps", ylabel="better than m0 (nats)", title=title)
+        reached = [-residual for _, run in curves.values() for residual in run["residuals"]]
+        axes.set(xlabel="steps", ylabel="better than m0 (nats)", title=title,
+                 ylim=(min(reached) - 0.05, max(reached) + 0.1))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(ROOT / "docs/sampled_masks.png", dpi=130)

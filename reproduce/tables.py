@@ -42,7 +42,7 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
     ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
 MASKPRO = {2000: "2of4/maskpro-size512-lr0.6-logits5-steps2000",
            10000: "2of4/maskpro-size512-lr0.2-logits5-steps10000"}
-LAYER_29 = "2of4/maskpro-layer29-size512-lr2-logits5-steps10000"
+LAYER = "2of4/maskpro-layer{}-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
     ("dense", "", "dense"),
     ("`sparsify.py`, two fifths of its text [after passages](docs/sparsify.md#passages), 280 steps", "frozen",
@@ -78,7 +78,8 @@ RIVALS = [  # the same: method, bytes of state a weight; {}: any rate
 GAPS = ["perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)"]
 BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."  # what a bench's table is of
 SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"),
-           ("the same, from scores", "variance_smollm2_scores"), ("its decoder layer 29", "variance_layer29"))
+           ("the same, from scores", "variance_smollm2_scores"), ("its decoder layer 29", "variance_layer29"),
+           ("its decoder layer 28", "variance_layer28"))
 FALLS = (  # a run, the record of its signal, its own record and the row there; None: a record of one run
     ("small, 1:4", "variance", "small_model", SMALL.format("maskpro", 512, 5, 5, "")),
     ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),
@@ -86,7 +87,8 @@ FALLS = (  # a run, the record of its signal, its own record and the row there; 
     ("the same", "variance_smollm2", "smollm2", MASKPRO[2000]),
     ("the same, from scores", "variance_smollm2_scores", "smollm2",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
-    ("its decoder layer 29, 2:4", "variance_layer29", "smollm2", LAYER_29))
+    ("its decoder layer 29, 2:4", "variance_layer29", "smollm2", LAYER.format(29)),
+    ("its decoder layer 28, 2:4", "variance_layer28", "smollm2_layer28", LAYER.format(28)))
 
 
 @cache

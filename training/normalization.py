@@ -35,7 +35,7 @@ class Normalization:
         means = self.mean_squares
         factors = (means.clamp(min=1e-30).rsqrt() / CLIP).masked_fill(means.isnan(), 0.0)
         scales = torch.stack([factors, torch.full_like(factors, size)], 1)
-        self._scales = {layer.weight.device: scales.to(layer.weight.device) for layer in self.masked.layers.values()}
+        self._scales = {device: scales.to(device) for device in self.masked.devices()}
         self._squares = {}
 
     def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> Tensor:
