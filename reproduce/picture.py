@@ -81,15 +81,17 @@ def sampled_masks() -> None:
                   for number, name in ((29, "smollm2"), (28, "smollm2_layer28"))}))
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, 2), panels):
+        reached = []
         for number, (label, (signals, run)) in enumerate(curves.items()):
             (row,) = record(signals)["rows"]
             steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
             eta, colour = run["arguments"]["lr"], f"C{number}"
-            axes.plot(steps, [-residual for residual in run["residuals"]], color=colour, label=label)
+            better = [-residual for residual in run["residuals"]]
+            reached += better
+            axes.plot(steps, better, color=colour, label=label)
             axes.plot(steps, [row["m0"] - row["drawn"] + eta * row["signal"] * step for step in steps], "--",
                       color=colour, label="as its first step promises")
         axes.axhline(0, color="gray", linewidth=0.8)
-        reached = [-residual for _, run in curves.values() for residual in run["residuals"]]
         axes.set(xlabel="steps", ylabel="better than m0 (nats)", title=title,
                  ylim=(min(reached) - 0.05, max(reached) + 0.1))
         axes.grid(alpha=0.3)
