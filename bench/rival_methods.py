@@ -9,6 +9,7 @@ All move their parameters with Adam. Their result is a mask, which is evaluated 
 loss against the dense model's predictions, is not in the papers of MaskLLM and ProxSparse.
 """
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -154,8 +155,8 @@ class MaskLLM(Rival):
 
 class SUSI(MaskLLM):
     """M logits a block, which with Gumbel noise are the keys of a weighted reservoir: the N largest are a draw without
-    replacement. The forward pass uses its relaxation (Xie and Ermon, arXiv 1901.10517), the sum of N softmaxes, each of
-    what the ones before have left. Temperatures, scales, prior and reward are MaskLLM's; the authors' may differ."""
+    replacement. The forward pass uses a relaxation, what N draws without replacement with softmax(keys / tau) keep on
+    average. It and all that is MaskLLM's, temperatures, scales, prior, reward, may not be the authors'."""
 
     def start(self, name: str, mask: Tensor) -> Tensor:
         blocks = mask.to(self.device).view(-1, self.m).float().T
@@ -163,12 +164,15 @@ class SUSI(MaskLLM):
         return noise + self.noise * self.prior * (blocks - self.n / self.m)
 
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
-        keys, kept = keys / temperature, 0.0
+        keys, drawn = (keys / temperature).unbind(), {frozenset(): 1.0}
         for _ in range(self.n):
-            taken = torch.softmax(keys, 0)
-            kept = kept + taken
-            keys = keys + (1 - taken).clamp(min=1e-6).log() / temperature
-        return kept
+            following = defaultdict(float)
+            for taken, prob in drawn.items():
+                left = [i for i in range(self.m) if i not in taken]
+                for i, next_one in zip(left, torch.stack([keys[i] for i in left]).softmax(0)):
+                    following[taken | {i}] = following[taken | {i}] + prob * next_one
+            drawn = following
+        return torch.stack([sum(prob for taken, prob in drawn.items() if i in taken) for i in range(self.m)])
 
     def mask(self, name: str) -> Tensor:
         return self.largest(self.parameters[name].T.reshape(self.layers[name].weight.shape))

@@ -105,6 +105,17 @@ def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits, most_are_dr
     assert ((mixed > 0.02) & (mixed < 0.98)).float().mean() >= are_mixed
 
 
+def test_what_draws_without_replacement_keep():
+    """Also where logits are far apart: no weight counts twice."""
+    rival = SUSI(Toy(), MASKS, NORMS, 2, 4, lr=0.1)
+    keys = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 2, 1000)
+    keys.requires_grad_()
+    kept = rival.kept(keys, 0.5)
+    assert torch.allclose(kept, pge.inclusion(keys.detach().T / 0.5, 2).T, atol=1e-5)
+    kept[0].sum().backward()
+    assert keys.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 4.0])
 def test_the_proximal_step_is_no_worse_than_any_point_of_a_grid(strength):
     y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double()
