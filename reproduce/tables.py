@@ -69,8 +69,8 @@ ONE_SHOT = [  # the same
     ("Wanda, [channels reordered](permutations.md)", "frozen", "2of4/wanda-reordered"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt")]
 RIVALS = [  # the same: method, bytes of state a weight; {}: any rate
-    ("ours", "4.25", "2of4/rival-ours-no_curvature-both-steps280"),
-    ("ours with [curvature](#what-long-runs-need), as it was", "4.25", "2of4/sparsify-both-steps280"),
+    ("ours", "4.25", "2of4/sparsify-both-steps280"),
+    ("ours with [curvature](#what-long-runs-need), as it was", "4.25", "2of4/sparsify-curvature-both-steps280"),
     ("STE on scores with Adam", "16", "2of4/rival-scores_ste-lr{}-both-steps280"),
     ("MaskLLM", "24", "2of4/rival-maskllm-lr{}-both-steps280"), ("SUSI", "16", "2of4/rival-susi-lr{}-both-steps280"),
     ("ours with curvature, text without questions", "4.25", "2of4/sparsify-after-steps280"),
@@ -151,14 +151,14 @@ def gaps(name: str) -> list[str]:
 
 
 def results() -> str:
-    """SmolLM2-135M, the rows that were run; minutes of the machine of `dense`."""
+    """SmolLM2-135M, the rows that were run; minutes of those that ran on the machine of `dense` alone."""
     def machine(seed: dict) -> str:
         return seed["environment"]["hardware"].rpartition(",")[0]  # without its threads
     rows, lines = record("smollm2")["rows"], []
     here = machine(rows["dense"][0])
     for what, weights, name in (row for row in RESULTS if row[2] in rows):
         minutes = [seed["run"]["seconds"] / 60 for seed in rows[name] if "run" in seed and machine(seed) == here]
-        lines.append([what, weights, *gaps(name), cell(minutes, 0) if minutes else ""])
+        lines.append([what, weights, *gaps(name), cell(minutes, 0) if len(minutes) == len(rows[name]) else ""])
     return markdown_table(["", "weights", *GAPS, "minutes"], lines)
 
 
