@@ -3,8 +3,8 @@
     python reproduce/rival.py scores_ste --like results/RUN --lr 0.01 --out results/RIVAL
     python reproduce/rival.py scores_ste --resume results/RIVAL
 
-RUN, which was given --steps and is finished, lends its arguments, its text and its m0. --lr is Adam's rate. No swaps
-improve a rival's m0. In one process, all layers, nn.Linear only.
+RUN, which was given --steps, lends its arguments and, as soon as it has them, its text and its m0. --lr is Adam's rate.
+No swaps improve a rival's m0. In one process, all layers, nn.Linear only.
 """
 import shutil
 import sys
@@ -25,7 +25,7 @@ from pruning.calibration import input_norms
 from training import args as arguments
 from training.initialize import SEQUENCES
 from training.loop import StepResult
-from training.run_folder import RunFolder, is_finished
+from training.run_folder import RunFolder
 from training.signals import StopSignals
 from utils import UserError, finite, run_script, script_parser
 
@@ -126,9 +126,9 @@ def settings_of(given: Namespace) -> Namespace:
     args = sparsify.parse_args(["--resume", given.resume or given.like])
     if given.resume:
         return args
-    if not is_finished(given.like) or args.steps is None or args.permute or args.targets:
-        raise UserError(f"{given.like} must be finished, with --steps, without --permute and --targets: a rival learns "
-                        "all layers in the model's own order")
+    if not read_record(given.like).get("fingerprints") or args.steps is None or args.permute or args.targets:
+        raise UserError(f"{given.like} must have its text and m0, with --steps, without --permute and --targets: a "
+                        "rival learns all layers in the model's own order")
     return Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": True})
 
 

@@ -275,6 +275,15 @@ def test_the_error_of_a_mean_product_is_its_deviation():
         assert 0.9 < float(errors.square().mean().sqrt() / products.std()) < most
 
 
+def test_a_rival_needs_the_text_and_m0_of_ours(workshop, tmp_path, monkeypatch):
+    def before_it(*_):
+        rival.main(f"susi --like {tmp_path}/ours --lr 0.1 --out {tmp_path}/run".split())
+    monkeypatch.setattr(sparsify.preparation, "wanda_mask", before_it)
+    with pytest.raises(UserError, match="ours must have its text and m0"):
+        sparsify.main(f"--model {workshop}/dense --dataset {workshop}/text.jsonl --seqlen 24 --steps 6 --device cpu "
+                      f"--out {tmp_path}/ours".split())
+
+
 @pytest.mark.parametrize("method", rival.RIVALS)
 def test_a_rival_in_the_place_of_our_learner(workshop, tmp_path, monkeypatch, method):
     """It learns from the text of ours; stopped after three steps it ends in the mask of the run that was not."""
