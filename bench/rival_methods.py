@@ -9,11 +9,11 @@ All move their parameters with Adam. Their result is a mask, which is evaluated 
 loss against the dense model's predictions, is not in the papers of MaskLLM and ProxSparse.
 """
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import pge
+from masking.fused_ops import flows, sum_of, weights
 from models.layers import find_layers
 from training.loss import summed_loss
 
@@ -164,15 +164,9 @@ class SUSI(MaskLLM):
         return noise + self.noise * self.prior * (blocks - self.n / self.m)
 
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
-        keys, drawn = (keys / temperature).unbind(), {frozenset(): 1.0}
-        for _ in range(self.n):
-            following = defaultdict(float)
-            for taken, prob in drawn.items():
-                left = [i for i in range(self.m) if i not in taken]
-                for i, next_one in zip(left, torch.stack([keys[i] for i in left]).softmax(0)):
-                    following[taken | {i}] = following[taken | {i}] + prob * next_one
-            drawn = following
-        return torch.stack([sum(prob for taken, prob in drawn.items() if i in taken) for i in range(self.m)])
+        w = weights((keys / temperature).unbind(), self.n)
+        flow = flows(w, self.n)[1]  # times w_i: the chance that i is drawn at this set
+        return torch.stack([x * sum_of([flow[drawn] for drawn in flow if not drawn >> i & 1]) for i, x in enumerate(w)])
 
     def mask(self, name: str) -> Tensor:
         return self.largest(self.parameters[name].T.reshape(self.layers[name].weight.shape))
