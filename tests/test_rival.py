@@ -1,0 +1,41 @@
+"""reproduce/rival.py: a rival in the place of sparsify.py's learner, all else as in a run of ours."""
+import sys
+
+import sparsify
+from utils import UserError
+
+import pytest
+import torch
+from launched import ROOT
+from runs import column, read_run
+
+sys.path.insert(0, str(ROOT / "reproduce"))
+import rival
+
+
+def test_a_rival_needs_the_text_and_m0_of_ours(workshop, tmp_path, monkeypatch):
+    def before_it(*_):
+        rival.main(f"susi --like {tmp_path}/ours --lr 0.1 --out {tmp_path}/run".split())
+    monkeypatch.setattr(sparsify.preparation, "wanda_mask", before_it)
+    with pytest.raises(UserError, match="ours must have its text and m0"):
+        sparsify.main(f"--model {workshop}/dense --dataset {workshop}/text.jsonl --seqlen 24 --steps 6 --device cpu "
+                      f"--out {tmp_path}/ours".split())
+
+
+@pytest.mark.parametrize("method", rival.RIVALS)
+def test_a_rival_in_the_place_of_our_learner(workshop, tmp_path, monkeypatch, method):
+    """It learns from the text of ours; stopped after three steps it ends in the mask of the run that was not."""
+    ours, given, like = tmp_path / "ours", tmp_path / "given.txt", f"--like {tmp_path}/ours --lr 0.1 --out".split()
+    given.write_text((workshop / "text.jsonl").read_text()[:400])
+    sparsify.main(f"--model {workshop}/dense --dataset {given} --seqlen 24 --batchsize 4 --dtype float32 --device cpu "
+                  f"--steps 6 --checkpoint_every 3 --skip_checkpoint --out {ours}".split())
+    rival.main([method, *like, f"{tmp_path}/whole"])
+    move, calls = rival.Rival.move, iter(range(3))
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(rival.Rival, "move", lambda *given: (next(calls), move(*given))[1])
+        rival.main([method, *like, f"{tmp_path}/run"])
+    rival.main([method, "--resume", f"{tmp_path}/run"])
+    whole, run = (read_run(tmp_path / name) for name in ("whole", "run"))
+    assert list(ours.glob("generated*")) and whole.record["fingerprints"] == read_run(ours).record["fingerprints"]
+    assert column(whole, "loss") == column(run, "loss") and whole.record["summary"]["blocks_changed"] > 0
+    assert all(torch.equal(mask, run.masks[name]) for name, mask in whole.masks.items())
