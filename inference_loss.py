@@ -25,13 +25,12 @@ from utils import (
     progress_bar,
     run_script,
     script_parser,
-    set_seed,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    add_model_arguments(parser)
+    add_model_arguments(parser, is_random=False)
     add_data_arguments(parser)
     parser.add_argument("--mask", default="initial_mask.safetensors",
                         help="m0: mask file or folder of .pt masks; none: the model as it is")
@@ -44,7 +43,6 @@ def main(argv: list[str] | None = None) -> None:
     path = args.save or baselines.default_path(args.dataset_size, args.batchsize, args.seqlen)
     out = refuse_existing(path, "choose another --save or remove it")
     check_paths([] if args.mask == "none" else [args.mask], [args.dataset])
-    set_seed(args.seed)
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     layers = find_layers(model)
