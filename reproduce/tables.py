@@ -70,10 +70,9 @@ ONE_SHOT = [  # the same
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt")]
 RIVALS = [  # the same: method, bytes of state a weight; {}: any rate
     ("ours", "4.25", "2of4/sparsify-both-steps280"),
-    ("ours with [curvature](#what-long-runs-need), as it was", "4.25", "2of4/sparsify-curvature-both-steps280"),
     ("STE on scores with Adam", "16", "2of4/rival-scores_ste-lr{}-both-steps280"),
     ("MaskLLM", "24", "2of4/rival-maskllm-lr{}-both-steps280"), ("SUSI", "16", "2of4/rival-susi-lr{}-both-steps280"),
-    ("ours with curvature, text without questions", "4.25", "2of4/sparsify-after-steps280"),
+    ("ours with [curvature](#what-long-runs-need), text without questions", "4.25", "2of4/sparsify-after-steps280"),
     ("the STE, text without questions", "16", "2of4/rival-scores_ste-lr{}-steps280")]
 GAPS = ["perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)"]
 BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."  # what a bench's table is of
