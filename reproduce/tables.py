@@ -41,7 +41,7 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
     ("C 10", "its setting", ("maskpro", 512, 5, 10, ""), 1),
     ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
 MASKPRO = {2000: "2of4/maskpro-size512-lr0.6-logits5-steps2000",
-           10000: "2of4/maskpro-size512-lr0.2-logits5-steps10000"}
+           10000: "2of4/maskpro-size512-lr0.3-logits5-steps10000"}
 LAYER = "2of4/maskpro-layer{}-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
     ("dense", "", "dense"),
@@ -59,7 +59,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("Wanda, [swaps](docs/one_shot_masks.md#swaps), true sequential", "frozen", "2of4/swaps-sequential"),
     ("MaskPro [from Wanda's scores](docs/steps.md#on-a-real-model), debiased tracker, 600 steps", "frozen",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
-    ("MaskPro, η 0.2, 10,000 steps", "frozen", MASKPRO[10000]),
+    ("MaskPro, η 0.3, 10,000 steps", "frozen", MASKPRO[10000]),
     ("MaskPro [from C·m0](docs/steps.md#on-a-real-model), C 5, η 0.6, 2,000 steps", "frozen", MASKPRO[2000]),
     ("Wanda, m0", "frozen", "2of4/wanda")]
 ONE_SHOT = [  # the same
