@@ -24,6 +24,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 MOST_PASSAGES = 1000
 APART = 1_000_003  # between the seeds of two texts: more documents than a text has
+MOST_EMPTY = 64  # documents in a row, before a model is said to write none
 
 
 def start_of_text(tokenizer: Tokenizer) -> int:
@@ -116,12 +117,12 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
     path, end = Path(path), time.monotonic() + max_s
     part = path.with_name(f"part_of_{path.name}")
     rows = read_lines(part) if part.exists() else []
-    found = sum(row["tokens"] for row in rows)
+    found, empty = sum(row["tokens"] for row in rows), 0
     if rows:
         processes.log(f"going on from the {len(rows)} documents of {part}; to begin anew, remove it")
     with progress_bar(total=tokens, initial=found, desc="generating", unit="token") as progress:
         while found < tokens and (found < least or time.monotonic() < end):
-            set_seed((APART * seed + len(rows)) % 2**63)
+            set_seed((APART * (seed + 1000 * empty) + len(rows)) % 2**63)  # what was empty is drawn anew
             left_s = end - time.monotonic()
             count = min(batchsize, -(-((tokens if left_s > 0 else least) - found) // (length - 1)))
             try:
@@ -133,7 +134,8 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
                 batchsize = count // 2
                 continue
             written = [row for row in written if row]
-            if not written:
+            empty = 0 if written else empty + count
+            if empty >= MOST_EMPTY:
                 raise UserError("the model ends every text at once, so it writes none")
             rows += [{"text": text, "tokens": len(row)} for text, row in zip(tokenizer.batch_decode(written), written)]
             found += sum(map(len, written))

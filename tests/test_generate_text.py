@@ -165,6 +165,11 @@ def test_after_an_interruption_it_goes_on_to_the_same_text(llama, tmp_path, monk
     assert (stopped.read_text(), counts, sorted(tmp_path.iterdir())) == (whole.read_text(), [2] * 7, [stopped, whole])
 
 
+def test_an_empty_text_is_drawn_anew(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "generate", lambda *args: [[5] * 7] if torch.rand(()) < 0.1 else [[]])
+    assert generation.write_text(tmp_path / "text.jsonl", *llama, 84, 8, 1) == (12, 84)
+
+
 def test_a_model_that_ends_every_text_at_once(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "generate", lambda *args: [[], []])
     with pytest.raises(UserError, match="ends every text at once"):
