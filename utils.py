@@ -222,13 +222,13 @@ def hardware(device: str | torch.device | None = None) -> str:
 
 def peak_memory(devices: Iterable[torch.device]) -> dict[str, int]:
     """The most memory this process has used since its start or `reset_peak_memory`, bytes: of these devices' GPUs,
-    `peak_memory_bytes` allocated and `peak_reserved_bytes`; where none of them is one, resident, on Linux (else 0)."""
+    `peak_memory_bytes` allocated and `peak_reserved_bytes`; where none of them is one, resident (0: not known)."""
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:
         return {"peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)),
                 "peak_reserved_bytes": sum(map(torch.cuda.max_memory_reserved, gpus))}
-    status = STATUS.read_text() if STATUS.exists() else "VmHWM: 0"
-    return {"peak_memory_bytes": 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])}
+    found = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text() if STATUS.exists() else "")
+    return {"peak_memory_bytes": 1024 * int(found[1]) if found else 0}
 
 
 def reset_peak_memory(devices: Iterable[torch.device]) -> None:

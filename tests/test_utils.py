@@ -52,6 +52,8 @@ def test_peak_memory_is_that_of_the_devices_that_were_used(monkeypatch):
     assert utils.peak_memory([second]) == {"peak_memory_bytes": 200, "peak_reserved_bytes": 400}
     assert utils.peak_memory([first, second, cpu]) == {"peak_memory_bytes": 210, "peak_reserved_bytes": 430}
     assert utils.peak_memory([cpu])["peak_memory_bytes"] > 2**20
+    monkeypatch.setattr(utils, "STATUS", Path("/dev/null"))
+    assert utils.peak_memory([cpu]) == {"peak_memory_bytes": 0}
 
 
 def test_progress_is_shown_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):

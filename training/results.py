@@ -54,9 +54,11 @@ def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_s
 def _summary(run: Run, devices: set[torch.device]) -> dict:
     position, validation = run.position, run.validation
     epoch = math.ceil(run.minibatches / processes.size())  # steps, each with a minibatch of every process
-    tail = [line["loss"] for line in run.log.lines[-epoch:]]
+    tail, memory = [line["loss"] for line in run.log.lines[-epoch:]], peak_memory(devices)
+    for stage in run.folder.record.get("stages", {}).values():  # each has counted anew
+        memory["peak_memory_bytes"] = max(memory["peak_memory_bytes"], stage["peak_memory_bytes"])
     summary = {"steps": position.step, "seconds": run.log.lines[-1]["seconds"],  # of the loop
-               "seconds_saving": round(position.seconds_saving, 2), **peak_memory(devices),
+               "seconds_saving": round(position.seconds_saving, 2), **memory,
                "processes": processes.size(), "mask_of_step": position.step,
                "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped}
     if validation.bits:
