@@ -205,6 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     everything, failed, conditions = [], [], environment(args.device)
     is_slow = not args.device.startswith("cuda")  # the limits of time and memory are a card's
     for name in common.chosen(MEASUREMENTS, args.rows):
+        if time.monotonic() - began > args.budget_s:
+            break
         rows = []
         try:
             for row, limits in MEASUREMENTS[name](args):
