@@ -1,4 +1,5 @@
-# make test | test-oldest | demo | lint: each sets itself up in .venv. make reproduce-env: exact versions, in .venv-lock.
+# make test | demo | lint: each sets itself up in .venv; test-oldest in .venv-oldest; reproduce-env: exact versions, in
+# .venv-lock.
 # Without a GPU, TORCH_INDEX=<index of torch's CPU builds> saves 3 GB where pip would fetch the CUDA build.
 PYTHON ?= python3
 VENV ?= .venv

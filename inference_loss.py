@@ -25,6 +25,7 @@ from utils import (
     progress_bar,
     run_script,
     script_parser,
+    sparsity_type,
 )
 
 
@@ -34,6 +35,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_arguments(parser)
     parser.add_argument("--mask", default="initial_mask.safetensors",
                         help="m0: mask file or folder of .pt masks; none: the model as it is")
+    parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
+                        help="N:M the mask must have (default: its own, or 2:4 where its format knows none)")
     parser.add_argument("--save", default=None, help="baseline file to write, must be new (default: named by the data)")
     return parser.parse_args(argv)
 
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     layers = find_layers(model)
-    masks = {} if args.mask == "none" else read_masks(args.mask, model).masks
+    masks = {} if args.mask == "none" else read_masks(args.mask, model, *(args.sparsity_type or ())).masks
     batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
     depends_on = baselines.conditions(model, masks, batches)
     apply_masks(layers, masks)

@@ -32,7 +32,7 @@ from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models import processes
 from models.layers import find_layers
-from models.loading import Tokenizer, check_length, load_model, model_fingerprint
+from models.loading import Tokenizer, check_length, load_model, model_fingerprint, positions
 from models.sharded_files import load_sharded
 from pruning.channels import apply_permutation
 from training import args as arguments
@@ -59,7 +59,7 @@ import torch
 from torch import Tensor, nn
 
 EVALUATIONS = 10  # of the held-out loss, in a run
-WINDOW, WINDOWS = 512, 64  # tokens in one, and how many, of --ppl
+WINDOW, WINDOWS = 512, 64  # tokens in one, at most, and how many, of --ppl
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -169,7 +169,8 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
     saved, stages = folder.newest_state(), Stages(folder, device)
     model, tokenizer = load(args, device)
-    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, WINDOW, WINDOWS)[0] for text in args.ppl}
+    window = min(WINDOW, positions(model))
+    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0] for text in args.ppl}
     minibatches, distill, m0 = prepare(args, model, tokenizer, folder, stages)
     batches, selecting, unseen = preparation.split(minibatches)
     masked = MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],

@@ -24,7 +24,10 @@ def read_record(run: str | Path) -> dict:
     """A run's run.json; UserError where there is none or it is damaged."""
     path = Path(run) / "run.json"
     with explained(path, "give the folder of a run of train.py or sparsify.py"):
-        return json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
+        if "arguments" not in record:
+            raise ValueError("it names no arguments")
+        return record
 
 
 def of_run(path: str | Path, name: str) -> Path:
@@ -36,7 +39,10 @@ def of_run(path: str | Path, name: str) -> Path:
 def base_model(model: str) -> str:
     """The model that a folder was pruned from, by the prune.json that prune.py left in it; else the model itself."""
     path = Path(model) / "prune.json"
-    return json.loads(path.read_bytes())["arguments"]["model"] if path.is_file() else model
+    if not path.is_file():
+        return model
+    with explained(path, "remove it, or prune the model again"):
+        return json.loads(path.read_bytes())["arguments"]["model"]
 
 
 def read_lines(path: Path, size_bytes: int | None = None) -> list[dict]:

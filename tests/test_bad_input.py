@@ -88,7 +88,7 @@ MASKS = [
     ("train", "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors cannot be read", "make it anew"),
     ("eval", "--mask {w}/llama/model.safetensors", "model.safetensors", "is no maskpro-mask of version", "give one"),
     ("train", "--mask {w}/mask8.safetensors", "mask8", "4:8, not 2:4"),
-    ("eval", "--mask {w}/mask8.safetensors --sparsity_type 2:4", "mask8", "4:8, not 2:4"),
+    (["eval", "inference_loss"], "--mask {w}/mask8.safetensors --sparsity_type 2:4", "mask8", "4:8, not 2:4"),
     ("train", "--mask {w}/attention.safetensors --targets mlp", "the mask has none of the layers that --targets name"),
     ("get_mask", "--convert {w}/mask.safetensors --targets q_proj", "--targets"),
     ("get_mask", "--model {w}/llama", "not 2:4 sparse in 14 of 14 layers", "q_proj", "prune.py"),
@@ -99,7 +99,7 @@ MASKS = [
 TEXTS = [
     ("train", "--mask {w}/gone.npz --dataset {w}/absent.jsonl", "gone.npz", "absent.jsonl: no such file", "the path"),
     ("sparsify", "--ppl {w}/absent.txt", "absent.txt: no such file", "check the path"),
-    ("alone", "--ppl {w}/short.txt", "fewer than one window of 512", "use a longer text"),
+    ("alone", "--ppl {w}/short.txt", "fewer than one window of 256", "use a longer text"),
     ("alone", "--ppl {w}/text.jsonl ./text.jsonl", "two texts have one name"),
     ("train", "--dataset {w}/few.jsonl", "only 3 of the 3 documents", "lower --dataset_size"),
     ("train", "--seqlen 5000", ("only 0 of the 12 documents", "256 positions"), "--seqlen"),

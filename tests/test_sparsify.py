@@ -85,7 +85,7 @@ def test_its_table_recomputed(workshop, learned, capsys):
     report, said = json.loads((run.folder / "report.json").read_text()), capsys.readouterr().out
     m0 = mask_files.load(run.folder / "initial_mask.safetensors").masks
     tokenizer = AutoTokenizer.from_pretrained(workshop / "dense")
-    windows, _ = data.perplexity_windows(tokenizer, f"{workshop}/text.jsonl", 512, 64)
+    windows, _ = data.perplexity_windows(tokenizer, f"{workshop}/text.jsonl", 256, 64)  # its positions
     assert windows[:, 0].eq(tokenizer.bos_token_id).tolist() == [True, *[False] * (len(windows) - 1)]
     unseen = heldout(workshop, run, [run.folder / "generated.jsonl"])
     for row, masks in (("dense", {}), ("m0", m0), ("learned", run.masks)):
