@@ -73,7 +73,10 @@ class RunFolder:
                 read_record(self.path)["arguments"] == self.arguments):
             remedy = f"go on with it: {self.resume_command}, or {remedy}"
         refuse_existing(self.path, remedy)
-        self.path.mkdir(parents=True)
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:  # another process was faster
+            refuse_existing(self.path, remedy)
         sync(self.path.parent)
 
     @property
