@@ -137,7 +137,8 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
             empty = 0 if written else empty + count
             if empty >= MOST_EMPTY:
                 raise UserError("the model ends every text at once, so it writes none")
-            rows += [{"text": text, "tokens": len(row)} for text, row in zip(tokenizer.batch_decode(written), written)]
+            texts = tokenizer.batch_decode(written, clean_up_tokenization_spaces=False)  # as they were written
+            rows += [{"text": text, "tokens": len(row)} for text, row in zip(texts, written)]
             found += sum(map(len, written))
             progress.update(sum(map(len, written)))
             with atomic_write(part) as beside:

@@ -17,6 +17,7 @@ from torch import nn
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}  # of generation
 
 
 def load_model(model: str, dtype: str | None = None, device: str | None = None,
@@ -58,6 +59,10 @@ def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bo
     if empty:
         raise UserError(f"{model} does not fit the GPUs of --device auto; use more or larger ones, or several "
                         "processes with --shard")
+    settings = getattr(found, "generation_config", None)
+    if settings and not settings.do_sample:  # these then mean nothing, and older transformers refuse to save them
+        for name in SAMPLING & settings.to_diff_dict().keys():
+            setattr(settings, name, getattr(transformers.GenerationConfig(), name))
     return found.requires_grad_(False).eval(), tokenizer
 
 

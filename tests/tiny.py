@@ -2,8 +2,8 @@
 
 import io
 import json
-import os
 import random
+from pathlib import Path
 
 import sentencepiece
 import torch
@@ -53,13 +53,11 @@ def save_sentencepiece(folder) -> int:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(training_text()), model_writer=model, model_type="bpe", vocab_size=352,
         byte_fallback=True, character_coverage=1.0, num_threads=1, minloglevel=2)
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
-        file.write(model.getvalue())
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "tokenizer.model").write_bytes(model.getvalue())
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
                 "add_bos_token": True, "add_eos_token": False, "legacy": False, "model_max_length": POSITIONS}
-    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
-        json.dump(settings, file)
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(settings))
     return 352
 
 
@@ -112,10 +110,12 @@ def make_opt(folder, embedding: int = HIDDEN) -> str:
     embedding of another size makes two Linears more, outside the layers."""
     vocabulary = save_bytelevel(folder, ["<s>", "<pad>", "</s>", "<unk>"], start="</s>",
                                 bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-    return save_model(folder, transformers.OPTConfig(
+    save_model(folder, transformers.OPTConfig(
         vocab_size=vocabulary, hidden_size=HIDDEN, word_embed_proj_dim=embedding, ffn_dim=2 * HIDDEN,
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=POSITIONS, init_std=SPREAD,
         bos_token_id=2, eos_token_id=2, pad_token_id=1))
+    Path(folder, "generation_config.json").write_text('{"eos_token_id": 2, "top_p": 0.9}')  # but no do_sample: as some
+    return str(folder)
 
 
 def make_moe(folder) -> str:

@@ -23,6 +23,10 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     masked, validation, folder = run.validation.masked, run.validation, run.folder.path
     logits, devices = masked.whole_logits() if saves_logits else {}, devices_of(masked.model)
     final, base = masked.finish(validation.bits), initial.model or run.folder.arguments["model"]
+    masks = {**initial.masks, **final}
+    if processes.is_main():  # first what all the steps were for
+        mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, base,
+                        run.folder.record["fingerprints"]["model"])
     if not skips_checkpoint:
         card = report.model_card(base, run.folder.arguments, len(initial.masks), f"{initial.n}:{initial.m}",
                                  str(masked.model.dtype), nats)
@@ -32,9 +36,6 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     if logits:
         with atomic_write(folder / "logits.safetensors") as beside:
             save_file(logits, beside)
-    masks = {**initial.masks, **final}
-    mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, base,
-                    run.folder.record["fingerprints"]["model"])
     levels = {mask: next(iter(found.values())) for mask, found in (nats or {}).items()}
     figures.learning_curve({folder.name: run.log.lines}, folder / "curve.png", levels)
     return {**_summary(run, devices), **_changes(initial.masks, final, initial.m),
