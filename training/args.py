@@ -66,7 +66,7 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the advantage: loss; loss - baseline; loss - baseline - delta")
     parser.add_argument("--baseline", default="cached", metavar="{cached,online,FILE}",
                         help="f(m0 * w): from inference_loss.py's file, of its default name or this one; online: by a "
-                             "second forward pass a step")
+                             "second forward pass a step of the first epoch")
     parser.add_argument("--alpha", type=finite(0, 0.99999), default=0.99, help="decay of delta a step")
     parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
     parser.add_argument("--init", choices=["mask", "scores"], default="mask",

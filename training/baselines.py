@@ -20,18 +20,20 @@ from torch import Tensor, nn
 
 
 class OnlineBaseline:
-    """By a second forward pass a step: minibatch number -> loss, nats, of the model under the masks that it had when
-    this was made, m0.
+    """By a second forward pass where a minibatch comes first: minibatch number -> loss, nats, of the model under the
+    masks that it had when this was made, m0.
 
-    batches: int64 `[minibatches, sequences, tokens]`.
+    batches: int64 `[minibatches, sequences, tokens]`. All processes come to such a minibatch in the same steps.
     """
 
     def __init__(self, masked: MaskedModel, batches: Tensor):
-        self.masked, self.batches, self.bits = masked, batches, masked.bits()
+        self.masked, self.batches, self.bits, self.losses = masked, batches, masked.bits(), {}
 
     def __getitem__(self, index: int) -> float:
-        with self.masked.use_masks(self.bits):
-            return self.masked.loss(self.batches[index])
+        if index not in self.losses:
+            with self.masked.use_masks(self.bits):
+                self.losses[index] = self.masked.loss(self.batches[index])
+        return self.losses[index]
 
 
 Baseline = Sequence[float] | OnlineBaseline | None  # minibatch number -> f(m0 * w, minibatch), nats
