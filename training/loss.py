@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 
-def sequence_loss(logits: Tensor, chosen: Tensor, teacher: Tensor | None, distill: float, gradient: Tensor) -> Tensor:
-    """`summed_loss` of one sequence, float32 `[]`; its gradient is written. Compiled, it is a few loops over the
-    vocabulary and no float32 copy of it. chosen: the tokens that follow, int64 `[tokens, 1]`."""
+def sequence_loss(logits: Tensor, chosen: Tensor, teacher: Tensor | None, distill: float) -> tuple[Tensor, Tensor]:
+    """`summed_loss` of one sequence, float32 `[]`, and its gradient. Compiled, it is a few loops over the vocabulary,
+    without a float32 copy of it. chosen: the tokens that follow, int64 `[tokens, 1]`."""
     log_probs = logits.float().log_softmax(-1)
     own = log_probs.exp()
     if distill < 1:
@@ -15,8 +15,7 @@ def sequence_loss(logits: Tensor, chosen: Tensor, teacher: Tensor | None, distil
         own = own + torch.where(vocabulary == chosen, distill - 1, 0.0)
     if teacher is not None:
         own = own - distill * teacher.float().softmax(-1)
-    gradient.copy_(own)
-    return -log_probs.gather(1, chosen).sum()
+    return -log_probs.gather(1, chosen).sum(), own.to(logits.dtype)
 
 
 def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None,
@@ -32,6 +31,7 @@ def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None
     gradient, losses = torch.empty_like(logits), []
     for index, (tokens, share) in enumerate(zip(sequences, distill or [0.0] * len(sequences), strict=True)):
         wanted = teacher[index, :-1] if share else None
-        losses.append(of_sequence(logits[index, :-1], tokens[1:, None], wanted, share, gradient[index, :-1]))
+        loss, gradient[index, :-1] = of_sequence(logits[index, :-1], tokens[1:, None], wanted, share)
+        losses.append(loss)
     gradient[:, -1] = 0
     return sum(torch.stack(losses).tolist()), gradient  # the host waits once
