@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -102,6 +103,7 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
     """
     generator = random.Random(seed)  # the stream of random.seed(seed), without touching the global one
     texts = list(documents(dataset))
+    tokens_of = lru_cache(128)(lambda index: _tokens(tokenizer, texts[index]))  # of few, each is drawn often
     samples, short = [], set()  # short: indices of documents known to be too short
     with progress_bar(total=nsamples, desc="drawing documents", leave=False) as bar:
         while len(samples) < nsamples:
@@ -111,7 +113,7 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
             index = generator.randint(0, len(texts) - 1)
             if index in short:
                 continue
-            tokens = _tokens(tokenizer, texts[index])
+            tokens = tokens_of(index)
             if len(tokens) <= seqlen:
                 short.add(index)
                 continue

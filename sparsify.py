@@ -33,6 +33,7 @@ from masking.spaces import LinearSpace
 from models import processes
 from models.layers import find_layers
 from models.loading import Tokenizer, check_length, load_model, model_fingerprint, positions
+from models.loss import check_tokens
 from models.sharded_files import load_sharded
 from pruning.channels import apply_permutation
 from training import args as arguments
@@ -146,6 +147,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     elif args.after:
         processes.log("note: no text is generated, so that none continues --after's passages")
     minibatches, distill = preparation.mixed(texts, args.seed)
+    check_tokens(model, minibatches)
     sequences = preparation.split(minibatches)[0].flatten(0, 1)
 
     order, wanda = folder.path / "order.permutation.safetensors", folder.path / "initial_mask.safetensors"

@@ -72,8 +72,8 @@ def load_file(path: str) -> object:
     from datasets import Dataset  # takes seconds, as the harness does
     from lm_eval.api.task import ConfigurableTask
     are_spaced = all(choice[0] == " " for item in items for choice in item["choices"])
-    rows = [{**item, "context": item["context"] if item["context"].strip() else "",  # of spaces alone it has no token
-             "choices": [choice[are_spaced:] for choice in item["choices"]]} for item in items]
+    rows = [{"context": item["context"] if item["context"].strip() else "",  # of spaces alone it has no token
+             "choices": [choice[are_spaced:] for choice in item["choices"]], "gold": item["gold"]} for item in items]
     return ConfigurableTask(config={
         "task": Path(path).stem, "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}, "test_split": "test",
         "output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold",

@@ -149,6 +149,7 @@ class MaskedModel:
 
     def redraw(self) -> None:
         """m_{t+1} ~ p(pi), the logits as they are: due in the next forward, and a step all the same."""
+        self.flush()
         keys = self.keys()
         for name, layer in self.layers.items():
             layer.schedule(self.kernels.draw, keys[name])

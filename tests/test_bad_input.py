@@ -71,6 +71,7 @@ MODELS = [
     ("inference_loss", "--model {w}/few_weights", "few_weights has no weights for model.norm.weight", "restore it"),
     ("prune", "--model {w}/kernel", "config.json names a/b of the Hub", "--trust_remote_code if you trust"),
     ("prune", "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
+    ("alone", "--model {w}/few_rows --dataset {w}/text.jsonl", "the tokenizer makes token", "32 embeddings", "its own"),
     (ALL, "--device cuda:99", "--device cuda:99 cannot be used", "--device cpu"),
     ("prune", "--model {w}/gpt2 --dataset {w}/long.jsonl --seqlen 300", "--seqlen", "300", "256"),
     ("sparsify", "--model {w}/gpt2 --mask {w}/mask_gpt2.safetensors --seqlen 300", "--seqlen", "300", "256"),
