@@ -18,6 +18,7 @@ model, publish that file with it: --order reorders the original model again. A m
 """
 import argparse
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import data
@@ -86,15 +87,15 @@ def main(argv: list[str] | None = None) -> None:
         apply_permutation(model, args.order)
     else:
         reorder(model, found.orders)
-    with atomic_write(out) as beside:
+    order = nullcontext() if args.order else atomic_write(file)
+    with order as beside_order, atomic_write(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         write_json(beside / "permute.json", {"arguments": vars(args), "environment": environment(args.device),
                                              "summary": summary})
-        if not args.order:
-            with atomic_write(file) as temporary:
-                permutation_files.save(temporary, permutation_files.PermutationFile(found.orders, args.model,
-                                                                                     fingerprint))
+        if beside_order:
+            permutation_files.save(beside_order, permutation_files.PermutationFile(found.orders, args.model,
+                                                                                   fingerprint))
     print(f"reordered model -> {out}, order {'from' if args.order else '->'} {args.order or file} "
           f"({time.time() - started:.0f} s)")
 

@@ -74,7 +74,10 @@ once() {  # once OUTPUT SCRIPT FLAGS...: run a script of the repository unless i
 ran() {  # ran OUTPUT RUN "SCRIPT [METHOD]" FLAGS...: a run, up to this output of it; one that was stopped goes on
     local output=$1 run=$2 script=$3
     shift 3
-    [ ! -e "$run" ] || once "$output" $script --resume "$run"
+    if [ -e "$run" ] && ! grep -qs '"summary":' "$run/run.json"; then  # it may have its output and not be finished
+        [ "$DRY" = 1 ] || rm -f "$output"
+        once "$output" $script --resume "$run"
+    fi
     once "$output" $script "$@" --out "$run"
 }
 

@@ -36,7 +36,7 @@ class KeptStates:
 
     def begin(self, tokens: Tensor) -> Tensor:
         """In place of the embeddings, int64 `[sequences, tokens]`: the kept states, where all are known."""
-        self.rows = [row.numpy().tobytes() for row in tokens]
+        self.rows = [row.numpy().tobytes() for row in tokens.cpu()]
         self.is_known = all(row in self.states for row in self.rows)
         return torch.stack([self.states[row] for row in self.rows]) if self.is_known else self.embed(tokens)
 
