@@ -52,14 +52,14 @@ def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str,
 def layers_to_mask(model: nn.Module, targets: list[str] | None, m: int) -> dict[str, nn.Module]:
     """`find_layers`, each of which can be masked in blocks of M. UserError for one that cannot, and where there are no
     targets for fused experts, which would be left out in silence."""
-    own = {f"{name}.weight" for name in find_layers(model)}
-    experts = [(name, tuple(p.shape)) for name, p in model.named_parameters() if name not in own
+    layers = find_layers(model, targets)
+    experts = [(name, tuple(p.shape)) for name, p in model.named_parameters()
+               if name.removesuffix(".weight") not in layers
                and ((p.ndim == 3 and ("expert" in name or "moe" in name)) or (p.ndim == 2 and ".experts." in name))]
     if experts and targets is None:
         raise UserError(f"{experts[0][0]} {list(experts[0][1])} and {len(experts) - 1} more are fused experts, not "
                         "nn.Linear, and cannot be masked; name the layers to mask with --targets, such as --targets "
                         "self_attn, and the experts stay dense")
-    layers = find_layers(model, targets)
     check_divisible(layers, m)
     return layers
 

@@ -97,8 +97,7 @@ def test_checkpointing_changes_no_number_and_finish_gives_everything_back(kind, 
     runs = []
     for checkpointing in (False, True):
         model = load(kind)
-        before = settings_of(model)
-        learner, masked, dense = learner_of(model, checkpointing=checkpointing)
+        before, (learner, masked, dense) = settings_of(model), learner_of(model, checkpointing=checkpointing)
         assert kind != "llama" or "forward" in vars(model.model.norm)  # made faster
         losses = torch.tensor([learner.step(TOKENS, 0.3).loss for _ in range(3)])
         runs.append({"losses": losses, "outputs": forward(model), **all_logits(masked)})
@@ -106,6 +105,7 @@ def test_checkpointing_changes_no_number_and_finish_gives_everything_back(kind, 
         after = [({name: now[name] for name in was}, *rest)
                  for (now, *rest), (was, *_) in zip(settings_of(model), before)]
         assert after == before and not model.training
+        assert not any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
         assert torch.allclose(forward(model), runs[-1]["outputs"], atol=1e-5)
         assert all(torch.equal(weight, dense[name] * masks[name]) for name, weight in used_weights(model).items())
     assert all(torch.allclose(value, runs[1][name], atol=1e-5) for name, value in runs[0].items())
