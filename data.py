@@ -55,8 +55,8 @@ def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, 
     """Minibatches of about so many tokens of running text, shuffled: int64 [minibatches, batchsize, seqlen].
 
     Documents are read in the order of their files, of several datasets always one of that which has given the fewest
-    tokens, joined with the end-of-text token if there is one, and cut into sequences without a remainder, so that no
-    text is lost; reading stops when there are enough tokens. Datasets of less give what they have.
+    tokens, joined with the end-of-text token if there is one, and cut into sequences across documents, so that of a
+    text only the end that fills no minibatch is lost; reading stops when there are enough tokens.
     Where the tokenizer puts a token before a text, a sequence is that token and seqlen - 1 of the running text, which
     has it nowhere else: it stands where it stands in use, in front.
 
@@ -75,6 +75,8 @@ def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, 
             text = next(unread[index], None)
             if text is None:
                 del unread[index]
+                continue
+            if not text.strip():  # a blank row is no document
                 continue
             pieces.append(torch.tensor(encode(tokenizer, text)[begin:] + between, dtype=torch.int64))
             found[index] += len(pieces[-1])

@@ -13,7 +13,7 @@ task wikitext is by word, and is refused. Mean acc is the mean over the tasks of
 
 --tasks takes names, tags, groups and YAML files of lm-evaluation-harness. A tag or a group stands for its tasks.
 
-With --mask or --sparsity_type, a layer that breaks the pattern or has a zero that is -0.0 is an error.
+With --mask or --sparsity_type, a layer that breaks the pattern is an error.
 
 --bos puts the beginning-of-text token before each window that does not begin with it. The same tokens are scored as
 without it: all but the first of each window. Gemma and some other models need it. The script says so where the token
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import data
 from evaluation.comparison import comparison, percent, read_evaluation
-from evaluation.perplexity import evaluate_windows, read_text
+from evaluation.perplexity import evaluate_windows
 from evaluation.zero_shot import load_file, load_harness, run_harness
 from files import mask_files
 from files.atomic import refuse_existing
@@ -112,8 +112,10 @@ def evaluate_text(model: nn.Module, tokenizer: Tokenizer, ppl: str, seqlen: int,
     """The perplexity on a text, printed, and the fields of the record that describe it."""
     check_length(model, seqlen, "--seqlen")
     token = data.wanted_bos(tokenizer) if bos else None
-    windows, text = read_text(tokenizer, ppl, seqlen, nwindows, bos)
-    result = text | evaluate_windows(model, windows, token)
+    windows, text_tokens = data.perplexity_windows(tokenizer, ppl, seqlen, nwindows)
+    result = {"text": ppl, "seqlen": seqlen, "windows": len(windows), "tokens": windows.numel(),
+              "text_tokens": text_tokens, "bos": bos, "fingerprint": data.fingerprint(windows),
+              **evaluate_windows(model, windows, token)}
     print(f"perplexity {result['ppl']:.3f} on {ppl} ({result['windows']} windows of {seqlen} tokens"
           f"{' after BOS' if bos else ''} from a text of {result['text_tokens']:,})")
     if not bos and (hint := bos_hint(model, tokenizer, windows, "window")):

@@ -4,7 +4,7 @@
     python inference_loss.py --model MODEL --mask initial_mask.safetensors --dataset text.jsonl
     python inference_loss.py --model SPARSE_FOLDER --mask none      # the loss of a model as it is
 
-One forward pass a minibatch. Use the same --model, --mask and data flags for train.py; the file remembers them.
+One pass over each minibatch. Use the same --model, --mask and data flags for train.py; the file remembers them.
 """
 import argparse
 import math
@@ -21,7 +21,7 @@ from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
-    peak_memory,
+    peak_memory_bytes,
     progress_bar,
     run_script,
     script_parser,
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
                         f"{model.dtype} may overflow here: try --dtype bfloat16 or float32")
     baselines.save(out, losses, depends_on)
     print(f"{len(losses)} minibatches, mean loss {sum(losses) / len(losses):.4f} nats -> {out}  "
-          f"(peak {peak_memory(devices_of(model))['peak_memory_bytes'] / 2**30:.2f} GiB)")
+          f"(peak {peak_memory_bytes(devices_of(model)) / 2**30:.2f} GiB)")
 
 
 if __name__ == "__main__":

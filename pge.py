@@ -5,7 +5,7 @@ gives a block M logits; S is the unordered outcome of drawing N of M items witho
 
     p(S) = sum over orderings s of S of  prod_k  p[s_k] / (1 - p[s_1] - ... - p[s_k-1])
 
-The equation is `log_prob`, its gradient `score`, the sampler `sample`, the tracker `MaskPro`; the update that joins
+The equation is `log_prob`, its gradient `score`, the sampler `sample`, the advantage `Estimator`; the update that joins
 them is `PolicyGradient.step` in train.py.
 
 Everything here takes logits `[blocks, M]` and bool masks `[blocks, M]`, and is exact and plain: the arithmetic is done
@@ -164,63 +164,37 @@ def mode(logits: Tensor, n: int) -> Tensor:
 # estimators: from a loss to an advantage
 
 class Estimator:
-    """Turns a step's loss into its advantage; `delta`: its tracker, nats, where it has one."""
-    needs_baseline = False
-    delta: float | None = None
+    """Turns a step's loss f_t into its advantage A (section 4 of the paper); f_0 is f(m0 * w) of the same minibatch:
 
-    def advantage(self, loss: float, baseline: float | None) -> float:
-        """That of the loss f(m_t * w), nats, of a minibatch or the mean of several; baseline: f(m0 * w) of the same,
-        None where it is not needed."""
-        raise NotImplementedError
-
-    def state(self) -> tuple[dict, dict]:
-        """For a checkpoint: numbers by name, and no tensors."""
-        return {}, {}
-
-    def restore(self, scalars: dict, read: object = None) -> None:
-        """From `state`; there are no tensors to read."""
-
-
-class Vanilla(Estimator):
-    """A = f_t: plain policy gradient (paper, eq. of section 4.1)."""
-
-    def advantage(self, loss: float, baseline: float | None) -> float:
-        return loss
-
-
-class Residual(Estimator):
-    """A = f_t - f(m0 * w, batch): the loss residual takes the minibatch's own difficulty out."""
-    needs_baseline = True
-
-    def advantage(self, loss: float, baseline: float | None) -> float:
-        return loss - baseline
-
-
-class MaskPro(Residual):
-    """A = residual - delta, with delta <- alpha delta + (1 - alpha) residual: the moving-average tracker.
+        vanilla     A = f_t                  plain policy gradient
+        residual    A = f_t - f_0            takes the minibatch's own difficulty out
+        maskpro     A = f_t - f_0 - delta    less a moving average: delta <- alpha delta + (1 - alpha) (f_t - f_0)
 
     The authors update delta first and then use it, which scales the gradient by alpha; this order is kept. From
     delta = 0 the first advantages all carry the sign of the mean residual; `debias` divides delta by 1 - alpha^t.
     """
 
-    def __init__(self, alpha: float = 0.99, debias: bool = False):
-        self.alpha, self.debias = alpha, debias
-        self.delta, self.steps = 0.0, 0
+    def __init__(self, name: str = "maskpro", alpha: float = 0.99, debias: bool = False):
+        self.name, self.alpha, self.debias = name, alpha, debias
+        self.needs_baseline = name != "vanilla"
+        self.delta, self.steps = (0.0 if name == "maskpro" else None), 0
 
     def advantage(self, loss: float, baseline: float | None) -> float:
-        residual = super().advantage(loss, baseline)
+        """That of the loss f_t, nats, of a minibatch or the mean of several; baseline: f_0, None where not needed."""
+        if self.name == "vanilla":
+            return loss
+        residual = loss - baseline
+        if self.name == "residual":
+            return residual
         self.steps += 1
         self.delta = self.alpha * self.delta + (1 - self.alpha) * residual
         correction = 1 - self.alpha**self.steps if self.debias else 1.0
         return residual - self.delta / correction
 
     def state(self) -> tuple[dict, dict]:
+        """For a checkpoint: numbers by name, and no tensors."""
         return {"delta": self.delta, "steps": self.steps}, {}
 
     def restore(self, scalars: dict, read: object = None) -> None:
+        """From `state`; there are no tensors to read."""
         self.delta, self.steps = scalars["delta"], scalars["steps"]
-
-
-def make_estimator(name: str, alpha: float = 0.99, debias: bool = False) -> Estimator:
-    """The estimator of this name; `alpha` and `debias` are maskpro's."""
-    return {"vanilla": Vanilla, "residual": Residual, "maskpro": lambda: MaskPro(alpha, debias)}[name]()

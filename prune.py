@@ -44,7 +44,7 @@ from pruning.one_shot import METHODS, OneShot, prune_model
 from utils import (
     add_model_arguments,
     environment,
-    peak_memory,
+    peak_memory_bytes,
     positive_int,
     run_script,
     script_parser,
@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_write(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        summary = {"seconds": round(time.time() - started, 1), **peak_memory(devices_of(model))}
+        summary = {"seconds": round(time.time() - started, 1),
+                   "peak_memory_bytes": peak_memory_bytes(devices_of(model))}
         write_json(beside / "prune.json", {"arguments": vars(args), "environment": environment(args.device),
                                            "summary": summary})
     weights = sum(module.weight.numel() for module in layers.values())

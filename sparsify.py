@@ -10,8 +10,8 @@
     m0        --mask, or Wanda's mask on the same text; with --permute, channels are reordered before
     swaps     weights of a block change places while a layer's output comes closer to the dense one (pruning/swaps.py)
     learning  gradients of backward passes move the logits; the weights stay frozen (training/straight_through.py)
-    table     held-out perplexity of the dense model, m0 and the learned mask, on sequences that selected nothing, of
-              given and generated text as they were learned from
+    table     held-out perplexity of the dense model, m0 and the learned mask, on sequences that taught and selected
+              nothing, of given and generated text as they were learned from (questions that are few may be in both)
 
 How much text there is, and the size of a step, follow from the budget, --minutes or --steps, and from measured speeds.
 Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), report.json,
@@ -31,10 +31,11 @@ from masking.layers import learned_layers, note_sparse, read_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models import processes
-from models.layers import find_layers
+from models.layers import find_layers, layers_to_mask
 from models.loading import Tokenizer, check_length, load_model, model_fingerprint, positions
 from models.loss import check_tokens
 from models.sharded_files import load_sharded
+from pruning.channel_order import check_reorderable
 from pruning.channels import apply_permutation
 from training import args as arguments
 from training import initialize, preparation, report, results
@@ -60,6 +61,7 @@ import torch
 from torch import Tensor, nn
 
 EVALUATIONS = 10  # of the held-out loss, in a run
+LITTLE = 0.2  # of the minutes for learning, that is
 WINDOW, WINDOWS = 512, 64  # tokens in one, at most, and how many, of --ppl
 
 
@@ -115,7 +117,9 @@ def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer]:
     if args.mask:
         learned_layers(model, read_masks(args.mask, model, *args.sparsity_type), args.targets)
     else:
-        preparation.check_model(model, args.targets, args.sparsity_type, args.permute)
+        layers_to_mask(model, args.targets, args.sparsity_type[1])
+        if args.permute:
+            check_reorderable(model)
     note_sparse(find_layers(model, args.targets))
     return model, tokenizer
 
@@ -169,7 +173,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     """The run from its start, or from where it was stopped, to its results. Both functions are for rivals."""
     set_seed(args.seed)
     check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
-    saved, stages = folder.newest_state(), Stages(folder, device)
+    stages = Stages(folder, device)
     model, tokenizer = load(args, device)
     window = min(WINDOW, positions(model))
     texts = {Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0] for text in args.ppl}
@@ -189,7 +193,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
 
     run = Run(folder, signals, validation, len(batches), args.steps or math.inf, evaluations=EVALUATIONS)
     table, plan = folder.record.setdefault("nats", {}), folder.record["plan"]
-    if not run.restore(saved, masked=masked, learner=learner, validation=validation):
+    if not run.restore(masked=masked, learner=learner, validation=validation):
         with stages.stage("swaps", "the dense model and m0 are evaluated; then swaps improve m0"):
             with masked.use_dense():
                 table["dense"] = nats()
@@ -208,6 +212,8 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     with stages.stage("learning", f"from {len(batches)} minibatches", run.position.seconds):
         if args.minutes and "learning_s" not in plan:
             plan["learning_s"] = processes.agreed(60 * args.minutes - stages.elapsed_s() - plan["table_s"])
+            if plan["learning_s"] < LITTLE * 60 * args.minutes:
+                processes.log("note: little of --minutes is left to learn in; a longer run learns more")
             folder.write_record()
         run.max_s = max(1.0, plan.get("learning_s", math.inf))
         for _ in run.steps():
@@ -219,7 +225,8 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
         with masked.use_masks(validation.bits):
             table["learned"] = nats()
         summary = results.deliver(run, m0, tokenizer, False, args.skip_checkpoint, table)
-    processes.say(report.write(folder.path, folder.record, summary))
+    if processes.is_main():  # the others have no summary
+        print(report.write(folder.path, folder.record, summary))
     folder.finish(summary)
 
 

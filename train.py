@@ -38,7 +38,7 @@ from torch import Tensor
 class PolicyGradient:
     """MaskPro (section 4 of the paper): the loss residual against m0, less its moving average, moves the logits.
 
-        A  = f(m_t * w, batch) - f(m0 * w, batch) - delta         the tracker delta: `pge.MaskPro`
+        A  = f(m_t * w, batch) - f(m0 * w, batch) - delta         the tracker delta: `pge.Estimator`
         pi <- pi - lr * A * grad log p(m_t | pi)                  the score: `pge.score`
         m_{t+1} ~ p(pi)                                           N draws without replacement: `pge.sample`
 
@@ -67,9 +67,9 @@ class PolicyGradient:
 def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
     """The run from its start, or from where it was stopped, to its results."""
     set_seed(args.seed, deterministic=True)
-    saved, is_online, cached = folder.newest_state(), args.baseline == "online", None
+    is_online, cached = args.baseline == "online", None
     check_paths([args.mask], [args.dataset])
-    estimator = pge.make_estimator(args.estimator, args.alpha, args.debias_tracker)
+    estimator = pge.Estimator(args.estimator, args.alpha, args.debias_tracker)
     if estimator.needs_baseline and not is_online:
         cached = baselines.find(args.baseline, args.dataset_size, args.batchsize, args.seqlen)
 
@@ -91,7 +91,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
 
     learner, validation = PolicyGradient(masked, batches, baseline, estimator), Validation(masked, heldout)
     run = Run(folder, signals, validation, len(batches), args.max_step, args.epoch)
-    if not run.restore(saved, masked=masked, estimator=estimator, validation=validation):
+    if not run.restore(masked=masked, estimator=estimator, validation=validation):
         if args.init == "scores":
             initialize.from_scores(masked, args.logits, batches.flatten(0, 1))
         validation.evaluate(0)

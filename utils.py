@@ -48,8 +48,9 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0][:120]}); use a 16-bit --dtype, or lower "
-              "--microbatch, --batchsize, --nsamples or --seqlen, where the script has it", file=sys.stderr)
+        print(f"error: out of memory ({str(error).splitlines()[0][:120]}); use a 16-bit --dtype or "
+              "--gradient_checkpointing, or lower --microbatch (not in sparsify.py), --batchsize, --nsamples or "
+              "--seqlen, where the script has it", file=sys.stderr)
         sys.exit(2)
 
 
@@ -110,7 +111,7 @@ def whole(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
     """An int type for argparse: at least `lowest`, at most `highest`."""
     def number(text: str) -> int:
         if not text.isdigit() or not lowest <= int(text) <= highest:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {lowest}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {lowest} to {highest}")
         return int(text)
     return number
 
@@ -135,7 +136,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, model: str = LLAMA2, dt
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The fixed list of minibatches that inference_loss.py and train.py must agree on."""
+    """The fixed list of minibatches that inference_loss.py and train.py must agree on, and how many sequences go
+    through the model at once."""
     parser.add_argument("--dataset", default="allenai/c4",
                         help="training text: hub id, .json.gz, .jsonl, .parquet, .txt or a folder")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
@@ -220,15 +222,14 @@ def hardware(device: str | torch.device | None = None) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def peak_memory(devices: Iterable[torch.device]) -> dict[str, int]:
-    """The most memory this process has used since its start or `reset_peak_memory`, bytes: of these devices' GPUs,
-    `peak_memory_bytes` allocated and `peak_reserved_bytes`; where none of them is one, resident (0: not known)."""
+def peak_memory_bytes(devices: Iterable[torch.device]) -> int:
+    """The most memory this process has used since its start or `reset_peak_memory`: allocated on these devices' GPUs
+    or, where none of them is one, resident (0: not known)."""
     gpus = [device for device in devices if device.type == "cuda"]
     if gpus:
-        return {"peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)),
-                "peak_reserved_bytes": sum(map(torch.cuda.max_memory_reserved, gpus))}
+        return sum(map(torch.cuda.max_memory_allocated, gpus))
     found = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text() if STATUS.exists() else "")
-    return {"peak_memory_bytes": 1024 * int(found[1]) if found else 0}
+    return 1024 * int(found[1]) if found else 0
 
 
 def reset_peak_memory(devices: Iterable[torch.device]) -> None:

@@ -37,7 +37,7 @@ class Layer:
         self.weight = torch.randn(shape, generator=generator).to(device, weight_dtype)
         self.gradient = torch.randn(shape, generator=generator).to(device, weight_dtype)
         self.out = torch.empty_like(self.weight).view(-1)
-        self.key = torch.nn.functional.pad(layer_keys(0, 7, 1), (0, 2))[0].to(device)
+        self.key = layer_keys(0, 7, 1)[0].to(device)
         self.coefficient = torch.tensor(0.7, device=device)
         self.scale = torch.tensor([3.0, 0.05], device=device)
 

@@ -89,7 +89,7 @@ class Gradients(ForwardOnly):
     """This project's way: straight-through gradients, as sparsify.py learns."""
 
     def __init__(self, problem: Problem, setting: dict, seed: int):
-        super().__init__(problem, {"estimator": pge.Vanilla, **setting}, seed)
+        super().__init__(problem, {"estimator": lambda: pge.Estimator("vanilla"), **setting}, seed)
         self.distill = setting["distill"]
         self.learner = StraightThrough(self.masked)
 

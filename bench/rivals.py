@@ -50,9 +50,9 @@ ROWS = {
     "SUSI + KD": dict(MASKLLM, learner="susi"),
     "ProxSparse": dict(learner="proxsparse", **TEXT, tuned={
         160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}),
-    "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.MaskPro, lr=10, logits=5),
+    "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.Estimator, lr=10, logits=5),
     "forward-only: MaskPro, debiased tracker": dict(
-        learner="forward_only", estimator=lambda: pge.MaskPro(debias=True), lr=10, logits=5),
+        learner="forward_only", estimator=lambda: pge.Estimator(debias=True), lr=10, logits=5),
 }
 
 

@@ -88,7 +88,7 @@ def fused_times(shape: Shape, n: int, m: int, weight_dtype: torch.dtype, logits_
     bits = mask_to_bits(torch.stack(logits, 1) > 5)
     copies = [(tensor, tensor.clone()) for tensor in (*logits, bits, weight)]
     coefficient = torch.tensor(0.01, device=device)
-    keys = iter(torch.nn.functional.pad(layer_keys(0, 0, 1000), (0, 2)).to(device))  # as MaskedModel.keys
+    keys = iter(layer_keys(0, 0, 1000).to(device))
     kernels = Kernels(LinearSpace(n, m))
     ours_s = common.queued_s(lambda: kernels.update(logits, bits, weight, out, coefficient, next(keys)), device,
                              repeats)

@@ -38,8 +38,8 @@ def comparison(records: list[tuple[str, dict]]) -> str:
     """A Markdown table with a row for each (name, record). A number has a column of its own unless it was measured on
     the same tokens or items as another record's.
 
-    A record has `sparsity_type` ("2:4" or None) and `density`; if there is a perplexity, the fields of `read_text` and
-    `evaluate_windows`; if there are tasks, `tasks` (name -> `run_harness`) and `mean_acc`.
+    A record has `sparsity_type` ("2:4" or None) and `density`; if there is a perplexity, those of
+    `eval.evaluate_text`; if there are tasks, `tasks` (name -> `run_harness`) and `mean_acc`.
     """
     rows = [cells(record) for _, record in records]
     columns = sorted({key: None for row in rows for key in row}, key=lambda key: key[0])

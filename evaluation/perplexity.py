@@ -1,21 +1,12 @@
 """Perplexity on disjoint windows of a text, the protocol of SparseGPT, Wanda and MaskLLM."""
 import math
 
-import data
-from models.loading import Tokenizer
 from models.loss import batch_loss
 from utils import UserError, progress_bar
 
 from torch import Tensor, nn
 
 LARGEST = 700  # nats of a loss whose exp a float holds
-
-
-def read_text(tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None, bos: bool) -> tuple[Tensor, dict]:
-    """The windows of a text, int64 `[windows, seqlen]`, and the fields of a record that describe them."""
-    windows, text_tokens = data.perplexity_windows(tokenizer, ppl, seqlen, nwindows)
-    return windows, {"text": ppl, "seqlen": seqlen, "windows": len(windows), "tokens": windows.numel(),
-                     "text_tokens": text_tokens, "bos": bos, "fingerprint": data.fingerprint(windows)}
 
 
 def evaluate_windows(model: nn.Module, windows: Tensor, bos: int | None = None) -> dict[str, float]:

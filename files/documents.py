@@ -9,7 +9,8 @@
 A document is the string in column `text`, or else in the only column of strings. Of a question, as in eval.py's
 --task_file, {"context": ..., "choices": [...], "gold": 0}, the right choice makes a document, put behind the context as
 evaluation puts it; where none is said to be right, every choice does.
-Hub ids need the network the first time. What a user can mend is raised as UserError, a one-line message.
+Hub ids are streamed, not kept: they need the network every time. What a user can mend is raised as UserError, a
+one-line message.
 """
 import gzip
 import itertools
@@ -145,6 +146,8 @@ def _texts(rows: Iterable[dict]) -> Iterator[str]:
             column = column or _text_column(row)
             texts = [row.get(column) or ""]
         for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"row {number} has no string where its document should be")
             text.encode()  # half a surrogate pair, which JSON can spell, no tokenizer takes
             yield text
 

@@ -88,8 +88,8 @@ def _fault(masks: Masks, n: int, m: int) -> str | None:
 def save(path: str | Path, masks: Masks, n: int, m: int, model: str = "", fingerprint: str = "") -> None:
     """Write masks (name -> bool [out, in], strictly N:M) to `path`, in the format that its name asks for (see above).
 
-    model, fingerprint: kept in a .safetensors only, of a folder its name alone. UserError: `path` exists or cannot be
-    written, or a layer (named) is not N:M.
+    model, fingerprint: kept in a .safetensors only; of a model's folder its name alone. UserError: `path` exists or
+    cannot be written, or a layer (named) is not N:M.
     """
     path = refuse_existing(path, "choose another name or remove it")
     masks = {name: mask.cpu() for name, mask in masks.items()}
@@ -169,7 +169,7 @@ def _read_folder(path: Path) -> MaskFile:
 
 def _read_npz(path: Path, shapes: Shapes | None) -> MaskFile:
     if shapes is None:
-        raise UserError("an .npz does not hold the shapes of its masks: give its --model (shapes=) as well")
+        raise UserError("an .npz does not hold the shapes of its masks: give its --model as well")
     masks = {}
     with np.load(path, allow_pickle=False) as archive:
         for key, bits in archive.items():

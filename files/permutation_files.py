@@ -1,7 +1,7 @@
 """Permutation files: the order into which a model's channels were brought, one small .safetensors.
 
-The tensors are the orders, set of channels -> uint16 `[groups, size]`. The metadata hold the model's name (of a
-folder its name alone), its fingerprint before it was reordered, and a checksum.
+The tensors are the orders, set of channels -> uint16 `[groups, size]`, int32 where a set has more than 65,536. The
+metadata hold the model's name (of a folder its name alone), its fingerprint before it was reordered, and a checksum.
 """
 import json
 from dataclasses import dataclass

@@ -12,6 +12,7 @@ from functools import lru_cache
 from models import processes
 
 import torch
+from torch.utils.checkpoint import _StopRecomputationError
 
 MOST_SHAPES = 64  # shapes x dtypes of a model; more run eagerly
 SLOW_S = 20  # of a compilation, from which on it is told
@@ -47,7 +48,7 @@ def compiled(function: Callable, eager: Callable) -> Callable:
                 if (seconds := time.monotonic() - began) > SLOW_S:
                     processes.log(f"{function.__name__}: {seconds:.0f} s to compile; other shapes take as long")
                 return result
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, _StopRecomputationError):  # by which checkpointing ends what it recomputes
                 raise
             except Exception as error:  # no compiler, none that works, no Triton, a bug of torch: each has its class
                 broken.append(error)

@@ -8,7 +8,6 @@ from models.loading import model_fingerprint
 from models.sharding import own_weight
 from utils import UserError
 
-import torch
 from torch import Tensor, nn
 
 SPARSE = 0.1  # share of zeros that a dense layer does not have
@@ -58,16 +57,11 @@ def note_sparse(layers: dict[str, nn.Module]) -> None:
         processes.log(f"note: {max(zeros):.0%} of the weights of a layer are zero already: is this the dense model?")
 
 
-def zero_weights(weight: Tensor, pruned: Tensor) -> None:
-    """Zero these weights in place, to +0.0; a kept one that is -0.0 becomes +0.0, too. Both `[out, in]`."""
-    weight.masked_fill_(pruned, 0.0).add_(0.0)
-
-
 def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
-    """Zero the pruned weights in place, see `zero_weights`."""
+    """Zero the pruned weights in place, to +0.0."""
     for name, mask in masks.items():
         weight = weight_matrix(layers[name])
-        zero_weights(weight, ~mask.to(weight.device))
+        weight.masked_fill_(~mask.to(weight.device), 0.0)
 
 
 def apply_mask(model: nn.Module, file: str | Path) -> nn.Module:
@@ -91,7 +85,7 @@ def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int, int]:
 
 def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None) -> float:
     """The share of weights of these layers that are not zero. With pattern (N, M), UserError naming the layers where a
-    block of M keeps more than N or a zero is -0.0."""
+    block of M keeps more than N."""
     broken, kept, total = [], 0, 0
     for name, module in layers.items():
         weight = weight_matrix(module)
@@ -99,9 +93,8 @@ def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None
         kept, total = kept + int(nonzero.sum()), total + weight.numel()
         if pattern:
             crowded = int((nonzero.reshape(-1, pattern[1]).sum(1) > pattern[0]).sum())
-            negative = int((~nonzero & torch.signbit(weight)).sum())
-            if crowded or negative:
-                broken.append(f"{name} ({f'{crowded} blocks' if crowded else f'{negative} zeros are -0.0'})")
+            if crowded:
+                broken.append(f"{name} ({crowded} blocks)")
     if broken:
         raise UserError(f"{len(broken)} of {len(layers)} layers are not {pattern[0]}:{pattern[1]} sparse, {broken[0]} "
                         "among them; check --sparsity_type, or name the sparse layers with --targets")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import chunk_of
 from masking.kernels import Kernels
-from masking.layers import zero_weights
 from models.layers import is_transposed, weight_matrix
 from models.sharding import Rows, own_weight
 
@@ -50,7 +49,7 @@ class MaskedLayer:
         self.module.weight = nn.Parameter(weight, requires_grad=False)
 
     def changed(self) -> float:
-        """The share of blocks whose most probable mask is not the one they started from, of an evenly spaced sample of
+        """The share of blocks whose most probable mask is not that of m0, of an evenly spaced sample of
         those that are here."""
         return float((self.kernels.mode([plane[::self.stride] for plane in self.logits]) != self.start_sample
                       ).float().mean())
@@ -103,7 +102,7 @@ class MaskedLayer:
 
     def give_back(self, bits: Tensor) -> None:
         """Mask the weight by these bits for good, and have the module use it."""
-        zero_weights(self.weight, ~self.mask_of(bits))
+        self.weight.masked_fill_(~self.mask_of(bits), 0.0)
         if not self.sharded:
             weight = self.weight.T.contiguous() if is_transposed(self.module) else self.weight
             self.module.weight = nn.Parameter(weight, requires_grad=False)

@@ -5,7 +5,7 @@ from functools import partial
 
 from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
-from masking.layers import match_masks, zero_weights
+from masking.layers import match_masks
 from masking.masked_layer import MaskedLayer, scratch_buffers
 from masking.random_bits import layer_keys
 from masking.spaces import Space
@@ -52,7 +52,7 @@ class MaskedModel:
             pruned = ~Rows.of(modules[name]).own(masks[name]).to(weight.device)
             if keep_dense:
                 self._pruned.append((weight, weight.masked_fill(~pruned, 0.0)))
-            zero_weights(weight, pruned)
+            weight.masked_fill_(pruned, 0.0)
         scratch = scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
         self.handles = []  # with a `remove()`, for `finish`
@@ -127,9 +127,8 @@ class MaskedModel:
         return batch_loss(self.model, batch, self.microbatch)
 
     def keys(self) -> dict[str, Tensor]:
-        """Random keys of this step, by the layer's name: int32 `[4]`, of which two count, beside its weight."""
+        """Random keys of this step, by the layer's name, each beside its weight."""
         keys = layer_keys(self.seed, self.steps, len(self.layers))
-        keys = torch.nn.functional.pad(keys, (0, 2))  # 16 bytes apart: a compiler copies what is aligned worse
         keys = {device: keys.to(device) for device in self.devices()}
         return {name: keys[layer.weight.device][index] for index, (name, layer) in enumerate(self.layers.items())}
 
@@ -200,7 +199,7 @@ class MaskedModel:
         return sum(layer.shape.numel() for layer in self.layers.values()) // self.space.m
 
     def changed(self) -> float:
-        """The share of blocks whose most probable mask is not the one they started from."""
+        """The share of blocks whose most probable mask is not that of m0."""
         self.flush()
         return sum(layer.changed() * layer.shape.numel() for layer in self.layers.values()) / self.space.m / self.blocks
 

@@ -10,8 +10,9 @@ from utils import UserError
 
 from torch import Tensor, nn
 
-# names of what stays dense: the output head, and routers of experts, which are nn.Linear before transformers 5
-DENSE = re.compile(r"lm_head|(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+# names of what stays dense: the output head, routers of experts, which are nn.Linear before transformers 5, and Mamba's
+# dt_proj, whose weight is used without calling the module
+DENSE = re.compile(r"lm_head|(^|\.)(gate|router|shared_expert_gate|dt_proj)(\.|$)")
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -60,6 +61,8 @@ def layers_to_mask(model: nn.Module, targets: list[str] | None, m: int) -> dict[
         raise UserError(f"{experts[0][0]} {list(experts[0][1])} and {len(experts) - 1} more are fused experts, not "
                         "nn.Linear, and cannot be masked; name the layers to mask with --targets, such as --targets "
                         "self_attn, and the experts stay dense")
+    if not layers:
+        raise UserError("the model has no nn.Linear or Conv1D layer to mask; give one that is not quantised")
     check_divisible(layers, m)
     return layers
 

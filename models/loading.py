@@ -13,6 +13,7 @@ from utils import DTYPES, UserError, checked_device, fast_dtype, reuse_freed_mem
 
 import torch
 import transformers
+from huggingface_hub.utils import enable_progress_bars
 from torch import nn
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
@@ -69,7 +70,10 @@ def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bo
 def local_folder(model: str) -> str | Path:
     """The model's folder, or that of a run's sparse model, or its hub id as it is. UserError where it should be a
     folder and is none."""
-    if (folder := of_run(model, "checkpoint")).is_dir():
+    if ((folder := of_run(model, "checkpoint")) / "run.json").is_file():
+        raise UserError(f"{model} has no sparse model: the run is not finished, or --skip_checkpoint left it out; give "
+                        f"its base model, with --mask {model} if there is a mask")
+    if folder.is_dir():
         return folder
     if any(model.startswith(mark) for mark in (".", "/", "~")):
         raise UserError(f"--model {model}: there is no such folder")
@@ -80,7 +84,8 @@ def local_folder(model: str) -> str | Path:
 def explained(model: str) -> Iterator[None]:
     """Turns whatever the libraries find wrong with a model into one line."""
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # of reading weights; it takes those of downloads with it
+    enable_progress_bars()
     hub = "" if Path(model).expanduser().exists() else " or a hub id (gated: first `hf auth login`)"
     with errors.explained(f"--model {model}", f"give the folder of a causal LM{hub}"):
         yield
@@ -106,6 +111,8 @@ def attention_of(config: transformers.PretrainedConfig) -> dict[str, str]:
 def read_config(source: str | Path, trusted: bool) -> transformers.PretrainedConfig:
     """Of a model. UserError where it is not trusted and names a kernel of the Hub for its attention, which is code."""
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted)
+    if getattr(config, "quantization_config", None):
+        raise UserError("its weights are quantised; give the model that it was made from, in 16 or 32 bits")
     kernels = [name for name in attention_of(config).values() if name and "/" in name]
     if kernels and not trusted:
         raise UserError(f"its config.json names {kernels[0]} of the Hub, code that would run; give "

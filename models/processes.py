@@ -82,12 +82,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def say(message: str) -> None:
-    """To stdout, once however many processes there are."""
-    if is_main():
-        print(message)
-
-
 def log(message: str) -> None:
     """To stderr, once however many processes there are."""
     if is_main():

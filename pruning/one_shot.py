@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import pge
 from masking.layers import apply_masks
+from models import processes
 from models.layers import weight_matrix
 from pruning import sparsegpt
 from pruning.calibration import Hessians, input_norms, visit_in_order
@@ -96,8 +97,8 @@ def _masks(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | Non
 
 def _note_unreached(names: list[str], layers: int) -> None:
     if names:
-        print(f"note: the text does not reach {len(names)} of {layers} layers, {names[0]} among them; these are pruned "
-              "by magnitude")
+        processes.log(f"note: the text does not reach {len(names)} of {layers} layers, {names[0]} among them; these "
+                      "are pruned by magnitude")
 
 
 @torch.no_grad()
@@ -129,7 +130,7 @@ def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: 
 
     def write_pending() -> None:
         for name, pruned in pending.items():
-            weight_matrix(layers[name]).copy_(pruned).add_(0.0)  # a kept weight that rounds to -0.0 becomes +0.0
+            weight_matrix(layers[name]).copy_(pruned)
         pending.clear()
     visit_in_order(model, layers, samples, prune, "pruning")
     write_pending()

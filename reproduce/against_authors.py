@@ -12,7 +12,7 @@ text that are loaded, float32 on the CPU, one worker, AdamW (imported, never use
     mask       of the sparse model that prune.py makes (Wanda, 2:4): the same weights are kept
     baseline   f(m0 * w, minibatch) of each minibatch: the same to 1e-6 nats
     score      of masks that the authors' train.py has drawn, from how it then moved the logits:
-               (logits before - after) / (lr * A), against pge.score; A: pge.MaskPro of the losses on record
+               (logits before - after) / (lr * A), against pge.score; A: pge.Estimator of the losses on record
     loss       of the sampled masks, in each quarter of the run: the difference of the means over seeds, in units of
                the standard deviation that seeds give; the limit is a t-test's, 1% for these rows together. The
                quarters are not independent, and three seeds are too few to know the deviation by: six are run
@@ -201,7 +201,7 @@ def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
     steps: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for step, logits, mask in torch.load(run / "steps.pt"):
         steps.setdefault(step, []).append((logits.view(-1, 4), mask.view(-1, 4)))
-    estimator, losses = pge.MaskPro(), losses_of_theirs(run)
+    estimator, losses = pge.Estimator(), losses_of_theirs(run)
     advantages = [estimator.advantage(loss, baseline[step % len(baseline)]) for step, loss in enumerate(losses)]
     kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     pairs = sorted((step for step in steps if step + 1 in steps), key=lambda step: abs(advantages[step]))

@@ -1,4 +1,4 @@
-"""References that share no code with the modules: enumeration in long decimals, and Pearson's chi-square test."""
+"""References: enumeration in long decimals, Pearson's chi-square test, and exact steps by pge.py in float64."""
 from decimal import Decimal, localcontext
 from itertools import combinations, permutations
 

@@ -52,7 +52,7 @@ def column(run, key):
 
 
 def is_strict(masks, n=2, m=4):
-    return all((mask.reshape(-1, m).sum(1) == n).all() for mask in masks.values())
+    return bool(masks) and all((mask.reshape(-1, m).sum(1) == n).all() for mask in masks.values())
 
 
 def loss_under(model, masks, sequences, bos=None):

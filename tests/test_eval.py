@@ -41,7 +41,7 @@ def test_tokens_of_the_text_and_of_the_windows(folder, tmp_path, capsys):
 @pytest.mark.parametrize("change, words", [
     (("layers.0.mlp.up_proj", slice(None), 0.0), None),  # a block with fewer weights is no breach of the pattern
     (("layers.1.mlp.down_proj", 3, 1.0), r"1 of 14 layers are not 2:4 .*model.layers.1.mlp.down_proj \(1 blocks\)"),
-    (("layers.1.mlp.down_proj", 3, -0.0), r"model.layers.1.mlp.down_proj \(1 zeros are -0.0\)")])
+    (("layers.1.mlp.down_proj", slice(None), -0.0), None)])  # as weight * mask leaves
 def test_density_and_pattern(model_copy, tmp_path, capsys, change, words):
     """One block of a 2:4 model is changed; the density is exact, and nothing is written of a broken model."""
     model, _ = hf_model(model_copy)

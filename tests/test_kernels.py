@@ -196,7 +196,7 @@ def test_maskpro_finds_the_best_mask():
     worst, noise = order >= 2, (0.0, 1.0, 25.0)
     loss = weight.square().sum() - (weight * worst.flatten()).square().sum()
     logits, bits, out = planes_of(worst.float(), torch.float16), mask_to_bits(worst), weight * worst.flatten()
-    estimator = pge.MaskPro(0.99, debias=True)
+    estimator = pge.Estimator(debias=True)
     for t in range(1200):
         found = weight.square().sum() - out.square().sum()
         advantage = estimator.advantage(float(found + noise[t % 3]), float(loss + noise[t % 3]))

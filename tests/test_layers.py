@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from masked import assert_masked, magnitude_masks, make
+from masked import assert_masked, magnitude_masks
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 NAMES = {kind: [f"{stem}.{i}.{name}" for i in range(2) for name in names] for kind, stem, names in (
@@ -118,18 +118,6 @@ def test_apply_masks_zeroes_in_place(kind, load):
     assert storages == [layer.weight.data_ptr() for layer in layers.values()]
     for name, layer in layers.items():
         assert_masked(weight_matrix(layer), dense[name], masks[name])
-
-
-def test_a_kept_weight_that_is_minus_zero_becomes_zero(load):
-    """As small weights do in 16 bits; where a block has fewer than N others, one is kept."""
-    layers, (masked, *_) = find_layers(load()), make(load())
-    masks = magnitude_masks(layers)
-    for layer in [*layers.values(), *masked.layers.values()]:
-        layer.weight.copy_(torch.where(layer.weight < 0.3, -0.0, layer.weight))
-    apply_masks(layers, masks)
-    masked.finish()
-    for finished in (layers, find_layers(masked.model)):
-        assert check_sparsity(finished, (2, 4)) < 0.5
 
 
 def test_check_sparsity(load):

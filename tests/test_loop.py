@@ -31,7 +31,8 @@ def go(tmp_path, monkeypatch):
         with RunFolder(tmp_path / "run", arguments, "sparsify.py") as folder, StopSignals() as signals:
             for saved in (False, True) if stop_after < math.inf else (False,):
                 run = Run(folder, signals, Validation(masked, TOKENS[:0]), 4, **budget)
-                run.restore(folder.checkpoints.newest() if saved else None, masked=masked)
+                folder.is_resumed = saved
+                run.restore(masked=masked)
                 for step in run.steps():
                     expected = run.expected_steps()
                     seen.append((run.progress, expected, step_size(1.0, run.progress, expected)))

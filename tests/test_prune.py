@@ -53,7 +53,7 @@ def test_layers_that_the_text_does_not_reach_are_pruned_by_magnitude(load, flags
     if is_called:
         model.model.layers[1].register_forward_hook(lambda *_: (model.unused(torch.zeros(0, 8)), None)[1])
     prune_model(model, layers, torch.arange(64).view(2, 32), OneShot(**flags))
-    assert f"does not reach 1 of {len(layers)} layers, unused among them" in capsys.readouterr().out
+    assert f"does not reach 1 of {len(layers)} layers, unused among them" in capsys.readouterr().err
     assert torch.equal(model.unused.weight != 0, largest(size, 2, 4))
 
 

@@ -8,7 +8,7 @@ from masked import seeded
 
 
 def test_keys_differ_by_seed_step_and_layer_and_are_the_same_every_time():
-    keys = torch.cat([layer_keys(seed, t, 5) for seed in (0, 1, 2, 2**40) for t in range(50)])
+    keys = torch.cat([layer_keys(seed, t, 5)[:, :2] for seed in (0, 1, 2, 2**40) for t in range(50)])
     assert keys.shape == (1000, 2) and keys.dtype == torch.int32
     assert len({tuple(key) for key in keys.tolist()}) == 1000
     assert len(keys[:, 0].unique()) == len(keys[:, 1].unique()) == 1000

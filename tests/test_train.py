@@ -77,8 +77,9 @@ def test_swaps_start_the_mask_and_the_logits(models, sequences, m0):
 
 
 @pytest.mark.parametrize("flags, estimator", [
-    ("--estimator vanilla --baseline there_is_none", pge.Vanilla()), ("--estimator residual", pge.Residual()),
-    ("", pge.MaskPro()), ("--alpha 0.6 --debias_tracker", pge.MaskPro(0.6, debias=True))])
+    ("--estimator vanilla --baseline there_is_none", pge.Estimator("vanilla")),
+    ("--estimator residual", pge.Estimator("residual")),
+    ("", pge.Estimator()), ("--alpha 0.6 --debias_tracker", pge.Estimator("maskpro", 0.6, debias=True))])
 def test_advantages(learn, flags, estimator):
     """Of the losses that are logged, as the estimators make them (test_estimators.py)."""
     run = learn(f"{flags} --lr 0.3 --max_step 6")
@@ -121,7 +122,7 @@ def test_other_sparsity_types(learn, text_and_masks, n, m):
 
 def test_a_loss_that_is_not_finite_draws_another_mask_and_moves_no_logit(load, losses):
     masked, m0, _ = make(load(), magnitude=1.0)
-    learner = train.PolicyGradient(masked, torch.zeros(1, 2, 8, dtype=torch.int64), None, pge.Vanilla())
+    learner = train.PolicyGradient(masked, torch.zeros(1, 2, 8, dtype=torch.int64), None, pge.Estimator("vanilla"))
     losses[1] = lambda: math.nan
     assert not learner.step([0], 1.0).is_finite and masked.steps == 1
     masked.flush()

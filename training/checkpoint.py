@@ -140,6 +140,6 @@ class Checkpoints:
         for path in reversed(self.paths()):
             if is_whole(path):
                 return StateFile(path)
-            print(f"{path} is torn or damaged: the state before it is used", file=sys.stderr)
+            print(f"{path} is torn or damaged and passed over", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))  # a damaged one must not count as one of the newest
         return None

@@ -4,7 +4,7 @@
     attention, on CPU  PyTorch's fused kernel for CPUs takes ten times as long backward as forward; for sequences of
                        SHORT tokens and fewer, matrix products are faster and the probabilities no burden
 
-Both round otherwise than the model as it is, so nothing that is compared with another script's losses runs so.
+Both round otherwise than the model as it is, so sparsify.py's table and eval.py agree but for rounding.
 """
 from collections.abc import Callable
 from functools import partial

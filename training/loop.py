@@ -17,7 +17,7 @@ from utils import UserError, progress_bar
 import torch
 
 BAD_LOSSES = 3  # in a row end a run
-EVALUATIONS = 20  # of the layers and the held-out loss, in a run
+EVALUATIONS = 20  # of the share of blocks changed and of the held-out loss, in a run
 MANY = 0.01  # of the blocks without a finite gradient are worth a line
 RECENT = 20  # steps whose mean time says how many are to come
 
@@ -54,13 +54,13 @@ class Position:
     step: int = 0  # steps done
     minibatches: int = 0  # that the run has gone through
     progress: float = 0.0  # share of the run, 0 to 1
-    evaluations: int = 0  # of the layers and of the held-out loss
+    evaluations: int = 0  # of the share of blocks changed and of the held-out loss
     skipped: int = 0  # steps whose loss was not finite
     skipped_in_a_row: int = 0
     seconds: float = 0.0  # of the loop
     first_s: float = 0.0  # of the first step of a time budget, which compiles: progress counts from its end
     a_step_s: float | None = None  # of a recent step; None: not known yet
-    seconds_saving: float = 0.0  # of the loop, for states
+    seconds_saving: float = 0.0  # states
     log_bytes: int = 0
 
 
@@ -133,6 +133,7 @@ class Run:
             self._stop(received)
 
     def _stop(self, signal: int) -> None:
+        processes.log("\nstopping: the state is being saved; a second signal loses it")
         self.save()
         processes.log(f"stopped after step {self.step}, with its state saved")
         sys.exit(128 + signal)
@@ -172,8 +173,8 @@ class Run:
             heldout = self.validation.evaluate(self.step)
             line |= {"heldout": heldout} if self.validation.has_text else {}
         self.log.write(line)
-        improvement = "" if result.reference is None else f" ({result.reference - result.loss:+.4f} against m0)"
-        self._bar.set_postfix_str(f"loss {result.loss:.4f}{improvement}", refresh=False)
+        residual = "" if result.reference is None else f" ({result.loss - result.reference:+.4f} against m0)"
+        self._bar.set_postfix_str(f"loss {result.loss:.4f}{residual}", refresh=False)
 
     def _measure(self, seconds: float) -> None:
         """Progress and speed, so many seconds after the run's start."""
@@ -204,12 +205,12 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------- saved and restored
 
-    def restore(self, saved: StateFile | None, **parts) -> bool:
-        """Put the run, these parts of it included, where a state is; False: there is none, it starts.
+    def restore(self, **parts) -> bool:
+        """Put the run, these parts of it included, where its newest state is; False: there is none, it starts.
 
         parts: what has `state()`, (scalars, tensors), and `restore(scalars, read)`.
         """
-        self.parts = parts
+        self.parts, saved = parts, self.folder.newest_state()
         with processes.main_before_others():
             if saved:
                 self._restore(saved)

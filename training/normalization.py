@@ -1,6 +1,6 @@
-"""What J^T G is divided by before logits move by it, so that a step is a distance in logits, whatever the model's size
-and the loss's scale: clip(J^T G / (CLIP rms), +-1), the root mean square over the layer, a running mean over the
-minibatches in float32, of gradients in any unit. No state of the model's size.
+"""A logit moves by the step's size times clip(J^T G / (CLIP rms), +-1). rms is the root mean square of a layer's J^T G,
+from a running mean over earlier minibatches, in float32. So a step is a distance in logits, whatever the model's size
+and the loss's scale, and nothing of the model's size is kept.
 
 J^T G has heavy tails: a few weights that matter enormously, in all models, make most of its mean square. With CLIP well
 below 1 they go no faster than the many that matter a little.
@@ -34,7 +34,7 @@ class Normalization:
         """Before a backward pass whose step is `size`."""
         means = self.mean_squares
         factors = (means.clamp(min=1e-30).rsqrt() / CLIP).masked_fill(means.isnan(), 0.0)
-        scales = torch.stack([factors, torch.full_like(factors, size)], 1)
+        scales = torch.stack([factors, torch.full_like(factors, size), factors, factors], 1)  # 16 bytes apart, as keys
         self._scales = {device: scales.to(device) for device in self.masked.devices()}
         self._squares = {}
 

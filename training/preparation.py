@@ -11,10 +11,10 @@ from files.atomic import atomic_write
 from files.documents import are_questions
 from files.records import GENERATED
 from models import generation, processes
-from models.layers import find_layers, layers_to_mask
+from models.layers import find_layers
 from models.loading import Tokenizer, model_fingerprint
 from models.loss import batch_loss
-from pruning.channel_order import check_reorderable, search_and_reorder
+from pruning.channel_order import search_and_reorder
 from pruning.channels import apply_permutation
 from pruning.one_shot import OneShot, one_shot_masks
 from utils import UserError
@@ -114,13 +114,6 @@ def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: 
                 generation.write_text(folder / name, model, tokenizer, tokens, seqlen, batchsize,
                                       passages if number else [], seed + number, max_s * share,
                                       min(tokens, max(minibatch, math.ceil(FEWEST * minibatch * share))))
-
-
-def check_model(model: nn.Module, targets: list[str] | None, pattern: tuple[int, int], permute: bool) -> None:
-    """UserError where m0 or an order of the channels cannot be had of this model: before any text is generated."""
-    layers_to_mask(model, targets, pattern[1])
-    if permute:
-        check_reorderable(model)
 
 
 def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],

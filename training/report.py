@@ -1,4 +1,4 @@
-"""What sparsify.py tells at its end: perplexities, the share of the gap that was closed, time and memory by stage."""
+"""What runs tell at their end: a model card; of sparsify.py also perplexities, gap closed, time and memory by stage."""
 import math
 from pathlib import Path
 
@@ -50,10 +50,7 @@ def note_unchanged(summary: dict) -> str:
 
 
 def write(folder: Path, record: dict, summary: dict) -> str:
-    """Write report.json, a run's record with its table and summary; returns what is to be printed. The main process
-    has a summary; the others write nothing."""
-    if not summary:
-        return ""
+    """Write report.json, a run's record with its table and summary; returns what is to be printed."""
     write_json(folder / "report.json", {**record, "summary": summary})
     changed = f"{summary['blocks_changed']:,} of {summary['blocks']:,} blocks changed from m0"
     return (f"\n{perplexity_table(record['nats'])}\n\n{stage_table(record['stages'])}\n\n"

@@ -8,7 +8,7 @@ from models.loading import Tokenizer, devices_of
 from models.sharded_files import gathered
 from training import figures, report
 from training.loop import Run
-from utils import peak_memory
+from utils import peak_memory_bytes
 
 import torch
 from safetensors.torch import save_file
@@ -23,8 +23,8 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     masked, validation, folder = run.validation.masked, run.validation, run.folder.path
     logits, devices = masked.whole_logits() if saves_logits else {}, devices_of(masked.model)
     final, base = masked.finish(validation.bits), initial.model or run.folder.arguments["model"]
-    masks = {**initial.masks, **final}
     if processes.is_main():  # first what all the steps were for
+        masks = {name: final[name] if name in final else initial.masks[name] for name in initial.masks}
         mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, base,
                         run.folder.record["fingerprints"]["model"])
     if not skips_checkpoint:
@@ -55,11 +55,10 @@ def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_s
 def _summary(run: Run, devices: set[torch.device]) -> dict:
     position, validation = run.position, run.validation
     epoch = math.ceil(run.minibatches / processes.size())  # steps, each with a minibatch of every process
-    tail, memory = [line["loss"] for line in run.log.lines[-epoch:]], peak_memory(devices)
-    for stage in run.folder.record.get("stages", {}).values():  # each has counted anew
-        memory["peak_memory_bytes"] = max(memory["peak_memory_bytes"], stage["peak_memory_bytes"])
+    tail, stages = [line["loss"] for line in run.log.lines[-epoch:]], run.folder.record.get("stages", {})
+    peaks = [peak_memory_bytes(devices), *(stage["peak_memory_bytes"] for stage in stages.values())]  # counted anew
     summary = {"steps": position.step, "seconds": run.log.lines[-1]["seconds"],  # of the loop
-               "seconds_saving": round(position.seconds_saving, 2), **memory,
+               "seconds_saving": round(position.seconds_saving, 2), "peak_memory_bytes": max(peaks),
                "processes": processes.size(), "mask_of_step": position.step,
                "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped}
     if validation.bits:

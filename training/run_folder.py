@@ -52,13 +52,14 @@ class RunFolder:
         self._lock = None
 
     def __enter__(self):
+        here = self._here()  # takes seconds on a GPU; a folder that is killed meanwhile has nothing to go on with
         if not self.is_resumed and processes.is_main():
             self._make()
         try:
             if processes.is_main():
                 self._lock = lock(self.path)
             self.record = (read_record(self.path) if self.is_resumed else
-                           {"arguments": self.arguments, "environment": self._here()})
+                           {"arguments": self.arguments, "environment": here})
             if self.is_resumed and processes.is_main():
                 self._remove_leftovers()
             self.write_record()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from models import processes
 from training.run_folder import RunFolder
-from utils import checked_device, peak_memory, reset_peak_memory
+from utils import checked_device, peak_memory_bytes, reset_peak_memory
 
 import torch
 
@@ -37,7 +37,7 @@ class Stages:
         yield
         before = self.done.get(name, {"seconds": 0.0, "peak_memory_bytes": 0})
         seconds = max(before["seconds"], earlier_s) + time.monotonic() - began
-        peak = max(before["peak_memory_bytes"], peak_memory(self.devices)["peak_memory_bytes"])
+        peak = max(before["peak_memory_bytes"], peak_memory_bytes(self.devices))
         self.done[name] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak}
         self.folder.write_record()
         processes.log(f"[{name}] {seconds / 60:.1f} minutes, peak memory {peak / 2**30:.2f} GiB")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Minibatches to learn from, and the last ones, held out. UserError where none is left to learn from."""
-    heldout = math.ceil(fraction * len(minibatches))
+    heldout = math.ceil(round(fraction * len(minibatches), 9))  # 0.07 * 100 is a little more than 7
     if heldout == len(minibatches):
         raise UserError(f"--val_fraction {fraction} of {len(minibatches)} minibatches leaves none to learn from")
     return minibatches[:len(minibatches) - heldout], minibatches[len(minibatches) - heldout:]
@@ -66,5 +66,5 @@ class Validation:
         """From `state`."""
         self.loss, self.step, self.m0_loss = scalars["loss"], scalars["step"], scalars["m0_loss"]
         if self.step is not None:
-            self.bits = {name: read(name, layer.shard(layer.bits)).to(layer.bits.device)
+            self.bits = {name: read(name, layer.shard(layer.bits)).to(layer.bits.device, copy=True)
                          for name, layer in self.masked.layers.items()}
