@@ -34,7 +34,7 @@ from pruning.channels import apply_permutation, reorder
 from utils import (
     add_model_arguments,
     environment,
-    peak_memory,
+    peak_memory_bytes,
     positive_int,
     run_script,
     script_parser,
@@ -56,15 +56,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def search(args: argparse.Namespace) -> tuple[Found, dict]:
-    """What the search found, and the memory that it took."""
+def search(args: argparse.Namespace) -> tuple[Found, int]:
+    """What the search found, and the memory that it took, bytes."""
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     layers = layers_to_mask(model, None, args.sparsity_type[1])
     check_length(model, args.seqlen, "--seqlen")
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
     check_tokens(model, samples)
     return (search_and_reorder(model, layers, samples, args.sparsity_type, args.steps, args.seed),
-            peak_memory(devices_of(model)))
+            peak_memory_bytes(devices_of(model)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,8 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     started, summary = time.time(), {}
     if not args.order:
         refuse_existing(file, remedy)
-        found, memory = search(args)
-        summary = {"seconds": round(time.time() - started, 1), "shares": found.shares, **memory}
+        found, peak_bytes = search(args)
+        summary = {"seconds": round(time.time() - started, 1), "shares": found.shares,
+                   "peak_memory_bytes": peak_bytes}
         for kind, (before, after) in found.shares.items():
             print(f"{kind}: a {args.sparsity_type[0]}:{args.sparsity_type[1]} mask keeps {before:.4f} of the score in "
                   f"the model's order, {after:.4f} in the new one")
