@@ -1,6 +1,6 @@
 """What this code does on a GPU: whether it is right there, how fast it is, how much memory it takes.
 
-    python bench/gpu.py --json gpu.json               # all, about ten minutes on a card
+    python bench/gpu.py --json gpu.json               # all
     python bench/gpu.py --device cpu --quick          # the same measurements, small, without a card
     python bench/gpu.py --rows draws --budget_s 300   # only those whose names contain this, in five minutes
 

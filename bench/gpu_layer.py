@@ -36,6 +36,7 @@ class Layer:
         self.bits = mask_to_bits(mask).to(device)
         self.weight = torch.randn(shape, generator=generator).to(device, weight_dtype)
         self.gradient = torch.randn(shape, generator=generator).to(device, weight_dtype)
+        self.gradient.view(-1)[:2] = torch.tensor([torch.nan, torch.inf])  # a block that is not to move
         self.out = torch.empty_like(self.weight).view(-1)
         self.key = layer_keys(0, 7, 1)[0].to(device)
         self.coefficient = torch.tensor(0.7, device=device)
