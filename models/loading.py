@@ -105,7 +105,8 @@ def attention_of(config: transformers.PretrainedConfig) -> dict[str, str]:
     """The attention implementation of a model, under "", and of each of its parts, as `set_attn_implementation` takes
     them. Parts are named one by one because some, such as audio encoders, support only one implementation."""
     parts = {name: getattr(config, name) for name in getattr(config, "sub_configs", {})}
-    return {name: part._attn_implementation for name, part in {"": config, **parts}.items() if part}
+    found = {name: part._attn_implementation for name, part in {"": config, **parts}.items() if part}
+    return {name: implementation for name, implementation in found.items() if implementation}
 
 
 def read_config(source: str | Path, trusted: bool) -> transformers.PretrainedConfig:

@@ -63,12 +63,6 @@ def test_a_delta_sequence_by_hand():
     assert corrected == pytest.approx([0.0, -0.5 - 0.04 / 0.19, 2.0 - 0.236 / 0.271])
 
 
-def test_estimators_by_name():
-    made = {name: pge.Estimator(name, 0.9, True) for name in ("vanilla", "residual", "maskpro")}
-    assert [name for name, estimator in made.items() if estimator.needs_baseline] == ["residual", "maskpro"]
-    assert [name for name, estimator in made.items() if estimator.delta is not None] == ["maskpro"]
-
-
 @pytest.mark.parametrize("name", ["vanilla", "residual", "maskpro"])
 def test_each_goes_on_from_its_state(name):
     """Through JSON."""

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class MaskedLinear(torch.autograd.Function):
-    """x -> x W^T + bias, W the masked weight; its backward moves the layer's logits instead of returning dW."""
+    """x `[tokens, in]` -> x W^T + bias, W the masked weight; its backward moves the layer's logits, returning no dW."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, anchor: Tensor, layer: MaskedLayer, learner: "StraightThrough") -> Tensor:
@@ -50,7 +50,7 @@ class MaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.learner.masked.write(layer)  # other layers have used the buffer since
             input_gradient = upstream @ layer.scratch
-        ctx.learner.consume(layer, weight_gradient(upstream.flatten(0, -2), x.flatten(0, -2)))
+        ctx.learner.consume(layer, weight_gradient(upstream, x))
         return input_gradient, None, None, None
 
 
@@ -148,7 +148,8 @@ class StraightThrough:
     def _forward(self, layer: MaskedLayer, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return nn.functional.linear(x, layer.used, layer.module.bias)
-        return MaskedLinear.apply(x, self.anchor, layer, self)
+        # flat: autograd forbids a model to change what a function of ours returns in place where that is a view
+        return MaskedLinear.apply(x.flatten(0, -2), self.anchor, layer, self).unflatten(0, x.shape[:-1])
 
     def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
         """One layer's step, from df/dW `[out, in]` in any unit: it is measured by earlier ones. With several processes
