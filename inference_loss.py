@@ -2,7 +2,7 @@
 
     python inference_loss.py --dataset_size 512 --batchsize 32
     python inference_loss.py --model MODEL --mask initial_mask.safetensors --dataset text.jsonl
-    python inference_loss.py --model SPARSE_FOLDER --mask none      # the loss of a model as it is
+    python inference_loss.py --model SPARSE_FOLDER --mask none --save dense.npz    # of a model as it is
 
 One pass over each minibatch. Use the same --model, --mask and data flags for train.py; the file remembers them.
 """

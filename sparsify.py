@@ -5,7 +5,7 @@
     python sparsify.py --model MODEL --dataset text.jsonl questions.jsonl --sparsity_type 4:8
     python sparsify.py --resume results/RUN                                   # goes on with a run that was stopped
 
-    text      --dataset, of which questions make a quarter of the text; the model generates what is missing
+    text      --dataset, of which questions make a quarter at most; the model generates what is missing
               (models/generation.py), so that half of the text continues the passages of --after
     m0        --mask, or Wanda's mask on the same text; with --permute, channels are reordered before
     swaps     weights of a block change places while a layer's output comes closer to the dense one (pruning/swaps.py)

@@ -10,15 +10,16 @@
 #   for name in piqa arc_easy; do
 #       awk 'NR % 2' $name.jsonl > $name-odd.jsonl; awk 'NR % 2 == 0' $name.jsonl > $name-even.jsonl
 #   done
-#   HELDOUT=WIKITEXT VALUES="after both scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
+#   HELDOUT=WIKITEXT VALUES="after both maskpro scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
 # Other rows: half_hour and half_hour_permuted (run them alone); on the text and m0 of `both` scores_ste, maskllm and
 # susi, which take hours. STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not given.
 #
+# All commands for one OUT, results/reproduce-smollm2, must name the same HELDOUT, QUESTIONS and TASK_FILES, if any.
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
-# python reproduce/record.py $OUT --out reproduce/records/smollm2.json
+# python reproduce/record.py results/reproduce-smollm2 --out reproduce/records/smollm2.json
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
 maskpro_steps=${STEPS:-2000}
 : "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${STEPS:=280}"
