@@ -111,7 +111,7 @@ def whole(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
     """An int type for argparse: at least `lowest`, at most `highest`."""
     def number(text: str) -> int:
         if not text.isdigit() or not lowest <= int(text) <= highest:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {lowest} to {highest}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {lowest}, at most {highest}")
         return int(text)
     return number
 

@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-for python in .venv-lock/bin/python .venv/bin/python python; do
+for python in .venv-lock/bin/python .venv/bin/python python python3; do
     if [ -z "${PYTHON:-}" ] && command -v "$python" > /dev/null; then PYTHON=$python; fi
 done
 : "${DRY:=0}" "${DEMO:=0}" "${SMALL:=0}" "${RECORD:=$SMALL}" "${SQLEN:=128}"
@@ -129,6 +129,7 @@ learn() {  # learn SCRIPT RUN FLAGS...: RUN/mask.safetensors, evaluated on the o
 learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's losses cached, or of a second forward pass
     # in the environment: AS, for its name, FURTHER flags of train.py, and TRAIN in place of it
     local minibatches=(--dataset_size "$2" --batchsize "$(($2 < BATCHSIZE ? $2 : BATCHSIZE))")
+    [ -z "${FURTHER:-}${TRAIN:-}" ] || [ -n "${AS:-}" ] || stop "give AS=NAME, the name of runs with FURTHER or TRAIN"
     local source baseline=$folder/baseline-size$2.npz run=$1${AS:+-$AS}-size$2-lr$3-logits$4-steps$STEPS
     initial_mask
     if [ "${5:-cached}" = online ]; then
@@ -145,7 +146,7 @@ learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's loss
 
 ours() {  # this project's own method, by backward passes, in the dtype that sparsify.py chooses
     initial_mask
-    learn sparsify.py "$folder/sparsify-steps$STEPS" --steps "$STEPS" --distill 1
+    learn sparsify.py "$folder/sparsify-steps$STEPS$(of_seed)" --steps "$STEPS" --distill 1 --seed "$SEED"
 }
 
 table() {  # table NAME: of the rows so far, to NAME/table.md

@@ -79,9 +79,9 @@ def write_text(train: Path, heldout: Path) -> None:
                 passage = ""
     random.Random(0).shuffle(passages)
     with atomic_write(train) as beside:
-        beside.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages))
+        beside.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages), encoding="utf-8")
     with atomic_write(heldout) as beside:
-        beside.write_text("\n\n".join(speech.strip() for speech in speeches[9::10]))
+        beside.write_text("\n\n".join(speech.strip() for speech in speeches[9::10]), encoding="utf-8")
 
 
 def script(*arguments: object) -> None:
@@ -120,7 +120,7 @@ def ours(text: object, heldout: object, quick: bool) -> list[list[str]]:
     excerpt = RUN / "messages.txt"
     excerpt.write_text((ROOT / heldout).read_text(encoding="utf-8")[:EXCERPT], encoding="utf-8")
     budget = ["--minutes", 4, "--ppl", excerpt.relative_to(ROOT)]
-    if quick:  # of one layer; the others keep Wanda's mask
+    if quick:  # of one layer; the others stay dense
         budget = ["--steps", 3, "--dataset", text, "--targets", "layers.0.mlp.down", "--seqlen", 32]
     script("sparsify.py", "--model", "demo/model", *budget, "--skip_checkpoint",
            "--out", (RUN / "sparsify").relative_to(ROOT))

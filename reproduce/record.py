@@ -78,7 +78,10 @@ def make_record(folder: Path) -> dict:
             seed = {key: evaluation[key] for key in ("nats", "ppl", "text", "windows", "seqlen", "dtype",
                                                      "fingerprint", "environment")}
         if "mean_acc" in evaluation:
-            seed["mean_acc"] = evaluation["mean_acc"]
+            seed |= {"mean_acc": evaluation["mean_acc"],
+                     "tasks": {name: task["source"] for name, task in evaluation["tasks"].items()}}
+        if rows and not same_items(seed, rows["dense"][0]):
+            raise UserError(f"{file} was evaluated on other tokens or items than dense.json: evaluate both anew")
         if file.with_suffix("").is_dir() and (file.with_suffix("") / "run.json").exists():
             seed["run"] = read_run(file.with_suffix(""))
             given = seed["run"]["arguments"]
@@ -96,13 +99,18 @@ def make_record(folder: Path) -> dict:
             "rows": rows}
 
 
+def same_items(seed: dict, other: dict) -> bool:
+    """Were both evaluated on the same tokens and, where both know their items, on these?"""
+    return all(seed[key] == other[key] for key in ("fingerprint", "tasks") if key in seed and key in other)
+
+
 def added(old: dict, new: dict) -> dict:
-    """A record and what was made since. UserError where they are of other files, or evaluated on other tokens."""
+    """A record and what was made since. UserError where they are of other files, or evaluated on others."""
     for name, digest in new["sha256"].items():
         if old["sha256"].get(name, digest) != digest and not name.endswith(GENERATED):
             raise UserError(f"{name} is not the one of that record: give another --out")
-    if old["rows"]["dense"][0]["fingerprint"] != new["rows"]["dense"][0]["fingerprint"]:
-        raise UserError("that record was evaluated on other tokens: give another --out")
+    if not same_items(old["rows"]["dense"][0], new["rows"]["dense"][0]):
+        raise UserError("that record was evaluated on other tokens or items: give another --out")
     if "mean_acc" in old["rows"]["dense"][0] and "mean_acc" not in new["rows"]["dense"][0]:
         raise UserError("that record has accuracies, and these results have none: give TASK_FILES, or another --out")
     rows = dict(old["rows"])

@@ -144,6 +144,7 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
         for name in (*GENERATED, "initial_mask.safetensors"):
             if Path(like, name).exists():
                 shutil.copy(Path(like, name), folder.path)
+        folder.write_record()  # so that a run that is stopped from here on goes on
     further = {"steps": args.steps} if method == "proxsparse" else {}
     learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further), args.steps)
     sparsify.sparsify(args, device, folder, signals, learner.of, learner.start)

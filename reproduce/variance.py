@@ -74,7 +74,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=positive_int, default=512, help="masks drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", default=None, help="JSON file to write")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.samples % GROUPS:
+        parser.error(f"--samples {args.samples} is no multiple of {GROUPS}")
+    return args
 
 
 class Collected:

@@ -4,6 +4,7 @@ from itertools import count
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # but in tests of the compiler, see `compiler`
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bench/gpu.py is for these
 
 import train
 from files import mask_files
@@ -13,6 +14,7 @@ from models.layers import find_layers
 from models.loading import model_fingerprint
 
 import datasets
+import hypothesis
 import pytest
 import tiny
 import torch
@@ -23,6 +25,8 @@ from quizzes import hf_model, make_folder
 from runs import VANILLA, arguments, raises, run_train
 from torch.utils import collect_env
 
+hypothesis.settings.register_profile("the same examples in every run", derandomize=True)
+hypothesis.settings.load_profile("the same examples in every run")
 collect_env.get_pretty_env_info = str  # the harness asks at each evaluation, and it runs pip, which takes a second
 
 

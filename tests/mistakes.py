@@ -71,6 +71,8 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     edited(w / "llama", w / "inf", lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(torch.inf))
     for name, file, content in [("no_config", "config.json", None), ("bad_config", "config.json", b"{"),
                                 ("other_config", "config.json", b'{"model_type": "nonsense"}'),
+                                ("quantised", "config.json",
+                                 b'{"model_type": "llama", "quantization_config": {"bits": 4}}'),
                                 ("kernel", "config.json", b'{"model_type": "llama", "_attn_implementation": "a/b"}'),
                                 ("no_tokenizer", "tokenizer.model", None), ("no_weights", "model.safetensors", None),
                                 ("bad_weights", "model.safetensors", b"nonsense")]:
@@ -108,6 +110,8 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     (w / "torn.json").write_text('{"sparsity_type":')
     (w / "run").mkdir()
     (w / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.5, "baseline": 3.6}) + "\n")
+    (w / "unfinished").mkdir()
+    (w / "unfinished" / "run.json").write_text("{}")
     (w / "standing").mkdir()
     for name in ("standing.json", "standing.npz", "standing.safetensors", "standing.png", "standing/file"):
         (w / name).write_text("stands")

@@ -69,6 +69,8 @@ MODELS = [
         "bad_config", "other_config", "no_weights", "bad_weights")],
     ("inference_loss", "--model {w}/no_tokenizer", "there is no tokenizer in", "no_tokenizer: copy the base model's"),
     ("inference_loss", "--model {w}/few_weights", "few_weights has no weights for model.norm.weight", "restore it"),
+    ("prune", "--model {w}/quantised", "quantised", "its weights are quantised; give the model that it was made from"),
+    ("eval", "--model {w}/unfinished", "unfinished has no sparse model", "give its base model, with --mask"),
     ("prune", "--model {w}/kernel", "config.json names a/b of the Hub", "--trust_remote_code if you trust"),
     ("prune", "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
     ("alone", "--model {w}/few_rows --dataset {w}/text.jsonl", "the tokenizer makes token", "32 embeddings", "its own"),

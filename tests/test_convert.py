@@ -117,11 +117,3 @@ def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path, kind)
                       f"--save {tmp_path}/{name}.json".split())
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     assert first["ppl"] == second["ppl"]
-
-
-@pytest.mark.parametrize("mask, words", [("gpt2", "another model: transformer.h.0"), ("other", "embeddings")])
-def test_apply_mask_refuses_another_models(w, mask, words):
-    model = dense(w, "llama")
-    with pytest.raises(UserError, match=words):
-        apply_mask(model, w / f"{mask}.safetensors")
-    assert same_bits(model, dense(w, "llama"))

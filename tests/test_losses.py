@@ -3,7 +3,6 @@ import json
 import math
 
 import train
-from files import mask_files
 from training import checkpoint
 from utils import UserError
 
@@ -38,15 +37,3 @@ def test_three_in_a_row_stop_the_run_with_its_last_good_state(workshop, tmp_path
             assert after.file.get_tensor(name).isfinite().all()
     train.main(["--resume", str(run)])
     assert steps_of(run) == [1, 2, 6]
-
-
-def test_the_best_mask_of_a_run_that_diverges_is_delivered(workshop, tmp_path, losses):
-    heldout = dict(zip([1, 3, 5, 7, 9, 11, 13], [3.0, 2.0, 3.1, 3.2, 3.3, 3.4, 3.5]))  # m0, then after each step
-    losses.update({count: lambda value=value: value for count, value in heldout.items()})
-    train.main(arguments(workshop, tmp_path / "run", f"{VANILLA} --val_fraction 0.2 --lr 3"))
-    summary = json.loads((tmp_path / "run/run.json").read_text())["summary"]
-    assert summary["mask_of_step"] == 1 and summary["heldout_loss"] == 2.0
-    losses.update({14: lambda: 3.0, 16: lambda: 2.0})  # m0 and after the first step again
-    train.main(arguments(workshop, tmp_path / "one", f"{VANILLA} --val_fraction 0.2 --lr 3 --max_step 1"))
-    one, delivered = (mask_files.load(tmp_path / name / "mask.safetensors").masks for name in ("one", "run"))
-    assert all(torch.equal(one[name], mask) for name, mask in delivered.items())

@@ -166,11 +166,15 @@ def test_a_record_and_its_table_are_over_seeds(tmp_path, monkeypatch, capsys):
     (tmp_path / "text").write_text("another text")
     with pytest.raises(UserError, match="text is not the one of that record"):
         record.main(["out", "--out", "out/record.json"])
+    wanda = tmp_path / "out/1of4/wanda.json"
+    wanda.write_text(wanda.read_text().replace('"fingerprint": "text"', '"fingerprint": "another"'))
+    with pytest.raises(UserError, match=r"wanda\.json was evaluated on other tokens or items than dense\.json"):
+        record.main(["out"])
 
 
 def test_the_docs_say_what_the_records_say(tmp_path, monkeypatch):
     for page in tables.PAGES:
-        text = (ROOT / page).read_text()
+        text = (ROOT / page).read_text(encoding="utf-8")
         assert tables.rendered(text) == text, f"{page} is other than the records: run python reproduce/tables.py"
     falsified = text.replace("| small |", "| large |")
     assert falsified != text and tables.rendered(falsified) == text

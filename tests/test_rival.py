@@ -7,7 +7,7 @@ from utils import UserError
 import pytest
 import torch
 from launched import ROOT
-from runs import column, read_run
+from runs import column, raises, read_run
 
 sys.path.insert(0, str(ROOT / "reproduce"))
 import rival
@@ -31,9 +31,12 @@ def test_a_rival_in_the_place_of_our_learner(workshop, tmp_path, monkeypatch, me
                   f"--steps 6 --checkpoint_every 3 --skip_checkpoint --out {ours}".split())
     rival.main([method, *like, f"{tmp_path}/whole"])
     move, calls = rival.Rival.move, iter(range(3))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sparsify, "load", raises(KeyboardInterrupt))
+        rival.main([method, *like, f"{tmp_path}/run"])
     with monkeypatch.context() as patch, pytest.raises(StopIteration):
         patch.setattr(rival.Rival, "move", lambda *given: (next(calls), move(*given))[1])
-        rival.main([method, *like, f"{tmp_path}/run"])
+        rival.main([method, "--resume", f"{tmp_path}/run"])
     rival.main([method, "--resume", f"{tmp_path}/run"])
     whole, run = (read_run(tmp_path / name) for name in ("whole", "run"))
     assert list(ours.glob("generated*")) and whole.record["fingerprints"] == read_run(ours).record["fingerprints"]
