@@ -25,7 +25,7 @@ demo: $(VENV)/.demo-ready
 lint: $(VENV)/.test-ready
 	$(VENV)/bin/ruff check .
 
-# What reproduce/ takes where it is there: the versions that a number was made with.
+# What reproduce/ takes where it is there: the versions that a number was made with (Python 3.11 or later).
 reproduce-env: .venv-lock/.ready
 
 .venv-lock/.ready: requirements-lock.txt

@@ -160,11 +160,11 @@ class MaskedModel:
     def use_masks(self, bits: Bits) -> Iterator[None]:
         """Inside, the model is masked by these `bits`, and none is drawn."""
         self.flush()
-        self._used = bits
+        before, self._used = self._used, bits
         try:
             yield
         finally:
-            self._used = None
+            self._used = before
 
     @contextmanager
     def use_dense(self) -> Iterator[None]:

@@ -51,8 +51,8 @@ def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str,
 
 
 def layers_to_mask(model: nn.Module, targets: list[str] | None, m: int) -> dict[str, nn.Module]:
-    """`find_layers`, each of which can be masked in blocks of M. UserError for one that cannot, and where there are no
-    targets for fused experts, which would be left out in silence."""
+    """`find_layers`, each of which can be masked in blocks of M. UserError for one that cannot, for two that share a
+    weight, and where there are no targets for fused experts, which would be left out in silence."""
     layers = find_layers(model, targets)
     experts = [(name, tuple(p.shape)) for name, p in model.named_parameters()
                if name.removesuffix(".weight") not in layers
@@ -63,6 +63,11 @@ def layers_to_mask(model: nn.Module, targets: list[str] | None, m: int) -> dict[
                         "self_attn, and the experts stay dense")
     if not layers:
         raise UserError("the model has no nn.Linear or Conv1D layer to mask; give one that is not quantised")
+    owners: dict[int, str] = {}
+    for name, module in layers.items():
+        if (owner := owners.setdefault(id(module.weight), name)) != name:
+            raise UserError(f"{owner} and {name} share a weight, which cannot have two masks; name other layers with "
+                            "--targets")
     check_divisible(layers, m)
     return layers
 

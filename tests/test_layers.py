@@ -79,6 +79,14 @@ def test_fused_experts_are_refused_clearly_and_the_rest_can_be_named(tmp_path):
     assert len(layers_to_mask(model, ["self_attn"], 4)) == 8
 
 
+def test_layers_that_share_a_weight_are_refused(load):
+    model = load()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(UserError, match=r"layers.0.mlp.up_proj and model.layers.1.mlp.up_proj share a weight"):
+        layers_to_mask(model, None, 4)
+    assert len(layers_to_mask(model, ["self_attn"], 4)) == 8
+
+
 def test_check_divisible(load):
     layers = find_layers(load("gpt2"))
     with pytest.raises(UserError, match=r"M = 5 does not divide the 64 input features of transformer.h.0.attn.c_attn"):
