@@ -197,4 +197,4 @@ class Estimator:
 
     def restore(self, scalars: dict, read: object = None) -> None:
         """From `state`; there are no tensors to read."""
-        self.delta, self.steps = scalars["delta"], scalars["steps"]
+        self.delta, self.steps = scalars.get("delta"), scalars.get("steps", 0)  # older states may have none

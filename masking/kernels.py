@@ -7,8 +7,8 @@
 It is plain PyTorch, element-wise over blocks: logits are kept as M planes `[blocks]` and a mask as the bits of one
 integer a block (bit i set: weight i is kept), so `torch.compile` turns it into a single loop, C++ on a CPU and Triton
 on a GPU, that touches every byte once. Without a compiler the same functions run eagerly. Where a block of weights is
-not 8 bytes (16-bit at M = 4, float32 at M = 2), the mask is drawn in one loop and the weight written in another: one
-loop would need temporaries.
+not 8 bytes (in 16 bits at M = 4 it is), the mask is drawn in one loop and the weight written in another: one loop
+would need temporaries.
 
 `Kernels` has the passes of one space and N:M: update, draw, vjp, write, and mode.
 """

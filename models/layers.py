@@ -27,7 +27,7 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Module]:
-    """Name -> module of every nn.Linear and Conv1D but the output head and routers of experts, in model order.
+    """Name -> module of every nn.Linear and Conv1D that does not stay dense (DENSE, heads), in model order.
 
     `targets` keep the layers whose name contains one of them; a target that no name contains is a regular expression.
     UserError for a target that matches nothing.

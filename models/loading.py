@@ -13,7 +13,7 @@ from utils import DTYPES, UserError, checked_device, fast_dtype, reuse_freed_mem
 
 import torch
 import transformers
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import nn
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
@@ -84,8 +84,10 @@ def local_folder(model: str) -> str | Path:
 def explained(model: str) -> Iterator[None]:
     """Turns whatever the libraries find wrong with a model into one line."""
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()  # of reading weights; it takes those of downloads with it
-    enable_progress_bars()
+    hidden = are_progress_bars_disabled()  # of downloads, which the next line would hide with that of reading weights
+    transformers.utils.logging.disable_progress_bar()
+    if not hidden:
+        enable_progress_bars()
     hub = "" if Path(model).expanduser().exists() else " or a hub id (gated: first `hf auth login`)"
     with errors.explained(f"--model {model}", f"give the folder of a causal LM{hub}"):
         yield

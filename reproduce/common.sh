@@ -9,7 +9,7 @@
 # relative to the root of the repository.
 #
 # PYTHON is by default that of .venv-lock, the exact versions of requirements-lock.txt, which `make reproduce-env`
-# installs; without that folder it is that of .venv (`make demo`; no accuracies, no scipy), or else `python`.
+# installs; without that folder it is that of .venv (`make demo`; no accuracies, no scipy), or else `python`, `python3`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -36,7 +36,8 @@ else
     : "${TASKS:=hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --tasks "$TASKS" --tasks_no_bos)  # no BOS, as in older figures
 fi
-# the sequential pass: later layers are calibrated on the pruned earlier ones, as in Wanda's and SparseGPT's own code
+# the sequential pass: later layers are calibrated on the pruned earlier ones, where Wanda's and SparseGPT's own code
+# measures a decoder block before it prunes its layers
 calibration=(--dataset "$TRAIN_TEXT" --nsamples "$NSAMPLES" --seqlen "$CALIBRATION_SEQLEN"
     ${SEQUENTIAL---true_sequential})
 rows=() planned=" "  # the table's records; outputs made or, with DRY=1, printed by now
