@@ -140,6 +140,8 @@ ARGUMENTS = [
     *[("train", f"--{name} {value}", f"--{name}", value)
       for name, value in (("lr", "-1"), ("lr", "nan"), ("logits", "-1"), ("alpha", "1.0"), ("val_fraction", "nan"))],
     ("train", "--space pattern --sparsity_type 8:16", "12870 logits a block of 8:16; use --space linear"),
+    *[("train", f"--checkpoint_every {every}", "such as 10m") for every in ("0", "0m", "-1", "5s", "m", "1.5", "nan")],
+    ("prune", "--prune_method sparsegpt --swaps 3", "--swaps improves a mask of unchanged weights"),
     ("prune", f"--seed {10**30}", "--seed"),
     ("train", "--sparsty_type 2:4", "--sparsty_type", "is --sparsity_type meant?"),
     (list(SCRIPTS), "--nonsense", "--nonsense")]

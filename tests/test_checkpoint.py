@@ -1,6 +1,5 @@
 """The states that a run saves (training/checkpoint.py): whole or refused, and when they are due."""
 
-import train
 from training import checkpoint
 from utils import UserError
 
@@ -43,10 +42,3 @@ def test_when_a_state_is_due(tmp_path):
     assert not by_time.due(20, 31 + 99) and by_time.due(20, 31 + 101)  # two seconds are 2 % of a hundred
     by_time.cost_s = 0.1
     assert by_time.due(20, 31 + 6, last=True) and not by_time.due(20, 31 + 4, last=True)
-
-
-@pytest.mark.parametrize("every", ["0", "0m", "-1", "5s", "m", "", "1.5", "nan"])
-def test_intervals_that_are_none(every, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--checkpoint_every", every])
-    assert stop.value.code == 2 and "such as 10m" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from utils import UserError
 import numpy as np
 import pytest
 import torch
-from masked import random_mask
+from masked import random_mask, same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -39,10 +39,6 @@ def write_by_hand(folder, layers):
     arrays = {f"{name}.weight.mask": np.packbits(mask.numpy().astype(bool)) for name, mask in layers.items()}
     np.savez_compressed(folder / "mask.npz", **arrays)
     return folder / "mask", folder / "mask.npz"
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == torch.bool for k in a)
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
