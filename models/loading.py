@@ -34,6 +34,7 @@ def load_model(model: str, dtype: str | None = None, device: str | None = None,
         found.to(device)
     if device.startswith("cpu"):
         reuse_freed_memory()
+    processes.wait_for_all()  # one may have to fetch it
     return found, tokenizer
 
 

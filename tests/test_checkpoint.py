@@ -41,4 +41,4 @@ def test_when_a_state_is_due(tmp_path):
     by_time.step, by_time.saved_at, by_time.cost_s = 9, 31, 2.0
     assert not by_time.due(20, 31 + 99) and by_time.due(20, 31 + 101)  # two seconds are 2 % of a hundred
     by_time.cost_s = 0.1
-    assert by_time.due(20, 31 + 6, last=True) and not by_time.due(20, 31 + 4, last=True)
+    assert by_time.due(20, 31 + 0.2, last=True) and not by_time.due(20, 31 + 0.05, last=True)

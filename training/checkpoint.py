@@ -38,7 +38,8 @@ def aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def give_shards(tensors: dict[str, Tensor]) -> None:
     """Send this process's parts of the sharded tensors, which are DTensors, to the main process, which saves them."""
     for tensor in aligned(tensors).values():
-        whole(tensor)
+        if whole(tensor).is_cuda:  # no further ahead of the main process's disk: nccl's patience ends
+            torch.cuda.current_stream().synchronize()
 
 
 def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
@@ -117,11 +118,18 @@ class Checkpoints:
 
     def due(self, step: int, seconds: float, last: bool = False) -> bool:
         """Is it time to save, after so many steps and seconds of the run? With `every` in minutes saving takes at most
-        MOST_SHARE of the run's time. `last`: the run ends here; if it has a state, the minutes need not have passed."""
+        MOST_SHARE of the run's time. `last`: the run ends here; if it has a state, a new one is due that takes less
+        time than to come here from that."""
         if self.steps:
             return last or step % self.steps == 0
         waited = seconds - self.saved_at
-        return waited * MOST_SHARE >= self.cost_s and (waited >= 60 * self.minutes or (last and self.step))
+        if last and self.step:
+            return waited >= self.cost_s
+        return waited * MOST_SHARE >= self.cost_s and waited >= 60 * self.minutes
+
+    def path(self, step: int) -> Path:
+        """Of the state after so many steps."""
+        return self.folder / f"step{step:08d}.safetensors"
 
     def paths(self) -> list[Path]:
         """The states that are there, oldest first."""
@@ -130,7 +138,7 @@ class Checkpoints:
     def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor]) -> None:
         """Save the state after so many steps and seconds of the run, then remove the oldest states beyond KEPT."""
         started = time.monotonic()
-        save(self.folder / f"step{step:08d}.safetensors", scalars, tensors)
+        save(self.path(step), scalars, tensors)
         for path in self.paths()[:-KEPT]:
             path.unlink()
         self.step, self.saved_at, self.cost_s = step, seconds, time.monotonic() - started

@@ -27,6 +27,7 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
         masks = {name: final[name] if name in final else initial.masks[name] for name in initial.masks}
         mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, base,
                         run.folder.record["fingerprints"]["model"])
+    processes.wait_for_main()
     if not skips_checkpoint:
         card = report.model_card(base, run.folder.arguments, len(initial.masks), f"{initial.n}:{initial.m}",
                                  str(masked.model.dtype), nats)

@@ -10,6 +10,7 @@ step and no text, leaves nothing.
 """
 import errno
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -135,8 +136,12 @@ class RunFolder:
         """The newest state that is whole, of a run that goes on; None: it starts."""
         if not self.is_resumed:
             return None
-        with processes.main_before_others():
-            return self.checkpoints.newest()
+        found = None
+        with processes.main_before_others():  # which alone reads it all, and decides
+            if processes.is_main():
+                found = self.checkpoints.newest()
+        step = processes.agreed(found.scalars["position"]["step"] if found else math.nan)
+        return found if processes.is_main() or math.isnan(step) else StateFile(self.checkpoints.path(int(step)))
 
     def finish(self, summary: dict) -> None:
         """The last of a run's files, which says that all others are whole."""
