@@ -29,8 +29,8 @@ from files.records import write_json
 from models.layers import layers_to_mask
 from models.loading import check_length, devices_of, load_model, model_fingerprint
 from models.loss import check_tokens
-from pruning.channel_order import STEPS, Found, search_and_reorder
-from pruning.channels import apply_permutation, reorder
+from pruning.channel_order import STEPS, search_and_reorder
+from pruning.channels import Orders, apply_permutation, reorder
 from utils import (
     add_model_arguments,
     environment,
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument("--order", default=None, help="permutation file to apply, instead of a search")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M of the masks to come")
+    parser.add_argument("--sparsity_type", type=sparsity_type, default="2:4", help="N:M of the masks to come")
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
     parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence")
@@ -56,15 +56,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def search(args: argparse.Namespace) -> tuple[Found, int]:
-    """What the search found, and the memory that it took, bytes."""
+def search(args: argparse.Namespace) -> tuple[Orders, dict]:
+    """Orders of the channels, and what the search says of them and of itself."""
+    started = time.time()
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     layers = layers_to_mask(model, None, args.sparsity_type[1])
     check_length(model, args.seqlen, "--seqlen")
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
     check_tokens(model, samples)
-    return (search_and_reorder(model, layers, samples, args.sparsity_type, args.steps, args.seed),
-            peak_memory_bytes(devices_of(model)))
+    orders, shares = search_and_reorder(model, layers, samples, args.sparsity_type, args.steps, args.seed)
+    for kind, (before, after) in shares.items():
+        print("{}: a {}:{} mask keeps".format(kind, *args.sparsity_type),
+              f"{before:.4f} of the score in the model's order, {after:.4f} in the new one")
+    return orders, {"seconds": round(time.time() - started, 1), "shares": shares,
+                    "peak_memory_bytes": peak_memory_bytes(devices_of(model))}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,18 +81,13 @@ def main(argv: list[str] | None = None) -> None:
     started, summary = time.time(), {}
     if not args.order:
         refuse_existing(file, remedy)
-        found, peak_bytes = search(args)
-        summary = {"seconds": round(time.time() - started, 1), "shares": found.shares,
-                   "peak_memory_bytes": peak_bytes}
-        for kind, (before, after) in found.shares.items():
-            print(f"{kind}: a {args.sparsity_type[0]}:{args.sparsity_type[1]} mask keeps {before:.4f} of the score in "
-                  f"the model's order, {after:.4f} in the new one")
+        orders, summary = search(args)
     model, tokenizer = load_model(args.model, "checkpoint", "cpu", trust_remote_code=args.trust_remote_code)
     fingerprint = model_fingerprint(model)
     if args.order:
         apply_permutation(model, args.order)
     else:
-        reorder(model, found.orders)
+        reorder(model, orders)
     order = nullcontext() if args.order else atomic_write(file)
     with order as beside_order, atomic_write(out) as beside:
         model.save_pretrained(beside)
@@ -95,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(beside / "permute.json", {"arguments": vars(args), "environment": environment(args.device),
                                              "summary": summary})
         if beside_order:
-            permutation_files.save(beside_order, permutation_files.PermutationFile(found.orders, args.model,
-                                                                                   fingerprint))
+            permutation_files.save(beside_order, orders, args.model, fingerprint)
     print(f"reordered model -> {out}, order {'from' if args.order else '->'} {args.order or file} "
           f"({time.time() - started:.0f} s)")
 

@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument("--prune_method", choices=METHODS, default="wanda", help="how to choose the weights that stay")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M, keep N of every M weights")
+    parser.add_argument("--sparsity_type", type=sparsity_type, default="2:4", help="N:M, keep N of every M weights")
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
     parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence")

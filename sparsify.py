@@ -49,7 +49,7 @@ from utils import (
     DTYPES,
     UserError,
     add_model_arguments,
-    finite,
+    number,
     positive_int,
     run_script,
     script_parser,
@@ -78,15 +78,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--batchsize", type=positive_int, default=8, help="sequences in a step of each process")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=finite(0.01), default=None,
+    budget.add_argument("--minutes", type=number(float, 0.01), default=None,
                         help="for everything (default: 30)")
     budget.add_argument("--steps", type=positive_int, default=None, help="of learning, in place of minutes")
     arguments.add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true", help="first reorder channels, so that masks keep more")
-    parser.add_argument("--lr", type=finite(0), default=0.8,
+    parser.add_argument("--lr", type=number(float, 0), default=0.8,
                         help="size of the steps: how far, in logits, all of them would move a logit by pure noise")
-    parser.add_argument("--logits", type=finite(0), default=4.0, help="C: scale of the first logits")
-    parser.add_argument("--distill", type=finite(0, 1), default=None,
+    parser.add_argument("--logits", type=number(float, 0), default=4.0, help="C: scale of the first logits")
+    parser.add_argument("--distill", type=number(float, 0, 1), default=None,
                         help="share of the loss that compares with the dense model's predictions, not with the text "
                              "(default: 1 on text that it generates, 0.5 on --dataset)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time a step")

@@ -80,8 +80,6 @@ def script_parser(docstring: str) -> argparse.ArgumentParser:
         def _get_help_string(self, action: argparse.Action) -> str:
             if action.default is None or action.default is False or "default:" in action.help:
                 return action.help
-            if isinstance(action.default, tuple):
-                return f"{action.help} (default: {':'.join(map(str, action.default))})"
             return super()._get_help_string(action)
     parser = Parser(description=docstring, formatter_class=Formatter)
     parser.add_argument("--version", action="version", version=f"MaskPro {VERSION}")
@@ -96,27 +94,18 @@ def sparsity_type(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def finite(lowest: float, highest: float = sys.float_info.max) -> Callable[[str], float]:
-    """A float type for argparse: finite, at least `lowest` and at most `highest`."""
-    def number(text: str) -> float:
-        value = float(text)
-        if not lowest <= value <= highest:
-            upto = f" and at most {highest:g}" if highest < sys.float_info.max else ""
-            raise argparse.ArgumentTypeError(f"'{text}' is not a finite number of at least {lowest:g}{upto}")
-        return value
-    return number
+def number(kind: type, lowest: float, highest: float = 2**63 - 1) -> Callable[[str], float]:
+    """A type for argparse: int or float, of at least `lowest` and at most `highest`."""
+    def parsed(text: str) -> float:
+        with suppress(ValueError):
+            if lowest <= kind(text) <= highest:
+                return kind(text)
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"'{text}' is not a {whole}number of at least {lowest:g}, at most {highest:g}")
+    return parsed
 
 
-def whole(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
-    """An int type for argparse: at least `lowest`, at most `highest`."""
-    def number(text: str) -> int:
-        if not text.isdigit() or not lowest <= int(text) <= highest:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {lowest}, at most {highest}")
-        return int(text)
-    return number
-
-
-positive_int, sequence_length = whole(1), whole(2)  # a sequence has at least a token, and one to predict from it
+positive_int, sequence_length = number(int, 1), number(int, 2)  # a token, and one to predict from it, at least
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model: str = LLAMA2, dtype: str | None = None,
@@ -131,7 +120,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model: str = LLAMA2, dt
                         help="cpu, cuda, cuda:1 ...; auto: spread layers over all GPUs"
                              + ("" if device else " (default: cuda if there is one)"))
     if is_random:
-        parser.add_argument("--seed", type=whole(0), default=0, help="of every random choice")
+        parser.add_argument("--seed", type=number(int, 0), default=0, help="of every random choice")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings or names")
 
 

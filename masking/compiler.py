@@ -24,8 +24,7 @@ def _allow_shapes() -> None:
     """Set torch's limit, which from torch 2.13 on belongs to a thread: backward has threads of its own on a GPU."""
     if not getattr(_thread, "allowed", False):
         config = torch._dynamo.config
-        name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
-        setattr(config, name, max(getattr(config, name), MOST_SHAPES))
+        config.cache_size_limit = max(config.cache_size_limit, MOST_SHAPES)  # since torch 2.7 of recompile_limit
         _thread.allowed = True
 
 

@@ -73,14 +73,15 @@ def apply_mask(model: nn.Module, file: str | Path) -> nn.Module:
     return model
 
 
-def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int, int]:
-    """Mask of the weights that are not zero, bool `[out, in]`; the number of blocks with more, and with fewer."""
+def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int]:
+    """Mask of the weights that are not zero, bool `[out, in]`, at most N of each M; how many blocks with fewer it fills
+    up."""
     kept = (weight != 0).reshape(-1, m)
     counts = kept.sum(1)
     short = counts < n
     missing = (n - counts[short])[:, None]
     kept[short] |= ~kept[short] & ((~kept[short]).cumsum(1) <= missing)
-    return kept.view(weight.shape), int((counts > n).sum()), int(short.sum())
+    return kept.view(weight.shape), int(short.sum())
 
 
 def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None) -> float:
@@ -97,5 +98,6 @@ def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None
                 broken.append(f"{name} ({crowded} blocks)")
     if broken:
         raise UserError(f"{len(broken)} of {len(layers)} layers are not {pattern[0]}:{pattern[1]} sparse, {broken[0]} "
-                        "among them; check --sparsity_type, or name the sparse layers with --targets")
+                        "among them; check --sparsity_type, name the sparse layers with --targets, or prune them with "
+                        "prune.py")
     return kept / total

@@ -51,9 +51,8 @@ class PatternSpace:
         self.n, self.m, self.width = n, m, comb(m, n)
 
     def _index(self, mask: Tensor) -> Tensor:
-        powers = 2 ** torch.arange(self.m, device=mask.device)
-        codes, order = (patterns(self.n, self.m).to(mask.device) * powers).sum(1).sort()
-        return order[torch.searchsorted(codes, (mask * powers).sum(1))]
+        # the most weights in common
+        return (mask.float() @ patterns(self.n, self.m).to(mask.device, torch.float32).T).argmax(1)
 
     def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
         if score is None:

@@ -64,16 +64,6 @@ def visit_in_order(model: nn.Module, layers: dict[str, nn.Module], samples: Tens
         model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
 
 
-class Hessians:
-    """H = X X^T, float32 `[in, in]`, of one layer after another. Layers that read the same tensor, such as q, k and v,
-    share it."""
-
-    def __init__(self):
-        self.inputs, self.hessian = None, None
-
-    def of(self, inputs: Tensor) -> Tensor:
-        """The Hessian of inputs `[..., in]`."""
-        if inputs is not self.inputs:
-            parts = inputs.flatten(0, -2).split(8192)
-            self.inputs, self.hessian = inputs, sum(part.float().T @ part.float() for part in parts)
-        return self.hessian
+def hessian_of(inputs: Tensor) -> Tensor:
+    """H = X X^T of inputs `[..., in]`, float32 `[in, in]`."""
+    return sum(part.float().T @ part.float() for part in inputs.flatten(0, -2).split(8192))

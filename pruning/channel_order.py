@@ -16,7 +16,7 @@ time. None makes the order worse.
 """
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from typing import TypeAlias
 
 from models.layers import is_transposed, weight_matrix
 from models.loss import batch_loss
@@ -27,6 +27,7 @@ from utils import UserError, progress_bar
 import torch
 from torch import Tensor, nn
 
+Shares: TypeAlias = dict[str, tuple[float, float]]  # kind of set -> of its score the best mask keeps (before, after)
 STEPS = 20  # in each set of channels
 ROWS = 16384  # drawn of those that read a set of channels, at most
 TOGETHER = 128  # blocks, at most, that exchange channels at once
@@ -116,17 +117,9 @@ def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[
     return torch.cat([part.to(parts[0].device) for part in parts], 1)
 
 
-@dataclass
-class Found:
-    """What a search found: orders; and for each kind of set the share of the score that the best N:M mask keeps,
-    (before, after)."""
-    orders: Orders
-    shares: dict[str, tuple[float, float]]
-
-
 @torch.no_grad()
 def find_orders(model: nn.Module, layers: dict[str, nn.Module], norms: dict[str, Tensor], pattern: tuple[int, int],
-                steps: int = STEPS, most_rows: int = ROWS, seed: int = 0) -> Found:
+                steps: int = STEPS, most_rows: int = ROWS, seed: int = 0) -> tuple[Orders, Shares]:
     """Search for an order of every set of channels that these layers read; sets that M does not divide are left out.
 
     layers: all that a mask will have; norms: ||x_j|| of their inputs, float32 `[in]` each; pattern: (N, M).
@@ -142,7 +135,7 @@ def find_orders(model: nn.Module, layers: dict[str, nn.Module], norms: dict[str,
         orders[name], after = order.cpu(), score.gather(2, order[:, None].expand_as(score))
         sums[name.rpartition(".")[2]] += torch.tensor([score.sum(dtype=torch.float64), kept(score.flatten(0, 1), n, m),
                                                        kept(after.flatten(0, 1), n, m)])
-    return Found(orders, {kind: tuple((part[1:] / part[0]).tolist()) for kind, part in sums.items()})
+    return orders, {kind: tuple((part[1:] / part[0]).tolist()) for kind, part in sums.items()}
 
 
 def check_reorderable(model: nn.Module) -> None:
@@ -154,7 +147,7 @@ def check_reorderable(model: nn.Module) -> None:
 
 
 def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, pattern: tuple[int, int],
-                       steps: int = STEPS, seed: int = 0) -> Found:
+                       steps: int = STEPS, seed: int = 0) -> tuple[Orders, Shares]:
     """Search for the best orders on calibration samples, int64 `[sequences, tokens]`, at least 2 tokens each, and
     reorder the model in place. layers: all that a mask will have; pattern: (N, M).
 
@@ -162,11 +155,11 @@ def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: 
     loss on the first sample.
     """
     check_reorderable(model)
-    found = find_orders(model, layers, input_norms(model, layers, samples), pattern, steps, seed=seed)
+    orders, shares = find_orders(model, layers, input_norms(model, layers, samples), pattern, steps, seed=seed)
     before = batch_loss(model, samples[:1])
-    reorder(model, found.orders)
+    reorder(model, orders)
     after = batch_loss(model, samples[:1])
     if not abs(after - before) < LOSS_TOLERANCE_NATS:
         raise UserError(f"the loss of a calibration sequence is {after:.4f} nats in the new order, and was "
                         f"{before:.4f}; use the model as it is, and report its architecture")
-    return found
+    return orders, shares

@@ -4,34 +4,28 @@
     wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens (arXiv 2306.11695)
     sparsegpt   see sparsegpt.py
 """
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import pge
 from masking.layers import apply_masks
 from models import processes
 from models.layers import weight_matrix
 from pruning import sparsegpt
-from pruning.calibration import Hessians, input_norms, visit_in_order
+from pruning.calibration import hessian_of, input_norms, visit_in_order
 from pruning.swaps import refine_by_swaps
 from utils import progress_bar
 
 import torch
 from torch import Tensor, nn
 
-
-def magnitude(weight: Tensor, _norms: Tensor | None) -> Tensor:
-    """|w|; the scores are all of weight `[out, in]` and norms `[in]`."""
-    return weight.abs()
+METHODS = ("magnitude", "wanda", "sparsegpt")
 
 
 def wanda(weight: Tensor, norms: Tensor) -> Tensor:
-    """|w| ||x||."""
+    """|w| ||x||, of weight `[out, in]` and norms `[in]`."""
     return weight.abs() * norms
-
-
-SCORES = {"magnitude": magnitude, "wanda": wanda}
-METHODS = (*SCORES, "sparsegpt")
 
 
 def largest(score: Tensor, n: int, m: int) -> Tensor:
@@ -61,19 +55,19 @@ class OneShot:
     def mask(self, weight: Tensor, norms: Tensor | None) -> Tensor:
         """Mask by the method's score, bool `[out, in]`, of weight float32 `[out, in]` and norms `[in]`; by magnitude if
         all norms are 0."""
-        reached = norms is None or bool(norms.any())
-        return largest(SCORES[self.prune_method if reached else "magnitude"](weight, norms), *self.sparsity_type)
+        is_wanda = self.prune_method == "wanda" and norms is not None and bool(norms.any())
+        return largest(wanda(weight, norms) if is_wanda else weight.abs(), *self.sparsity_type)
 
-    def pruned_weight(self, weight: Tensor, inputs: Tensor, hessians: Hessians) -> Tensor:
+    def pruned_weight(self, weight: Tensor, inputs: Tensor, hessian: Callable[[Tensor], Tensor]) -> Tensor:
         """A layer's sparse weight, float32 `[out, in]`, from its inputs on the calibration tokens
-        `[sequences, tokens, in]`."""
+        `[sequences, tokens, in]`; hessian: of such inputs."""
         weight = weight.float()
         if self.prune_method == "sparsegpt":
-            return sparsegpt.solve(weight, hessians.of(inputs), self.sparsity_type)[0]
+            return sparsegpt.solve(weight, hessian(inputs), self.sparsity_type)[0]
         norms = sum(part.float().square().sum(0) for part in inputs.flatten(0, -2).split(8192)).sqrt()
         mask = self.mask(weight, norms)
         if self.swaps:
-            mask = refine_by_swaps(weight, mask, hessians.of(inputs), self.sparsity_type[1], self.swaps)
+            mask = refine_by_swaps(weight, mask, hessian(inputs), self.sparsity_type[1], self.swaps)
         return weight.masked_fill(~mask, 0.0)
 
 
@@ -109,7 +103,7 @@ def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor 
         reached, everything = _prune_in_one_pass(model, layers, samples, way), len(layers)
         layers = {name: module for name, module in layers.items() if name not in reached}
         _note_unreached(list(layers), everything)
-        samples, way = None, replace(way, prune_method="magnitude")
+        samples = None  # the others by magnitude
     for name, mask in _masks(model, layers, samples, way):
         apply_masks(layers, {name: mask})
 
@@ -117,14 +111,15 @@ def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor 
 def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, way: OneShot) -> set[str]:
     """Compute each layer's sparse weight when the pass of all samples through the decoder gets there; write it at once
     with true_sequential, else after the pass. Returns the names of the layers that the pass got to."""
-    reached, pending, hessians = set(), {}, Hessians()
+    reached, pending = set(), {}
+    shared = lru_cache(1)(hessian_of)  # q, k and v read the same tensor
 
     def prune(name: str, inputs: Tensor) -> None:
         if not inputs.numel():  # an expert that is called with no token
             return
         weight = weight_matrix(layers[name])
         reached.add(name)
-        pending[name] = way.pruned_weight(weight.to(inputs.device), inputs, hessians).to(weight)
+        pending[name] = way.pruned_weight(weight.to(inputs.device), inputs, shared).to(weight)
         if way.true_sequential:
             write_pending()
 

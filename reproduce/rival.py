@@ -27,7 +27,7 @@ from training.initialize import SEQUENCES
 from training.loop import StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
-from utils import UserError, finite, run_script, script_parser
+from utils import UserError, number, run_script, script_parser
 
 import torch
 from rival_methods import RIVALS, Rival
@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("method", choices=RIVALS)
     parser.add_argument("--like", metavar="RUN", help="of sparsify.py")
-    parser.add_argument("--lr", type=finite(0), help="of Adam")
+    parser.add_argument("--lr", type=number(float, 0), help="of Adam")
     parser.add_argument("--out", help="run folder, must be new")
     parser.add_argument("--resume", metavar="RIVAL", help="go on with a rival's run that was stopped")
     args = parser.parse_args(argv)

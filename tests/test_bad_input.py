@@ -94,7 +94,7 @@ MASKS = [
     (["eval", "inference_loss"], "--mask {w}/mask8.safetensors --sparsity_type 2:4", "mask8", "4:8, not 2:4"),
     ("train", "--mask {w}/attention.safetensors --targets mlp", "the mask has none of the layers that --targets name"),
     ("get_mask", "--convert {w}/mask.safetensors --targets q_proj", "--targets"),
-    ("get_mask", "--model {w}/llama", "not 2:4 sparse in 14 of 14 layers", "q_proj", "prune.py"),
+    ("get_mask", "--model {w}/llama", "14 of 14 layers are not 2:4 sparse", "q_proj", "prune.py"),
     (["get_mask", "prune", "alone"], "--sparsity_type 2:5", "5 does not divide the 64 input features",
      "--sparsity_type"),
     ("train", "--sparsity_type 9:16", "a sum over 2^9 subsets of each block", "sparsify.py"),

@@ -120,9 +120,9 @@ def test_the_reordered_model_keeps_what_the_search_says(name):
     """Calibrated again, its scores as they lie keep that share; of no kind less than before."""
     model, tokens = make(name, torch.float32), torch.randint(3, 50, (4, 24), generator=torch.Generator().manual_seed(1))
     layers, sets = find_layers(model), channel_sets(model)
-    found = search_and_reorder(model, layers, tokens, (2, 4), 10)
+    _, shares = search_and_reorder(model, layers, tokens, (2, 4), 10)
     norms, generator = input_norms(model, layers, tokens), torch.Generator()
-    for kind, (before, after) in found.shares.items():
+    for kind, (before, after) in shares.items():
         score = torch.cat([scores(layers, norms, readers(channels, layers), 10**6, generator).reshape(-1, channels.size)
                            for key, channels in sets.items() if key.endswith(kind)])
         assert kept(score, 2, 4) / float(score.sum()) == pytest.approx(after, rel=1e-4)
@@ -141,5 +141,5 @@ def test_layers_may_never_fire_and_sets_that_m_does_not_divide_are_left():
     layers = find_layers(model)
     norms = input_norms(model, layers, torch.randint(3, 50, (4, 24)))
     norms["model.layers.0.mlp.down_proj"].zero_()
-    found = find_orders(model, layers, norms, (8, 16), 2, 64)
-    assert {key.rpartition(".")[2] for key in found.orders} == {"residual", "hidden"}  # heads have 8 channels
+    orders, _ = find_orders(model, layers, norms, (8, 16), 2, 64)
+    assert {key.rpartition(".")[2] for key in orders} == {"residual", "hidden"}  # heads have 8 channels

@@ -29,11 +29,11 @@ def mask_file(name: str, n: int, m: int):
 def permutation(folder):
     path = folder / "model.permutation.safetensors"
     orders = {"residual": torch.randperm(32).view(1, 32), "value": torch.stack([torch.randperm(8), torch.arange(8)])}
-    permutation_files.save(path, permutation_files.PermutationFile(orders, "some/model", "0" * 16))
+    permutation_files.save(path, orders, "some/model", "0" * 16)
 
     def read():
-        found = permutation_files.load(path)
-        return {**vars(found), "orders": {name: order.tolist() for name, order in found.orders.items()}}
+        found, *metadata = permutation_files.load(path)
+        return {name: order.tolist() for name, order in found.items()}, metadata
     return [path], read
 
 

@@ -16,7 +16,7 @@ from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
-    finite,
+    number,
     positive_int,
     sparsity_type,
 )
@@ -35,7 +35,7 @@ def interval(text: str) -> str:
 
 def add_mask_arguments(parser: argparse.ArgumentParser, mask_default: str | None) -> None:
     """Which mask is learned, and how its logits are kept."""
-    parser.add_argument("--sparsity_type", type=sparsity_type, default=(2, 4), help="N:M of the mask")
+    parser.add_argument("--sparsity_type", type=sparsity_type, default="2:4", help="N:M of the mask")
     parser.add_argument("--mask", default=mask_default, help="m0: mask file or folder of .pt masks")
     parser.add_argument("--targets", nargs="+", default=None,
                         help="learn these layers: parts of their names, or regular expressions; the others keep "
@@ -58,8 +58,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
     """The paper's settings, and what its studies vary."""
-    parser.add_argument("--lr", type=finite(0), default=50.0, help="eta, in logits per nat of advantage")
-    parser.add_argument("--logits", type=finite(0), default=10.0, help="C: initial logit of a kept weight (pruned: 0)")
+    parser.add_argument("--lr", type=number(float, 0), default=50.0, help="eta, in logits per nat of advantage")
+    parser.add_argument("--logits", type=number(float, 0), default=10.0,
+                        help="C: initial logit of a kept weight (pruned: 0)")
     parser.add_argument("--epoch", type=positive_int, default=10000, help="passes through the minibatches, at most")
     parser.add_argument("--max_step", type=positive_int, default=10000, help="steps in all, at most")
     parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro"], default="maskpro",
@@ -67,13 +68,13 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", default="cached", metavar="{cached,online,FILE}",
                         help="f(m0 * w): from inference_loss.py's file, of its default name or this one; online: by a "
                              "second forward pass a step of the first epoch")
-    parser.add_argument("--alpha", type=finite(0, 0.99999), default=0.99, help="decay of delta a step")
+    parser.add_argument("--alpha", type=number(float, 0, 0.99999), default=0.99, help="decay of delta a step")
     parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
     parser.add_argument("--init", choices=["mask", "scores"], default="mask",
                         help="logits start at C * m0, or follow Wanda's scores |w| ||x||: close scores, close logits")
     parser.add_argument("--space", choices=list(SPACES), default="linear",
                         help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
-    parser.add_argument("--val_fraction", type=finite(0, 0.99999), default=0.0,
+    parser.add_argument("--val_fraction", type=number(float, 0, 0.99999), default=0.0,
                         help="fraction of the minibatches held out to select the final mask (default: 0, which takes "
                              "the last mask)")
     parser.add_argument("--save", action="store_true", help="save the logits too")

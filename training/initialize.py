@@ -1,13 +1,14 @@
 """Where learning starts, if not from C * m0: logits from the weights' scores, or from swaps."""
 import math
 import time
+from functools import lru_cache
 
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
 from pruning import swaps
-from pruning.calibration import Hessians, input_norms, visit_in_order
+from pruning.calibration import hessian_of, input_norms, visit_in_order
 from pruning.one_shot import wanda
 
 import torch
@@ -43,7 +44,7 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, max_s: 
     its inputs. One Hessian is kept at a time. A layer that the pass reaches late, by its share of `max_s` seconds,
     keeps its mask, and its logits follow Wanda's scores.
     """
-    sequences, hessians = sequences[:-(-TOKENS // sequences.shape[1])], Hessians()
+    sequences, shared = sequences[:-(-TOKENS // sequences.shape[1])], lru_cache(1)(hessian_of)
     began, blocks_seen, late = time.monotonic(), 0, 0
 
     def improve(name: str, inputs: Tensor) -> None:
@@ -56,7 +57,7 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, max_s: 
             norms = torch.linalg.vector_norm(inputs.flatten(0, -2), dim=0, dtype=torch.float32)
             _follow(masked, layer, magnitude, wanda(layer.weight.float(), norms.to(layer.weight.device)))
         elif len(layer.bits):
-            hessian = hessians.of(inputs).to(layer.weight.device)
+            hessian = shared(inputs).to(layer.weight.device)
             mask = swaps.refine_by_swaps(layer.weight, layer.mask_of(layer.bits), hessian, layer.m, SWEEPS)
             layer.bits.copy_(mask_to_bits(mask.view(-1, layer.m)))
             _follow(masked, layer, magnitude, swaps.confidence(layer.weight, mask, hessian, layer.m))

@@ -125,9 +125,9 @@ def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str]
             apply_permutation(model, file)
             return
         original = model_fingerprint(model)
-        found = search_and_reorder(model, find_layers(model, targets), sequences[:SEQUENCES], pattern, seed=seed)
+        orders, _ = search_and_reorder(model, find_layers(model, targets), sequences[:SEQUENCES], pattern, seed=seed)
         with atomic_write(file) as beside:
-            permutation_files.save(beside, permutation_files.PermutationFile(found.orders, name, original))
+            permutation_files.save(beside, orders, name, original)
 
 
 def wanda_mask(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],

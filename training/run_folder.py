@@ -75,10 +75,7 @@ class RunFolder:
                 read_record(self.path)["arguments"] == self.arguments):
             remedy = f"go on with it: {self.resume_command}, or {remedy}"
         refuse_existing(self.path, remedy)
-        try:
-            self.path.mkdir(parents=True)
-        except FileExistsError:  # another process was faster
-            refuse_existing(self.path, remedy)
+        self.path.mkdir(parents=True, exist_ok=True)  # of two at once the lock refuses one
         sync(self.path.parent)
 
     @property
