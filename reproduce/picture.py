@@ -6,7 +6,7 @@ import sys
 from statistics import mean
 
 from record import POINTS, recovered
-from tables import LAYER, MASKPRO, ROOT, of_accuracy, over_minutes, record
+from tables import LAYER, MASKPRO, ROOT, of_accuracy, over_minutes, record, smollm2
 
 sys.path.insert(0, str(ROOT))
 from utils import run_script
@@ -33,12 +33,11 @@ def main() -> None:
 
 def results() -> None:
     """Shares recovered of what Wanda lost on SmolLM2-135M, in the logarithm of perplexity and in accuracy."""
-    rows = record("smollm2")["rows"]
-    bars = {label: name for label, name in BARS.items() if name in rows}
+    bars = {label: name for label, name in BARS.items() if smollm2(name)}
     figure = Figure(figsize=(7, 0.5 + 0.42 * len(bars)), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate(bars.values()):
-        perplexity = mean(recovered(rows, name, seed["nats"]) for seed in rows[name])
+        perplexity = mean(recovered(smollm2(name), name, seed["nats"]) for seed in smollm2(name)[name])
         for share, place, colour in ((perplexity, 0.2, "C0"), (mean(of_accuracy(name)), -0.2, "C1")):
             drawn = axes.barh(number + place, share, 0.38, color=colour)
             axes.bar_label(drawn, [round(share)], padding=3, fontsize="small")
@@ -73,12 +72,13 @@ def minutes() -> None:
 
 def sampled_masks() -> None:
     """How much better than m0 the sampled masks of MaskPro's runs are over their steps, in all layers and in one."""
-    rows = record("smollm2")["rows"]
-    panels = (("all layers", {"η 0.03": ("variance_smollm2", record("maskpro_lr0.03")),
-                              "η 0.6": ("variance_smollm2", rows[MASKPRO[2000]][0]["run"])}),
-              ("one decoder layer alone, η 2", {
-                  f"layer {number}": (f"variance_layer{number}", record(name)["rows"][LAYER.format(number)][0]["run"])
-                  for number, name in ((29, "smollm2"), (28, "smollm2_layer28"))}))
+    whole = {"η 0.03": ("variance_smollm2", record("maskpro_lr0.03"))}
+    for label, name in (("η 0.6", MASKPRO[2000]), ("η 0.3", MASKPRO[10000])):
+        if rows := smollm2(name):
+            whole[label] = ("variance_smollm2", rows[name][0]["run"])
+    panels = (("all layers", whole), ("one decoder layer alone, η 2", {
+        f"layer {number}": (f"variance_layer{number}", smollm2(LAYER.format(number))[LAYER.format(number)][0]["run"])
+        for number in (29, 28)}))
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, 2), panels):
         reached = []

@@ -87,7 +87,7 @@ FALLS = (  # a run, the record of its signal, its own record and the row there; 
     ("the same, from scores", "variance_smollm2_scores", "smollm2",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
     ("its decoder layer 29, 2:4", "variance_layer29", "smollm2", LAYER.format(29)),
-    ("its decoder layer 28, 2:4", "variance_layer28", "smollm2_layer28", LAYER.format(28)))
+    ("its decoder layer 28, 2:4", "variance_layer28", "smollm2_float32", LAYER.format(28)))
 
 
 @cache
@@ -133,16 +133,23 @@ def conditions() -> str:
             f"{seconds[-1]:.0f} s.")
 
 
+def smollm2(name: str) -> dict[str, list[dict]]:
+    """The rows of the record that has this row of SmolLM2-135M; that of float32 has its own dense and Wanda. Empty if
+    neither has it."""
+    found = [record(file)["rows"] for file in ("smollm2", "smollm2_float32")]
+    return next((rows for rows in found if name in rows), {})
+
+
 def of_accuracy(name: str) -> list[float]:
     """Of the seeds of a row on SmolLM2-135M that have an accuracy: the share in percent of what Wanda lost."""
-    rows = record("smollm2")["rows"]
+    rows = smollm2(name)
     dense, m0 = (rows[name][0].get("mean_acc", math.nan) for name in ("dense", "2of4/wanda"))
     return [100 * (seed["mean_acc"] - m0) / (dense - m0) for seed in rows[name] if "mean_acc" in seed]
 
 
 def gaps(name: str) -> list[str]:
     """Of a row on SmolLM2-135M: WikiText-2 and accuracy, and the shares of the gaps that Wanda leaves."""
-    rows = record("smollm2")["rows"]
+    rows = smollm2(name)
     accuracies = [100 * seed["mean_acc"] for seed in rows[name] if "mean_acc" in seed]
     shares = [] if name in ("dense", "2of4/wanda") else of_accuracy(name)
     return [cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2],
@@ -153,23 +160,23 @@ def results() -> str:
     """SmolLM2-135M, the rows that were run; minutes of those that ran on the machine of `dense` alone."""
     def machine(seed: dict) -> str:
         return seed["environment"]["hardware"].rpartition(",")[0]  # without its threads
-    rows, lines = record("smollm2")["rows"], []
-    here = machine(rows["dense"][0])
-    for what, weights, name in (row for row in RESULTS if row[2] in rows):
-        minutes = [seed["run"]["seconds"] / 60 for seed in rows[name] if "run" in seed and machine(seed) == here]
-        lines.append([what, weights, *gaps(name), cell(minutes, 0) if len(minutes) == len(rows[name]) else ""])
+    here, lines = machine(smollm2("dense")["dense"][0]), []
+    for what, weights, name in (row for row in RESULTS if smollm2(row[2])):
+        seeds = smollm2(name)[name]
+        minutes = [seed["run"]["seconds"] / 60 for seed in seeds if "run" in seed and machine(seed) == here]
+        lines.append([what, weights, *gaps(name), cell(minutes, 0) if len(minutes) == len(seeds) else ""])
     return markdown_table(["", "weights", *GAPS, "minutes"], lines)
 
 
 def one_shot() -> str:
     """One-shot masks of the same model, those that were made."""
-    lines = [[what, weights, *gaps(name)] for what, weights, name in ONE_SHOT if name in record("smollm2")["rows"]]
+    lines = [[what, weights, *gaps(name)] for what, weights, name in ONE_SHOT if smollm2(name)]
     return markdown_table(["method", "weights", *GAPS], lines)
 
 
 def rivals() -> str:
     """Methods that learn by backward passes on the same model, those that were run."""
-    rows, lines = record("smollm2")["rows"], []
+    rows, lines = smollm2("dense"), []
     for method, state_bytes, pattern in RIVALS:
         for name in (name for name in rows if re.fullmatch(pattern.replace("{}", "[^-]+"), name)):
             rate = rows[name][0]["run"]["arguments"]["lr"]
