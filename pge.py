@@ -128,8 +128,8 @@ def pattern_probs(logits: Tensor, n: int) -> Tensor:
 
     One pass up the lattice of sets drawn so far, a size at a time: f(T) = sum_{i in T} f(T - i) w_i / w(all but T - i).
     """
-    last = logits.double().topk(n).values[:, -1:]  # its place is contested at scale 1; far above it nothing overflows
-    w = (logits.double() - last).clamp(max=300).exp().T
+    pivot = logits.double().topk(n).values[:, -1:]  # its place is contested at scale 1; far above it nothing overflows
+    w = (logits.double() - pivot).clamp(max=300).exp().T
     drawn = torch.ones_like(w[:1])  # [sets, blocks]
     for left, before, last in _lattice(n, logits.shape[1]):
         hazard = drawn / (left.to(w) @ w)
@@ -197,4 +197,4 @@ class Estimator:
 
     def restore(self, scalars: dict, read: object = None) -> None:
         """From `state`; there are no tensors to read."""
-        self.delta, self.steps = scalars.get("delta"), scalars.get("steps", 0)  # older states may have none
+        self.delta, self.steps = scalars["delta"], scalars["steps"]

@@ -67,7 +67,7 @@ WINDOW, WINDOWS = 512, 64  # tokens in one, at most, and how many, of --ppl
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = script_parser(__doc__)
-    add_model_arguments(parser, dtype="auto")
+    add_model_arguments(parser, model=None, dtype="auto")
     parser.add_argument("--dataset", nargs="+", default=None,
                         help="text to learn from: hub ids, .json.gz, .jsonl, .parquet, .txt, folders; also questions, "
                              "as eval.py's --task_file; if it is too short (a minibatch at least), "
@@ -217,8 +217,8 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
             folder.write_record()
         run.max_s = max(1.0, plan.get("learning_s", math.inf))
         for _ in run.steps():
-            number, size = run.next_batches()[processes.rank()], step_size(args.lr, run.progress, run.expected_steps())
-            run.advance(learner.step(batches[number], size, distill[number].tolist()))
+            index, size = run.next_batches()[processes.rank()], step_size(args.lr, run.progress, run.expected_steps())
+            run.advance(learner.step(batches[index], size, distill[index].tolist()))
         run.save()
 
     with stages.stage("table", "the learned mask is evaluated and written"):

@@ -42,6 +42,7 @@ class PolicyGradient:
         pi <- pi - lr * A * grad log p(m_t | pi)                  the score: `pge.score`
         m_{t+1} ~ p(pi)                                           N draws without replacement: `pge.sample`
 
+    These three are the mathematics; what runs is the same in one pass, `fused_update` of masking/kernels.py.
     batches: int64 `[minibatches, sequences, tokens]`; baseline: minibatch number -> f(m0 * w, batch), None: not needed.
     """
 

@@ -195,7 +195,7 @@ class MaskedModel:
 
     @property
     def blocks(self) -> int:
-        """Of all learned layers."""
+        """How many blocks all learned layers have."""
         return sum(layer.shape.numel() for layer in self.layers.values()) // self.space.m
 
     def changed(self) -> float:

@@ -27,12 +27,12 @@ def test_the_default_folder_says_what_a_run_is():
 def test_sparsify_has_a_folder_and_a_budget():
     args = sparsify.parse_args(["--model", "some/model", "--sparsity_type", "4:8"])
     assert (args.out[:-7], args.minutes, args.steps, args.dtype) == ("results/model_4of8_sparsify", 30, None, "auto")
-    assert sparsify.parse_args(["--steps", "7"]).minutes is None
+    assert sparsify.parse_args(["--model", "m", "--steps", "7"]).minutes is None
 
 
 @pytest.mark.parametrize("script, flags, other", [
     (parse, "--lr 3 --sparsity_type 4:8 --targets a b", "--seed 1"),
-    (lambda flags: sparsify.parse_args(flags.split()), "--steps 7 --dtype float32 --permute", "--minutes 5")])
+    (lambda flags: sparsify.parse_args(flags.split()), "--model m --steps 7 --dtype float32 --permute", "--minutes 5")])
 def test_a_run_goes_on_with_its_own_settings(tmp_path, script, flags, other):
     """Flags that say the same are let pass, flags that say otherwise are named."""
     before = script(flags)

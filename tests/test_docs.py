@@ -62,7 +62,7 @@ def test_commands_of_the_scripts_parse(page):
             continue
         assert (ROOT / words[place]).is_file(), " ".join(words)
         name, flags = words[place].removesuffix(".py").replace("/", "."), words[place + 1:]
-        flags = ["--out" if flag == "--resume" else flag for flag in flags]  # there is no such run
+        flags = ["--model" if flag == "--resume" else flag for flag in flags]  # there is no such run
         if name == "train":
             training_args.parse_paper(script_parser(train.__doc__), flags)
         elif name in SCRIPTS:

@@ -247,7 +247,7 @@ def test_the_gap_is_one_of_losses():
     ("--minutes 5 --steps 5", "not allowed with argument"), ("--permute --mask m0.safetensors", "leave out --mask")])
 def test_flags_that_do_not_go_together(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        sparsify.main(flags.split())
+        sparsify.main(["--model", "m", *flags.split()])
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 

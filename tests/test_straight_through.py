@@ -9,7 +9,7 @@ from masking.spaces import LinearSpace
 from models.layers import find_layers, is_transposed, weight_matrix
 from models.loss import batch_loss
 from training import normalization
-from training.normalization import CLIP, KEPT
+from training.normalization import CLIP, DECAY
 from training.straight_through import StraightThrough, step_size
 
 import pytest
@@ -102,7 +102,7 @@ def test_updates_follow_the_formula(load, n, m):
             vjp = exact_vjp(logits, n, (dense[name] * gradient).double().view(-1, m))
             move = 0 * vjp if mean is None else (vjp / (CLIP * mean.sqrt())).clamp(-1, 1)  # the first only measures
             now = vjp.square().sum() / gradient.numel()
-            mean = now if mean is None else KEPT * mean + (1 - KEPT) * now
+            mean = now if mean is None else DECAY * mean + (1 - DECAY) * now
             assert torch.allclose(moved, logits - move * sizes[index], atol=2e-5)
         assert len(mine) == 3
 

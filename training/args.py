@@ -103,6 +103,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, method: Calla
     otherwise. Without --out the folder is named by the model, the pattern, the method and a hash of all arguments."""
     args = parser.parse_args(argv)
     if not args.resume:
+        if not args.model:
+            parser.error("give --model, a hub id or a folder, or --resume")
         args.out = args.out or "results/{}_{}of{}_{}_{}".format(
             Path(args.model).name, *args.sparsity_type, method(args), short_hash(vars(args)))
         return args

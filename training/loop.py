@@ -143,13 +143,13 @@ class Run:
         return [(self.position.minibatches + i) % self.minibatches for i in range(processes.size())]
 
     def elapsed_s(self) -> float:
-        """Of the loop, without the time in which it was stopped."""
+        """Seconds of the loop, without those in which it was stopped."""
         return time.monotonic() - self._started
 
     def advance(self, result: StepResult) -> None:
-        """Count a step, evaluate its mask where that is due, and log it; UserError after BAD_LOSSES losses in a row
-        that are not finite, which are not logged. All processes take one time as theirs, and learn of a signal that
-        one of them got."""
+        """Count a step, evaluate the mask if that is due, and log it. Losses that are not finite are not logged, and
+        BAD_LOSSES of them in a row raise UserError. All processes take the main one's time, and learn of a signal that
+        any of them got."""
         found = processes.all_gather([self.elapsed_s(), float(self.signals.received)])
         seconds, self._stopped_by = found[0][0], int(max(received for _, received in found))
         position = self.position

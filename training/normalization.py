@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 CLIP = 0.1  # root mean squares beyond which a layer's J^T G counts no more
-KEPT = 0.9  # what the running mean keeps of the earlier ones, a minibatch
+DECAY = 0.9  # of the running mean, a minibatch
 
 
 class Normalization:
@@ -61,7 +61,7 @@ class Normalization:
                 sums = processes.reduce_async(sums)() * processes.size()
             sums[sums == 0] = torch.nan  # no process reached the layer, or no block of it was finite
             now[reached] = sums / self._sizes[reached]
-        mean = torch.where(before.isfinite(), KEPT * before + (1 - KEPT) * now, now)
+        mean = torch.where(before.isfinite(), DECAY * before + (1 - DECAY) * now, now)
         self.mean_squares = torch.where(now.isfinite() | before.isnan(), mean, before)
 
     def state(self) -> dict[str, Tensor]:

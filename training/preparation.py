@@ -102,9 +102,11 @@ def generated_tokens(tokens: int, missing: int, minibatch: int, after: str | Non
 
 def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: dict[str, int], seqlen: int,
                   after: str | None, seed: int, max_s: float, minibatch: int) -> None:
-    """Write documents that the model generates, of each file so many tokens; beyond FEWEST minibatches in all, each of
-    so many tokens, as many as so many seconds give. after: the passages that the second of GENERATED continues. A file
-    that is there is kept."""
+    """Write the files of generated documents that are not there yet.
+
+    wanted: file of GENERATED -> tokens; after: passages, which the second of GENERATED continues. After max_s seconds
+    generation ends, but not before there are FEWEST minibatches of `minibatch` tokens.
+    """
     passages, total = generation.read_passages(after, model, tokenizer, seqlen) if after else [], sum(wanted.values())
     batchsize = min(256, max(16, total // len(wanted) // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():

@@ -130,7 +130,8 @@ class StraightThrough:
         return StepResult(losses, not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
 
     def _backward(self, sequences: Tensor, distill: Sequence[float]) -> float:
-        """Of one microbatch, unless an earlier one's loss was not finite; its loss summed over its tokens."""
+        """Forward and backward of one microbatch; returns its loss, summed over tokens. No backward once a loss was not
+        finite."""
         teacher = None
         if any(distill):
             with torch.no_grad(), self.masked.use_dense():
