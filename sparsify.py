@@ -168,6 +168,17 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     return minibatches, distill, m0
 
 
+def learning_s(minutes: float | None, folder: RunFolder, stages: Stages) -> float:
+    """How many seconds are left to learn in, at least one; kept in the run's record. Infinite without minutes."""
+    plan = folder.record["plan"]
+    if minutes and "learning_s" not in plan:
+        plan["learning_s"] = processes.agreed(60 * minutes - stages.elapsed_s() - plan["table_s"])
+        if plan["learning_s"] < LITTLE * 60 * minutes:
+            processes.log("note: little of --minutes is left to learn in; a longer run learns more")
+        folder.write_record()
+    return max(1.0, plan.get("learning_s", math.inf))
+
+
 def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals,
              learner_of: Callable = StraightThrough, start: Callable | None = None) -> None:
     """The run from its start, or from where it was stopped, to its results. Both functions are for rivals."""
@@ -210,12 +221,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
 
     # the loop
     with stages.stage("learning", f"from {len(batches)} minibatches", run.position.seconds):
-        if args.minutes and "learning_s" not in plan:
-            plan["learning_s"] = processes.agreed(60 * args.minutes - stages.elapsed_s() - plan["table_s"])
-            if plan["learning_s"] < LITTLE * 60 * args.minutes:
-                processes.log("note: little of --minutes is left to learn in; a longer run learns more")
-            folder.write_record()
-        run.max_s = max(1.0, plan.get("learning_s", math.inf))
+        run.max_s = learning_s(args.minutes, folder, stages)
         for _ in run.steps():
             index, size = run.next_batches()[processes.rank()], step_size(args.lr, run.progress, run.expected_steps())
             run.advance(learner.step(batches[index], size, distill[index].tolist()))
