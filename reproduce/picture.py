@@ -72,10 +72,9 @@ def minutes() -> None:
 
 def sampled_masks() -> None:
     """How much better than m0 the sampled masks of MaskPro's runs are over their steps, in all layers and in one."""
-    whole = {"η 0.03": ("variance_smollm2", record("maskpro_lr0.03"))}
-    for label, name in (("η 0.6", MASKPRO[2000]), ("η 0.3", MASKPRO[10000])):
-        if rows := smollm2(name):
-            whole[label] = ("variance_smollm2", rows[name][0]["run"])
+    whole = {label: ("variance_smollm2", run) for label, run in (
+        ("η 0.03", record("maskpro_lr0.03")), ("η 0.3", record("maskpro_lr0.3")),
+        ("η 0.6", smollm2(MASKPRO[2000])[MASKPRO[2000]][0]["run"]))}
     panels = (("all layers", whole), ("one decoder layer alone, η 2", {
         f"layer {number}": (f"variance_layer{number}", smollm2(LAYER.format(number))[LAYER.format(number)][0]["run"])
         for number in (29, 28)}))

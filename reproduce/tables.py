@@ -83,6 +83,7 @@ FALLS = (  # a run, the record of its signal, its own record and the row there; 
     ("small, 1:4", "variance", "small_model", SMALL.format("maskpro", 512, 5, 5, "")),
     ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),
     ("SmolLM2-135M, 2:4", "variance_smollm2", "maskpro_lr0.03", None),
+    ("the same", "variance_smollm2", "maskpro_lr0.3", None),
     ("the same", "variance_smollm2", "smollm2", MASKPRO[2000]),
     ("the same, from scores", "variance_smollm2_scores", "smollm2",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
