@@ -98,8 +98,8 @@ def number(kind: type, lowest: float, highest: float = 2**63 - 1) -> Callable[[s
     """A type for argparse: int or float, of at least `lowest` and at most `highest`."""
     def parsed(text: str) -> float:
         with suppress(ValueError):
-            if lowest <= kind(text) <= highest:
-                return kind(text)
+            if lowest <= (value := kind(text)) <= highest and (kind is float or text.isdigit()):
+                return value
         whole = "whole " if kind is int else ""
         raise argparse.ArgumentTypeError(f"'{text}' is not a {whole}number of at least {lowest:g}, at most {highest:g}")
     return parsed

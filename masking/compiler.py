@@ -24,7 +24,8 @@ def _allow_shapes() -> None:
     """Set torch's limit, which from torch 2.13 on belongs to a thread: backward has threads of its own on a GPU."""
     if not getattr(_thread, "allowed", False):
         config = torch._dynamo.config
-        config.cache_size_limit = max(config.cache_size_limit, MOST_SHAPES)  # since torch 2.7 of recompile_limit
+        # its name until torch 2.6, and another one of recompile_limit since
+        config.cache_size_limit = max(config.cache_size_limit, MOST_SHAPES)
         _thread.allowed = True
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import sys
+from functools import cached_property
 from pathlib import Path
 
 from files.atomic import refuse_existing, sync
@@ -53,7 +54,7 @@ class RunFolder:
         self._lock = None
 
     def __enter__(self):
-        here = self._here()  # takes seconds on a GPU; a folder that is killed meanwhile has nothing to go on with
+        here = self._here  # takes seconds on a GPU; a folder that is killed meanwhile has nothing to go on with
         if not self.is_resumed and processes.is_main():
             self._make()
         try:
@@ -121,11 +122,11 @@ class RunFolder:
                             "start a new run")
         if self.is_resumed:
             there = self.record.get("environment") or {}
-            for name, value in self._here().items():
+            for name, value in self._here.items():
                 if there.get(name) != value:
                     processes.log(f"note: {name} was {there.get(name)} and is {value}: the bits may differ")
         self.record["fingerprints"] = {**known, **fingerprints}
-        processes.check_same(json.dumps([self.record["fingerprints"], self.arguments, self._here()], sort_keys=True),
+        processes.check_same(json.dumps([self.record["fingerprints"], self.arguments, self._here], sort_keys=True),
                              "model, mask, text, flags or versions")
         self.write_record()
 
@@ -150,6 +151,7 @@ class RunFolder:
         if processes.is_main():
             write_json(self.path / "run.json", self.record)
 
+    @cached_property
     def _here(self) -> dict:
         """The environment, and what else decides the bits."""
         device = self.arguments.get("device")

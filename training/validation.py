@@ -67,4 +67,4 @@ class Validation:
         self.loss, self.step, self.m0_loss = scalars["loss"], scalars["step"], scalars["m0_loss"]
         if self.step is not None:
             self.bits = {name: read(name, layer.shard(layer.bits)).to(layer.bits.device, copy=True)
-                         for name, layer in self.masked.layers.items()}
+                         for name, layer in self.masked.layers.items()}  # copies, or they would keep the file open
