@@ -107,27 +107,29 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer]:
-    """The model and its tokenizer; UserError where no mask can be learned of it as the flags ask."""
+def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, MaskFile | None]:
+    """The model, its tokenizer and the mask given, if one is; UserError where no mask can be learned of it as the flags
+    ask."""
     read = load_sharded if args.shard and processes.size() > 1 else load_model
     model, tokenizer = read(args.model, args.dtype, device, args.trust_remote_code)
     if args.shard and model.dtype == torch.float16:
         raise UserError("--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16")
     check_length(model, args.seqlen, "--seqlen")
-    if args.mask:
-        learned_layers(model, read_masks(args.mask, model, *args.sparsity_type), args.targets)
+    mask = read_masks(args.mask, model, *args.sparsity_type) if args.mask else None
+    if mask:
+        learned_layers(model, mask, args.targets)
     else:
         layers_to_mask(model, args.targets, args.sparsity_type[1])
         if args.permute:
             check_reorderable(model)
     note_sparse(find_layers(model, args.targets))
-    return model, tokenizer
+    return model, tokenizer, mask
 
 
 def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: RunFolder,
-            stages: Stages) -> tuple[Tensor, Tensor, MaskFile]:
+            stages: Stages, mask: MaskFile | None) -> tuple[Tensor, Tensor, MaskFile]:
     """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, their sequences' shares of
-    distillation, `[minibatches, sequences]`, and m0."""
+    distillation, `[minibatches, sequences]`, and m0, which is the mask given, if one is."""
     n_m, plan = args.sparsity_type, folder.record.setdefault("plan", {})
     if "tokens" not in plan:
         plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen,
@@ -160,10 +162,10 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     elif args.permute:
         with stages.stage("order", "channels are reordered"):
             preparation.reorder_channels(order, model, args.model, args.targets, n_m, sequences, args.seed)
-    if not args.mask and "m0" not in stages.done:
+    if not mask and "m0" not in stages.done:
         with stages.stage("m0", "Wanda's mask"):
             preparation.wanda_mask(wanda, model, args.model, args.targets, n_m, sequences)
-    m0 = read_masks(args.mask or wanda, model, *n_m)
+    m0 = mask or read_masks(wanda, model, *n_m)
     folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
     return minibatches, distill, m0
 
@@ -172,7 +174,8 @@ def learning_s(minutes: float | None, folder: RunFolder, stages: Stages) -> floa
     """How many seconds are left to learn in, at least one; kept in the run's record. Infinite without minutes."""
     plan = folder.record["plan"]
     if minutes and "learning_s" not in plan:
-        plan["learning_s"] = processes.agreed(60 * minutes - stages.elapsed_s() - plan["table_s"])
+        writing_s = 2 * folder.checkpoints.cost_s  # a state at the end as at the start, and the sparse model
+        plan["learning_s"] = processes.agreed(60 * minutes - stages.elapsed_s() - plan["table_s"] - writing_s)
         if plan["learning_s"] < LITTLE * 60 * minutes:
             processes.log("note: little of --minutes is left to learn in; a longer run learns more")
         folder.write_record()
@@ -185,10 +188,10 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     set_seed(args.seed)
     check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
     stages = Stages(folder, device)
-    model, tokenizer = load(args, device)
+    model, tokenizer, mask = load(args, device)
     window = min(WINDOW, positions(model))
     texts = {Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0] for text in args.ppl}
-    minibatches, distill, m0 = prepare(args, model, tokenizer, folder, stages)
+    minibatches, distill, m0 = prepare(args, model, tokenizer, folder, stages, mask)
     batches, selecting, unseen = preparation.split(minibatches)
     masked = MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
                          learned_layers(model, m0, args.targets), args.seed, keep_dense=True,
@@ -225,7 +228,6 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
         for _ in run.steps():
             index, size = run.next_batches()[processes.rank()], step_size(args.lr, run.progress, run.expected_steps())
             run.advance(learner.step(batches[index], size, distill[index].tolist()))
-        run.save()
 
     with stages.stage("table", "the learned mask is evaluated and written"):
         with masked.use_masks(validation.bits):

@@ -84,8 +84,8 @@ def load_file(path: str) -> object:
 
 def load_harness(names: list[str]) -> dict:
     """Task name -> lm_eval's task object with its data. names: tasks, tags or groups of tasks, or YAML files, which may
-    run code. UserError for an unknown name, data that cannot be loaded, a task without acc, and where lm_eval is
-    missing."""
+    run code. UserError for an unknown name, data that cannot be loaded, a task without acc or whose answers the model
+    has to write, and where lm_eval is missing."""
     found = {}
     for name in names:
         manager = _task_manager(with_tasks=True)
@@ -97,6 +97,9 @@ def load_harness(names: list[str]) -> dict:
     for name, task in found.items():
         if "acc" not in task.aggregation():
             raise UserError(f"--tasks {name} has no acc but {', '.join(task.aggregation())}; leave it out")
+        if task.OUTPUT_TYPE == "generate_until":
+            raise UserError(f"--tasks {name} has the model write its answers, which eval.py does not score; leave it "
+                            "out")
     return found
 
 

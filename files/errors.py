@@ -5,12 +5,16 @@ from pathlib import Path
 
 from utils import UserError
 
+import torch
+
 
 @contextmanager
 def explained(what: str | Path, advice: str) -> Iterator[None]:
     """Turn whatever reading raises into a UserError that begins with `what`: parsers share no class of error."""
     try:
         yield
+    except torch.OutOfMemoryError:  # `run_script` has better advice
+        raise
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     except Exception as error:

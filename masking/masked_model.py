@@ -5,10 +5,10 @@ from functools import partial
 
 from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
-from masking.layers import match_masks
 from masking.masked_layer import MaskedLayer, scratch_buffers
 from masking.random_bits import layer_keys
 from masking.spaces import Space
+from models import processes
 from models.layers import find_layers
 from models.loss import batch_loss
 from models.sharding import MaskedRows, Rows, own_weight
@@ -44,7 +44,6 @@ class MaskedModel:
         self.kernels = Kernels(space, mode)
         self._used: Bits | None = None  # used instead of the masks drawn
         modules = find_layers(model)
-        match_masks(modules, masks)
         learned = list(masks) if learned is None else learned
         self._pruned: list[tuple[Tensor, Tensor]] = []  # weights of the other layers; what m0 has taken from them
         for name in [name for name in masks if name not in learned]:
@@ -232,12 +231,12 @@ class MaskedModel:
             tensor.copy_(read(name, layer.shard(tensor)))
 
     def _collected(self, tensor_of: Callable[[MaskedLayer], Tensor]) -> dict[str, Tensor]:
-        """What a function makes of each layer, all processes together, on the CPU by the layer's name; of layers that
-        are sharded, in the main process only: no other needs to have room for it."""
+        """What a function makes of each layer, all processes together, on the CPU by the layer's name; in the main
+        process only: no other needs to have room for it."""
         found = {}
         for name, layer in self.layers.items():
             tensor = tensor_of(layer)
-            if layer.rows.is_main:
+            if processes.is_main():
                 found[name] = tensor.cpu()
         return found
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from files.atomic import atomic_write, sync
 from files.documents import documents
-from files.records import read_lines
+from files.records import read_lines, short_hash
 from models import processes
-from models.loading import Tokenizer, check_length, input_device
+from models.loading import Tokenizer, check_length, input_device, model_fingerprint
 from utils import UserError, progress_bar, set_seed
 
 import torch
@@ -51,10 +51,14 @@ def read_passages(dataset: str, model: nn.Module, tokenizer: Tokenizer, length: 
 
 class Draw(LogitsProcessor):
     """Draws the next token and leaves no other: one uniform number a document, where generate's own sampling makes one
-    for each word of the vocabulary, which takes a CPU half of the time."""
+    for each word of the vocabulary, which takes a CPU half of the time. UserError for predictions that are not finite,
+    of which it would draw the last word."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         reached = scores.float().softmax(-1).cumsum(-1)
+        if not reached[:, -1].isfinite().all():
+            raise UserError("the model's predictions are not finite; its dtype may overflow: try --dtype bfloat16 or "
+                            "float32")
         wanted = torch.rand(len(scores), 1, device=scores.device) * reached[:, -1:]
         chosen = torch.searchsorted(reached, wanted, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
@@ -111,11 +115,13 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
                least: int = 0) -> tuple[int, int]:
     """Generate documents until there are so many tokens or, beyond the `least`, so many seconds are over, into a new
     .jsonl file, {"text": ..., "tokens": ...} a line. Returns the numbers of documents and of tokens. batchsize:
-    documents at a time, fewer where a GPU's memory is full. After each of these all are in part_of_<the file's name>;
-    from there it goes on, to the same text.
+    documents at a time, fewer where a GPU's memory is full. After each of these all are in a file part_of_..., whose
+    name has a hash of what decides the text; from there it goes on, to the same text.
     """
     path, end = Path(path), time.monotonic() + max_s
-    part = path.with_name(f"part_of_{path.name}")
+    decides = {"model": model_fingerprint(model), "dtype": str(model.dtype), "length": length, "batchsize": batchsize,
+               "passages": passages, "seed": seed}
+    part = path.with_name(f"part_of_{path.stem}_{short_hash(decides)}{path.suffix}")
     rows = read_lines(part) if part.exists() else []
     found, empty = sum(row["tokens"] for row in rows), 0
     if rows:
@@ -124,7 +130,7 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
         while found < tokens and (found < least or time.monotonic() < end):
             set_seed((APART * (seed + 1000 * empty) + len(rows)) % 2**63)  # what was empty is drawn anew
             left_s = end - time.monotonic()
-            count = min(batchsize, -(-((tokens if left_s > 0 else least) - found) // (length - 1)))
+            count = max(1, min(batchsize, -(-((tokens if left_s > 0 else least) - found) // (length - 1))))
             try:
                 written = generate(model, tokenizer, count, length - 1, passages,
                                    left_s if 0 < left_s < math.inf else None)

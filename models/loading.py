@@ -61,6 +61,8 @@ def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bo
     if empty:
         raise UserError(f"{model} does not fit the GPUs of --device auto; use more or larger ones, or several "
                         "processes with --shard")
+    if getattr(found.config, "pretraining_tp", 1) > 1:  # by which older Llamas read weights around their modules
+        found.config.pretraining_tp = 1
     settings = getattr(found, "generation_config", None)
     if settings and not settings.do_sample:  # these then mean nothing, and older transformers refuse to save them
         for name in SAMPLING & settings.to_diff_dict().keys():

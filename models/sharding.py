@@ -87,11 +87,6 @@ class Rows:
         weight = weight_matrix(module)
         return cls(weight.shape[0], *own_rows(weight), weight.device_mesh if isinstance(weight, DTensor) else None)
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process is the one that whole tensors are collected in."""
-        return self.mesh is None or self.mesh.get_local_rank() == 0
-
     def own(self, matrix: Tensor) -> Tensor:
         """This process's part of a tensor of all rows `[count, ...]`."""
         return matrix[self.begin:self.end]

@@ -110,11 +110,12 @@ def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor 
 
 def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, way: OneShot) -> set[str]:
     """Compute each layer's sparse weight when the pass of all samples through the decoder gets there; write it at once
-    with true_sequential, else after the pass. Returns the names of the layers that the pass got to."""
+    with true_sequential, else once the layer has computed. Returns the names of the layers that the pass got to."""
     reached, pending = set(), {}
     shared = lru_cache(1)(hessian_of)  # q, k and v read the same tensor
 
     def prune(name: str, inputs: Tensor) -> None:
+        write_pending()  # of the layer before, which has computed
         if not inputs.numel():  # an expert that is called with no token
             return
         weight = weight_matrix(layers[name])

@@ -74,12 +74,15 @@ def fill(w: Path, models: dict[str, Path]) -> None:
                                 ("quantised", "config.json",
                                  b'{"model_type": "llama", "quantization_config": {"bits": 4}}'),
                                 ("kernel", "config.json", b'{"model_type": "llama", "_attn_implementation": "a/b"}'),
+                                ("remote", "config.json",
+                                 b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}'),
                                 ("no_tokenizer", "tokenizer.model", None), ("no_weights", "model.safetensors", None),
                                 ("bad_weights", "model.safetensors", b"nonsense")]:
         shutil.copytree(w / "llama", w / name)
         (w / name / file).unlink()
         if content:
             (w / name / file).write_bytes(content)
+    (w / "remote" / "own.py").write_text(f"open('{w}/ran', 'w')\n")  # code that nobody asked to run
     (w / "no_tokenizer" / "tokenizer_config.json").unlink()
     shutil.copytree(w / "llama", w / "reordered")
     settings = json.loads((w / "llama" / "config.json").read_text())

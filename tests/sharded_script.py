@@ -1,5 +1,5 @@
-"""What tests/test_sharding.py starts in several processes: sharded models held against whole ones, which each process
-has beside them.
+"""What test_distributed.py starts in several processes: sharded models held against whole ones, which each process has
+beside them.
 
     torchrun --nproc_per_node 3 tests/sharded_script.py FOLDER
 

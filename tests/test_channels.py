@@ -69,6 +69,15 @@ def test_random_orders_leave_the_function_and_move_the_weights(name):
         assert float((after - logits).abs().max()) < 2e-5 * float(logits.abs().max())
 
 
+def test_scores_are_shares_of_a_layers_output():
+    model = make("llama")
+    name, channels = "model.layers.0.mlp.down_proj", channel_sets(model)["model.layers.0.hidden"]
+    norm = torch.rand(48, generator=torch.Generator().manual_seed(0))
+    added = (model.get_submodule(name).weight * norm).square()
+    found = scores({name: model.get_submodule(name)}, {name: norm}, readers(channels, find_layers(model)), 10**6, None)
+    assert torch.allclose(found, (added / added.mean())[None].float())
+
+
 def test_what_is_not_known_is_refused_by_name(tmp_path):
     moe = transformers.AutoModelForCausalLM.from_pretrained(tiny.make_moe(tmp_path))
     with pytest.raises(UserError, match=r"architecture mixtral is not known; known are llama"):

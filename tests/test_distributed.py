@@ -3,6 +3,7 @@ process on the CPU, and no run is lost.
 
 What the processes tell one another is held against one process that does the same work alone.
 """
+import inspect
 import json
 import os
 import shutil
@@ -12,21 +13,34 @@ from pathlib import Path
 import train
 from files import mask_files
 from masking.layers import apply_masks
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
 from models.layers import find_layers
-from models.loading import load_model
+from models.loading import DTYPE, load_model
+from models.sharding import check_version, decoder_layers
+from training.checkpoint import StateFile
+from utils import UserError
 
 import pytest
 import tiny
+import torch
+import transformers
 from faults import kill
 from launched import ROOT, Launched
+from masked import magnitude_masks
 from masked import same as same_tensors
 from runs import is_strict, read_run, steps_of
 from safetensors.torch import load_file
+from sharded_script import TOKENS
+from torch import nn
+from torch.distributed import fsdp
 from torch.utils import backend_registration
 
 PAPER = "--baseline online --logits 1 --lr 5 --debias_tracker --dataset_size 16 --epoch 4 --save"
 GRADIENTS = "--batchsize 2"
 KINDS = {PAPER: "train.py", GRADIENTS: "sparsify.py"}
+needs_fsdp = pytest.mark.skipif("ignored_params" not in inspect.signature(fsdp.fully_shard).parameters,
+                                reason="FSDP takes no ignored_params before torch 2.8")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +169,7 @@ def test_a_process_that_hangs_is_reported(w, tmp_path):
     launched.wait_until(lambda: "error: process 0 has lost another, which has ended or hangs" in launched.said)
     os.kill(hanging, signal.SIGKILL)
     assert launched.wait() != 0
-    assert f"go on with: python train.py --resume {tmp_path}/run" in launched.said
+    assert f"go on with: torchrun --nproc_per_node 2 train.py --resume {tmp_path}/run" in launched.said
 
 
 def test_a_signal_ends_all_processes_after_the_same_step(w, tmp_path):
@@ -244,3 +258,44 @@ def test_nothing_is_left_behind_on_the_cpu(w, tmp_path):
         for name in ("mask.safetensors", "checkpoint/model.safetensors"):
             found, expected = (load_file(tmp_path / f"{device}_{script}" / name) for device in DEVICES)
             assert same_tensors(found, expected), (script, name)
+
+
+# -------------------------------------------------------------------------------------------------------------- sharded
+
+
+@needs_fsdp
+def test_sharded_models_are_whole_models(models, tmp_path):
+    """See sharded_script.py; 3 processes have unequal parts. What they save, one reads."""
+    w = Path(shutil.copytree(Path(models["llama"]).parent, tmp_path / "models", ignore=lambda *_: ["opt"]))
+    tiny.make_opt(w / "opt", embedding=tiny.HIDDEN // 2)
+    tiny.save_model(shutil.copytree(w / "gpt2", w / "neox"), transformers.GPTNeoXConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4))
+    launched = Launched(3, [ROOT / "tests/sharded_script.py", w], tmp_path / "said.txt")
+    assert launched.wait() == 0, launched.said
+    for name, dtype in (("llama", torch.float32), ("opt", torch.float16), ("neox", torch.float32)):
+        folders = w / name, w / f"saved_{name}"
+        given, saved = (load_file(folder / "model.safetensors") for folder in folders)
+        assert same_tensors({key: tensor.to(dtype) for key, tensor in given.items()}, saved)
+        given, saved = map(transformers.AutoConfig.from_pretrained, folders)
+        assert saved.architectures == given.architectures and getattr(saved, DTYPE) == dtype
+    one, again = (MaskedModel(model, magnitude_masks(find_layers(model)), LinearSpace(2, 4), 1.0, torch.float16,
+                              mode="eager")
+                  for model in (load_model(str(w / "llama"), "float32", "cpu")[0] for _ in range(2)))
+    for _ in range(3):
+        one.update(5 * one.loss(TOKENS))
+    expected = one.state()[1]
+    again.restore({"steps": 3}, StateFile(w / "state_llama.safetensors").read)
+    assert same_tensors(expected, again.state()[1])
+
+
+def test_decoder_layers_are_the_outermost_lists():
+    experts = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(5)) for _ in range(3))
+    model = nn.ModuleDict({"embedding": nn.Embedding(2, 2), "layers": experts})
+    assert decoder_layers(model) == list(experts)
+
+
+@needs_fsdp
+def test_an_older_torch_is_told(monkeypatch):
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, mesh: None)
+    with pytest.raises(UserError, match=r"--shard needs torch 2.8 or newer, this is"):
+        check_version()

@@ -1,14 +1,18 @@
-"""README and docs say what is there: links and anchors exist, files that are named exist, commands parse."""
+"""README and docs say what is there: links and anchors exist, files that are named exist, commands parse. The README's
+are run, one after the other as they stand, on a tiny model in place of theirs, for two steps."""
 import re
 import shlex
 from importlib import import_module
 from pathlib import Path
 
 import train
+from files.documents import documents
 from training import args as training_args
 from utils import script_parser
 
 import pytest
+from quizzes import quiz, write_lines
+from tiny import write_corpus
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -17,6 +21,12 @@ PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|json|txt|toml)|(?:[\w-]+
 MADE = re.compile(r"(results|demo|out|RUN|checkpoint|state|tensorboard|.*\.venv)/|"  # by users and runs, not by us
                   r"(text|quiz|data|generated|.*evaluation|prune|run|config|adapter_config|other|report)\.(jsonl?|txt)$")
 SCRIPTS = {"sparsify", "prune", "get_mask", "inference_loss", "eval", "generate_text", "plot", "permute"}
+FEWER = {  # what is put behind a command, of which the last value of a flag counts
+    "prune": "--model {model} --dataset text.jsonl --nsamples 2 --seqlen 32 --dtype float32",
+    "inference_loss": "--model {model} --dataset text.jsonl --dataset_size 8 --batchsize 4 --seqlen 32",
+    "train": "--model {model} --dataset text.jsonl --dataset_size 8 --batchsize 4 --seqlen 32 --max_step 2",
+    "sparsify": "--seqlen 32 --batchsize 4 --steps 2 --dtype float32",
+    "eval": "--ppl text.txt --seqlen 32 --nwindows 4"}
 
 
 def anchors(page: Path) -> set[str]:
@@ -92,5 +102,21 @@ def test_other_commands_are_there(page):
         assert words[0] != "bash" or (ROOT / words[1]).is_file(), words
 
 
-def test_the_readme_is_read():
+def test_the_readme_is_read_and_its_commands_run(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.txt", "passages.txt"):
+        Path(name).write_text("\n\n".join(documents(str(write_corpus(tmp_path / "text.jsonl", 40)))))
+    write_lines(Path("questions.jsonl"), quiz())
+    ran, runs = [], []
+    for program, script, *flags in commands(PAGES[0]):
+        if program != "python" or "/" in script:
+            continue
+        ran.append(script.removesuffix(".py"))
+        more = FEWER.get(ran[-1], "").format(model=models["llama"]).split()
+        import_module(ran[-1]).main([str(models["llama"]) if flag == "MODEL" else flag for flag in flags + more])
+        runs += re.findall(r"-> (results/[\w./-]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert ran == ["sparsify"] * 4 + ["prune", "get_mask", "inference_loss", "train", "eval"] + [
+        "prune", "get_mask", "train", "eval"]
+    assert len(runs) == 6 and all(Path(run, "mask.safetensors").is_file() for run in runs)
+    assert len(list(Path("results/evaluations").iterdir())) == 2
     assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 180

@@ -77,6 +77,11 @@ def test_an_evaluation_is_shown_and_not_repeated(model_copy, tmp_path, monkeypat
         Path("run", file).touch()
         found.append(evaluate.output_file(evaluate.parse_args(["--model", "model", "--mask", "run"])))
     assert found[0] != found[1] == found[2]
+    for flags in (["--ppl", "text"], ["--task_file", "text"]):
+        Path("text").touch()
+        before = evaluate.output_file(evaluate.parse_args(["--model", "model", *flags]))
+        os.utime("text", (1, 1))
+        assert evaluate.output_file(evaluate.parse_args(["--model", "model", *flags])) != before
     run("--model model --ppl none")
     (first,) = Path("results/evaluations").iterdir()
     assert first.name.startswith("model_") and f"written to {first}" in capsys.readouterr().out

@@ -65,13 +65,3 @@ def test_damaged_files(make, tmp_path, monkeypatch):
             refused += 1
         file.write_bytes(good)
     assert refused > 75
-
-
-def test_the_campaign_is_a_command(monkeypatch, capsys):
-    counts = {"kills": 2, "runs": 1, "same": 1}
-    monkeypatch.setattr(kill, "campaign", lambda folder, script, flags, kills, generator: {**counts, "kills": kills})
-    assert kill.main(["--kills", "5", "--seed", "3"]) == 0
-    said = capsys.readouterr().out
-    assert "| run | kills | runs | same |\n| --- | --- | --- | --- |\n| maskpro | 5 | 1 | 1 |" in said
-    counts["same"] = 0
-    assert kill.main(["--kills", "5"]) == 1

@@ -116,7 +116,7 @@ def race_to_one_time(logits, n):
 LARGE = [(n, m) for m in (9, 12, 16) for n in (m // 2, m - 2)] + [(3, 12), (4, 16), (5, 8), (6, 8), (7, 8)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(blocks(LARGE, scale=(0.01, 1.0, 3.0)), st.integers(0, 2**31))
 def test_vjp_of_large_blocks_is_that_of_a_race_stopped_at_one_time(block, seed):
     """By central differences of the stopped race, which shares no formula with it."""
@@ -129,7 +129,7 @@ def test_vjp_of_large_blocks_is_that_of_a_race_stopped_at_one_time(block, seed):
 
 
 @pytest.mark.parametrize("n, m, degrees", [(1, 16, 0.1), (2, 16, 0.1), (3, 10, 0.1), (5, 6, 0.1), (6, 8, 10),
-                                           (4, 16, 10), (8, 16, 10), (15, 16, 10)])
+                                           (4, 16, 10), (8, 16, 10), (11, 12, 10)])
 def test_large_blocks_come_near_the_exact_probabilities(n, m, degrees):
     """In the median direction, as fused_ops.py says; those whose walk is short are exact. In probability within 0.1.
     The exact ones are those of pge.py, held against enumeration in test_pge.py."""

@@ -31,6 +31,8 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model():
     assert (drawn.isfinite().sum(1) == 1).all()
     seen, wanted = drawn.isfinite().double().mean(0), logits.double().softmax(0)
     assert ((seen - wanted).abs() <= 5 * (wanted * (1 - wanted) / 1e6).sqrt()).all() and seen[3] == 0
+    with pytest.raises(UserError, match="predictions are not finite"):
+        generation.Draw()(None, torch.tensor([[0.0, torch.nan, 2.0]]))
 
 
 @pytest.mark.parametrize("kind, first", [("sentencepiece", "<s>"), ("opt", "</s>"), ("ended", "<s>")])
@@ -160,9 +162,12 @@ def test_after_an_interruption_it_goes_on_to_the_same_text(llama, tmp_path, monk
     stopped, whole = tmp_path / "text.jsonl", tmp_path / "whole.jsonl"
     with pytest.raises(KeyboardInterrupt):
         generation.write_text(stopped, *llama, 40, 8, 2, seed=3)
+    generation.write_text(tmp_path / "text.jsonl", *llama, 14, 8, 2, seed=4)  # another text, from its start
+    assert stopped.read_text().count("\n") == 2
+    stopped.unlink()
     for path in stopped, whole:
         generation.write_text(path, *llama, 40, 8, 2, seed=3)
-    assert (stopped.read_text(), counts, sorted(tmp_path.iterdir())) == (whole.read_text(), [2] * 7, [stopped, whole])
+    assert (stopped.read_text(), counts, sorted(tmp_path.iterdir())) == (whole.read_text(), [2] * 8, [stopped, whole])
 
 
 def test_an_empty_text_is_drawn_anew(llama, tmp_path, monkeypatch):

@@ -2,9 +2,9 @@
 from functools import partial
 
 import pge
+from masking import exact_kernels
 from masking import kernels as kernels_module
 from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits
-from masking.exact_kernels import blocks_at_a_time
 from masking.kernels import Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace, PatternSpace
@@ -116,8 +116,11 @@ def test_extreme_logits_stay_finite(n, m):
 
 @pytest.mark.parametrize("space", [LinearSpace(1, 4), LinearSpace(2, 4), LinearSpace(2, 8), LinearSpace(3, 4),
                                    LinearSpace(4, 8), LinearSpace(8, 16), PatternSpace(2, 4)])
-def test_the_update_is_minus_coefficient_times_score(space):
-    """By the fused routines as by the exact ones; draws repeat with the step's key; the mode is the space's."""
+def test_the_update_is_minus_coefficient_times_score(space, monkeypatch):
+    """By the fused routines as by the exact ones, of several chunks; draws repeat with the step's key; the mode is the
+    space's."""
+    if space.n < 8:  # elsewhere a chunk would be of three blocks
+        monkeypatch.setattr(exact_kernels, "CHUNK", 100)
     logits = torch.randn(300, space.width, generator=seeded(0)) * 3
     mask = space.sample(logits, seeded(1))
     expected = logits - 0.37 * space.score(logits, mask)
@@ -133,8 +136,8 @@ def test_the_update_is_minus_coefficient_times_score(space):
 
 def test_wide_blocks_are_taken_a_few_at_a_time():
     """At 12:16 a block has 49,152 numbers: 2^22 blocks at a time would be terabytes."""
-    assert 1 <= blocks_at_a_time(LinearSpace(12, 16), 2**22) <= 2**24 / 49_152
-    assert blocks_at_a_time(LinearSpace(4, 8), 2**18) == 2**18
+    assert 1 <= exact_kernels.blocks_at_a_time(LinearSpace(12, 16), 2**22) <= 2**24 / 49_152
+    assert exact_kernels.blocks_at_a_time(LinearSpace(4, 8), 2**18) == 2**18
 
 
 @pytest.mark.parametrize("mode", ["eager", "exact"])

@@ -25,7 +25,7 @@ def go(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=1e6)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
 
-    def go(seconds, stop_after=math.inf, not_finite=None, **budget):
+    def go(seconds, stop_after=math.inf, not_finite=None, loss=lambda step: 2.0, **budget):
         masked, seen = make(Stack(nn.Linear(16, 8)))[0], []
         arguments = {"checkpoint_every": "1000000"}
         with RunFolder(tmp_path / "run", arguments, "sparsify.py") as folder, StopSignals() as signals:
@@ -37,7 +37,7 @@ def go(tmp_path, monkeypatch):
                     expected = run.expected_steps()
                     seen.append((run.progress, expected, step_size(1.0, run.progress, expected)))
                     clock.now += seconds(step)
-                    run.advance(StepResult([2.0], not_finite=not_finite))
+                    run.advance(StepResult([loss(step)], not_finite=not_finite))
                     if run.step == stop_after:
                         run.save()
                         break
@@ -88,6 +88,13 @@ def test_a_signal_while_the_last_state_is_saved_ends_the_run(go, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         go(lambda step: 1.0, max_step=3)
     assert stop.value.code == 128 + signal.SIGTERM
+
+
+def test_the_mask_of_the_end_is_evaluated_though_the_last_loss_is_not_finite(go, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(Validation, "evaluate", lambda validation, step: evaluated.append(step))
+    go(lambda step: 1.0, max_step=6, evaluations=2, loss=lambda step: math.nan if step == 5 else 2.0)
+    assert evaluated == [3, 6]
 
 
 @pytest.mark.parametrize("not_finite, said", [(None, 0), (0, 0), (1, 2)])

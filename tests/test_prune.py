@@ -43,6 +43,14 @@ def test_true_sequential_differs_only_after_the_first_layers(pruned):
     assert all(same[:3]) and not all(same[3:])  # q, k, v of the first block
 
 
+def test_without_true_sequential_each_layer_is_pruned_as_if_alone(load):
+    together, alone = load("llama"), load("llama")
+    layers, (name, last) = find_layers(together), list(find_layers(alone).items())[-1]
+    for chosen, model in (layers, together), ({name: last}, alone):
+        prune_model(model, chosen, torch.arange(64).view(2, 32), OneShot("sparsegpt"))
+    assert torch.equal(layers[name].weight, last.weight)
+
+
 @pytest.mark.parametrize("flags", [{}, {"true_sequential": True}, {"prune_method": "sparsegpt"}])
 @pytest.mark.parametrize("is_called", [False, True])
 def test_layers_that_the_text_does_not_reach_are_pruned_by_magnitude(load, flags, is_called, capsys):

@@ -1,6 +1,5 @@
 """SparseGPT against brute force: least squares, column by column."""
 from pruning import sparsegpt
-from pruning.one_shot import largest
 from utils import UserError
 
 import pytest
@@ -17,17 +16,6 @@ def layer():
     return torch.randn(OUT, IN, generator=generator), inputs
 
 
-@pytest.mark.parametrize("n, m, blocksize", [(2, 4, 128), (2, 4, 8), (1, 4, 6), (4, 8, 16), (1, 2, 32)])
-def test_the_mask_is_strict_and_the_update_lowers_the_error(layer, n, m, blocksize):
-    weight, inputs = layer
-    updated, mask = sparsegpt.solve(weight, inputs.T @ inputs, (n, m), percdamp=1e-4, blocksize=blocksize)
-    assert (mask.reshape(-1, m).sum(1) == n).all()
-    assert (updated[~mask] == 0).all() and not torch.signbit(updated[~mask]).any()
-    found, masked, by_magnitude = (float(((weight - other) @ inputs.T).square().sum()) for other in (
-        updated, weight * mask, weight * largest(weight.abs(), n, m)))
-    assert found < 0.9 * masked and found < by_magnitude
-
-
 def refit(row, fixed, inputs):
     """Columns before `fixed` of `row` stand; the others by least squares, so that row @ inputs is as it was. Returns
     (row as it becomes, with that column 0; squared error)."""
@@ -38,7 +26,7 @@ def refit(row, fixed, inputs):
     return new, float((inputs @ new - target).square().sum())
 
 
-@pytest.mark.parametrize("n, m, blocksize", [(2, 4, 128), (2, 4, 8), (4, 8, 8)])
+@pytest.mark.parametrize("n, m, blocksize", [(2, 4, 128), (2, 4, 8), (1, 4, 6), (4, 8, 8), (1, 2, 32)])
 def test_every_column_is_decided_as_least_squares_would(n, m, blocksize):
     """The algorithm as the paper defines it, without Hessians: from left to right, of each M columns go those whose
     removal costs least when all later columns make up for it, and those make up for it."""
@@ -57,7 +45,7 @@ def test_every_column_is_decided_as_least_squares_would(n, m, blocksize):
                 expected[row] = refit(expected[row], column, inputs)[0]
     hessian = (inputs.T @ inputs).float()
     updated, mask = sparsegpt.solve(weight.float(), hessian, (n, m), percdamp=0, blocksize=blocksize)
-    assert torch.equal(mask, kept)
+    assert torch.equal(mask, kept) and not torch.signbit(updated[~mask]).any()
     assert torch.allclose(updated, expected.float(), atol=1e-4)
 
 

@@ -13,7 +13,10 @@ from files import mask_files
 from files.documents import documents
 from files.records import read_record
 from models import generation
+from models.layers import find_layers
+from models.loading import load_model
 from pruning import swaps
+from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, preparation, results, straight_through
 from training.report import note_unchanged, perplexity_table
 from training.stages import Stages
@@ -24,6 +27,7 @@ from utils import UserError
 import pytest
 import torch
 from faults import kill
+from masked import same
 from runs import column, is_strict, loss_under, raises, read_run
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -84,7 +88,9 @@ def test_its_table_recomputed(workshop, learned, capsys):
     run = learned(f"--steps 6 --ppl {workshop}/text.jsonl")
     report, said = json.loads((run.folder / "report.json").read_text()), capsys.readouterr().out
     m0 = mask_files.load(run.folder / "initial_mask.safetensors").masks
-    tokenizer = AutoTokenizer.from_pretrained(workshop / "dense")
+    model, tokenizer = load_model(str(workshop / "dense"), "float32", "cpu")
+    taught = data.token_sequences(tokenizer, [str(run.folder / "generated.jsonl")], 8 * 48, 2, 24, 0)[:6]
+    assert same(m0, one_shot_masks(model, find_layers(model), taught.flatten(0, 1), OneShot("wanda", (2, 4))))
     windows, _ = data.perplexity_windows(tokenizer, f"{workshop}/text.jsonl", 256, 64)  # its positions
     assert windows[:, 0].eq(tokenizer.bos_token_id).tolist() == [True, *[False] * (len(windows) - 1)]
     unseen = heldout(workshop, run, [run.folder / "generated.jsonl"])
@@ -124,6 +130,18 @@ def test_given_texts_and_given_masks(workshop, learned, text_and_masks):
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
 
 
+def test_questions_and_text_share_the_budget(tmp_path):
+    quiz, text, asked = str(tmp_path / "quiz.jsonl"), str(tmp_path / "text.jsonl"), []
+    Path(quiz).write_text('{"context": "a", "choices": [" b", " c"], "gold": 0}\n')
+    Path(text).write_text('{"text": "a"}\n')
+
+    def read(datasets, tokens):
+        asked.append((datasets, tokens))
+        return torch.zeros(tokens // 8, 2, 4)
+    texts = preparation.given_texts(read, [text, quiz], 160)
+    assert asked == [([quiz], 160), ([text], 120)] and [found.numel() for found in texts] == [40, 120]
+
+
 @pytest.mark.parametrize("questions", [8, 80])
 def test_a_quarter_of_questions_and_half_after_passages(workshop, learned, monkeypatch, questions):
     """Few questions are read twice; the rest is generated; each sequence keeps its text's share of distillation."""
@@ -150,14 +168,14 @@ def test_ways_to_take_the_gradient(workshop, learned, monkeypatch):
     monkeypatch.setattr(StraightThrough, "_backward", lambda learner, part, distill: parts.append(len(part)) or
                         backward(learner, part, distill))
     monkeypatch.setattr(straight_through, "enable_checkpointing", lambda model: checkpointed.append(1) or enable(model))
-    text = f"--steps 6 --dataset {workshop}/text.jsonl --mask {workshop}/mask.safetensors --skip_checkpoint"
+    text = f"--steps 4 --dataset {workshop}/text.jsonl --mask {workshop}/mask.safetensors --skip_checkpoint"
     runs = {flags: learned(f"{text} {flags}", f"run{number}") for number, flags in enumerate((
         "", "--gradient_checkpointing", "--microbatch 1", "--distill 1", "--logits_dtype bfloat16"))}
     for flags, run in runs.items():
         same = flags in ("", "--gradient_checkpointing", "--microbatch 1")
         expected = pytest.approx(column(runs[""], "loss"), rel=1e-5)
         assert is_strict(run.masks) and (column(run, "loss") == expected) == same, flags
-    assert parts == 12 * [2] + 12 * [1] + 12 * [2] and len(checkpointed) == 1
+    assert parts == 8 * [2] + 8 * [1] + 8 * [2] and len(checkpointed) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- stopped

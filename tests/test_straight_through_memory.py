@@ -54,7 +54,7 @@ class Allocated(TorchDispatchMode):
 
 def growth(peak_of_depth):
     """Bytes that each further decoder layer adds to the peak."""
-    return (peak_of_depth(8) - peak_of_depth(2)) / 6
+    return (peak_of_depth(4) - peak_of_depth(2)) / 2
 
 
 WEIGHTS = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)  # bytes of a decoder layer's projections

@@ -2,8 +2,8 @@
 import math
 
 import data
-import pge
 from masking.masked_model import MaskedModel
+from models import processes
 from training import validation
 
 import pytest
@@ -48,11 +48,15 @@ def test_the_best_of_held_out_minibatches_is_delivered(learn, text_and_masks, mo
     assert delivered == pytest.approx(summary["heldout_loss"], rel=1e-5) and evaluations[-1] > delivered + 0.05
 
 
-def test_without_held_out_minibatches_the_last_mask_is_delivered(learn):
-    run = learn("--lr 200")
-    assert not any("heldout" in line for line in run.metrics)
-    for name, logits in run.logits.items():
-        assert torch.equal(run.masks[name].view(-1, 4), pge.mode(logits, 2))
+def test_processes_whose_logits_differ_are_noticed(load, monkeypatch):
+    masked, told = make(load())[0], []
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    monkeypatch.setattr(processes, "check_same", lambda text, what: told.append((text, what)))
+    best = validation.Validation(masked, torch.zeros(0, 2, 20, dtype=torch.int64))
+    for step in 1, 2, 3:
+        best.evaluate(step)
+        masked.layers["model.layers.1.mlp.up_proj"].logits[0][5] += step - 1
+    assert told[0] == told[1] != told[2] and told[0][1] == "the logits"
 
 
 def test_m0_is_the_first_even_where_all_logits_are_the_same(load):

@@ -116,15 +116,12 @@ class Checkpoints:
         self.minutes = float(every[:-1]) if every.endswith("m") else None
         self.step, self.saved_at, self.cost_s = None, 0.0, 0.0  # of the last one
 
-    def due(self, step: int, seconds: float, last: bool = False) -> bool:
+    def due(self, step: int, seconds: float) -> bool:
         """Is it time to save, after so many steps and seconds of the run? With `every` in minutes saving takes at most
-        MOST_SHARE of the run's time. `last`: the run ends here; if it has a state, a new one is due that takes less
-        time than to come here from that."""
+        MOST_SHARE of the run's time."""
         if self.steps:
-            return last or step % self.steps == 0
+            return step % self.steps == 0
         waited = seconds - self.saved_at
-        if last and self.step:
-            return waited >= self.cost_s
         return waited * MOST_SHARE >= self.cost_s and waited >= 60 * self.minutes
 
     def path(self, step: int) -> Path:

@@ -110,8 +110,8 @@ class Run:
     # ---------------------------------------------------------------------------------------------------------- steps
 
     def steps(self) -> Iterator[int]:
-        """Yield each step there is still to do. When it is done the state is saved if that is due, or if a signal came,
-        which then ends the process as it would have at once."""
+        """Yield each step there is still to do. When it is done the state is saved if that is due, if the step is the
+        last, or if a signal came, which then ends the process as it would have at once."""
         self.signals.deferred = True
         self._started = time.monotonic() - self.position.seconds
         self._bar = progress_bar(initial=self.step, desc="learning", unit="step", disable=not processes.is_main())
@@ -120,12 +120,11 @@ class Run:
                 yield self.step
                 self._bar.total = math.ceil(self.expected_steps())
                 self._bar.update()
-                due = processes.is_main() and self.checkpoints.due(self.step, self.elapsed_s(),
-                                                                   last=self.progress == 1.0)
+                due = processes.is_main() and self.checkpoints.due(self.step, self.elapsed_s())
                 due = processes.agreed(float(bool(due)))
                 if self._stopped_by:
                     self._stop(self._stopped_by)
-                if due:
+                if due or self.progress == 1:
                     self.save()
         self.signals.deferred = False
         found = processes.all_gather([float(self.signals.received)])  # while the last state was saved
@@ -193,6 +192,8 @@ class Run:
         position.skipped_in_a_row += 1
         if position.skipped_in_a_row < BAD_LOSSES and (self.log.lines or self.progress < 1):
             processes.log(f"the loss is {loss} at step {self.step}: skipped")
+            if self.progress == 1:
+                self.validation.evaluate(self.step)
             return
         begin = self.step - position.skipped_in_a_row + 1
         position.skipped_in_a_row = 0  # resumed, the run goes on after them

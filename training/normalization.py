@@ -10,6 +10,7 @@ from collections.abc import Callable
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
+from utils import UserError
 
 import torch
 from torch import Tensor
@@ -39,8 +40,12 @@ class Normalization:
         self._squares = {}
 
     def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> Tensor:
-        """One layer's step by df/dW `[rows, in]`; returns how many blocks' J^T G is not finite, int64 `[]`."""
+        """One layer's step by df/dW `[rows, in]`; returns how many blocks' J^T G is not finite, int64 `[]`. UserError
+        for a second step of the pass: the model uses the layer twice."""
         place = self.place[layer.name]
+        if place in self._squares:
+            raise UserError(f"the model uses {layer.name} twice in a pass, which backward passes cannot learn: name "
+                            "other layers with --targets")
         if not len(layer.bits):  # a layer of fewer rows than there are processes
             self._squares[place] = torch.zeros(())
             return torch.zeros((), dtype=torch.int64)

@@ -50,7 +50,8 @@ class RunFolder:
         arguments = {name: value for name, value in arguments.items() if name not in ("out", "resume")}
         self.arguments = json.loads(json.dumps(arguments))  # as JSON gives them back
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"])
-        self.resume_command = f"python {script} --resume {self.path}"
+        start = "python" if processes.size() == 1 else f"torchrun --nproc_per_node {processes.size()}"
+        self.resume_command = f"{start} {script} --resume {self.path}"
         self._lock = None
 
     def __enter__(self):
