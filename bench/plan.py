@@ -1,7 +1,7 @@
 """What learning a model's mask needs, before a GPU is rented: memory of each GPU, bytes on the wire, time of a step.
 
-    python bench/plan.py --model llama2-70b --gpus 8 --gpu h100
-    python bench/plan.py --model FOLDER --gpus 1 --gpu h200 --logits_dtype float16
+    python bench/plan.py --model llama2-70b --gpus 8 --gpu h100 --logits_dtype float16
+    python bench/plan.py --model FOLDER --gpu rtx4090
 
 --model is the name of a shape (common.SHAPES) or a folder with a config.json. The ways to use several GPUs are:
 
@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 GIB = 2**30
 DEVICES = {  # data sheets: bytes of memory; dense 16-bit FLOP/s; bytes/s of memory, of the link to GPUs
+    "rtx4090": dict(memory=24e9, flops=165e12, bandwidth=1.01e12, link=32e9),
     "a100": dict(memory=80e9, flops=312e12, bandwidth=2.04e12, link=300e9),
     "h100": dict(memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9),
     "h200": dict(memory=141e9, flops=989e12, bandwidth=4.8e12, link=450e9)}
@@ -44,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--microbatch", type=int, default=32, help="sequences in a forward pass")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--m", type=int, default=4, help="M of N:M")
-    parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float16")
+    parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float32")
     return parser.parse_args(argv)
 
 

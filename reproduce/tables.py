@@ -47,7 +47,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("dense", "", "dense"),
     ("`sparsify.py`†, two fifths of its text [after passages](docs/sparsify.md#passages), 280 steps", "frozen",
      "2of4/sparsify-after-steps280"),
-    ("the same without † (seed 0: half), and a quarter [questions](docs/sparsify.md#accuracy)", "frozen",
+    ("the same without †, and a quarter [questions](docs/sparsify.md#accuracy) (seed 0: half after passages)", "frozen",
      "2of4/sparsify-both-steps280"),
     ("the same with †, half of its text after passages, in [half an hour](docs/sparsify.md#a-runs-report)", "frozen",
      "2of4/sparsify-both-minutes30"),
