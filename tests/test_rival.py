@@ -22,13 +22,20 @@ def test_a_rival_needs_the_text_and_m0_of_ours(workshop, tmp_path, monkeypatch):
                       f"--out {tmp_path}/ours".split())
 
 
+@pytest.fixture(scope="module")
+def ours(workshop, tmp_path_factory):
+    """A run of ours, from some given text and more that the model generates."""
+    folder = tmp_path_factory.mktemp("ours")
+    (folder / "given.txt").write_text((workshop / "text.jsonl").read_text()[:400])
+    sparsify.main(f"--model {workshop}/dense --dataset {folder}/given.txt --seqlen 24 --batchsize 4 --dtype float32 "
+                  f"--device cpu --steps 6 --checkpoint_every 3 --skip_checkpoint --out {folder}/run".split())
+    return folder / "run"
+
+
 @pytest.mark.parametrize("method", rival.RIVALS)
-def test_a_rival_in_the_place_of_our_learner(workshop, tmp_path, monkeypatch, method):
+def test_a_rival_in_the_place_of_our_learner(ours, tmp_path, monkeypatch, method):
     """It learns from the text of ours; stopped after three steps it ends in the mask of the run that was not."""
-    ours, given, like = tmp_path / "ours", tmp_path / "given.txt", f"--like {tmp_path}/ours --lr 0.1 --out".split()
-    given.write_text((workshop / "text.jsonl").read_text()[:400])
-    sparsify.main(f"--model {workshop}/dense --dataset {given} --seqlen 24 --batchsize 4 --dtype float32 --device cpu "
-                  f"--steps 6 --checkpoint_every 3 --skip_checkpoint --out {ours}".split())
+    like = f"--like {ours} --lr 0.1 --out".split()
     rival.main([method, *like, f"{tmp_path}/whole"])
     move, calls = rival.Rival.move, iter(range(3))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
