@@ -93,7 +93,7 @@ def apply_and_verify(loaded: nn.Module, mask: str | None, sparsity_type: tuple[i
     """Apply the mask to a loaded model, verify the N:M of its layers, and print and return their sparsity."""
     layers, fingerprint = find_layers(loaded, targets), None
     if mask:
-        found = read_masks(mask, loaded, *(sparsity_type or (None, None)))
+        found = read_masks(mask, loaded, sparsity_type)
         sparsity_type, fingerprint = (found.n, found.m), mask_files.fingerprint(found.masks)
         apply_masks(find_layers(loaded), found.masks)
         layers = {name: module for name, module in layers.items() if name in found.masks}

@@ -18,6 +18,7 @@ the fingerprint by which a mask of another model is refused later.
 """
 import argparse
 import sys
+from dataclasses import replace
 
 from files import mask_files
 from files.atomic import refuse_existing
@@ -64,12 +65,11 @@ def extract(args: argparse.Namespace) -> mask_files.MaskFile:
 
 def convert(args: argparse.Namespace) -> mask_files.MaskFile:
     """The mask in --convert, checked against --model if there is one."""
-    n, m = args.sparsity_type or (None, None)
     if not args.model:
-        return mask_files.load(args.convert, n, m)
+        return mask_files.load(args.convert, args.sparsity_type)
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    found = read_masks(args.convert, model, n, m)
-    return mask_files.MaskFile(found.masks, found.n, found.m, base_model(args.model), model_fingerprint(model))
+    found = read_masks(args.convert, model, args.sparsity_type)
+    return replace(found, model=base_model(args.model), fingerprint=model_fingerprint(model))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from files.atomic import refuse_existing
 from files.documents import check_paths
 from masking.layers import apply_masks, read_masks
 from models.layers import find_layers
-from models.loading import check_length, devices_of, load_model
+from models.loading import check_length, load_model
 from models.loss import batch_loss
 from training import baselines
 from utils import (
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     layers = find_layers(model)
-    masks = {} if args.mask == "none" else read_masks(args.mask, model, *(args.sparsity_type or ())).masks
+    masks = {} if args.mask == "none" else read_masks(args.mask, model, args.sparsity_type).masks
     batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
     depends_on = baselines.conditions(model, masks, batches)
     apply_masks(layers, masks)
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
                         f"{model.dtype} may overflow here: try --dtype bfloat16 or float32")
     baselines.save(out, losses, depends_on)
     print(f"{len(losses)} minibatches, mean loss {sum(losses) / len(losses):.4f} nats -> {out}  "
-          f"(peak {peak_memory_bytes(devices_of(model)) / 2**30:.2f} GiB)")
+          f"(peak {peak_memory_bytes() / 2**30:.2f} GiB)")
 
 
 if __name__ == "__main__":

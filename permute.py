@@ -27,7 +27,7 @@ from files.atomic import atomic_write, refuse_existing
 from files.documents import check_paths
 from files.records import write_json
 from models.layers import layers_to_mask
-from models.loading import check_length, devices_of, load_model, model_fingerprint
+from models.loading import check_length, load_model, model_fingerprint
 from models.loss import check_tokens
 from pruning.channel_order import STEPS, search_and_reorder
 from pruning.channels import Orders, apply_permutation, reorder
@@ -69,7 +69,7 @@ def search(args: argparse.Namespace) -> tuple[Orders, dict]:
         print("{}: a {}:{} mask keeps".format(kind, *args.sparsity_type),
               f"{before:.4f} of the score in the model's order, {after:.4f} in the new one")
     return orders, {"seconds": round(time.time() - started, 1), "shares": shares,
-                    "peak_memory_bytes": peak_memory_bytes(devices_of(model))}
+                    "peak_memory_bytes": peak_memory_bytes()}
 
 
 def main(argv: list[str] | None = None) -> None:

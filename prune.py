@@ -38,7 +38,7 @@ from files.documents import check_paths
 from files.records import write_json
 from masking.layers import note_sparse
 from models.layers import layers_to_mask
-from models.loading import check_length, devices_of, load_model
+from models.loading import check_length, load_model
 from models.loss import bos_hint, check_tokens
 from pruning.one_shot import METHODS, OneShot, prune_model
 from utils import (
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         summary = {"seconds": round(time.time() - started, 1),
-                   "peak_memory_bytes": peak_memory_bytes(devices_of(model))}
+                   "peak_memory_bytes": peak_memory_bytes()}
         write_json(beside / "prune.json", {"arguments": vars(args), "environment": environment(args.device),
                                            "summary": summary})
     weights = sum(module.weight.numel() for module in layers.values())

@@ -115,7 +115,7 @@ def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, Mas
     if args.shard and model.dtype == torch.float16:
         raise UserError("--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16")
     check_length(model, args.seqlen, "--seqlen")
-    mask = read_masks(args.mask, model, *args.sparsity_type) if args.mask else None
+    mask = read_masks(args.mask, model, args.sparsity_type) if args.mask else None
     if mask:
         learned_layers(model, mask, args.targets)
     else:
@@ -130,7 +130,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
             stages: Stages, mask: MaskFile | None) -> tuple[Tensor, Tensor, MaskFile]:
     """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, their sequences' shares of
     distillation, `[minibatches, sequences]`, and m0, which is the mask given, if one is."""
-    n_m, plan = args.sparsity_type, folder.record.setdefault("plan", {})
+    pattern, plan = args.sparsity_type, folder.record.setdefault("plan", {})
     if "tokens" not in plan:
         plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen,
                                                      args.microbatch)
@@ -161,11 +161,11 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
         apply_permutation(model, order)
     elif args.permute:
         with stages.stage("order", "channels are reordered"):
-            preparation.reorder_channels(order, model, args.model, args.targets, n_m, sequences, args.seed)
+            preparation.reorder_channels(order, model, args.model, args.targets, pattern, sequences, args.seed)
     if not mask and "m0" not in stages.done:
         with stages.stage("m0", "Wanda's mask"):
-            preparation.wanda_mask(wanda, model, args.model, args.targets, n_m, sequences)
-    m0 = mask or read_masks(wanda, model, *n_m)
+            preparation.wanda_mask(wanda, model, args.model, args.targets, pattern, sequences)
+    m0 = mask or read_masks(wanda, model, pattern)
     folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
     return minibatches, distill, m0
 
@@ -187,7 +187,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     """The run from its start, or from where it was stopped, to its results. Both functions are for rivals."""
     set_seed(args.seed)
     check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
-    stages = Stages(folder, device)
+    stages = Stages(folder)
     model, tokenizer, mask = load(args, device)
     window = min(WINDOW, positions(model))
     texts = {Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0] for text in args.ppl}
@@ -224,9 +224,8 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
 
     # the loop
     with stages.stage("learning", f"from {len(batches)} minibatches", run.position.seconds):
-        run.max_s = learning_s(args.minutes, folder, stages)
-        for _ in run.steps():
-            index, size = run.next_batches()[processes.rank()], step_size(args.lr, run.progress, run.expected_steps())
+        for indices in run.steps(learning_s(args.minutes, folder, stages)):
+            index, size = indices[processes.rank()], step_size(args.lr, run.progress, run.expected_steps())
             run.advance(learner.step(batches[index], size, distill[index].tolist()))
 
     with stages.stage("table", "the learned mask is evaluated and written"):

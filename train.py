@@ -53,13 +53,13 @@ class PolicyGradient:
         """One step of each process on its own of these minibatches, all with the same mask; lr: eta."""
         index = indices[processes.rank()]
         loss = self.masked.loss(self.batches[index])                                    # f_t = f(m_t * w, batch)
-        reference = self.baseline[index] if self.baseline else None                     # f(m0 * w, batch)
-        losses, references = zip(*processes.all_gather([loss, reference]))
-        result = StepResult(losses, references)
+        baseline = self.baseline[index] if self.baseline else None                      # f(m0 * w, batch)
+        losses, found = zip(*processes.all_gather([loss, baseline]))
+        result = StepResult(losses, found)
         if not result.is_finite:
             self.masked.redraw()                                                        # another mask may do better
             return result
-        result.advantage = self.estimator.advantage(result.loss, result.reference)      # A = f_t - f(m0) - delta
+        result.advantage = self.estimator.advantage(result.loss, result.baseline)       # A = f_t - f(m0) - delta
         result.delta = self.estimator.delta
         self.masked.update(lr * result.advantage)       # pi -= lr A score(m_t); m_{t+1} ~ p(pi): in the next forward
         return result
@@ -79,7 +79,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")
     note_sparse(find_layers(model, args.targets))
-    m0 = read_masks(args.mask, model, *args.sparsity_type)
+    m0 = read_masks(args.mask, model, args.sparsity_type)
     learned = learned_layers(model, m0, args.targets)
     minibatches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
     folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
@@ -98,8 +98,8 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
         validation.evaluate(0)
 
     # the loop
-    for _ in run.steps():
-        run.advance(learner.step(run.next_batches(), args.lr))
+    for indices in run.steps():
+        run.advance(learner.step(indices, args.lr))
 
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)
     folder.finish(summary)

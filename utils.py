@@ -211,20 +211,18 @@ def hardware(device: str | torch.device | None = None) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def peak_memory_bytes(devices: Iterable[torch.device]) -> int:
-    """The most memory this process has used since its start or `reset_peak_memory`: allocated on these devices' GPUs
-    or, where none of them is one, resident (0: not known)."""
-    gpus = [device for device in devices if device.type == "cuda"]
-    if gpus:
-        return sum(map(torch.cuda.max_memory_allocated, gpus))
+def peak_memory_bytes() -> int:
+    """The most memory this process has used since its start or `reset_peak_memory`: allocated on its GPUs or, where it
+    uses none, resident (0: not known)."""
+    if allocated := sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))):
+        return allocated
     found = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text() if STATUS.exists() else "")
     return 1024 * int(found[1]) if found else 0
 
 
-def reset_peak_memory(devices: Iterable[torch.device]) -> None:
+def reset_peak_memory() -> None:
     """Count the peaks from here on, where the system can."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+    for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        torch.cuda.reset_peak_memory_stats(gpu)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -22,7 +22,7 @@ from models import processes
 from models.layers import find_layers, weight_matrix
 from models.sharding import own_weight, shard
 from training.initialize import TOKENS, from_swaps
-from utils import DTYPES, reuse_freed_memory, run_script
+from utils import DTYPES, peak_memory_bytes, reset_peak_memory, reuse_freed_memory, run_script
 
 import plan
 import torch
@@ -50,28 +50,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------------
 # bytes of this process
 
-def status(field: str) -> int:
-    """Bytes of a field in /proc/self/status. VmRSS: now; VmHWM: the most since the last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def present_bytes(device: str) -> int:
     """The memory in use now."""
     gc.collect()
-    return torch.cuda.memory_allocated() if device.startswith("cuda") else status("VmRSS")
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
-def most_bytes(function: Callable[[], object], device: str) -> int:
+def most_bytes(function: Callable[[], object]) -> int:
     """The most memory in use at any time during a call."""
     gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    reset_peak_memory()
     function()
-    return status("VmHWM")
+    return peak_memory_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +128,7 @@ def measure(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.d
             learning = Learning(shape, way, logits_dtype, device, dtype, seed)
             learning.take_steps()
             found["kept"] = learning.kept_bytes()
-        return {"used": most_bytes(learn, device) - base, **found}
+        return {"used": most_bytes(learn) - base, **found}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

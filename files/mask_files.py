@@ -45,7 +45,8 @@ class PackedMasks(UserDict):
 
 @dataclass
 class MaskFile:
-    """What `load` found: masks (name -> bool [out, in]), N:M, and '' for a model or fingerprint the file lacks."""
+    """Masks (name -> bool [out, in]) with their N:M, 0:0 where it is not known yet, and the model that they are of, ''
+    where that is not known."""
 
     masks: Masks
     n: int = 0
@@ -117,11 +118,11 @@ def save(path: str | Path, masks: Masks, n: int, m: int, model: str = "", finger
 # ---------------------------------------------------------------------------------------------------------------------
 # read
 
-def load(path: str | Path, n: int | None = None, m: int | None = None, shapes: Shapes | None = None) -> MaskFile:
+def load(path: str | Path, pattern: tuple[int, int] | None = None, shapes: Shapes | None = None) -> MaskFile:
     """Read a mask file of any of the three formats, or a run's, into a `MaskFile`, every block verified to keep exactly
     N of M.
 
-    n, m: the wanted pattern; where None, the file's own (.safetensors) or 2:4, for the other formats do not say theirs.
+    pattern: the wanted (N, M); None: the file's own (.safetensors) or 2:4, for the other formats do not say theirs.
     shapes: name -> (out, in) of the model's layers, for .npz, which holds none. That the layers are those of a model is
     for the caller to check. UserError: no such file, damaged, not strictly N:M (names the layer), another N:M.
     """
@@ -137,10 +138,11 @@ def load(path: str | Path, n: int | None = None, m: int | None = None, shapes: S
             raise UserError("no such mask (.safetensors, .npz or a folder of .pt files); get_mask.py makes one")
         if not found.masks:
             raise UserError("holds no masks")
-        if m and found.m and (n, m) != (found.n, found.m):
-            raise UserError(f"its masks are {found.n}:{found.m}, not {n}:{m} as asked: change one of them")
+        if pattern and found.m and pattern != (found.n, found.m):
+            raise UserError(f"its masks are {found.n}:{found.m}, not {pattern[0]}:{pattern[1]} as asked: change one of "
+                            "them")
         if not found.m:
-            found.n, found.m = (n, m) if m else (2, 4)
+            found.n, found.m = pattern or (2, 4)
         if fault := _fault(found.masks, found.n, found.m):
             raise UserError(f"{fault}; if the masks are of another N:M, give --sparsity_type, or convert them first, "
                             "with get_mask.py --convert")

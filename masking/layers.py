@@ -22,15 +22,15 @@ def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
                             "--mask that get_mask.py made from this --model")
 
 
-def read_masks(path: str | Path, model: nn.Module, n: int | None = None, m: int | None = None) -> mask_files.MaskFile:
+def read_masks(path: str | Path, model: nn.Module, pattern: tuple[int, int] | None = None) -> mask_files.MaskFile:
     """The mask file (of any format, or a run's) for this model, checked against its layers and its fingerprint.
 
-    UserError for a file that is damaged, of another N:M than the wanted (None: the file's own, or 2:4 where the format
-    holds none), or of another model.
+    UserError for a file that is damaged, of another pattern than the wanted (N, M) (None: the file's own, or 2:4 where
+    the format holds none), or of another model.
     """
     layers = find_layers(model)
     shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
-    found = mask_files.load(path, n, m, shapes)
+    found = mask_files.load(path, pattern, shapes)
     match_masks(layers, found.masks)
     if found.fingerprint and found.fingerprint != model_fingerprint(model):
         raise UserError(f"{path} is of another model: it was made from {found.model}, and the order of the channels or "

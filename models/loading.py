@@ -126,11 +126,6 @@ def read_config(source: str | Path, trusted: bool) -> transformers.PretrainedCon
     return config
 
 
-def devices_of(model: nn.Module) -> set[torch.device]:
-    """Where the model's weights are."""
-    return {parameter.device for parameter in model.parameters()}
-
-
 def input_device(model: nn.Module) -> torch.device:
     """Where tokens are embedded."""
     return model.get_input_embeddings().weight.device

@@ -25,7 +25,7 @@ def go(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=1e6)
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
 
-    def go(seconds, stop_after=math.inf, not_finite=None, loss=lambda step: 2.0, **budget):
+    def go(seconds, stop_after=math.inf, not_finite=None, loss=lambda step: 2.0, max_s=math.inf, **budget):
         masked, seen = make(Stack(nn.Linear(16, 8)))[0], []
         arguments = {"checkpoint_every": "1000000"}
         with RunFolder(tmp_path / "run", arguments, "sparsify.py") as folder, StopSignals() as signals:
@@ -33,8 +33,8 @@ def go(tmp_path, monkeypatch):
                 run = Run(folder, signals, Validation(masked, TOKENS[:0]), 4, **budget)
                 folder.is_resumed = saved
                 run.restore(masked=masked)
-                for step in run.steps():
-                    expected = run.expected_steps()
+                for _ in run.steps(max_s):
+                    step, expected = run.step, run.expected_steps()
                     seen.append((run.progress, expected, step_size(1.0, run.progress, expected)))
                     clock.now += seconds(step)
                     run.advance(StepResult([loss(step)], not_finite=not_finite))

@@ -157,7 +157,7 @@ def test_prune_targets_only(llama, tmp_path):
 
 
 def test_the_mask_is_where_weights_are_not_zero(made):
-    found = mask_files.load(made.folder / "initial_mask.safetensors", 2, 4)
+    found = mask_files.load(made.folder / "initial_mask.safetensors", (2, 4))
     sparse = weights(made.folder / "out")
     assert len(found.masks) == made.layers and found.model == "dense"
     for name, mask in found.masks.items():

@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import data
 import sparsify
@@ -19,7 +18,6 @@ from pruning import swaps
 from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, preparation, results, straight_through
 from training.report import note_unchanged, perplexity_table
-from training.stages import Stages
 from training.straight_through import StraightThrough
 from training.validation import Validation
 from utils import UserError
@@ -242,12 +240,6 @@ def test_reordered_channels_and_passages(workshop, whole):
     dense = loss_under(workshop / "dense", {}, unseen)
     assert run.record["nats"]["dense"]["held-out text"] == pytest.approx(dense, abs=1e-4)
     assert all(list(documents(str(file))) for file in files) and is_strict(run.masks)
-
-
-def test_a_model_that_is_spread_uses_the_memory_of_all_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    used = {device: Stages(SimpleNamespace(record={}), device).devices for device in ("auto", "cpu")}
-    assert used == {"auto": [torch.device("cuda:0"), torch.device("cuda:1")], "cpu": [torch.device("cpu")]}
 
 
 def test_the_gap_is_one_of_losses():

@@ -122,7 +122,7 @@ def test_float16_logits_and_bfloat16_weights(learn):
 def test_other_sparsity_types(learn, text_and_masks, n, m):
     mask = text_and_masks / f"{n}_{m}.safetensors"
     run = learn(f"--sparsity_type {n}:{m} --mask {mask} --lr 200 --targets layers.1.self_attn.q_proj")
-    m0, named = mask_files.load(mask, n, m).masks, ["model.layers.1.self_attn.q_proj"]
+    m0, named = mask_files.load(mask, (n, m)).masks, ["model.layers.1.self_attn.q_proj"]
     assert run.metrics[0]["loss"] == run.metrics[0]["baseline"] and is_strict(run.masks, n, m)
     assert list(run.logits) == named == [name for name in m0 if not torch.equal(m0[name], run.masks[name])]
 

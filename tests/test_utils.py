@@ -45,13 +45,14 @@ def test_utils_comes_before_torch(file):
         assert not any(name.partition(".")[0] in heavy for name in names), f"{file.name} imports {names} before utils"
 
 
-def test_peak_memory_is_that_of_the_devices_that_were_used(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {0: 10, 1: 200}[device.index])
-    first, second, cpu = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cpu")
-    assert utils.peak_memory_bytes([second]) == 200 and utils.peak_memory_bytes([first, second, cpu]) == 210
-    assert utils.peak_memory_bytes([cpu]) > 2**20
+def test_peak_memory_is_that_of_the_gpus_or_where_none_is_used_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", [10, 0, 200].__getitem__)
+    assert utils.peak_memory_bytes() == 210
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: 0)
+    assert utils.peak_memory_bytes() > 2**20
     monkeypatch.setattr(utils, "STATUS", Path("/dev/null"))
-    assert utils.peak_memory_bytes([cpu]) == 0
+    assert utils.peak_memory_bytes() == 0
 
 
 def test_progress_is_shown_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):

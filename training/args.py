@@ -9,7 +9,7 @@ from files.records import read_record, short_hash
 from masking import compiler
 from masking.spaces import SPACES
 from models import processes
-from training.run_folder import RunFolder, is_finished
+from training.run_folder import RunFolder, is_finished, remove_state
 from training.signals import StopSignals
 from utils import (
     DTYPES,
@@ -129,6 +129,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, method: Calla
 def run(script: str, args: Namespace, work: Callable) -> None:
     """Have a script do its run: `work(args, device, folder, signals)`, in its own folder, by all processes of it."""
     if args.resume and is_finished(args.resume):
+        remove_state(args.resume)  # it may have been killed before it could
         print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
         return
     with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), script, bool(args.resume)) as folder,

@@ -27,7 +27,7 @@ class StepResult:
     """What a learner's step came to, the same in all processes: the losses of their minibatches, nats, the baselines
     they are compared with, and the advantage that moved the logits, if one did."""
     losses: Sequence[float]
-    references: Sequence[float | None] = ()
+    baselines: Sequence[float | None] = ()
     advantage: float | None = None
     delta: float | None = None
     not_finite: int | None = None  # blocks whose gradient was not
@@ -38,14 +38,14 @@ class StepResult:
         return fmean(self.losses)
 
     @property
-    def reference(self) -> float | None:
+    def baseline(self) -> float | None:
         """Their mean, None where there is no baseline."""
-        return None if None in self.references or not self.references else fmean(self.references)
+        return None if None in self.baselines or not self.baselines else fmean(self.baselines)
 
     @property
     def is_finite(self) -> bool:
         """Whether anything can be learned from it."""
-        return math.isfinite(self.loss + (self.reference or 0))
+        return math.isfinite(self.loss + (self.baseline or 0))
 
 
 @dataclass
@@ -67,16 +67,15 @@ class Position:
 class Run:
     """A run's steps: which minibatches come next, when the run ends, what is logged and saved.
 
-    minibatches: how many there are, of which each process takes one a step; the run ends after max_step steps, epoch
-    passes through the minibatches, or max_s seconds, whichever comes first. validation: evaluates the masks.
+    minibatches: how many there are, of which each process takes one a step; the run ends after max_step steps or epoch
+    passes through the minibatches, whichever comes first. validation: evaluates the masks.
     """
 
     def __init__(self, folder: RunFolder, signals: StopSignals, validation: Validation, minibatches: int,
-                 max_step: float = math.inf, epoch: float = math.inf, max_s: float = math.inf,
-                 evaluations: int = EVALUATIONS):
+                 max_step: float = math.inf, epoch: float = math.inf, evaluations: int = EVALUATIONS):
         self.folder, self.signals, self.validation = folder, signals, validation
         self.checkpoints, self.minibatches = folder.checkpoints, minibatches
-        self.passes, self.max_step, self.max_s = epoch * minibatches, max_step, max_s
+        self.passes, self.max_step, self.max_s = epoch * minibatches, max_step, math.inf
         self.evaluations = evaluations
         self.position, self.parts = Position(), {}
         self.log: Log | None = None  # from `restore` on
@@ -93,35 +92,30 @@ class Run:
         """Share of the run that is done, 0 to 1."""
         return self.position.progress
 
-    @property
-    def total_steps(self) -> float:
-        """Steps in all, if time does not end the run."""
-        position = self.position
-        left = (self.passes - position.minibatches) / processes.size()
-        return min(self.max_step, position.step + (math.ceil(left) if left < math.inf else left))
-
     def expected_steps(self) -> float:
         """Steps in all: those of the budget or, of a time budget, as many as the speed of the recent ones leads to."""
+        left = (self.passes - self.position.minibatches) / processes.size()
+        most = min(self.max_step, self.step + (math.ceil(left) if left < math.inf else left))
         if self.max_s == math.inf:
-            return self.total_steps
+            return most
         left_s = (1 - self.progress) * (self.max_s - self.position.first_s)
-        return min(self.total_steps, max(self.step + left_s / (self.position.a_step_s or 1.0), self.step + 1))
+        return min(most, max(self.step + left_s / (self.position.a_step_s or 1.0), self.step + 1))
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def steps(self) -> Iterator[int]:
-        """Yield each step there is still to do. When it is done the state is saved if that is due, if the step is the
-        last, or if a signal came, which then ends the process as it would have at once."""
-        self.signals.deferred = True
+    def steps(self, max_s: float = math.inf) -> Iterator[list[int]]:
+        """For each step there is still to do, in max_s seconds at most, yield the minibatches that it takes, one for
+        each process. When it is done the state is saved if that is due, if the step is the last, or if a signal came,
+        which then ends the process as it would have at once."""
+        self.max_s, self.signals.deferred = max_s, True
         self._started = time.monotonic() - self.position.seconds
         self._bar = progress_bar(initial=self.step, desc="learning", unit="step", disable=not processes.is_main())
         with self._bar:
             while self.progress < 1:
-                yield self.step
+                yield [(self.position.minibatches + i) % self.minibatches for i in range(processes.size())]
                 self._bar.total = math.ceil(self.expected_steps())
                 self._bar.update()
-                due = processes.is_main() and self.checkpoints.due(self.step, self.elapsed_s())
-                due = processes.agreed(float(bool(due)))
+                due = processes.agreed(float(self.checkpoints.due(self.step, self.elapsed_s())))
                 if self._stopped_by:
                     self._stop(self._stopped_by)
                 if due or self.progress == 1:
@@ -136,10 +130,6 @@ class Run:
         self.save()
         processes.log(f"stopped after step {self.step}, with its state saved")
         sys.exit(128 + signal)
-
-    def next_batches(self) -> list[int]:
-        """The minibatches of the step to come, one for each process."""
-        return [(self.position.minibatches + i) % self.minibatches for i in range(processes.size())]
 
     def elapsed_s(self) -> float:
         """Seconds of the loop, without those in which it was stopped."""
@@ -156,10 +146,10 @@ class Run:
         position.minibatches += processes.size()
         self._measure(seconds)
         if not result.is_finite:
-            self._skip(result.loss + (result.reference or 0))
+            self._skip(result.loss + (result.baseline or 0))
             return
         position.skipped_in_a_row = 0
-        line = {"step": self.step, "loss": result.loss, "baseline": result.reference, "advantage": result.advantage,
+        line = {"step": self.step, "loss": result.loss, "baseline": result.baseline, "advantage": result.advantage,
                 "delta": result.delta, "seconds": round(seconds, 3)}
         if result.not_finite is not None:
             line["blocks_not_finite"] = result.not_finite
@@ -172,7 +162,7 @@ class Run:
             heldout = self.validation.evaluate(self.step)
             line |= {"heldout": heldout} if self.validation.has_text else {}
         self.log.write(line)
-        residual = "" if result.reference is None else f" ({result.loss - result.reference:+.4f} against m0)"
+        residual = "" if result.baseline is None else f" ({result.loss - result.baseline:+.4f} against m0)"
         self._bar.set_postfix_str(f"loss {result.loss:.4f}{residual}", refresh=False)
 
     def _measure(self, seconds: float) -> None:

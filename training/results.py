@@ -4,13 +4,12 @@ import math
 from files import mask_files
 from files.atomic import atomic_write
 from models import processes
-from models.loading import Tokenizer, devices_of
+from models.loading import Tokenizer
 from models.sharded_files import gathered
 from training import figures, report
 from training.loop import Run
 from utils import peak_memory_bytes
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     takes. initial: m0, of which the layers that are not learned keep theirs; nats: mask -> text -> loss, for the model
     card; those of the first text are lines of the curve. All processes have to ask at once."""
     masked, validation, folder = run.validation.masked, run.validation, run.folder.path
-    logits, devices = masked.whole_logits() if saves_logits else {}, devices_of(masked.model)
+    logits = masked.whole_logits() if saves_logits else {}
     final, base = masked.finish(validation.bits), initial.model or run.folder.arguments["model"]
     if processes.is_main():  # first what all the steps were for
         masks = {name: final[name] if name in final else initial.masks[name] for name in initial.masks}
@@ -39,7 +38,7 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
             save_file(logits, beside)
     levels = {mask: next(iter(found.values())) for mask, found in (nats or {}).items()}
     figures.learning_curve({folder.name: run.log.lines}, folder / "curve.png", levels)
-    return {**_summary(run, devices), **_changes(initial.masks, final, initial.m),
+    return {**_summary(run), **_changes(initial.masks, final, initial.m),
             "mask_fingerprint": mask_files.fingerprint(masks)}
 
 
@@ -53,11 +52,11 @@ def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_s
             (beside / "README.md").write_text(card, encoding="utf-8")
 
 
-def _summary(run: Run, devices: set[torch.device]) -> dict:
+def _summary(run: Run) -> dict:
     position, validation = run.position, run.validation
     epoch = math.ceil(run.minibatches / processes.size())  # steps, each with a minibatch of every process
     tail, stages = [line["loss"] for line in run.log.lines[-epoch:]], run.folder.record.get("stages", {})
-    peaks = [peak_memory_bytes(devices), *(stage["peak_memory_bytes"] for stage in stages.values())]  # counted anew
+    peaks = [peak_memory_bytes(), *(stage["peak_memory_bytes"] for stage in stages.values())]  # counted anew
     summary = {"steps": position.step, "seconds": run.log.lines[-1]["seconds"],  # of the loop
                "seconds_saving": round(position.seconds_saving, 2), "peak_memory_bytes": max(peaks),
                "processes": processes.size(), "mask_of_step": position.step,

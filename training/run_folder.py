@@ -30,12 +30,14 @@ RESULTS = ("mask.safetensors", "logits.safetensors", "curve.png", "checkpoint", 
 
 
 def is_finished(run: str | Path) -> bool:
-    """Has this run delivered? Then nothing is left of its state either."""
-    if "summary" not in read_record(run):
-        return False
+    """Has this run delivered?"""
+    return "summary" in read_record(run)
+
+
+def remove_state(run: str | Path) -> None:
+    """What only a run that goes on needs."""
     shutil.rmtree(Path(run) / "state", ignore_errors=True)
     Path(run, "lock").unlink(missing_ok=True)
-    return True
 
 
 class RunFolder:
@@ -99,8 +101,7 @@ class RunFolder:
         if not kept:
             shutil.rmtree(self.path)
         elif error is None:
-            shutil.rmtree(self.path / "state", ignore_errors=True)
-            (self.path / "lock").unlink(missing_ok=True)
+            remove_state(self.path)
         self._lock.release()
         then = f"; go on with: {self.resume_command}" if kept and self.path.exists() else ""
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:

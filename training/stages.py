@@ -5,20 +5,13 @@ from contextlib import contextmanager
 
 from models import processes
 from training.run_folder import RunFolder
-from utils import checked_device, peak_memory_bytes, reset_peak_memory
-
-import torch
+from utils import peak_memory_bytes, reset_peak_memory
 
 
 class Stages:
-    """Announces and times the stages of a run. A stage that is done is known to be when the run goes on.
+    """Announces and times the stages of a run. A stage that is done is known to be when the run goes on."""
 
-    device: as --device; its memory is looked at.
-    """
-
-    def __init__(self, folder: RunFolder, device: str | None):
-        gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-        self.devices = gpus if device == "auto" and gpus else [torch.device(checked_device(device))]
+    def __init__(self, folder: RunFolder):
         self.folder = folder
         self.done: dict[str, dict] = folder.record.setdefault("stages", {})
         self._started = time.monotonic() - sum(stage["seconds"] for stage in self.done.values())
@@ -32,12 +25,12 @@ class Stages:
         """Inside is this stage; when it ends well it is recorded as done. It may have been done in part before, in
         these `earlier_s` of it."""
         processes.log(f"[{name}] {doing}")
-        reset_peak_memory(self.devices)
+        reset_peak_memory()
         began = time.monotonic()
         yield
         before = self.done.get(name, {"seconds": 0.0, "peak_memory_bytes": 0})
         seconds = max(before["seconds"], earlier_s) + time.monotonic() - began
-        peak = max(before["peak_memory_bytes"], peak_memory_bytes(self.devices))
+        peak = max(before["peak_memory_bytes"], peak_memory_bytes())
         self.done[name] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak}
         self.folder.write_record()
         processes.log(f"[{name}] {seconds / 60:.1f} minutes, peak memory {peak / 2**30:.2f} GiB")
