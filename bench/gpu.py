@@ -95,9 +95,9 @@ def learning(args: argparse.Namespace) -> Rows:
     batches = torch.randint(0, 256, (4, 8, 64), generator=torch.Generator().manual_seed(args.seed))
     for name, dtype, flags in CASES[:2] if args.quick else CASES:
         found = []
-        for device, weights, mode in ((args.device, dtype, "compiled"), ("cpu", torch.float32, "eager")):
+        for device, weights, backend in ((args.device, dtype, "compiled"), ("cpu", torch.float32, "eager")):
             model = common.random_llama("tiny", "cpu", torch.float32, args.seed).to(device, weights)
-            masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4), 1.0, mode=mode)
+            masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4), 1.0, backend=backend)
             if flags is None:
                 losses = [common.forward_step(masked)(batch) for batch in batches]
             else:

@@ -26,12 +26,12 @@ class Layer:
     """Logits, bits, weight and gradient of one layer, the same on every device; a method for each kernel of a step."""
 
     def __init__(self, shape: tuple[int, int], n: int, m: int, weight_dtype: torch.dtype, logits_dtype: torch.dtype,
-                 device: str, mode: str = "compiled"):
+                 device: str, backend: str = "compiled"):
         generator = torch.Generator().manual_seed(0)
         blocks = shape[0] * shape[1] // m
         mask = pge.mode(torch.rand(blocks, m, generator=generator), n)
         noise = torch.randn(blocks, m, generator=generator)
-        self.kernels = Kernels(LinearSpace(n, m), mode)
+        self.kernels = Kernels(LinearSpace(n, m), backend)
         self.logits = [(3 * mask[:, i] + noise[:, i]).to(device, logits_dtype) for i in range(m)]
         self.bits = mask_to_bits(mask).to(device)
         self.weight = torch.randn(shape, generator=generator).to(device, weight_dtype)
@@ -67,7 +67,7 @@ def agreement(args: argparse.Namespace) -> Rows:
     cases = [(*pattern, weight_dtype, logits_dtype) for pattern in (PATTERNS[:1] if args.quick else PATTERNS)
              for weight_dtype in dtypes for logits_dtype in dtypes]
     for n, m, weight_dtype, logits_dtype in cases:
-        found = [passes(Layer(shape, n, m, weight_dtype, logits_dtype, device, mode)) for device, mode in (
+        found = [passes(Layer(shape, n, m, weight_dtype, logits_dtype, device, backend)) for device, backend in (
             (args.device, "compiled"), (args.device, "eager"), ("cpu", "eager"))]
         row, limits = {"what": f"{n}:{m}, weights {weight_dtype}, logits {logits_dtype}".replace("torch.", "")}, {}
         for name, other in zip(("eager", "the CPU"), found[1:]):

@@ -61,7 +61,7 @@ class ForwardOnly:
     def __init__(self, problem: Problem, setting: dict, seed: int):
         self.lr, self.estimator = setting["lr"], setting["estimator"]()
         self.masked = MaskedModel(problem.fresh_model(), problem.masks, LinearSpace(N, M), setting["logits"],
-                                  seed=seed, mode="eager")
+                                  seed=seed, backend="eager")
         start = 5 * seed % len(problem.baselines)  # the order of `Problem.batches`
         self.baselines = problem.baselines[start:] + problem.baselines[:start]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import pge
-from masking.fused_ops import flows, sum_of, weights
+from masking.fused_ops import flows, rates, sum_of
 from models.layers import find_layers
 from training.loss import summed_loss
 
@@ -164,7 +164,7 @@ class SUSI(MaskLLM):
         return noise + self.noise * self.prior * (blocks - self.n / self.m)
 
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
-        w = weights((keys / temperature).unbind(), self.n)
+        w = rates((keys / temperature).unbind(), self.n)
         flow = flows(w, self.n)[1]  # times w_i: the chance that i is drawn at this set
         return torch.stack([x * sum_of([flow[drawn] for drawn in flow if not drawn >> i & 1]) for i, x in enumerate(w)])
 

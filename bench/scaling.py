@@ -77,7 +77,7 @@ def learn(inputs: Path, way: str, is_sharded: bool, steps: int, device: str) -> 
     load = load_sharded if is_sharded else load_model
     model, _ = load(str(inputs / "dense"), "float32", device)
     masks = mask_files.load(inputs / "mask.safetensors", (2, 4)).masks
-    masked = MaskedModel(model, masks, LinearSpace(2, 4), magnitude=1.0, mode="eager")
+    masked = MaskedModel(model, masks, LinearSpace(2, 4), magnitude=1.0, backend="eager")
     learner = StraightThrough(masked) if way == "gradients" else None
     generator, m0_loss = torch.Generator().manual_seed(0), None
     with Collectives() as counted:

@@ -32,9 +32,9 @@ def others(planes: Planes) -> Planes:
     return [x + y for x, y in zip(before, reversed(after))]
 
 
-def weights(logits: Planes, n: int) -> Planes:
-    """exp(logits - the n-th largest), cut off at e^24: the last place is contested at scale 1, and logits far above it,
-    which are kept whatever they are, neither overflow nor drown the others."""
+def rates(logits: Planes, n: int) -> Planes:
+    """Rates of the race that a draw is: exp(logits - the n-th largest), cut off at e^24. The last place is contested at
+    scale 1, and logits far above it, which are kept whatever they are, neither overflow nor drown the others."""
     largest = []
     for plane in logits:
         for k in range(len(largest)):
@@ -214,7 +214,7 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
     blocks (Hajek 1964). It is within 0.1 of the exact probabilities. Its direction is off by less than 10 degrees in
     the median block; where few logits of a block are still contested, it may be off by far more.
     """
-    m, w = len(logits), weights(logits, n)
+    m, w = len(logits), rates(logits, n)
     if not has_short_walk(n, m):
         tau = time_of(w, n)
         rate = [x * tau * torch.exp(-x * tau) for x in w]  # d inclusion / d log tau

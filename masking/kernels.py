@@ -27,7 +27,7 @@ from masking.block_bits import (
 )
 from masking.compiler import compiled
 from masking.exact_kernels import chunk_of
-from masking.fused_ops import draw, draws, most_probable, score, sum_of, vjp, weights
+from masking.fused_ops import draw, draws, most_probable, rates, score, sum_of, vjp
 from masking.random_bits import random_bits, round_stochastically, uniform
 from masking.spaces import LinearSpace, Space
 
@@ -62,7 +62,7 @@ def fused_draw(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: T
                m: int, start: int = 0) -> None:
     """Draw the next mask and write the masked weight, the logits left as they are; arguments as `fused_update`."""
     counter = _counter(bits, n, m, start)
-    drawn = draw(weights([plane.float() for plane in logits], n), n,
+    drawn = draw(rates([plane.float() for plane in logits], n), n,
                  [uniform(random_bits(counter + k, key)) for k in range(draws(n, m))])
     bits.copy_(drawn.to(bits.dtype))
     if weight is not None:
@@ -75,7 +75,7 @@ def fused_update(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out:
     `[blocks * M]`, or as words, or None where the mask is only drawn; coefficient float32 `[]`, key int32 `[2]` or
     longer; `start` is the number of the first block in its layer. N <= 4, M <= 8."""
     planes = [plane.float() for plane in logits]
-    gradient = score(weights(planes, n), kept_planes(bits, m), n)
+    gradient = score(rates(planes, n), kept_planes(bits, m), n)
     planes = [plane - coefficient * g for plane, g in zip(planes, gradient)]
     _store(logits, planes, _counter(bits, n, m, start), key, n)
     fused_draw(logits, bits, weight, out, key, n, m, start)
@@ -129,47 +129,52 @@ def sliced(function: Callable) -> Callable:
 class Kernels:
     """The passes of a space over one layer, fused, compiled or eager.
 
-        update(logits, bits, weight, out, coefficient, key, start)    pi <- pi - coefficient * score(pi, m), then draw
-        draw(logits, bits, weight, out, key, start)                   m ~ p(pi); out <- m * w
-
-    With mode `exact`, and elsewhere where they have no fused form, these two are those of `exact_kernels.py`. `vjp` is
-    the linear space's.
+    With backend `exact`, and elsewhere where they have no fused form, `update` and `draw` are those of
+    `exact_kernels.py`. `vjp` is the linear space's.
 
     logits: `space.width` planes `[blocks]`, no two of which share a storage, as a compiler would copy what might
     overlap; bits `[blocks]`; weight and out `[blocks * M]`; coefficient float32 `[]`; key int32 `[2]` or longer; start:
-    the first block's number in its layer. mode: compiled, eager or exact.
+    the first block's number in its layer. backend: compiled, eager or exact.
     """
 
-    def __init__(self, space: Space, mode: str = "compiled"):
-        self.space, self._compiled = space, mode == "compiled"
+    def __init__(self, space: Space, backend: str = "compiled"):
+        self.space, self._compiled = space, backend == "compiled"
         self._is_linear = isinstance(space, LinearSpace)
-        scored = self._is_linear and mode != "exact" and space.n <= FUSED_MAX_N and space.m <= FUSED_MAX_M
-        self.update = self._pass(fused_update, exact_kernels.update, scored)
-        self.draw = self._pass(fused_draw, exact_kernels.draw, scored)
+        self._is_fused = (self._is_linear and backend != "exact" and space.n <= FUSED_MAX_N
+                          and space.m <= FUSED_MAX_M)
+        self._update = self.fastest(fused_update, sliced(fused_update))
+        self._draw = self.fastest(fused_draw, sliced(fused_draw))
         self._vjp = self.fastest(fused_vjp, sliced(fused_vjp))
         self._write = self.fastest(write_masked)
 
     def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:
-        """`function` compiled, where this mode compiles; else `eager`, or the function as it is."""
+        """`function` compiled, where this backend compiles; else `eager`, or the function as it is."""
         eager = eager or function
         return compiled(function, eager) if self._compiled else eager
 
-    def _pass(self, fused: Callable, exact: Callable, is_fused: bool) -> Callable:
-        """A function of (logits, bits, weight, out, ..., start) by the best of three forms."""
-        space, run = self.space, self.fastest(fused, sliced(fused))
+    def update(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
+               start: int = 0) -> None:
+        """pi <- pi - coefficient * score(pi, m), then `draw`."""
+        step = self._update if self._is_fused else exact_kernels.update
+        self._run(step, logits, bits, weight, out, coefficient, key, start=start)
 
-        def make(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, *rest: Tensor,
-                 start: int = 0) -> None:
-            # viewed as integers out here: inside, a compiler would copy what might overlap
-            weight, out = as_words(weight, space.m), as_words(out, space.m)
-            if not is_fused:
-                exact(logits, bits, weight, out, *rest, space, start=start)
-            elif weight.dim() == 1:
-                run(list(logits), bits, weight, out, *rest, space.n, space.m, start=start)
-            else:
-                run(list(logits), bits, None, None, *rest, space.n, space.m, start=start)
-                self._write(weight, bits, out, space.m)
-        return make
+    def draw(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor,
+             start: int = 0) -> None:
+        """m ~ p(pi); out <- m * w."""
+        step = self._draw if self._is_fused else exact_kernels.draw
+        self._run(step, logits, bits, weight, out, key, start=start)
+
+    def _run(self, step: Callable, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, *rest: Tensor,
+             start: int) -> None:
+        # viewed as integers out here: inside, a compiler would copy what might overlap
+        n, m, weight, out = self.space.n, self.space.m, as_words(weight, self.space.m), as_words(out, self.space.m)
+        if not self._is_fused:
+            step(logits, bits, weight, out, *rest, self.space, start=start)
+        elif weight.dim() == 1:
+            step(list(logits), bits, weight, out, *rest, n, m, start=start)
+        else:
+            step(list(logits), bits, None, None, *rest, n, m, start=start)
+            self._write(weight, bits, out, m)
 
     def vjp(self, logits: list[Tensor], bits: Tensor, weight: Tensor, gradient: Tensor, scale: Tensor, key: Tensor,
             start: int = 0) -> Tensor:

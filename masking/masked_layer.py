@@ -35,7 +35,7 @@ class MaskedLayer:
         self.logits = [torch.empty(len(self.bits), dtype=logits_dtype, device=self.weight.device)
                        for _ in range(kernels.space.width)]  # planes [blocks]
         self.stride = max(1, len(self.bits) // SAMPLE)
-        self.start_sample = self.bits[::self.stride].clone()
+        self.m0_sample = self.bits[::self.stride].clone()
         self.pending: Callable[[Tensor], None] | None = None  # the pass to be made when the next forward gets here
         self.scratch = None if self.sharded else scratch[:self.shape.numel()].view(self.shape)
         if not self.sharded:
@@ -51,7 +51,7 @@ class MaskedLayer:
     def changed(self) -> float:
         """The share of blocks whose most probable mask is not that of m0, of an evenly spaced sample of
         those that are here."""
-        return float((self.kernels.mode([plane[::self.stride] for plane in self.logits]) != self.start_sample
+        return float((self.kernels.mode([plane[::self.stride] for plane in self.logits]) != self.m0_sample
                       ).float().mean())
 
     def set_logits(self, logits_of: Callable[[slice], Tensor]) -> None:
@@ -90,7 +90,7 @@ class MaskedLayer:
 
     def shard(self, blocks: Tensor) -> Tensor:
         """A number for each block that is here, as a state is saved and read: a DTensor where the layer is sharded."""
-        return self.rows.share(blocks, self.width)
+        return self.rows.shard(blocks, self.width)
 
     def bits_of(self, mask: Tensor) -> Tensor:
         """The layer's mask, bool `[out, in]`, as bits `[blocks]` of the rows that are here."""

@@ -25,7 +25,7 @@ class MaskedModel:
     model: its layers named in `masks` (bool `[out, in]`) are masked; all of them if `learned` is None, else the named
     ones have logits and the rest keep their mask; what that takes from them is remembered for `use_dense` where
     `keep_dense` asks for it. Logits start at C = `magnitude` where the mask keeps and 0 elsewhere, as the paper's do;
-    training/initialize.py has other starts. mode: of the `Kernels`; microbatch: sequences in one forward pass, at most.
+    training/initialize.py has other starts. backend: of `Kernels`; microbatch: sequences in one forward pass, at most.
 
     Memory beside the model: the logits, one integer a block, and one scratch buffer as large as the largest layer, into
     which a layer's masked weight is written when the forward pass reaches it. That write is one pass together with the
@@ -38,10 +38,10 @@ class MaskedModel:
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], space: Space, magnitude: float = 10.0,
                  logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
-                 mode: str = "compiled", keep_dense: bool = False, microbatch: int = 32):
+                 backend: str = "compiled", keep_dense: bool = False, microbatch: int = 32):
         self.model, self.space, self.microbatch = model, space, microbatch
         self.seed, self.steps = seed, 0  # which draws are keyed by
-        self.kernels = Kernels(space, mode)
+        self.kernels = Kernels(space, backend)
         self._used: Bits | None = None  # used instead of the masks drawn
         modules = find_layers(model)
         learned = list(masks) if learned is None else learned

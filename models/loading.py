@@ -47,7 +47,7 @@ def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bo
     processes.log(f"loading {model} ({named}, {device})")
     if torch_dtype == torch.float16 and device.startswith("cpu"):
         processes.log("note: a CPU is several times slower in float16 than in what --dtype auto takes")
-    with explained(model):
+    with explained_model(model):
         tokenizer = read_tokenizer(source, trust_remote_code)
         read_config(source, trust_remote_code)
         found, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -84,7 +84,7 @@ def local_folder(model: str) -> str | Path:
 
 
 @contextmanager
-def explained(model: str) -> Iterator[None]:
+def explained_model(model: str) -> Iterator[None]:
     """Turns whatever the libraries find wrong with a model into one line."""
     transformers.utils.logging.set_verbosity_error()
     hidden = are_progress_bars_disabled()  # of downloads, which the next line would hide with that of reading weights

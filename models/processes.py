@@ -157,10 +157,8 @@ def check_same(text: str, what: str) -> None:
                         "the same files, flags, library versions and kind of device")
 
 
-def reduce_async(tensor: Tensor) -> Callable[[], Tensor]:
+def mean_async(tensor: Tensor) -> Callable[[], Tensor]:
     """Start to form a tensor's mean over the processes, in place; call what is returned to wait for it and have it."""
-    if size() == 1:
-        return lambda: tensor
     tensor /= size()
     work = distributed.all_reduce(tensor, async_op=True)
 

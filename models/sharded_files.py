@@ -1,7 +1,7 @@
 """A sharded model loaded and gathered. transformers reads and writes the files; only the main process has the whole
 model, in its host memory."""
 from models import processes
-from models.loading import DTYPE, Tokenizer, explained, local_folder, read_config, read_model, read_tokenizer
+from models.loading import DTYPE, Tokenizer, explained_model, local_folder, read_config, read_model, read_tokenizer
 from models.sharding import check_version, shard, whole
 
 import torch
@@ -23,12 +23,12 @@ def load_sharded(model: str, dtype: str | None, device: str,
     with processes.main_before_others():  # the main one may have to fetch it
         if processes.is_main():
             loaded, _ = read_model(model, dtype, device, trust_remote_code)
-        with explained(model):
+        with explained_model(model):
             tokenizer = read_tokenizer(source, trust_remote_code)
             config = read_config(source, trust_remote_code)
     dtypes = [loaded and loaded.dtype]
     distributed.broadcast_object_list(dtypes)
-    with explained(model), init_empty_weights(include_buffers=False):  # no file has rotary frequencies
+    with explained_model(model), init_empty_weights(include_buffers=False):  # no file has rotary frequencies
         found = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, **{DTYPE: dtypes[0]})
     found.tie_weights()

@@ -91,7 +91,7 @@ class Rows:
         """This process's part of a tensor of all rows `[count, ...]`."""
         return matrix[self.begin:self.end]
 
-    def share(self, part: Tensor, width: int) -> Tensor:
+    def shard(self, part: Tensor, width: int) -> Tensor:
         """This process's part of a tensor, 1-D with `width` elements a row, as a DTensor `[count, width]`; the part
         itself where the layer is not sharded."""
         if self.mesh is None:
@@ -101,7 +101,7 @@ class Rows:
 
     def whole(self, part: Tensor, width: int) -> Tensor:
         """All rows, 1-D, from the parts of all processes, which have to call this at the same time."""
-        return whole(self.share(part, width)).view(-1)
+        return whole(self.shard(part, width)).view(-1)
 
 
 def own_weight(module: nn.Module) -> Tensor:

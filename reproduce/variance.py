@@ -85,7 +85,7 @@ class Collected:
     `[logits]`, to which it is added; scale: what the gradient of the summed loss is multiplied by."""
 
     def __init__(self, masked: MaskedModel):
-        self.masked, self.total, self.scale = masked, None, 1.0
+        self.masked, self.total, self.scale, self.not_finite = masked, None, 1.0, 0
         ends = torch.tensor([layer.shape.numel() for layer in masked.layers.values()]).cumsum(0).tolist()
         self.parts = dict(zip(masked.layers, map(slice, [0, *ends[:-1]], ends)))
 
@@ -95,18 +95,17 @@ class Collected:
     def end_pass(self) -> None:
         """Nothing is left to do."""
 
-    def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> Tensor:
+    def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> None:
         """As `Normalization.move`."""
         saliency = (layer.weight * gradient).view(-1, layer.m) * self.scale
         planes = fused_ops.vjp(layer.logits, list(saliency.unbind(1)), self.masked.space.n)
         self.total[self.parts[layer.name]] += torch.stack(planes, 1).flatten()
-        return torch.zeros((), dtype=torch.int64)
 
 
 def scores(masked: MaskedModel, bits: dict[str, Tensor]) -> Iterator[Tensor]:
     """The score of these masks, a layer after the other, float32 `[blocks, M]`."""
     for layer in masked.layers.values():
-        yield torch.stack(fused_ops.score(fused_ops.weights(layer.logits, masked.space.n), kept_planes(
+        yield torch.stack(fused_ops.score(fused_ops.rates(layer.logits, masked.space.n), kept_planes(
             bits[layer.name], layer.m), masked.space.n), 1)
 
 

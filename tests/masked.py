@@ -64,7 +64,7 @@ def make(model, n=2, m=4, space="linear", init="mask", magnitude=10.0, seed=0, *
     layers = find_layers(model)
     dense = {name: weight_matrix(module).clone() for name, module in layers.items()}
     masks = magnitude_masks(layers, n, m)
-    masked = MaskedModel(model, masks, SPACES[space](n, m), magnitude, seed=seed, **({"mode": "eager"} | kwargs))
+    masked = MaskedModel(model, masks, SPACES[space](n, m), magnitude, seed=seed, **({"backend": "eager"} | kwargs))
     if init == "random":
         generator = torch.Generator().manual_seed(seed)
         for layer in masked.layers.values():
@@ -121,10 +121,10 @@ def watch(learner):
 LEARNERS = {"tokens", "checkpointing"}
 
 
-def learner_of(model, n=2, m=4, space="linear", mode="eager", **kwargs):
+def learner_of(model, n=2, m=4, space="linear", backend="eager", **kwargs):
     """(StraightThrough, its MaskedModel, the dense weights), the logits' magnitude 1."""
     of_learner = {key: kwargs.pop(key) for key in LEARNERS & kwargs.keys()}
-    masked, _, dense = make(model, n, m, space, mode=mode, **({"magnitude": 1.0} | kwargs))
+    masked, _, dense = make(model, n, m, space, backend=backend, **({"magnitude": 1.0} | kwargs))
     return StraightThrough(masked, **of_learner), masked, dense
 
 

@@ -47,7 +47,7 @@ def pair(folder: Path, dtype: str, n: int = 2, m: int = 4, **settings) -> tuple[
     sharded = load_sharded(str(folder), dtype, "cpu")[0]
     assert model_fingerprint(sharded) == model_fingerprint(whole)
     masks = magnitude_masks(find_layers(whole), n, m)
-    return tuple(MaskedModel(model, masks, LinearSpace(n, m), 1.0, mode="eager", **settings)
+    return tuple(MaskedModel(model, masks, LinearSpace(n, m), 1.0, backend="eager", **settings)
                  for model in (sharded, whole))
 
 
@@ -164,7 +164,7 @@ def experts() -> None:
     model.embedding.load_state_dict(whole.embedding.state_dict()), model.head.load_state_dict(whole.head.state_dict())
     masks, tokens = magnitude_masks(find_layers(whole)), torch.arange(24).view(1, 24) * 2  # even: the first expert
     tokens = torch.cat([tokens, *[tokens + 1] * (size - 1)]) % 64
-    masked, expected = (MaskedModel(each, masks, LinearSpace(2, 4), 1.0, mode="eager") for each in (model, whole))
+    masked, expected = (MaskedModel(each, masks, LinearSpace(2, 4), 1.0, backend="eager") for each in (model, whole))
     assert masked.loss(tokens) == expected.loss(tokens)
     for _ in learn(masked, expected, tokens):
         pass

@@ -85,7 +85,7 @@ with processes.joined("cpu"):
     assert processes.mean([1.0] * rank + [3.0]) == sum(r + 3 for r in everyone) / sum(r + 1 for r in everyone)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tensor = torch.arange(6, dtype=dtype).view(2, 3) * rank
-        processes.reduce_async(tensor)()
+        processes.mean_async(tensor)()
         assert torch.equal(tensor, torch.arange(6, dtype=dtype).view(2, 3) * (sum(everyone) / size)), tensor
     order = open(sys.argv[2], "a", buffering=1)
     with processes.main_before_others():
@@ -279,7 +279,7 @@ def test_sharded_models_are_whole_models(models, tmp_path):
         given, saved = map(transformers.AutoConfig.from_pretrained, folders)
         assert saved.architectures == given.architectures and getattr(saved, DTYPE) == dtype
     one, again = (MaskedModel(model, magnitude_masks(find_layers(model)), LinearSpace(2, 4), 1.0, torch.float16,
-                              mode="eager")
+                              backend="eager")
                   for model in (load_model(str(w / "llama"), "float32", "cpu")[0] for _ in range(2)))
     for _ in range(3):
         one.update(5 * one.loss(TOKENS))

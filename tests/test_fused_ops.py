@@ -62,7 +62,7 @@ def test_the_table_gives_each_mask_its_share_of_the_unit_interval(block):
     grid = 4096
     u = (torch.arange(grid) + 0.5) / grid
     for x in logits:
-        bits = fused_ops.draw_by_table(fused_ops.weights(planes_of(x.expand(grid, m)), n), n, u)
+        bits = fused_ops.draw_by_table(fused_ops.rates(planes_of(x.expand(grid, m)), n), n, u)
         chance, order = drawings(x, n)
         probs = torch.zeros(2**m, dtype=torch.float64).index_add(0, (1 << order).sum(1), chance)
         assert ((torch.bincount(bits, minlength=2**m) - grid * probs).abs() <= 1.01).all()

@@ -124,8 +124,8 @@ def test_the_update_is_minus_coefficient_times_score(space, monkeypatch):
     logits = torch.randn(300, space.width, generator=seeded(0)) * 3
     mask = space.sample(logits, seeded(1))
     expected = logits - 0.37 * space.score(logits, mask)
-    for mode in ("eager", "exact"):
-        kernels = Kernels(space, mode)
+    for backend in ("eager", "exact"):
+        kernels = Kernels(space, backend)
         assert torch.equal(bits_to_mask(kernels.mode(planes_of(logits)), space.m), space.mode(logits))
         step = partial(take, kernels.update, logits, mask, 0.37)
         updated, drawn, _ = step()
@@ -140,15 +140,15 @@ def test_wide_blocks_are_taken_a_few_at_a_time():
     assert exact_kernels.blocks_at_a_time(LinearSpace(4, 8), 2**18) == 2**18
 
 
-@pytest.mark.parametrize("mode", ["eager", "exact"])
+@pytest.mark.parametrize("backend", ["eager", "exact"])
 @pytest.mark.parametrize("dtype, value", [(torch.float16, 3.0), (torch.bfloat16, 3.0), (torch.float16, 0.0)])
-def test_updates_far_below_a_16_bit_step_count_on_average(dtype, value, mode):
+def test_updates_far_below_a_16_bit_step_count_on_average(dtype, value, backend):
     """Rounded to nearest, not one logit of 3 would move: the update is a 200th (1600th) of the step between numbers.
     Planes 2k and 2k+1 share their random bits: their roundings must not go together."""
     logits = torch.full((2**18, 4), value)
     mask = torch.tensor([True, True, False, False]).expand(2**18, 4)
     coefficient = 2e-5 if value else 1e-8
-    moved = take(Kernels(LinearSpace(2, 4), mode).update, logits, mask, coefficient, dtype)[0].double() - value
+    moved = take(Kernels(LinearSpace(2, 4), backend).update, logits, mask, coefficient, dtype)[0].double() - value
     expected = -coefficient * pge.score(logits[:1], mask[:1])[0].double()
     spread = moved.std(0) / 2**9
     assert (spread > 0).all() and ((moved.mean(0) - expected).abs() < 5 * spread).all()
@@ -173,9 +173,9 @@ def check_draws(function, n, m, code, gap, times, **given):
 
 
 @pytest.mark.parametrize("gap", [0.0, 3.0, 10.0])
-@pytest.mark.parametrize("n, m, code, mode", [*[(*draw, "eager") for draw in DRAWS], (2, 4, 0b1010, "exact")])
-def test_masks_drawn_have_the_exact_distribution(n, m, code, mode, gap):
-    check_draws(Kernels(LinearSpace(n, m), mode).update, n, m, code, gap, 4 if m < 6 else 2)
+@pytest.mark.parametrize("n, m, code, backend", [*[(*draw, "eager") for draw in DRAWS], (2, 4, 0b1010, "exact")])
+def test_masks_drawn_have_the_exact_distribution(n, m, code, backend, gap):
+    check_draws(Kernels(LinearSpace(n, m), backend).update, n, m, code, gap, 4 if m < 6 else 2)
 
 
 def test_masks_are_drawn_from_the_updated_logits():

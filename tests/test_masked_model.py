@@ -111,7 +111,7 @@ def test_learning_some_layers_keeps_the_others_at_m0_or_dense(load):
     dense = {name: weight_matrix(layer).clone() for name, layer in layers.items()}
     learned = [name for name in layers if "self_attn" in name]
     masks = magnitude_masks({name: layer for name, layer in layers.items() if "up_proj" not in name})
-    masked = MaskedModel(model, masks, LinearSpace(2, 4), 0.5, learned=learned, mode="eager", keep_dense=True)
+    masked = MaskedModel(model, masks, LinearSpace(2, 4), 0.5, learned=learned, backend="eager", keep_dense=True)
     first = forward(model)
     with masked.use_dense():
         assert torch.equal(forward(model), forward(load()))

@@ -215,7 +215,7 @@ def test_it_learns(load, generated_text, dtype, of_learner):
     kept = magnitude_masks(layers)
     apply_masks(find_layers(larger), kept)
     masked = MaskedModel(model, {name: ~mask for name, mask in kept.items()}, LinearSpace(2, 4), magnitude=1.0,
-                         logits_dtype=torch.float16, mode="eager")
+                         logits_dtype=torch.float16, backend="eager")
     start, target = masked.loss(heldout), batch_loss(larger, heldout)
     learner, distill = StraightThrough(masked, **of_learner), [1.0] * 8 if dtype == torch.bfloat16 else []
     for t, batch in enumerate(batches):

@@ -115,8 +115,8 @@ def test_checkpointing_changes_no_number_and_finish_gives_everything_back(kind, 
 def test_checkpointing_where_a_layer_ends_with_a_norm(compiler):
     """What is recomputed ends with an exception inside that norm, which is compiled."""
     losses = []
-    for mode, checkpointing in (("eager", False), ("compiled", True)):
-        learner, *_ = learner_of(model_of("Gemma2", 1), mode=mode, checkpointing=checkpointing)
+    for backend, checkpointing in (("eager", False), ("compiled", True)):
+        learner, *_ = learner_of(model_of("Gemma2", 1), backend=backend, checkpointing=checkpointing)
         losses.append([learner.step(TOKENS, 0.3).loss for _ in range(2)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 

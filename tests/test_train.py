@@ -59,7 +59,7 @@ def test_swaps_start_the_mask_and_the_logits(models, sequences, m0):
     of it."""
     earlier, name = learned = [f"model.layers.{number}.mlp.down_proj" for number in range(2)]
     model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
-    masked = MaskedModel(copy.deepcopy(model), m0, LinearSpace(2, 4), learned=learned, mode="eager")
+    masked = MaskedModel(copy.deepcopy(model), m0, LinearSpace(2, 4), learned=learned, backend="eager")
     from_swaps(masked, 4.0, sequences)
     masks, logits = masked.masks_of(masked.bits()), all_logits(masked)
     weight = model.get_submodule(name).weight.detach().clone()
@@ -77,7 +77,7 @@ def test_swaps_start_the_mask_and_the_logits(models, sequences, m0):
 def test_layers_that_swaps_reach_late_keep_their_mask(models, sequences, m0, monkeypatch):
     """And their logits follow Wanda's scores."""
     name, model = "model.layers.1.mlp.down_proj", transformers.AutoModelForCausalLM.from_pretrained(models["llama"])
-    masked = MaskedModel(copy.deepcopy(model.eval()), m0, LinearSpace(2, 4), learned=[name], mode="eager")
+    masked = MaskedModel(copy.deepcopy(model.eval()), m0, LinearSpace(2, 4), learned=[name], backend="eager")
     monkeypatch.setattr(processes, "agreed", lambda seconds: 60.0)
     from_swaps(masked, 4.0, sequences, max_s=30)
     apply_masks(find_layers(model), {other: mask for other, mask in m0.items() if other != name})

@@ -74,7 +74,7 @@ class Run:
     def __init__(self, folder: RunFolder, signals: StopSignals, validation: Validation, minibatches: int,
                  max_step: float = math.inf, epoch: float = math.inf, evaluations: int = EVALUATIONS):
         self.folder, self.signals, self.validation = folder, signals, validation
-        self.checkpoints, self.minibatches = folder.checkpoints, minibatches
+        self.checkpoints, self.epoch_minibatches = folder.checkpoints, minibatches
         self.passes, self.max_step, self.max_s = epoch * minibatches, max_step, math.inf
         self.evaluations = evaluations
         self.position, self.parts = Position(), {}
@@ -112,7 +112,7 @@ class Run:
         self._bar = progress_bar(initial=self.step, desc="learning", unit="step", disable=not processes.is_main())
         with self._bar:
             while self.progress < 1:
-                yield [(self.position.minibatches + i) % self.minibatches for i in range(processes.size())]
+                yield [(self.position.minibatches + i) % self.epoch_minibatches for i in range(processes.size())]
                 self._bar.total = math.ceil(self.expected_steps())
                 self._bar.update()
                 due = processes.agreed(float(self.checkpoints.due(self.step, self.elapsed_s())))

@@ -20,7 +20,10 @@ DECAY = 0.9  # of the running mean, a minibatch
 
 
 class Normalization:
-    """The running mean squares of earlier minibatches, one a layer; nothing moves in the first, which only measures."""
+    """The running mean squares of earlier minibatches, one a layer; nothing moves in the first, which only measures.
+
+    not_finite: how many blocks' J^T G was not finite in the last backward pass, int64 `[]`.
+    """
 
     def __init__(self, masked: MaskedModel):
         self.masked = masked
@@ -37,23 +40,22 @@ class Normalization:
         factors = (means.clamp(min=1e-30).rsqrt() / CLIP).masked_fill(means.isnan(), 0.0)
         scales = torch.stack([factors, torch.full_like(factors, size), factors, factors], 1)  # 16 bytes apart, as keys
         self._scales = {device: scales.to(device) for device in self.masked.devices()}
-        self._squares = {}
+        self._squares, self.not_finite = {}, torch.zeros((), dtype=torch.int64, device=means.device)
 
-    def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> Tensor:
-        """One layer's step by df/dW `[rows, in]`; returns how many blocks' J^T G is not finite, int64 `[]`. UserError
-        for a second step of the pass: the model uses the layer twice."""
+    def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> None:
+        """One layer's step by df/dW `[rows, in]`. UserError for a second one in the pass: the model uses the layer
+        twice."""
         place = self.place[layer.name]
         if place in self._squares:
             raise UserError(f"the model uses {layer.name} twice in a pass, which backward passes cannot learn: name "
                             "other layers with --targets")
         if not len(layer.bits):  # a layer of fewer rows than there are processes
             self._squares[place] = torch.zeros(())
-            return torch.zeros((), dtype=torch.int64)
+            return
         squares = self.masked.kernels.vjp(layer.logits, layer.bits, layer.weight, gradient,
                                           self._scales[layer.weight.device][place], key, start=layer.start)
-        not_finite = squares.isnan().sum()
+        self.not_finite += squares.isnan().sum().to(self.not_finite.device)
         self._squares[place] = squares.nan_to_num_(0.0).sum()
-        return not_finite
 
     def end_pass(self) -> None:
         """After a backward pass: the running mean squares, of all layers at once. One that overflows, or follows one
@@ -63,7 +65,7 @@ class Normalization:
         if reached:
             sums = torch.stack([self._squares[place].to(now.device) for place in reached])
             if self.masked.is_sharded:  # over all their rows
-                sums = processes.reduce_async(sums)() * processes.size()
+                sums = processes.mean_async(sums)() * processes.size()
             sums[sums == 0] = torch.nan  # no process reached the layer, or no block of it was finite
             now[reached] = sums / self._sizes[reached]
         mean = torch.where(before.isfinite(), DECAY * before + (1 - DECAY) * now, now)

@@ -54,7 +54,7 @@ def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_s
 
 def _summary(run: Run) -> dict:
     position, validation = run.position, run.validation
-    epoch = math.ceil(run.minibatches / processes.size())  # steps, each with a minibatch of every process
+    epoch = math.ceil(run.epoch_minibatches / processes.size())  # steps, each with a minibatch of every process
     tail, stages = [line["loss"] for line in run.log.lines[-epoch:]], run.folder.record.get("stages", {})
     peaks = [peak_memory_bytes(), *(stage["peak_memory_bytes"] for stage in stages.values())]  # counted anew
     summary = {"steps": position.step, "seconds": run.log.lines[-1]["seconds"],  # of the loop

@@ -77,7 +77,6 @@ class StraightThrough:
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
         layers = list(masked.layers.values())
         self.normalization = Normalization(masked)
-        self._not_finite = torch.zeros((), dtype=torch.int64, device=layers[0].weight.device)  # blocks, of this step
         self._of_sequence = masked.kernels.fastest(sequence_loss)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -107,7 +106,6 @@ class StraightThrough:
         """
         sequences, distill = batch.to(input_device(self.masked.model)), distill or [0.0] * len(batch)
         self.keys, self._held, self._is_finite = self.masked.keys(), {}, True
-        self._not_finite.zero_()
         self._reached.clear()
         self.normalization.begin_pass(size)
         total, parts = 0.0, sequences.split(self.masked.microbatch)
@@ -126,7 +124,7 @@ class StraightThrough:
             self.normalization.end_pass()
         self.masked.steps += 1
         loss = total / (batch.shape[0] * (batch.shape[1] - 1))
-        losses, not_finite = zip(*processes.all_gather([loss, float(self._not_finite)]))
+        losses, not_finite = zip(*processes.all_gather([loss, float(self.normalization.not_finite)]))
         return StepResult(losses, not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
 
     def _backward(self, sequences: Tensor, distill: Sequence[float]) -> float:
@@ -161,7 +159,7 @@ class StraightThrough:
         if processes.size() == 1:
             self._move(layer, gradient)
             return
-        reducing = layer, processes.reduce_async(gradient)
+        reducing = layer, processes.mean_async(gradient)
         self._move_last()
         self.reducing = reducing
 
@@ -186,8 +184,7 @@ class StraightThrough:
             self._move(layer, wait())
 
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        not_finite = self.normalization.move(layer, gradient, self.keys[layer.name])
-        self._not_finite += not_finite.to(self._not_finite.device)
+        self.normalization.move(layer, gradient, self.keys[layer.name])
 
     # ---------------------------------------------------------------------------------------------- saved and detached
 
