@@ -180,7 +180,7 @@ class Estimator:
         self.delta, self.steps = (0.0 if name == "maskpro" else None), 0
 
     def advantage(self, loss: float, baseline: float | None) -> float:
-        """That of the loss f_t, nats, of a minibatch or the mean of several; baseline: f_0, None where not needed."""
+        """The advantage A of a loss f_t, nats; baseline: f_0, None where not needed."""
         if self.name == "vanilla":
             return loss
         residual = loss - baseline

@@ -61,7 +61,7 @@ import torch
 from torch import Tensor, nn
 
 EVALUATIONS = 10  # of the held-out loss, in a run
-LITTLE = 0.2  # of the minutes for learning, that is
+LITTLE = 0.2  # of the minutes; where less is left to learn in, a note says so
 WINDOW, WINDOWS = 512, 64  # tokens in one, at most, and how many, of --ppl
 
 
@@ -197,12 +197,12 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
                          learned_layers(model, m0, args.targets), args.seed, keep_dense=True,
                          microbatch=args.microbatch)
     learner = learner_of(masked, args.seqlen, args.gradient_checkpointing)
-    validation, reported = Validation(masked, selecting), Validation(masked, unseen)
+    validation = Validation(masked, selecting)
 
     def nats() -> dict[str, float]:
         """Text -> loss of the mask in use."""
         bos = data.added_bos(tokenizer)
-        return {"held-out text": reported.heldout_loss(),
+        return {"held-out text": masked.mean_loss(unseen),
                 **{name: evaluate_windows(model, windows, bos)["nats"] for name, windows in texts.items()}}
 
     run = Run(folder, signals, validation, len(batches), args.steps or math.inf, evaluations=EVALUATIONS)
@@ -231,7 +231,8 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     with stages.stage("table", "the learned mask is evaluated and written"):
         with masked.use_masks(validation.bits):
             table["learned"] = nats()
-        summary = results.deliver(run, m0, tokenizer, False, args.skip_checkpoint, table)
+        summary = results.deliver(run, m0, tokenizer, saves_logits=False, skips_checkpoint=args.skip_checkpoint,
+                                  nats=table)
     if processes.is_main():  # the others have no summary
         print(report.write(folder.path, folder.record, summary))
     folder.finish(summary)

@@ -25,7 +25,7 @@ from models.layers import find_layers
 from models.loading import check_length, load_model, model_fingerprint, positions
 from models.sharded_files import load_sharded
 from training import args as arguments
-from training import baselines, initialize, results
+from training import baselines, initialize, report, results
 from training.loop import Run, StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -104,7 +104,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)
     folder.finish(summary)
     if processes.is_main():  # the others have no summary
-        print(results.in_words(summary, folder.path, args.model, positions(model)))
+        print(report.in_words(summary, folder.path, args.model, positions(model)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,6 +16,7 @@ import pge
 from masking.fused_ops import flows, rates, sum_of
 from models.layers import find_layers
 from training.loss import summed_loss
+from training.straight_through import decay
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +92,8 @@ class Rival:
         return loss / predictions
 
     def multiplier(self) -> float:
-        """What the learning rate is multiplied by at this point of the run: linear decay after a warm-up in the first
-        fiftieth, as in this project's runs."""
-        return (1 - self.progress) * min(1.0, (self.progress + 1e-3) / 0.02)
+        """What the learning rate is multiplied by at this point of the run, as in this project's runs."""
+        return decay(self.progress)
 
     def state_bytes(self) -> float:
         """Bytes a weight that are kept beside the model after a step: parameters, gradients, moments."""

@@ -187,8 +187,9 @@ def sum_over(chosen: int, sums: dict[int, Tensor]) -> Tensor:
 
 
 def flows(w: Planes, n: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Of drawing, a walk through the sets T drawn so far, the bits of an integer, sizes ascending from 0 to N - 1:
-    1 / w(not in T), and P(the walk visits T) / w(not in T), which times w_i is the chance that i is drawn at T."""
+    """Drawing is a walk through the sets T drawn so far, the bits of an integer. Returns, for sizes ascending from 0 to
+    N - 1: 1 / w(not in T), and P(the walk visits T) / w(not in T), which times w_i is the chance that i is drawn at T.
+    """
     m, sums = len(w), {1 << i: x for i, x in enumerate(w)}
     inverse, flow = {}, {}
     for size in range(n):

@@ -71,7 +71,7 @@ class MaskedLayer:
             self.kernels.write(self.weight.view(-1), bits, out)
 
     def schedule(self, kernel: Callable, *arguments: Tensor) -> None:
-        """Have a pass of `kernels` made when the next forward gets here: its arguments after weight and out."""
+        """Have a pass of `kernels` made when the next forward gets here. arguments: those after weight and out."""
         self.arguments = arguments  # kept until the next: FSDP makes the pass on a stream of its own
         self.pending = lambda out: kernel(self.logits, self.bits, self.weight.view(-1), out, *arguments,
                                           start=self.start)
@@ -89,7 +89,7 @@ class MaskedLayer:
         return self.rows.whole(blocks, self.width)
 
     def shard(self, blocks: Tensor) -> Tensor:
-        """A number for each block that is here, as a state is saved and read: a DTensor where the layer is sharded."""
+        """This process's numbers, one a block, as a state has them: a DTensor where the layer is sharded."""
         return self.rows.shard(blocks, self.width)
 
     def bits_of(self, mask: Tensor) -> Tensor:

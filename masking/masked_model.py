@@ -2,6 +2,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from statistics import fmean
 
 from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
@@ -124,6 +125,12 @@ class MaskedModel:
     def loss(self, batch: Tensor) -> float:
         """f(m * w, batch), nats, of the mask in use; batch int64 `[sequences, tokens]`. It carries out what is due."""
         return batch_loss(self.model, batch, self.microbatch)
+
+    def mean_loss(self, batches: Tensor) -> float:
+        """The mean loss of minibatches, int64 `[minibatches, sequences, tokens]`, which the processes share out to one
+        another; a sharded model all of them run together."""
+        losses = [self.loss(batch) for batch in (batches if self.is_sharded else processes.split(batches))]
+        return fmean(processes.all_gather(losses)[0]) if self.is_sharded else processes.mean(losses)
 
     def keys(self) -> dict[str, Tensor]:
         """Random keys of this step, by the layer's name, each beside its weight."""

@@ -97,7 +97,8 @@ def explained_model(model: str) -> Iterator[None]:
 
 
 def read_tokenizer(source: str | Path, trusted: bool) -> Tokenizer:
-    """Of a model; a damaged one fails here rather than far from its name. UserError where a folder has none."""
+    """A model's tokenizer, tried: a damaged one fails here rather than far from its name. UserError where a folder has
+    none."""
     if Path(source).is_dir() and not [
             file for kind in ("*token*", "vocab*", "*.model") for file in Path(source).glob(kind)]:
         raise UserError(f"there is no tokenizer in {source}: copy the base model's tokenizer files there")
@@ -115,7 +116,8 @@ def attention_of(config: transformers.PretrainedConfig) -> dict[str, str]:
 
 
 def read_config(source: str | Path, trusted: bool) -> transformers.PretrainedConfig:
-    """Of a model. UserError where it is not trusted and names a kernel of the Hub for its attention, which is code."""
+    """A model's configuration. UserError where it is not trusted and names a kernel of the Hub for its attention, which
+    is code."""
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted)
     if getattr(config, "quantization_config", None):
         raise UserError("its weights are quantised; give the model that it was made from, in 16 or 32 bits")

@@ -83,7 +83,7 @@ class Rows:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Rows":
-        """Of a layer."""
+        """Those of a layer's weight."""
         weight = weight_matrix(module)
         return cls(weight.shape[0], *own_rows(weight), weight.device_mesh if isinstance(weight, DTensor) else None)
 

@@ -50,7 +50,7 @@ def assignment(value: Tensor) -> Tensor:
 
 
 def _nth_largest(values: Tensor, n: int) -> Tensor:
-    """Of values of at least 0, `[blocks, k, rows]`, the n-th largest of the k: `[blocks, rows]`."""
+    """The n-th largest of k values of at least 0: `[blocks, k, rows]` -> `[blocks, rows]`."""
     largest = [torch.zeros_like(values[:, 0]) for _ in range(n)]
     for value in values.unbind(1):
         for i in range(n):

@@ -11,6 +11,7 @@ import sparsify
 from files import mask_files
 from files.documents import documents
 from files.records import read_record
+from masking.masked_model import MaskedModel
 from models import generation
 from models.layers import find_layers
 from models.loading import load_model
@@ -19,7 +20,6 @@ from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, preparation, results, straight_through
 from training.report import note_unchanged, perplexity_table
 from training.straight_through import StraightThrough
-from training.validation import Validation
 from utils import UserError
 
 import pytest
@@ -70,7 +70,7 @@ def test_a_model_is_all_it_needs_and_minutes_are_kept(workshop, tmp_path, monkey
         monkeypatch.setattr(owner, name, lambda *given: (
             calls.append(name), clock.append(clock.pop() + seconds), true(*given))[2])
     slow(preparation, "batch_loss", 10), slow(generation, "generate", 20), slow(swaps, "refine_by_swaps", 60)
-    slow(StraightThrough, "step", 60), slow(Validation, "heldout_loss", 15)
+    slow(StraightThrough, "step", 60), slow(MaskedModel, "mean_loss", 15)
     monkeypatch.chdir(tmp_path)
     sparsify.main(["--model", str(workshop / "dense")])
     run = read_run(next(Path("results").glob("dense_2of4_sparsify_*")))

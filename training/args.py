@@ -1,4 +1,4 @@
-"""Flags that train.py and sparsify.py share, and the arguments of a run that goes on."""
+"""Flags of train.py and sparsify.py, the arguments of a run that goes on, and the start of either's run."""
 import argparse
 import re
 from argparse import Namespace

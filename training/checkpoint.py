@@ -125,7 +125,7 @@ class Checkpoints:
         return waited * MOST_SHARE >= self.cost_s and waited >= 60 * self.minutes
 
     def path(self, step: int) -> Path:
-        """Of the state after so many steps."""
+        """Where the state after so many steps is."""
         return self.folder / f"step{step:08d}.safetensors"
 
     def paths(self) -> list[Path]:

@@ -18,7 +18,7 @@ SHORT = 256
 
 
 def speed_up(model: nn.Module, kernels: Kernels, tokens: int, is_sharded: bool = False) -> Callable[[], None]:
-    """Of a model that is to learn from sequences of so many tokens; returns a function that puts everything back.
+    """Speed up a model that learns from sequences of so many tokens; returns a function that puts everything back.
     Norms whose weights FSDP gathers, or that are moved to a device and back when used, stay as they are."""
     norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__ and "forward" not in
              vars(module) and not is_sharded]

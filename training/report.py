@@ -49,6 +49,21 @@ def note_unchanged(summary: dict) -> str:
     return "note: hardly a block differs from m0: raise --lr, lower --logits, or take more steps\n"
 
 
+def in_words(summary: dict, folder: object, model: str, positions: float) -> str:
+    """A finished run in a line or two, and the command that evaluates its mask. positions: the most tokens of a
+    sequence."""
+    seqlen = f" --seqlen {positions}" if positions < 2048 else ""  # the default of eval.py
+    heldout = "" if "heldout_loss" not in summary else (
+        f"held-out loss of the mask delivered, that of step {summary['mask_of_step']}, {summary['heldout_loss']:.4f} "
+        f"nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n")
+    skipped = f", {summary['steps_skipped']} skipped for a loss that was not finite" if summary["steps_skipped"] else ""
+    return (f"{heldout}{summary['steps']} steps in {summary['seconds']:.0f} s{skipped}, last epoch's mean loss "
+            f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "
+            f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> "
+            f"{folder}\n{note_unchanged(summary)}"
+            f"python eval.py --model {model} --mask {folder} --ppl wikitext2{seqlen}")
+
+
 def write(folder: Path, record: dict, summary: dict) -> str:
     """Write report.json, a run's record with its table and summary; returns what is to be printed."""
     write_json(folder / "report.json", {**record, "summary": summary})

@@ -151,8 +151,8 @@ class StraightThrough:
         return MaskedLinear.apply(x.flatten(0, -2), self.anchor, layer, self).unflatten(0, x.shape[:-1])
 
     def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        """One layer's step, from df/dW `[out, in]` in any unit: it is measured by earlier ones. With several processes
-        it is taken when the next layer's gradient is there: their mean is formed meanwhile."""
+        """One layer's step, from df/dW `[out, in]`, whose scale does not matter: it is divided by that of earlier ones.
+        With several processes it is taken when the next layer's gradient is there: their mean is formed meanwhile."""
         gradient = self._summed(layer, gradient)
         if gradient is None:
             return
@@ -205,15 +205,20 @@ class StraightThrough:
             undo()
 
 
+def decay(progress: float) -> float:
+    """What step sizes are multiplied by where this share of a run is done: linear decay, after a warm-up in the first
+    fiftieth."""
+    return (1 - progress) * min(1.0, (progress + 1e-3) / 0.02)
+
+
 def step_size(lr: float, progress: float, steps: float) -> float:
-    """The distance of the next step, in logits, of a run of so many `steps` of which the share `progress` is done. It
-    decays linearly, after a warm-up in the first fiftieth.
+    """The distance of the next step, in logits, of a run of so many `steps` of which the share `progress` is done.
 
     lr: the standard deviation, in logits, of the movement expected from pure-noise gradients over the whole run. Such a
     random walk has the variance size^2 sum of (1 - t/T)^2 = size^2 T/3. A logit whose gradient is noise then moves as
     far in a long run as in a short one, and one whose gradient is true moves further.
     """
-    return lr * ((1 - progress) * min(1.0, (progress + 1e-3) / 0.02)) * math.sqrt(3 / steps)
+    return lr * decay(progress) * math.sqrt(3 / steps)
 
 
 def enable_checkpointing(model: nn.Module) -> Callable[[], None]:

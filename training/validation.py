@@ -1,7 +1,6 @@
 """Which mask is delivered: what held-out text says."""
 import math
 from collections.abc import Callable
-from statistics import fmean
 
 from masking.masked_model import MaskedModel
 from models import processes
@@ -21,14 +20,12 @@ def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 class Validation:
     """The most probable mask with the lowest loss on held-out minibatches; m0, evaluated first, is one of them.
 
-    heldout: int64 `[minibatches, sequences, tokens]`, split over the processes, except for a sharded model, which all
-    of them run together; may be empty: then only the processes are compared, and the last mask is delivered.
+    heldout: int64 `[minibatches, sequences, tokens]`; may be empty: then only the processes are compared, and the last
+    mask is delivered.
     """
 
     def __init__(self, masked: MaskedModel, heldout: Tensor):
-        self.masked = masked
-        self.heldout = heldout if masked.is_sharded else processes.split(heldout)
-        self.has_text = len(heldout) > 0
+        self.masked, self.heldout, self.has_text = masked, heldout, len(heldout) > 0
         self.bits: dict[str, Tensor] | None = None  # of the best mask
         self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
 
@@ -41,7 +38,7 @@ class Validation:
             return None
         bits = self.masked.mode_bits() if step else self.masked.bits()  # m0 itself, also with logits that are all 0
         with self.masked.use_masks(bits):
-            loss = self.heldout_loss()
+            loss = self.masked.mean_loss(self.heldout)
         if step == 0:
             self.m0_loss = loss
             if not math.isfinite(loss):
@@ -50,11 +47,6 @@ class Validation:
         if loss < self.loss:
             self.bits, self.loss, self.step = bits, loss, step
         return loss if math.isfinite(loss) else None
-
-    def heldout_loss(self) -> float:
-        """Of the mask in use, or of the dense model, nats."""
-        losses = [self.masked.loss(batch) for batch in self.heldout]
-        return fmean(processes.all_gather(losses)[0]) if self.masked.is_sharded else processes.mean(losses)
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The best mask so far."""
