@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from files.records import write_json
+from masking import compiler
 from masking.masked_model import MaskedModel
 from models.layers import find_layers, weight_matrix
 from pruning.one_shot import OneShot
@@ -50,7 +51,8 @@ def parser(docstring: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller measurement, 50 s at most on 2 cores")
     parser.add_argument("--json", default=None, help="write the rows of the table to this file, too")
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device(),
+                        help="CUDA_VISIBLE_DEVICES names another card than the first")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     return parser
 
@@ -99,13 +101,14 @@ def median_s(function: Callable[[], object], device: str, repeats: int = 5, warm
 
 
 def queued_s(function: Callable[[], object], device: str, repeats: int = 20) -> float:
-    """Seconds of one call in a queue of calls. On a GPU the time to launch is thus left out, on a CPU this is
-    `median_s`."""
+    """Seconds of one call in a queue of calls, which a GPU begins with when all are in it: the time to launch them is
+    left out. On a CPU this is `median_s`."""
     if not device.startswith("cuda"):
         return median_s(function, device, repeats)
     function()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    torch.cuda._sleep(10**8)  # clock cycles
     begin.record()
     for _ in range(repeats):
         function()
@@ -140,6 +143,7 @@ def run_child(bench: str, flags: list[str], processes: int = 1) -> list:
     """Run a bench as a process of its own, or by torchrun as several, with one thread each, and read what each process
     hands back with `hand_back`. The flags end with the folder for these results. UserError if the bench fails."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+    torch.set_num_threads(1)  # in this one, too: its environment is what the record names
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, *launcher, bench, *flags, folder], capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -173,6 +177,8 @@ def report(rows: list[dict], args: argparse.Namespace, note: str = "") -> None:
     print(f"\n{conditions['command']}  ({conditions['hardware']}, torch {conditions['torch']}, "
           f"commit {conditions['commit']}, seed {args.seed})")
     print_table(rows)
+    if compiler.failures:
+        note += f"\nWRONG: eager, since torch.compile failed: {', '.join(compiler.failures)}"
     if note:
         print("\n" + note)
     if args.json:

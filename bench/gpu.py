@@ -34,10 +34,11 @@ from pathlib import Path
 
 import common
 from files.records import write_json
+from masking import compiler
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from training.straight_through import StraightThrough
-from utils import environment, run_script
+from utils import environment, reset_peak_memory, run_script
 
 import torch
 from gpu_layer import NOT_MEASURED, Rows, agreement, draws, kernels, profile
@@ -66,13 +67,18 @@ def step(args: argparse.Namespace) -> Rows:
         yield step_row(args, "gradients", sequences, torch.float32), {"of a forward": (1, most)}
 
 
+def free_memory(device: str) -> None:
+    """Give back what models that are gone have held."""
+    gc.collect()  # a model goes with its cycles
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
 def step_row(args: argparse.Namespace, what: str, sequences: int, logits_dtype: torch.dtype) -> dict:
     """The row of a way to learn, on so many sequences of 128 tokens, a quarter of them with --quick."""
     gpu, device = args.device.startswith("cuda"), args.device
-    if gpu:
-        gc.collect()  # the model of the row before
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    free_memory(device)  # of the model of the row before
+    reset_peak_memory()
     shape = "tiny" if args.quick else "llama2-7b" if gpu else "smollm2-135m"
     dtype = torch.float16 if gpu and what == "forward-only" else torch.bfloat16
     model = common.random_llama(shape, device, dtype, args.seed)
@@ -120,7 +126,7 @@ def runs(args: argparse.Namespace) -> Rows:
         make_inputs(folder, args.seed)
         for script, flags in list(SCRIPTS.items())[:1 if args.quick else None]:
             outs = [folder / f"{script}{number}" for number in range(3)]
-            commands = [[script, *flags.format(folder=folder, steps=8 if args.quick else 30).split(), "--device",
+            commands = [[script, *filled(flags, folder, 8 if args.quick else 30), "--device",
                          args.device, "--out", str(out)] for out in outs]
             for command in commands[:2]:
                 run(command)
@@ -148,7 +154,7 @@ def processes(args: argparse.Namespace) -> Rows:
         for script, flags in SCRIPTS.items():
             outs = [Path(folder, script, name) for name in ("once", "killed")]
             place = ["--device", "cpu"] if args.device == "cpu" else []
-            once, killed = ([*TWO, script, *flags.format(folder=folder, steps=8).split(), "--shard", "--dtype",
+            once, killed = ([*TWO, script, *filled(flags, folder, 8), "--shard", "--dtype",
                              "float32", *place, "--out", str(out)] for out in outs)
             run(once)
             is_killed = kill(killed, outs[1], rank=1)
@@ -156,6 +162,11 @@ def processes(args: argparse.Namespace) -> Rows:
             first, second = (json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"] for out in outs)
             yield {"what": f"{script} --shard", "one killed": int(is_killed), "the same mask": int(first == second)}, {
                 "one killed": (1, 1), "the same mask": (1, 1)}
+
+
+def filled(flags: str, folder: str | Path, steps: int) -> list[str]:
+    """The flags of a script of SCRIPTS, one by one: the folder's path may have spaces."""
+    return [flag.format(folder=folder, steps=steps) for flag in flags.split()]
 
 
 def run(command: list[str]) -> None:
@@ -208,15 +219,20 @@ def main(argv: list[str] | None = None) -> None:
         if time.monotonic() - began > args.budget_s:
             break
         rows = []
+        compiler.failures.clear()
         try:
             for row, limits in MEASUREMENTS[name](args):
-                rows.append({**row, "verdict": verdict(row, {} if is_slow and name == "step" else limits)})
+                is_judged = name != "step" or not (is_slow or args.quick)
+                rows.append({**row, "verdict": verdict(row, limits if is_judged else {})})
                 if time.monotonic() - began > args.budget_s:
                     rows.append({"what": "the rest", "verdict": "no time left"})
                     break
         except Exception as error:  # the other measurements are worth having all the same
             said = " ".join(f"WRONG: {type(error).__name__}: {error}".split())
             rows.append({"what": "failed", "verdict": said[:500]})
+        if compiler.failures:
+            rows.append({"what": "eager", "verdict": f"WRONG: not compiled: {', '.join(compiler.failures)}"})
+        free_memory(args.device)  # for the child processes of what comes next
         failed += [f"{name} ({row['what']})" for row in rows if row["verdict"].startswith("WRONG")]
         everything += [{"table": name, **row, **conditions} for row in rows]
         if args.json:

@@ -97,7 +97,8 @@ class Learning:
         make = sharded_llama if processes.size() > 1 else common.random_llama
         model = make(shape, device, dtype, seed)
         self.m0 = first_half_masks(model)  # stays in the host's memory, packed, as in a run
-        self.masked = MaskedModel(model, self.m0, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype], backend="eager")
+        self.masked = MaskedModel(model, self.m0, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype],
+                                  backend="compiled" if device.startswith("cuda") else "eager")
         if way.endswith("from swaps"):
             from_swaps(self.masked, common.DEFAULTS["logits"], torch.randint(0, 256, (TOKENS // 128, 128)))
         settings = WAYS[way]

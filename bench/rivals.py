@@ -19,7 +19,10 @@ import time
 
 import common
 import pge
+from masking.kernels import Kernels
+from masking.spaces import LinearSpace
 from models.loss import batch_loss
+from training.faster_model import speed_up
 from training.initialize import TOKENS, from_swaps
 from utils import UserError, progress_bar, run_script
 
@@ -92,7 +95,9 @@ def make_method(problem: Problem, setting: dict, seed: int, steps: int) -> Rival
     further = {"distill": setting["distill"]} if "distill" in setting else {}
     if setting["learner"] == "proxsparse":
         further["steps"] = steps
-    return RIVALS[setting["learner"]](problem.fresh_model(), problem.masks, problem.norms, 2, 4, lr=setting["lr"],
+    model = problem.fresh_model()
+    speed_up(model, Kernels(LinearSpace(2, 4), "eager"), 128)  # as ours
+    return RIVALS[setting["learner"]](model, problem.masks, problem.norms, 2, 4, lr=setting["lr"],
                                       seed=seed, **further)
 
 

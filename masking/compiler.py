@@ -18,6 +18,7 @@ MOST_SHAPES = 64  # shapes x dtypes of a model; more run eagerly
 SLOW_S = 20  # of a compilation, from which on it is told
 _thread = threading.local()
 eagerly = threading.Event()  # set: everything runs eagerly from here on
+failures: list[str] = []  # functions that could not be compiled
 
 
 def _allow_shapes() -> None:
@@ -52,6 +53,7 @@ def compiled(function: Callable, eager: Callable) -> Callable:
                 raise
             except Exception as error:  # no compiler, none that works, no Triton, a bug of torch: each has its class
                 broken.append(error)
+                failures.append(function.__name__)
                 print(f"note: torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
                       f"{function.__name__} runs eagerly, several times slower; only without a C++ compiler, or Triton "
                       "on a GPU, is this expected", file=sys.stderr)

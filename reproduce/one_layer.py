@@ -7,7 +7,8 @@ All flags are train.py's. The layers before the first that learns keep m0, so wh
 memory, and steps that see the sequence again begin there. The numbers are train.py's own, to the bit.
 """
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -63,8 +64,16 @@ class Masked(MaskedModel):
     def __init__(self, model: nn.Module, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
         learned = {layer.module for layer in self.layers.values()}
-        KeptStates(model, next(number for number, layer in enumerate(decoder_layers(model))
-                               if learned & set(layer.modules())))
+        self.kept = KeptStates(model, next(number for number, layer in enumerate(decoder_layers(model))
+                                           if learned & set(layer.modules())))
+
+    @contextmanager
+    def use_dense(self) -> Iterator[None]:
+        """As MaskedModel's; what the dense layers make of a sequence is not kept."""
+        of_m0, self.kept.states = self.kept.states, {}
+        with super().use_dense():
+            yield
+        self.kept.states = of_m0
 
 
 if __name__ == "__main__":

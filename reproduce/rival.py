@@ -23,6 +23,7 @@ from models.layers import is_transposed
 from models.loading import input_device
 from pruning.calibration import input_norms
 from training import args as arguments
+from training.faster_model import speed_up
 from training.initialize import SEQUENCES
 from training.loop import StepResult
 from training.run_folder import RunFolder
@@ -41,12 +42,13 @@ class Learner:
     def __init__(self, make: Callable[..., Rival], steps: int):
         self.make, self.steps = make, steps
 
-    def of(self, masked: MaskedModel, *_: object) -> "Learner":
+    def of(self, masked: MaskedModel, tokens: int, *_: object) -> "Learner":
         """In place of StraightThrough(masked, ...)."""
         if any(is_transposed(layer.module) for layer in masked.layers.values()):
             raise UserError("rivals are written for nn.Linear, and this model has Conv1D layers")
         self.masked, masked.mode_bits, masked.changed = masked, self.mode_bits, self.changed
         masked.handles.append(self)
+        self.undo = speed_up(masked.model, masked.kernels, tokens)  # as ours
         return self
 
     def start(self, _masked: MaskedModel, _magnitude: float, sequences: Tensor, _max_s: float) -> None:
@@ -106,6 +108,7 @@ class Learner:
         """Give the modules their own forward back."""
         for module in self.rival.layers.values():
             del module.forward
+        self.undo()
 
 
 def parse_args(argv: list[str] | None) -> Namespace:

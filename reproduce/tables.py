@@ -158,13 +158,14 @@ def gaps(name: str) -> list[str]:
 
 
 def results() -> str:
-    """SmolLM2-135M, the rows that were run; minutes of those that ran on the machine of `dense` alone."""
+    """SmolLM2-135M, the rows that were run; minutes of runs of ours, on the machine of `dense` alone."""
     def machine(seed: dict) -> str:
-        return seed["environment"]["hardware"].rpartition(",")[0]  # without its threads
+        return re.sub(r", \d+ threads$", "", seed["environment"]["hardware"])
     here, lines = machine(smollm2("dense")["dense"][0]), []
     for what, weights, name in (row for row in RESULTS if smollm2(row[2])):
         seeds = smollm2(name)[name]
-        minutes = [seed["run"]["seconds"] / 60 for seed in seeds if "run" in seed and machine(seed) == here]
+        runs = [seed["run"] for seed in seeds if "run" in seed and "rival" not in seed["run"]]  # it was given its text
+        minutes = [run["seconds"] / 60 for run in runs if machine(run) == here]
         lines.append([what, weights, *gaps(name), cell(minutes, 0) if len(minutes) == len(seeds) else ""])
     return markdown_table(["", "weights", *GAPS, "minutes"], lines)
 
@@ -204,7 +205,7 @@ def example() -> str:
 
 
 def step() -> str:
-    """What bench/step.py has left by --json, without its rows of growth."""
+    """What bench/step.py has left by --json, without rows of growth, which it makes no more."""
     rows = [row for row in record("step") if not row["what"].startswith("growth")]
     columns = ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
     lines = [[row["what"].replace("torch.", ""), *(f"{row[key]:.3g}" if key in row else "" for key in columns)]
