@@ -143,7 +143,6 @@ def run_child(bench: str, flags: list[str], processes: int = 1) -> list:
     """Run a bench as a process of its own, or by torchrun as several, with one thread each, and read what each process
     hands back with `hand_back`. The flags end with the folder for these results. UserError if the bench fails."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
-    torch.set_num_threads(1)  # in this one, too: its environment is what the record names
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, *launcher, bench, *flags, folder], capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -18,8 +18,8 @@
                 the whole learning signal, so the tails must be right: N logits are at `gap`, the others at 0.
     kernels     time of each pass beside that of a copy of the bytes that it reads and writes.
 
-Each row has a verdict: what is out of its limits. Tables go to --json at once, so a time limit loses little. After a
-failure the next measurement starts; the exit code is then 1.
+A row that has limits has a verdict: what is out of them (step: on a GPU, without --quick). Tables go to --json at once,
+so a time limit loses little. After a failure the next measurement starts; the exit code is then 1.
 """
 import argparse
 import gc
@@ -219,7 +219,6 @@ def main(argv: list[str] | None = None) -> None:
         if time.monotonic() - began > args.budget_s:
             break
         rows = []
-        compiler.failures.clear()
         try:
             for row, limits in MEASUREMENTS[name](args):
                 is_judged = name != "step" or not (is_slow or args.quick)
@@ -230,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:  # the other measurements are worth having all the same
             said = " ".join(f"WRONG: {type(error).__name__}: {error}".split())
             rows.append({"what": "failed", "verdict": said[:500]})
-        if compiler.failures:
+        if compiler.failures:  # what has failed once is eager from there on
             rows.append({"what": "eager", "verdict": f"WRONG: not compiled: {', '.join(compiler.failures)}"})
         free_memory(args.device)  # for the child processes of what comes next
         failed += [f"{name} ({row['what']})" for row in rows if row["verdict"].startswith("WRONG")]

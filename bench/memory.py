@@ -153,6 +153,7 @@ def table_row(shape: str, way: str, logits_dtype: str, number: int, device: str,
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    torch.set_num_threads(1)  # as of the children; the record names these
     gpu = args.device.startswith("cuda")
     dtype, shape = torch.float16 if gpu else torch.bfloat16, args.shape or ("llama2-7b" if gpu else "smollm2-135m")
     if args.child:

@@ -80,7 +80,7 @@ class Settings:
     microbatch: int
     seqlen: int
     m: int = 4
-    logits_dtype: str = "float16"
+    logits_dtype: str = "float32"
 
     @property
     def tokens(self) -> int:

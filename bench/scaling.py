@@ -117,6 +117,7 @@ def compare(inputs: Path, way: str, counts: tuple[int, ...], steps: int, device:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    torch.set_num_threads(1)  # as of the children; the record names these
     if args.child:
         inputs, way, is_sharded, steps, device, folder = args.child
         with processes.joined(device) as own:

@@ -127,8 +127,8 @@ class MaskedModel:
         return batch_loss(self.model, batch, self.microbatch)
 
     def mean_loss(self, batches: Tensor) -> float:
-        """The mean loss of minibatches, int64 `[minibatches, sequences, tokens]`, which the processes share out to one
-        another; a sharded model all of them run together."""
+        """The mean loss of minibatches, int64 `[minibatches, sequences, tokens]`. Each process runs its part of them;
+        of a sharded model all run each one together."""
         losses = [self.loss(batch) for batch in (batches if self.is_sharded else processes.split(batches))]
         return fmean(processes.all_gather(losses)[0]) if self.is_sharded else processes.mean(losses)
 

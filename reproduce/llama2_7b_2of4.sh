@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's main comparison, 2:4 on Llama-2-7B: dense, the one-shot methods (sparsegpt with its own, updated weights)
-# and the learned mask. The last row is this project's and not in the paper. Needs some 130 GB of disk: three pruned
-# models, and the states of a run, 83 GB; and 40 GiB of a GPU, or 27 with AS=half FURTHER="--logits_dtype float16".
+# and the learned mask. The last row is this project's and not in the paper. Needs a GPU of 80 GB, and
+# 130 GB of disk: three pruned models, and the states of a run, 83 GB.
 . "$(dirname "$0")/common.sh"
 sparsity_type 2:4
 dense

@@ -71,9 +71,11 @@ class Masked(MaskedModel):
     def use_dense(self) -> Iterator[None]:
         """As MaskedModel's; what the dense layers make of a sequence is not kept."""
         of_m0, self.kept.states = self.kept.states, {}
-        with super().use_dense():
-            yield
-        self.kept.states = of_m0
+        try:
+            with super().use_dense():
+                yield
+        finally:
+            self.kept.states = of_m0
 
 
 if __name__ == "__main__":

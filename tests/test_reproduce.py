@@ -219,15 +219,16 @@ def test_the_small_model_is_the_one_that_was_made(dtype, within):
     assert batch_loss(model, tokenizer(text, return_tensors="pt").input_ids) == pytest.approx(0.7849, abs=within)
 
 
-def test_a_layer_alone_learns_as_it_does_in_the_whole_model(learn, monkeypatch):
+@pytest.mark.parametrize("init, before", [("mask", []), ("scores", [1] * 8)])
+def test_a_layer_alone_learns_as_it_does_in_the_whole_model(learn, monkeypatch, init, before):
     """The same bits, and the first layer runs once for each of the four minibatches and not again."""
-    flags, ran = "--targets layers.1. --lr 30 --max_step 7 --batchsize 2", []
+    flags, ran = f"--targets layers.1. --lr 30 --max_step 7 --batchsize 2 --init {init}", []
     whole, passing = learn(flags), one_layer.KeptStates.passing
     monkeypatch.setattr(one_layer.KeptStates, "passing", lambda self, forward: passing(
         self, lambda x, *args, **kwargs: (ran.append(len(x)), forward(x, *args, **kwargs))[1]))
     monkeypatch.setattr(train, "MaskedModel", one_layer.Masked)
     alone = learn(flags)
-    assert ran == [2] * 4 and alone.masks.keys() == whole.masks.keys()
+    assert ran == before + [2] * 4 and alone.masks.keys() == whole.masks.keys()
     assert column(alone, "loss") == column(whole, "loss") and column(whole, "loss") != column(whole, "baseline")
     assert all(torch.equal(logits, whole.logits[name]) for name, logits in alone.logits.items())
 

@@ -52,7 +52,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", metavar="RUN", default=None, help="go on with a run that was stopped")
     parser.add_argument("--checkpoint_every", type=interval, default="10m",
                         help="steps, as 500, or minutes, as 10m, between two states saved for --resume; minutes are "
-                             "stretched where saving would take more than 2%% of the run")
+                             "stretched where saving would take more than 2%% of the run; the last state is always "
+                             "saved")
     parser.add_argument("--skip_checkpoint", action="store_true", help="write the mask but no sparse model")
 
 

@@ -26,7 +26,7 @@ FORMAT = "maskpro-state 5"
 CHUNK_BYTES = 2**24
 CHECKSUM_BYTES = 32
 KEPT = 2  # states of a run
-MOST_SHARE = 0.02  # of a run's time that saving may take where --checkpoint_every is in minutes
+MOST_SHARE = 0.02  # of a run's time that saving may take before its end where --checkpoint_every is in minutes
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.uint8: "U8"}
 
 

@@ -182,7 +182,7 @@ class Run:
         position.skipped_in_a_row += 1
         if position.skipped_in_a_row < BAD_LOSSES and (self.log.lines or self.progress < 1):
             processes.log(f"the loss is {loss} at step {self.step}: skipped")
-            if self.progress == 1:
+            if self.progress == 1:  # the mask may still be the best; the log has no line for it
                 self.validation.evaluate(self.step)
             return
         begin = self.step - position.skipped_in_a_row + 1
