@@ -56,7 +56,7 @@ MODELS = [
     ("prune", "--model {w}/quantised", "quantised", "its weights are quantised; give the model that it was made from"),
     ("eval", "--model {w}/unfinished", "unfinished has no sparse model", "give its base model, with --mask"),
     ("prune", "--model {w}/kernel", "config.json names a/b of the Hub", "--trust_remote_code if you trust"),
-    ("prune", "--model {w}/remote", "remote cannot be read", "contains custom code"),
+    ("prune", "--model {w}/remote", "remote cannot be read", ("contains custom code", "execute the configuration")),
     ("prune", "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
     ("alone", "--model {w}/few_rows --dataset {w}/text.jsonl", "the tokenizer makes token", "32 embeddings", "its own"),
     (ALL, "--device cuda:99", "--device cuda:99 cannot be used", "--device cpu"),
