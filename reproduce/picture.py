@@ -78,7 +78,7 @@ def sampled_masks() -> None:
     panels = (("all layers", whole), ("one decoder layer alone, η 2", {
         f"layer {number}": (f"variance_layer{number}", smollm2(LAYER.format(number))[LAYER.format(number)][0]["run"])
         for number in (29, 28)}))
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, 2), panels):
         reached = []
         for number, (label, (signals, run)) in enumerate(curves.items()):
@@ -89,12 +89,13 @@ def sampled_masks() -> None:
             reached += better
             axes.plot(steps, better, color=colour, label=label)
             axes.plot(steps, [row["m0"] - row["drawn"] + eta * row["signal"] * step for step in steps], "--",
-                      color=colour, label="as its first step promises")
+                      color=colour)
         axes.axhline(0, color="gray", linewidth=0.8)
+        axes.plot([], [], "--", color="gray", label="as first steps promise")
         axes.set(xlabel="steps", ylabel="better than m0 (nats)", title=title,
                  ylim=(min(reached) - 0.05, max(reached) + 0.1))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(ROOT / "docs/sampled_masks.png", dpi=130)
 
 

@@ -239,14 +239,14 @@ def variance() -> str:
 
 
 def falls() -> str:
-    """What the signal predicts of runs, and what they did in their first quarter or, not at their end yet, so far."""
+    """What the signal predicts of runs, and what they did in their first quarter."""
     lines = []
     for what, signals, name, row in FALLS:
         runs = [seed["run"] for seed in record(name)["rows"][row]] if row else [record(name)]
         arguments, steps = runs[0]["arguments"], runs[0].get("steps") or runs[0]["summary"]["steps"]
         here = ["{}:{}".format(*arguments["sparsity_type"]), arguments["logits"]]
         (found,) = [found for found in record(signals)["rows"] if [found["pattern"], found["C"]] == here]
-        points = POINTS // 4 if runs[0]["summary"] else POINTS
+        points = POINTS * (steps if runs[0]["summary"] else arguments["max_step"]) // (4 * steps)  # of a quarter
         curve = np.mean([run.get("residuals", run["curve"])[:points] for run in runs], 0)
         fit, covariance = np.polyfit(np.arange(points) * steps / POINTS, curve, 1, cov=True)
         lines.append([what, f"{arguments['lr']:g}", f"{len(runs)}", f"{steps * points // POINTS:,}",
