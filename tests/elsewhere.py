@@ -1,5 +1,5 @@
 """A second device, for machines that have no GPU. Its numbers are kept on the CPU, but an operation on tensors of both
-devices is an error, as it is on a GPU. tests/test_distributed.py starts it, with command lines of scripts:
+devices is an error, as it is on a GPU. tests/test_elsewhere.py starts it, with command lines of scripts:
 
     python tests/elsewhere.py "prune.py --device elsewhere ..." "train.py --device elsewhere ..."
 """

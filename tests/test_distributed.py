@@ -1,5 +1,4 @@
-"""train.py and sparsify.py in several processes, as torchrun starts them, and on another device: the bits of one
-process on the CPU, and no run is lost.
+"""train.py and sparsify.py in several processes, as torchrun starts them: the bits of one process, and no run is lost.
 
 What the processes tell one another is held against one process that does the same work alone.
 """
@@ -34,7 +33,6 @@ from safetensors.torch import load_file
 from sharded_script import TOKENS
 from torch import nn
 from torch.distributed import fsdp
-from torch.utils import backend_registration
 
 PAPER = "--baseline online --logits 1 --lr 5 --debias_tracker --dataset_size 16 --epoch 4 --save"
 GRADIENTS = "--batchsize 2"
@@ -233,34 +231,6 @@ def test_sharded_layers_learn_what_copies_learn(w, tmp_path, count, flags):
     saved, dense = (load_model(f"{path}", "float32", "cpu")[0] for path in (sharded / "checkpoint", w / "dense"))
     apply_masks(find_layers(dense), found)
     assert same_tensors(saved.state_dict(), dense.state_dict())
-
-
-# ------------------------------------------------------------------------------------------------------ another device
-
-DEVICES = "cpu", "elsewhere"
-LINES = """
-train.py --mask {w}/mask.safetensors --dataset {w}/text.jsonl --dataset_size 4 --batchsize 2 --baseline online \
-    --init scores --logits 2 --lr 200 --max_step 2 --logits_dtype float16
-sparsify.py --after {w}/text.jsonl --steps 3 --batchsize 4 --microbatch 2 --lr 4 --permute --gradient_checkpointing
-""".strip().splitlines()
-
-
-@pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-                    reason="this torch has no devices that are written in Python")
-def test_nothing_is_left_behind_on_the_cpu(w, tmp_path):
-    """tests/elsewhere.py refuses operations on tensors of both devices. Masks and models are the same on each."""
-    lines = [f"{line} --model {w}/dense --dtype float32 --device {device} --seqlen 16 --targets layers.1. "
-             f"--out {tmp_path}/{device}_{line.partition('.')[0]}".format(w=w) for device in DEVICES for line in LINES]
-    launched = started(1, w, ["tests/elsewhere.py", *lines])
-    assert launched.wait() == 0, launched.said
-    for script in ("train", "sparsify"):
-        assert read_run(tmp_path / f"cpu_{script}").record["summary"]["blocks_changed"] > 0
-        for name in ("mask.safetensors", "checkpoint/model.safetensors"):
-            found, expected = (load_file(tmp_path / f"{device}_{script}" / name) for device in DEVICES)
-            assert same_tensors(found, expected), (script, name)
-
-
-# -------------------------------------------------------------------------------------------------------------- sharded
 
 
 @needs_fsdp

@@ -124,6 +124,7 @@ def test_other_sparsity_types(learn, text_and_masks, n, m):
     run = learn(f"--sparsity_type {n}:{m} --mask {mask} --lr 200 --targets layers.1.self_attn.q_proj")
     m0, named = mask_files.load(mask, (n, m)).masks, ["model.layers.1.self_attn.q_proj"]
     assert run.metrics[0]["loss"] == run.metrics[0]["baseline"] and is_strict(run.masks, n, m)
+    assert not any("heldout" in line for line in run.metrics)
     assert torch.equal(run.masks[named[0]].view(-1, m), pge.mode(run.logits[named[0]], n))
     assert list(run.logits) == named == [name for name in m0 if not torch.equal(m0[name], run.masks[name])]
 
