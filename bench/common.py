@@ -3,6 +3,7 @@
 What most benches use of learning is here, too: a step of each kind, and the defaults of sparsify.py.
 """
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -115,6 +116,13 @@ def queued_s(function: Callable[[], object], device: str, repeats: int = 20) -> 
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3 / repeats
+
+
+def free_memory(device: str) -> None:
+    """Give back what models that are gone have held."""
+    gc.collect()  # a model goes with its cycles
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def magnitude_masks(model: nn.Module, n: int = 2, m: int = 4) -> dict[str, Tensor]:

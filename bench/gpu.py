@@ -22,7 +22,6 @@ A row that has limits has a verdict: what is out of them (step: on a GPU, withou
 so a time limit loses little. After a failure the next measurement starts; the exit code is then 1.
 """
 import argparse
-import gc
 import json
 import os
 import signal
@@ -67,17 +66,10 @@ def step(args: argparse.Namespace) -> Rows:
         yield step_row(args, "gradients", sequences, torch.float32), {"of a forward": (1, most)}
 
 
-def free_memory(device: str) -> None:
-    """Give back what models that are gone have held."""
-    gc.collect()  # a model goes with its cycles
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-
-
 def step_row(args: argparse.Namespace, what: str, sequences: int, logits_dtype: torch.dtype) -> dict:
     """The row of a way to learn, on so many sequences of 128 tokens, a quarter of them with --quick."""
     gpu, device = args.device.startswith("cuda"), args.device
-    free_memory(device)  # of the model of the row before
+    common.free_memory(device)  # of the model of the row before
     reset_peak_memory()
     shape = "tiny" if args.quick else "llama2-7b" if gpu else "smollm2-135m"
     dtype = torch.float16 if gpu and what == "forward-only" else torch.bfloat16
@@ -231,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append({"what": "failed", "verdict": said[:500]})
         if compiler.failures:  # what has failed once is eager from there on
             rows.append({"what": "eager", "verdict": f"WRONG: not compiled: {', '.join(compiler.failures)}"})
-        free_memory(args.device)  # for the child processes of what comes next
+        common.free_memory(args.device)  # for the child processes of what comes next
         failed += [f"{name} ({row['what']})" for row in rows if row["verdict"].startswith("WRONG")]
         everything += [{"table": name, **row, **conditions} for row in rows]
         if args.json:

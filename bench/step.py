@@ -10,7 +10,6 @@ with the fused mask step inside), and the naive step. Last, the step of sparsify
 distillation, on 8 x 128 tokens; forward pass and step take turns there, so that both see the same pace of the machine.
 """
 import argparse
-import gc
 import statistics
 from collections import Counter
 
@@ -22,7 +21,7 @@ from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
 from models.layers import find_layers
-from utils import fast_dtype, run_script
+from utils import fast_dtype, reset_peak_memory, run_script
 
 import torch
 from torch import Tensor
@@ -127,9 +126,8 @@ def model_rows(shape: str, depth: int | None, sequences: int, dtype: torch.dtype
     forward_s = common.median_s(forward, device, repeats)
     shapes = Counter(tuple(module.weight.shape) for module in layers.values())
     mask_step_s = sum(count * naive_s(shape, dtype, device, 3) for shape, count in shapes.items())
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    common.free_memory(device)
+    reset_peak_memory()
     masked = MaskedModel(model, masks, LinearSpace(2, 4), logits_dtype=torch.float16)
 
     def training_step() -> None:
@@ -180,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     rows += model_rows(shape, depth, sequences, dtype, args.device, args.seed, repeats, 0 if args.quick else 30)
     if gpu:
         rows.append({"what": f"peak memory of training: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"})
-    gc.collect()  # a model goes with its cycles
+    common.free_memory(args.device)
     rows += sparsify_rows(shape, depth, dtype, args.device, args.seed, repeats)
     common.report(rows, args)
 
