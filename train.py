@@ -8,8 +8,9 @@
 
 Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses (inference_loss.py). Writes a new folder
 results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), metrics.jsonl (one line a step),
-curve.png, run.json. The first mask is m0 itself; the final one keeps the N largest logits of each block
-or, with --val_fraction, does best on held-out text. A run that was stopped goes on to the same bits with --resume.
+curve.png, run.json. The first mask is m0 itself; the final one keeps the N largest logits of each block. With
+--val_fraction it does best on held-out text, on which masks with less of the prior C * m0 in the logits are tried, too.
+A run that was stopped goes on to the same bits with --resume.
 """
 from argparse import Namespace
 
@@ -100,6 +101,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     # the loop
     for indices in run.steps():
         run.advance(learner.step(indices, args.lr))
+    validation.weaken_prior(m0.masks, args.logits, run.step)
 
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)
     folder.finish(summary)

@@ -19,6 +19,7 @@ from masking import exact_kernels
 from masking.block_bits import (
     as_words,
     bits_dtype,
+    bits_to_mask,
     fits_a_word,
     kept_planes,
     mask_to_bits,
@@ -195,12 +196,15 @@ class Kernels:
         """out <- m * w."""
         self._write(as_words(weight, self.space.m), bits, as_words(out, self.space.m), self.space.m)
 
-    def mode(self, logits: list[Tensor]) -> Tensor:
-        """The most probable mask, bits `[blocks]`."""
-        return torch.cat([self._mode(part) for part in zip(*(plane.split(chunk_of(plane)) for plane in logits))])
-
-    def _mode(self, planes: tuple[Tensor, ...]) -> Tensor:
-        if self._is_linear:
-            found = most_probable([plane.float() for plane in planes], self.space.n)
-            return found.to(bits_dtype(self.space.m))
-        return mask_to_bits(self.space.mode(torch.stack(planes, 1).float()))
+    def mode(self, logits: list[Tensor], m0: Tensor | None = None, magnitude: float = 0.0) -> Tensor:
+        """The most probable mask, bits `[blocks]`; where m0, such bits, is given, that of logits - magnitude * m0."""
+        blocks, chunk, found = len(logits[0]), chunk_of(logits[0]), []
+        for begin in range(0, max(blocks, 1), chunk):
+            part = slice(begin, begin + chunk)
+            planes = [plane[part].float() for plane in logits]
+            if m0 is not None:
+                prior = self.space.init(bits_to_mask(m0[part], self.space.m), magnitude)
+                planes = [plane - column for plane, column in zip(planes, prior.unbind(1))]
+            found.append(most_probable(planes, self.space.n).to(bits_dtype(self.space.m)) if self._is_linear
+                         else mask_to_bits(self.space.mode(torch.stack(planes, 1))))
+        return torch.cat(found)

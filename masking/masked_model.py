@@ -194,10 +194,12 @@ class MaskedModel:
         """A copy of each learned layer's mask as it is, as bits `[blocks]`: a quarter of a byte a weight at M = 4."""
         return {name: layer.bits.clone() for name, layer in self.layers.items()}
 
-    def mode_bits(self) -> dict[str, Tensor]:
-        """The most probable mask of each learned layer, as bits `[blocks]`."""
+    def mode_bits(self, m0: dict[str, Tensor] | None = None, magnitude: float = 0.0) -> dict[str, Tensor]:
+        """The most probable mask of each learned layer, as bits `[blocks]`; where m0, such bits, is given, that of the
+        logits less `magnitude` * m0."""
         self.flush()
-        return {name: self.kernels.mode(layer.logits) for name, layer in self.layers.items()}
+        return {name: self.kernels.mode(layer.logits, m0[name] if m0 else None, magnitude)
+                for name, layer in self.layers.items()}
 
     @property
     def blocks(self) -> int:

@@ -127,6 +127,8 @@ def test_the_update_is_minus_coefficient_times_score(space, monkeypatch):
     for backend in ("eager", "exact"):
         kernels = Kernels(space, backend)
         assert torch.equal(bits_to_mask(kernels.mode(planes_of(logits)), space.m), space.mode(logits))
+        less = kernels.mode(planes_of(logits), mask_to_bits(mask), 2.0)
+        assert torch.equal(bits_to_mask(less, space.m), space.mode(logits - space.init(mask, 2.0)))
         step = partial(take, kernels.update, logits, mask, 0.37)
         updated, drawn, _ = step()
         assert torch.allclose(updated, expected, atol=2e-6, rtol=0)

@@ -76,8 +76,8 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--space", choices=list(SPACES), default="linear",
                         help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99999), default=0.0,
-                        help="fraction of the minibatches held out to select the final mask (default: 0, which takes "
-                             "the last mask)")
+                        help="fraction of the minibatches held out to select the final mask, and how much of the prior "
+                             "C * m0 its logits keep (default: 0, which takes the last mask)")
     parser.add_argument("--save", action="store_true", help="save the logits too")
 
 

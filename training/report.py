@@ -46,7 +46,8 @@ def note_unchanged(summary: dict) -> str:
     """What to do where the mask is still m0; else nothing."""
     if summary["blocks_changed"] >= FEW * summary["blocks"]:
         return ""
-    return "note: hardly a block differs from m0: raise --lr, lower --logits, or take more steps\n"
+    hold_out = "" if "heldout_loss" in summary else "hold text out with --val_fraction, "
+    return f"note: hardly a block differs from m0: {hold_out}raise --lr, lower --logits, or take more steps\n"
 
 
 def in_words(summary: dict, folder: object, model: str, positions: float) -> str:
@@ -54,8 +55,8 @@ def in_words(summary: dict, folder: object, model: str, positions: float) -> str
     sequence."""
     seqlen = f" --seqlen {positions}" if positions < 2048 else ""  # the default of eval.py
     heldout = "" if "heldout_loss" not in summary else (
-        f"held-out loss of the mask delivered, that of step {summary['mask_of_step']}, {summary['heldout_loss']:.4f} "
-        f"nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n")
+        f"held-out loss of the mask delivered, that of step {summary['mask_of_step']} with {summary['prior']:.1%} of "
+        f"the prior C * m0, {summary['heldout_loss']:.4f} nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n")
     skipped = f", {summary['steps_skipped']} skipped for a loss that was not finite" if summary["steps_skipped"] else ""
     return (f"{heldout}{summary['steps']} steps in {summary['seconds']:.0f} s{skipped}, last epoch's mean loss "
             f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "

@@ -64,6 +64,8 @@ def _summary(run: Run) -> dict:
     if validation.bits:
         summary |= {"mask_of_step": validation.step, "heldout_loss": validation.loss,
                     "heldout_loss_of_m0": validation.m0_loss}
+    if validation.prior is not None:
+        summary["prior"] = validation.prior
     return summary
 
 

@@ -6,7 +6,11 @@ from masking.masked_model import MaskedModel
 from models import processes
 from utils import UserError
 
+import torch
 from torch import Tensor
+
+PRIORS = [2 ** (-k / 2) for k in range(1, 21)]  # shares of C * m0: 0.7 to 0.001
+PATIENCE = 3  # of them that bring nothing end the search
 
 
 def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -28,6 +32,7 @@ class Validation:
         self.masked, self.heldout, self.has_text = masked, heldout, len(heldout) > 0
         self.bits: dict[str, Tensor] | None = None  # of the best mask
         self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
+        self.prior: float | None = None  # the share of C * m0 left in the best mask's logits; None: not searched for
 
     def evaluate(self, step: int) -> float | None:
         """The held-out loss of the present mask, that after so many steps; None where it is not finite, or nothing is
@@ -37,8 +42,7 @@ class Validation:
         if not self.has_text:
             return None
         bits = self.masked.mode_bits() if step else self.masked.bits()  # m0 itself, also with logits that are all 0
-        with self.masked.use_masks(bits):
-            loss = self.masked.mean_loss(self.heldout)
+        loss = self._loss_of(bits)
         if step == 0:
             self.m0_loss = loss
             if not math.isfinite(loss):
@@ -47,6 +51,31 @@ class Validation:
         if loss < self.loss:
             self.bits, self.loss, self.step = bits, loss, step
         return loss if math.isfinite(loss) else None
+
+    def _loss_of(self, bits: dict[str, Tensor]) -> float:
+        with self.masked.use_masks(bits):
+            return self.masked.mean_loss(self.heldout)
+
+    def weaken_prior(self, m0: dict[str, Tensor], magnitude: float, step: int) -> None:
+        """After the last step, take more and more of the prior C * m0 from the logits, for as long as the held-out loss
+        of their most probable mask falls. What was learned is delivered then even where it has not outgrown C.
+
+        m0: masks bool `[out, in]`; magnitude: C.
+        """
+        if not self.has_text:
+            return
+        before, worse = self.masked.mode_bits(), 0
+        m0 = {name: layer.bits_of(m0[name]) for name, layer in self.masked.layers.items()}
+        self.prior = 1.0
+        for share in PRIORS:
+            bits = self.masked.mode_bits(m0, magnitude * (1 - share))
+            if processes.mean([float(all(torch.equal(bits[name], before[name]) for name in bits))]) == 1:
+                continue
+            before, loss, worse = bits, self._loss_of(bits), worse + 1
+            if loss < self.loss:
+                self.bits, self.loss, self.step, self.prior, worse = bits, loss, step, share, 0
+            if worse == PATIENCE:
+                return
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The best mask so far."""
