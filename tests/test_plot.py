@@ -55,12 +55,9 @@ def test_several_runs(tmp_path, monkeypatch):
         plot.main([runs[1], "--out", "new/folder/one"])
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "metrics.jsonl cannot be read .*; give run folders"), ("", "metrics.jsonl has no step yet; wait")])
-def test_what_is_no_run(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(UserError, match=message):
+def test_a_run_without_a_step(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="metrics.jsonl has no step yet; wait"):
         plot.main([str(tmp_path)])
     assert not list(tmp_path.glob("plot.*"))
 

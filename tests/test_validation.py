@@ -1,17 +1,17 @@
 """training/validation.py: the mask that did best on held-out minibatches is delivered."""
 import math
+from itertools import pairwise
 
 import data
 import pge
 from files import mask_files
-from masking.block_bits import bits_to_mask
 from masking.masked_model import MaskedModel
 from models import processes
 from training import validation
 
 import pytest
 import torch
-from masked import forward, logits_of, make, same, seeded
+from masked import forward, make, same
 from runs import loss_under
 from transformers import AutoTokenizer
 
@@ -40,51 +40,36 @@ def test_the_mask_with_the_lowest_loss_is_kept(load, monkeypatch):
     assert torch.equal(forward(masked.model), evaluated[2]) and not torch.equal(evaluated[2], evaluated[3])
 
 
-def test_the_best_of_held_out_minibatches_is_delivered(learn, text_and_masks, models):
-    """Losses on the last minibatches, which are not learned from, by the HF model."""
-    run = learn("--val_fraction 0.3 --max_step 8 --lr 100 --batchsize 2 --estimator vanilla")
+@pytest.fixture
+def heldout(text_and_masks, models):
+    """The last minibatches, which are not learned from, with --val_fraction 0.3."""
     tokenizer = AutoTokenizer.from_pretrained(models["llama"])
-    batches = data.minibatches(tokenizer, f"{text_and_masks}/text.jsonl", 8, 2, 32)
+    return data.minibatches(tokenizer, f"{text_and_masks}/text.jsonl", 8, 2, 32)[2:].flatten(0, 1)
+
+
+def test_the_best_of_held_out_minibatches_is_delivered(learn, heldout, models):
+    """Losses by the HF model."""
+    run = learn("--val_fraction 0.3 --max_step 8 --lr 100 --batchsize 2 --estimator vanilla")
     summary, evaluations = run.record["summary"], [line["heldout"] for line in run.metrics if "heldout" in line]
-    delivered = loss_under(models["llama"], run.masks, batches[2:].flatten(0, 1))
+    delivered = loss_under(models["llama"], run.masks, heldout)
     assert delivered == pytest.approx(min(summary["heldout_loss_of_m0"], *evaluations), rel=1e-5)
     assert delivered == pytest.approx(summary["heldout_loss"], rel=1e-5) and evaluations[-1] > delivered + 0.05
 
 
-def test_the_prior_is_weakened_for_as_long_as_that_helps(load, monkeypatch):
-    """Planted: the loss is least where a tenth of the blocks differ from m0. Masks by float64; none is tried twice."""
-    masked, m0, _ = make(load(), magnitude=10.0)
-    for layer in masked.layers.values():
-        moved = logits_of(layer) + 0.3 * torch.randn(len(layer.bits), 4, generator=seeded(len(layer.bits)))
-        layer.set_logits(lambda part, moved=moved: moved[part])
-    blocks = {name: mask.view(-1, 4) for name, mask in m0.items()}
-
-    def changed(masks):
-        return sum(int((mask != blocks[name]).any(1).sum()) for name, mask in masks.items()) / masked.blocks
-    best, tried = validation.Validation(masked, torch.zeros(1, 2, 20)), []
-
-    def planted(bits):
-        tried.append(changed({name: bits_to_mask(found, 4) for name, found in bits.items()}))
-        return abs(tried[-1] - 0.1)
-    monkeypatch.setattr(best, "_loss_of", planted)
-    best.weaken_prior(m0, 10.0, 7)
-    masks = {share: {name: pge.mode(logits_of(layer).double() - 10 * (1 - share) * blocks[name], 2)
-                     for name, layer in masked.layers.items()} for share in validation.PRIORS}
-    nearest = min(masks, key=lambda share: abs(changed(masks[share]) - 0.1))
-    assert (best.prior, best.step) == (nearest, 7) and 0.01 < nearest < 0.5
-    assert same({name: bits_to_mask(bits, 4) for name, bits in best.bits.items()}, masks[nearest])
-    assert tried[0] > 0 and tried == sorted(set(tried)) and len(tried) == tried.index(changed(masks[nearest])) + 4
-
-
-def test_what_was_learned_is_delivered_with_less_of_the_prior(learn, text_and_masks):
-    """Where the most probable mask is still m0: the N largest of the saved logits less a part of C * m0."""
+def test_what_was_learned_is_delivered_with_less_of_the_prior(learn, heldout, text_and_masks, models):
+    """Where the most probable mask is still m0. Of the saved logits less ever more of C * m0 it is the mask that none
+    before, nor of the next PATIENCE, improves on; losses by the HF model."""
     run = learn("--val_fraction 0.3 --max_step 40 --logits 6 --lr 5 --batchsize 2")
     summary, m0 = run.record["summary"], mask_files.load(text_and_masks / "2_4.safetensors").masks
-    assert summary["prior"] < 1 and summary["heldout_loss"] < summary["heldout_loss_of_m0"]
-    for name, mask in run.masks.items():
-        blocks = m0[name].view(-1, 4)
-        assert torch.equal(pge.mode(run.logits[name], 2), blocks)
-        assert torch.equal(mask.view(-1, 4), pge.mode(run.logits[name] - 6 * (1 - summary["prior"]) * blocks, 2))
+    masks = [{name: pge.mode(logits - 6 * (1 - share) * m0[name].view(-1, 4), 2).reshape(m0[name].shape)
+              for name, logits in run.logits.items()} for share in (1.0, *validation.PRIORS)]
+    chosen = [1.0, *validation.PRIORS].index(summary["prior"])
+    assert same(masks[0], m0) and same(masks[chosen], run.masks) and not same(run.masks, m0)
+    new = [after for before, after in pairwise(masks) if not same(before, after)]
+    last = [same(mask, run.masks) for mask in new].index(True) + validation.PATIENCE
+    losses = [loss_under(models["llama"], found, heldout) for found in [m0, *new[:last + 1]]]
+    assert min(losses) == pytest.approx(summary["heldout_loss"], rel=1e-5)
+    assert losses[0] == pytest.approx(summary["heldout_loss_of_m0"], rel=1e-5)
 
 
 def test_processes_whose_logits_differ_are_noticed(load, monkeypatch):
