@@ -63,6 +63,8 @@ for SEED in ${SEEDS:-0 1 2}; do
         maskpro) STEPS=$maskpro_steps learned maskpro "$SIZE" "${ETA:-0.6}" 5 ;;  # docs/steps.md
         prior) AS=prior FURTHER="--val_fraction 0.0625" STEPS=500 learned maskpro "$SIZE" "${ETA:-1}" 7 ;;
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
+        scores_prior) AS=scores-prior FURTHER="--init scores --debias_tracker --val_fraction 0.0625" STEPS=600 \
+                learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
         one_shot)  # docs/one_shot_masks.md, docs/permutations.md
             pruned magnitude
             pruned wanda swaps --swaps 6
