@@ -146,10 +146,8 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     rows = "MaskLLM,sparsify.py,forward-only: MaskPro"
     rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--model", "tiny", "--rows", rows])
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["method"] for row in found] == [
-        "dense", "m0", "sparsify.py", "MaskLLM", "forward-only: MaskPro"]
+    assert [row["method"] for row in found] == ["dense", "m0", "sparsify.py", "MaskLLM", "forward-only: MaskPro"]
     assert all("12 passes" in row for row in found)
     assert [round(float(row["bytes a weight"]), 2) for row in found[2:]] == [4.25, 24, 4.25]
-    rivals.main(["--quick", "--device", "cpu", "--model", "tiny", "--rows", "ProxSparse", "--rates",
-                 "0.001,0.002"])
+    rivals.main(["--quick", "--device", "cpu", "--model", "tiny", "--rows", "ProxSparse", "--rates", "0.001,0.002"])
     assert "ProxSparse, rate 0.002" in capsys.readouterr().out

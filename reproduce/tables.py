@@ -35,13 +35,14 @@ ABLATIONS = [  # what is varied, what the paper says, the record's row, how many
     ("vanilla, η 0.05, seed 0", "", ("vanilla", 512, 0.05, 5, ""), 1),
     ("1 sequence", "enough to learn from", ("maskpro", 1, 5, 5, ""), 1),
     ("32 sequences", "", ("maskpro", 32, 5, 5, ""), 1),
-    ("η 2", "", ("maskpro", 512, 2, 5, ""), 1),
-    ("η 10", "", ("maskpro", 512, 10, 5, ""), 1),
+    ("η 2", "", ("maskpro", 512, 2, 5, ""), 1), ("η 10", "", ("maskpro", 512, 10, 5, ""), 1),
     ("C 2", "too small a C fails", ("maskpro", 512, 5, 2, ""), 1),
     ("C 10", "its setting", ("maskpro", 512, 5, 10, ""), 1),
+    ("[less of the prior](steps.md#less-of-the-prior), η 5, C 5", "", ("maskpro-prior", 512, 5, 5, ""), 1),
+    ("the same, η 2", "", ("maskpro-prior", 512, 2, 5, ""), 1),
+    ("the same, C 10", "", ("maskpro-prior", 512, 5, 10, ""), 1),
     ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
-MASKPRO = {2000: "2of4/maskpro-size512-lr0.6-logits5-steps2000",
-           10000: "2of4/maskpro-size512-lr0.3-logits5-steps10000"}
+MASKPRO = {steps: f"2of4/maskpro-size512-lr{eta}-logits5-steps{steps}" for steps, eta in ((2000, 0.6), (10000, 0.3))}
 LAYER = "2of4/maskpro-layer{}-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
     ("dense", "", "dense"),

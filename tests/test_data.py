@@ -71,8 +71,7 @@ def test_no_warning_and_no_bar(tokenizer, corpus, capfd, caplog):
 @pytest.mark.parametrize("sizes, message", [
     ((12, 5, 8), "--batchsize 5 does not divide --dataset_size 12: change one of them"),
     ((65, 5, 8), "only 64 of the 64 documents .* asks for 65: lower --dataset_size or --seqlen"),
-    ((64, 8, 100000), "only 0 of the 64 documents"),
-])
+    ((64, 8, 100000), "only 0 of the 64 documents")])
 def test_minibatches_refuse(sizes, message, tokenizers, corpus):
     with pytest.raises(UserError, match=message):
         data.minibatches(tokenizers["gpt2"], corpus, *sizes)

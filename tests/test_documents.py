@@ -83,8 +83,7 @@ def test_questions_of_the_hub_are_documents_to_learn_from_and_to_calibrate_on(hu
     ("broken.json.gz", "not gzip", "check that the file is intact"),
     ("broken.parquet", "not parquet", "check that the file is intact"),
     ("table.csv", "text\nx\n", "there is no file that ends with .jsonl"),
-    ("absent", None, "no such file or folder"),
-])
+    ("absent", None, "no such file or folder")])
 def test_bad_local_sources_are_one_line(name, content, message, tmp_path, capfd):
     if content is not None:
         (tmp_path / name).write_text(content)

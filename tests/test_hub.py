@@ -14,8 +14,7 @@ C4 = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.
 @pytest.mark.parametrize("dataset, arguments", [
     ("allenai/c4", C4),
     ("some/name", {"path": "some/name", "name": None, "split": "train"}),
-    ("some/name:config", {"path": "some/name", "name": "config", "split": "train"}),
-])
+    ("some/name:config", {"path": "some/name", "name": "config", "split": "train"})])
 def test_hub_ids(dataset, arguments, hub):
     streamed = data.minibatches(Words(), dataset, 4, 2, 3)
     assert streamed[0, 1].tolist() == [0, 8, 1]
@@ -44,8 +43,7 @@ def test_hub_perplexity_protocols(hub, tokenizers):
 
 @pytest.mark.parametrize("error", [
     ConnectionError("Couldn't reach it on the Hub\n(LocalEntryNotFoundError)"),
-    datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist on the Hub or cannot be accessed."),
-])
+    datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist on the Hub or cannot be accessed.")])
 def test_hub_failures_are_one_line(error, monkeypatch):
     def fail(*args, **kwargs):
         raise error

@@ -46,8 +46,7 @@ def test_every_projection_is_found_and_no_head(kind, load):
      ["model.layers.0.self_attn.q_proj"] + [name for name in NAMES["llama"] if "layers.1.mlp" in name]),
     ([r"(gate|up)_proj$"], [name for name in NAMES["llama"] if name.endswith(("gate_proj", "up_proj"))]),
     ([r"layers\.1\..*[qk]_proj", "down"],
-     [f"model.layers.{name}_proj" for name in ("0.mlp.down", "1.self_attn.q", "1.self_attn.k", "1.mlp.down")]),
-])
+     [f"model.layers.{name}_proj" for name in ("0.mlp.down", "1.self_attn.q", "1.self_attn.k", "1.mlp.down")])])
 def test_targets_select_exactly_what_they_name_in_the_order_of_the_model(load, targets, expected):
     assert list(find_layers(load(), targets)) == expected
 

@@ -84,8 +84,7 @@ def test_orders_of_other_models_are_refused(folder, models):
     ("--model {f}/a --order {f}/a.permutation.safetensors --save_model {t}/new", "reordered before"),
     ("--model {f}/dense --save_model {f}/a", "exists already"),
     ("--model {f}/dense --save_model {t}/new --sparsity_type 3:5", "M = 5 does not divide"),
-    ("--model {f}/absent --dataset {f}/gone.jsonl --save_model {t}/new", "gone.jsonl: no such file"),
-])
+    ("--model {f}/absent --dataset {f}/gone.jsonl --save_model {t}/new", "gone.jsonl: no such file")])
 def test_errors_write_nothing(folder, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         permute.main((f"{PLACE} --dataset {folder}/text.jsonl --nsamples 2 --seqlen 32 --steps 1 "

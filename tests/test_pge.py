@@ -6,15 +6,7 @@ import pge
 
 import pytest
 import torch
-from exact import (
-    by_inclusion_exclusion,
-    by_orderings,
-    chi_square,
-    distribution,
-    log,
-    mask_of,
-    pattern_counts,
-)
+from exact import by_inclusion_exclusion, by_orderings, chi_square, distribution, log, mask_of, pattern_counts
 from masked import seeded
 
 ALL_TO_SIX = [(n, m) for m in range(2, 7) for n in range(1, m)]

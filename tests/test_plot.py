@@ -57,7 +57,7 @@ def test_several_runs(tmp_path, monkeypatch):
 
 def test_a_run_without_a_step(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match="metrics.jsonl has no step yet; wait"):
+    with pytest.raises(UserError, match="has no step yet; wait"):
         plot.main([str(tmp_path)])
     assert not list(tmp_path.glob("plot.*"))
 

@@ -91,14 +91,6 @@ def test_scores_are_measured_again_where_no_state_has_the_logits(workshop, tmp_p
     assert_as_uninterrupted(workshop, tmp_path / "run", flags)
 
 
-def test_the_step_of_the_state_is_known(stopped, monkeypatch):
-    """So that it is not saved once more."""
-    known = []
-    monkeypatch.setattr(checkpoint.Checkpoints, "due", lambda self, *_: known.append(self.step) or False)
-    train.main(["--resume", str(stopped)])
-    assert known[0] == 3
-
-
 def test_in_a_fresh_process_the_mask_is_the_same(workshop, tmp_path):
     """Another process, with another hash seed."""
     code, said = kill.in_process(workshop, arguments(workshop, tmp_path / "first/run", "--save"))
