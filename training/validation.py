@@ -6,11 +6,10 @@ from masking.masked_model import MaskedModel
 from models import processes
 from utils import UserError
 
-import torch
 from torch import Tensor
 
 PRIORS = [2 ** (-k / 2) for k in range(1, 21)]  # shares of C * m0: 0.7 to 0.001
-PATIENCE = 3  # of them that bring nothing end the search
+PATIENCE = 3  # worse ones in a row end the search
 
 
 def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -64,16 +63,13 @@ class Validation:
         """
         if not self.has_text:
             return
-        before, worse = self.masked.mode_bits(), 0
-        m0 = {name: layer.bits_of(m0[name]) for name, layer in self.masked.layers.items()}
-        self.prior = 1.0
+        self.prior, lowest, worse = 1.0, math.inf, 0
         for share in PRIORS:
             bits = self.masked.mode_bits(m0, magnitude * (1 - share))
-            if processes.mean([float(all(torch.equal(bits[name], before[name]) for name in bits))]) == 1:
-                continue
-            before, loss, worse = bits, self._loss_of(bits), worse + 1
+            loss = self._loss_of(bits)
+            lowest, worse = min(lowest, loss), 0 if loss <= lowest else worse + 1  # the same mask is not a worse one
             if loss < self.loss:
-                self.bits, self.loss, self.step, self.prior, worse = bits, loss, step, share, 0
+                self.bits, self.loss, self.step, self.prior = bits, loss, step, share
             if worse == PATIENCE:
                 return
 
