@@ -13,8 +13,9 @@
 #   HELDOUT=WIKITEXT VALUES="after both maskpro scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
-# Other rows: half_hour and half_hour_permuted (run them alone); on the text and m0 of `both` scores_ste, maskllm and
-# susi, which take hours. STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not given.
+# Other rows: prior and scores_prior, MaskPro's masks with less of C * m0; half_hour and half_hour_permuted (run them
+# alone); on the text and m0 of `both` scores_ste, maskllm and susi, which take hours. STEPS=2000: of runs of
+# sparsify.py and its rivals, 280 steps if not given.
 #
 # All commands for one OUT, results/reproduce-smollm2, must name the same HELDOUT, QUESTIONS and TASK_FILES, if any.
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
