@@ -14,7 +14,7 @@ from utils import run_script
 from matplotlib.figure import Figure
 
 LEVELS = {"SparseGPT (updates weights)": "1of4/sparsegpt", "Wanda": "1of4/wanda"}
-BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-size512-lr1.2-logits4-steps600",
+BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600",
         "MaskPro (the paper), 2,000 steps": MASKPRO[2000],
         "MaskPro, 10,000 steps": MASKPRO[10000],
         "SparseGPT (updates weights)": "2of4/sparsegpt",

@@ -58,8 +58,8 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("MaskLLM, the same", "frozen", "2of4/rival-maskllm-lr0.001-both-steps280"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
     ("Wanda, [swaps](docs/one_shot_masks.md#swaps), true sequential", "frozen", "2of4/swaps-sequential"),
-    ("MaskPro [from Wanda's scores](docs/steps.md#on-a-real-model), debiased tracker, 600 steps", "frozen",
-     "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
+    ("MaskPro from Wanda's scores, [less of the prior](docs/steps.md#less-of-the-prior), 600 steps", "frozen",
+     "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600"),
     ("MaskPro, η 0.3, 10,000 steps", "frozen", MASKPRO[10000]),
     ("MaskPro [from C·m0](docs/steps.md#on-a-real-model), C 5, η 0.6, 2,000 steps", "frozen", MASKPRO[2000]),
     ("Wanda, m0", "frozen", "2of4/wanda")]
@@ -124,7 +124,7 @@ def patterns() -> str:
 
 
 def conditions() -> str:
-    """What the small model's tables are of, in a sentence."""
+    """What the small model's tables are of."""
     rows = record("small_model")["rows"]
     runs = [seed["run"] for seeds in rows.values() for seed in seeds if "run" in seed]
     known = {key: sorted({run["environment"][key] for run in runs}) for key in ("hardware", "commit", "torch")}
