@@ -42,7 +42,7 @@ def results() -> None:
             drawn = axes.barh(number + place, share, 0.38, color=colour)
             axes.bar_label(drawn, [round(share)], padding=3, fontsize="small")
     axes.axvline(0, color="gray", linewidth=0.8)
-    axes.set(yticks=range(len(bars)), yticklabels=bars, xlim=(-5, 100),
+    axes.set(yticks=range(len(bars)), yticklabels=bars, xlim=(-12, 100),
              xlabel="recovered of what Wanda's mask lost (%)")
     axes.grid(alpha=0.3, axis="x")
     axes.set_axisbelow(True)
