@@ -41,19 +41,21 @@ class Validation:
         if not self.has_text:
             return None
         bits = self.masked.mode_bits() if step else self.masked.bits()  # m0 itself, also with logits that are all 0
-        loss = self._loss_of(bits)
+        loss = self._try(bits, step)
         if step == 0:
             self.m0_loss = loss
             if not math.isfinite(loss):
                 raise UserError(f"the held-out loss of m0 is not finite; use --dtype bfloat16 if the model overflows "
                                 f"in {self.masked.model.dtype}")
-        if loss < self.loss:
-            self.bits, self.loss, self.step = bits, loss, step
         return loss if math.isfinite(loss) else None
 
-    def _loss_of(self, bits: dict[str, Tensor]) -> float:
+    def _try(self, bits: dict[str, Tensor], step: int, prior: float | None = None) -> float:
+        """The held-out loss of a mask, which is kept if it is the best so far."""
         with self.masked.use_masks(bits):
-            return self.masked.mean_loss(self.heldout)
+            loss = self.masked.mean_loss(self.heldout)
+        if loss < self.loss:
+            self.bits, self.loss, self.step, self.prior = bits, loss, step, prior
+        return loss
 
     def weaken_prior(self, m0: dict[str, Tensor], magnitude: float, step: int) -> None:
         """After the last step, take more and more of the prior C * m0 from the logits, for as long as the held-out loss
@@ -65,11 +67,8 @@ class Validation:
             return
         self.prior, lowest, worse = 1.0, math.inf, 0
         for share in PRIORS:
-            bits = self.masked.mode_bits(m0, magnitude * (1 - share))
-            loss = self._loss_of(bits)
+            loss = self._try(self.masked.mode_bits(m0, magnitude * (1 - share)), step, share)
             lowest, worse = min(lowest, loss), 0 if loss <= lowest else worse + 1  # the same mask is not a worse one
-            if loss < self.loss:
-                self.bits, self.loss, self.step, self.prior = bits, loss, step, share
             if worse == PATIENCE:
                 return
 
