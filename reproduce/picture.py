@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 LEVELS = {"SparseGPT (updates weights)": "1of4/sparsegpt", "Wanda": "1of4/wanda"}
 BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600",
         "MaskPro (the paper), 2,000 steps": MASKPRO[2000],
-        "MaskPro, 10,000 steps": MASKPRO[10000],
+        "MaskPro (the paper), 10,000 steps": MASKPRO[10000],
         "SparseGPT (updates weights)": "2of4/sparsegpt",
         "MaskLLM, 280 steps": "2of4/rival-maskllm-lr0.001-both-steps280",
         "STE with Adam, 280 steps": "2of4/rival-scores_ste-lr0.01-both-steps280",
@@ -73,8 +73,8 @@ def minutes() -> None:
 def sampled_masks() -> None:
     """How much better than m0 the sampled masks of MaskPro's runs are over their steps, in all layers and in one."""
     whole = {label: ("variance_smollm2", run) for label, run in (
-        ("η 0.03", record("maskpro_lr0.03")), ("η 0.3", record("maskpro_lr0.3")),
-        ("η 0.6", smollm2(MASKPRO[2000])[MASKPRO[2000]][0]["run"]))}
+        ("η 0.03", record("maskpro_lr0.03")), *((f"η {eta}", smollm2(MASKPRO[steps])[MASKPRO[steps]][0]["run"])
+                                                for eta, steps in ((0.3, 10000), (0.6, 2000))))}
     panels = (("all layers", whole), ("one decoder layer alone, η 2", {
         f"layer {number}": (f"variance_layer{number}", smollm2(LAYER.format(number))[LAYER.format(number)][0]["run"])
         for number in (29, 28)}))

@@ -60,8 +60,8 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("Wanda, [swaps](docs/one_shot_masks.md#swaps), true sequential", "frozen", "2of4/swaps-sequential"),
     ("MaskPro from Wanda's scores, [less of the prior](docs/steps.md#less-of-the-prior), 600 steps", "frozen",
      "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600"),
-    ("MaskPro, η 0.3, 10,000 steps", "frozen", MASKPRO[10000]),
-    ("MaskPro [from C·m0](docs/steps.md#on-a-real-model), C 5, η 0.6, 2,000 steps", "frozen", MASKPRO[2000]),
+    ("MaskPro [from C·m0](docs/steps.md#on-a-real-model), C 5, η 0.3, 10,000 steps", "frozen", MASKPRO[10000]),
+    ("the same, η 0.6, 2,000 steps", "frozen", MASKPRO[2000]),
     ("Wanda, m0", "frozen", "2of4/wanda")]
 ONE_SHOT = [  # the same
     ("dense", "", "dense"), ("magnitude", "frozen", "2of4/magnitude"), ("Wanda", "frozen", "2of4/wanda"),
@@ -84,7 +84,7 @@ FALLS = (  # a run, the record of its signal, its own record and the row there; 
     ("small, 1:4", "variance", "small_model", SMALL.format("maskpro", 512, 5, 5, "")),
     ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),
     ("SmolLM2-135M, 2:4", "variance_smollm2", "maskpro_lr0.03", None),
-    ("the same", "variance_smollm2", "maskpro_lr0.3", None),
+    ("the same", "variance_smollm2", "smollm2_float32", MASKPRO[10000]),
     ("the same", "variance_smollm2", "smollm2", MASKPRO[2000]),
     ("the same, from scores", "variance_smollm2_scores", "smollm2",
      "2of4/maskpro-scores-size512-lr1.2-logits4-steps600"),
