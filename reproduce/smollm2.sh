@@ -3,7 +3,7 @@
 #
 #   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                        # one row
 #   HELDOUT=WIKITEXT VALUES="maskpro scores layer29" SEEDS=0 bash reproduce/smollm2.sh     # 80, 45 and 80 minutes
-#   HELDOUT=WIKITEXT VALUES=maskpro STEPS=10000 ETA=0.3 SEEDS=0 bash reproduce/smollm2.sh  # 7 hours
+#   HELDOUT=WIKITEXT VALUES=maskpro STEPS=10000 ETA=0.3 SEEDS=0 bash reproduce/smollm2.sh  # 9 hours
 #
 # and the README's table, for which no item that is learned from is evaluated:
 #
