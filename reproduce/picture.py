@@ -72,12 +72,12 @@ def minutes() -> None:
 
 def sampled_masks() -> None:
     """How much better than m0 the sampled masks of MaskPro's runs are over their steps, in all layers and in one."""
-    whole = {label: ("variance_smollm2", run) for label, run in (
-        ("η 0.03", record("maskpro_lr0.03")), *((f"η {eta}", smollm2(MASKPRO[steps])[MASKPRO[steps]][0]["run"])
-                                                for eta, steps in ((0.3, 10000), (0.6, 2000))))}
-    panels = (("all layers", whole), ("one decoder layer alone, η 2", {
-        f"layer {number}": (f"variance_layer{number}", smollm2(LAYER.format(number))[LAYER.format(number)][0]["run"])
-        for number in (29, 28)}))
+    def run_of(name: str) -> dict:
+        return smollm2(name)[name][0]["run"]
+    whole = (record("maskpro_lr0.03"), run_of(MASKPRO[10000]), run_of(MASKPRO[2000]))
+    panels = (("all layers", {f"η {run['arguments']['lr']}": ("variance_smollm2", run) for run in whole}),
+              ("one decoder layer alone, η 2", {
+                  f"layer {number}": (f"variance_layer{number}", run_of(LAYER.format(number))) for number in (29, 28)}))
     figure = Figure(figsize=(11, 2.8), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, 2), panels):
         reached = []
