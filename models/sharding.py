@@ -13,7 +13,7 @@ from models.layers import find_layers, is_transposed, weight_matrix
 from utils import UserError
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed import device_mesh, fsdp
 from torch.distributed.tensor import DTensor, Shard
 
@@ -69,8 +69,19 @@ def own_rows(tensor: Tensor) -> tuple[int, int]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself. A DTensor is gathered from all processes, which have to call this at the same time."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The tensor itself. A DTensor is gathered from all processes, which have to call this at the same time.
+
+    Without DTensor.full_tensor, whose asynchronous collectives have crashed a process under gloo (torch 2.13).
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part, mesh = tensor.to_local().detach(), tensor.device_mesh
+    most = -(-tensor.shape[0] // mesh.size())  # rows of a process; the last ones may have fewer, or none
+    sent = part.new_zeros(most, *part.shape[1:])
+    sent[:len(part)] = part
+    everyone = part.new_empty(mesh.size(), *sent.shape)
+    distributed.all_gather(list(everyone), sent, group=mesh.get_group())
+    return everyone.flatten(0, 1)[:tensor.shape[0]]
 
 
 @dataclass

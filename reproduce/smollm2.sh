@@ -13,9 +13,9 @@
 #   HELDOUT=WIKITEXT VALUES="after both maskpro scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
-# Other rows: prior and scores_prior, MaskPro's masks with less of C * m0; half_hour and half_hour_permuted (run them
-# alone); on the text and m0 of `both` scores_ste, maskllm and susi, which take hours. STEPS=2000: of runs of
-# sparsify.py and its rivals, 280 steps if not given.
+# Other rows: prior and scores_prior, MaskPro's masks with less of C * m0; half_hour, half_hour_permuted and
+# two_hours_permuted (run them alone); on the text and m0 of `both` scores_ste, maskllm and susi, which take hours.
+# STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not given.
 #
 # All commands for one OUT, results/reproduce-smollm2, must name the same HELDOUT, QUESTIONS and TASK_FILES, if any.
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
@@ -59,6 +59,7 @@ for SEED in ${SEEDS:-0 1 2}; do
         both) with_questions "both-steps$STEPS" --steps "$STEPS" ;;
         half_hour) with_questions both-minutes30 --minutes 30 ;;
         half_hour_permuted) with_questions permuted-both-minutes30 --minutes 30 --permute ;;
+        two_hours_permuted) with_questions permuted-both-minutes120 --minutes 120 --permute ;;
         scores_ste) rival scores_ste "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row" "${ETA:-0.001}" ;;
         maskpro) STEPS=$maskpro_steps learned maskpro "$SIZE" "${ETA:-0.6}" 5 ;;  # docs/steps.md
