@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 
 LEVELS = {"SparseGPT (updates weights)": "1of4/sparsegpt", "Wanda": "1of4/wanda"}
 BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600",
-        "MaskPro (the paper), 2,000 steps": MASKPRO[2000],
         "MaskPro (the paper), 10,000 steps": MASKPRO[10000],
         "SparseGPT (updates weights)": "2of4/sparsegpt",
         "MaskLLM, 280 steps": "2of4/rival-maskllm-lr0.001-both-steps280",
         "STE with Adam, 280 steps": "2of4/rival-scores_ste-lr0.01-both-steps280",
         "sparsify.py, half an hour": "2of4/sparsify-both-minutes30",
+        "sparsify.py, 280 steps": "2of4/sparsify-both-steps280",
         "half an hour, channels reordered": "2of4/sparsify-permuted-both-minutes30",
-        "sparsify.py, 280 steps": "2of4/sparsify-both-steps280"}
+        "two hours, channels reordered": "2of4/sparsify-permuted-both-minutes120"}
 
 
 def main() -> None:

@@ -13,8 +13,8 @@
 #   HELDOUT=WIKITEXT VALUES="after both maskpro scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
-# Other rows: prior and scores_prior, MaskPro's masks with less of C * m0; half_hour, half_hour_permuted and
-# two_hours_permuted (run them alone); on the text and m0 of `both` scores_ste, maskllm and susi, which take hours.
+# Other rows: prior and scores_prior, MaskPro's masks with less of C * m0; minutes and minutes_permuted, half an hour if
+# no MINUTES=120 is given (run them alone); on the text and m0 of `both` scores_ste, maskllm and susi, which take hours.
 # STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not given.
 #
 # All commands for one OUT, results/reproduce-smollm2, must name the same HELDOUT, QUESTIONS and TASK_FILES, if any.
@@ -23,7 +23,7 @@
 # python reproduce/record.py results/reproduce-smollm2 --out reproduce/records/smollm2.json
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
 maskpro_steps=${STEPS:-2000}
-: "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${STEPS:=280}"
+: "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${STEPS:=280}" "${MINUTES:=30}"
 . "$(dirname "$0")/common.sh"
 [ "$HELDOUT" != demo/heldout.txt ] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
 
@@ -57,9 +57,8 @@ for SEED in ${SEEDS:-0 1 2}; do
         case $row in
         after) sparsified "after-steps$STEPS" --steps "$STEPS" --after reproduce/articles.jsonl ;;
         both) with_questions "both-steps$STEPS" --steps "$STEPS" ;;
-        half_hour) with_questions both-minutes30 --minutes 30 ;;
-        half_hour_permuted) with_questions permuted-both-minutes30 --minutes 30 --permute ;;
-        two_hours_permuted) with_questions permuted-both-minutes120 --minutes 120 --permute ;;
+        minutes) with_questions "both-minutes$MINUTES" --minutes "$MINUTES" ;;
+        minutes_permuted) with_questions "permuted-both-minutes$MINUTES" --minutes "$MINUTES" --permute ;;
         scores_ste) rival scores_ste "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row" "${ETA:-0.001}" ;;
         maskpro) STEPS=$maskpro_steps learned maskpro "$SIZE" "${ETA:-0.6}" 5 ;;  # docs/steps.md

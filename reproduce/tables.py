@@ -53,6 +53,8 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("the same with †, half of its text after passages, in [half an hour](docs/sparsify.md#a-runs-report)", "frozen",
      "2of4/sparsify-both-minutes30"),
     ("the same, [channels reordered](docs/permutations.md)", "frozen", "2of4/sparsify-permuted-both-minutes30"),
+    ("the same without †, two hours on a slower machine, 568 steps", "frozen",
+     "2of4/sparsify-permuted-both-minutes120"),
     ("a plain STE with Adam, on the text with questions, 280 steps ([rivals](docs/rivals.md))", "frozen",
      "2of4/rival-scores_ste-lr0.01-both-steps280"),
     ("MaskLLM, the same", "frozen", "2of4/rival-maskllm-lr0.001-both-steps280"),
@@ -61,7 +63,6 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("MaskPro from Wanda's scores, [less of the prior](docs/steps.md#less-of-the-prior), 600 steps", "frozen",
      "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600"),
     ("MaskPro [from C·m0](docs/steps.md#on-a-real-model), C 5, η 0.3, 10,000 steps", "frozen", MASKPRO[10000]),
-    ("the same, η 0.6, 2,000 steps", "frozen", MASKPRO[2000]),
     ("Wanda, m0", "frozen", "2of4/wanda")]
 ONE_SHOT = [  # the same
     ("dense", "", "dense"), ("magnitude", "frozen", "2of4/magnitude"), ("Wanda", "frozen", "2of4/wanda"),
@@ -158,23 +159,20 @@ def gaps(name: str) -> list[str]:
             cell(accuracies, 1) if accuracies else "not run", cell(shares, 0) if shares else ""]
 
 
+def of_the_real_model(heading: str, rows: list[tuple[str, str, str]]) -> str:
+    """SmolLM2-135M, those of these rows that were run."""
+    lines = [[what, weights, *gaps(name)] for what, weights, name in rows if smollm2(name)]
+    return markdown_table([heading, "weights", *GAPS], lines)
+
+
 def results() -> str:
-    """SmolLM2-135M, the rows that were run; minutes of runs of ours, on the machine of `dense` alone."""
-    def machine(seed: dict) -> str:
-        return re.sub(r", \d+ threads$", "", seed["environment"]["hardware"])
-    here, lines = machine(smollm2("dense")["dense"][0]), []
-    for what, weights, name in (row for row in RESULTS if smollm2(row[2])):
-        seeds = smollm2(name)[name]
-        runs = [seed["run"] for seed in seeds if "run" in seed and "rival" not in seed["run"]]  # it was given its text
-        minutes = [run["seconds"] / 60 for run in runs if machine(run) == here]
-        lines.append([what, weights, *gaps(name), cell(minutes, 0) if len(minutes) == len(seeds) else ""])
-    return markdown_table(["", "weights", *GAPS, "minutes"], lines)
+    """All methods."""
+    return of_the_real_model("", RESULTS)
 
 
 def one_shot() -> str:
-    """One-shot masks of the same model, those that were made."""
-    lines = [[what, weights, *gaps(name)] for what, weights, name in ONE_SHOT if smollm2(name)]
-    return markdown_table(["method", "weights", *GAPS], lines)
+    """One-shot masks."""
+    return of_the_real_model("method", ONE_SHOT)
 
 
 def rivals() -> str:

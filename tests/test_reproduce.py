@@ -102,7 +102,7 @@ def finished(tmp_path_factory, models):
 
 @pytest.mark.parametrize("mode, rows", [
     ({}, "after both layer29 susi"), ({"DEMO": "1"}, "one_shot maskpro prior scores scores_prior"),
-    ({"SMALL": "1"}, "both half_hour half_hour_permuted scores_ste maskllm")],
+    ({"SMALL": "1"}, "both minutes minutes_permuted scores_ste maskllm")],
     ids=["paper", "demo", "small"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_take_the_commands(script, mode, rows, tmp_path):
