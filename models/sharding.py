@@ -56,15 +56,18 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     model.tie_weights()
 
 
-def own_rows(tensor: Tensor) -> tuple[int, int]:
-    """The rows of a tensor that this process has, from `begin` to `end`; all of them, unless it is a DTensor.
-
-    FSDP shares rows out by torch.chunk: the last processes may have fewer, or none.
+def most_rows(tensor: DTensor) -> int:
+    """How many rows of a tensor a process has: FSDP shares them out by torch.chunk, the last may have fewer, or none.
     """
+    return -(-tensor.shape[0] // tensor.device_mesh.size())
+
+
+def own_rows(tensor: Tensor) -> tuple[int, int]:
+    """The rows of a tensor that this process has, from `begin` to `end`; all of them, unless it is a DTensor."""
     count = tensor.shape[0]
     if not isinstance(tensor, DTensor):
         return 0, count
-    most, rank = -(-count // tensor.device_mesh.size()), tensor.device_mesh.get_local_rank()
+    most, rank = most_rows(tensor), tensor.device_mesh.get_local_rank()
     return min(count, most * rank), min(count, most * (rank + 1))
 
 
@@ -76,8 +79,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     part, mesh = tensor.to_local().detach(), tensor.device_mesh
-    most = -(-tensor.shape[0] // mesh.size())  # rows of a process; the last ones may have fewer, or none
-    sent = part.new_zeros(most, *part.shape[1:])
+    sent = part.new_zeros(most_rows(tensor), *part.shape[1:])
     sent[:len(part)] = part
     everyone = part.new_empty(mesh.size(), *sent.shape)
     distributed.all_gather(list(everyone), sent, group=mesh.get_group())
@@ -134,7 +136,7 @@ class MaskedRows(Tensor):
         weight = module.weight
         rows = Tensor._make_subclass(cls, weight.to_local())
         rows.fill = fill
-        rows.most = -(-weight.shape[0] // weight.device_mesh.size())  # rows of a process
+        rows.most = most_rows(weight)
         weight._local_tensor = rows  # no public way: DTensor.from_local takes a view, which is a plain tensor
         weight.requires_grad_()  # FSDP decides in the first pass which gradients it reduces
 
