@@ -140,8 +140,9 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
         return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
 
     given, generated = (0.5, 1.0) if args.distill is None else (args.distill, args.distill)
-    texts = [(text, given) for text in preparation.given_texts(read, args.dataset or [], plan["tokens"])]
-    missing, minibatch = plan["tokens"] - sum(text.numel() for text, _ in texts), args.batchsize * args.seqlen
+    questions, others = preparation.given_texts(read, args.dataset or [], plan["tokens"])
+    texts, minibatch = [(text, given) for text in others], args.batchsize * args.seqlen
+    missing = plan["tokens"] - sum(text.numel() for text in questions + others)
     if missing and not args.shard:
         wanted = preparation.generated_tokens(plan["tokens"], missing, minibatch, args.after)
         max_s = preparation.TEXT_SHARE * 60 * (args.minutes or math.inf)
@@ -152,6 +153,8 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
         texts += [(read([str(folder.path / name)], tokens), generated) for name, tokens in wanted.items()]
     elif args.after:
         processes.log("note: no text is generated, so that none continues --after's passages")
+    rest = sum(text.numel() for text, _ in texts)  # less than planned, where generation took too long
+    texts = [(preparation.at_most_a_quarter(text, rest), given) for text in questions] + texts
     minibatches, distill = preparation.mixed(texts, args.seed)
     check_tokens(model, minibatches)
     sequences = preparation.split(minibatches)[0].flatten(0, 1)

@@ -136,8 +136,10 @@ def test_questions_and_text_share_the_budget(tmp_path):
     def read(datasets, tokens):
         asked.append((datasets, tokens))
         return torch.zeros(tokens // 8, 2, 4)
-    texts = preparation.given_texts(read, [text, quiz], 160)
-    assert asked == [([quiz], 160), ([text], 120)] and [found.numel() for found in texts] == [40, 120]
+    (questions,), (others,) = preparation.given_texts(read, [text, quiz], 160)
+    assert asked == [([quiz], 160), ([text], 120)] and (questions.numel(), others.numel()) == (40, 120)
+    fewer = [preparation.at_most_a_quarter(questions, rest).numel() for rest in (120, 119, 48, 3, 0)]
+    assert fewer == [40, 32, 16, 8, 40]  # at least a minibatch of 8; all where there is nothing else
 
 
 @pytest.mark.parametrize("questions", [8, 80])

@@ -77,18 +77,22 @@ def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return minibatches.split([learned, heldout, heldout])
 
 
-def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str], tokens: int) -> list[Tensor]:
-    """The minibatches of given questions, at most a quarter of so many tokens, and of other text up to as many; read:
-    up to so many tokens of datasets, int64 `[minibatches, sequences, tokens]`."""
+def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str],
+                tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The minibatches of given questions, at most a quarter of so many tokens, and of other text up to as many, each
+    where there is some; read: up to so many tokens of datasets, int64 `[minibatches, sequences, tokens]`."""
     questions = [dataset for dataset in datasets if are_questions(dataset)]
-    others, texts = [dataset for dataset in datasets if dataset not in questions], []
-    if questions:
-        once = read(questions, tokens)
-        most = max(1, int(QUESTIONS_SHARE * tokens) // once[0].numel())
-        texts.append(once.repeat(READINGS, 1, 1)[:most])
-    if others:
-        texts.append(read(others, tokens - sum(text.numel() for text in texts)))
-    return texts
+    others = [dataset for dataset in datasets if dataset not in questions]
+    texts = [at_most_a_quarter(read(questions, tokens).repeat(READINGS, 1, 1), (1 - QUESTIONS_SHARE) * tokens)
+             ] if questions else []
+    return texts, [read(others, tokens - sum(text.numel() for text in texts))] if others else []
+
+
+def at_most_a_quarter(questions: Tensor, others: float) -> Tensor:
+    """As many minibatches of questions as are QUESTIONS_SHARE of the text with so many other tokens, at least one; all
+    where there are no others."""
+    most = int(others * QUESTIONS_SHARE / (1 - QUESTIONS_SHARE)) // questions[0].numel()
+    return questions[:max(1, most)] if others else questions
 
 
 def generated_tokens(tokens: int, missing: int, minibatch: int, after: str | None) -> dict[str, int]:
