@@ -41,6 +41,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, script, flags, other):
     for same in ("", flags, "--out elsewhere"):
         again = script(f"--resume {tmp_path} {same}")
         assert vars(again) == {**vars(before), "out": str(tmp_path), "resume": str(tmp_path)}
+    assert script(f"--resume {tmp_path} --microbatch 7 --device cuda:1").microbatch == 7
     name, value = other.removeprefix("--").split()
     with pytest.raises(UserError, match=rf"differ: --{name} {recorded[name]} there, {float(value):g}.* here; leave"):
         script(f"--resume {tmp_path} {flags.replace('--steps 7', '')} {other}")

@@ -21,6 +21,7 @@ from utils import (
     sparsity_type,
 )
 
+CHANGEABLE = ("device", "microbatch", "gradient_checkpointing", "checkpoint_every")  # of a run that goes on
 MOST_LOGITS = 128  # of a block; 4:8 has 70 patterns
 MOST_KEPT = 8  # of a block: the exact score sums over 2^N subsets, 43 hours a step for 12:16 of 106M weights
 
@@ -101,7 +102,8 @@ def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Name
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, method: Callable[[Namespace], str]) -> Namespace:
     """The arguments of a run; with --resume those that RUN has recorded. UserError for a flag beside --resume that says
-    otherwise. Without --out the folder is named by the model, the pattern, the method and a hash of all arguments."""
+    otherwise, but for CHANGEABLE ones. Without --out the folder is named by the model, the pattern, the method and a
+    hash of all arguments."""
     args = parser.parse_args(argv)
     if not args.resume:
         if not args.model:
@@ -119,6 +121,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, method: Calla
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in ("out", "resume")}
     if recorded["trust_remote_code"] and not given.get("trust_remote_code"):
         raise UserError(f"{run} was started with --trust_remote_code: add the flag if you still trust its model's code")
+    recorded |= {name: value for name, value in given.items() if name in CHANGEABLE}
     changed = [f"--{name} {recorded[name]} there, {value} here" for name, value in given.items()
                if recorded[name] != value]
     if changed:
