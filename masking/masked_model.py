@@ -195,10 +195,10 @@ class MaskedModel:
         return {name: layer.bits.clone() for name, layer in self.layers.items()}
 
     def mode_bits(self, m0: dict[str, Tensor] | None = None, magnitude: float = 0.0) -> dict[str, Tensor]:
-        """The most probable mask of each learned layer, as bits `[blocks]`; where m0, masks bool `[out, in]`, is given,
-        that of the logits less `magnitude` * m0."""
+        """The most probable mask of each learned layer, as bits `[blocks]`; where m0, such bits, is given, that of the
+        logits less `magnitude` * m0."""
         self.flush()
-        return {name: self.kernels.mode(layer.logits, layer.bits_of(m0[name]) if m0 else None, magnitude)
+        return {name: self.kernels.mode(layer.logits, m0[name] if m0 else None, magnitude)
                 for name, layer in self.layers.items()}
 
     @property

@@ -137,6 +137,7 @@ class StraightThrough:
         logits = self.masked.model(input_ids=sequences, use_cache=False).logits
         loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, distill,
                                      self._of_sequence)
+        del teacher  # as large as the logits
         self._is_finite = self._is_finite and math.isfinite(processes.mean([loss]))
         if self._is_finite:
             logits.backward(gradient)
