@@ -22,6 +22,7 @@ Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
                  "split": "validation"}
 WIKITEXT2_TEST = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
+MOST_DOCUMENTS = 400_000  # kept in memory to draw from; C4's shard has 356,317
 
 
 def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize: int, seqlen: int) -> torch.Tensor:
@@ -46,7 +47,8 @@ def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize
                 break
     if len(samples) < dataset_size:
         raise UserError(f"only {len(samples)} of the {read} documents in {dataset} have more than {seqlen} tokens, "
-                        f"--dataset_size asks for {dataset_size}: lower --dataset_size or --seqlen")
+                        f"--dataset_size asks for {dataset_size}: lower --dataset_size or --seqlen; in a .txt blank "
+                        "lines separate documents")
     return torch.stack(samples).view(-1, batchsize, seqlen)
 
 
@@ -98,13 +100,14 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
 
     `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more than seqlen tokens
     (special tokens included), then cropped at random. Draws the same samples as theirs from the same seed, so only a
-    crop from the first token on begins as the tokenizer begins a text. With `bos` each begins with that token, and ends
+    crop from the first token on begins as the tokenizer begins a text. Of a larger dataset the first MOST_DOCUMENTS
+    documents are drawn from. With `bos` each begins with that token, and ends
     a token earlier; this is not their protocol, not even for Llama, and so never the default.
 
     Errors: UserError where no document is long enough, and those of `documents`.
     """
     generator = random.Random(seed)  # the stream of random.seed(seed), without touching the global one
-    texts = list(documents(dataset))
+    texts = list(itertools.islice(documents(dataset), MOST_DOCUMENTS))
     tokens_of = lru_cache(128)(lambda index: _tokens(tokenizer, texts[index]))  # of few, each is drawn often
     samples, short = [], set()  # short: indices of documents known to be too short
     with progress_bar(total=nsamples, desc="drawing documents", leave=False) as bar:

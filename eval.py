@@ -40,7 +40,9 @@ from models.loss import bos_hint
 from utils import (
     UserError,
     add_model_arguments,
+    checked_device,
     environment,
+    fast_dtype,
     positive_int,
     run_script,
     script_parser,
@@ -82,7 +84,9 @@ def output_file(args: argparse.Namespace) -> Path:
     mask = of_run(args.mask, "mask.safetensors") if args.mask else ""
     local = [Path(path) for path in (of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *tasks) if path]
     files = [file for path in local for file in [path, *sorted(path.glob("*"))] if file.is_file()]
-    hashed = {**vars(args), "files": [(str(file), file.stat().st_mtime_ns) for file in files]}
+    device = checked_device(args.device)
+    hashed = {**vars(args), "device": device, "fast_dtype": str(fast_dtype(device)),
+              "files": [(str(file), file.stat().st_mtime_ns) for file in files]}
     named = Path(args.mask or args.model)
     parts = named.relative_to(named.anchor).parts[-2:]
     return Path("results/evaluations") / f"{'_'.join(parts)}_{short_hash(hashed)}.json"

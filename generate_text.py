@@ -4,8 +4,9 @@
     python generate_text.py --model MODEL --tokens 100000 --after PASSAGES --out alike.jsonl
 
 No data is needed. Only --after needs some: a few passages of the kind of text that the model will meet. Each document
-then continues one of them. Writes one JSON object a line, {"text": ..., "tokens": ...}, for any --dataset. sparsify.py
-does not know who wrote it: give it --distill 1 there. Stopped, the same command goes on.
+then continues one of them. Writes one JSON object a line, {"text": ..., "tokens": ...}, for --dataset: of sparsify.py,
+which does not know who wrote it (give it --distill 1), and with a lower --seqlen than here of the other scripts.
+Stopped, the same command goes on.
 """
 import argparse
 

@@ -60,7 +60,8 @@ def extract(args: argparse.Namespace) -> mask_files.MaskFile:
         filled += short
     if filled:
         print(f"{filled} blocks had fewer than {n} weights that are not zero and were filled up")
-    return mask_files.MaskFile(masks, n, m, base_model(args.model), model_fingerprint(model))
+    base = base_model(args.model)  # of a sparse model that prune.py did not make, it is not known
+    return mask_files.MaskFile(masks, n, m, "" if base == args.model else base, model_fingerprint(model))
 
 
 def convert(args: argparse.Namespace) -> mask_files.MaskFile:

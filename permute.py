@@ -29,7 +29,7 @@ from files.records import write_json
 from models.layers import layers_to_mask
 from models.loading import check_length, load_model, model_fingerprint
 from models.loss import check_tokens
-from pruning.channel_order import STEPS, search_and_reorder
+from pruning.channel_order import STEPS, check_reorderable, search_and_reorder
 from pruning.channels import Orders, apply_permutation, reorder
 from utils import (
     add_model_arguments,
@@ -60,6 +60,7 @@ def search(args: argparse.Namespace) -> tuple[Orders, dict]:
     """Orders of the channels, and what the search says of them and of itself."""
     started = time.time()
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
+    check_reorderable(model)
     layers = layers_to_mask(model, None, args.sparsity_type[1])
     check_length(model, args.seqlen, "--seqlen")
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)

@@ -49,8 +49,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0][:120]}); use a 16-bit --dtype or "
-              "--gradient_checkpointing, or lower --microbatch (which costs memory in sparsify.py), --batchsize, "
-              "--nsamples or --seqlen, where the script has it", file=sys.stderr)
+              "--logits_dtype, or --gradient_checkpointing, or lower --microbatch (which costs memory in sparsify.py), "
+              "--batchsize, --tasks_batchsize, --nsamples or --seqlen, where the script has it", file=sys.stderr)
         sys.exit(2)
 
 

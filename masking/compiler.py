@@ -14,7 +14,7 @@ from models import processes
 import torch
 from torch.utils.checkpoint import _StopRecomputationError
 
-MOST_SHAPES = 64  # shapes x dtypes of a model; more run eagerly
+MOST_SHAPES = 64  # shapes x dtypes of a model; a function that meets more runs eagerly
 SLOW_S = 20  # of a compilation, from which on it is told
 _thread = threading.local()
 eagerly = threading.Event()  # set: everything runs eagerly from here on
@@ -47,16 +47,16 @@ def compiled(function: Callable, eager: Callable) -> Callable:
             try:
                 result = fast(*args, **names)
                 if (seconds := time.monotonic() - began) > SLOW_S:
-                    processes.log(f"{function.__name__}: {seconds:.0f} s to compile; other shapes take as long")
+                    processes.log(f"{function.__qualname__}: {seconds:.0f} s to compile; other shapes take as long")
                 return result
             except (torch.OutOfMemoryError, _StopRecomputationError):  # by which checkpointing ends what it recomputes
                 raise
             except Exception as error:  # no compiler, none that works, no Triton, a bug of torch: each has its class
                 broken.append(error)
-                failures.append(function.__name__)
+                failures.append(function.__qualname__)
                 print(f"note: torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
-                      f"{function.__name__} runs eagerly, several times slower; only without a C++ compiler, or Triton "
-                      "on a GPU, is this expected", file=sys.stderr)
+                      f"{function.__qualname__} runs eagerly, several times slower; only without a C++ compiler, or "
+                      "Triton on a GPU, is this expected", file=sys.stderr)
         return eager(*args, **names)
     return run
 

@@ -33,9 +33,9 @@ def read_masks(path: str | Path, model: nn.Module, pattern: tuple[int, int] | No
     found = mask_files.load(path, pattern, shapes)
     match_masks(layers, found.masks)
     if found.fingerprint and found.fingerprint != model_fingerprint(model):
-        raise UserError(f"{path} is of another model: it was made from {found.model}, and the order of the channels or "
-                        "the input embeddings differ; give the --mask that get_mask.py made from this --model, or the "
-                        "permutation that the mask was made for")
+        raise UserError(f"{path} is of another model: it was made from {found.model or 'one that it does not name'}, "
+                        "and the order of the channels or the input embeddings differ; give the --mask that "
+                        "get_mask.py made from this --model, or the permutation that the mask was made for")
     return found
 
 
