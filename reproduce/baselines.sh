@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Where f(m0) comes from: cached, or a second forward pass in each step. VALUES="online" for one only.
+# Where f(m0) comes from: cached, or a second forward pass, in the first epoch. VALUES="online" for one only.
 . "$(dirname "$0")/common.sh"
 sparsity_type "$N_M"
 dense

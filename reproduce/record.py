@@ -109,6 +109,8 @@ def added(old: dict, new: dict) -> dict:
     for name, digest in new["sha256"].items():
         if old["sha256"].get(name, digest) != digest and not name.endswith(GENERATED):
             raise UserError(f"{name} is not the one of that record: give another --out")
+    if old["rows"]["dense"][0]["dtype"] != new["rows"]["dense"][0]["dtype"]:
+        raise UserError("that record is of another dtype: give another --out")
     if not same_items(old["rows"]["dense"][0], new["rows"]["dense"][0]):
         raise UserError("that record was evaluated on other tokens or items: give another --out")
     if "mean_acc" in old["rows"]["dense"][0] and "mean_acc" not in new["rows"]["dense"][0]:

@@ -5,12 +5,12 @@
 #   HELDOUT=WIKITEXT VALUES="maskpro scores layer29" SEEDS=0 bash reproduce/smollm2.sh     # 80, 45 and 80 minutes
 #   HELDOUT=WIKITEXT VALUES=maskpro STEPS=10000 ETA=0.3 SEEDS=0 bash reproduce/smollm2.sh  # 9 hours
 #
-# and the README's table, for which no item that is learned from is evaluated:
+# and rows of the README's table, for which no item that is learned from is evaluated:
 #
 #   for name in piqa arc_easy; do
 #       awk 'NR % 2' $name.jsonl > $name-odd.jsonl; awk 'NR % 2 == 0' $name.jsonl > $name-even.jsonl
 #   done
-#   HELDOUT=WIKITEXT VALUES="after both maskpro scores one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
+#   HELDOUT=WIKITEXT VALUES="after both scores_prior one_shot" QUESTIONS="piqa-even.jsonl arc_easy-even.jsonl" \
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
 # Other rows: prior and scores_prior, MaskPro's masks with less of C * m0; minutes and minutes_permuted, half an hour if
