@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from files.documents import documents, hub_texts
-from files.errors import explained
-from utils import UserError, progress_bar
+from utils import UserError, explained, progress_bar
 
 import torch
 import transformers

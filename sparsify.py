@@ -37,8 +37,7 @@ from models.loss import check_tokens
 from models.sharded_files import load_sharded
 from pruning.channel_order import check_reorderable
 from pruning.channels import apply_permutation
-from training import args as arguments
-from training import initialize, preparation, report, results
+from training import arguments, initialize, preparation, report, results
 from training.loop import Run
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -94,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                         help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, "
                              "c4 or files")
     arguments.add_run_arguments(parser)
-    args = arguments.parse(parser, argv, lambda args: "sparsify")
+    args = arguments.parse(parser, argv)
     if args.shard and not args.resume and not (args.dataset and args.mask and args.steps):
         parser.error("--shard needs --dataset, --mask and --steps: text and m0 are made, and speed is measured, in one "
                      "process that has the whole model")
@@ -227,8 +226,8 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
 
     # the loop
     with stages.stage("learning", f"from {len(batches)} minibatches", run.position.seconds):
-        for indices in run.steps(learning_s(args.minutes, folder, stages)):
-            index, size = indices[processes.rank()], step_size(args.lr, run.progress, run.expected_steps())
+        for index in run.steps(learning_s(args.minutes, folder, stages)):
+            size = step_size(args.lr, run.progress, run.expected_steps())
             run.advance(learner.step(batches[index], size, distill[index].tolist()))
 
     with stages.stage("table", "the learned mask is evaluated and written"):

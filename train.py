@@ -13,6 +13,7 @@ curve.png, run.json. The first mask is m0 itself; the final one keeps the N larg
 A run that was stopped goes on to the same bits with --resume.
 """
 from argparse import Namespace
+from statistics import fmean
 
 import data
 import pge
@@ -25,8 +26,7 @@ from models import processes
 from models.layers import find_layers
 from models.loading import check_length, load_model, model_fingerprint, positions
 from models.sharded_files import load_sharded
-from training import args as arguments
-from training import baselines, initialize, report, results
+from training import arguments, baselines, initialize, report, results
 from training.loop import Run, StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -50,15 +50,14 @@ class PolicyGradient:
     def __init__(self, masked: MaskedModel, batches: Tensor, baseline: baselines.Baseline, estimator: pge.Estimator):
         self.masked, self.batches, self.baseline, self.estimator = masked, batches, baseline, estimator
 
-    def step(self, indices: list[int], lr: float) -> StepResult:
-        """One step of each process on its own of these minibatches, all with the same mask; lr: eta."""
-        index = indices[processes.rank()]
-        loss = self.masked.loss(self.batches[index])                                    # f_t = f(m_t * w, batch)
-        baseline = self.baseline[index] if self.baseline else None                      # f(m0 * w, batch)
-        losses, found = zip(*processes.all_gather([loss, baseline]))
-        result = StepResult(losses, found)
+    def step(self, index: int, lr: float) -> StepResult:
+        """One step, of each process on its own minibatch, all with the same mask; lr: eta."""
+        losses = [self.masked.loss(self.batches[index])]                                # f_t = f(m_t * w, batch)
+        if self.baseline:
+            losses.append(self.baseline[index])                                         # f(m0 * w, batch)
+        result = StepResult(*map(fmean, zip(*processes.all_gather(losses))))            # means over the processes
         if not result.is_finite:
-            self.masked.redraw()                                                        # another mask may do better
+            self.masked.update(0.0)                                                     # another mask may do better
             return result
         result.advantage = self.estimator.advantage(result.loss, result.baseline)       # A = f_t - f(m0) - delta
         result.delta = self.estimator.delta
@@ -99,8 +98,8 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
         validation.evaluate(0)
 
     # the loop
-    for indices in run.steps():
-        run.advance(learner.step(indices, args.lr))
+    for index in run.steps():
+        run.advance(learner.step(index, args.lr))
     validation.weaken_prior(m0.masks, args.logits, run.step)
 
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)

@@ -12,8 +12,8 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +38,20 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit code 2, no traceback."""
+
+
+@contextmanager
+def explained(what: str | Path, advice: str) -> Iterator[None]:
+    """Turn whatever reading raises into a UserError that begins with `what`: parsers share no class of error."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # `run_script` has better advice
+        raise
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error.__cause__ or error}"
+        raise UserError(f"{what} cannot be read ({' '.join(reason.split())[:300]}); {advice}") from error
 
 
 def run_script(main: Callable[[], None]) -> None:

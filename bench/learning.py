@@ -31,7 +31,7 @@ class Problem:
         self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[0][skip:]
         layers = find_layers(self.model)
         samples = data.calibration_samples(self.tokenizer, TEXT, 128, 128, 0)
-        self.masks = one_shot_masks(self.model, layers, samples, OneShot("wanda", (N, M)))
+        self.masks = dict(one_shot_masks(self.model, layers, samples, OneShot("wanda", (N, M))))
         self.norms = input_norms(self.model, layers, samples)
         m0 = self.masked_model(self.masks)
         self.dense_loss, self.m0_loss = batch_loss(self.model, self.heldout), batch_loss(m0, self.heldout)

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from files.errors import explained
+from utils import explained
 
 
 def percent(task: dict, metric: str) -> str:

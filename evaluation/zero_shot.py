@@ -16,9 +16,8 @@ import logging
 import math
 from pathlib import Path
 
-from files.errors import explained
 from models.loading import Tokenizer
-from utils import UserError
+from utils import UserError, explained
 
 from torch import nn
 

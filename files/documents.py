@@ -18,8 +18,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from files.errors import explained
-from utils import UserError
+from utils import UserError, explained
 
 from pyarrow import parquet
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from files import checked_tensors
 from files.atomic import atomic_write, refuse_existing
-from files.errors import explained
 from files.packing import pack, unpack
 from files.records import of_run
-from utils import UserError
+from utils import UserError, explained
 
 import numpy as np
 import torch
@@ -45,12 +44,11 @@ class PackedMasks(UserDict):
 
 @dataclass
 class MaskFile:
-    """Masks (name -> bool [out, in]) with their N:M, 0:0 where it is not known yet, and the model that they are of, ''
-    where that is not known."""
+    """Masks (name -> bool [out, in]) with their N:M and the model that they are of, '' where that is not known."""
 
     masks: Masks
-    n: int = 0
-    m: int = 0
+    n: int
+    m: int
     model: str = ""
     fingerprint: str = ""
 
@@ -127,22 +125,21 @@ def load(path: str | Path, pattern: tuple[int, int] | None = None, shapes: Shape
     for the caller to check. UserError: no such file, damaged, not strictly N:M (names the layer), another N:M.
     """
     path = of_run(path, "mask.safetensors")
+    n, m = pattern or (2, 4)
     with explained(path, ANEW):
         if path.is_dir():
-            found = _read_folder(path)
+            found = MaskFile(_read_folder(path), n, m)
         elif path.is_file() and path.suffix == ".npz":
-            found = _read_npz(path, shapes)
+            found = MaskFile(_read_npz(path, shapes), n, m)
         elif path.is_file() and path.suffix == ".safetensors":
             found = _read_safetensors(path)
         else:
             raise UserError("no such mask (.safetensors, .npz or a folder of .pt files); get_mask.py makes one")
         if not found.masks:
             raise UserError("holds no masks")
-        if pattern and found.m and pattern != (found.n, found.m):
+        if pattern and pattern != (found.n, found.m):
             raise UserError(f"its masks are {found.n}:{found.m}, not {pattern[0]}:{pattern[1]} as asked: change one of "
                             "them")
-        if not found.m:
-            found.n, found.m = pattern or (2, 4)
         if fault := _fault(found.masks, found.n, found.m):
             raise UserError(f"{fault}; if the masks are of another N:M, give --sparsity_type, or convert them first, "
                             "with get_mask.py --convert")
@@ -156,7 +153,7 @@ def _read_safetensors(path: Path) -> MaskFile:
     return MaskFile(PackedMasks(packed, shapes, n, m), n, m, metadata["model"], metadata["fingerprint"])
 
 
-def _read_folder(path: Path) -> MaskFile:
+def _read_folder(path: Path) -> Masks:
     masks = {}
     for file in sorted(path.glob("*.pt")):
         with explained(file.name, ANEW):
@@ -166,10 +163,10 @@ def _read_folder(path: Path) -> MaskFile:
             if not isinstance(mask, Tensor):
                 raise ValueError(f"{flaw} is damaged" if flaw else "it is no tensor")
         masks[file.stem] = mask
-    return MaskFile(masks)
+    return masks
 
 
-def _read_npz(path: Path, shapes: Shapes | None) -> MaskFile:
+def _read_npz(path: Path, shapes: Shapes | None) -> Masks:
     if shapes is None:
         raise UserError("an .npz does not hold the shapes of its masks: give its --model as well")
     masks = {}
@@ -182,4 +179,4 @@ def _read_npz(path: Path, shapes: Shapes | None) -> MaskFile:
             if bits.dtype != np.uint8 or bits.shape != (-(-weights // 8),):
                 raise UserError(f"layer {name} is not the bits of a mask {[*shapes[name]]}")
             masks[name] = torch.from_numpy(np.unpackbits(bits, count=weights).view(bool)).view(*shapes[name])
-    return MaskFile(masks)
+    return masks

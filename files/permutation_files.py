@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 
 from files import checked_tensors
-from files.errors import explained
 from files.mask_files import public_name
+from utils import explained
 
 import torch
 from torch import Tensor

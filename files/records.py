@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from files.atomic import atomic_write
-from files.errors import explained
+from utils import explained
 
 GENERATED = ("generated.jsonl", "generated_after.jsonl")  # a run's own text: as it comes, after passages
 

@@ -31,20 +31,17 @@ def fits_a_word(m: int, dtype: torch.dtype) -> bool:
 
 def as_words(weight: Tensor, m: int) -> Tensor:
     """16- or 32-bit weights `[blocks * M]` seen as integers: `[blocks]` int64 where a block is 8 bytes, else
-    `[blocks, M]`. Integers stay as they are."""
-    if not weight.is_floating_point():
-        return weight
+    `[blocks, M]`."""
     if fits_a_word(m, weight.dtype):
         return weight.view(-1).view(torch.int64)
     return weight.view(torch.int16 if weight.itemsize == 2 else torch.int32).view(-1, m)
 
 
 def write_masked(weight: Tensor, bits: Tensor, out: Tensor, m: int) -> None:
-    """out <- weight where kept, +0.0 elsewhere; both as `as_words` takes or gives them, bits `[blocks]`.
+    """out <- weight where kept, +0.0 elsewhere; both as `as_words` gives them, bits `[blocks]`.
 
     Zeroing is an AND of bit patterns: no multiplication, so no -0.0, and NaN or inf cannot leak out of a pruned weight.
     """
-    weight, out = as_words(weight, m), as_words(out, m)
     if weight.dim() == 1:
         width = 64 // m
         keep = torch.zeros_like(weight)

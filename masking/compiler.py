@@ -64,6 +64,6 @@ def compiled(function: Callable, eager: Callable) -> Callable:
 def agree(device: str | None) -> None:
     """Try it in all processes: where one cannot compile, all run eagerly, since compiled functions may round otherwise
     and processes that keep copies of the logits must move them alike."""
-    compiled(torch.neg, lambda *_: eagerly.set())(torch.ones(2, device=device))
+    compiled(torch.neg, lambda *_: eagerly.set())(torch.ones(2, device=device))  # raised where compiling failed
     if [1.0] in processes.all_gather([float(eagerly.is_set())]):
         eagerly.set()

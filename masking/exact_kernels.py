@@ -1,4 +1,4 @@
-"""The update and the draw of `kernels.py` by the exact float64 routines of `pge.py`, for any space and any N:M.
+"""The update of `kernels.py` by the exact float64 routines of `pge.py`, for any space and any N:M.
 
 Random numbers come from a generator seeded by the key, a chunk of blocks at a time.
 """
@@ -39,18 +39,9 @@ def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: 
         plane[part] = column
 
 
-def draw(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor, space: Space,
-         start: int = 0) -> None:
-    """`fused_draw`; logits: `width` planes. Blocks that start elsewhere in the layer draw other masks."""
-    generator = _generator(key, start)
-    chunks = zip(*(plane.split(chunk_of(plane)) for plane in logits))
-    bits.copy_(torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks]))
-    write_masked(weight, bits, out, space.m)
-
-
 def update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
            space: Space, start: int = 0) -> None:
-    """`fused_update`."""
+    """`fused_update`; logits: `width` planes. Blocks that start elsewhere in the layer draw other masks."""
     generator = _generator(~key, start)  # other numbers than this key's draws
     chunk = blocks_at_a_time(space, chunk_of(key))
     for begin in range(0, len(logits[0]), chunk):
@@ -58,4 +49,7 @@ def update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coef
         before = torch.stack([plane[part] for plane in logits], 1).float()
         moved = before - coefficient * space.score(before, bits_to_mask(bits[part], space.m))
         _store_blocks(logits, moved, part, generator)
-    draw(logits, bits, weight, out, key, space, start)
+    generator = _generator(key, start)
+    chunks = zip(*(plane.split(chunk_of(plane)) for plane in logits))
+    bits.copy_(torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks]))
+    write_masked(weight, bits, out, space.m)

@@ -32,16 +32,22 @@ def others(planes: Planes) -> Planes:
     return [x + y for x, y in zip(before, reversed(after))]
 
 
-def rates(logits: Planes, n: int) -> Planes:
-    """Rates of the race that a draw is: exp(logits - the n-th largest), cut off at e^24. The last place is contested at
-    scale 1, and logits far above it, which are kept whatever they are, neither overflow nor drown the others."""
+def nth_largest(planes: Planes, n: int) -> Tensor:
+    """The n-th largest of each place's numbers, of which there are at least n."""
     largest = []
-    for plane in logits:
+    for plane in planes:
         for k in range(len(largest)):
             largest[k], plane = torch.maximum(largest[k], plane), torch.minimum(largest[k], plane)
         if len(largest) < n:
             largest.append(plane)
-    return [torch.exp((plane - largest[-1]).clamp(max=24.0)) for plane in logits]
+    return largest[-1]
+
+
+def rates(logits: Planes, n: int) -> Planes:
+    """Rates of the race that a draw is: exp(logits - the n-th largest), cut off at e^24. The last place is contested at
+    scale 1, and logits far above it, which are kept whatever they are, neither overflow nor drown the others."""
+    last = nth_largest(logits, n)
+    return [torch.exp((plane - last).clamp(max=24.0)) for plane in logits]
 
 
 def score(w: Planes, kept: Planes, n: int) -> Planes:

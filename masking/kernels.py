@@ -10,7 +10,7 @@ on a GPU, that touches every byte once. Without a compiler the same functions ru
 not 8 bytes (in 16 bits at M = 4 it is), the mask is drawn in one loop and the weight written in another: one loop
 would need temporaries.
 
-`Kernels` has the passes of one space and N:M: update, draw, vjp, write, and mode.
+`Kernels` has the passes of one space and N:M: update, vjp, write, and mode.
 """
 from collections.abc import Callable
 from functools import lru_cache
@@ -59,27 +59,18 @@ def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Ten
     return [plane.float() for plane in planes]
 
 
-def fused_draw(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None, key: Tensor, n: int,
-               m: int, start: int = 0) -> None:
-    """Draw the next mask and write the masked weight, the logits left as they are; arguments as `fused_update`."""
-    counter = _counter(bits, n, m, start)
-    drawn = draw(rates([plane.float() for plane in logits], n), n,
-                 [uniform(random_bits(counter + k, key)) for k in range(draws(n, m))])
-    bits.copy_(drawn.to(bits.dtype))
-    if weight is not None:
-        write_masked(weight, drawn, out, m)
-
-
 def fused_update(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None, coefficient: Tensor,
                  key: Tensor, n: int, m: int, start: int = 0) -> None:
     """The whole step, in place. logits: M planes `[blocks]` float32/float16/bfloat16, bits `[blocks]`, weight and out
-    `[blocks * M]`, or as words, or None where the mask is only drawn; coefficient float32 `[]`, key int32 `[2]` or
-    longer; `start` is the number of the first block in its layer. N <= 4, M <= 8."""
-    planes = [plane.float() for plane in logits]
+    as words, or None where the mask is only drawn; coefficient float32 `[]`, key int32 `[2]` or longer; `start` is the
+    number of the first block in its layer. N <= 4, M <= 8."""
+    planes, counter = [plane.float() for plane in logits], _counter(bits, n, m, start)
     gradient = score(rates(planes, n), kept_planes(bits, m), n)
-    planes = [plane - coefficient * g for plane, g in zip(planes, gradient)]
-    _store(logits, planes, _counter(bits, n, m, start), key, n)
-    fused_draw(logits, bits, weight, out, key, n, m, start)
+    planes = _store(logits, [plane - coefficient * g for plane, g in zip(planes, gradient)], counter, key, n)
+    drawn = draw(rates(planes, n), n, [uniform(random_bits(counter + k, key)) for k in range(draws(n, m))])
+    bits.copy_(drawn.to(bits.dtype))
+    if weight is not None:
+        write_masked(weight, drawn, out, m)
 
 
 def fused_vjp(logits: list[Tensor], bits: Tensor, saliency: list[Tensor] | tuple[Tensor, Tensor], dtype: torch.dtype,
@@ -130,8 +121,8 @@ def sliced(function: Callable) -> Callable:
 class Kernels:
     """The passes of a space over one layer, fused, compiled or eager.
 
-    With backend `exact`, and elsewhere where they have no fused form, `update` and `draw` are those of
-    `exact_kernels.py`. `vjp` is the linear space's.
+    With backend `exact`, and elsewhere where there is no fused form, `update` is that of `exact_kernels.py`. `vjp` is
+    the linear space's.
 
     logits: `space.width` planes `[blocks]`, no two of which share a storage, as a compiler would copy what might
     overlap; bits `[blocks]`; weight and out `[blocks * M]`; coefficient float32 `[]`; key int32 `[2]` or longer; start:
@@ -144,7 +135,6 @@ class Kernels:
         self._is_fused = (self._is_linear and backend != "exact" and space.n <= FUSED_MAX_N
                           and space.m <= FUSED_MAX_M)
         self._update = self.fastest(fused_update, sliced(fused_update))
-        self._draw = self.fastest(fused_draw, sliced(fused_draw))
         self._vjp = self.fastest(fused_vjp, sliced(fused_vjp))
         self._write = self.fastest(write_masked)
 
@@ -155,26 +145,15 @@ class Kernels:
 
     def update(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
                start: int = 0) -> None:
-        """pi <- pi - coefficient * score(pi, m), then `draw`."""
-        step = self._update if self._is_fused else exact_kernels.update
-        self._run(step, logits, bits, weight, out, coefficient, key, start=start)
-
-    def draw(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, key: Tensor,
-             start: int = 0) -> None:
-        """m ~ p(pi); out <- m * w."""
-        step = self._draw if self._is_fused else exact_kernels.draw
-        self._run(step, logits, bits, weight, out, key, start=start)
-
-    def _run(self, step: Callable, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, *rest: Tensor,
-             start: int) -> None:
+        """pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w."""
         # viewed as integers out here: inside, a compiler would copy what might overlap
         n, m, weight, out = self.space.n, self.space.m, as_words(weight, self.space.m), as_words(out, self.space.m)
         if not self._is_fused:
-            step(logits, bits, weight, out, *rest, self.space, start=start)
+            exact_kernels.update(logits, bits, weight, out, coefficient, key, self.space, start)
         elif weight.dim() == 1:
-            step(list(logits), bits, weight, out, *rest, n, m, start=start)
+            self._update(list(logits), bits, weight, out, coefficient, key, n, m, start=start)
         else:
-            step(list(logits), bits, None, None, *rest, n, m, start=start)
+            self._update(list(logits), bits, None, None, coefficient, key, n, m, start=start)
             self._write(weight, bits, out, m)
 
     def vjp(self, logits: list[Tensor], bits: Tensor, weight: Tensor, gradient: Tensor, scale: Tensor, key: Tensor,

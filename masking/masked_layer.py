@@ -36,7 +36,7 @@ class MaskedLayer:
                        for _ in range(kernels.space.width)]  # planes [blocks]
         self.stride = max(1, len(self.bits) // SAMPLE)
         self.m0_sample = self.bits[::self.stride].clone()
-        self.pending: Callable[[Tensor], None] | None = None  # the pass to be made when the next forward gets here
+        self.pending = False  # whether an update is to be made when the next forward gets here
         self.scratch = None if self.sharded else scratch[:self.shape.numel()].view(self.shape)
         if not self.sharded:
             self.use(self.scratch)
@@ -62,27 +62,19 @@ class MaskedLayer:
             for plane, column in zip(self.logits, logits_of(part).unbind(1)):
                 plane[part] = column
 
-    def write(self, bits: Tensor | None, out: Tensor | None = None) -> None:
-        """Write the weight masked by these bits (None: dense) into `out`, `[rows * in]`, or the scratch buffer."""
-        out = self.scratch.view(-1) if out is None else out
-        if bits is None:
-            out.copy_(self.weight.view(-1))
-        else:
-            self.kernels.write(self.weight.view(-1), bits, out)
-
-    def schedule(self, kernel: Callable, *arguments: Tensor) -> None:
-        """Have a pass of `kernels` made when the next forward gets here. arguments: those after weight and out."""
-        self.arguments = arguments  # kept until the next: FSDP makes the pass on a stream of its own
-        self.pending = lambda out: kernel(self.logits, self.bits, self.weight.view(-1), out, *arguments,
-                                          start=self.start)
+    def schedule(self, coefficient: Tensor, key: Tensor) -> None:
+        """Have the update made when the next forward gets here; coefficient and key as `Kernels.update` takes them."""
+        self.pending, self.coefficient, self.key = True, coefficient, key
 
     def flush(self, out: Tensor | None = None) -> None:
-        """Make the pass that is pending, if one is. Its masked weight is in `out`, or the scratch buffer, then."""
-        pending, self.pending = self.pending, None
+        """Make the update that is pending, if one is. Its masked weight is in `out`, or the scratch buffer, then."""
+        pending, self.pending = self.pending, False
         if pending and len(self.bits):
             if out is None:
                 out = torch.empty_like(self.weight).view(-1) if self.sharded else self.scratch.view(-1)
-            pending(out)
+            # coefficient and key are kept until the next: FSDP makes the pass on a stream of its own
+            self.kernels.update(self.logits, self.bits, self.weight.view(-1), out, self.coefficient, self.key,
+                                self.start)
 
     def whole(self, blocks: Tensor) -> Tensor:
         """A number for each block of the layer, from those of this process; all processes have to ask at once."""

@@ -43,7 +43,7 @@ class MaskedModel:
         self.model, self.space, self.microbatch = model, space, microbatch
         self.seed, self.steps = seed, 0  # which draws are keyed by
         self.kernels = Kernels(space, backend)
-        self._used: Bits | None = None  # used instead of the masks drawn
+        self._instead: Bits | None = None  # used, by `use_masks`, instead of the masks drawn
         modules = find_layers(model)
         learned = list(masks) if learned is None else learned
         self._pruned: list[tuple[Tensor, Tensor]] = []  # weights of the other layers; what m0 has taken from them
@@ -55,7 +55,7 @@ class MaskedModel:
             weight.masked_fill_(pruned, 0.0)
         scratch = scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
-        self.handles = []  # with a `remove()`, for `finish`
+        self.undo: list[Callable] = []  # for `finish`
         self._passes, self._written = 0, {}  # of the model; layer name -> the pass that its rows were last written for
         for name in learned:
             weight = modules[name].weight.data
@@ -67,10 +67,10 @@ class MaskedModel:
             if layer.sharded:
                 MaskedRows.attach(modules[name], fill)
             else:
-                self.handles.append(modules[name].register_forward_pre_hook(lambda *_, fill=fill: fill()))
+                self.undo.append(modules[name].register_forward_pre_hook(lambda *_, fill=fill: fill()).remove)
         if self.is_sharded:
-            self.handles += [model.register_forward_pre_hook(self._begin_pass, prepend=True),
-                             model.register_forward_hook(self._check_pass)]
+            self.undo += [model.register_forward_pre_hook(self._begin_pass, prepend=True).remove,
+                          model.register_forward_hook(self._check_pass).remove]
             self.loss(torch.zeros(1, 2, dtype=torch.int64))  # FSDP wants its first pass to be of the whole model
 
     @property
@@ -83,14 +83,19 @@ class MaskedModel:
         if not layer.sharded and layer.used is layer.weight:  # `use_dense`
             return
         self._written[layer.name] = self._passes
-        if layer.pending and self._used is None:
+        if layer.pending and self._instead is None:
             layer.flush(out)
         else:
             self.write(layer, out)
 
     def write(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
-        """Write the weight that the layer uses now into `out`, or the scratch buffer."""
-        layer.write(layer.bits if self._used is None else self._used[layer.name], out)
+        """Write the weight that the layer uses now into `out`, `[rows * in]`, or the scratch buffer."""
+        bits = layer.bits if self._instead is None else self._instead[layer.name]
+        out = layer.scratch.view(-1) if out is None else out
+        if bits is None:
+            out.copy_(layer.weight.view(-1))
+        else:
+            self.kernels.write(layer.weight.view(-1), bits, out)
 
     def rewrite(self, layer: MaskedLayer) -> None:
         """In a pass that has just reached this layer: have it use the mask that it has now."""
@@ -130,7 +135,9 @@ class MaskedModel:
         """The mean loss of minibatches, int64 `[minibatches, sequences, tokens]`. Each process runs its part of them;
         of a sharded model all run each one together."""
         losses = [self.loss(batch) for batch in (batches if self.is_sharded else processes.split(batches))]
-        return fmean(processes.all_gather(losses)[0]) if self.is_sharded else processes.mean(losses)
+        if self.is_sharded:
+            return fmean(processes.all_gather(losses)[0])  # the main process's, lest rounding tells them apart
+        return processes.mean(losses)
 
     def keys(self) -> dict[str, Tensor]:
         """Random keys of this step, by the layer's name, each beside its weight."""
@@ -143,21 +150,14 @@ class MaskedModel:
         return {layer.weight.device for layer in self.layers.values()}
 
     def update(self, coefficient: float) -> None:
-        """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer."""
+        """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer. With
+        0 another mask is drawn, no more."""
         self.flush()
         keys = self.keys()
         coefficients = {device: torch.tensor(coefficient, dtype=torch.float32, device=device)
                         for device in self.devices()}
         for name, layer in self.layers.items():
-            layer.schedule(self.kernels.update, coefficients[layer.weight.device], keys[name])
-        self.steps += 1
-
-    def redraw(self) -> None:
-        """m_{t+1} ~ p(pi), the logits as they are: due in the next forward, and a step all the same."""
-        self.flush()
-        keys = self.keys()
-        for name, layer in self.layers.items():
-            layer.schedule(self.kernels.draw, keys[name])
+            layer.schedule(coefficients[layer.weight.device], keys[name])
         self.steps += 1
 
     # ------------------------------------------------------------------------------------------- which mask is used
@@ -166,11 +166,11 @@ class MaskedModel:
     def use_masks(self, bits: Bits) -> Iterator[None]:
         """Inside, the model is masked by these `bits`, and none is drawn."""
         self.flush()
-        before, self._used = self._used, bits
+        before, self._instead = self._instead, bits
         try:
             yield
         finally:
-            self._used = before
+            self._instead = before
 
     @contextmanager
     def use_dense(self) -> Iterator[None]:
@@ -262,8 +262,8 @@ class MaskedModel:
         """Give the modules back their own weights, masked by these `bits` (default: the mode); returns those masks, as
         `_collected`."""
         bits = bits or self.mode_bits()
-        for handle in self.handles:
-            handle.remove()
+        for undo in self.undo:
+            undo()
         for name, layer in self.layers.items():
             layer.give_back(bits[name])
         return self.masks_of(bits)

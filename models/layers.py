@@ -79,3 +79,10 @@ def check_divisible(layers: dict[str, nn.Module], m: int) -> None:
         if width % m:
             raise UserError(f"M = {m} does not divide the {width} input features of {name}; choose another "
                             "--sparsity_type or leave the layer out with --targets")
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost lists of modules."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return [layer for name, module in lists.items() for layer in module
+            if not any(name.startswith(f"{other}.") for other in lists)]

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from files import errors
 from files.records import of_run
 from models import processes
-from utils import DTYPES, UserError, checked_device, fast_dtype, reuse_freed_memory
+from utils import DTYPES, UserError, checked_device, explained, fast_dtype, reuse_freed_memory
 
 import torch
 import transformers
@@ -92,7 +91,7 @@ def explained_model(model: str) -> Iterator[None]:
     if not hidden:
         enable_progress_bars()
     hub = "" if Path(model).expanduser().exists() else " or a hub id (gated: first `hf auth login`)"
-    with errors.explained(f"--model {model}", f"give the folder of a causal LM{hub}"):
+    with explained(f"--model {model}", f"give the folder of a causal LM{hub}"):
         yield
 
 

@@ -123,15 +123,14 @@ def split(items: Sequence | Tensor) -> Sequence | Tensor:
     return items[len(items) * rank() // size() : len(items) * (rank() + 1) // size()]
 
 
-def all_gather(values: list[float | None]) -> list[list[float | None]]:
-    """The numbers of all processes, in their order; each gives as many, float64, and None in the same places."""
+def all_gather(values: list[float]) -> list[list[float]]:
+    """The numbers of all processes, in their order; each gives as many, float64."""
     if size() == 1:
         return [values]
-    mine = torch.tensor([0.0 if value is None else value for value in values], dtype=torch.float64)
+    mine = torch.tensor(values, dtype=torch.float64)
     everyone = [torch.empty_like(mine) for _ in range(size())]
     distributed.all_gather(everyone, mine)
-    return [[None if value is None else number for value, number in zip(values, numbers.tolist())]
-            for numbers in everyone]
+    return [numbers.tolist() for numbers in everyone]
 
 
 def agreed(value: float) -> float:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models.layers import find_layers, is_transposed, weight_matrix
+from models.layers import decoder_layers, find_layers, is_transposed, weight_matrix
 from utils import UserError
 
 import torch
@@ -19,13 +19,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 # torch 2.13; before it, gradients of experts that some processes' text does not reach would be mixed with others
 REDUCES_UNUSED = hasattr(fsdp.FSDPModule, "set_reduce_scatter_unused_params")
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The members of the outermost lists of modules."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return [layer for name, module in lists.items() for layer in module
-            if not any(name.startswith(f"{other}.") for other in lists)]
 
 
 def check_version() -> None:

@@ -18,6 +18,7 @@ import math
 from collections import defaultdict
 from typing import TypeAlias
 
+from masking.fused_ops import nth_largest
 from models.layers import is_transposed, weight_matrix
 from models.loss import batch_loss
 from pruning.calibration import input_norms
@@ -49,15 +50,6 @@ def assignment(value: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(value.cpu().numpy(), maximize=True)[1])
 
 
-def _nth_largest(values: Tensor, n: int) -> Tensor:
-    """The n-th largest of k values of at least 0: `[blocks, k, rows]` -> `[blocks, rows]`."""
-    largest = [torch.zeros_like(values[:, 0]) for _ in range(n)]
-    for value in values.unbind(1):
-        for i in range(n):
-            largest[i], value = torch.maximum(largest[i], value), torch.minimum(largest[i], value)
-    return largest[-1]
-
-
 def _striped(columns: Tensor, m: int) -> Tensor:
     """Deal the channels out by size: a block takes every (size / M)-th of them; int64 `[blocks, M]`."""
     return columns.sum(1).argsort(descending=True).view(m, -1).T.contiguous()
@@ -85,7 +77,7 @@ def _exchange(columns: Tensor, blocks: Tensor, some: Tensor, n: int, generator: 
     hole = torch.randint(m, (len(some), 1), generator=generator).to(some.device)
     taken = blocks[some].gather(1, hole).squeeze(1)
     left = blocks[some].gather(1, (hole + torch.arange(1, m, device=some.device)) % m)
-    value = torch.cdist(_nth_largest(columns[left], n), columns[taken], p=1)
+    value = torch.cdist(nth_largest(columns[left].unbind(1), n), columns[taken], p=1)
     blocks[some, hole.squeeze(1)] = taken[assignment(value).to(some.device)]
 
 

@@ -47,11 +47,6 @@ class OneShot:
         """Whether it is calibrated."""
         return self.prune_method != "magnitude" or self.swaps > 0
 
-    @property
-    def needs_one_pass(self) -> bool:
-        """Whether a layer needs its inputs on all samples at once."""
-        return self.needs_text and (self.prune_method == "sparsegpt" or self.true_sequential or self.swaps > 0)
-
     def mask(self, weight: Tensor, norms: Tensor | None) -> Tensor:
         """Mask by the method's score, bool `[out, in]`, of weight float32 `[out, in]` and norms `[in]`; by magnitude if
         all norms are 0."""
@@ -73,16 +68,10 @@ class OneShot:
 
 @torch.no_grad()
 def one_shot_masks(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None,
-                   way: OneShot) -> dict[str, Tensor]:
-    """Masks of these layers by a score, name -> bool `[out, in]`; no weight changes. samples: int64
+                   way: OneShot) -> Iterator[tuple[str, Tensor]]:
+    """(name, mask bool `[out, in]`) of these layers by a score, one at a time; no weight changes. samples: int64
     `[sequences, tokens]`, None for magnitude; way: of its settings, prune_method and sparsity_type. Layers that the
     samples do not reach, such as experts, get masks by magnitude, and a line says so."""
-    return dict(_masks(model, layers, samples, way))
-
-
-def _masks(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None,
-           way: OneShot) -> Iterator[tuple[str, Tensor]]:
-    """The items of `one_shot_masks`, one at a time."""
     norms = {} if samples is None else input_norms(model, layers, samples)
     _note_unreached([name for name, norm in norms.items() if not norm.any()], len(layers))
     for name in progress_bar(layers, desc="pruning", unit="layer", disable=not layers):
@@ -99,12 +88,13 @@ def _note_unreached(names: list[str], layers: int) -> None:
 def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot) -> None:
     """Prune these layers in place. samples: int64 `[sequences, tokens]`, None for magnitude. Layers that the samples do
     not reach, such as experts, are pruned by magnitude, and a line says so."""
-    if samples is not None and way.needs_one_pass:
+    if samples is not None and (way.prune_method == "sparsegpt" or way.true_sequential or way.swaps):
+        # a layer needs its inputs on all samples at once
         reached, everything = _prune_in_one_pass(model, layers, samples, way), len(layers)
         layers = {name: module for name, module in layers.items() if name not in reached}
         _note_unreached(list(layers), everything)
         samples = None  # the others by magnitude
-    for name, mask in _masks(model, layers, samples, way):
+    for name, mask in one_shot_masks(model, layers, samples, way):
         apply_masks(layers, {name: mask})
 
 

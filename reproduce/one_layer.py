@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from masking.masked_model import MaskedModel
-from models.sharding import decoder_layers
+from models.layers import decoder_layers
 from utils import run_script
 
 import torch

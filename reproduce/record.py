@@ -28,9 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.comparison import markdown_table
-from files.errors import explained
 from files.records import GENERATED, read_lines, read_record, write_json
-from utils import UserError, run_script
+from utils import UserError, explained, run_script
 
 import numpy as np
 

@@ -22,7 +22,7 @@ from models import processes
 from models.layers import is_transposed
 from models.loading import input_device
 from pruning.calibration import input_norms
-from training import args as arguments
+from training import arguments
 from training.faster_model import speed_up
 from training.initialize import SEQUENCES
 from training.loop import StepResult
@@ -47,7 +47,7 @@ class Learner:
         if any(is_transposed(layer.module) for layer in masked.layers.values()):
             raise UserError("rivals are written for nn.Linear, and this model has Conv1D layers")
         self.masked, masked.mode_bits, masked.changed = masked, self.mode_bits, self.changed
-        masked.handles.append(self)
+        masked.undo.append(self.remove)
         self.undo = speed_up(masked.model, masked.kernels, tokens)  # as ours
         return self
 
@@ -75,7 +75,7 @@ class Learner:
             if any(distill):
                 with torch.no_grad():
                     teacher = self.masked.model(input_ids=batch, use_cache=False).logits
-            return StepResult([self.rival.move(batch, teacher, distill, progress)])
+            return StepResult(self.rival.move(batch, teacher, distill, progress))
 
     def mode_bits(self) -> dict[str, Tensor]:
         """The rival's mask."""

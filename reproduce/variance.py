@@ -143,14 +143,14 @@ def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
 
     first = []
     for number in range(max(8, samples // 8)):
-        masked.redraw()
+        masked.update(0.0)
         first.append(masked.loss(batches[number % len(batches)]) - baseline[number % len(batches)])
     delta, moments = fmean(first), {name: [] for name in ADVANTAGES}
     count = sum(layer.shape.numel() for layer in masked.layers.values())
     sums = torch.zeros(GROUPS, count)
     for number in progress_bar(range(samples), desc="draws"):
         index = number % len(batches)
-        masked.redraw()
+        masked.update(0.0)
         gradients.total = sums[number % GROUPS]
         loss = learner.step(batches[index], 0.0).loss
         residual = loss - baseline[index]
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         model, tokenizer = load_model(args.model, "auto", "cpu")
         layers = find_layers(model)
         batches = data.minibatches(tokenizer, args.text, 512, 8, 128)[:args.samples]
-        masks = one_shot_masks(model, layers, batches[:8].flatten(0, 1), OneShot("wanda", (n, m)))
+        masks = dict(one_shot_masks(model, layers, batches[:8].flatten(0, 1), OneShot("wanda", (n, m))))
         learned = list(find_layers(model, args.targets)) if args.targets else None
         for c in args.logits:
             masked = MaskedModel(copy.deepcopy(model), masks, LinearSpace(n, m), c, learned=learned, seed=args.seed,

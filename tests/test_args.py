@@ -1,10 +1,10 @@
-"""The flags that train.py and sparsify.py share (training/args.py): the folder that a run is written to, and
+"""The flags that train.py and sparsify.py share (training/arguments.py): the folder that a run is written to, and
 the settings of a run that goes on."""
 import json
 
 import sparsify
 import train
-from training import args as train_args
+from training import arguments as train_args
 from utils import UserError, script_parser
 
 import pytest

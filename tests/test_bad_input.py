@@ -147,7 +147,7 @@ def test_mistakes(refused, script, flags, words):
                                           ("train", "llama_2of4_maskpro"), ("sparsify", "llama_2of4_sparsify")])
 def test_the_default_outputs_exist(refused, monkeypatch, tmp_path, script, name):
     if script in ("train", "sparsify"):
-        monkeypatch.setattr("training.args.short_hash", lambda settings: "hash")
+        monkeypatch.setattr("training.arguments.short_hash", lambda settings: "hash")
         name = f"results/{name}_hash"
     (tmp_path / name).mkdir(parents=True)
     command = COMMANDS[script].rsplit(" --", 1)[0]  # without its output

@@ -11,7 +11,7 @@ import plot
 import prune
 import sparsify
 import train
-from training import args as train_args
+from training import arguments as train_args
 from utils import VERSION, environment, script_parser
 
 import pytest

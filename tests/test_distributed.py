@@ -14,9 +14,9 @@ from files import mask_files
 from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
-from models.layers import find_layers
+from models.layers import decoder_layers, find_layers
 from models.loading import DTYPE, load_model
-from models.sharding import check_version, decoder_layers
+from models.sharding import check_version
 from training.checkpoint import StateFile
 from utils import UserError
 
@@ -76,7 +76,7 @@ with processes.joined("cpu"):
     rank, size = processes.rank(), processes.size()
     assert size == int(sys.argv[1]) and processes.is_main() == (rank == 0)
     everyone = range(size)
-    assert processes.all_gather([rank, 1 / 3, None]) == [[r, 1 / 3, None] for r in everyone]
+    assert processes.all_gather([rank, 1 / 3]) == [[r, 1 / 3] for r in everyone]
     parts = [int(count) for count, in processes.all_gather([float(len(processes.split(range(9))))])]
     assert parts in ([4, 5], [2, 2, 2, 3])
     assert processes.agreed(7.0 + rank) == 7.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import train
 from files.documents import documents
-from training import args as training_args
+from training import arguments as training_args
 from utils import script_parser
 
 import pytest

@@ -37,7 +37,7 @@ def go(tmp_path, monkeypatch):
                     step, expected = run.step, run.expected_steps()
                     seen.append((run.progress, expected, step_size(1.0, run.progress, expected)))
                     clock.now += seconds(step)
-                    run.advance(StepResult([loss(step)], not_finite=not_finite))
+                    run.advance(StepResult(loss(step), not_finite=not_finite))
                     if run.step == stop_after:
                         run.save()
                         break

@@ -59,7 +59,7 @@ def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, loa
             score = masked.space.score(before[name], drawn[name].view(-1, m))
             assert torch.allclose(logits_of(layer), before[name] - 0.3 * score, atol=2e-6)
     before = all_logits(masked)
-    masked.redraw()
+    masked.update(0.0)
     forward(masked.model)
     assert same(all_logits(masked), before) and not same(drawn_masks(masked), seen[0])
     masked.finish()

@@ -71,7 +71,7 @@ def test_masks_without_pruning(load, method):
     model, before, way = load("gpt2"), load("gpt2").state_dict(), OneShot(method, (1, 4))
     samples = None if method == "magnitude" else torch.arange(64).view(2, 32)
     layers = find_layers(model)
-    masks = one_shot_masks(model, layers, samples, way)
+    masks = dict(one_shot_masks(model, layers, samples, way))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     prune_model(model, layers, samples, way)
     assert list(masks) == list(layers)

@@ -26,7 +26,7 @@ from masking.layers import apply_masks
 from models.layers import find_layers
 from models.loading import load_model
 from models.loss import batch_loss
-from training import args as arguments
+from training import arguments
 from utils import UserError, script_parser
 
 import pytest
@@ -249,7 +249,7 @@ def test_signal_and_noise_are_those_of_plain_autograd(load):
         return loss.item(), torch.autograd.grad(loss, weights)
     draws, delta = [], 0.0
     for number in range(-first, 2 * groups):
-        masked.redraw()
+        masked.update(0.0)
         masked.flush()
         masks, batch = drawn_masks(masked), batches[number % 2]
         loss, gradients = under(masks, batch)

@@ -88,7 +88,8 @@ def test_its_table_recomputed(workshop, learned, capsys):
     m0 = mask_files.load(run.folder / "initial_mask.safetensors").masks
     model, tokenizer = load_model(str(workshop / "dense"), "float32", "cpu")
     taught = data.token_sequences(tokenizer, [str(run.folder / "generated.jsonl")], 8 * 48, 2, 24, 0)[:6]
-    assert same(m0, one_shot_masks(model, find_layers(model), taught.flatten(0, 1), OneShot("wanda", (2, 4))))
+    assert same(m0, dict(one_shot_masks(model, find_layers(model), taught.flatten(0, 1),
+                                         OneShot("wanda", (2, 4)))))
     windows, _ = data.perplexity_windows(tokenizer, f"{workshop}/text.jsonl", 256, 64)  # its positions
     assert windows[:, 0].eq(tokenizer.bos_token_id).tolist() == [True, *[False] * (len(windows) - 1)]
     unseen = heldout(workshop, run, [run.folder / "generated.jsonl"])

@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_draws_another_mask_and_moves_no_logit(load, l
     masked, m0, _ = make(load(), magnitude=1.0)
     learner = train.PolicyGradient(masked, torch.zeros(1, 2, 8, dtype=torch.int64), None, pge.Estimator("vanilla"))
     losses[1] = lambda: math.nan
-    assert not learner.step([0], 1.0).is_finite and masked.steps == 1
+    assert not learner.step(0, 1.0).is_finite and masked.steps == 1
     masked.flush()
     assert all(set(planes.unique().tolist()) == {0.0, 1.0} for planes in all_logits(masked).values())
     assert not any(torch.equal(mask, m0[name]) for name, mask in drawn_masks(masked).items())

@@ -10,10 +10,9 @@ from pathlib import Path
 import data
 from files import mask_files
 from files.atomic import atomic_write, refuse_existing
-from files.errors import explained
 from masking.masked_model import MaskedModel
 from models.loading import model_fingerprint
-from utils import UserError
+from utils import UserError, explained
 
 import numpy as np
 from torch import Tensor, nn

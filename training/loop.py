@@ -2,9 +2,8 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from statistics import fmean
 
 from models import processes
 from training.checkpoint import StateFile, give_shards
@@ -24,23 +23,13 @@ RECENT = 20  # steps whose mean time says how many are to come
 
 @dataclass
 class StepResult:
-    """What a learner's step came to, the same in all processes: the losses of their minibatches, nats, the baselines
-    they are compared with, and the advantage that moved the logits, if one did."""
-    losses: Sequence[float]
-    baselines: Sequence[float | None] = ()
+    """What a learner's step came to, the same in all processes: the mean loss of their minibatches, nats, the mean
+    baseline that it is compared with, and the advantage that moved the logits, if one did."""
+    loss: float
+    baseline: float | None = None
     advantage: float | None = None
     delta: float | None = None
     not_finite: int | None = None  # blocks whose gradient was not
-
-    @property
-    def loss(self) -> float:
-        """Their mean."""
-        return fmean(self.losses)
-
-    @property
-    def baseline(self) -> float | None:
-        """Their mean, None where there is no baseline."""
-        return None if None in self.baselines or not self.baselines else fmean(self.baselines)
 
     @property
     def is_finite(self) -> bool:
@@ -75,7 +64,7 @@ class Run:
                  max_step: float = math.inf, epoch: float = math.inf, evaluations: int = EVALUATIONS):
         self.folder, self.signals, self.validation = folder, signals, validation
         self.checkpoints, self.epoch_minibatches = folder.checkpoints, minibatches
-        self.passes, self.max_step, self.max_s = epoch * minibatches, max_step, math.inf
+        self.most_minibatches, self.max_step, self.max_s = epoch * minibatches, max_step, math.inf
         self.evaluations = evaluations
         self.position, self.parts = Position(), {}
         self.log: Log | None = None  # from `restore` on
@@ -94,7 +83,7 @@ class Run:
 
     def expected_steps(self) -> float:
         """Steps in all: those of the budget or, of a time budget, as many as the speed of the recent ones leads to."""
-        left = (self.passes - self.position.minibatches) / processes.size()
+        left = (self.most_minibatches - self.position.minibatches) / processes.size()
         most = min(self.max_step, self.step + (math.ceil(left) if left < math.inf else left))
         if self.max_s == math.inf:
             return most
@@ -103,16 +92,16 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def steps(self, max_s: float = math.inf) -> Iterator[list[int]]:
-        """For each step there is still to do, in max_s seconds at most, yield the minibatches that it takes, one for
-        each process. When it is done the state is saved if that is due, if the step is the last, or if a signal came,
-        which then ends the process as it would have at once."""
+    def steps(self, max_s: float = math.inf) -> Iterator[int]:
+        """For each step there is still to do, in max_s seconds at most, yield the number of this process's minibatch.
+        When it is done the state is saved if that is due, if the step is the last, or if a signal came, which then ends
+        the process as it would have at once."""
         self.max_s, self.signals.deferred = max_s, True
         self._started = time.monotonic() - self.position.seconds
         self._bar = progress_bar(initial=self.step, desc="learning", unit="step", disable=not processes.is_main())
         with self._bar:
             while self.progress < 1:
-                yield [(self.position.minibatches + i) % self.epoch_minibatches for i in range(processes.size())]
+                yield (self.position.minibatches + processes.rank()) % self.epoch_minibatches
                 self._bar.total = math.ceil(self.expected_steps())
                 self._bar.update()
                 due = processes.agreed(float(self.checkpoints.due(self.step, self.elapsed_s())))
@@ -171,7 +160,8 @@ class Run:
         if position.step == 1 and self.max_s < math.inf:
             position.first_s = min(seconds, self.max_s / 2)
         in_time = (seconds - position.first_s) / (self.max_s - position.first_s)
-        position.progress = min(1.0, max(position.step / self.max_step, position.minibatches / self.passes, in_time))
+        position.progress = min(1.0, max(position.step / self.max_step,
+                                         position.minibatches / self.most_minibatches, in_time))
         self._ends = [*self._ends, seconds][-RECENT:]
         if len(self._ends) > 1:
             position.a_step_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)

@@ -79,13 +79,16 @@ def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str],
                 tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The minibatches of given questions, at most a quarter of so many tokens, and of other text up to as many, each
-    where there is some; read: up to so many tokens of datasets, int64 `[minibatches, sequences, tokens]`."""
+    """The minibatches of given questions, at most a quarter of so many tokens, and of other text up to as many: lists
+    of none or one. read: up to so many tokens of datasets, int64 `[minibatches, sequences, tokens]`."""
     questions = [dataset for dataset in datasets if are_questions(dataset)]
     others = [dataset for dataset in datasets if dataset not in questions]
-    texts = [at_most_a_quarter(read(questions, tokens).repeat(READINGS, 1, 1), (1 - QUESTIONS_SHARE) * tokens)
-             ] if questions else []
-    return texts, [read(others, tokens - sum(text.numel() for text in texts))] if others else []
+    if questions:
+        twice = read(questions, tokens).repeat(READINGS, 1, 1)
+        questions = [at_most_a_quarter(twice, (1 - QUESTIONS_SHARE) * tokens)]
+    if others:
+        others = [read(others, tokens - sum(text.numel() for text in questions))]
+    return questions, others
 
 
 def at_most_a_quarter(questions: Tensor, others: float) -> Tensor:
@@ -143,5 +146,5 @@ def wanda_mask(file: Path, model: nn.Module, name: str, targets: list[str] | Non
     layers = find_layers(model, targets)
     with processes.main_before_others():
         if processes.is_main() and not file.exists():
-            masks = one_shot_masks(model, layers, sequences[:SEQUENCES], OneShot("wanda", pattern))
+            masks = dict(one_shot_masks(model, layers, sequences[:SEQUENCES], OneShot("wanda", pattern)))
             mask_files.save(file, masks, *pattern, name, model_fingerprint(model))

@@ -82,12 +82,6 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)  # of two at once the lock refuses one
         sync(self.path.parent)
 
-    @property
-    def has_results(self) -> bool:
-        """Is it worth keeping: has it text, a step, a mask?"""
-        made = [path for path in self.path.glob("[!.]*") if path.name not in ("run.json", "lock")]
-        return self.is_resumed or any(path.stat().st_size for path in made)
-
     def _remove_leftovers(self) -> None:
         """Files that a killed process had begun, and its results, which are made again."""
         for path in [*self.path.glob(".*.tmp"), *(self.path / "state").glob(".*.tmp"),
@@ -97,7 +91,8 @@ class RunFolder:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self._lock is None:
             return
-        kept = self.has_results
+        made = [path for path in self.path.glob("[!.]*") if path.name not in ("run.json", "lock")]
+        kept = self.is_resumed or any(path.stat().st_size for path in made)  # text, a step, a mask
         if not kept:
             shutil.rmtree(self.path)
         elif error is None:

@@ -17,12 +17,14 @@ mean gradient of its own rows.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import fmean
 
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from models import processes
+from models.layers import decoder_layers
 from models.loading import input_device
-from models.sharding import REDUCES_UNUSED, decoder_layers
+from models.sharding import REDUCES_UNUSED
 from training.faster_model import SHORT, speed_up
 from training.loop import StepResult
 from training.loss import sequence_loss, summed_loss
@@ -87,14 +89,14 @@ class StraightThrough:
         self._reached = set()  # names of sharded layers whose gradient this step has brought
         for layer in layers:
             if layer.sharded:
-                masked.handles.append(layer.module.weight.register_post_accumulate_grad_hook(
-                    partial(self._take_gradient, layer)))
+                masked.undo.append(layer.module.weight.register_post_accumulate_grad_hook(
+                    partial(self._take_gradient, layer)).remove)
             else:
                 layer.module.forward = partial(self._forward, layer)
-        self._undo = [speed_up(masked.model, masked.kernels, tokens, masked.is_sharded)]
+                masked.undo.append(partial(delattr, layer.module, "forward"))
+        masked.undo.append(speed_up(masked.model, masked.kernels, tokens, masked.is_sharded))
         if checkpointing:
-            self._undo.append(enable_checkpointing(masked.model))
-        masked.handles.append(self)
+            masked.undo.append(enable_checkpointing(masked.model))
 
     def step(self, batch: Tensor, size: float, distill: Sequence[float] = ()) -> StepResult:
         """Forward and backward of the masked model on this process's minibatch, int64 `[sequences, tokens]`. distill:
@@ -104,7 +106,7 @@ class StraightThrough:
         The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not finite moves nothing.
         Of several microbatches the layers' gradients are summed, in the weights' dtype: as much memory as these take.
         """
-        sequences, distill = batch.to(input_device(self.masked.model)), distill or [0.0] * len(batch)
+        sequences = batch.to(input_device(self.masked.model))
         self.keys, self._held, self._is_finite = self.masked.keys(), {}, True
         self._reached.clear()
         self.normalization.begin_pass(size)
@@ -125,7 +127,7 @@ class StraightThrough:
         self.masked.steps += 1
         loss = total / (batch.shape[0] * (batch.shape[1] - 1))
         losses, not_finite = zip(*processes.all_gather([loss, float(self.normalization.not_finite)]))
-        return StepResult(losses, not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
+        return StepResult(fmean(losses), not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
 
     def _backward(self, sequences: Tensor, distill: Sequence[float]) -> float:
         """Forward and backward of one microbatch; returns its loss, summed over tokens. No backward once a loss was not
@@ -187,7 +189,7 @@ class StraightThrough:
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
         self.normalization.move(layer, gradient, self.keys[layer.name])
 
-    # ---------------------------------------------------------------------------------------------- saved and detached
+    # ------------------------------------------------------------------------------------------------ saved, restored
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The running mean squares of J^T G."""
@@ -196,14 +198,6 @@ class StraightThrough:
     def restore(self, scalars: dict, read: Callable) -> None:
         """From `state`."""
         self.normalization.restore(read)
-
-    def remove(self) -> None:
-        """Give the modules their own forward back."""
-        for layer in self.masked.layers.values():
-            if not layer.sharded:
-                del layer.module.forward
-        for undo in self._undo:
-            undo()
 
 
 def decay(progress: float) -> float:

@@ -89,7 +89,7 @@ def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Name
     add_paper_arguments(parser)
     add_mask_arguments(parser, "initial_mask.safetensors")
     add_run_arguments(parser)
-    args = parse(parser, argv, lambda args: args.estimator)
+    args = parse(parser, argv)
     n, m = args.sparsity_type
     if args.space == "linear" and n > MOST_KEPT:
         raise UserError(f"the score of {n}:{m} is a sum over 2^{n} subsets of each block; N is at most {MOST_KEPT} "
@@ -100,7 +100,7 @@ def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Name
     return args
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None, method: Callable[[Namespace], str]) -> Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
     """The arguments of a run; with --resume those that RUN has recorded. UserError for a flag beside --resume that says
     otherwise, but for CHANGEABLE ones. Without --out the folder is named by the model, the pattern, the method and a
     hash of all arguments."""
@@ -109,25 +109,23 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, method: Calla
         if not args.model:
             parser.error("give --model, a hub id or a folder, or --resume")
         args.out = args.out or "results/{}_{}of{}_{}_{}".format(
-            Path(args.model).name, *args.sparsity_type, method(args), short_hash(vars(args)))
+            Path(args.model).name, *args.sparsity_type, getattr(args, "estimator", "sparsify"), short_hash(vars(args)))
         return args
     run, recorded = str(Path(args.resume)), read_record(args.resume)["arguments"]
     if recorded.keys() | {"out", "resume"} != vars(args).keys():
         raise UserError(f"{run} is a run of another version or script: go on with it there, or start a new run")
-    recorded = {name: tuple(value) if name == "sparsity_type" else value for name, value in recorded.items()}
-    for action in parser._actions:  # argparse then tells of given flags alone
-        action.default = argparse.SUPPRESS
-    parser._defaults.clear()  # those of `set_defaults`
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in ("out", "resume")}
-    if recorded["trust_remote_code"] and not given.get("trust_remote_code"):
+    recorded["sparsity_type"] = tuple(recorded["sparsity_type"])
+    # argparse leaves what is there where no flag says otherwise; trust is asked for anew
+    args = parser.parse_args(argv, Namespace(**{**recorded, "trust_remote_code": False}))
+    if recorded["trust_remote_code"] and not args.trust_remote_code:
         raise UserError(f"{run} was started with --trust_remote_code: add the flag if you still trust its model's code")
-    recorded |= {name: value for name, value in given.items() if name in CHANGEABLE}
-    changed = [f"--{name} {recorded[name]} there, {value} here" for name, value in given.items()
-               if recorded[name] != value]
+    changed = [f"--{name} {value} there, {getattr(args, name)} here" for name, value in recorded.items()
+               if name not in CHANGEABLE and getattr(args, name) != value]
     if changed:
         raise UserError(f"{run} goes on with its own settings, and these differ: {'; '.join(changed)}; leave them out, "
                         "or start a new run")
-    return Namespace(**recorded, out=run, resume=run)
+    args.out = args.resume = run
+    return args
 
 
 def run(script: str, args: Namespace, work: Callable) -> None:
