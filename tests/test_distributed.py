@@ -90,6 +90,7 @@ with processes.joined("cpu"):
         order.write(f"{rank}\\n")
     if rank == 1:
         compiler.eagerly.set()
+    compiler.compiled = lambda function, eager: function  # compiles in the others
     compiler.agree("cpu")
     assert compiler.eagerly.is_set()
     processes.check_same("equal", "the letters")
@@ -148,7 +149,7 @@ def test_a_killed_process_ends_the_run_and_any_number_goes_on(w, tmp_path):
     launched.wait_until(lambda: len(steps_of(run)) > 3)
     os.kill(launched.pid_of(1), signal.SIGKILL)
     assert launched.wait() != 0
-    assert 3 < len(steps_of(run)) < 16 and f'File "{ROOT}/train.py"' not in launched.said  # no traceback of ours
+    assert 3 < len(steps_of(run)) <= 16 and f'File "{ROOT}/train.py"' not in launched.said  # no traceback of ours
     shutil.copytree(run, tmp_path / "others")
     again = started(2, w, ["train.py", "--resume", run])
     assert again.wait() == 0, again.said
@@ -160,7 +161,7 @@ def test_a_killed_process_ends_the_run_and_any_number_goes_on(w, tmp_path):
 
 def test_a_process_that_hangs_is_reported(w, tmp_path):
     flags = f"{PAPER} --batchsize 2 --max_step 100000 --epoch 100000 --checkpoint_every 1"
-    launched = started(2, w, ["train.py", *arguments(w, tmp_path / "run", flags)], timeout_s=4)
+    launched = started(2, w, ["train.py", *arguments(w, tmp_path / "run", flags)], timeout_s=10)
     launched.wait_until(lambda: len(steps_of(tmp_path / "run")) > 3)
     hanging = launched.pid_of(1)
     os.kill(hanging, signal.SIGSTOP)
@@ -186,10 +187,10 @@ def test_a_signal_ends_all_processes_after_the_same_step(w, tmp_path):
 def test_a_state_may_take_longer_to_write_than_a_process_to_answer(w, tmp_path):
     (tmp_path / "script.py").write_text(
         "import time, train, utils\nfrom training import checkpoint\nsave = checkpoint.save\n"
-        "checkpoint.save = lambda path, *given: (time.sleep(6 * ('00001.' in path.name)), save(path, *given))\n"
+        "checkpoint.save = lambda path, *given: (time.sleep(12 * ('00001.' in path.name)), save(path, *given))\n"
         "utils.run_script(train.main)\n")
     flags = f"{PAPER} --batchsize 2 --max_step 2 --checkpoint_every 1"
-    launched = started(2, w, [tmp_path / "script.py", *arguments(w, tmp_path / "run", flags)], timeout_s=4)
+    launched = started(2, w, [tmp_path / "script.py", *arguments(w, tmp_path / "run", flags)], timeout_s=10)
     assert launched.wait() == 0, launched.said
     assert (tmp_path / "run/mask.safetensors").exists()
 

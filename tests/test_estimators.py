@@ -1,6 +1,4 @@
 """The estimators of pge.py: unbiased where they are meant to be, by sums over all masks, and by hand."""
-import json
-import math
 from itertools import combinations
 
 import pge
@@ -61,14 +59,3 @@ def test_a_delta_sequence_by_hand():
     assert deltas == pytest.approx([0.1, 0.04, 0.236])
     assert advantages == pytest.approx([0.9, -0.54, 1.764])
     assert corrected == pytest.approx([0.0, -0.5 - 0.04 / 0.19, 2.0 - 0.236 / 0.271])
-
-
-@pytest.mark.parametrize("name", ["vanilla", "residual", "maskpro"])
-def test_each_goes_on_from_its_state(name):
-    """Through JSON."""
-    whole, first, second = (pge.Estimator(name, 0.9, True) for _ in range(3))
-    given = [(math.sin(t), math.cos(t)) for t in range(12)]
-    expected = [whole.advantage(*step) for step in given]
-    found = [first.advantage(*step) for step in given[:5]]
-    second.restore(json.loads(json.dumps(first.state()[0])))
-    assert found + [second.advantage(*step) for step in given[5:]] == expected

@@ -48,6 +48,7 @@ def test_documents_end_where_the_model_ends_them(load, models, kind):
     with torch.no_grad():  # so that it ends a text now and then: its final norm gets one constant direction more
         head = model.get_output_embeddings().weight
         head[end] = head.norm(dim=1).max() * torch.nn.functional.normalize(head[end], dim=0)
+    assert max(map(len, drawn(model, tokenizer, 4, 20, None, 1e-9))) == 1  # time is over
     documents = drawn(model, tokenizer, 200, 20)
     assert len(documents) == 200 and all(len(tokens) <= 20 and end not in tokens for tokens in documents)
     assert any(len(tokens) < 20 for tokens in documents) and any(len(tokens) == 20 for tokens in documents)

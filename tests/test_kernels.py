@@ -223,6 +223,7 @@ def test_the_compiled_step_is_the_eager_one(n, m, dtype, compiler, capsys):
     fast = take(kernels.update, logits, mask, 0.3, **given)
     slow = take(eager_update, logits, mask, 0.3, **given)
     assert "torch.compile failed" not in capsys.readouterr().err
+    assert kernels._update is not kernels_module.sliced(kernels_module.fused_update)  # it was compiled
     assert torch.isclose(fast[0], slow[0], atol=1e-5, rtol=1e-5).all(1).float().mean() > 1 - 1e-3
     assert (fast[1] != slow[1]).any(1).float().mean() < 1e-4
     assert same_bits(fast[2], torch.where(fast[1].flatten(), given["weight"], torch.zeros_like(given["weight"])))

@@ -1,7 +1,6 @@
 """files/mask_files.py: the three formats, and what damaged or foreign files get, one line."""
 import hashlib
 import json
-import os
 from contextlib import nullcontext
 from itertools import combinations
 
@@ -42,18 +41,6 @@ def write_by_hand(folder, layers):
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
-
-def test_the_three_formats_hold_the_same(tmp_path, layers):
-    masks = layers
-    for kind in KINDS:
-        path = write(kind, tmp_path, masks)
-        found = mask_files.load(path, shapes=SHAPES)
-        told = ("tiny", "f00d") if kind == "safetensors" else ("", "")
-        assert (found.n, found.m, found.model, found.fingerprint) == (2, 4, *told)
-        assert same(found.masks, layers)
-        masks = found.masks
-    assert len(os.listdir(tmp_path)) == 3  # nothing left beside
-
 
 def test_reads_what_the_original_projects_write(tmp_path, layers):
     for path in write_by_hand(tmp_path, layers):

@@ -24,7 +24,7 @@ import train
 from files.documents import documents
 from masking.layers import apply_masks
 from models.layers import find_layers
-from models.loading import load_model
+from models.loading import load_model, model_fingerprint
 from models.loss import batch_loss
 from training import arguments
 from utils import UserError, script_parser
@@ -216,7 +216,11 @@ def test_the_small_model_is_the_one_that_was_made(dtype, within):
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == made["sha256"]
     model, tokenizer = load_model(str(folder), dtype, "cpu")
     text = "The commerce of the United States with the other nations has continued to increase, and revenue is ample."
-    assert batch_loss(model, tokenizer(text, return_tensors="pt").input_ids) == pytest.approx(0.7849, abs=within)
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    assert batch_loss(model, tokens) == pytest.approx(0.7849, abs=within)
+    rows = tokens.repeat(9, 1)  # summed in float32
+    assert batch_loss(model, rows) == pytest.approx(float(model(input_ids=rows, labels=rows).loss), abs=1e-5)
+    assert model_fingerprint(model) == "064a3a59c4155d35"  # by which published masks know it
 
 
 @pytest.mark.parametrize("init, before", [("mask", []), ("scores", [1] * 8)])

@@ -87,9 +87,10 @@ def test_its_table_recomputed(workshop, learned, capsys):
     report, said = json.loads((run.folder / "report.json").read_text()), capsys.readouterr().out
     m0 = mask_files.load(run.folder / "initial_mask.safetensors").masks
     model, tokenizer = load_model(str(workshop / "dense"), "float32", "cpu")
-    taught = data.token_sequences(tokenizer, [str(run.folder / "generated.jsonl")], 8 * 48, 2, 24, 0)[:6]
-    assert same(m0, dict(one_shot_masks(model, find_layers(model), taught.flatten(0, 1),
-                                         OneShot("wanda", (2, 4)))))
+    text = data.token_sequences(tokenizer, [str(run.folder / "generated.jsonl")], 8 * 48, 2, 24, 0)
+    assert same(m0, dict(one_shot_masks(model, find_layers(model), text[:6].flatten(0, 1), OneShot("wanda", (2, 4)))))
+    of_m0 = loss_under(workshop / "dense", m0, text[6])  # the mask is selected on the last but one
+    assert report["summary"]["heldout_loss_of_m0"] == pytest.approx(of_m0, abs=1e-4)
     windows, _ = data.perplexity_windows(tokenizer, f"{workshop}/text.jsonl", 256, 64)  # its positions
     assert windows[:, 0].eq(tokenizer.bos_token_id).tolist() == [True, *[False] * (len(windows) - 1)]
     unseen = heldout(workshop, run, [run.folder / "generated.jsonl"])
@@ -122,8 +123,9 @@ def test_given_texts_and_given_masks(workshop, learned, text_and_masks):
         file.write_text(json.dumps({"text": text[:800]}))
     mask = text_and_masks / "4_8.safetensors"
     run = learned(f"--steps 9 --dataset {files[0]} {files[1]} --mask {mask} --sparsity_type 4:8 --targets q_proj "
-                  "layers.0.mlp.up --distill 0 --lr 2")
-    heldout(workshop, run, files)
+                  "layers.0.mlp.up --distill 0 --lr 2 --seed 3")
+    dense = loss_under(workshop / "dense", {}, heldout(workshop, run, files))
+    assert run.record["nats"]["dense"]["held-out text"] == pytest.approx(dense, abs=1e-4)
     m0 = mask_files.load(mask).masks
     assert is_strict(run.masks, 4, 8) and {name for name in m0 if not torch.equal(m0[name], run.masks[name])} == {
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
@@ -171,12 +173,13 @@ def test_ways_to_take_the_gradient(workshop, learned, monkeypatch):
     monkeypatch.setattr(straight_through, "enable_checkpointing", lambda model: checkpointed.append(1) or enable(model))
     text = f"--steps 4 --dataset {workshop}/text.jsonl --mask {workshop}/mask.safetensors --skip_checkpoint"
     runs = {flags: learned(f"{text} {flags}", f"run{number}") for number, flags in enumerate((
-        "", "--gradient_checkpointing", "--microbatch 1", "--distill 1", "--logits_dtype bfloat16"))}
+        "", "--gradient_checkpointing", "--microbatch 1", "--distill 1", "--logits_dtype bfloat16", "--lr 2",
+        "--seed 3", "--logits 1"))}
     for flags, run in runs.items():
         same = flags in ("", "--gradient_checkpointing", "--microbatch 1")
         expected = pytest.approx(column(runs[""], "loss"), rel=1e-5)
         assert is_strict(run.masks) and (column(run, "loss") == expected) == same, flags
-    assert parts == 8 * [2] + 8 * [1] + 8 * [2] and len(checkpointed) == 1
+    assert parts == 8 * [2] + 8 * [1] + 20 * [2] and len(checkpointed) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- stopped

@@ -117,7 +117,7 @@ def test_checkpointing_where_a_layer_ends_with_a_norm(compiler):
     losses = []
     for backend, checkpointing in (("eager", False), ("compiled", True)):
         learner, *_ = learner_of(model_of("Gemma2", 1), backend=backend, checkpointing=checkpointing)
-        losses.append([learner.step(TOKENS, 0.3).loss for _ in range(2)])
+        losses.append([learner.step(TOKENS, 0.6).loss for _ in range(3)])  # the second step moves masks
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
@@ -133,7 +133,7 @@ def run(model):
 
 
 @pytest.mark.parametrize("kind", NORMED)
-def test_logits_and_gradients_are_the_models_own(kind):
+def test_logits_and_gradients_are_the_models_own(kind, compiler):
     model = model_of(kind)
     logits, gradient = run(model)
     attention = model.config._attn_implementation

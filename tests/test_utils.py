@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import utils
+from models.loading import read_model
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ def test_utils_comes_before_torch(file):
         if any(name in ("utils", "common") for name in names):
             return
         assert not any(name.partition(".")[0] in heavy for name in names), f"{file.name} imports {names} before utils"
+
+
+def test_precisions(monkeypatch):
+    """A CPU takes what it is fast at; a GPU float16, as the paper."""
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda found=has_bf16: found, raising=False)
+        assert utils.fast_dtype("cpu") == dtype
+    assert read_model(str(ROOT / "reproduce/small_model"), None, "cuda", False)[0].dtype == torch.float16
 
 
 def test_peak_memory_is_that_of_the_gpus_or_where_none_is_used_of_the_process(monkeypatch):
