@@ -50,7 +50,7 @@ SHAPES = {  # Llama configurations, weights random: enough for time and memory
 def parser(docstring: str) -> argparse.ArgumentParser:
     """A parser with the flags of every bench, its docstring as the manual."""
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller measurement, 50 s at most on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="a smaller measurement, to try it out")
     parser.add_argument("--json", default=None, help="write the rows of the table to this file, too")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device(),
                         help="CUDA_VISIBLE_DEVICES names another card than the first")

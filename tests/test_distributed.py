@@ -142,6 +142,7 @@ def test_text_order_and_m0_are_made_once_for_all(w, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- stopped
 
 
+@needs_fsdp
 def test_a_killed_process_ends_the_run_and_any_number_goes_on(w, tmp_path):
     flags = f"{PAPER} --batchsize 2 --max_step 16 --epoch 100 --checkpoint_every 1 --skip_checkpoint --shard"
     run = tmp_path / "killed/run"
@@ -213,6 +214,7 @@ def test_a_process_that_reads_other_files_is_named(w, tmp_path):
 # ------------------------------------------------------------------------------------------------------ sharded layers
 
 
+@needs_fsdp
 @pytest.mark.parametrize("count, flags", [
     (3, f"{PAPER} --batchsize 2 --logits_dtype float16 --val_fraction 0.3 --init scores"),
     (2, f"{GRADIENTS} --steps 6 --gradient_checkpointing")])

@@ -57,7 +57,7 @@ SETTINGS = dict(DEMO="1", DTYPE="float32", NSAMPLES="4", CALIBRATION_SEQLEN="48"
 
 def bash(script: str, settings: dict, folder: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a script of reproduce/ from `folder` under these settings."""
-    known = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "TMPDIR")}
+    known = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "CUDA_VISIBLE_DEVICES") if key in os.environ}
     return subprocess.run(["bash", ROOT / f"reproduce/{script}.sh"], cwd=folder, capture_output=True, text=True,
                           env={**known, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                                "TORCHDYNAMO_DISABLE": "1", **settings})
