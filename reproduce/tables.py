@@ -53,7 +53,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("the same with †, half of its text after passages, in [half an hour](docs/sparsify.md#a-runs-report)", "frozen",
      "2of4/sparsify-both-minutes30"),
     ("the same, [channels reordered](docs/permutations.md)", "frozen", "2of4/sparsify-permuted-both-minutes30"),
-    ("the same without †, two hours on a slower machine, 568 steps", "frozen",
+    ("the same without †, [two hours](docs/sparsify.md#a-runs-report) on a slower machine, 568 steps", "frozen",
      "2of4/sparsify-permuted-both-minutes120"),
     ("a plain STE with Adam, on the text with questions, 280 steps ([rivals](docs/rivals.md))", "frozen",
      "2of4/rival-scores_ste-lr0.01-both-steps280"),

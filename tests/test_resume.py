@@ -131,7 +131,7 @@ def test_a_second_signal_ends_at_once_and_what_nohup_ignores_stays_ignored():
 
 
 def test_changed_settings_are_refused_by_name(stopped):
-    with pytest.raises(UserError, match=r"--lr 0.1 there, 0.2 here; --seed 0 there, 1 here; leave them out"):
+    with pytest.raises(UserError, match=r"--seed 0 there, 1 here; --lr 0.1 there, 0.2 here; leave them out"):
         train.main(["--resume", str(stopped), "--lr", "0.2", "--seed", "1", "--max_step", "6"])
     record = json.loads((stopped / "run.json").read_text())
     for name in ("model", "mask", "text"):
