@@ -100,8 +100,8 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
     `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more than seqlen tokens
     (special tokens included), then cropped at random. Draws the same samples as theirs from the same seed, so only a
     crop from the first token on begins as the tokenizer begins a text. Of a larger dataset the first MOST_DOCUMENTS
-    documents are drawn from. With `bos` each begins with that token, and ends
-    a token earlier; this is not their protocol, not even for Llama, and so never the default.
+    documents are drawn from. With `bos` each begins with that token, and ends a token earlier; this is not their
+    protocol, not even for Llama, and so never the default.
 
     Errors: UserError where no document is long enough, and those of `documents`.
     """

@@ -6,9 +6,11 @@ from masking.spaces import LinearSpace
 
 import pytest
 import torch
+from exact import inclusion_by_drawings, jacobian
 from masked import planes_of, seeded
 
 KEY = layer_keys(0, 0, 1)[0]
+BLOCKS = [(1, 2), (1, 4), (2, 4), (3, 4), (5, 6), (4, 8)]
 
 
 def step(space, logits, saliency, *scale, dtype=torch.float32):
@@ -17,6 +19,21 @@ def step(space, logits, saliency, *scale, dtype=torch.float32):
     squares = Kernels(space, "eager").vjp(planes, bits, saliency.contiguous(), torch.ones_like(saliency),
                                           torch.tensor(scale), KEY)
     return torch.stack(planes, 1), bits_to_mask(bits, space.m), squares
+
+
+@pytest.mark.parametrize("n, m", BLOCKS)
+def test_the_step_follows_the_jacobian(n, m):
+    """pi - step * clip(J^T G * factor, +-1). The mask is the mode of the result."""
+    made = LinearSpace(n, m)
+    logits, saliency = torch.randn(5, m, generator=seeded(n)), torch.randn(5, m, generator=seeded(m))
+    vjp = torch.stack([jacobian(lambda y: inclusion_by_drawings(y, n), x).T @ g.double()
+                       for x, g in zip(logits, saliency)])
+    move = (8 * vjp).clamp(-1, 1)
+    assert (move.abs() < 1).any() and (move.abs() == 1).any()  # some are clipped, some are not
+    moved, mask, squares = step(made, logits, saliency, 8.0, 0.3)
+    assert torch.allclose(moved.double(), logits - 0.3 * move, atol=1e-5)
+    assert torch.allclose(squares.double(), vjp.square().sum(1), rtol=1e-4)
+    assert torch.equal(mask, made.mode(moved))
 
 
 def test_a_saliency_that_is_not_finite_moves_nothing_in_its_block():

@@ -66,9 +66,9 @@ class Validation:
         if not self.has_text:
             return
         self.prior, lowest, worse = 1.0, math.inf, 0
-        m0 = {name: layer.bits_of(m0[name]) for name, layer in self.masked.layers.items()}
+        bits = {name: layer.bits_of(m0[name]) for name, layer in self.masked.layers.items()}
         for share in PRIORS:
-            loss = self._try(self.masked.mode_bits(m0, magnitude * (1 - share)), step, share)
+            loss = self._try(self.masked.mode_bits(bits, magnitude * (1 - share)), step, share)
             lowest, worse = min(lowest, loss), 0 if loss <= lowest else worse + 1  # the same mask is not a worse one
             if worse == PATIENCE:
                 return
