@@ -11,6 +11,7 @@ step and no text, leaves nothing.
 import errno
 import json
 import math
+import shlex
 import shutil
 import sys
 from functools import cached_property
@@ -53,7 +54,7 @@ class RunFolder:
         self.arguments = json.loads(json.dumps(arguments))  # as JSON gives them back
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"])
         start = "python" if processes.size() == 1 else f"torchrun --nproc_per_node {processes.size()}"
-        self.resume_command = f"{start} {script} --resume {self.path}"
+        self.resume_command = f"{start} {script} --resume {shlex.quote(str(self.path))}"
         self._lock = None
 
     def __enter__(self):
