@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 HELDOUT, MOST_HELDOUT = 0.02, 8  # share of the minibatches, and how many at most, to select the mask; as many to report
 PARTS = 2  # that are held out
-TEXT_SHARE, SWAPS_SHARE, LEARNING_SHARE = 0.3, 0.15, 0.7  # of the minutes: for text and swaps at most, learning about
-FORWARDS = 4  # that a step of learning costs, more on some processors
+TEXT_SHARE, SWAPS_SHARE, LEARNING_SHARE = 0.3, 0.15, 0.6  # of the minutes: for text and swaps at most, learning about
+FORWARDS = 6  # that a step of learning costs
 READ_BY_SWAPS = 0.4  # of the planned text, at most
 QUESTIONS_SHARE, READINGS = 0.25, 2  # of the text, questions at most; how often each is read to make it
 AFTER_SHARE = 0.5  # of the text, what continues passages
-MOST_GENERATED = 1_000_000  # tokens
+MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
 FEWEST = 8  # minibatches of text, however short the time
 SEQUENCES = 64  # of text that Wanda and the order are measured on
 
