@@ -29,7 +29,7 @@ FORWARDS = 6  # that a step of learning costs
 READ_BY_SWAPS = 0.4  # of the planned text, at most
 QUESTIONS_SHARE, READINGS = 0.25, 2  # of the text, questions at most; how often each is read to make it
 AFTER_SHARE = 0.5  # of the text, what continues passages
-MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well
+MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well (docs/sparsify.md)
 FEWEST = 8  # minibatches of text, however short the time
 SEQUENCES = 64  # of text that Wanda and the order are measured on
 
