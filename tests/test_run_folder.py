@@ -1,5 +1,6 @@
 """A run's folder (training/run_folder.py): one run at a time, and disks that are full."""
 import errno
+import shlex
 
 import train
 from training import checkpoint, log, run_folder
@@ -19,6 +20,11 @@ def test_the_second_run_in_a_folder_is_refused(workshop, stopped):
         train.main(["--resume", str(stopped)])
     (stopped / "lock").write_text("of a process that is no more")
     train.main(["--resume", str(stopped)])
+
+
+def test_the_command_that_goes_on_survives_a_shell():
+    folder = run_folder.RunFolder("my runs/a;b", {"checkpoint_every": "10m"}, "train.py")
+    assert shlex.split(folder.resume_command) == ["python", "train.py", "--resume", "my runs/a;b"]
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_nothing(workshop, tmp_path, losses):

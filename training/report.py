@@ -1,5 +1,6 @@
 """What runs tell at their end: a model card; of sparsify.py also perplexities, gap closed, time and memory by stage."""
 import math
+import shlex
 from pathlib import Path
 
 from evaluation.comparison import markdown_table
@@ -62,7 +63,7 @@ def in_words(summary: dict, folder: object, model: str, positions: float) -> str
             f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "
             f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> "
             f"{folder}\n{note_unchanged(summary)}"
-            f"python eval.py --model {model} --mask {folder} --ppl wikitext2{seqlen}")
+            f"python eval.py --model {shlex.quote(model)} --mask {shlex.quote(str(folder))} --ppl wikitext2{seqlen}")
 
 
 def write(folder: Path, record: dict, summary: dict) -> str:
