@@ -3,8 +3,8 @@
     python reproduce/rival.py scores_ste --like results/RUN --lr 0.01 --out results/RIVAL
     python reproduce/rival.py scores_ste --resume results/RIVAL
 
-RUN, which was given --steps, lends its arguments and, as soon as it has them, its text and its m0. --lr is Adam's rate.
-No swaps improve a rival's m0. In one process, all layers, nn.Linear only.
+RUN, which was given --steps, lends its arguments and, as soon as it has them, its text, its order of the channels and
+its m0. --lr is Adam's rate. No swaps improve a rival's m0. In one process, all layers, nn.Linear only.
 """
 import shutil
 import sys
@@ -129,10 +129,11 @@ def settings_of(given: Namespace) -> Namespace:
     args = sparsify.parse_args(["--resume", given.resume or given.like])
     if given.resume:
         return args
-    if not read_record(given.like).get("fingerprints") or args.steps is None or args.permute or args.targets:
-        raise UserError(f"{given.like} must have its text and m0, with --steps, without --permute and --targets: a "
-                        "rival learns all layers in the model's own order")
-    return Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": True})
+    if not read_record(given.like).get("fingerprints") or args.steps is None or args.targets:
+        raise UserError(f"{given.like} must have its text and m0, with --steps and without --targets: a rival learns "
+                        "all layers")
+    own = {"lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": not args.permute}
+    return Namespace(**{**vars(args), **own})
 
 
 def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
@@ -143,8 +144,10 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
     if processes.size() > 1:
         raise UserError("rivals learn in one process")
     if like:
-        folder.record["fingerprints"] = read_record(like)["fingerprints"]  # so another version's shares of text stop it
-        for name in (*GENERATED, "initial_mask.safetensors"):
+        lent = read_record(like)
+        folder.record["fingerprints"] = lent["fingerprints"]  # so another version's shares of text stop it
+        folder.record["plan"] = {"tokens": lent["plan"]["tokens"]}
+        for name in (*GENERATED, "order.permutation.safetensors", "initial_mask.safetensors"):
             if Path(like, name).exists():
                 shutil.copy(Path(like, name), folder.path)
         folder.write_record()  # so that a run that is stopped from here on goes on
