@@ -132,8 +132,8 @@ def settings_of(given: Namespace) -> Namespace:
     if not read_record(given.like).get("fingerprints") or args.steps is None or args.targets:
         raise UserError(f"{given.like} must have its text and m0, with --steps and without --targets: a rival learns "
                         "all layers")
-    own = {"lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": not args.permute}
-    return Namespace(**{**vars(args), **own})
+    skips = not args.permute  # a mask of reordered channels is none of the model as it is
+    return Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": skips})
 
 
 def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
