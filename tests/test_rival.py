@@ -49,4 +49,5 @@ def test_a_rival_in_the_place_of_our_learner(ours, tmp_path, monkeypatch, method
     whole, run = (read_run(tmp_path / name) for name in ("whole", "run"))
     assert list(ours.glob("generated*")) and whole.record["fingerprints"] == read_run(ours).record["fingerprints"]
     assert column(whole, "loss") == column(run, "loss") and whole.record["summary"]["blocks_changed"] > 0
+    assert column(whole, "changed") == column(run, "changed") and column(whole, "changed")[-1] > 0
     assert all(torch.equal(mask, run.masks[name]) for name, mask in whole.masks.items())
