@@ -232,28 +232,29 @@ def triples(z: Tensor) -> Tensor:
     return a * b * (c + d) + (a + b) * c * d
 
 
-def proximal_step(y: Tensor, strength: float, sweeps: int = 30) -> Tensor:
+def proximal_step(y: Tensor, strength: float, sweeps: int = 12) -> Tensor:
     """argmin_z 1/2 ||z - y||^2 + strength * (sum of the products of three |z|), of each block `[blocks, 4]`.
 
     z has the signs of y. The problem is not convex. It is solved three times by exact coordinate descent from y, with
     only the two, three or four largest numbers free and the others 0; the lowest of the three minima is taken.
     """
     sign, (size, order) = y.sign(), y.abs().sort(dim=1, descending=True)
+    size = size.T.contiguous()  # [4, blocks]: sweeps go over whole rows
     best, lowest = None, None
     for free in (2, 3, 4):
         z = size.clone()
-        z[:, free:] = 0
+        z[free:] = 0
         for _ in range(sweeps if free > 2 else 0):
             for i in range(free):
-                a, b, c = (z[:, j] for j in range(4) if j != i)
-                z[:, i] = (size[:, i] - strength * (a * b + b * c + c * a)).clamp(min=0)
-        value = 0.5 * (z - size).square().sum(1) + strength * triples(z)
+                a, b, c = (z[j] for j in range(4) if j != i)
+                z[i] = (size[i] - strength * (a * b + b * c + c * a)).clamp(min=0)
+        value = 0.5 * (z - size).square().sum(0) + strength * triples(z.T)
         if best is None:
             best, lowest = z, value
         else:
             better = value < lowest
-            best, lowest = torch.where(better[:, None], z, best), torch.where(better, value, lowest)
-    return torch.empty_like(best).scatter_(1, order, best) * sign
+            best, lowest = torch.where(better, z, best), torch.where(better, value, lowest)
+    return torch.empty_like(y).scatter_(1, order, best.T) * sign
 
 
 RIVALS: dict[str, Callable[..., Rival]] = {
