@@ -146,9 +146,11 @@ def test_questions_and_text_share_the_budget(tmp_path):
 
 
 @pytest.mark.parametrize("questions", [8, 80])
-def test_a_quarter_of_questions_and_half_after_passages(workshop, learned, monkeypatch, questions):
+def test_a_quarter_of_questions_and_the_rest_after_passages(workshop, learned, monkeypatch, questions):
     """Few questions are read twice; the rest is generated; each sequence keeps its text's share of distillation."""
     file, texts, seen, mixed, step = workshop / "questions.jsonl", [], [], preparation.mixed, StraightThrough.step
+    written, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *given: written.append(given[4]) or generate(*given))
     item = {"context": next(documents(str(workshop / "text.jsonl")))[:30], "choices": ["!", "?"], "gold": 1}
     file.write_text(f"{json.dumps(item)}\n" * questions)
     monkeypatch.setattr(preparation, "mixed", lambda *given: (texts.extend(given[0]), mixed(*given))[1])
@@ -159,7 +161,10 @@ def test_a_quarter_of_questions_and_half_after_passages(workshop, learned, monke
     once = len(data.token_sequences(tokenizer, [str(file)], 40 * 48, 2, 24, 0))
     asked = 2 * once if questions == 8 else 10
     assert run.record["plan"]["tokens"] == 40 * 48 and asked == min(10, 2 * once)
-    assert [(len(text), share) for text, share in texts] == [(asked, 0.5), (20 - asked, 1.0), (20, 1.0)]
+    assert [(len(text), share) for text, share in texts] == [(asked, 0.5), (40 - asked, 1.0)]
+    begun = list(documents(str(workshop / "text.jsonl")))[:len(written[0])]
+    assert all(tokenizer.decode(ids) == text[:len(tokenizer.decode(ids))] for ids, text in zip(written[0], begun))
+    assert begun and all(passages == written[0] for passages in written)
     of_share = {share: [row for text, its in texts if its == share for row in text.flatten(0, 1).tolist()]
                 for share in (0.5, 1.0)}
     assert len(seen) == 76 and all(sequence in of_share[share] for sequence, share in seen)
@@ -232,20 +237,26 @@ def test_killed_in_a_stage_it_goes_on_there(whole, tmp_path, monkeypatch, stage)
     assert record["stages"]["learning"]["seconds"] >= record["summary"]["seconds"] - 0.1  # of all processes
 
 
-def test_text_that_was_generated_before_a_run_failed_is_kept(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "_read", raises(MemoryError()))
+def test_text_that_was_generated_before_a_run_failed_is_kept(workshop, learned, tmp_path, monkeypatch):
+    calls, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *given: (
+        calls.append(1), generate(*given) if len(calls) == 1 else raises(MemoryError())())[1])
     with pytest.raises(MemoryError):
-        sparsify.main([*whole[0], "--out", str(tmp_path / "run")])
-    assert len({(run / "generated.jsonl").read_bytes() for run in (tmp_path / "run", whole[1].folder)}) == 1
+        learned(f"--steps 38 --after {workshop}/text.jsonl --skip_checkpoint")
+    part, = (tmp_path / "run").glob("part_of_generated_*.jsonl")
+    kept = part.read_text()
+    monkeypatch.setattr(generation, "generate", generate)
+    sparsify.main(["--resume", str(tmp_path / "run")])
+    text = (tmp_path / "run/generated.jsonl").read_text()
+    assert kept and text.startswith(kept) and len(text) > len(kept) and len(calls) == 2
 
 
 def test_reordered_channels_and_passages(workshop, whole):
-    """The order changes no loss of the dense model; half of the text continues passages."""
-    run, files = whole[1], [whole[1].folder / name for name in ("generated.jsonl", "generated_after.jsonl")]
-    unseen = heldout(workshop, run, *[[file] for file in files])
-    dense = loss_under(workshop / "dense", {}, unseen)
+    """The order changes no loss of the dense model."""
+    run = whole[1]
+    dense = loss_under(workshop / "dense", {}, heldout(workshop, run, [run.folder / "generated.jsonl"]))
     assert run.record["nats"]["dense"]["held-out text"] == pytest.approx(dense, abs=1e-4)
-    assert all(list(documents(str(file))) for file in files) and is_strict(run.masks)
+    assert list(documents(str(run.folder / "generated.jsonl"))) and is_strict(run.masks)
 
 
 def test_the_gap_is_one_of_losses():
