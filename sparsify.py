@@ -1,12 +1,12 @@
 """From a dense model to an N:M-sparse one, in one command.
 
     python sparsify.py --model MODEL                                          # half an hour; needs nothing else
-    python sparsify.py --model MODEL --minutes 180 --after PASSAGES.jsonl     # half of its text continues these
+    python sparsify.py --model MODEL --minutes 180 --after PASSAGES.jsonl     # the text that it writes continues these
     python sparsify.py --model MODEL --dataset text.jsonl questions.jsonl --sparsity_type 4:8
     python sparsify.py --resume results/RUN                                   # goes on with a run that was stopped
 
     text      --dataset, of which questions make a quarter at most; the model generates what is missing
-              (models/generation.py), so that half of the text continues the passages of --after
+              (models/generation.py), every document after one of the passages of --after
     m0        --mask, or Wanda's mask on the same text; with --permute, channels are reordered before
     swaps     weights of a block change places while a layer's output comes closer to the dense one (pruning/swaps.py)
     learning  gradients of backward passes move the logits; the weights stay frozen (training/straight_through.py)
@@ -27,6 +27,7 @@ import data
 from evaluation.perplexity import evaluate_windows
 from files.documents import check_paths
 from files.mask_files import MaskFile, fingerprint
+from files.records import GENERATED
 from masking.layers import learned_layers, note_sparse, read_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
@@ -72,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                              "as eval.py's --task_file; if it is too short (a minibatch at least), "
                              "the model generates the rest")
     parser.add_argument("--after", metavar="PASSAGES", default=None,
-                        help="text of the kind that the model will meet: half of what it learns from continues these")
+                        help="text of the kind that the model will meet: what it generates continues these")
     parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
     parser.add_argument("--batchsize", type=positive_int, default=8, help="sequences in a step of each process")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
@@ -143,13 +144,13 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     texts, minibatch = [(text, given) for text in others], args.batchsize * args.seqlen
     missing = plan["tokens"] - sum(text.numel() for text in questions + others)
     if missing and not args.shard:
-        wanted = preparation.generated_tokens(plan["tokens"], missing, minibatch, args.after)
-        max_s = preparation.TEXT_SHARE * 60 * (args.minutes or math.inf)
+        file = folder.path / GENERATED
+        wanted = max(1, min(missing, preparation.MOST_GENERATED) // minibatch) * minibatch
         if "text" not in stages.done:
-            with stages.stage("text", f"the model generates up to {sum(wanted.values()):,} tokens"):
-                preparation.generate_text(folder.path, model, tokenizer, wanted, args.seqlen, args.after, args.seed,
-                                          max_s, minibatch)
-        texts += [(read([str(folder.path / name)], tokens), generated) for name, tokens in wanted.items()]
+            with stages.stage("text", f"the model generates up to {wanted:,} tokens"):
+                preparation.generate_text(file, model, tokenizer, wanted, args.seqlen, args.after, args.seed,
+                                          preparation.TEXT_SHARE * 60 * (args.minutes or math.inf), minibatch)
+        texts.append((read([str(file)], wanted), generated))
     elif args.after:
         processes.log("note: no text is generated, so that none continues --after's passages")
     rest = sum(text.numel() for text, _ in texts)  # less than planned, where generation took too long

@@ -6,7 +6,7 @@ from pathlib import Path
 from files.atomic import atomic_write
 from utils import explained
 
-GENERATED = ("generated.jsonl", "generated_after.jsonl")  # a run's own text: as it comes, after passages
+GENERATED = "generated.jsonl"  # text that a run's model wrote
 
 
 def write_json(path: str | Path, value: object) -> None:

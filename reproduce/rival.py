@@ -147,7 +147,7 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
         lent = read_record(like)
         folder.record["fingerprints"] = lent["fingerprints"]  # so another version's shares of text stop it
         folder.record["plan"] = {"tokens": lent["plan"]["tokens"]}
-        for name in (*GENERATED, "order.permutation.safetensors", "initial_mask.safetensors"):
+        for name in (GENERATED, "order.permutation.safetensors", "initial_mask.safetensors"):
             if Path(like, name).exists():
                 shutil.copy(Path(like, name), folder.path)
         folder.write_record()  # so that a run that is stopped from here on goes on

@@ -9,7 +9,6 @@ from pathlib import Path
 from files import mask_files, permutation_files
 from files.atomic import atomic_write
 from files.documents import are_questions
-from files.records import GENERATED
 from models import generation, processes
 from models.layers import find_layers
 from models.loading import Tokenizer, model_fingerprint
@@ -28,7 +27,6 @@ TEXT_SHARE, SWAPS_SHARE, LEARNING_SHARE = 0.3, 0.15, 0.6  # of the minutes: for 
 FORWARDS = 6  # that a step of learning costs
 READ_BY_SWAPS = 0.4  # of the planned text, at most
 QUESTIONS_SHARE, READINGS = 0.25, 2  # of the text, questions at most; how often each is read to make it
-AFTER_SHARE = 0.5  # of the text, what continues passages
 MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well (docs/sparsify.md)
 FEWEST = 8  # minibatches of text, however short the time
 SEQUENCES = 64  # of text that Wanda and the order are measured on
@@ -98,31 +96,17 @@ def at_most_a_quarter(questions: Tensor, others: float) -> Tensor:
     return questions[:max(1, most)] if others else questions
 
 
-def generated_tokens(tokens: int, missing: int, minibatch: int, after: str | None) -> dict[str, int]:
-    """File of GENERATED -> tokens that the model is to write, where `missing` of `tokens` are not given: after passages
-    half of all the text, if so many are missing. All are multiples of a minibatch of so many tokens."""
-    count = max(1, min(missing, MOST_GENERATED) // minibatch)
-    whole = (tokens - missing) // minibatch + count
-    behind = min(count, math.ceil(AFTER_SHARE * whole)) if after else 0
-    return {name: number * minibatch for name, number in zip(GENERATED, (count - behind, behind)) if number}
-
-
-def generate_text(folder: Path, model: nn.Module, tokenizer: Tokenizer, wanted: dict[str, int], seqlen: int,
-                  after: str | None, seed: int, max_s: float, minibatch: int) -> None:
-    """Write the files of generated documents that are not there yet.
-
-    wanted: file of GENERATED -> tokens; after: passages, which the second of GENERATED continues. After max_s seconds
-    generation ends, but not before there are FEWEST minibatches of `minibatch` tokens.
-    """
-    passages, total = generation.read_passages(after, model, tokenizer, seqlen) if after else [], sum(wanted.values())
-    batchsize = min(256, max(16, total // len(wanted) // seqlen))  # a large batch takes hardly longer than a small one
+def generate_text(file: Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, seqlen: int, after: str | None,
+                  seed: int, max_s: float, minibatch: int) -> None:
+    """Write so many tokens of generated documents, each of which continues one of the passages, if there are some, into
+    a file, where it is not there yet. After max_s seconds generation ends, but not before there are FEWEST minibatches
+    of `minibatch` tokens."""
+    passages = generation.read_passages(after, model, tokenizer, seqlen) if after else None
+    batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
-        for name, tokens in wanted.items():
-            number, share = GENERATED.index(name), tokens / total
-            if processes.is_main() and not (folder / name).exists():
-                generation.write_text(folder / name, model, tokenizer, tokens, seqlen, batchsize,
-                                      passages if number else [], seed + number, max_s * share,
-                                      min(tokens, max(minibatch, math.ceil(FEWEST * minibatch * share))))
+        if processes.is_main() and not file.exists():
+            generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, passages, seed, max_s,
+                                  min(tokens, FEWEST * minibatch))
 
 
 def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],
