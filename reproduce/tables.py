@@ -46,16 +46,15 @@ MASKPRO = {steps: f"2of4/maskpro-size512-lr{eta}-logits5-steps{steps}" for steps
 LAYER = "2of4/maskpro-layer{}-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
     ("dense", "", "dense"),
-    ("`sparsify.py`†, two fifths of its text [after passages](docs/sparsify.md#passages), 280 steps", "frozen",
-     "2of4/sparsify-after-steps280"),
-    ("the same without †, and a quarter [questions](docs/sparsify.md#accuracy) (seed 0: half after passages)", "frozen",
-     "2of4/sparsify-both-steps280"),
-    ("the same with †, half of its text after passages, in [half an hour](docs/sparsify.md#a-runs-report)", "frozen",
+    (("`sparsify.py`, a quarter [questions](docs/sparsify.md#accuracy), the rest [after "
+      "passages](docs/sparsify.md#passages), 280 steps"), "frozen", "2of4/sparsify-allafter-both-steps280"),
+    ("the same with †, half of it after passages, in [half an hour](docs/sparsify.md#a-runs-report)", "frozen",
      "2of4/sparsify-both-minutes30"),
     ("the same, [channels reordered](docs/permutations.md)", "frozen", "2of4/sparsify-permuted-both-minutes30"),
     ("the same without †, [two hours](docs/sparsify.md#a-runs-report) on a slower machine, 568 steps", "frozen",
      "2of4/sparsify-permuted-both-minutes120"),
-    ("a plain STE with Adam, on the text with questions, 280 steps ([rivals](docs/rivals.md))", "frozen",
+    ("`sparsify.py`†, no questions, two fifths after passages, 280 steps", "frozen", "2of4/sparsify-after-steps280"),
+    ("a plain STE with Adam, a quarter questions, half after passages, 280 steps ([rivals](docs/rivals.md))", "frozen",
      "2of4/rival-scores_ste-lr0.01-both-steps280"),
     ("MaskLLM, the same", "frozen", "2of4/rival-maskllm-lr0.001-both-steps280"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
