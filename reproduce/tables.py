@@ -65,8 +65,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     ("Wanda, m0", "frozen", "2of4/wanda")]
 ONE_SHOT = [  # the same
     ("dense", "", "dense"), ("magnitude", "frozen", "2of4/magnitude"), ("Wanda", "frozen", "2of4/wanda"),
-    ("Wanda, swaps", "frozen", "2of4/swaps"),
-    ("Wanda, swaps, true sequential", "frozen", "2of4/swaps-sequential"),
+    ("Wanda, swaps", "frozen", "2of4/swaps"), ("Wanda, swaps, true sequential", "frozen", "2of4/swaps-sequential"),
     ("Wanda, [channels reordered](permutations.md)", "frozen", "2of4/wanda-reordered"),
     ("SparseGPT, true sequential", "updated", "2of4/sparsegpt")]
 RIVALS = [  # the same: method, bytes of state a weight
@@ -74,10 +73,10 @@ RIVALS = [  # the same: method, bytes of state a weight
     ("STE on scores with Adam", "16", "2of4/rival-scores_ste-lr0.01-both-steps280"),
     ("MaskLLM", "24", "2of4/rival-maskllm-lr0.001-both-steps280"),
     ("SUSI", "16", "2of4/rival-susi-lr0.001-both-steps280"),
+    ("ours, all generated text after passages", "4.25", "2of4/sparsify-allafter-both-steps280"),
+    ("ProxSparse, the same", "16", "2of4/rival-proxsparse-lr0.0003-both-steps280"),
     ("ours, channels reordered, 568 steps", "4.25", "2of4/sparsify-permuted-both-minutes120"),
-    ("the STE, the same", "16", "2of4/rival-scores_ste-lr0.01-permuted-both-steps568"),
-    ("ours with [curvature](#what-long-runs-need), text without questions", "4.25", "2of4/sparsify-after-steps280"),
-    ("the STE, text without questions", "16", "2of4/rival-scores_ste-lr0.01-steps280")]
+    ("the STE, the same", "16", "2of4/rival-scores_ste-lr0.01-permuted-both-steps568")]
 GAPS = ["perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)"]
 BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."  # what a bench's table is of
 SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"),
