@@ -49,9 +49,8 @@ def learned(workshop, tmp_path):
 def heldout(workshop, run, files) -> torch.Tensor:
     """The minibatches that nothing was selected by, of these texts."""
     tokenizer, arguments = AutoTokenizer.from_pretrained(workshop / "dense"), run.record["arguments"]
-    text = data.token_sequences(tokenizer, list(map(str, files)), run.record["plan"]["tokens"], arguments["batchsize"],
-                                arguments["seqlen"], arguments["seed"])
-    minibatches = preparation.mixed([(text, 1.0)], arguments["seed"])[0]
+    minibatches = data.token_sequences(tokenizer, list(map(str, files)), run.record["plan"]["tokens"],
+                                       arguments["batchsize"], arguments["seqlen"], arguments["seed"])
     assert run.record["fingerprints"]["text"] == data.fingerprint(minibatches)
     return minibatches[-math.ceil(0.02 * len(minibatches)):].flatten(0, 1)
 
