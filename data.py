@@ -149,7 +149,7 @@ def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int,
         limit = min(limit or 256, 256)
     elif Path(dataset).is_file() and dataset.endswith(".txt"):
         with explained(f"dataset {dataset}", "check that the file is intact"):
-            text = Path(dataset).read_bytes().decode("utf-8")
+            text = Path(dataset).read_bytes().decode("utf-8-sig")
     else:
         text = "\n\n".join(documents(dataset))
     tokens = _tokens(tokenizer, text)

@@ -34,7 +34,7 @@ from files.atomic import refuse_existing
 from files.documents import check_paths
 from files.records import of_run, short_hash, write_json
 from masking.layers import apply_masks, check_sparsity, read_masks
-from models.layers import check_divisible, find_layers
+from models.layers import find_layers, layers_to_mask
 from models.loading import Tokenizer, check_length, load_model
 from models.loss import bos_hint
 from utils import (
@@ -103,8 +103,8 @@ def apply_and_verify(loaded: nn.Module, mask: str | None, sparsity_type: tuple[i
         layers = {name: module for name, module in layers.items() if name in found.masks}
         if not layers:
             raise UserError(f"{mask} has no mask for the layers that --targets name")
-    if sparsity_type:
-        check_divisible(layers, sparsity_type[1])
+    elif sparsity_type:
+        layers = layers_to_mask(loaded, targets, sparsity_type[1])
     density = check_sparsity(layers, sparsity_type)
     pattern = "{}:{}".format(*sparsity_type) if sparsity_type else None
     print(f"density {density:.6f}" + (f", {pattern} in every masked layer" if pattern else ""))
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     refuse_existing(out, "remove it, or choose another --save")
     check_paths([args.mask, *args.task_file], [args.ppl])
-    tasks = load_harness(args.tasks.split(",")) if args.tasks else {}
+    tasks = load_harness(args.tasks.replace(" ", "").split(",")) if args.tasks else {}
     files = {Path(path).stem: load_file(path) for path in args.task_file}
     if len(files) < len(args.task_file) or files.keys() & tasks.keys():
         raise UserError("two tasks have one name; rename a file of --task_file, or name it once")

@@ -15,6 +15,7 @@ from files.documents import check_paths
 from models import generation
 from models.loading import check_length, load_model
 from utils import (
+    UserError,
     add_model_arguments,
     positive_int,
     run_script,
@@ -39,6 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = refuse_existing(args.out, "choose another --out or remove it")
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out {out} must end in .jsonl: --dataset tells by it how a file is to be read")
     check_paths([], [args.after])
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen, "--seqlen")

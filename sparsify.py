@@ -145,7 +145,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     missing = plan["tokens"] - sum(text.numel() for text in questions + others)
     if missing and not args.shard:
         file = folder.path / GENERATED
-        wanted = max(1, min(missing, preparation.MOST_GENERATED) // minibatch) * minibatch
+        wanted = preparation.to_generate(missing, minibatch)
         if "text" not in stages.done:
             with stages.stage("text", f"the model generates up to {wanted:,} tokens"):
                 preparation.generate_text(file, model, tokenizer, wanted, args.seqlen, args.after, args.seed,

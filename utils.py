@@ -45,24 +45,31 @@ def explained(what: str | Path, advice: str) -> Iterator[None]:
     """Turn whatever reading raises into a UserError that begins with `what`: parsers share no class of error."""
     try:
         yield
-    except torch.OutOfMemoryError:  # `run_script` has better advice
-        raise
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     except Exception as error:
+        if is_out_of_memory(error):  # `run_script` has better advice
+            raise
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error.__cause__ or error}"
         raise UserError(f"{what} cannot be read ({' '.join(reason.split())[:300]}); {advice}") from error
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory is full or a CPU's, which PyTorch has no class of error for."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Call a script's `main`; a mistake or a full GPU becomes one line and exit code 2."""
+    """Call a script's `main`; a mistake or full memory becomes one line and exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0][:120]}); use a 16-bit --dtype or "
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({' '.join(str(error).split())[:120]}); use a 16-bit --dtype or "
               "--logits_dtype, or --gradient_checkpointing, or lower --microbatch (which costs memory in sparsify.py), "
               "--batchsize, --tasks_batchsize, --nsamples or --seqlen, where the script has it", file=sys.stderr)
         sys.exit(2)
@@ -153,7 +160,9 @@ def default_device() -> str:
     """A GPU if there is one; of several processes each takes its own."""
     if not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    if "LOCAL_RANK" not in os.environ:
+        return "cuda"
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # each may see its own GPU alone
 
 
 def checked_device(device: str | None = None) -> str:

@@ -25,7 +25,7 @@ from torch import nn
 def read_items(path: str) -> list[dict]:
     """The items of a task file. UserError names the first wrong line."""
     with explained(f"--task_file {path}", "give a file of one JSON object a line"):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would split inside JSON strings
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split inside JSON strings
         items = [_checked(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
         if not items:
             raise UserError("it has no items; give a file of one JSON object a line")
@@ -111,6 +111,9 @@ def run_harness(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsize: 
     0.4.9.2. A text longer than the model's positions loses its first tokens. UserError for what the harness cannot
     score, and for scores that are not finite.
     """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no token that begins or ends a text, one of which the harness needs: leave "
+                        "out --tasks and --task_file")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False,

@@ -1,8 +1,9 @@
 """Files that are whole or not there: written beside, synced and renamed."""
+import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils import UserError
@@ -39,7 +40,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         for written in [*beside.rglob("*"), beside]:
             if written.is_file():  # safetensors writes files that only their owner can read
-                written.chmod(0o666 & ~umask)
+                with suppress(OSError):  # some mounts have no permissions
+                    written.chmod(0o666 & ~umask)
             sync(written)
         os.replace(beside, path)
         sync(path.parent)  # the rename itself
@@ -54,6 +56,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a mount that has no such thing
+            raise
     finally:
         os.close(handle)
 

@@ -104,7 +104,7 @@ def _rows(file: Path) -> Iterator[dict]:
         import datasets
         yield from datasets.load_from_disk(file / "train" if (file / SAVED[1]).is_file() else file)
     elif file.name.endswith(".txt"):
-        with open(file, encoding="utf-8") as lines:
+        with open(file, encoding="utf-8-sig") as lines:
             for is_text, paragraph in itertools.groupby(lines, key=lambda line: bool(line.strip())):
                 if is_text:
                     yield {"text": "".join(paragraph).rstrip("\n")}

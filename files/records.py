@@ -38,7 +38,7 @@ def of_run(path: str | Path, name: str) -> Path:
 
 def base_model(model: str) -> str:
     """The model that a folder was pruned from, by the prune.json that prune.py left in it; else the model itself."""
-    path = Path(model) / "prune.json"
+    path = Path(model).expanduser() / "prune.json"
     if not path.is_file():
         return model
     with explained(path, "remove it, or prune the model again"):

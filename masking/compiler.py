@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from models import processes
+from utils import is_out_of_memory
 
 import torch
 from torch.utils.checkpoint import _StopRecomputationError
@@ -49,9 +50,11 @@ def compiled(function: Callable, eager: Callable) -> Callable:
                 if (seconds := time.monotonic() - began) > SLOW_S:
                     processes.log(f"{function.__qualname__}: {seconds:.0f} s to compile; other shapes take as long")
                 return result
-            except (torch.OutOfMemoryError, _StopRecomputationError):  # by which checkpointing ends what it recomputes
+            except _StopRecomputationError:  # by which checkpointing ends what it recomputes
                 raise
             except Exception as error:  # no compiler, none that works, no Triton, a bug of torch: each has its class
+                if is_out_of_memory(error):
+                    raise
                 broken.append(error)
                 failures.append(function.__qualname__)
                 print(f"note: torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "

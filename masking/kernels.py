@@ -143,6 +143,7 @@ class Kernels:
         eager = eager or function
         return compiled(function, eager) if self._compiled else eager
 
+    @torch.no_grad()
     def update(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
                start: int = 0) -> None:
         """pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w."""
@@ -156,6 +157,7 @@ class Kernels:
             self._update(list(logits), bits, None, None, coefficient, key, n, m, start=start)
             self._write(weight, bits, out, m)
 
+    @torch.no_grad()
     def vjp(self, logits: list[Tensor], bits: Tensor, weight: Tensor, gradient: Tensor, scale: Tensor, key: Tensor,
             start: int = 0) -> Tensor:
         """pi <- pi - step * J^T (weight * gradient), clipped, and m <- its most probable mask; see `fused_vjp`.
@@ -171,6 +173,7 @@ class Kernels:
             saliency = list(saliency.mul_(gradient.reshape(blocks, -1).T))
         return self._vjp(list(logits), bits, saliency, dtype, scale, key, space.n, space.m, start=start)
 
+    @torch.no_grad()
     def write(self, weight: Tensor, bits: Tensor, out: Tensor) -> None:
         """out <- m * w."""
         self._write(as_words(weight, self.space.m), bits, as_words(out, self.space.m), self.space.m)

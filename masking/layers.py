@@ -53,7 +53,7 @@ def learned_layers(model: nn.Module, found: mask_files.MaskFile, targets: list[s
 def note_sparse(layers: dict[str, nn.Module]) -> None:
     """Say so where layers to be pruned have been pruned before."""
     zeros = [int((own_weight(module) == 0).sum()) / max(1, own_weight(module).numel()) for module in layers.values()]
-    if max(zeros) > SPARSE:
+    if max(zeros, default=0) > SPARSE:
         processes.log(f"note: {max(zeros):.0%} of the weights of a layer are zero already: is this the dense model?")
 
 

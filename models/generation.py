@@ -16,7 +16,7 @@ from files.documents import documents
 from files.records import read_lines, short_hash
 from models import processes
 from models.loading import Tokenizer, check_length, input_device, model_fingerprint
-from utils import UserError, progress_bar, set_seed
+from utils import UserError, is_out_of_memory, progress_bar, set_seed
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def start_of_text(tokenizer: Tokenizer) -> int:
 def read_passages(dataset: str, model: nn.Module, tokenizer: Tokenizer, length: int) -> list[list[int]]:
     """Token ids of the first MOST_PASSAGES documents of a dataset, each of up to `length` tokens, without special ones.
     UserError where there are none, where model has no positions for a document behind one, and those of `documents`."""
-    texts = [text for text in islice(documents(dataset), MOST_PASSAGES) if text]
+    texts = [text for text in islice(documents(dataset), MOST_PASSAGES) if text.strip()]
     if not texts:
         raise UserError(f"--after {dataset} holds no passages: give a text of each kind that is wanted")
     passages = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length).input_ids
@@ -134,8 +134,8 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
             try:
                 written = generate(model, tokenizer, count, length - 1, passages,
                                    left_s if 0 < left_s < math.inf else None)
-            except torch.OutOfMemoryError:  # keys and values of so many documents
-                if count == 1:
+            except Exception as error:
+                if count == 1 or not is_out_of_memory(error):  # of keys and values of so many documents
                     raise
                 batchsize = count // 2
                 continue

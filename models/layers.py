@@ -10,9 +10,10 @@ from utils import UserError
 
 from torch import Tensor, nn
 
-# names of what stays dense: the output head, routers of experts, which are nn.Linear before transformers 5, and Mamba's
-# dt_proj, whose weight is used without calling the module
-DENSE = re.compile(r"lm_head|(^|\.)(gate|router|shared_expert_gate|dt_proj)(\.|$)")
+# names of what stays dense: the output head, routers of experts, which are nn.Linear before transformers 5, Mamba's
+# dt_proj, whose weight is used without calling the module, and parts that read images and sound, which no text reaches
+DENSE = re.compile(r"lm_head|(^|\.)(gate|router|shared_expert_gate|dt_proj)(\.|$)"
+                   r"|(^|\.)(embed_)?(vision|image|audio|multi_modal)")
 
 
 def is_transposed(module: nn.Module) -> bool:

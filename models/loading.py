@@ -27,6 +27,9 @@ def load_model(model: str, dtype: str | None = None, device: str | None = None,
     dtype: a name of utils.DTYPES, auto or checkpoint; None: auto on a CPU, float16 on a GPU. device: None, a torch
     device, or auto, by which accelerate spreads the layers over all GPUs.
     """
+    if processes.started() > processes.size():
+        raise UserError(f"{processes.started()} processes were started (WORLD_SIZE), of which each would do all of the "
+                        "work: start this script as one, with python")
     is_spread, device = device == "auto", checked_device(device)
     found, tokenizer = read_model(model, dtype, device, trust_remote_code, is_spread)
     if not is_spread:
@@ -150,7 +153,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def positions(model: nn.Module) -> float:
     """The most tokens of a sequence; infinite where the model has no such limit."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+    config = getattr(model.config, "text_config", None) or model.config  # of a model that reads images, too
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def check_length(model: nn.Module, tokens: int, flag: str, before: int = 0) -> None:

@@ -36,7 +36,7 @@ _groups: dict[str, distributed.ProcessGroup] = {}  # patient: of all processes, 
 def joined(device: str | None) -> Iterator[str | None]:
     """Inside, this process is one of those that the launcher has started, if one did. Yields the device it is to use:
     `device` itself where it is alone. A process that has gone or hangs is reported by one line."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started() == 1:
         yield device
         return
     if device == "auto":
@@ -65,6 +65,11 @@ def _reported() -> Iterator[None]:
             raise
         raise UserError(f"process {rank()} has lost another, which has ended or hangs "
                         f"({str(error).strip().splitlines()[0][:160]})") from error
+
+
+def started() -> int:
+    """How many processes the launcher has started, joined or not; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.comparison import markdown_table
+from files.atomic import refuse_existing
 from files.records import GENERATED, read_lines, read_record, write_json
 from utils import UserError, explained, run_script
 
@@ -150,7 +151,8 @@ def row_cells(rows: dict[str, list[dict]], name: str, seeds: int | None = None) 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if (Path(args.folder) / "run.json").exists():
-        write_json(args.out or Path(args.folder) / "record.json", read_run(Path(args.folder)))
+        out = refuse_existing(args.out, "remove it first") if args.out else Path(args.folder, "record.json")
+        write_json(out, read_run(Path(args.folder)))
         return
     record, out = make_record(Path(args.folder)), Path(args.out or Path(args.folder, "record.json"))
     if args.out and out.exists():

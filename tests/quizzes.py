@@ -1,5 +1,6 @@
 """What the tests of evaluation share: models, a text and a quiz in one folder, and eval.py run on them."""
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def make_folder(folder: Path, models: dict) -> Path:
 
 
 def run(arguments: str) -> None:
-    evaluate.main(f"{PLACE} {arguments}".split())
+    evaluate.main(shlex.split(f"{PLACE} {arguments}"))
 
 
 def table_of(said: str) -> list[list[str]]:

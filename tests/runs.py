@@ -1,5 +1,7 @@
-"""Runs of train.py and sparsify.py on the tiny Llama: how to start one, how to stop it, and what is read from it."""
+"""The scripts, and runs of train.py and sparsify.py on the tiny Llama: how to start and stop one, what is read from
+it."""
 import json
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,9 @@ from models.loss import batch_loss
 import transformers
 from safetensors.torch import load_file
 
+SCRIPTS = {name: import_module(name) for name in (
+    "prune", "get_mask", "inference_loss", "train", "sparsify", "eval", "generate_text", "plot", "permute")}
+ROOT = Path(__file__).parent.parent
 VANILLA = "--estimator vanilla --lr 0.1"
 
 

@@ -9,7 +9,7 @@ import os
 import utils
 
 import pytest
-from mistakes import ALL, COMMANDS, SCRIPTS, cases, check_refusal, fill, quietly, snapshot
+from mistakes import ALL, COMMANDS, cases, check_refusal, fill, quietly, script_of, snapshot
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ def refused(w, tmp_path, monkeypatch, capsys):
         before = snapshot(w, tmp_path)
         arguments = (COMMANDS[script] + " " + flags).format(w=w).split()
         with pytest.raises(SystemExit) as stop:
-            utils.run_script(lambda: SCRIPTS[script].main(arguments))
+            utils.run_script(lambda: script_of(script).main(arguments))
         check_refusal(stop.value.code, capsys.readouterr().err, *words)
         assert snapshot(w, tmp_path) == before
     return check
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", COMMANDS)
 def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
     """Else the refusals below could be of something else than they say."""
     monkeypatch.chdir(tmp_path)
@@ -129,7 +129,7 @@ ARGUMENTS = [
     ("prune", "--prune_method sparsegpt --swaps 3", "--swaps improves a mask of unchanged weights"),
     ("prune", f"--seed {10**30}", "--seed"),
     ("train", "--sparsty_type 2:4", "--sparsty_type", "is --sparsity_type meant?"),
-    (list(SCRIPTS), "--nonsense", "--nonsense")]
+    (list(COMMANDS), "--nonsense", "--nonsense")]
 RECORDS = [
     ("eval", "--task_file {w}/absent.jsonl", "absent.jsonl: no such file", "check the path"),
     *[("compare", f"--compare {{w}}/record.json {{w}}/{name}", name, "cannot be read", "give a record of eval.py")
@@ -140,6 +140,12 @@ RECORDS = [
 @cases(*MODELS, *MASKS, *TEXTS, *BASELINES, *OUTPUTS, *ARGUMENTS, *RECORDS)
 def test_mistakes(refused, script, flags, words):
     refused(script, flags, *words)
+
+
+@pytest.mark.parametrize("script", ["prune", "inference_loss", "eval"])
+def test_several_processes_for_the_work_of_one(refused, monkeypatch, script):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(script, "", "2 processes were started", "start this script as one, with python")
 
 
 @pytest.mark.parametrize("script, name", [("prune", "out"), ("get_mask", "initial_mask.safetensors"),

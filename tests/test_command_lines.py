@@ -2,28 +2,17 @@
 import argparse
 from pathlib import Path
 
-import eval as evaluate
-import generate_text
-import get_mask
-import inference_loss
-import permute
-import plot
-import prune
-import sparsify
-import train
 from training import arguments as train_args
 from utils import VERSION, environment, script_parser
 
 import pytest
-
-SCRIPTS = {script.__name__: script for script in (
-    prune, get_mask, inference_loss, train, sparsify, evaluate, permute, generate_text, plot)}
+from runs import SCRIPTS
 
 
 def parse(command: str) -> argparse.Namespace:
     _, script, *arguments = command.split()
     if script == "train.py":
-        return train_args.parse_paper(script_parser(train.__doc__), arguments)
+        return train_args.parse_paper(script_parser(""), arguments)
     return SCRIPTS[script.removesuffix(".py")].parse_args(arguments)
 
 

@@ -12,15 +12,14 @@ from utils import script_parser
 
 import pytest
 from quizzes import quiz, write_lines
+from runs import ROOT, SCRIPTS
 from tiny import write_corpus
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|json|txt|toml)|(?:[\w-]+/)+)`")
 MADE = re.compile(r"(results|demo|out|RUN|checkpoint|state|tensorboard|.*\.venv)/|"  # by users and runs, not by us
                   r"(text|quiz|data|generated|.*evaluation|prune|run|config|adapter_config|other|report)\.(jsonl?|txt)$")
-SCRIPTS = {"sparsify", "prune", "get_mask", "inference_loss", "eval", "generate_text", "plot", "permute"}
 FEWER = {  # what is put behind a command, of which the last value of a flag counts
     "prune": "--model {model} --dataset text.jsonl --nsamples 2 --seqlen 32 --dtype float32",
     "inference_loss": "--model {model} --dataset text.jsonl --dataset_size 8 --batchsize 4 --seqlen 32",

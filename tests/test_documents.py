@@ -47,7 +47,7 @@ def test_every_kind_of_source_gives_the_same_minibatches(kind, tokenizers, corpu
 
 
 def test_txt_documents_are_paragraphs(tmp_path):
-    (tmp_path / "p.txt").write_text("\n\none\nstill one\n\n\n  \ntwo: é\n\t\nthree", encoding="utf-8")
+    (tmp_path / "p.txt").write_text("\ufeff\n\none\nstill one\n\n\n  \ntwo: é\n\t\nthree", encoding="utf-8")
     assert list(documents(str(tmp_path / "p.txt"))) == ["one\nstill one", "two: é", "three"]
 
 

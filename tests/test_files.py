@@ -1,4 +1,5 @@
 """Files are written whole or not at all, and what a killed process left behind goes with the next write."""
+import errno
 import os
 import signal
 from pathlib import Path
@@ -9,9 +10,8 @@ from training import log
 from utils import UserError
 
 import pytest
+from runs import raises
 from safetensors import SafetensorError
-
-ROOT = Path(__file__).parent.parent
 
 
 def write(path, text="new"):
@@ -65,6 +65,13 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, m
     if "?" in events:
         pytest.skip("needs /proc")
     assert events == [f"{beside}/a", str(beside), "rename", str(tmp_path)]
+
+
+def test_mounts_without_permissions_or_syncing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "chmod", raises(PermissionError(errno.EPERM, "not permitted")))
+    monkeypatch.setattr(os, "fsync", raises(OSError(errno.EINVAL, "Invalid argument")))
+    write(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "new" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):

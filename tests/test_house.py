@@ -3,9 +3,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from runs import ROOT, SCRIPTS
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ("prune", "get_mask", "inference_loss", "train", "sparsify", "eval", "generate_text", "plot", "permute")
 FLOORS = [{"utils", "pge"}, {"files"}, {"models", "data"}, {"masking"}, {"pruning", "evaluation"}, {"training"},
           set(SCRIPTS)]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

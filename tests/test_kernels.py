@@ -13,6 +13,7 @@ import pytest
 import torch
 from exact import chi_square, distribution, pattern_counts
 from masked import planes_of, seeded
+from torch._dynamo.utils import counters
 
 FUSED = [(n, m) for n in range(1, 5) for m in range(n + 1, 9)]
 
@@ -215,12 +216,17 @@ def test_maskpro_finds_the_best_mask():
 def test_the_compiled_step_is_the_eager_one(n, m, dtype, compiler, capsys):
     """Same logits and masks but for a vanishing share (a sum may be rounded otherwise), the same distribution.
 
-    A compilation takes 10 to 15 s on two cores, so there are only two: one for each way to draw.
+    A compilation takes 10 to 15 s on two cores, so there are only two: one for each way to draw, whether gradients are
+    recorded or not.
     """
     kernels, logits = Kernels(LinearSpace(n, m)), torch.randn(2**18, m, generator=seeded(0)) * 3
     mask = pge.sample(logits, n, seeded(1))
     given = {"dtype": dtype, "weight": torch.randn(mask.numel(), generator=seeded(2)).bfloat16()}
     fast = take(kernels.update, logits, mask, 0.3, **given)
+    graphs = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        assert torch.equal(take(kernels.update, logits, mask, 0.3, **given)[0], fast[0])
+    assert counters["stats"]["unique_graphs"] == graphs > 0
     slow = take(eager_update, logits, mask, 0.3, **given)
     assert "torch.compile failed" not in capsys.readouterr().err
     assert kernels._update is not kernels_module.sliced(kernels_module.fused_update)  # it was compiled

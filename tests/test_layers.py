@@ -1,6 +1,7 @@
 """masking/layers.py: which layers are found, and masking them for good."""
 from contextlib import nullcontext
 
+from eval import apply_and_verify
 from files.mask_files import MaskFile
 from masking.layers import apply_masks, check_sparsity, learned_layers, match_masks, note_sparse
 from models.layers import DENSE, check_divisible, find_layers, is_transposed, layers_to_mask, weight_matrix
@@ -76,6 +77,8 @@ def test_fused_experts_are_refused_clearly_and_the_rest_can_be_named(tmp_path):
           pytest.raises(UserError, match=r"fused experts.*--targets self_attn")):
         assert len(layers_to_mask(model, None, 4)) == 2 * (4 + 4 * 3)
     assert len(layers_to_mask(model, ["self_attn"], 4)) == 8
+    with pytest.raises(UserError, match=r"fused experts|q_proj .* among them"):  # sparse elsewhere is not sparse
+        apply_and_verify(model, None, (2, 4), None)
 
 
 def test_layers_that_share_a_weight_are_refused(load):

@@ -1,5 +1,4 @@
 """Learning curves of runs, read back from the .svg."""
-import json
 import os
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,6 +9,7 @@ from utils import UserError
 
 import pytest
 from matplotlib.figure import Figure
+from quizzes import write_lines
 
 
 def metrics_of(steps: int, baseline: bool = True, heldout: bool = True) -> list[dict]:
@@ -20,8 +20,7 @@ def metrics_of(steps: int, baseline: bool = True, heldout: bool = True) -> list[
 
 def write_run(folder: Path, steps: int = 6, **kinds) -> Path:
     folder.mkdir(parents=True)
-    lines = [json.dumps(line) + "\n" for line in metrics_of(steps, **kinds)]
-    (folder / "metrics.jsonl").write_text("".join(lines))
+    write_lines(folder / "metrics.jsonl", metrics_of(steps, **kinds))
     return folder
 
 

@@ -13,13 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import eval as evaluate
-import generate_text
-import get_mask
-import inference_loss
-import permute
 import pge
-import prune
-import sparsify
 import train
 from files.documents import documents
 from masking.layers import apply_masks
@@ -33,10 +27,9 @@ import pytest
 import torch
 from exact import exact_vjp
 from masked import drawn_masks, logits_of, make, seeded
-from runs import column
+from runs import ROOT, SCRIPTS, column
 from tiny import write_corpus
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "reproduce"))
 import one_layer
 import record
@@ -44,10 +37,9 @@ import rival
 import tables
 import variance
 
-COMMANDS = {"prune.py": prune, "get_mask.py": get_mask, "inference_loss.py": inference_loss, "train.py": train,
-            "sparsify.py": sparsify, "eval.py": evaluate, "generate_text.py": generate_text,
-            "permute.py": permute, "reproduce/record.py": record, "reproduce/rival.py": rival}
-SCRIPTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
+COMMANDS = {"reproduce/record.py": record, "reproduce/rival.py": rival} | {
+    f"{name}.py": script for name, script in SCRIPTS.items()}
+EXPERIMENTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
 SHARED = {"baselines": "cached", "dataset_size": "8", "estimators": "maskpro", "learning_rate": "50", "logits": "10",
           "llama2_7b_2of4": ""}  # VALUES with which a script has no rows but those of llama2_7b_2of4
 RUN = "maskpro-size8-lr50-logits10-steps2"
@@ -104,7 +96,7 @@ def finished(tmp_path_factory, models):
     ({}, "after both layer29 susi"), ({"DEMO": "1"}, "one_shot maskpro prior scores scores_prior"),
     ({"SMALL": "1"}, "both minutes minutes_permuted scores_ste maskllm")],
     ids=["paper", "demo", "small"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EXPERIMENTS)
 def test_the_scripts_take_the_commands(script, mode, rows, tmp_path):
     """Of smollm2.sh, which has one mode, these rows."""
     further = {"HELDOUT": "text.txt", "VALUES": rows, "QUESTIONS": "quiz.jsonl"}
@@ -160,6 +152,8 @@ def test_a_record_and_its_table_are_over_seeds(tmp_path, monkeypatch, capsys):
     curve = kept["rows"]["1of4/run"][0]["run"]["curve"]
     assert (curve[0], curve[-1], len(curve)) == (3.0, 2.0, record.POINTS)
     (tmp_path / "out/1of4/run-seed1.json").rename(tmp_path / "out/1of4/other.json")  # its seed 1 is on record alone
+    with pytest.raises(UserError, match=r"out/record\.json exists already"):
+        record.main(["out/1of4/run", "--out", "out/record.json"])
     record.main(["out", "--out", "out/record.json"])
     grown = json.loads((tmp_path / "out/record.json").read_text())["rows"]
     assert grown["1of4/run"] == kept["rows"]["1of4/run"] and grown["1of4/other"][0]["nats"] == 1.25

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import train
 from training import checkpoint, figures, initialize
@@ -17,9 +16,7 @@ from utils import UserError
 
 import pytest
 from faults import kill
-from runs import VANILLA, arguments, raises, states_of, steps_of
-
-ROOT = Path(__file__).parent.parent
+from runs import ROOT, VANILLA, arguments, raises, states_of, steps_of
 
 
 def stop(workshop, run, flags, losses, at):

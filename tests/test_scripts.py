@@ -11,9 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import data
-import eval as evaluate
 import get_mask
-import inference_loss
 import prune
 import train
 from files import mask_files
@@ -28,12 +26,10 @@ import transformers
 from masked import inputs_of, same
 from mistakes import edited
 from quizzes import hf_model
-from runs import column, is_strict, read_run
+from runs import SCRIPTS, column, is_strict, read_run
 from safetensors.torch import load_file
 from tiny import write_corpus
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = {"prune": prune, "get_mask": get_mask, "inference_loss": inference_loss, "train": train, "eval": evaluate}
 MODELS = {  # name -> maskable layers, a late one whose inputs have been through most of the model
     "llama": (14, "model.layers.1.mlp.down_proj"), "gpt2": (8, "transformer.h.1.mlp.c_proj"),
     "opt": (12, "model.decoder.layers.1.fc2")}

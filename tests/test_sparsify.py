@@ -142,6 +142,7 @@ def test_questions_and_text_share_the_budget(tmp_path):
     assert asked == [([quiz], 160), ([text], 120)] and (questions.numel(), others.numel()) == (40, 120)
     fewer = [preparation.at_most_a_quarter(questions, rest).numel() for rest in (120, 119, 48, 3, 0)]
     assert fewer == [40, 32, 16, 8, 40]  # at least a minibatch of 8; all where there is nothing else
+    assert [preparation.to_generate(2**20, minibatch) / 2**10 for minibatch in (2**10, 2**17)] == [390, 2**10]
 
 
 @pytest.mark.parametrize("questions", [8, 80])

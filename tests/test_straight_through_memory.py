@@ -4,29 +4,22 @@ import weakref
 from masking.kernels import Kernels
 from masking.spaces import LinearSpace
 from models.layers import find_layers
+from models.loading import positions
 from training.faster_model import SHORT, speed_up
 
 import pytest
 import tiny
 import torch
-import transformers
 from masked import TOKENS, all_logits, forward, learner_of, used_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 KINDS = ["llama", "gpt2", "opt"]
 NORMED = {"Llama": {}, "Gemma": {"head_dim": 16}, "Qwen3": {"head_dim": 16}}  # Qwen3 has norms of heads, too
-SIZES = dict(vocab_size=64, hidden_size=tiny.HIDDEN, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
-             initializer_range=tiny.SPREAD, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def model_of(kind, layers=2):
-    if not hasattr(transformers, f"{kind}Config"):
-        pytest.skip("Qwen3 came with transformers 4.51")
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        num_hidden_layers=layers, **SIZES, **NORMED.get(kind, {"head_dim": 16}))
-    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return tiny.random_model(kind, **tiny.SIZES | {"num_hidden_layers": layers} | NORMED.get(kind, {"head_dim": 16}))
 
 
 def storages(values):
@@ -160,11 +153,12 @@ def test_what_is_not_the_models_own_stays():
     assert vars(moved)["forward"] is hooked and "forward" in vars(model.model.layers[0].input_layernorm)
 
 
-@pytest.mark.skipif(not hasattr(transformers, "Gemma4Config"), reason="transformers has no Gemma 4")
-def test_the_attention_of_parts_that_have_but_one_is_put_back():
+def test_parts_that_read_no_text_are_left_as_they_are():
     """Gemma 4's audio has no sdpa, as Gemma 2 has none."""
-    text = SIZES | dict(vocab_size=352, vocab_size_per_layer_input=352, num_hidden_layers=1, head_dim=16)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma4Config(
-        text_config=text, vision_config=None, audio_config=dict(hidden_size=64, num_hidden_layers=1)))
+    text = tiny.SIZES | dict(vocab_size=352, vocab_size_per_layer_input=352, num_hidden_layers=1, head_dim=16,
+                             max_position_embeddings=64)
+    model = tiny.random_model("Gemma4", text_config=text, vision_config=None,
+                              audio_config=dict(hidden_size=64, num_hidden_layers=1))
     speed_up(model, Kernels(LinearSpace(2, 4), "eager"), 8)()
     assert (model.config._attn_implementation, model.config.audio_config._attn_implementation) == ("sdpa", "eager")
+    assert positions(model) == 64 and not any("audio" in name for name in find_layers(model))

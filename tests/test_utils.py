@@ -1,6 +1,7 @@
 """utils.py: what a record says of the machine, how waiting is shown, and how OpenMP's threads wait."""
 import ast
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -53,6 +54,16 @@ def test_precisions(monkeypatch):
             monkeypatch.setattr(torch.cpu, name, lambda found=has_bf16: found, raising=False)
         assert utils.fast_dtype("cpu") == dtype
     assert read_model(str(ROOT / "reproduce/small_model"), None, "cuda", False)[0].dtype == torch.float16
+
+
+def test_a_full_memory_is_one_line(capsys):
+    """A CPU's, too, which PyTorch has no class of error for, and while a model is read."""
+    def read():
+        with utils.explained("--model large", "give another"):
+            torch.empty(2**60, dtype=torch.int8)
+    with pytest.raises(SystemExit) as stop:
+        utils.run_script(read)
+    assert stop.value.code == 2 and re.fullmatch("error: out of memory .*; use a 16-bit .*\n", capsys.readouterr().err)
 
 
 def test_peak_memory_is_that_of_the_gpus_or_where_none_is_used_of_the_process(monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import sys
+from types import SimpleNamespace
 
 from evaluation import zero_shot
 from utils import UserError
@@ -71,6 +72,11 @@ def test_choices_that_cannot_be_scored(loaded, tmp_path, scale, choices, words):
             weight.copy_(before)
 
 
+def test_a_tokenizer_without_a_token_that_begins_or_ends_a_text(load):
+    with pytest.raises(UserError, match="no token that begins or ends a text"):
+        zero_shot.run_harness(load(), SimpleNamespace(bos_token_id=None, eos_token_id=None), {}, 4)
+
+
 # ---------------------------------------------------------------------------------------------------------- task files
 
 GOOD = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
@@ -88,9 +94,9 @@ def test_bad_lines(tmp_path, line):
 
 
 def test_good_files(tmp_path):
-    """Line separators inside a string do not end the line; CRLF and an end without newline do no harm."""
-    (tmp_path / "quiz.jsonl").write_bytes(GOOD.replace("sky", "sky\u2028\x0b").replace("\x0b", "\\u000b").encode()
-                                          + b"\r\n" + GOOD.encode())
+    """Line separators inside a string do not end the line; a mark in front, CRLF, no newline at the end do no harm."""
+    first = GOOD.replace("sky", "sky\u2028\x0b").replace("\x0b", "\\u000b")
+    (tmp_path / "quiz.jsonl").write_bytes(f"{first}\r\n{GOOD}".encode("utf-8-sig"))
     items = zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
     assert [item["context"] for item in items] == ["The sky\u2028\x0b is", "The sky is"]
 
@@ -116,7 +122,7 @@ HUB = {  # rows of the Hub's data sets for the field's seven tasks
     "allenai/openbookqa": {"question_stem": "After rain, the river is", "choices": {"text": ["bright", "heavy"],
                                                                                     "label": ["A", "B"]},
                            "answerKey": "B"}}
-SEVEN = "hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa"
+SEVEN = "hellaswag,race, piqa, winogrande,arc_easy,arc_challenge,openbookqa"
 
 
 def test_the_fields_seven_tasks(folder, tmp_path, monkeypatch, capsys):
@@ -126,9 +132,9 @@ def test_the_fields_seven_tasks(folder, tmp_path, monkeypatch, capsys):
         rows = datasets.Dataset.from_list([HUB[path]] * 3)
         return datasets.DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), rows))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    run(f"--model {folder}/llama --ppl none --tasks {SEVEN} --task_limit 2 --save {tmp_path}/seven.json")
+    run(f"--model {folder}/llama --ppl none --tasks '{SEVEN}' --task_limit 2 --save {tmp_path}/seven.json")
     record, said = json.loads((tmp_path / "seven.json").read_text()), capsys.readouterr().out
-    assert list(record["tasks"]) == SEVEN.split(",") and record["task_limit"] == 2
+    assert list(record["tasks"]) == SEVEN.replace(" ", "").split(",") and record["task_limit"] == 2
     assert not any("no BOS" in task["source"] for task in record["tasks"].values())
     assert {name for name, task in record["tasks"].items() if "acc_norm" not in task} == {"race", "winogrande"}
     assert record["mean_acc"] == sum(task["acc"] for task in record["tasks"].values()) / 7

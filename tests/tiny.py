@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import sentencepiece
 import torch
 import transformers
@@ -125,6 +126,19 @@ def make_moe(folder) -> str:
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2, num_local_experts=4,
         num_experts_per_tok=2, max_position_embeddings=POSITIONS, initializer_range=SPREAD, bos_token_id=1,
         eos_token_id=2))
+
+
+SIZES = dict(vocab_size=64, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, initializer_range=SPREAD, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def random_model(kind: str, **sizes):
+    """A frozen decoder of this kind and these sizes. The test is skipped where transformers has none."""
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"this transformers has no {kind}")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 MODELS = {"llama": make_llama, "gpt2": make_gpt2, "opt": make_opt}

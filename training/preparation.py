@@ -96,6 +96,11 @@ def at_most_a_quarter(questions: Tensor, others: float) -> Tensor:
     return questions[:max(1, most)] if others else questions
 
 
+def to_generate(missing: int, minibatch: int) -> int:
+    """How many of the missing tokens the model generates: whole minibatches, FEWEST of them however large they are."""
+    return min(missing, max(MOST_GENERATED, FEWEST * minibatch)) // minibatch * minibatch
+
+
 def generate_text(file: Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, seqlen: int, after: str | None,
                   seed: int, max_s: float, minibatch: int) -> None:
     """Write so many tokens of generated documents, each of which continues one of the passages, if there are some, into
