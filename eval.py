@@ -65,7 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a window")
     parser.add_argument("--nwindows", type=positive_int, default=None, help="windows, at most (default: all)")
     parser.add_argument("--bos", action="store_true", help="put the beginning-of-text token, unscored, before windows")
-    parser.add_argument("--tasks", default=None, help="tasks of lm-evaluation-harness, separated by commas")
+    parser.add_argument("--tasks", type=lambda text: [name.strip() for name in text.split(",")], default=[],
+                        help="tasks of lm-evaluation-harness, separated by commas")
     parser.add_argument("--task_file", nargs="+", default=[], help="multiple-choice items, see evaluation/zero_shot.py")
     parser.add_argument("--task_limit", type=positive_int, default=None, help="use only the first items of each task")
     parser.add_argument("--tasks_batchsize", type=positive_int, default=16, help="choices in one forward pass")
@@ -80,9 +81,9 @@ def output_file(args: argparse.Namespace) -> Path:
     or text that was written again makes it another evaluation."""
     if args.save:
         return Path(args.save)
-    tasks = (args.tasks or "").split(",")  # some are YAML files
     mask = of_run(args.mask, "mask.safetensors") if args.mask else ""
-    local = [Path(path) for path in (of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *tasks) if path]
+    given = of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *args.tasks  # some tasks are YAML files
+    local = [Path(path) for path in given if path]
     files = [file for path in local for file in [path, *sorted(path.glob("*"))] if file.is_file()]
     device = checked_device(args.device)
     hashed = {**vars(args), "device": device, "fast_dtype": str(fast_dtype(device)),
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     refuse_existing(out, "remove it, or choose another --save")
     check_paths([args.mask, *args.task_file], [args.ppl])
-    tasks = load_harness(args.tasks.replace(" ", "").split(",")) if args.tasks else {}
+    tasks = load_harness(args.tasks)
     files = {Path(path).stem: load_file(path) for path in args.task_file}
     if len(files) < len(args.task_file) or files.keys() & tasks.keys():
         raise UserError("two tasks have one name; rename a file of --task_file, or name it once")

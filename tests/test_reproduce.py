@@ -120,7 +120,7 @@ def test_the_papers_settings(tmp_path):
         "maskpro", 512, 32, 128, 50, 10)
     assert (ours.model, ours.mask, ours.dataset, ours.steps) == (paper.model, paper.mask, [paper.dataset], 10000)
     evaluated = [evaluate.parse_args(flags) for name, *flags in plan[:-1] if name == "eval.py"]
-    assert {(args.ppl, args.seqlen, len(args.tasks.split(","))) for args in evaluated} == {("wikitext2", 4096, 7)}
+    assert {(args.ppl, args.seqlen, len(args.tasks)) for args in evaluated} == {("wikitext2", 4096, 7)}
 
 
 def test_a_record_and_its_table_are_over_seeds(tmp_path, monkeypatch, capsys):
