@@ -28,7 +28,7 @@ from pathlib import Path
 import data
 from evaluation.comparison import comparison, percent, read_evaluation
 from evaluation.perplexity import evaluate_windows
-from evaluation.zero_shot import load_file, load_harness, run_harness
+from evaluation.zero_shot import check_tokenizer, load_file, load_harness, run_harness
 from files import mask_files
 from files.atomic import refuse_existing
 from files.documents import check_paths
@@ -157,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     if len(files) < len(args.task_file) or files.keys() & tasks.keys():
         raise UserError("two tasks have one name; rename a file of --task_file, or name it once")
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
+    if tasks or files:
+        check_tokenizer(tokenizer)  # before perplexity takes its time
     result = {"model": args.model, "mask": args.mask, "dtype": str(model.dtype).removeprefix("torch."),
               **apply_and_verify(model, args.mask, args.sparsity_type, args.targets)}
     if args.ppl != "none":

@@ -102,6 +102,13 @@ def load_harness(names: list[str]) -> dict:
     return found
 
 
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """UserError for one that the harness cannot use."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no token that begins or ends a text, one of which the harness needs: leave "
+                        "out --tasks and --task_file")
+
+
 def run_harness(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsize: int, limit: int | None = None,
                 bos: bool = True) -> dict[str, dict]:
     """Task name -> acc, acc_norm where the task has it, their standard errors (None for a single item), `items` (how
@@ -111,9 +118,6 @@ def run_harness(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsize: 
     0.4.9.2. A text longer than the model's positions loses its first tokens. UserError for what the harness cannot
     score, and for scores that are not finite.
     """
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no token that begins or ends a text, one of which the harness needs: leave "
-                        "out --tasks and --task_file")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False,

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from runs import ROOT, SCRIPTS
 
-FLOORS = [{"utils", "pge"}, {"files"}, {"models", "data"}, {"masking"}, {"pruning", "evaluation"}, {"training"},
-          set(SCRIPTS)]
-LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+FLOORS = [{"utils", "pge"}, {"files"}, {"models", "data"}, {"masking"}, {"pruning", "evaluation"}, {"training"}]
+LEVEL = {room: level for level, rooms in enumerate([*FLOORS, SCRIPTS]) for room in rooms}
 ROOMS = {"models", "files", "masking", "pruning", "evaluation", "training"}
 OPTIONAL = {"matplotlib", "lm_eval", "datasets", "scipy"}
 MOST_LINES, MOST_FUNCTION_LINES = 300, 60

@@ -72,9 +72,11 @@ def test_choices_that_cannot_be_scored(loaded, tmp_path, scale, choices, words):
             weight.copy_(before)
 
 
-def test_a_tokenizer_without_a_token_that_begins_or_ends_a_text(load):
+def test_a_tokenizer_without_a_token_that_begins_or_ends_a_text(folder, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("eval.load_model", lambda *_: (None, SimpleNamespace(bos_token_id=None, eos_token_id=None)))
     with pytest.raises(UserError, match="no token that begins or ends a text"):
-        zero_shot.run_harness(load(), SimpleNamespace(bos_token_id=None, eos_token_id=None), {}, 4)
+        run(f"--model {folder}/llama --task_file {folder}/quiz.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------- task files
