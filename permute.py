@@ -2,7 +2,7 @@
 
     python permute.py --model MODEL --dataset text.jsonl --seqlen 512 --save_model permuted
     python prune.py --model permuted --dataset text.jsonl --seqlen 512       # and on, as with any model
-    python permute.py --model MODEL --order permuted.permutation.safetensors --save_model permuted
+    python permute.py --model MODEL --order permuted.permutation.safetensors --save_model reordered
 
 A mask keeps N of every M consecutive weights. Which weights are consecutive is arbitrary: channels can change places in
 the residual stream, within each KV head (v and o) and within each MLP, and the model stays the same

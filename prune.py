@@ -23,9 +23,9 @@ together, and prune a layer when the pass gets to it. So only one Hessian is in 
 --true_sequential the later layers see the pruned earlier ones. If that pass needs too much memory, lower --nsamples or
 --seqlen.
 
-Crops begin anywhere, as in `get_c4`. With --bos each crop begins with the
-beginning-of-text token instead, and ends a token earlier. Gemma models need that token. If it lowers the loss of the
-first crop by more than a tenth, a line recommends --bos.
+Crops begin anywhere, as in `get_c4`. With --bos the beginning-of-text token is put before each crop, which then ends a
+token earlier. Gemma models need that token. If it lowers the loss of the first crop by more than a tenth, a line
+recommends --bos.
 
 Writes a plain Hugging Face folder with zeros in it, and prune.json beside the weights. Next: `python get_mask.py`.
 """

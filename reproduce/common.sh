@@ -25,7 +25,7 @@ if [ "$DEMO" = 1 ]; then  # what `make demo` leaves in demo/, in minutes on a CP
     : "${SIZE:=128}" "${BATCHSIZE:=8}" "${STEPS:=48}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=512}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=32}")
 elif [ "$SMALL" = 1 ]; then  # bytes for tokens; text and windows are those of bench/rivals.py
-    : "${OUT:=results/reproduce-small}" "${MODEL:=reproduce/small_model}" "${DTYPE:=auto}"
+    : "${OUT:=results/reproduce-small}" "${MODEL:=reproduce/small_model}" "${DTYPE:=float32}"
     : "${TRAIN_TEXT:=demo/train.jsonl}" "${NSAMPLES:=128}" "${CALIBRATION_SEQLEN:=128}"
     : "${SIZE:=512}" "${BATCHSIZE:=8}" "${STEPS:=2500}" "${HELDOUT:=demo/heldout.txt}" "${SEQLEN:=128}"
     protocol=(--ppl "$HELDOUT" --seqlen "$SEQLEN" --nwindows "${NWINDOWS:=256}")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Results on a real model: SmolLM2-135M at 2:4, which `make demo DEMO_FLAGS=--quick` leaves in demo/.
+# Results on a real model: SmolLM2-135M at 2:4, which `make demo DEMO_FLAGS=--quick` leaves in demo/. Accuracies and
+# reordered channels need `make reproduce-env`.
 #
 #   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                        # one row
 #   HELDOUT=WIKITEXT VALUES="maskpro scores layer29" SEEDS=0 bash reproduce/smollm2.sh     # 80, 45 and 80 minutes
@@ -20,7 +21,7 @@
 # All commands for one OUT, results/reproduce-smollm2, must name the same HELDOUT, QUESTIONS and TASK_FILES, if any.
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
-# python reproduce/record.py results/reproduce-smollm2 --out reproduce/records/smollm2.json
+# python reproduce/record.py results/reproduce-smollm2 --out record.json   # not into records/: rows there are older
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
 maskpro_steps=${STEPS:-2000}
 : "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${STEPS:=280}" "${MINUTES:=30}"
