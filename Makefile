@@ -1,5 +1,5 @@
-# make test | demo | lint: each sets itself up in .venv; test-oldest in .venv-oldest; reproduce-env: exact versions, in
-# .venv-lock.
+# make test | demo | lint: each sets itself up in .venv; .ci/run: all that must pass; test-oldest in .venv-oldest;
+# reproduce-env: exact versions, in .venv-lock.
 # Without a GPU, TORCH_INDEX=<index of torch's CPU builds> saves 3 GB where pip would fetch the CUDA build.
 PYTHON ?= python3
 VENV ?= .venv

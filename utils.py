@@ -55,8 +55,10 @@ def explained(what: str | Path, advice: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's memory is full or a CPU's, which PyTorch has no class of error for."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether a GPU's memory is full or a CPU's. PyTorch has no class of error for the latter, nor for what Triton and
+    cuBLAS need on a GPU."""
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in str(error) for part in said)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -175,10 +177,18 @@ def checked_device(device: str | None = None) -> str:
     return device
 
 
+def dtype_name(dtype: str | None, device: str) -> str:
+    """What a --dtype stands for on a device: a name of DTYPES, or checkpoint. None: auto on a CPU, float16 on a GPU."""
+    if dtype is None and not device.startswith("cpu"):
+        return "float16"
+    return str(fast_dtype(device)).removeprefix("torch.") if dtype in (None, "auto") else dtype
+
+
 def fast_dtype(device: str) -> torch.dtype:
     """bfloat16 where the hardware is fast at it; elsewhere float32 on a CPU, float16 on a GPU."""
     if not device.startswith("cpu"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     has_bf16 = any(getattr(torch.cpu, name, lambda: False)()
                    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return torch.bfloat16 if has_bf16 else torch.float32

@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from evaluation.comparison import markdown_table
 from files.records import write_json
 from masking import compiler
 from masking.masked_model import MaskedModel
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+COMMIT = environment()["commit"]  # of the code that is measured: files may change while a bench runs
 DEFAULTS = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)  # of sparsify.py, on text that it generates
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
@@ -168,19 +170,22 @@ def hand_back(folder: str, result: object) -> None:
 def print_table(rows: list[dict]) -> None:
     """Rows, column -> cell, as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    print("\n| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for row in rows:
-        cells = [row.get(column, "") for column in columns]
-        print("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+    lines = [[row.get(column, "") for column in columns] for row in rows]
+    print("\n" + markdown_table(columns, [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line]
+                                          for line in lines]))
+
+
+def conditions_of(args: argparse.Namespace) -> dict:
+    """What a record says beside its numbers."""
+    return {**environment(args.device), "commit": COMMIT, "device": args.device, "seed": args.seed,
+            "command": " ".join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name,
+                                 *sys.argv[1:]])}
 
 
 def report(rows: list[dict], args: argparse.Namespace, note: str = "") -> None:
     """Print a line of conditions, the rows (column -> cell) as a Markdown table, and a note. With --json also write the
     rows, each with the conditions."""
-    conditions = {**environment(args.device), "device": args.device, "seed": args.seed,
-                  "command": " ".join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name,
-                                       *sys.argv[1:]])}
+    conditions = conditions_of(args)
     print(f"\n{conditions['command']}  ({conditions['hardware']}, torch {conditions['torch']}, "
           f"commit {conditions['commit']}, seed {args.seed})")
     print_table(rows)

@@ -48,8 +48,8 @@ class Problem:
         return model
 
     def batches(self, setting: dict, passes: int, seed: int) -> Tensor:
-        """The minibatches of a run, int64 `[minibatches, sequences, tokens]`. Of `fresh` text no sequence is repeated;
-        otherwise these are the fixed ones, in an order of the seed's."""
+        """The minibatches of a run, int64 `[minibatches, sequences, tokens]`. Of `fresh` text no sequence is repeated
+        while there is text; otherwise these are the fixed ones, in an order of the seed's."""
         if setting.get("fresh"):
             return data.token_sequences(self.tokenizer, [TEXT], passes * 32 * 128, setting["batchsize"], 128, seed)
         return self.fixed.roll(-5 * seed, 0)

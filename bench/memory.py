@@ -5,7 +5,7 @@
 Each way to learn runs three steps of 8 x 128 tokens in a process of its own; on a CPU also in two processes that share
 each layer's rows (--shard). Kept: bytes a masked weight that stay between two steps (weight, logits, mask), counted.
 Used: the most memory at any time from the loaded model on, m0 included, libraries left out. On a CPU this is resident
-memory, on a GPU allocated memory.
+memory with eager kernels, on a GPU allocated memory with compiled ones.
 """
 import argparse
 import gc

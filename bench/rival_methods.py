@@ -191,9 +191,9 @@ class ProxSparse(Rival):
     """Dense weights W, trained towards 2:4. Each step is Adam's on the loss plus `stay` ||W / w * (W - w)||^2, then in
     each block the proximal step of lambda * (sum of the products of three |W|).
 
-    `strength` is the sum of lambda over the run. The mask keeps the largest |W| ||x|| at the end. As published, the
-    products are of bare weights; here weights are multiplied by the norms of their inputs (mean square 1 in a layer),
-    so that the method starts from m0's order, as the others do. 2:4 only.
+    `strength` is about twice the sum of lambda over the run. The mask keeps the largest |W| ||x|| at the end. As
+    published, the products are of bare weights; here weights are multiplied by the norms of their inputs (mean square 1
+    in a layer), so that the method starts from m0's order, as the others do. 2:4 only.
     """
     stay = 0.25
 

@@ -126,8 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     steps = 4 if args.quick else 12  # in long runs a last bit changes a draw, and then everything after it
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.seed)
-        rows = [row for way in WAYS for row in compare(Path(folder), way, (2,) if args.quick else (2, 3, 4), steps,
-                                                       args.device)]
+        most = torch.cuda.device_count() if args.device == "cuda" else 4  # a GPU for each process
+        counts = tuple(count for count in ((2,) if args.quick else (2, 3, 4)) if count <= most)
+        rows = [row for way in WAYS for row in compare(Path(folder), way, counts, steps, args.device)]
     common.report(rows, args, "the processes share the cores of one machine: no statement about speed")
 
 

@@ -93,6 +93,7 @@ def measure(functions: dict[str, Callable], inputs: Inputs, device: str,
 def compare(shape: str, dtype: torch.dtype, tokens: list[int], device: str, seed: int, depth: int | None,
             repeats: int) -> list[dict]:
     """The table's rows of one dtype; depth: decoder layers, if not the shape's."""
+    common.free_memory(device)  # of the model of the dtype before
     model = common.random_llama(shape, device, dtype, seed, depth)
     found = find_layers(model)
     apply_masks(found, common.magnitude_masks(model))

@@ -139,6 +139,7 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
                     raise
                 batchsize = count // 2
                 continue
+            torch.cuda.empty_cache()  # keys and values of every length were in it
             written = [row for row in written if row]
             empty = 0 if written else empty + count
             if empty >= MOST_EMPTY:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from files.records import of_run
 from models import processes
-from utils import DTYPES, UserError, checked_device, explained, fast_dtype, reuse_freed_memory
+from utils import DTYPES, UserError, checked_device, dtype_name, explained, reuse_freed_memory
 
 import torch
 import transformers
@@ -43,10 +43,9 @@ def load_model(model: str, dtype: str | None = None, device: str | None = None,
 def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bool,
                is_spread: bool = False) -> tuple[nn.Module, Tokenizer]:
     """As `load_model`, but on the CPU, unless it is spread over all GPUs. device: that it is meant for."""
-    source, dtype = local_folder(model), dtype or ("auto" if device.startswith("cpu") else "float16")
-    torch_dtype = {"auto": fast_dtype(device), "checkpoint": "auto", **DTYPES}[dtype]
-    named = dtype if dtype == "checkpoint" else str(torch_dtype).removeprefix("torch.")
-    processes.log(f"loading {model} ({named}, {device})")
+    source, dtype = local_folder(model), dtype_name(dtype, device)
+    torch_dtype = {"checkpoint": "auto", **DTYPES}[dtype]
+    processes.log(f"loading {model} ({dtype}, {device})")
     if torch_dtype == torch.float16 and device.startswith("cpu"):
         processes.log("note: a CPU is several times slower in float16 than in what --dtype auto takes")
     with explained_model(model):

@@ -50,6 +50,9 @@ def joined(device: str | None) -> Iterator[str | None]:
 
 
 def _begin(on_cpu: bool) -> str:
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not on_cpu and 1 < gpus < here:  # where one is seen, each may see its own
+        raise UserError(f"{here} processes were started on a machine of {gpus} GPUs: start at most one for each GPU")
     state = PartialState(cpu=on_cpu, timeout=TIMEOUT, **({} if on_cpu else {"backend": "cpu:gloo,cuda:nccl"}))
     _groups["patient"] = distributed.new_group(timeout=FETCHING, backend="gloo")
     # cpu:0 would be another device than cpu, to which everything is copied
@@ -63,8 +66,9 @@ def _reported() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
-        raise UserError(f"process {rank()} has lost another, which has ended or hangs "
-                        f"({str(error).strip().splitlines()[0][:160]})") from error
+        said = str(error).strip().splitlines()  # of nccl the last line has the reason
+        raise UserError(f"process {rank()} has lost another, which has ended, hangs or uses the same GPU "
+                        f"({'; '.join(line[:160] for line in dict.fromkeys((said[0], said[-1])))})") from error
 
 
 def started() -> int:
@@ -159,6 +163,12 @@ def check_same(text: str, what: str) -> None:
     if odd:
         raise UserError(f"{what} of process {', '.join(odd)} differ from those of process 0; start all processes with "
                         "the same files, flags, library versions and kind of device")
+
+
+def copy_main(tensor: Tensor) -> None:
+    """Make a contiguous tensor the main process's in all processes, in place."""
+    if size() > 1:
+        distributed.broadcast(tensor.view(torch.uint8), 0)
 
 
 def mean_async(tensor: Tensor) -> Callable[[], Tensor]:

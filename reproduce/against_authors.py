@@ -43,11 +43,11 @@ from statistics import fmean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import pge
 from evaluation.comparison import markdown_table
 from files import mask_files
 from files.documents import documents
 from files.records import read_lines, write_json
+from pge import Estimator, score
 from utils import UserError, environment, positive_int, progress_bar, run_script, script_parser, sequence_length
 
 import numpy as np
@@ -201,7 +201,7 @@ def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
     steps: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for step, logits, mask in torch.load(run / "steps.pt"):
         steps.setdefault(step, []).append((logits.view(-1, 4), mask.view(-1, 4)))
-    estimator, losses = pge.Estimator(), losses_of_theirs(run)
+    estimator, losses = Estimator(), losses_of_theirs(run)
     advantages = [estimator.advantage(loss, baseline[step % len(baseline)]) for step, loss in enumerate(losses)]
     kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     pairs = sorted((step for step in steps if step + 1 in steps), key=lambda step: abs(advantages[step]))
@@ -209,7 +209,7 @@ def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
     for step in pairs:
         for (before, mask), (after, _) in zip(steps[step], steps[step + 1]):
             found = (before.double() - after.double()) / (lr * advantages[step])  # that of step + 1, counted from 1
-            exact = pge.score(before.double(), mask)
+            exact = score(before.double(), mask)
             saturated = before.double().softmax(1).amax(1) > SATURATED
             for kind in kinds:
                 kinds[kind].append(torch.stack([found, exact], 1)[saturated == kind])
@@ -253,7 +253,7 @@ def compare(args: argparse.Namespace, a: Path, b: Path) -> tuple[list[list[str]]
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    steps = args.epoch * args.dataset_size // BATCHSIZE
+    here, steps = environment("cpu"), args.epoch * args.dataset_size // BATCHSIZE
     starts = np.linspace(1, steps - 1, RECORDED).astype(int).tolist()
     with tempfile.TemporaryDirectory() as work:
         args.model = args.model or make_model(args.dataset, Path(work, "model"))
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     record = {
         "command": "python " + shlex.join([os.path.relpath(__file__), *(sys.argv[1:] if argv is None else argv)]),
         "authors": f"github.com/woodenchild95/Maskpro at {authors_git(args.authors, 'rev-parse', 'HEAD')}",
-        **environment("cpu"), "seeds": [*range(args.seeds)],
+        **here, "seeds": [*range(args.seeds)],
         "sha256": {"model": hashlib.sha256(weights).hexdigest(),
                    "text": hashlib.sha256(Path(args.dataset).read_bytes()).hexdigest(), "mask (fingerprint)": mask},
         "table": [dict(zip(HEADING, row)) for row in rows],

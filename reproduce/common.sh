@@ -76,7 +76,8 @@ ran() {  # ran OUTPUT RUN "SCRIPT [METHOD]" FLAGS...: a run, up to this output o
     local output=$1 run=$2 script=$3
     shift 3
     if [ -e "$run" ] && ! grep -qs '"summary":' "$run/run.json"; then  # it may have its output and not be finished
-        [ "$DRY" = 1 ] || rm -f "$output"
+        if [ "$DRY" = 1 ]; then echo "\$ python $script --resume $run"; return; fi
+        rm -f "$output"
         once "$output" $script --resume "$run"
     fi
     once "$output" $script "$@" --out "$run"

@@ -23,7 +23,7 @@ BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-prior-siz
         "sparsify.py, half an hour": "2of4/sparsify-both-minutes30",
         "sparsify.py, 280 steps": "2of4/sparsify-allafter-both-steps280",
         "half an hour, channels reordered": "2of4/sparsify-permuted-both-minutes30",
-        "two hours, channels reordered": "2of4/sparsify-permuted-allafter-minutes120"}
+        "two hours, channels reordered": "2of4/sparsify-permuted-allafter-both-minutes120"}
 
 
 def main() -> None:

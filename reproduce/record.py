@@ -15,7 +15,8 @@ reproduce/tables.py makes the tables of the docs from it. Columns of the table:
 
     nats                    by token, of the held-out text, mean and standard deviation over the seeds
     of the gap (%)          share of the gap in nats between the wanda.json of the same folder and dense that is closed
-    first, last steps       loss of the sampled masks in the first and in the last STEPS steps, on the training text
+    first, last steps       loss of the sampled masks in the first and in the last STEPS steps, at most half a run, on
+                            the training text
     blocks changed (%)      in the final mask
 """
 import argparse
@@ -34,7 +35,7 @@ from utils import UserError, explained, run_script
 
 import numpy as np
 
-STEPS = 512  # that a mean of the sampled masks' losses goes over
+STEPS = 512  # that a mean of the sampled masks' losses goes over, at most
 POINTS = 40  # of a curve
 HEADING = ["mask", "seeds", "nats", "of the gap (%)", "sampled masks, first steps", "last steps", "blocks changed (%)",
            "seconds"]
@@ -53,12 +54,12 @@ def read_run(folder: Path) -> dict:
     if not lines:
         raise UserError(f"{folder} has no step yet; wait for one")
     losses = [line["loss"] for line in lines]
-    loop_s = lines[-1]["seconds"]
+    loop_s, few = lines[-1]["seconds"], max(1, min(STEPS, len(losses) // 2))
     seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values()) or loop_s
     run = {**{key: record[key] for key in ("arguments", "environment", "fingerprints", "rival") if key in record},
            "summary": record.get("summary", {}), "steps": len(lines),
-           "seconds": seconds, "loop_s": loop_s, "first": statistics.mean(losses[:STEPS]),
-           "last": statistics.mean(losses[-STEPS:]), "curve": thinned(losses)}
+           "seconds": seconds, "loop_s": loop_s, "first": statistics.mean(losses[:few]),
+           "last": statistics.mean(losses[-few:]), "curve": thinned(losses)}
     if lines[-1].get("baseline") is not None:
         run["residuals"] = thinned([line["loss"] - line["baseline"] for line in lines])
     return run
@@ -81,7 +82,8 @@ def make_record(folder: Path) -> dict:
             seed |= {"mean_acc": evaluation["mean_acc"],
                      "tasks": {name: task["source"] for name, task in evaluation["tasks"].items()}}
         if rows and not same_items(seed, rows["dense"][0]):
-            raise UserError(f"{file} was evaluated on other tokens or items than dense.json: evaluate both anew")
+            raise UserError(f"{file} was evaluated on other tokens or items than dense.json, or in another dtype: "
+                            "evaluate both anew")
         if file.with_suffix("").is_dir() and (file.with_suffix("") / "run.json").exists():
             seed["run"] = read_run(file.with_suffix(""))
             given = seed["run"]["arguments"]
@@ -100,8 +102,8 @@ def make_record(folder: Path) -> dict:
 
 
 def same_items(seed: dict, other: dict) -> bool:
-    """Were both evaluated on the same tokens and, where both know their items, on these?"""
-    return all(seed[key] == other[key] for key in ("fingerprint", "tasks") if key in seed and key in other)
+    """Were both evaluated in the same dtype, on the same tokens and, where both know their items, on these?"""
+    return all(seed[key] == other[key] for key in ("dtype", "fingerprint", "tasks") if key in seed and key in other)
 
 
 def added(old: dict, new: dict) -> dict:
@@ -109,10 +111,8 @@ def added(old: dict, new: dict) -> dict:
     for name, digest in new["sha256"].items():
         if old["sha256"].get(name, digest) != digest and not name.endswith(GENERATED):
             raise UserError(f"{name} is not the one of that record: give another --out")
-    if old["rows"]["dense"][0]["dtype"] != new["rows"]["dense"][0]["dtype"]:
-        raise UserError("that record is of another dtype: give another --out")
     if not same_items(old["rows"]["dense"][0], new["rows"]["dense"][0]):
-        raise UserError("that record was evaluated on other tokens or items: give another --out")
+        raise UserError("that record was evaluated on other tokens or items, or in another dtype: give another --out")
     if "mean_acc" in old["rows"]["dense"][0] and "mean_acc" not in new["rows"]["dense"][0]:
         raise UserError("that record has accuracies, and these results have none: give TASK_FILES, or another --out")
     rows = dict(old["rows"])

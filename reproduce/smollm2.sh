@@ -21,12 +21,13 @@
 # All commands for one OUT, results/reproduce-smollm2, must name the same HELDOUT, QUESTIONS and TASK_FILES, if any.
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
-# python reproduce/record.py results/reproduce-smollm2 --out record.json   # not into records/: rows there are older
+# python reproduce/record.py results/reproduce-smollm2 --out reproduce/records/smollm2.json
+# "allafter" in a row's name: all generated text continues passages; in rows of the records without it half did, or less.
+: "${HELDOUT:?give HELDOUT=FILE, a text to evaluate on that is not the demo's}"
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
 maskpro_steps=${STEPS:-2000}
 : "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${STEPS:=280}" "${MINUTES:=30}"
 . "$(dirname "$0")/common.sh"
-[ "$HELDOUT" != demo/heldout.txt ] || stop "give HELDOUT=FILE, a text to evaluate on that is not the demo's"
 
 sparsified() {  # sparsified ROW FLAGS...: its sparse model, which a new order of channels may be part of
     local run=$folder/sparsify-$1$(of_seed)
@@ -45,7 +46,7 @@ with_questions() {  # with_questions ROW FLAGS...: of text after passages and of
 }
 
 rival() {  # rival METHOD RATE: with the arguments, the text and the m0 of `both`
-    local run=$folder/rival-$1-lr$2-both-steps$STEPS$(of_seed)
+    local run=$folder/rival-$1-lr$2-allafter-both-steps$STEPS$(of_seed)
     ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --like "${run/rival-$1-lr$2/sparsify}" --lr "$2"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
@@ -56,10 +57,10 @@ pruned wanda
 for SEED in ${SEEDS:-0 1 2}; do
     for row in ${VALUES:-after}; do
         case $row in
-        after) sparsified "after-steps$STEPS" --steps "$STEPS" --after reproduce/articles.jsonl ;;
-        both) with_questions "both-steps$STEPS" --steps "$STEPS" ;;
-        minutes) with_questions "both-minutes$MINUTES" --minutes "$MINUTES" ;;
-        minutes_permuted) with_questions "permuted-both-minutes$MINUTES" --minutes "$MINUTES" --permute ;;
+        after) sparsified "allafter-steps$STEPS" --steps "$STEPS" --after reproduce/articles.jsonl ;;
+        both) with_questions "allafter-both-steps$STEPS" --steps "$STEPS" ;;
+        minutes) with_questions "allafter-both-minutes$MINUTES" --minutes "$MINUTES" ;;
+        minutes_permuted) with_questions "permuted-allafter-both-minutes$MINUTES" --minutes "$MINUTES" --permute ;;
         scores_ste) rival scores_ste "${ETA:-0.01}" ;;
         maskllm | susi) rival "$row" "${ETA:-0.001}" ;;
         proxsparse) rival proxsparse "${ETA:-0.0003}" ;;

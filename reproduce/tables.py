@@ -49,7 +49,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weigh
     (("`sparsify.py`, a quarter [questions](docs/sparsify.md#accuracy), the rest [after "
       "passages](docs/sparsify.md#passages), 280 steps"), "frozen", "2of4/sparsify-allafter-both-steps280"),
     ("the same, [channels reordered](docs/permutations.md), [two hours](docs/sparsify.md#a-runs-report), 459 steps",
-     "frozen", "2of4/sparsify-permuted-allafter-minutes120"),
+     "frozen", "2of4/sparsify-permuted-allafter-both-minutes120"),
     ("the first with †, half of it after passages, in [half an hour](docs/sparsify.md#a-runs-report)", "frozen",
      "2of4/sparsify-both-minutes30"),
     ("the same, channels reordered", "frozen", "2of4/sparsify-permuted-both-minutes30"),
@@ -74,7 +74,7 @@ RIVALS = [  # the same: method, bytes of state a weight
     ("MaskLLM", "24", "2of4/rival-maskllm-lr0.001-both-steps280"),
     ("SUSI", "16", "2of4/rival-susi-lr0.001-both-steps280"),
     ("ours, all generated text after passages", "4.25", "2of4/sparsify-allafter-both-steps280"),
-    ("ProxSparse, the same", "16", "2of4/rival-proxsparse-lr0.0003-both-steps280"),
+    ("ProxSparse, the same", "16", "2of4/rival-proxsparse-lr0.0003-allafter-both-steps280"),
     ("ours, channels reordered, 568 steps", "4.25", "2of4/sparsify-permuted-both-minutes120"),
     ("the STE, the same", "16", "2of4/rival-scores_ste-lr0.01-permuted-both-steps568")]
 GAPS = ["perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)"]
@@ -204,9 +204,8 @@ def example() -> str:
 
 
 def step() -> str:
-    """What bench/step.py has left by --json, without rows of growth, which it makes no more."""
-    rows = [row for row in record("step") if not row["what"].startswith("growth")]
-    columns = ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
+    """What bench/step.py has left by --json."""
+    rows, columns = record("step"), ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
     lines = [[row["what"].replace("torch.", ""), *(f"{row[key]:.3g}" if key in row else "" for key in columns)]
              for row in rows]
     return markdown_table(["", *columns], lines) + BENCH.format(**rows[0])

@@ -186,7 +186,7 @@ def row(found: dict) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    rows = []
+    rows, here = [], environment("cpu")
     for n, m in args.patterns:
         model, tokenizer = load_model(args.model, "auto", "cpu")
         layers = find_layers(model)
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     print(markdown_table(HEADING, [row(found) for found in rows]))
     if args.record:
         arguments = {name: value for name, value in vars(args).items() if name != "record"}
-        write_json(args.record, {"arguments": arguments, "environment": environment("cpu"), "rows": rows})
+        write_json(args.record, {"arguments": arguments, "environment": here, "rows": rows})
 
 
 if __name__ == "__main__":

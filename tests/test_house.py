@@ -7,7 +7,7 @@ from runs import ROOT, SCRIPTS
 
 FLOORS = [{"utils", "pge"}, {"files"}, {"models", "data"}, {"masking"}, {"pruning", "evaluation"}, {"training"}]
 LEVEL = {room: level for level, rooms in enumerate([*FLOORS, SCRIPTS]) for room in rooms}
-ROOMS = {"models", "files", "masking", "pruning", "evaluation", "training"}
+ROOMS = {file.parent.name for file in ROOT.glob("*/__init__.py")}
 OPTIONAL = {"matplotlib", "lm_eval", "datasets", "scipy"}
 MOST_LINES, MOST_FUNCTION_LINES = 300, 60
 SHORT = {"train.py": 150}

@@ -1,4 +1,4 @@
-"""Losses that are not finite, and losses that rise: what train.py makes of them."""
+"""Losses that are not finite: what train.py makes of them."""
 import json
 import math
 

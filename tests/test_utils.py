@@ -64,6 +64,8 @@ def test_a_full_memory_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         utils.run_script(read)
     assert stop.value.code == 2 and re.fullmatch("error: out of memory .*; use a 16-bit .*\n", capsys.readouterr().err)
+    for said, is_full in {"Triton Error: out of memory": True, "CUBLAS_STATUS_ALLOC_FAILED": True, "": False}.items():
+        assert utils.is_out_of_memory(RuntimeError(said)) == is_full
 
 
 def test_peak_memory_is_that_of_the_gpus_or_where_none_is_used_of_the_process(monkeypatch):

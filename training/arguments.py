@@ -16,6 +16,8 @@ from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
+    checked_device,
+    dtype_name,
     number,
     positive_int,
     sparsity_type,
@@ -134,8 +136,9 @@ def run(script: str, args: Namespace, work: Callable) -> None:
         remove_state(args.resume)  # it may have been killed before it could
         print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
         return
-    with (processes.joined(args.device) as device, RunFolder(args.out, vars(args), script, bool(args.resume)) as folder,
-          StopSignals() as signals):
-        if processes.size() > 1:
-            compiler.agree(device)
-        work(args, device, folder, signals)
+    with processes.joined(args.device) as device:
+        args.dtype = dtype_name(args.dtype, checked_device(device))  # is recorded, and kept on another device
+        with (RunFolder(args.out, vars(args), script, bool(args.resume)) as folder, StopSignals() as signals):
+            if processes.size() > 1:
+                compiler.agree(device)
+            work(args, device, folder, signals)
