@@ -123,11 +123,11 @@ def test_the_bits_are_those_of_the_record(w, tmp_path, name):
     found, before = run(w, tmp_path / "out", *RUNS[name]), record["runs"][name]
     if probe(w) == record["probe"]:
         assert found == before
-    elif "losses" in before:
+        return
+    if "losses" in before:  # weights have no looser comparison
         assert found["steps"] == before["steps"]
         assert found["losses"][:STEADY] == pytest.approx(before["losses"][:STEADY], abs=LOOSE)
-    else:
-        pytest.skip("this machine rounds otherwise than the record's, and weights have no looser comparison")
+    pytest.skip("bits were not compared: this machine or torch rounds otherwise than the record's")
 
 
 def renew() -> None:
