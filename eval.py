@@ -115,7 +115,7 @@ def apply_and_verify(loaded: nn.Module, mask: str | None, sparsity_type: tuple[i
 def evaluate_text(model: nn.Module, tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None,
                   bos: bool) -> dict:
     """The perplexity on a text, printed, and the fields of the record that describe it."""
-    check_length(model, seqlen, "--seqlen")
+    check_length(model, seqlen)
     token = data.wanted_bos(tokenizer) if bos else None
     windows, text_tokens = data.perplexity_windows(tokenizer, ppl, seqlen, nwindows)
     result = {"text": ppl, "seqlen": seqlen, "windows": len(windows), "tokens": windows.numel(),

@@ -14,14 +14,7 @@ from files.atomic import refuse_existing
 from files.documents import check_paths
 from models import generation
 from models.loading import check_length, load_model
-from utils import (
-    UserError,
-    add_model_arguments,
-    positive_int,
-    run_script,
-    script_parser,
-    sequence_length,
-)
+from utils import UserError, add_model_arguments, positive_int, run_script, script_parser, sequence_length
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {out} must end in .jsonl: --dataset tells by it how a file is to be read")
     check_paths([], [args.after])
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    check_length(model, args.seqlen, "--seqlen")
+    check_length(model, args.seqlen)
     passages = generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []
     documents, tokens = generation.write_text(out, model, tokenizer, args.tokens, args.seqlen, args.batchsize, passages,
                                               args.seed)

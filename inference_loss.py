@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     out = refuse_existing(path, "choose another --save or remove it")
     check_paths([] if args.mask == "none" else [args.mask], [args.dataset])
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    check_length(model, args.seqlen, "--seqlen")
+    check_length(model, args.seqlen)
     layers = find_layers(model)
     masks = {} if args.mask == "none" else read_masks(args.mask, model, args.sparsity_type).masks
     batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)

@@ -62,7 +62,7 @@ def search(args: argparse.Namespace) -> tuple[Orders, dict]:
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_reorderable(model)
     layers = layers_to_mask(model, None, args.sparsity_type[1])
-    check_length(model, args.seqlen, "--seqlen")
+    check_length(model, args.seqlen)
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
     check_tokens(model, samples)
     orders, shares = search_and_reorder(model, layers, samples, args.sparsity_type, args.steps, args.seed)

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     note_sparse(layers)
     samples = None
     if way.needs_text:
-        check_length(model, args.seqlen, "--seqlen")
+        check_length(model, args.seqlen)
         bos = data.wanted_bos(tokenizer) if args.bos else None
         samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed, bos)
         check_tokens(model, samples)

@@ -114,7 +114,7 @@ def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, Mas
     model, tokenizer = read(args.model, args.dtype, device, args.trust_remote_code)
     if args.shard and model.dtype == torch.float16:
         raise UserError("--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16")
-    check_length(model, args.seqlen, "--seqlen")
+    check_length(model, args.seqlen)
     mask = read_masks(args.mask, model, args.sparsity_type) if args.mask else None
     if mask:
         learned_layers(model, mask, args.targets)

@@ -77,7 +77,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     # text -> minibatches; m0 -> the masked model and the baseline
     load = load_sharded if args.shard and processes.size() > 1 else load_model
     model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
-    check_length(model, args.seqlen, "--seqlen")
+    check_length(model, args.seqlen)
     note_sparse(find_layers(model, args.targets))
     m0 = read_masks(args.mask, model, args.sparsity_type)
     learned = learned_layers(model, m0, args.targets)

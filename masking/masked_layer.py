@@ -1,5 +1,4 @@
 """One layer under a mask that is learned: its weight, its logits, its mask, and what it computes from."""
-from collections import Counter
 from collections.abc import Callable
 
 from masking.block_bits import bits_to_mask, mask_to_bits
@@ -102,9 +101,6 @@ class MaskedLayer:
 
 def scratch_buffers(modules: dict[str, nn.Module]) -> dict[tuple, Tensor]:
     """(device, dtype) -> an empty tensor that is as large as the largest weight there that is not sharded."""
-    sizes = Counter()
-    for module in modules.values():
-        weight = module.weight.data
-        if not isinstance(weight, DTensor):
-            sizes[weight.device, weight.dtype] = max(sizes[weight.device, weight.dtype], weight.numel())
-    return {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in sizes.items()}
+    weights = [module.weight.data for module in modules.values() if not isinstance(module.weight.data, DTensor)]
+    largest = {(weight.device, weight.dtype): weight.numel() for weight in sorted(weights, key=Tensor.numel)}
+    return {key: torch.empty(size, dtype=key[1], device=key[0]) for key, size in largest.items()}

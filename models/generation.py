@@ -45,7 +45,7 @@ def read_passages(dataset: str, model: nn.Module, tokenizer: Tokenizer, length: 
     if not texts:
         raise UserError(f"--after {dataset} holds no passages: give a text of each kind that is wanted")
     passages = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length).input_ids
-    check_length(model, length, "--seqlen", before=max(map(len, passages)))
+    check_length(model, length, before=max(map(len, passages)))
     return passages
 
 

@@ -156,9 +156,9 @@ def positions(model: nn.Module) -> float:
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 
-def check_length(model: nn.Module, tokens: int, flag: str, before: int = 0) -> None:
+def check_length(model: nn.Module, tokens: int, before: int = 0) -> None:
     """UserError where sequences of so many tokens, behind so many of a passage, would run past the model's
     positions."""
     if before + tokens > (longest := positions(model)):
         behind = f", behind a passage of {before} tokens," if before else ""
-        raise UserError(f"{flag} {tokens}{behind} is more than the {longest} positions of the model; lower {flag}")
+        raise UserError(f"--seqlen {tokens}{behind} is more than the {longest} positions of the model; lower --seqlen")

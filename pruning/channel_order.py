@@ -16,7 +16,6 @@ time. None makes the order worse.
 """
 import math
 from collections import defaultdict
-from typing import TypeAlias
 
 from masking.fused_ops import nth_largest
 from models.layers import is_transposed, weight_matrix
@@ -28,7 +27,7 @@ from utils import UserError, progress_bar
 import torch
 from torch import Tensor, nn
 
-Shares: TypeAlias = dict[str, tuple[float, float]]  # kind of set -> of its score the best mask keeps (before, after)
+Shares = dict[str, tuple[float, float]]  # kind of set -> of its score the best mask keeps (before, after)
 STEPS = 20  # in each set of channels
 ROWS = 16384  # drawn of those that read a set of channels, at most
 TOGETHER = 128  # blocks, at most, that exchange channels at once

@@ -128,12 +128,11 @@ def digest_of(orders: Orders) -> str:
     return digest.hexdigest()[:16]
 
 
-def apply_permutation(model: nn.Module, file: str | Path) -> nn.Module:
-    """The model itself, reordered in place by a file that permute.py wrote. UserError if the file is damaged or of
-    another model, or if the model was reordered before."""
+def apply_permutation(model: nn.Module, file: str | Path) -> None:
+    """Reorder a model in place by a file that permute.py wrote. UserError if the file is damaged or of another model,
+    or if the model was reordered before."""
     orders, name, fingerprint = permutation_files.load(file)
     if fingerprint != model_fingerprint(model):
         raise UserError(f"{file} is of another model than this one, or this one was reordered before; give the model "
                         f"that the file was made for, {name}")
     reorder(model, orders)
-    return model

@@ -3,7 +3,6 @@
 A baseline file is an .npz of the losses and of everything they depend on, so that a stale one is refused by name.
 """
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def save(path: str | Path, losses: list[float], depends_on: dict[str, str]) -> N
 def find(source: str, dataset_size: int, batchsize: int, seqlen: int) -> str:
     """The file that --baseline names, that of the default name where it is "cached". UserError where there is none."""
     path = default_path(dataset_size, batchsize, seqlen) if source == "cached" else source
-    if not os.path.exists(path):
+    if not Path(path).exists():
         raise UserError(f"{path}: there is no such baseline; run inference_loss.py with the same --model, --mask and "
                         "data flags first, or train with --baseline online")
     return path

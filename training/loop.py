@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from models import processes
-from training.checkpoint import StateFile, give_shards
+from training.checkpoint import give_shards
 from training.log import Log
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -194,18 +194,15 @@ class Run:
         self.parts, saved = parts, self.folder.newest_state()
         with processes.main_before_others():
             if saved:
-                self._restore(saved)
+                self.position = Position(**saved.scalars["position"])
+                for name, part in parts.items():
+                    part.restore(saved.scalars[name], lambda key, like, name=name: saved.read(f"{name}.{key}", like))
+                torch.set_rng_state(saved.read("random", torch.get_rng_state()))
                 self.checkpoints.step, self.checkpoints.saved_at = self.step, self.position.seconds
             self.log = Log(self.folder.path, self.position.log_bytes)
         if saved:
             processes.log(f"going on after step {self.step} of {self.folder.path}")
         return bool(saved)
-
-    def _restore(self, saved: StateFile) -> None:
-        self.position = Position(**saved.scalars["position"])
-        for name, part in self.parts.items():
-            part.restore(saved.scalars[name], lambda key, like, name=name: saved.read(f"{name}.{key}", like))
-        torch.set_rng_state(saved.read("random", torch.get_rng_state()))
 
     def save(self) -> None:
         """Save the state of this step, once; the other processes wait, since writing may take longer than a process may

@@ -32,7 +32,6 @@ class Normalization:
         self.place = {layer.name: place for place, layer in enumerate(layers)}
         self.mean_squares = torch.full((len(layers),), torch.nan, device=device)  # of J^T G; NaN: not measured yet
         self._sizes = torch.tensor([float(layer.shape.numel()) for layer in layers], device=device)
-        self._squares: dict[int, Tensor] = {}  # sums over the rows that are here, of this backward pass
 
     def begin_pass(self, size: float) -> None:
         """Before a backward pass whose step is `size`."""
@@ -40,7 +39,8 @@ class Normalization:
         factors = (means.clamp(min=1e-30).rsqrt() / CLIP).masked_fill(means.isnan(), 0.0)
         scales = torch.stack([factors, torch.full_like(factors, size), factors, factors], 1)  # 16 bytes apart, as keys
         self._scales = {device: scales.to(device) for device in self.masked.devices()}
-        self._squares, self.not_finite = {}, torch.zeros((), dtype=torch.int64, device=means.device)
+        self._squares: dict[int, Tensor] = {}  # sums over the rows that are here, of this pass
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=means.device)
 
     def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> None:
         """One layer's step by df/dW `[rows, in]`. UserError for a second one in the pass: the model uses the layer

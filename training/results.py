@@ -11,7 +11,7 @@ from training.loop import Run
 from utils import peak_memory_bytes
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 
 def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_logits: bool, skips_checkpoint: bool,
@@ -38,7 +38,8 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
             save_file(logits, beside)
     levels = {mask: next(iter(found.values())) for mask, found in (nats or {}).items()}
     figures.learning_curve({folder.name: run.log.lines}, folder / "curve.png", levels)
-    return {**_summary(run), **_changes(initial.masks, final, initial.m),
+    changed = sum(int((mask != initial.masks[name]).view(-1, initial.m).any(1).sum()) for name, mask in final.items())
+    return {**_summary(run), "blocks": masked.blocks, "blocks_changed": changed,
             "mask_fingerprint": mask_files.fingerprint(masks)}
 
 
@@ -67,9 +68,3 @@ def _summary(run: Run) -> dict:
     if validation.prior is not None:
         summary["prior"] = validation.prior
     return summary
-
-
-def _changes(initial: dict[str, Tensor], final: dict[str, Tensor], m: int) -> dict[str, int]:
-    """Blocks of the learned layers, and how many of them are not as in m0."""
-    changed = sum(int((mask != initial[name]).reshape(-1, m).any(1).sum()) for name, mask in final.items())
-    return {"blocks": sum(mask.numel() // m for mask in final.values()), "blocks_changed": changed}
