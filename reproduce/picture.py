@@ -18,11 +18,11 @@ BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-prior-siz
         "MaskPro (the paper), 10,000 steps": MASKPRO[10000],
         "SparseGPT (updates weights)": "2of4/sparsegpt",
         "MaskLLM, 280 steps": "2of4/rival-maskllm-lr0.001-both-steps280",
+        "sparsify.py, half an hour": "2of4/sparsify-allafter-both-minutes30",
+        "half an hour, channels reordered": "2of4/sparsify-permuted-allafter-both-minutes30",
         "STE with Adam, 280 steps": "2of4/rival-scores_ste-lr0.01-both-steps280",
         "sparsify.py, the STE's text": "2of4/sparsify-both-steps280",
-        "sparsify.py, half an hour": "2of4/sparsify-both-minutes30",
         "sparsify.py, 280 steps": "2of4/sparsify-allafter-both-steps280",
-        "half an hour, channels reordered": "2of4/sparsify-permuted-both-minutes30",
         "two hours, channels reordered": "2of4/sparsify-permuted-allafter-both-minutes120"}
 
 
