@@ -186,9 +186,11 @@ def dtype_name(dtype: str | None, device: str) -> str:
 
 def fast_dtype(device: str) -> torch.dtype:
     """bfloat16 where the hardware is fast at it; elsewhere float32 on a CPU, float16 on a GPU."""
-    if not device.startswith("cpu"):
+    if device.startswith("cuda"):
         with torch.cuda.device(device):
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if not device.startswith("cpu"):
+        return torch.float16
     has_bf16 = any(getattr(torch.cpu, name, lambda: False)()
                    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return torch.bfloat16 if has_bf16 else torch.float32

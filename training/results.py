@@ -38,7 +38,8 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
             save_file(logits, beside)
     levels = {mask: next(iter(found.values())) for mask, found in (nats or {}).items()}
     figures.learning_curve({folder.name: run.log.lines}, folder / "curve.png", levels)
-    changed = sum(int((mask != initial.masks[name]).view(-1, initial.m).any(1).sum()) for name, mask in final.items())
+    changed = sum(int((mask != initial.masks[name]).reshape(-1, initial.m).any(1).sum())
+                  for name, mask in final.items())
     return {**_summary(run), "blocks": masked.blocks, "blocks_changed": changed,
             "mask_fingerprint": mask_files.fingerprint(masks)}
 
