@@ -221,14 +221,19 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # the environment
 
+def commit() -> str:
+    """Of this code as it is now, or unknown."""
+    try:
+        found = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                               capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        found = ""
+    return found or "unknown"
+
+
 def environment(device: str | torch.device | None = None) -> dict:
     """Versions, commit and the hardware of a device, for run records and benches."""
-    try:
-        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                                capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # there is no git
-        commit = ""
-    return {"version": VERSION, "commit": commit or "unknown", "python": platform.python_version(),
+    return {"version": VERSION, "commit": commit(), "python": platform.python_version(),
             "torch": torch.__version__, "transformers": version("transformers"), "hardware": hardware(device)}
 
 

@@ -23,13 +23,13 @@ from masking.masked_model import MaskedModel
 from models.layers import find_layers, weight_matrix
 from pruning.one_shot import OneShot
 from training.straight_through import StraightThrough
-from utils import UserError, default_device, environment
+from utils import UserError, commit, default_device, environment
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-COMMIT = environment()["commit"]  # of the code that is measured: files may change while a bench runs
+COMMIT = commit()  # of the code that is measured: files may change while a bench runs
 DEFAULTS = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)  # of sparsify.py, on text that it generates
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,

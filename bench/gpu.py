@@ -129,9 +129,9 @@ def runs(args: argparse.Namespace) -> Rows:
                 run([script, "--resume", str(outs[2])])
             once, again, resumed = (json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"]
                                     for out in outs)
-            same = ["the same seed twice", "resumed, the same"] if is_exact(args, script) else []
             yield {"what": script, "the same seed twice": int(again == once), "killed": int(killed),
-                   "resumed, the same": int(resumed == once)}, dict.fromkeys(["killed", *same], (1, 1))
+                   "resumed, the same": int(resumed == once)}, {
+                "killed": (1, 1), **same_bits(args, script, "the same seed twice", "resumed, the same")}
 
 
 def processes(args: argparse.Namespace) -> Rows:
@@ -143,9 +143,8 @@ def processes(args: argparse.Namespace) -> Rows:
         make_inputs(Path(folder), args.seed)
         for way in WAYS:
             for row in compare(Path(folder), way, (2,), 4, args.device):
-                same = {"the same mask": (1, 1)} if is_exact(args, way) else {}
                 yield {"what": row.pop("learning"), **row}, {"logits apart from one process's, at most": (0, 2e-3),
-                                                             **same}
+                                                             **same_bits(args, way, "the same mask")}
         for script, flags in SCRIPTS.items():
             outs = [Path(folder, script, name) for name in ("once", "killed")]
             place = ["--device", "cpu"] if args.device == "cpu" else []
@@ -156,12 +155,14 @@ def processes(args: argparse.Namespace) -> Rows:
             run([*TWO, script, "--resume", str(outs[1])])
             first, second = (json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"] for out in outs)
             yield {"what": f"{script} --shard", "one killed": int(is_killed), "the same mask": int(first == second)}, {
-                "one killed": (1, 1), **({"the same mask": (1, 1)} if is_exact(args, script) else {})}
+                "one killed": (1, 1), **same_bits(args, script, "the same mask")}
 
 
-def is_exact(args: argparse.Namespace, what: str) -> bool:
-    """Whether what is learned so must be the same to the bit: a GPU's backward passes may round otherwise."""
-    return args.device == "cpu" or what not in ("sparsify.py", "gradients")
+def same_bits(args: argparse.Namespace, what: str, *columns: str) -> dict:
+    """The limits of columns that say whether masks are the same: none where a GPU's backward passes, which may round
+    otherwise, have made them."""
+    is_exact = args.device == "cpu" or what not in ("sparsify.py", "gradients")
+    return dict.fromkeys(columns, (1, 1)) if is_exact else {}
 
 
 def filled(flags: str, folder: str | Path, steps: int) -> list[str]:
@@ -219,16 +220,14 @@ def main(argv: list[str] | None = None) -> None:
     everything, failed, conditions = [], [], common.conditions_of(args)
     is_slow = not args.device.startswith("cuda")  # the limits of time and memory are a card's
     for name in common.chosen(MEASUREMENTS, args.rows):
-        rows, is_late = [], time.monotonic() - began > args.budget_s
-        if is_late:
-            rows.append({"what": "all", "verdict": "no time left"})
+        rows, measured = [], MEASUREMENTS[name](args)
         try:
-            for row, limits in [] if is_late else MEASUREMENTS[name](args):
+            while (is_early := time.monotonic() - began <= args.budget_s) and (found := next(measured, None)):
+                row, limits = found
                 is_judged = name != "step" or not (is_slow or args.quick)
                 rows.append({**row, "verdict": verdict(row, limits if is_judged else {})})
-                if time.monotonic() - began > args.budget_s:
-                    rows.append({"what": "the rest", "verdict": "no time left"})
-                    break
+            if not is_early:
+                rows.append({"what": "the rest", "verdict": "no time left"})
         except Exception as error:  # the other measurements are worth having all the same
             said = " ".join(f"WRONG: {type(error).__name__}: {error}".split())
             rows.append({"what": "failed", "verdict": said[:500]})

@@ -23,7 +23,10 @@
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
 # python reproduce/record.py results/reproduce-smollm2 --out reproduce/records/smollm2.json
 # "allafter" in a row's name: all generated text continues passages; in rows of the records without it half did, or less.
-: "${HELDOUT:?give HELDOUT=FILE, a text to evaluate on other than that of the demo}"
+if [ "${HELDOUT:-demo/heldout.txt}" = demo/heldout.txt ]; then  # before anything is written
+    echo "error: give HELDOUT=FILE, a text to evaluate on that is not the demo's" >&2
+    exit 2
+fi
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64
 maskpro_steps=${STEPS:-2000}
 : "${OUT:=results/reproduce-smollm2}" "${SIZE:=512}" "${STEPS:=280}" "${MINUTES:=30}"

@@ -85,8 +85,7 @@ with processes.joined("cpu"):
         tensor = torch.arange(6, dtype=dtype).view(2, 3) * rank
         processes.mean_async(tensor)()
         assert torch.equal(tensor, torch.arange(6, dtype=dtype).view(2, 3) * (sum(everyone) / size)), tensor
-        tensor = torch.full((3,), 1 + rank, dtype=dtype)
-        processes.copy_main(tensor)
+        processes.copy_main(tensor := torch.full((3,), 1 + rank, dtype=dtype))
         assert tensor.tolist() == [1, 1, 1]
     order = open(sys.argv[2], "a", buffering=1)
     with processes.main_before_others():
@@ -140,7 +139,8 @@ def test_text_order_and_m0_are_made_once_for_all(w, tmp_path):
                f"--out {tmp_path}/run")
     launched = started(2, w, [tmp_path / "script.py", *command.split()])
     assert launched.wait() == 0, launched.said
-    for name in ("write_text", "search_and_reorder", "one_shot_masks"):
+    for stage, name in (("text", "write_text"), ("order", "search_and_reorder"), ("m0", "one_shot_masks")):
+        assert launched.said.count(f"[{stage}] ") == 2, launched.said  # it begins and ends
         assert launched.said.count(f"made by {name}") == 1, launched.said
     assert steps_of(tmp_path / "run") == [1, 2, 3] and (tmp_path / "run/checkpoint").exists()
     assert is_strict(mask_files.load(tmp_path / "run/mask.safetensors").masks)

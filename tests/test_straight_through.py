@@ -89,7 +89,7 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, shares):
         assert torch.allclose(gradient, wanted, atol=2e-4 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("n, m", [(1, 2), (1, 4), (2, 4), (3, 4), (4, 8)])
+@pytest.mark.parametrize("n, m", [(2, 4), (4, 8)])
 def test_updates_follow_the_formula(load, n, m):
     """pi <- pi - size * clip(J^T G / (CLIP rms)), rms^2 a running mean of the earlier steps' mean squares."""
     learner, masked, dense = learner_of(load(), n, m)
