@@ -3,10 +3,12 @@
     python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625
     python train.py --model MODEL --dataset text.jsonl --init scores --logits 4 --lr 1     # where 10 * m0 is slow
     python train.py --model MODEL --dataset text.jsonl --baseline online      # without inference_loss.py
+    python train.py --model MODEL --dataset text.jsonl --init random --baseline online     # without any sparse model
     python train.py --resume results/RUN                                      # goes on with a run that was stopped
     torchrun --nproc_per_node R train.py ...     # R processes, each with a minibatch of its own under the same mask
 
-Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses (inference_loss.py). Writes a new folder
+Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses (inference_loss.py). With --init random
+m0 is the most probable mask of random logits, and neither file is needed. Writes a new folder
 results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), metrics.jsonl (one line a step),
 curve.png, run.json. The first mask is m0 itself; the final one keeps the N largest logits of each block. With
 --val_fraction it does best on held-out text, on which masks with less of the prior C * m0 in the logits are tried, too.
@@ -79,14 +81,18 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
     check_length(model, args.seqlen)
     note_sparse(find_layers(model, args.targets))
-    m0 = read_masks(args.mask, model, args.sparsity_type)
+    space = SPACES[args.space](*args.sparsity_type)
+    if args.init == "random":
+        m0 = initialize.random_mask(model, args.model, args.targets, space, args.logits, args.seed)
+    else:
+        m0 = read_masks(args.mask, model, args.sparsity_type)
     learned = learned_layers(model, m0, args.targets)
     minibatches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
     folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
     baseline = baselines.load(cached, model, m0.masks, minibatches) if cached else None
     batches, heldout = hold_out(minibatches, args.val_fraction)
-    masked = MaskedModel(model, m0.masks, SPACES[args.space](m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
-                         learned, args.seed, keep_dense=args.init == "scores", microbatch=args.microbatch)
+    masked = MaskedModel(model, m0.masks, space, args.logits, DTYPES[args.logits_dtype], learned, args.seed,
+                         keep_dense=args.init == "scores", microbatch=args.microbatch)
     if estimator.needs_baseline and is_online:
         baseline = baselines.OnlineBaseline(masked, batches)
 
@@ -95,12 +101,15 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     if not run.restore(masked=masked, estimator=estimator, validation=validation):
         if args.init == "scores":
             initialize.from_scores(masked, args.logits, batches.flatten(0, 1))
+        if args.init == "random":
+            initialize.from_random(masked, args.logits, args.seed)
         validation.evaluate(0)
 
     # the loop
     for index in run.steps():
         run.advance(learner.step(index, args.lr))
-    validation.weaken_prior(m0.masks, args.logits, run.step)
+    if args.init != "random":  # its logits hold no prior for m0
+        validation.weaken_prior(m0.masks, args.logits, run.step)
 
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)
     folder.finish(summary)

@@ -121,10 +121,11 @@ initial_mask() {  # Wanda's, where all learning starts
 }
 
 learn() {  # learn SCRIPT RUN FLAGS...: RUN/mask.safetensors, evaluated on the original weights; resumes a stopped run
-    local script=$1 run=$2
+    local script=$1 run=$2 mask=(--mask "$folder/initial_mask.safetensors")
     shift 2
+    [[ " $* " != *" --init random "* ]] || mask=()
     ran "$run/mask.safetensors" "$run" "$script" --model "$MODEL" --sparsity_type "$n_m" --dataset "$TRAIN_TEXT" \
-        --mask "$folder/initial_mask.safetensors" --seqlen "$SQLEN" "$@" --skip_checkpoint
+        "${mask[@]}" --seqlen "$SQLEN" "$@" --skip_checkpoint
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
 

@@ -22,16 +22,18 @@ VANILLA = "--estimator vanilla --lr 0.1"
 
 def arguments(workshop: Path, out: Path, flags: str = "") -> list[str]:
     """Of a run of train.py in the workshop of tests/faults/kill.py."""
-    return (f"--model {workshop}/dense --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl "
-            "--dtype float32 --device cpu --dataset_size 8 --batchsize 2 --seqlen 24 --logits 1 --lr 5 "
+    mask = "" if "--init random" in flags else f"--mask {workshop}/mask.safetensors"
+    return (f"--model {workshop}/dense {mask} --dataset {workshop}/text.jsonl --dtype float32 --device cpu "
+            "--dataset_size 8 --batchsize 2 --seqlen 24 --logits 1 --lr 5 "
             "--baseline online --max_step 6 --targets q_proj --skip_checkpoint --checkpoint_every 1 "
             f"--out {out} {flags}").split()
 
 
 def run_train(out, folder, model, flags):
     """A run of train.py; folder: conftest.py's text_and_masks."""
+    mask = "" if "--init random" in flags else f"--mask {folder}/2_4.safetensors"
     train.main(f"--model {model} --dtype float32 --device cpu --dataset {folder}/text.jsonl --dataset_size 8 "
-               f"--batchsize 4 --seqlen 32 --mask {folder}/2_4.safetensors --baseline online --logits 1 --lr 5 "
+               f"--batchsize 4 --seqlen 32 {mask} --baseline online --logits 1 --lr 5 "
                f"--max_step 4 --save --out {out} {flags}".split())
     return read_run(out)
 

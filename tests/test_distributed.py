@@ -51,8 +51,9 @@ def w(tmp_path_factory):
 
 
 def arguments(w: Path, out: Path, flags: str) -> list[str]:
-    return (f"--model {w}/dense --mask {w}/mask.safetensors --dataset {w}/text.jsonl --dtype float32 --device cpu "
-            f"--seqlen 24 --out {out} {flags}").split()
+    mask = "" if "--init random" in flags else f"--mask {w}/mask.safetensors"
+    return (f"--model {w}/dense {mask} --dataset {w}/text.jsonl --dtype float32 --device cpu --seqlen 24 --out {out} "
+            f"{flags}").split()
 
 
 def started(count: int, w: Path, command: list, timeout_s: float = 600) -> Launched:
@@ -224,6 +225,7 @@ def test_a_process_that_reads_other_files_is_named(w, tmp_path):
 @needs_fsdp
 @pytest.mark.parametrize("count, flags", [
     (3, f"{PAPER} --batchsize 2 --logits_dtype float16 --val_fraction 0.3 --init scores"),
+    (2, f"{PAPER} --batchsize 2 --init random"),
     (2, f"{GRADIENTS} --steps 6 --gradient_checkpointing")])
 def test_sharded_layers_learn_what_copies_learn(w, tmp_path, count, flags):
     """To the bit without gradients; with them but for the order in which squares are added up. The checkpoint, which

@@ -41,6 +41,14 @@ def test_killed_runs_end_as_if_they_had_not_been(workshop, name):
     assert counts["kills"] >= 2 and counts["runs"] == counts["same"] >= 1
 
 
+def test_a_random_start_goes_on_with_its_own_m0(workshop, tmp_path, losses):
+    """Its m0 is in no file: it is drawn again, and baselines that no step has asked for yet are of it."""
+    flags = "--init random --logits 3 --val_fraction 0.25"
+    stop(workshop, tmp_path / "run", flags, losses, at=5)
+    train.main(["--resume", str(tmp_path / "run")])
+    assert_as_uninterrupted(workshop, tmp_path / "run", flags)
+
+
 def test_a_run_keeps_its_precision_on_another_device(workshop, tmp_path, losses, monkeypatch):
     """--dtype auto is what it was where the run began."""
     stop(workshop, tmp_path / "run", f"{VANILLA} --dtype auto", losses, at=3)

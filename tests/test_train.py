@@ -16,12 +16,13 @@ from models.layers import find_layers
 from models.loss import batch_loss
 from pruning.swaps import confidence, refine_by_swaps
 from training.initialize import SWEEPS, from_swaps
+from utils import UserError
 
 import pytest
 import torch
 import transformers
-from masked import all_logits, drawn_masks, inputs_of, make
-from runs import column, is_strict
+from masked import all_logits, drawn_masks, inputs_of, make, same
+from runs import column, is_strict, loss_under
 from safetensors.torch import load_file
 
 
@@ -38,6 +39,30 @@ def sequences(text_and_masks, models):
 
 
 # ------------------------------------------------------------------------------------------------------ where it starts
+
+
+@pytest.mark.parametrize("space", [LinearSpace(1, 4), PatternSpace(2, 4)])
+def test_random_logits_start_with_their_own_most_probable_mask(learn, models, sequences, space):
+    """C times normal numbers of --seed; m0 is their mode, evaluated first, and what its losses are the baselines of."""
+    name = "linear" if isinstance(space, LinearSpace) else "pattern"
+    runs = [learn(f"--init random --space {name} --sparsity_type {space.n}:4 --logits 3 --lr 0 --seed {seed}")
+            for seed in (0, 0, 1)]
+    logits = torch.cat(list(runs[0].logits.values()))
+    assert abs(float(logits.mean())) < 0.02 and float(logits.std()) == pytest.approx(3, rel=0.02)
+    modes = {layer: space.mode(found).reshape(runs[0].masks[layer].shape) for layer, found in runs[0].logits.items()}
+    assert same(modes, runs[0].masks) and same(modes, runs[1].masks) and not same(modes, runs[2].masks)
+    first = runs[0].metrics[0]
+    assert first["loss"] == first["baseline"] == pytest.approx(
+        loss_under(models["llama"], modes, sequences[:4]), abs=1e-5)
+    assert runs[0].metrics[1]["loss"] != runs[0].metrics[1]["baseline"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--mask m0.safetensors --baseline online", "leave out --mask"),
+    ("--baseline cached", "add --baseline online"), ("--baseline losses.npz", "add --baseline online")])
+def test_a_random_start_takes_no_files_of_another_m0(models, flags, said):
+    with pytest.raises(UserError, match=said):
+        train.main(f"--model {models['llama']} --dataset {__file__} --init random {flags}".split())
 
 
 def test_scores_start_the_logits(learn, models, sequences, m0):

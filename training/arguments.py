@@ -74,8 +74,10 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
                              "second forward pass a step of the first epoch")
     parser.add_argument("--alpha", type=number(float, 0, 0.99999), default=0.99, help="decay of delta a step")
     parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
-    parser.add_argument("--init", choices=["mask", "scores"], default="mask",
-                        help="logits start at C * m0, or follow Wanda's scores |w| ||x||: close scores, close logits")
+    parser.add_argument("--init", choices=["mask", "scores", "random"], default="mask",
+                        help="mask: logits start at C * m0; scores: they follow Wanda's scores |w| ||x||, so that "
+                             "close scores give close logits; random: C times normal random numbers, whose most "
+                             "probable mask is m0 (needs no --mask, but more steps)")
     parser.add_argument("--space", choices=list(SPACES), default="linear",
                         help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99999), default=0.0,
@@ -92,6 +94,12 @@ def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Name
     add_mask_arguments(parser, "initial_mask.safetensors")
     add_run_arguments(parser)
     args = parse(parser, argv)
+    if args.init == "random":
+        if args.mask not in (None, parser.get_default("mask")):
+            raise UserError("--init random draws an m0 of its own: leave out --mask")
+        if args.baseline != "online" and args.estimator != "vanilla":
+            raise UserError("--init random draws m0 when it starts, so no file has its losses: add --baseline online")
+        args.mask = None
     n, m = args.sparsity_type
     if args.space == "linear" and n > MOST_KEPT:
         raise UserError(f"the score of {n}:{m} is a sum over 2^{n} subsets of each block; N is at most {MOST_KEPT} "

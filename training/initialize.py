@@ -1,22 +1,53 @@
-"""Where learning starts, if not from C * m0: logits from the weights' scores, or from swaps."""
+"""Where learning starts, if not from C * m0: logits at random, from the weights' scores, or from swaps."""
 import math
 import time
 from functools import lru_cache
 
+from files.mask_files import MaskFile
+from files.records import base_model
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
+from masking.spaces import Space
 from models import processes
+from models.layers import layers_to_mask, weight_matrix
+from models.loading import model_fingerprint
 from pruning import swaps
 from pruning.calibration import hessian_of, input_norms, visit_in_order
 from pruning.one_shot import wanda
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+MOST_LAYERS = 2**20  # between the random numbers of two seeds
 SEQUENCES = 64  # of text that scores measure the layers' inputs on
 TOKENS = 30_000  # of text, at most, that swaps measure them on
 SWEEPS = 3  # over the blocks; three more bring a hundredth of what these do, for as much time again
+
+
+def random_logits(number: int, weights: int, space: Space, magnitude: float, seed: int) -> Tensor:
+    """Where --init random starts: C times normal random numbers, float32 `[blocks, width]` on the CPU, for the layer of
+    this number, which has so many weights."""
+    generator = torch.Generator().manual_seed((seed * MOST_LAYERS + number) % 2**63)
+    return magnitude * torch.randn(weights // space.m, space.width, generator=generator)
+
+
+def random_mask(model: nn.Module, name: str, targets: list[str] | None, space: Space, magnitude: float,
+                seed: int) -> MaskFile:
+    """m0 of --init random: the most probable mask of random logits, of all layers or of those that the targets name."""
+    masks = {}
+    for number, (layer, module) in enumerate(layers_to_mask(model, targets, space.m).items()):
+        shape = weight_matrix(module).shape
+        masks[layer] = space.mode(random_logits(number, shape.numel(), space, magnitude, seed)).view(shape)
+    return MaskFile(masks, space.n, space.m, base_model(name), model_fingerprint(model))
+
+
+def from_random(masked: MaskedModel, magnitude: float, seed: int) -> None:
+    """The logits that `random_mask` is the most probable mask of."""
+    for number, layer in enumerate(masked.layers.values()):
+        logits = random_logits(number, layer.shape.numel(), masked.space, magnitude, seed)
+        own = layer.rows.own(logits.view(layer.shape[0], -1)).reshape(-1, masked.space.width)
+        layer.set_logits(lambda part, own=own: own[part])
 
 
 def from_scores(masked: MaskedModel, magnitude: float, sequences: Tensor) -> None:

@@ -55,9 +55,10 @@ def in_words(summary: dict, folder: object, model: str, positions: float) -> str
     """A finished run in a line or two, and the command that evaluates its mask. positions: the most tokens of a
     sequence."""
     seqlen = f" --seqlen {positions}" if positions < 2048 else ""  # the default of eval.py
+    prior = f" with {summary['prior']:.1%} of the prior C * m0" if "prior" in summary else ""
     heldout = "" if "heldout_loss" not in summary else (
-        f"held-out loss of the mask delivered, that of step {summary['mask_of_step']} with {summary['prior']:.1%} of "
-        f"the prior C * m0, {summary['heldout_loss']:.4f} nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n")
+        f"held-out loss of the mask delivered, that of step {summary['mask_of_step']}{prior}, "
+        f"{summary['heldout_loss']:.4f} nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n")
     skipped = f", {summary['steps_skipped']} skipped for a loss that was not finite" if summary["steps_skipped"] else ""
     return (f"{heldout}{summary['steps']} steps in {summary['seconds']:.0f} s{skipped}, last epoch's mean loss "
             f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "
