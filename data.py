@@ -170,7 +170,11 @@ def added_bos(tokenizer: Tokenizer) -> int | None:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of a text to go on from, of any length: without the end-of-text token that some tokenizers put behind
     one."""
-    tokens = tokenizer(text, verbose=False).input_ids
+    return without_end(tokenizer, tokenizer(text, verbose=False).input_ids)
+
+
+def without_end(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+    """These tokens of a text without the end-of-text token, if this tokenizer appends one to every text."""
     is_ended = tokens[-1:] == [tokenizer.eos_token_id] == tokenizer("a").input_ids[-1:]
     return tokens[:-1] if is_ended else tokens
 

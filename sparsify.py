@@ -40,7 +40,7 @@ from pruning.channel_order import check_reorderable
 from pruning.channels import apply_permutation
 from training import arguments, initialize, preparation, report, results
 from training.loop import Run
-from training.run_folder import RunFolder
+from training.run_folder import ORDER, RunFolder
 from training.signals import StopSignals
 from training.stages import Stages
 from training.straight_through import StraightThrough, step_size
@@ -159,7 +159,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     check_tokens(model, minibatches)
     sequences = preparation.split(minibatches)[0].flatten(0, 1)
 
-    order, wanda = folder.path / "order.permutation.safetensors", folder.path / "initial_mask.safetensors"
+    order, wanda = folder.path / ORDER, folder.path / "initial_mask.safetensors"
     if args.permute and "order" in stages.done:  # not: its file is there, which another process may just have written
         apply_permutation(model, order)
     elif args.permute:

@@ -16,6 +16,7 @@ import logging
 import math
 from pathlib import Path
 
+import data
 from models.loading import Tokenizer
 from utils import UserError, explained
 
@@ -120,7 +121,14 @@ def run_harness(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsize: 
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False,
+
+    class Model(HFLM):
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **names) -> list[int]:
+            """Without an appended end-of-text token: the harness cuts tokens(context + choice) at len(tokens(context)),
+            which would count it and leave the choice's first token unscored."""
+            tokens = super().tok_encode(string, add_special_tokens, **names)
+            return tokens if add_special_tokens is False or not bos else data.without_end(tokenizer, tokens)
+    lm = Model(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False,
               softmax_dtype="float32")
     try:
         told = lm_eval.simple_evaluate(model=lm, tasks=list(tasks.values()), num_fewshot=0, limit=limit,

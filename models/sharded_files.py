@@ -1,13 +1,12 @@
-"""A sharded model loaded and gathered. transformers reads and writes the files; only the main process has the whole
-model, in its host memory."""
+"""A sharded model, loaded. transformers reads the files, in the main process, which alone has the whole model."""
 from models import processes
 from models.loading import DTYPE, Tokenizer, explained_model, local_folder, read_config, read_model, read_tokenizer
-from models.sharding import check_version, shard, whole
+from models.sharding import check_version, shard
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 
@@ -35,18 +34,4 @@ def load_sharded(model: str, dtype: str | None, device: str,
     shard(found, torch.device(device), processes.size())
     set_model_state_dict(found, loaded.state_dict() if loaded else {},
                          options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    if loaded:
-        found.save_pretrained = loaded.to("meta").save_pretrained  # writes names and settings as they were read
     return found.eval(), tokenizer
-
-
-@torch.no_grad()
-def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state dict of whole tensors, for `save_pretrained`: in the main process, on the CPU. All processes have
-    to ask at once."""
-    tensors, found = model.state_dict(keep_vars=True), {}
-    for tensor in dict.fromkeys(tensors.values()):  # tied ones are one
-        full = whole(tensor)
-        if processes.is_main():
-            found[tensor] = full.cpu()
-    return {name: found[tensor] for name, tensor in tensors.items() if tensor in found}

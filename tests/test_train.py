@@ -2,25 +2,29 @@
 
 import copy
 import math
+import shutil
 
 import data
 import pge
 import train
 from files import mask_files
 from masking import masked_model
-from masking.layers import apply_masks
+from masking.layers import apply_mask, apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace, PatternSpace, logits_from_scores
 from models import processes
 from models.layers import find_layers
+from models.loading import DTYPE
 from models.loss import batch_loss
 from pruning.swaps import confidence, refine_by_swaps
 from training.initialize import SWEEPS, from_swaps
+from training.report import model_card
 from utils import UserError
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from masked import all_logits, drawn_masks, inputs_of, make, same
 from runs import column, is_strict, loss_under
 from safetensors.torch import load_file
@@ -36,6 +40,27 @@ def sequences(text_and_masks, models):
     """Those that a run learns from."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(models["llama"])
     return data.minibatches(tokenizer, f"{text_and_masks}/text.jsonl", 8, 4, 32).flatten(0, 1)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_are_delivered_as_they_were_stored(learn, load, models, tmp_path, stored):
+    """Whatever dtype the run computes in: checkpoint/ is what apply_mask makes of the base model, to the bit."""
+    base = shutil.copytree(models["llama"], tmp_path / "base")
+    load(dtype=stored).save_pretrained(base)
+    computed = "bfloat16" if stored == torch.float32 else "float32"
+    run = learn(f"--model {base} --dtype {computed} --logits 0.1")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, **{DTYPE: "auto"})
+    expected = apply_mask(model, run.folder / "mask.safetensors").state_dict()
+    for name, weight in load_file(run.folder / "checkpoint/model.safetensors").items():
+        assert weight.dtype == expected[name].dtype == stored
+        assert torch.equal(weight.view(torch.uint8), expected[name].view(torch.uint8))
+
+
+def test_a_card_names_a_base_that_others_have():
+    """Whatever characters the name of a folder has, the card's head is YAML."""
+    cards = [ModelCard(model_card(base, {"estimator": "maskpro"}, 14, "2:4", "torch.float16", None)).data
+             for base in ("some/llama", "#y: z")]
+    assert [card.base_model for card in cards] == ["some/llama", None]
 
 
 # ------------------------------------------------------------------------------------------------------ where it starts
@@ -139,8 +164,6 @@ def test_pattern_space(learn, m0):
 def test_float16_logits_and_bfloat16_weights(learn):
     run = learn("--logits_dtype float16 --dtype bfloat16")
     assert {planes.dtype for planes in run.logits.values()} == {torch.float16} and is_strict(run.masks)
-    saved = load_file(run.folder / "checkpoint/model.safetensors")
-    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("n, m", [(4, 8), (1, 4), (8, 16)])

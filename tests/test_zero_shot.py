@@ -12,7 +12,7 @@ from utils import UserError
 import datasets
 import pytest
 import torch
-from quizzes import quiz, run, write_lines
+from quizzes import hf_model, quiz, run, write_lines
 
 # ------------------------------------------------------------------------------------------------------------- scoring
 
@@ -53,6 +53,20 @@ def test_files_are_scored_by_the_chain_rule(loaded, tmp_path, bos, are_spaced):
     few = zero_shot.run_harness(model, tokenizer, {"quiz": task}, 5, limit=1, bos=bos)["quiz"]
     assert (few["acc"], few["acc_stderr"], few["items"]) == (hits["acc"][0], None, 1)
     assert few["source"] != found["source"] and few["source"].endswith("no BOS") == (not bos)
+
+
+def test_an_appended_end_of_text_token_is_not_scored(folder, tokenizers, tmp_path, monkeypatch):
+    """Nor does it cost a choice its first token. The scores are compared: accuracies of a random model do not tell."""
+    lm_eval = pytest.importorskip("lm_eval")
+    model, tokenizer = hf_model(folder / "gpt2")[0], tokenizers["ended"]  # their vocabularies are of one size
+    told, evaluate = [], lm_eval.simple_evaluate
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **names: told.append(evaluate(**names)) or told[-1])
+    items = [item for item in quiz() if item["context"].strip() and item["choices"][0][0] == " "][:6]
+    task = zero_shot.load_file(write_lines(tmp_path / "quiz.jsonl", items))
+    zero_shot.run_harness(model, tokenizer, {"quiz": task}, 5)
+    for sample, item in zip(told[0]["samples"]["quiz"], items, strict=True):
+        plain = [plain_score(model, tokenizer, item["context"], choice, bos=False) for choice in item["choices"]]
+        assert [score for score, _ in sample["filtered_resps"]] == pytest.approx(plain, abs=1e-4)
 
 
 @pytest.mark.parametrize("scale, choices, words", [

@@ -8,6 +8,8 @@ from files import mask_files
 from files.records import write_json
 from utils import VERSION
 
+from huggingface_hub import ModelCardData
+
 FEW = 1e-4  # of the blocks
 ROWS = ("dense", "m0", "learned")
 
@@ -31,8 +33,11 @@ def model_card(base: str, arguments: dict, layers: int, pattern: str, dtype: str
     method = f"train.py, estimator {arguments['estimator']}" if "estimator" in arguments else "sparsify.py"
     table = f"Perplexity by token:\n\n{perplexity_table(nats)}" if nats else ""
     card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    return card.format(base=mask_files.public_name(base), layers=layers, pattern=pattern, version=VERSION,
-                       method=method, dtype=dtype.removeprefix("torch."), table=table,
+    is_hub_id = "/" in base and not Path(base).expanduser().exists()  # a link to a local folder would be dead
+    metadata = ModelCardData(base_model=base if is_hub_id else None, library_name="transformers",
+                             pipeline_tag="text-generation", tags=["maskpro", "sparse", pattern])
+    return card.format(metadata=metadata.to_yaml(), base=mask_files.public_name(base), layers=layers,
+                       pattern=pattern, version=VERSION, method=method, dtype=dtype.removeprefix("torch."), table=table,
                        order=", but for the order of the channels" if arguments.get("permute") else "")
 
 

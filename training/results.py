@@ -3,11 +3,13 @@ import math
 
 from files import mask_files
 from files.atomic import atomic_write
+from masking.layers import apply_mask
 from models import processes
-from models.loading import Tokenizer
-from models.sharded_files import gathered
+from models.loading import Tokenizer, read_model
+from pruning.channels import apply_permutation
 from training import figures, report
 from training.loop import Run
+from training.run_folder import ORDER, RunFolder
 from utils import peak_memory_bytes
 
 from safetensors.torch import save_file
@@ -27,12 +29,16 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
         mask_files.save(folder / "mask.safetensors", masks, initial.n, initial.m, base,
                         run.folder.record["fingerprints"]["model"])
     processes.wait_for_main()
-    if not skips_checkpoint:
-        card = report.model_card(base, run.folder.arguments, len(initial.masks), f"{initial.n}:{initial.m}",
-                                 str(masked.model.dtype), nats)
-        _write_checkpoint(masked.model, tokenizer, folder / "checkpoint", masked.is_sharded, card)
     if not processes.is_main():
         return {}
+    if not skips_checkpoint:
+        sparse = sparse_model(run.folder)
+        card = report.model_card(base, run.folder.arguments, len(initial.masks), f"{initial.n}:{initial.m}",
+                                 str(sparse.dtype), nats)
+        with atomic_write(folder / "checkpoint") as beside:
+            sparse.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            (beside / "README.md").write_text(card, encoding="utf-8")
     if logits:
         with atomic_write(folder / "logits.safetensors") as beside:
             save_file(logits, beside)
@@ -44,14 +50,14 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
             "mask_fingerprint": mask_files.fingerprint(masks)}
 
 
-def _write_checkpoint(model: nn.Module, tokenizer: Tokenizer, path: object, is_sharded: bool, card: str) -> None:
-    """The sparse model as a plain Hugging Face folder, with a model card."""
-    tensors = gathered(model) if is_sharded else None
-    if processes.is_main():
-        with atomic_write(path) as beside:
-            model.save_pretrained(beside, state_dict=tensors)
-            tokenizer.save_pretrained(beside)
-            (beside / "README.md").write_text(card, encoding="utf-8")
+def sparse_model(folder: RunFolder) -> nn.Module:
+    """The base model's stored weights under the run's mask, in the dtype that they are stored in: the dtype that the
+    run computed in is its own affair. On the CPU."""
+    given = folder.arguments
+    model, _ = read_model(given["model"], "checkpoint", "cpu", given["trust_remote_code"])
+    if given.get("permute"):
+        apply_permutation(model, folder.path / ORDER)
+    return apply_mask(model, folder.path / "mask.safetensors")
 
 
 def _summary(run: Run) -> dict:

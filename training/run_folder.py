@@ -27,6 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+ORDER = "order.permutation.safetensors"  # of the channels, of a run with --permute
 RESULTS = ("mask.safetensors", "logits.safetensors", "curve.png", "checkpoint", "report.json")
 
 
