@@ -214,6 +214,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
         with stages.stage("swaps", "the dense model and m0 are evaluated; then swaps improve m0"):
             with masked.use_dense():
                 table["dense"] = nats()
+                validation.dense_loss = masked.mean_loss(selecting)
             with masked.use_masks(masked.bits()):
                 began, table["m0"] = time.monotonic(), nats()
             plan["table_s"] = processes.agreed(time.monotonic() - began)

@@ -139,8 +139,7 @@ def settings_of(given: Namespace) -> Namespace:
 def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
             signals: StopSignals) -> None:
     """The run, as `sparsify.sparsify`."""
-    if folder.record.setdefault("rival", None if args.resume else method) != method:
-        raise UserError(f"{args.resume} is a run of {folder.record['rival'] or 'sparsify.py'}, not of {method}")
+    folder.record["rival"] = method
     if processes.size() > 1:
         raise UserError("rivals learn in one process")
     if like:

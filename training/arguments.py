@@ -9,7 +9,7 @@ from files.records import read_record, short_hash
 from masking import compiler
 from masking.spaces import SPACES
 from models import processes
-from training.run_folder import RunFolder, is_finished, remove_state
+from training.run_folder import RunFolder, is_finished, of_another_script, remove_state
 from training.signals import StopSignals
 from utils import (
     DTYPES,
@@ -121,9 +121,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
         args.out = args.out or "results/{}_{}of{}_{}_{}".format(
             Path(args.model).name, *args.sparsity_type, getattr(args, "estimator", "sparsify"), short_hash(vars(args)))
         return args
-    run, recorded = str(Path(args.resume)), read_record(args.resume)["arguments"]
+    run, record = str(Path(args.resume)), read_record(args.resume)
+    recorded = record["arguments"]
     if recorded.keys() | {"out", "resume"} != vars(args).keys():
-        raise UserError(f"{run} is a run of another version or script: go on with it there, or start a new run")
+        raise of_another_script(run, record)
     recorded["sparsity_type"] = tuple(recorded["sparsity_type"])
     # argparse leaves what is there where no flag says otherwise; trust is asked for anew
     args = parser.parse_args(argv, Namespace(**{**recorded, "trust_remote_code": False}))

@@ -1,5 +1,6 @@
 """Learning curves of runs. Runs differ by line style and marker as well as by colour, so that they can be told apart
 in grey."""
+import math
 from pathlib import Path
 
 from files.atomic import atomic_write
@@ -7,7 +8,8 @@ from files.atomic import atomic_write
 WINDOW = 32  # steps of the running mean
 LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]
 TRAINING = "training loss (nats)"
-RESIDUAL, HELDOUT = "loss of the sampled mask - loss of m0 (nats)", "held-out loss (nats)"
+RESIDUAL = "loss of the sampled mask - loss of m0 (nats)"
+HELDOUT = "loss on the held-out text that selects the mask (nats)"
 
 Points = list[tuple[int, float]]  # step, value
 
@@ -28,44 +30,44 @@ def curves(runs: dict[str, list[dict]]) -> dict[str, dict[str, Points]]:
 
 
 def _draw(axes: object, label: str, runs: dict[str, Points], levels: dict[str, float]) -> None:
-    """A panel: one line a run, one horizontal line a level. A training loss, which scatters, is dots and their running
-    mean."""
+    """A panel: one line per run, one horizontal line per level. A training loss, which scatters, is dots and their
+    running mean. A legend below names the lines."""
     for i, (name, points) in enumerate(runs.items()):
         steps, values = zip(*points) if points else ((), ())
-        colour, every = f"C{i}", -(-len(points) // 8) or 1
+        colour, every = f"C{i}", math.ceil(len(points) / 8) or 1
         if label != HELDOUT:  # rasterized, so that an .svg does not hold thousands of shapes
             axes.plot(steps, values, ".", color=colour, markersize=3, alpha=0.3 / len(runs), rasterized=True)
             windows = [values[max(0, t - WINDOW + 1):t + 1] for t in range(len(values))]
             values = [sum(window) / len(window) for window in windows]
+            name = f"{name}, mean of {WINDOW} steps"
         axes.plot(steps, values, color=colour, linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)],
                   markersize=4, markevery=(i * every // len(runs), every), label=name)
-    if label != HELDOUT:
-        axes.set_title(f"dots: single steps; line: mean of the last {WINDOW}", fontsize="small")
-    for name, value in levels.items():
-        axes.axhline(value, color="black", linewidth=0.8)
-        axes.text(1.01, value, name, transform=axes.get_yaxis_transform(), va="center")
+    for i, (name, value) in enumerate(levels.items()):
+        axes.axhline(value, color="black", linewidth=1, linestyle=LINES[i % len(LINES)], label=name)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.xaxis.get_major_locator().set_params(nbins=6, integer=True)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize="small")
 
 
-def learning_curve(runs: dict[str, list[dict]], path: str | Path, levels: dict[str, float] | None = None) -> None:
-    """Draw the training loss over the steps and, where it is known, the held-out loss; one line a run.
+def learning_curve(runs: dict[str, list[dict]], path: str | Path, levels: dict[str, float] | None = None,
+                   title: str | None = None) -> None:
+    """Draw the training loss over the steps and, if it is known, the held-out loss; one line per run.
 
-    runs: name -> the lines of metrics.jsonl; path: a .png or .svg; levels: label -> loss in nats, such as that of the
-    dense model or of m0, drawn as horizontal lines in the last panel.
+    runs: name -> the lines of metrics.jsonl; path: a .png or .svg; levels: label -> loss in nats on the same held-out
+    text, such as that of the dense model, drawn as horizontal lines beside the held-out loss.
     """
     import matplotlib  # takes a second, which other scripts need not wait for
     from matplotlib.figure import Figure
     drawn = {label: points for label, points in curves(runs).items() if any(points.values())}
     # In an .svg text stays text, and a $ in a run's name is a dollar.
     with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}), atomic_write(path) as beside:
-        figure = Figure(figsize=(6.5 * len(drawn), 4.5), layout="constrained")
+        figure = Figure(figsize=(6.5 * len(drawn), 5), layout="constrained")
+        figure.suptitle(title)
         panels = figure.subplots(1, len(drawn), squeeze=False)[0]
         for axes, (label, points) in zip(panels, drawn.items()):
-            last = levels if axes is panels[-1] and levels else {}
-            _draw(axes, label, points, {"m0": 0.0} if label == RESIDUAL else last)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            own = {RESIDUAL: {"m0": 0.0}, HELDOUT: levels or {}}
+            _draw(axes, label, points, own.get(label, {}))
         figure.savefig(beside, format=Path(path).suffix[1:], dpi=150)

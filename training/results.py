@@ -20,7 +20,7 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
             nats: dict[str, dict[str, float]] | None = None) -> dict:
     """Write the best mask, or the last, and the model under it; returns the run's summary, which `RunFolder.finish`
     takes. initial: m0, of which the layers that are not learned keep theirs; nats: mask -> text -> loss, for the model
-    card; those of the first text are lines of the curve. All processes have to ask at once."""
+    card. All processes have to ask at once."""
     masked, validation, folder = run.validation.masked, run.validation, run.folder.path
     logits = masked.whole_logits() if saves_logits else {}
     final, base = masked.finish(validation.bits), initial.model or run.folder.arguments["model"]
@@ -42,8 +42,11 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
     if logits:
         with atomic_write(folder / "logits.safetensors") as beside:
             save_file(logits, beside)
-    levels = {mask: next(iter(found.values())) for mask, found in (nats or {}).items()}
-    figures.learning_curve({folder.name: run.log.lines}, folder / "curve.png", levels)
+    levels = {"dense model": validation.dense_loss, "m0": validation.m0_loss,
+              f"delivered mask, of step {validation.step}": validation.loss}
+    levels = {name: loss for name, loss in levels.items() if math.isfinite(loss)}
+    title = f"{mask_files.public_name(base)}, {initial.n}:{initial.m}"
+    figures.learning_curve({"learned mask": run.log.lines}, folder / "curve.png", levels, title)
     changed = sum(int((mask != initial.masks[name]).reshape(-1, initial.m).any(1).sum())
                   for name, mask in final.items())
     return {**_summary(run), "blocks": masked.blocks, "blocks_changed": changed,

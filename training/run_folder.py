@@ -1,6 +1,6 @@
 """A run's folder, kept so that a run is hard to lose: claimed, locked, recorded.
 
-    run.json         arguments, fingerprints of what was read, environment; once the run is finished, its summary
+    run.json         the script, its arguments, fingerprints of what was read, environment; once the run is finished, its summary
     metrics.jsonl    one line a step (log.py)
     state/           checkpoints, until the run is finished (checkpoint.py)
     lock             held by the process that writes here; the system frees that of a dead one
@@ -42,6 +42,13 @@ def remove_state(run: str | Path) -> None:
     Path(run, "lock").unlink(missing_ok=True)
 
 
+def of_another_script(run: str | Path, record: dict) -> UserError:
+    """What to do with a run that another script has begun, or another version of this one."""
+    script, place = record.get("script"), shlex.quote(str(run))
+    then = f"`python {script} --resume {place}` goes on with it" if script else "go on with it there"
+    return UserError(f"{run} is a run of {script or 'another version or script'}: {then}; or start a new run")
+
+
 class RunFolder:
     """A run's folder, new or, `is_resumed`, one that a run has left. A context manager: inside, the folder is this
     process's own, or that of the main one of several.
@@ -55,18 +62,23 @@ class RunFolder:
         self.arguments = json.loads(json.dumps(arguments))  # as JSON gives them back
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"])
         start = "python" if processes.size() == 1 else f"torchrun --nproc_per_node {processes.size()}"
+        self.script = script
         self.resume_command = f"{start} {script} --resume {shlex.quote(str(self.path))}"
         self._lock = None
 
     def __enter__(self):
         here = self._here  # takes seconds on a GPU; a folder that is killed meanwhile has nothing to go on with
-        if not self.is_resumed and processes.is_main():
+        if self.is_resumed:
+            record = read_record(self.path)
+            if record.get("script", self.script) != self.script:
+                raise of_another_script(self.path, record)
+        elif processes.is_main():
             self._make()
         try:
             if processes.is_main():
                 self._lock = lock(self.path)
             self.record = (read_record(self.path) if self.is_resumed else
-                           {"arguments": self.arguments, "environment": here})
+                           {"script": self.script, "arguments": self.arguments, "environment": here})
             if self.is_resumed and processes.is_main():
                 self._remove_leftovers()
             self.write_record()

@@ -31,6 +31,7 @@ class Validation:
         self.masked, self.heldout, self.has_text = masked, heldout, len(heldout) > 0
         self.bits: dict[str, Tensor] | None = None  # of the best mask
         self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
+        self.dense_loss = math.inf  # not known
         self.prior: float | None = None  # the share of C * m0 left in the best mask's logits; None: not searched for
 
     def evaluate(self, step: int) -> float | None:
@@ -76,12 +77,13 @@ class Validation:
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The best mask so far."""
         layers = self.masked.layers.items() if self.bits else ()
-        return ({"loss": self.loss, "step": self.step, "m0_loss": self.m0_loss},
+        return ({"loss": self.loss, "step": self.step, "m0_loss": self.m0_loss, "dense_loss": self.dense_loss},
                 {name: layer.shard(self.bits[name]) for name, layer in layers})
 
     def restore(self, scalars: dict, read: Callable) -> None:
         """From `state`."""
         self.loss, self.step, self.m0_loss = scalars["loss"], scalars["step"], scalars["m0_loss"]
+        self.dense_loss = scalars["dense_loss"]
         if self.step is not None:
             self.bits = {name: read(name, layer.shard(layer.bits)).to(layer.bits.device, copy=True)
                          for name, layer in self.masked.layers.items()}  # copies, or they would keep the file open
