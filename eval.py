@@ -25,32 +25,17 @@ decides them; --save names another. An evaluation that is there already is shown
 import argparse
 from pathlib import Path
 
-import data
-from evaluation.comparison import comparison, percent, read_evaluation
-from evaluation.perplexity import evaluate_windows
-from evaluation.zero_shot import check_tokenizer, load_file, load_harness, run_harness
-from files import mask_files
-from files.atomic import refuse_existing
-from files.documents import check_paths
 from files.records import of_run, short_hash, write_json
-from masking.layers import apply_masks, check_sparsity, read_masks
-from models.layers import find_layers, layers_to_mask
-from models.loading import Tokenizer, check_length, load_model
-from models.loss import bos_hint
 from utils import (
     UserError,
     add_model_arguments,
-    checked_device,
-    environment,
-    fast_dtype,
+    begin_script,
     positive_int,
     run_script,
     script_parser,
     sequence_length,
     sparsity_type,
 )
-
-from torch import nn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,6 +59,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save", default=None, help="write the numbers to this JSON file (default: see above)")
     parser.add_argument("--compare", nargs="+", metavar="PATH", help="only print a table of JSON files or folders")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+
+import data
+from evaluation.comparison import comparison, percent, read_evaluation
+from evaluation.perplexity import evaluate_windows
+from evaluation.zero_shot import check_tokenizer, load_file, load_harness, run_harness
+from files import mask_files
+from files.atomic import refuse_existing
+from files.documents import check_paths
+from masking.layers import apply_masks, check_sparsity, read_masks
+from models.layers import find_layers, layers_to_mask
+from models.loading import Tokenizer, check_length, load_model
+from models.loss import bos_hint
+from models.machine import checked_device, environment, fast_dtype
+
+from torch import nn
 
 
 def output_file(args: argparse.Namespace) -> Path:

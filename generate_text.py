@@ -10,11 +10,7 @@ Stopped, the same command goes on.
 """
 import argparse
 
-from files.atomic import refuse_existing
-from files.documents import check_paths
-from models import generation
-from models.loading import check_length, load_model
-from utils import UserError, add_model_arguments, positive_int, run_script, script_parser, sequence_length
+from utils import UserError, add_model_arguments, begin_script, positive_int, run_script, script_parser, sequence_length
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,6 +24,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                              "of one of them, which are left out")
     parser.add_argument("--out", default="generated_text.jsonl", help="file to write, must be new")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+
+from files.atomic import refuse_existing
+from files.documents import check_paths
+from models import generation
+from models.loading import check_length, load_model
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,15 +18,9 @@ the fingerprint by which a mask of another model is refused later.
 """
 import argparse
 import sys
-from dataclasses import replace
 
-from files import mask_files
-from files.atomic import refuse_existing
 from files.records import base_model
-from masking.layers import check_sparsity, nonzero_mask, read_masks
-from models.layers import layers_to_mask, weight_matrix
-from models.loading import load_model, model_fingerprint
-from utils import UserError, add_model_arguments, run_script, script_parser, sparsity_type
+from utils import UserError, add_model_arguments, begin_script, run_script, script_parser, sparsity_type
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +40,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.targets:
             parser.error("--targets does not go with --convert, which converts every layer of the mask")
     return args
+
+
+if __name__ == "__main__":
+    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+
+from dataclasses import replace
+
+from files import mask_files
+from files.atomic import refuse_existing
+from masking.layers import check_sparsity, nonzero_mask, read_masks
+from models.layers import layers_to_mask, weight_matrix
+from models.loading import load_model, model_fingerprint
 
 
 def extract(args: argparse.Namespace) -> mask_files.MaskFile:

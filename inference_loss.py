@@ -9,19 +9,11 @@ One pass over each minibatch. Use the same --model, --mask and data flags for tr
 import argparse
 import math
 
-import data
-from files.atomic import refuse_existing
-from files.documents import check_paths
-from masking.layers import apply_masks, read_masks
-from models.layers import find_layers
-from models.loading import check_length, load_model
-from models.loss import batch_loss
-from training import baselines
 from utils import (
     UserError,
     add_data_arguments,
     add_model_arguments,
-    peak_memory_bytes,
+    begin_script,
     progress_bar,
     run_script,
     script_parser,
@@ -39,6 +31,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="N:M the mask must have (default: its own, or 2:4 where its format knows none)")
     parser.add_argument("--save", default=None, help="baseline file to write, must be new (default: named by the data)")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+
+import data
+from files.atomic import refuse_existing
+from files.documents import check_paths
+from masking.layers import apply_masks, read_masks
+from models.layers import find_layers
+from models.loading import check_length, load_model
+from models.loss import batch_loss
+from models.machine import peak_memory_bytes
+from training import baselines
 
 
 def main(argv: list[str] | None = None) -> None:

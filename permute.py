@@ -21,20 +21,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import data
-from files import permutation_files
-from files.atomic import atomic_write, refuse_existing
-from files.documents import check_paths
 from files.records import write_json
-from models.layers import layers_to_mask
-from models.loading import check_length, load_model, model_fingerprint
-from models.loss import check_tokens
-from pruning.channel_order import STEPS, check_reorderable, search_and_reorder
-from pruning.channels import Orders, apply_permutation, reorder
 from utils import (
     add_model_arguments,
-    environment,
-    peak_memory_bytes,
+    begin_script,
     positive_int,
     run_script,
     script_parser,
@@ -51,9 +41,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
     parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence")
-    parser.add_argument("--steps", type=positive_int, default=STEPS, help="search steps in each set of channels")
+    parser.add_argument("--steps", type=positive_int, default=20, help="search steps in each set of channels")
     parser.add_argument("--save_model", default="permuted", help="folder of the reordered model, must be new")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+
+import data
+from files import permutation_files
+from files.atomic import atomic_write, refuse_existing
+from files.documents import check_paths
+from models.layers import layers_to_mask
+from models.loading import check_length, load_model, model_fingerprint
+from models.loss import check_tokens
+from models.machine import environment, peak_memory_bytes
+from pruning.channel_order import check_reorderable, search_and_reorder
+from pruning.channels import Orders, apply_permutation, reorder
 
 
 def search(args: argparse.Namespace) -> tuple[Orders, dict]:

@@ -9,10 +9,8 @@ baselines. The script reads metrics.jsonl. The run may still be going on: an inc
 import argparse
 from pathlib import Path
 
-from files.atomic import refuse_existing
 from files.records import read_lines
-from training import figures
-from utils import UserError, run_script, script_parser
+from utils import UserError, begin_script, run_script, script_parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,6 +19,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default=None, metavar="PREFIX",
                         help="path of the pictures without its ending (default: RUN/plot; of several runs, comparison)")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+
+from files.atomic import refuse_existing
+from training import figures
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,24 +32,14 @@ Writes a plain Hugging Face folder with zeros in it, and prune.json beside the w
 import argparse
 import time
 
-import data
-from files.atomic import atomic_write, refuse_existing
-from files.documents import check_paths
 from files.records import write_json
-from masking.layers import note_sparse
-from models.layers import layers_to_mask
-from models.loading import check_length, load_model
-from models.loss import bos_hint, check_tokens
-from pruning.one_shot import METHODS, OneShot, prune_model
 from utils import (
     add_model_arguments,
-    environment,
-    peak_memory_bytes,
+    begin_script,
     positive_int,
     run_script,
     script_parser,
     sequence_length,
-    set_seed,
     sparsity_type,
 )
 
@@ -57,7 +47,8 @@ from utils import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--prune_method", choices=METHODS, default="wanda", help="how to choose the weights that stay")
+    parser.add_argument("--prune_method", choices=["magnitude", "wanda", "sparsegpt"], default="wanda",
+                        help="how to choose the weights that stay")
     parser.add_argument("--sparsity_type", type=sparsity_type, default="2:4", help="N:M, keep N of every M weights")
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
@@ -75,6 +66,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--swaps improves a mask of unchanged weights, and sparsegpt changes them: choose another "
                      "--prune_method")
     return args
+
+
+if __name__ == "__main__":
+    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+
+import data
+from files.atomic import atomic_write, refuse_existing
+from files.documents import check_paths
+from masking.layers import note_sparse
+from models.layers import layers_to_mask
+from models.loading import check_length, load_model
+from models.loss import bos_hint, check_tokens
+from models.machine import environment, peak_memory_bytes, set_seed
+from pruning.one_shot import OneShot, prune_model
 
 
 def main(argv: list[str] | None = None) -> None:

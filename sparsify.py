@@ -23,42 +23,18 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import data
-from evaluation.perplexity import evaluate_windows
-from files.documents import check_paths
-from files.mask_files import MaskFile, fingerprint
 from files.records import GENERATED
-from masking.layers import learned_layers, note_sparse, read_masks
-from masking.masked_model import MaskedModel
-from masking.spaces import LinearSpace
-from models import processes
-from models.layers import find_layers, layers_to_mask
-from models.loading import Tokenizer, check_length, load_model, model_fingerprint, positions
-from models.loss import check_tokens
-from models.sharded_files import load_sharded
-from pruning.channel_order import check_reorderable
-from pruning.channels import apply_permutation
-from training import arguments, initialize, preparation, report, results
-from training.loop import Run
-from training.run_folder import ORDER, RunFolder
-from training.signals import StopSignals
-from training.stages import Stages
-from training.straight_through import StraightThrough, step_size
-from training.validation import Validation
+from training.arguments import add_mask_arguments, add_run_arguments, parse
 from utils import (
-    DTYPES,
     UserError,
     add_model_arguments,
+    begin_script,
     number,
     positive_int,
     run_script,
     script_parser,
     sequence_length,
-    set_seed,
 )
-
-import torch
-from torch import Tensor, nn
 
 EVALUATIONS = 10  # of the held-out loss, in a run
 LITTLE = 0.2  # of the minutes; where less is left to learn in, a note says so
@@ -81,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     budget.add_argument("--minutes", type=number(float, 0.01), default=None,
                         help="for everything (default: 30)")
     budget.add_argument("--steps", type=positive_int, default=None, help="of learning, in place of minutes")
-    arguments.add_mask_arguments(parser, mask_default=None)
+    add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true", help="first reorder channels, so that masks keep more")
     parser.add_argument("--lr", type=number(float, 0), default=0.8,
                         help="size of the steps: how far, in logits, all of them would move a logit by pure noise")
@@ -93,8 +69,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
                         help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, "
                              "c4 or files")
-    arguments.add_run_arguments(parser)
-    args = arguments.parse(parser, argv)
+    add_run_arguments(parser)
+    args = parse(parser, argv)
     if args.shard and not args.resume and not (args.dataset and args.mask and args.steps):
         parser.error("--shard needs --dataset, --mask and --steps: text and m0 are made, and speed is measured, in one "
                      "process that has the whole model")
@@ -105,6 +81,37 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.minutes is None and args.steps is None:
         args.minutes = 30.0
     return args
+
+
+if __name__ == "__main__":
+    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+
+import data
+from evaluation.perplexity import evaluate_windows
+from files.documents import check_paths
+from files.mask_files import MaskFile, fingerprint
+from masking.layers import learned_layers, note_sparse, read_masks
+from masking.masked_model import MaskedModel
+from masking.spaces import LinearSpace
+from models import processes
+from models.layers import find_layers, layers_to_mask
+from models.loading import Tokenizer, check_length, load_model, model_fingerprint, positions
+from models.loss import check_tokens
+from models.machine import DTYPES, set_seed
+from models.sharded_files import load_sharded
+from pruning.channel_order import check_reorderable
+from pruning.channels import apply_permutation
+from training import initialize, preparation, report, results
+from training.launch import launch
+from training.loop import Run
+from training.run_folder import ORDER, RunFolder
+from training.signals import StopSignals
+from training.stages import Stages
+from training.straight_through import StraightThrough, step_size
+from training.validation import Validation
+
+import torch
+from torch import Tensor, nn
 
 
 def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, MaskFile | None]:
@@ -243,7 +250,7 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments.run("sparsify.py", parse_args(argv), sparsify)
+    launch("sparsify.py", parse_args(argv), sparsify)
 
 
 if __name__ == "__main__":

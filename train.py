@@ -17,6 +17,17 @@ A run that was stopped goes on to the same bits with --resume.
 from argparse import Namespace
 from statistics import fmean
 
+from training.arguments import parse_paper
+from utils import begin_script, run_script, script_parser
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    return parse_paper(script_parser(__doc__), argv)
+
+
+if __name__ == "__main__":
+    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+
 import data
 import pge
 from files.documents import check_paths
@@ -27,13 +38,14 @@ from masking.spaces import SPACES
 from models import processes
 from models.layers import find_layers
 from models.loading import check_length, load_model, model_fingerprint, positions
+from models.machine import DTYPES, set_seed
 from models.sharded_files import load_sharded
-from training import arguments, baselines, initialize, report, results
+from training import baselines, initialize, report, results
+from training.launch import launch
 from training.loop import Run, StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.validation import Validation, hold_out
-from utils import DTYPES, run_script, script_parser, set_seed
 
 from torch import Tensor
 
@@ -118,7 +130,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments.run("train.py", arguments.parse_paper(script_parser(__doc__), argv), learn)
+    launch("train.py", parse_args(argv), learn)
 
 
 if __name__ == "__main__":

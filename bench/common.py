@@ -16,14 +16,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import utils
+
+utils.use_short_spins()
+
 from evaluation.comparison import markdown_table
 from files.records import write_json
 from masking import compiler
 from masking.masked_model import MaskedModel
 from models.layers import find_layers, weight_matrix
+from models.machine import commit, default_device, environment
 from pruning.one_shot import OneShot
 from training.straight_through import StraightThrough
-from utils import UserError, commit, default_device, environment
+from utils import UserError
 
 import torch
 from torch import Tensor, nn

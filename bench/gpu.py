@@ -37,8 +37,9 @@ from files.records import write_json
 from masking import compiler
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
+from models.machine import reset_peak_memory
 from training.straight_through import StraightThrough
-from utils import reset_peak_memory, run_script
+from utils import run_script
 
 import torch
 from gpu_layer import NOT_MEASURED, Rows, agreement, draws, kernels, profile

@@ -9,7 +9,7 @@ from masking.block_bits import as_words, mask_to_bits
 from masking.kernels import Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
-from utils import DTYPES
+from models.machine import DTYPES
 
 import torch
 from torch import Tensor

@@ -20,9 +20,10 @@ from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models import processes
 from models.layers import find_layers, weight_matrix
+from models.machine import DTYPES, peak_memory_bytes, reset_peak_memory, reuse_freed_memory
 from models.sharding import own_weight, shard
 from training.initialize import TOKENS, from_swaps
-from utils import DTYPES, peak_memory_bytes, reset_peak_memory, reuse_freed_memory, run_script
+from utils import run_script
 
 import plan
 import torch

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import common
 from models.layers import find_layers, weight_matrix
-from utils import DTYPES, UserError, run_script
+from models.machine import DTYPES
+from utils import UserError, run_script
 
 import torch
 from torch import nn

@@ -20,7 +20,8 @@ from functools import partial
 import common
 from masking.layers import apply_masks
 from models.layers import find_layers
-from utils import DTYPES, UserError, positive_int, run_script
+from models.machine import DTYPES
+from utils import UserError, positive_int, run_script
 
 import torch
 from torch import Tensor, nn

@@ -21,7 +21,8 @@ from masking.masked_model import MaskedModel
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
 from models.layers import find_layers
-from utils import fast_dtype, reset_peak_memory, run_script
+from models.machine import fast_dtype, reset_peak_memory
+from utils import run_script
 
 import torch
 from torch import Tensor

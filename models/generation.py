@@ -16,7 +16,8 @@ from files.documents import documents
 from files.records import read_lines, short_hash
 from models import processes
 from models.loading import Tokenizer, check_length, input_device, model_fingerprint
-from utils import UserError, is_out_of_memory, progress_bar, set_seed
+from models.machine import set_seed
+from utils import UserError, is_out_of_memory, progress_bar
 
 import torch
 from torch import Tensor, nn

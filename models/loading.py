@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from files.records import of_run
 from models import processes
-from utils import DTYPES, UserError, checked_device, dtype_name, explained, reuse_freed_memory
+from models.machine import DTYPES, checked_device, dtype_name, reuse_freed_memory
+from utils import UserError, explained
 
 import torch
 import transformers
@@ -24,7 +25,7 @@ def load_model(model: str, dtype: str | None = None, device: str | None = None,
                trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
     """The frozen causal LM of this folder or hub id, in eval mode, and its tokenizer. UserError if it cannot be had.
 
-    dtype: a name of utils.DTYPES, auto or checkpoint; None: auto on a CPU, float16 on a GPU. device: None, a torch
+    dtype: a name of DTYPES, auto or checkpoint; None: auto on a CPU, float16 on a GPU. device: None, a torch
     device, or auto, by which accelerate spreads the layers over all GPUs.
     """
     if processes.started() > processes.size():

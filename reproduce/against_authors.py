@@ -43,12 +43,17 @@ from statistics import fmean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import utils
+
+utils.use_short_spins()
+
 from evaluation.comparison import markdown_table
 from files import mask_files
 from files.documents import documents
 from files.records import read_lines, write_json
+from models.machine import environment
 from pge import Estimator, score
-from utils import UserError, environment, positive_int, progress_bar, run_script, script_parser, sequence_length
+from utils import UserError, positive_int, progress_bar, run_script, script_parser, sequence_length
 
 import numpy as np
 import torch

@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 from evaluation.comparison import markdown_table
 from files.atomic import atomic_write
 from files.records import read_lines
-from utils import UserError, environment, run_script
+from models.machine import environment
+from utils import UserError, run_script
 
 import torch
 import transformers

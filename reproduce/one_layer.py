@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+
+utils.use_short_spins()
+
 import train
 from masking.masked_model import MaskedModel
 from models.layers import decoder_layers

@@ -15,6 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import utils
+
+utils.use_short_spins()
+
 import sparsify
 from files.records import GENERATED, read_record
 from masking.masked_model import MaskedModel
@@ -22,9 +26,9 @@ from models import processes
 from models.layers import is_transposed
 from models.loading import input_device
 from pruning.calibration import input_norms
-from training import arguments
 from training.faster_model import speed_up
 from training.initialize import SEQUENCES
+from training.launch import launch
 from training.loop import StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -157,8 +161,7 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
 
 def main(argv: list[str] | None = None) -> None:
     given = parse_args(argv)
-    arguments.run(f"reproduce/rival.py {given.method}", settings_of(given),
-                  partial(compete, given.method, given.like))
+    launch(f"reproduce/rival.py {given.method}", settings_of(given), partial(compete, given.method, given.like))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ from statistics import fmean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import utils
+
+utils.use_short_spins()
+
 import data
 from evaluation.comparison import markdown_table
 from files.records import write_json
@@ -46,10 +50,11 @@ from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models.layers import find_layers
 from models.loading import load_model
+from models.machine import environment
 from pruning.one_shot import OneShot, one_shot_masks
 from training.initialize import from_scores
 from training.straight_through import StraightThrough
-from utils import environment, positive_int, progress_bar, run_script, sparsity_type
+from utils import positive_int, progress_bar, run_script, sparsity_type
 
 import torch
 from torch import Tensor

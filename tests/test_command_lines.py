@@ -2,8 +2,9 @@
 import argparse
 from pathlib import Path
 
+from models.machine import environment
 from training import arguments as train_args
-from utils import VERSION, environment, script_parser
+from utils import VERSION, script_parser
 
 import pytest
 from runs import SCRIPTS

@@ -5,7 +5,8 @@ import math
 import data
 import generate_text
 from models import generation
-from utils import UserError, set_seed
+from models.machine import set_seed
+from utils import UserError
 
 import pytest
 import torch

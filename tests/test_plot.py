@@ -48,7 +48,8 @@ def test_several_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [str(write_run(Path("a/learned"))), str(write_run(Path("$x_1$ & <c>"), baseline=False))]
     plot.main(runs)
-    assert {*(f"{run}, mean of 32 steps" for run in runs), figures.TRAINING, figures.HELDOUT} <= texts(tmp_path / "comparison.svg")
+    lines = {f"{run}, mean of 32 steps" for run in runs}
+    assert lines | {figures.TRAINING, figures.HELDOUT} <= texts(tmp_path / "comparison.svg")
     plot.main([runs[0], "--out", "new/folder/one"])
     assert sorted(os.listdir("new/folder")) == ["one.png", "one.svg"]
     with pytest.raises(UserError, match=r"new/folder/one.png exists already; choose another --out PREFIX"):

@@ -42,7 +42,7 @@ def test_a_rival_in_the_place_of_our_learner(ours, tmp_path, monkeypatch, method
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sparsify, "load", raises(KeyboardInterrupt))
         rival.main([method, *like, f"{tmp_path}/run"])
-    with pytest.raises(UserError, match=f"`python reproduce/rival.py {method} --resume {tmp_path}/run` goes on with it"):
+    with pytest.raises(UserError, match=f"`python reproduce/rival.py {method} --resume {tmp_path}/run` goes on"):
         sparsify.main(["--resume", f"{tmp_path}/run"])  # before its first state nothing in it is a rival's
     with monkeypatch.context() as patch, pytest.raises(StopIteration):
         patch.setattr(rival.Rival, "move", lambda *given: (next(calls), move(*given))[1])

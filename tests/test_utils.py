@@ -2,49 +2,61 @@
 import ast
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import utils
+from models import machine
 from models.loading import read_model
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+PARENTS = ("authors_scripts", "demo", "record", "tables", "picture")  # they compute nothing, or their parent has set it
 RUN = [file for folder in (".", "bench", "reproduce") for file in sorted((ROOT / folder).glob("*.py"))
-       if "__main__" in file.read_text() and file.stem != "authors_scripts"]  # a child: its parent has set them
+       if "__main__" in file.read_text() and file.stem not in PARENTS]
+SCRIPTS = [file for file in RUN if file.parent == ROOT]
 
 
 @pytest.mark.parametrize("given, added", [
     ({}, {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}), ({"OMP_WAIT_POLICY": "ACTIVE"}, {})])
 def test_threads_spin_shortly_unless_the_user_says_otherwise(monkeypatch, given, added):
     monkeypatch.setattr(os, "environ", {**given})
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    runpy.run_path(str(ROOT / "utils.py"))
+    utils.use_short_spins()
     assert os.environ == given | added
 
 
 def test_an_interruption_is_a_line_even_while_libraries_are_imported(tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    done = subprocess.run([sys.executable, ROOT / "plot.py"], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    done = subprocess.run([sys.executable, ROOT / "eval.py"], env={**os.environ, "PYTHONPATH": str(tmp_path)},
                           capture_output=True, text=True, check=False)
-    assert (done.stderr, done.returncode) == ("interrupted\n", -signal.SIGINT)  # 130 in a shell
+    said = "importing torch and transformers\ninterrupted\n"
+    assert (done.stderr, done.returncode) == (said, -signal.SIGINT)  # 130 in a shell
 
 
 @pytest.mark.parametrize("file", RUN, ids=lambda file: file.stem)
-def test_utils_comes_before_torch(file):
-    """OpenMP reads its settings when torch is loaded, so whoever is run imports utils, or a bench's common, first."""
-    heavy = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
+def test_a_script_begins_before_torch_is_imported(file):
+    """OpenMP reads its settings when torch is loaded, and a wrong flag should not have to wait for that."""
     for node in ast.parse(file.read_text()).body:
-        names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
-                 [node.module] if isinstance(node, ast.ImportFrom) else [])
-        if any(name in ("utils", "common") for name in names):
+        said = ast.unparse(node)
+        if "begin_script(" in said or "use_short_spins()" in said or said == "import common":
             return
-        assert not any(name.partition(".")[0] in heavy for name in names), f"{file.name} imports {names} before utils"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = node.names[0].name if isinstance(node, ast.Import) else node.module
+            assert module.partition(".")[0] in (*sys.stdlib_module_names, "utils") or module in (
+                "training.arguments", "files.records"), f"{file.name} imports {module} first"
+    raise AssertionError(f"{file.name} never begins")
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_a_wrong_flag_is_refused_before_torch_is_imported(file, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemError('torch was imported')")
+    done = subprocess.run([sys.executable, file, "--modle", "x"], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and re.fullmatch("error: .*(--modle|required).*\n", done.stderr), done.stderr
 
 
 def test_precisions(monkeypatch):
@@ -52,7 +64,7 @@ def test_precisions(monkeypatch):
     for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
             monkeypatch.setattr(torch.cpu, name, lambda found=has_bf16: found, raising=False)
-        assert utils.fast_dtype("cpu") == dtype
+        assert machine.fast_dtype("cpu") == dtype
     assert read_model(str(ROOT / "reproduce/small_model"), None, "cuda", False)[0].dtype == torch.float16
 
 
@@ -71,11 +83,11 @@ def test_a_full_memory_is_one_line(capsys):
 def test_peak_memory_is_that_of_the_gpus_or_where_none_is_used_of_the_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", [10, 0, 200].__getitem__)
-    assert utils.peak_memory_bytes() == 210
+    assert machine.peak_memory_bytes() == 210
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: 0)
-    assert utils.peak_memory_bytes() > 2**20
-    monkeypatch.setattr(utils, "STATUS", Path("/dev/null"))
-    assert utils.peak_memory_bytes() == 0
+    assert machine.peak_memory_bytes() > 2**20
+    monkeypatch.setattr(machine, "STATUS", Path("/dev/null"))
+    assert machine.peak_memory_bytes() == 0
 
 
 def test_progress_is_shown_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):

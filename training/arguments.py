@@ -1,23 +1,17 @@
-"""Flags of train.py and sparsify.py, the arguments of a run that goes on, and the start of either's run."""
+"""Flags of train.py and sparsify.py, and the arguments of a run that goes on. Nothing here imports torch."""
 import argparse
 import re
+import shlex
 from argparse import Namespace
-from collections.abc import Callable
+from math import comb
 from pathlib import Path
 
 from files.records import read_record, short_hash
-from masking import compiler
-from masking.spaces import SPACES
-from models import processes
-from training.run_folder import RunFolder, is_finished, of_another_script, remove_state
-from training.signals import StopSignals
 from utils import (
     DTYPES,
     UserError,
     add_data_arguments,
     add_model_arguments,
-    checked_device,
-    dtype_name,
     number,
     positive_int,
     sparsity_type,
@@ -43,7 +37,7 @@ def add_mask_arguments(parser: argparse.ArgumentParser, mask_default: str | None
     parser.add_argument("--targets", nargs="+", default=None,
                         help="learn these layers: parts of their names, or regular expressions; the others keep "
                              "m0, or stay dense where it has none")
-    parser.add_argument("--logits_dtype", choices=list(DTYPES), default="float32",
+    parser.add_argument("--logits_dtype", choices=DTYPES, default="float32",
                         help="of the logits; 16 bits halve their memory, and are rounded stochastically")
     parser.add_argument("--shard", action="store_true",
                         help="share each layer's rows out to the processes that torchrun has started")
@@ -78,7 +72,7 @@ def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
                         help="mask: logits start at C * m0; scores: they follow Wanda's scores |w| ||x||, so that "
                              "close scores give close logits; random: C times normal random numbers, whose most "
                              "probable mask is m0 (needs no --mask, but more steps)")
-    parser.add_argument("--space", choices=list(SPACES), default="linear",
+    parser.add_argument("--space", choices=["linear", "pattern"], default="linear",
                         help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99999), default=0.0,
                         help="fraction of the minibatches held out to select the final mask, and how much of the prior "
@@ -104,8 +98,8 @@ def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Name
     if args.space == "linear" and n > MOST_KEPT:
         raise UserError(f"the score of {n}:{m} is a sum over 2^{n} subsets of each block; N is at most {MOST_KEPT} "
                         "here, and any in sparsify.py")
-    if (width := SPACES[args.space](n, m).width) > MOST_LOGITS:
-        raise UserError(f"--space {args.space} would keep {width} logits a block of {n}:{m}; use --space linear, which "
+    if args.space == "pattern" and comb(m, n) > MOST_LOGITS:
+        raise UserError(f"--space pattern would keep {comb(m, n)} logits a block of {n}:{m}; use --space linear, which "
                         f"keeps {m}")
     return args
 
@@ -139,15 +133,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
     return args
 
 
-def run(script: str, args: Namespace, work: Callable) -> None:
-    """Have a script do its run: `work(args, device, folder, signals)`, in its own folder, by all processes of it."""
-    if args.resume and is_finished(args.resume):
-        remove_state(args.resume)  # it may have been killed before it could
-        print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
-        return
-    with processes.joined(args.device) as device:
-        args.dtype = dtype_name(args.dtype, checked_device(device))  # is recorded, and kept on another device
-        with (RunFolder(args.out, vars(args), script, bool(args.resume)) as folder, StopSignals() as signals):
-            if processes.size() > 1:
-                compiler.agree(device)
-            work(args, device, folder, signals)
+def of_another_script(run: str | Path, record: dict) -> UserError:
+    """What to do with a run that another script has begun, or another version of this one."""
+    script, place = record.get("script"), shlex.quote(str(run))
+    then = f"`python {script} --resume {place}` goes on with it" if script else "go on with it there"
+    return UserError(f"{run} is a run of {script or 'another version or script'}: {then}; or start a new run")

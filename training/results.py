@@ -6,11 +6,11 @@ from files.atomic import atomic_write
 from masking.layers import apply_mask
 from models import processes
 from models.loading import Tokenizer, read_model
+from models.machine import peak_memory_bytes
 from pruning.channels import apply_permutation
 from training import figures, report
 from training.loop import Run
 from training.run_folder import ORDER, RunFolder
-from utils import peak_memory_bytes
 
 from safetensors.torch import save_file
 from torch import nn

@@ -1,6 +1,6 @@
 """A run's folder, kept so that a run is hard to lose: claimed, locked, recorded.
 
-    run.json         the script, its arguments, fingerprints of what was read, environment; once the run is finished, its summary
+    run.json         script, arguments, fingerprints of what was read, environment; at the end the summary
     metrics.jsonl    one line a step (log.py)
     state/           checkpoints, until the run is finished (checkpoint.py)
     lock             held by the process that writes here; the system frees that of a dead one
@@ -20,8 +20,10 @@ from pathlib import Path
 from files.atomic import refuse_existing, sync
 from files.records import read_record, write_json
 from models import processes
+from models.machine import environment
+from training.arguments import of_another_script
 from training.checkpoint import Checkpoints, StateFile
-from utils import UserError, environment
+from utils import UserError
 
 import torch
 from filelock import FileLock, Timeout
@@ -40,13 +42,6 @@ def remove_state(run: str | Path) -> None:
     """What only a run that goes on needs."""
     shutil.rmtree(Path(run) / "state", ignore_errors=True)
     Path(run, "lock").unlink(missing_ok=True)
-
-
-def of_another_script(run: str | Path, record: dict) -> UserError:
-    """What to do with a run that another script has begun, or another version of this one."""
-    script, place = record.get("script"), shlex.quote(str(run))
-    then = f"`python {script} --resume {place}` goes on with it" if script else "go on with it there"
-    return UserError(f"{run} is a run of {script or 'another version or script'}: {then}; or start a new run")
 
 
 class RunFolder:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from models import processes
+from models.machine import peak_memory_bytes, reset_peak_memory
 from training.run_folder import RunFolder
-from utils import peak_memory_bytes, reset_peak_memory
 
 
 class Stages:
