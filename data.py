@@ -24,6 +24,10 @@ WIKITEXT2_TEST = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "s
 MOST_DOCUMENTS = 400_000  # kept in memory to draw from; C4's shard has 356,317
 
 
+class TooShortError(UserError):
+    """A text that is shorter than one minibatch."""
+
+
 def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize: int, seqlen: int) -> torch.Tensor:
     """The fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize, batchsize, seqlen].
 
@@ -61,7 +65,7 @@ def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, 
     Where the tokenizer puts a token before a text, a sequence is that token and seqlen - 1 of the running text, which
     has it nowhere else: it stands where it stands in use, in front.
 
-    Errors: UserError for less than one minibatch, and those of `documents`.
+    Errors: TooShortError for less than one minibatch, and those of `documents`.
     """
     bos = added_bos(tokenizer)
     begin = 0 if bos is None else 1
@@ -85,8 +89,8 @@ def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, 
     found = sum(found.values())
     minibatches = min(wanted, found) // minibatch
     if not minibatches:
-        raise UserError(f"{', '.join(datasets)} has only {found} tokens, fewer than one minibatch of {batchsize} x "
-                        f"{seqlen}: lower --batchsize or --seqlen or use a longer text")
+        raise TooShortError(f"{', '.join(datasets)} has only {found} tokens, fewer than one minibatch of {batchsize} x "
+                            f"{seqlen}: lower --batchsize or --seqlen or use a longer text")
     sequences = torch.cat(pieces)[:minibatches * minibatch].view(-1, seqlen - begin)
     sequences = torch.nn.functional.pad(sequences, (begin, 0), value=bos)
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))

@@ -21,6 +21,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from files.records import GENERATED
@@ -37,7 +38,7 @@ from utils import (
 )
 
 EVALUATIONS = 10  # of the held-out loss, in a run
-LITTLE = 0.2  # of the minutes; where less is left to learn in, a note says so
+PROMPT, SAMPLE = 16, 30  # tokens of held-out text, and of what the models make of them, in the report
 WINDOW, WINDOWS = 512, 64  # tokens in one, at most, and how many, of --ppl
 
 
@@ -46,8 +47,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_model_arguments(parser, model=None, dtype="auto")
     parser.add_argument("--dataset", nargs="+", default=None,
                         help="text to learn from: hub ids, .json.gz, .jsonl, .parquet, .txt, folders; also questions, "
-                             "as eval.py's --task_file; if it is too short (a minibatch at least), "
-                             "the model generates the rest")
+                             "as eval.py's --task_file; if it is too short, the model generates the rest")
     parser.add_argument("--after", metavar="PASSAGES", default=None,
                         help="text of the kind that the model will meet: what it generates continues these")
     parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
@@ -93,7 +93,7 @@ from files.mask_files import MaskFile, fingerprint
 from masking.layers import learned_layers, note_sparse, read_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
-from models import processes
+from models import generation, processes
 from models.layers import find_layers, layers_to_mask
 from models.loading import Tokenizer, check_length, load_model, model_fingerprint, positions
 from models.loss import check_tokens
@@ -147,7 +147,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
         return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
 
     given, generated = (0.5, 1.0) if args.distill is None else (args.distill, args.distill)
-    questions, others = preparation.given_texts(read, args.dataset or [], plan["tokens"])
+    questions, others = preparation.given_texts(read, args.dataset or [], plan["tokens"], args.shard)
     texts, minibatch = [(text, given) for text in others], args.batchsize * args.seqlen
     missing = plan["tokens"] - sum(text.numel() for text in questions + others)
     if missing and not args.shard:
@@ -176,8 +176,19 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
         with stages.stage("m0", "Wanda's mask"):
             preparation.wanda_mask(wanda, model, args.model, args.targets, pattern, sequences)
     m0 = mask or read_masks(wanda, model, pattern)
+    plan["learned_tokens"] = minibatches.numel()
     folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
     return minibatches, distill, m0
+
+
+def losses(masked: MaskedModel, tokenizer: Tokenizer, unseen: Tensor, texts: dict[str, Tensor]) -> dict[str, float]:
+    """Text -> loss in nats of the mask in use: of held-out minibatches, and of the windows of further texts."""
+    bos = data.added_bos(tokenizer)
+    behind = "" if bos is None else " after BOS"
+    found = {"held-out text": masked.mean_loss(unseen)}
+    for name, windows in texts.items():
+        found[f"{name}{behind}"] = evaluate_windows(masked.model, windows, bos)["nats"]
+    return found
 
 
 def learning_s(minutes: float | None, folder: RunFolder, stages: Stages) -> float:
@@ -186,8 +197,6 @@ def learning_s(minutes: float | None, folder: RunFolder, stages: Stages) -> floa
     if minutes and "learning_s" not in plan:
         writing_s = 2 * folder.checkpoints.cost_s  # a state at the end as at the start, and the sparse model
         plan["learning_s"] = processes.agreed(60 * minutes - stages.elapsed_s() - plan["table_s"] - writing_s)
-        if plan["learning_s"] < LITTLE * 60 * minutes:
-            processes.log("note: little of --minutes is left to learn in; a longer run learns more")
         folder.write_record()
     return max(1.0, plan.get("learning_s", math.inf))
 
@@ -203,18 +212,16 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     texts = {Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0] for text in args.ppl}
     minibatches, distill, m0 = prepare(args, model, tokenizer, folder, stages, mask)
     batches, selecting, unseen = preparation.split(minibatches)
+    sample, prompt = folder.record.setdefault("sample", {}), unseen[0, 0, :PROMPT]
+    if not (sample or args.shard):
+        sample["prompt"] = tokenizer.decode(prompt, skip_special_tokens=True)
+        sample["dense"] = generation.continuation(model, tokenizer, prompt, SAMPLE)
     masked = MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
                          learned_layers(model, m0, args.targets), args.seed, keep_dense=True,
                          microbatch=args.microbatch)
     learner = learner_of(masked, args.seqlen, args.gradient_checkpointing)
     validation = Validation(masked, selecting)
-
-    def nats() -> dict[str, float]:
-        """Text -> loss of the mask in use."""
-        bos = data.added_bos(tokenizer)
-        return {"held-out text": masked.mean_loss(unseen),
-                **{name: evaluate_windows(model, windows, bos)["nats"] for name, windows in texts.items()}}
-
+    nats = partial(losses, masked, tokenizer, unseen, texts)
     run = Run(folder, signals, validation, len(batches), args.steps or math.inf, evaluations=EVALUATIONS)
     table, plan = folder.record.setdefault("nats", {}), folder.record["plan"]
     if not run.restore(masked=masked, learner=learner, validation=validation):
@@ -245,6 +252,8 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
         summary = results.deliver(run, m0, tokenizer, saves_logits=False, skips_checkpoint=args.skip_checkpoint,
                                   nats=table)
     if processes.is_main():  # the others have no summary
+        if sample:
+            sample["sparse"] = generation.continuation(model, tokenizer, prompt, SAMPLE)
         print(report.write(folder.path, folder.record, summary))
     folder.finish(summary)
 

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 LARGEST = 700  # nats of a loss whose exp a float holds
 
 
+def perplexity(nats: float) -> float:
+    """exp of a mean loss; inf where no float holds it."""
+    return math.exp(nats) if nats < LARGEST else math.inf
+
+
 def evaluate_windows(model: nn.Module, windows: Tensor, bos: int | None = None) -> dict[str, float]:
     """`ppl`, the perplexity, and `nats`, the mean loss, over int64 `[windows, tokens]`.
 

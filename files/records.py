@@ -25,7 +25,7 @@ def read_record(run: str | Path) -> dict:
     path = Path(run) / "run.json"
     with explained(path, "give the folder of a run of train.py or sparsify.py"):
         record = json.loads(path.read_bytes())
-        if "arguments" not in record:
+        if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
             raise ValueError("it names no arguments")
         return record
 

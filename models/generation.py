@@ -15,7 +15,7 @@ from files.atomic import atomic_write, sync
 from files.documents import documents
 from files.records import read_lines, short_hash
 from models import processes
-from models.loading import Tokenizer, check_length, input_device, model_fingerprint
+from models.loading import Tokenizer, check_length, input_device, model_fingerprint, positions
 from models.machine import set_seed
 from utils import UserError, is_out_of_memory, progress_bar
 
@@ -109,6 +109,20 @@ def _read(model: nn.Module, tokens: Tensor, is_text: Tensor, pad: int, chosen: T
         return {}
     cache.reorder_cache(chosen.to(tokens.device))
     return {name: cache}
+
+
+@torch.no_grad()
+def continuation(model: nn.Module, tokenizer: Tokenizer, prompt: Tensor, length: int) -> str:
+    """What the model finds most likely to follow, on one line, of up to `length` tokens, as far as it has positions.
+    prompt: int64 `[tokens]`."""
+    length = int(min(length, positions(model) - len(prompt)))
+    if length < 1:
+        return ""
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=tokenizer.eos_token_id,
+                              pad_token_id=tokenizer.eos_token_id or 0)  # of one text nothing is padded
+    tokens = prompt[None].to(input_device(model))
+    written = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy)
+    return " ".join(tokenizer.decode(written[0, len(prompt):], skip_special_tokens=True).split())
 
 
 def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, length: int, batchsize: int,

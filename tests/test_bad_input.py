@@ -95,7 +95,7 @@ TEXTS = [
     (["inference_loss", "sparsify", "eval"], "--seqlen 1", "--seqlen", "'1' is not a whole number of at least 2"),
     ("eval", "--seqlen 5000", ("fewer than one window of 5000", "256 positions"), "lower --seqlen"),
     ("train", "--val_fraction 0.6", "--val_fraction 0.6 of 2 minibatches leaves none to learn from"),
-    ("sparsify", "--batchsize 2000", "has only", "fewer than one minibatch of 2000 x 32", "lower --batchsize")]
+    ("sparsify", "--shard --batchsize 2000", "has only", "fewer than one minibatch of 2000 x 32", "lower --batchsize")]
 AGAIN = "inference_loss.py"
 BASELINES = [
     ("train", "--baseline {w}/absent.npz", "absent.npz", "no such baseline", AGAIN, "--baseline online"),

@@ -96,6 +96,10 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
 def test_the_model_that_a_folder_was_pruned_from(tmp_path):
     assert records.base_model("some/model") == "some/model"
     assert records.base_model(str(tmp_path)) == str(tmp_path)
+    for damaged in ("[]", '{"arguments": []}', "{}"):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"run\.json cannot be read \(ValueError: it names no arguments\)"):
+            records.read_record(tmp_path)
     records.write_json(tmp_path / "prune.json", {"arguments": {"model": "some/model"}})
     assert records.base_model(str(tmp_path)) == "some/model"
 

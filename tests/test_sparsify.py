@@ -18,7 +18,7 @@ from models.loading import load_model
 from pruning import swaps
 from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, preparation, results, straight_through
-from training.report import note_unchanged, perplexity_table
+from training.report import note_unchanged, perplexity_table, shortage, verdict
 from training.straight_through import StraightThrough
 from utils import UserError
 
@@ -99,9 +99,18 @@ def test_its_table_recomputed(workshop, learned, capsys):
             (windows[:1],), (windows[1:], tokenizer.bos_token_id)))
         assert report["nats"][row] == pytest.approx({
             "held-out text": loss_under(workshop / "dense", masks, unseen),
-            "text.jsonl": (first + (len(windows) - 1) * others) / len(windows)}, abs=1e-4)
+            "text.jsonl after BOS": (first + (len(windows) - 1) * others) / len(windows)}, abs=1e-4)
         assert all(f"{math.exp(value):.3f}" in said for value in report["nats"][row].values())
     card = (run.folder / "checkpoint/README.md").read_text()
+    sample = report["sample"]
+    with torch.no_grad():
+        for mask, model_under in (("dense", workshop / "dense"), ("sparse", run.folder / "checkpoint")):
+            model, ids = load_model(str(model_under), "float32", "cpu")[0], unseen[0, :12].tolist()
+            while len(ids) < 12 + 30 and ids[-1] != tokenizer.eos_token_id:
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            assert sample[mask] == " ".join(tokenizer.decode(ids[12:], skip_special_tokens=True).split()) in said
+    step, changed = report["summary"]["mask_of_step"], report["summary"]["blocks_changed"]
+    assert f"The mask of step {step} of 6 is delivered: {changed:,} of " in said and verdict(report["nats"]) in said
     metadata = ModelCard(card).data  # a local folder is no base that others have
     assert "2:4" in metadata.tags and metadata.base_model is None and str(workshop) not in card
     assert f"{len(m0)} of its layers keep 2:4 weights" in card
@@ -130,6 +139,13 @@ def test_given_texts_and_given_masks(workshop, learned, text_and_masks):
     m0 = mask_files.load(mask).masks
     assert is_strict(run.masks, 4, 8) and {name for name in m0 if not torch.equal(m0[name], run.masks[name])} == {
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"}
+
+
+def test_a_text_of_less_than_a_minibatch_is_generated(workshop, learned, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("A small cat watches the doctor.")
+    run = learned(f"--steps 6 --dataset {tmp_path}/short.txt")
+    assert "short.txt has only" in (said := capsys.readouterr().err) and "the model generates text in its place" in said
+    assert (run.folder / "generated.jsonl").exists() and len(run.metrics) == 6 and is_strict(run.masks)
 
 
 def test_questions_and_text_share_the_budget(tmp_path):
@@ -249,6 +265,27 @@ def test_reordered_channels_and_passages(workshop, whole):
     dense = loss_under(workshop / "dense", {}, heldout(workshop, run, [run.folder / "generated.jsonl"]))
     assert run.record["nats"]["dense"]["held-out text"] == pytest.approx(dense, abs=1e-4)
     assert list(documents(str(run.folder / "generated.jsonl"))) and is_strict(run.masks)
+
+
+@pytest.mark.parametrize("dense, m0, learned, words", [
+    (2.0, 4.0, 1.9, "0.90 times the dense perplexity: no worse than the dense model"),
+    (2.0, 4.0, 1.9, "More than 100 %"), (2.0, 4.0, 2.1, "1.11 times the dense perplexity: close to the dense model"),
+    (2.0, 4.0, 2.5, "1.65 times the dense perplexity: usable with care"),
+    (2.0, 4.0, 3.3, "3.67 times the dense perplexity: not usable yet; take more steps, or give more real text"),
+    (2.0, 2.0, 2.1, "A gap is blank if m0 is no worse"), (2.0, 4.0, 1000.0, "inf times the dense perplexity")])
+def test_whether_a_model_is_good(dense, m0, learned, words):
+    nats = {"dense": {"text": dense}, "m0": {"text": m0}, "learned": {"text": learned}}
+    assert words in verdict(nats) and ("inf" in perplexity_table(nats)) == (learned == 1000)
+    assert ("gap" in verdict(nats)) == (learned < dense or m0 <= dense)
+
+
+@pytest.mark.parametrize("minutes, learning_s, tokens, words", [
+    (30, 359, 900, "Only 6.0 of 30 minutes were left to learn in"), (30, 361, 900, ""), (None, None, 900, ""),
+    (None, None, 199, "There were only 199 tokens to learn from, where 1,000 were planned")])
+def test_a_run_without_time_or_text_says_so_at_its_end(minutes, learning_s, tokens, words):
+    plan = {"tokens": 1000, "learned_tokens": tokens, "learning_s": learning_s}
+    found = shortage({"arguments": {"minutes": minutes}, "plan": plan})
+    assert words in found and bool(found) == bool(words)
 
 
 def test_the_gap_is_one_of_losses():

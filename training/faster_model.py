@@ -4,7 +4,8 @@
     attention, on CPU  PyTorch's fused kernel for CPUs takes ten times as long backward as forward; for sequences of
                        SHORT tokens and fewer, matrix products are faster and the probabilities no burden
 
-Both round otherwise than the model as it is, so sparsify.py's table and eval.py agree but for rounding.
+Both round otherwise than the model as it is, so a perplexity of sparsify.py's table differs by rounding from that of
+eval.py on the same tokens: with --bos if the tokenizer adds BOS, and sparsify.py's windows.
 """
 from collections.abc import Callable
 from functools import partial

@@ -9,7 +9,7 @@ WINDOW = 32  # steps of the running mean
 LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]
 TRAINING = "training loss (nats)"
 RESIDUAL = "loss of the sampled mask - loss of m0 (nats)"
-HELDOUT = "loss on the held-out text that selects the mask (nats)"
+HELDOUT = "held-out loss (nats)"  # on the text that selects the mask
 
 Points = list[tuple[int, float]]  # step, value
 
@@ -49,7 +49,8 @@ def _draw(axes: object, label: str, runs: dict[str, Points], levels: dict[str, f
     axes.xaxis.get_major_locator().set_params(nbins=6, integer=True)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize="small")
+    axes.set_title("text that selects the mask" if label == HELDOUT else "dots: single steps", fontsize="small")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize="small", ncols=2)
 
 
 def learning_curve(runs: dict[str, list[dict]], path: str | Path, levels: dict[str, float] | None = None,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import data
 from files import mask_files, permutation_files
 from files.atomic import atomic_write
 from files.documents import are_questions
@@ -75,18 +76,24 @@ def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return minibatches.split([learned, heldout, heldout])
 
 
-def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str],
-                tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str], tokens: int,
+                is_all: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     """The minibatches of given questions, at most a quarter of so many tokens, and of other text up to as many: lists
-    of none or one. read: up to so many tokens of datasets, int64 `[minibatches, sequences, tokens]`."""
-    questions = [dataset for dataset in datasets if are_questions(dataset)]
-    others = [dataset for dataset in datasets if dataset not in questions]
-    if questions:
-        twice = read(questions, tokens).repeat(READINGS, 1, 1)
-        questions = [at_most_a_quarter(twice, (1 - QUESTIONS_SHARE) * tokens)]
-    if others:
-        others = [read(others, tokens - sum(text.numel() for text in questions))]
-    return questions, others
+    of none or one. read: up to so many tokens of datasets, int64 `[minibatches, sequences, tokens]`; is_all: no text
+    will be generated in place of what is too short."""
+    def minibatches(datasets: list[str], tokens: int) -> list[Tensor]:
+        try:
+            return [read(datasets, tokens)] if datasets else []
+        except data.TooShortError as error:
+            if is_all:
+                raise
+            processes.log(f"note: {error}; the model generates text in its place, and continues it if it is --after")
+            return []
+    asking = [dataset for dataset in datasets if are_questions(dataset)]
+    questions = [at_most_a_quarter(text.repeat(READINGS, 1, 1), (1 - QUESTIONS_SHARE) * tokens)
+                 for text in minibatches(asking, tokens)]
+    left = tokens - sum(text.numel() for text in questions)
+    return questions, minibatches([dataset for dataset in datasets if dataset not in asking], left)
 
 
 def at_most_a_quarter(questions: Tensor, others: float) -> Tensor:

@@ -1,9 +1,9 @@
-"""What runs tell at their end: a model card; of sparsify.py also perplexities, gap closed, time and memory by stage."""
-import math
+"""What runs tell at their end: a model card; of sparsify.py also whether its model is good, and why."""
 import shlex
 from pathlib import Path
 
 from evaluation.comparison import markdown_table
+from evaluation.perplexity import perplexity
 from files import mask_files
 from files.records import write_json
 from utils import VERSION
@@ -12,6 +12,8 @@ from huggingface_hub import ModelCardData
 
 FEW = 1e-4  # of the blocks
 ROWS = ("dense", "m0", "learned")
+CLOSE, USABLE = 1.3, 2.0  # times the dense perplexity, at most
+LITTLE = 0.2  # of the minutes to learn in, or of the text planned to learn from
 
 
 def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
@@ -22,7 +24,7 @@ def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
         dense, m0 = nats["dense"][text], nats["m0"][text]
         for line, row in zip(lines, ROWS):
             closed = f"{100 * (m0 - nats[row][text]) / (m0 - dense):.1f}" if row == "learned" and m0 > dense else ""
-            line += [f"{math.exp(nats[row][text]):.3f}", closed]
+            line += [f"{perplexity(nats[row][text]):.3f}", closed]
     return markdown_table(heading, lines)
 
 
@@ -72,9 +74,44 @@ def in_words(summary: dict, folder: object, model: str, positions: float) -> str
             f"python eval.py --model {shlex.quote(model)} --mask {shlex.quote(str(folder))} --ppl wikitext2{seqlen}")
 
 
+def verdict(nats: dict[str, dict[str, float]]) -> str:
+    """Whether the sparse model is good, by the first text of the table, and why a gap is blank or above 100 %."""
+    dense, m0, learned = (nats[row].values() for row in ROWS)
+    times = perplexity(next(iter(learned)) - next(iter(dense)))
+    if times <= 1:
+        said = "no worse than the dense model on text of the kind that it learned from; try others with eval.py --ppl"
+    elif times <= CLOSE:
+        said = "close to the dense model"
+    elif times <= USABLE:
+        said = "usable with care; more steps or real text bring it closer"
+    else:
+        said = "not usable yet; take more steps, or give more real text by --dataset"
+    lines = [f"{times:.2f} times the dense perplexity: {said}."]
+    if any(loss <= of_dense for loss, of_dense in zip(m0, dense)):
+        lines.append("A gap is blank if m0 is no worse than the dense model on that text: there is none to close.")
+    if any(of_dense > loss and start > of_dense for loss, start, of_dense in zip(learned, m0, dense)):
+        lines.append("More than 100 % of a gap is closed if the mask has learned the manner of that text, too.")
+    return "\n".join(lines)
+
+
+def shortage(record: dict) -> str:
+    """A line if the run had hardly any time or text to learn from; else nothing."""
+    minutes, plan = record["arguments"]["minutes"], record["plan"]
+    if minutes and plan["learning_s"] < LITTLE * 60 * minutes:
+        return (f"\nOnly {max(0.0, plan['learning_s']) / 60:.1f} of {minutes:g} minutes were left to learn in: raise "
+                "--minutes, or give --dataset, so that the model need not write its text.")
+    if plan["learned_tokens"] < LITTLE * plan["tokens"]:
+        return (f"\nThere were only {plan['learned_tokens']:,} tokens to learn from, where {plan['tokens']:,} were "
+                "planned: raise --minutes, or give more text by --dataset.")
+    return ""
+
+
 def write(folder: Path, record: dict, summary: dict) -> str:
-    """Write report.json, a run's record with its table and summary; returns what is to be printed."""
+    """Write report.json, a run's record with its table, sample and summary; returns what is to be printed."""
     write_json(folder / "report.json", {**record, "summary": summary})
-    changed = f"{summary['blocks_changed']:,} of {summary['blocks']:,} blocks changed from m0"
-    return (f"\n{perplexity_table(record['nats'])}\n\n{stage_table(record['stages'])}\n\n"
-            f"{note_unchanged(summary)}{changed}, {summary['steps']} steps -> {folder}")
+    sample = record.get("sample", {})
+    written = "".join(f"\n{name + ':':<9}{text}" for name, text in sample.items())
+    return (f"\n{perplexity_table(record['nats'])}\n\n{verdict(record['nats'])}\nThe mask of step "
+            f"{summary['mask_of_step']} of {summary['steps']} is delivered: {summary['blocks_changed']:,} of "
+            f"{summary['blocks']:,} blocks differ from m0.\n{written}\n\n{note_unchanged(summary)}-> {folder}"
+            f"{shortage(record)}")
