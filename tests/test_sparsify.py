@@ -105,10 +105,10 @@ def test_its_table_recomputed(workshop, learned, capsys):
     sample = report["sample"]
     with torch.no_grad():
         for mask, model_under in (("dense", workshop / "dense"), ("sparse", run.folder / "checkpoint")):
-            model, ids = load_model(str(model_under), "float32", "cpu")[0], unseen[0, :12].tolist()
-            while len(ids) < 12 + 30 and ids[-1] != tokenizer.eos_token_id:
+            model, ids = load_model(str(model_under), "float32", "cpu")[0], unseen[0, :16].tolist()
+            while len(ids) < 16 + 30 and ids[-1] != tokenizer.eos_token_id:
                 ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            assert sample[mask] == " ".join(tokenizer.decode(ids[12:], skip_special_tokens=True).split()) in said
+            assert sample[mask] == " ".join(tokenizer.decode(ids[16:], skip_special_tokens=True).split()) in said
     step, changed = report["summary"]["mask_of_step"], report["summary"]["blocks_changed"]
     assert f"The mask of step {step} of 6 is delivered: {changed:,} of " in said and verdict(report["nats"]) in said
     metadata = ModelCard(card).data  # a local folder is no base that others have
