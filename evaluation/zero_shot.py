@@ -17,6 +17,7 @@ import math
 from pathlib import Path
 
 import data
+from files import hub
 from models.loading import Tokenizer
 from utils import UserError, explained
 
@@ -87,6 +88,8 @@ def load_harness(names: list[str]) -> dict:
     run code. UserError for an unknown name, data that cannot be loaded, a task without acc or whose answers the model
     has to write, and where lm_eval is missing."""
     found = {}
+    if names:
+        hub.answers()
     for name in names:
         manager = _task_manager(with_tasks=True)
         if name not in manager.all_tasks and not Path(name).is_file():

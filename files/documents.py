@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from files import hub
 from utils import UserError, explained
 
 from pyarrow import parquet
@@ -59,6 +60,7 @@ def hub_texts(dataset: str, **arguments) -> Iterator[str]:
 
 
 def _hub_rows(**arguments) -> Iterable[dict]:
+    hub.answers()
     import datasets  # takes a second, which a local file need not wait for
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
     # one shard is not all that a card lists

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from files import hub
 from files.records import of_run
 from models import processes
 from models.machine import DTYPES, checked_device, dtype_name, reuse_freed_memory
@@ -93,8 +94,10 @@ def explained_model(model: str) -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     if not hidden:
         enable_progress_bars()
-    hub = "" if Path(model).expanduser().exists() else " or a hub id (gated: first `hf auth login`)"
-    with explained(f"--model {model}", f"give the folder of a causal LM{hub}"):
+    advice = "give the folder of a causal LM"
+    if not Path(model).expanduser().exists():
+        advice += " or a hub id (gated: first `hf auth login`)" if hub.answers() else ": the Hub does not answer"
+    with explained(f"--model {model}", advice):
         yield
 
 

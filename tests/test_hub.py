@@ -1,11 +1,16 @@
 """data.py and the Hub, by what is asked of it and by what is made of its errors."""
 
+from types import SimpleNamespace
+
 import data
+from files import hub as files_hub
+from models.loading import load_model
 from utils import UserError
 
 import datasets
 import pytest
 import torch
+from huggingface_hub import constants
 from words import Words, get_c4
 
 C4 = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
@@ -52,3 +57,23 @@ def test_hub_failures_are_one_line(error, monkeypatch):
                 lambda: data.perplexity_windows(Words(), "wikitext2", 8)):
         with pytest.raises(UserError, match=r"^dataset .* cannot be read .* local file[^\n]*$"):
             use()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Then its libraries look in their cache alone, in place of half a minute of retries for each file."""
+    asked = []
+
+    def head(url, timeout):
+        asked.append((url, timeout))
+        raise OSError("no network")
+    for is_there in (True, False):
+        files_hub.answers.cache_clear()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        session = SimpleNamespace(head=(lambda url, timeout: asked.append(url)) if is_there else head)
+        monkeypatch.setattr(files_hub, "get_session", lambda session=session: session)
+        assert [files_hub.answers(), files_hub.answers()] == [is_there] * 2
+        assert (not is_there) == constants.HF_HUB_OFFLINE
+    assert asked == [constants.ENDPOINT, (constants.ENDPOINT, 5)]
+    with pytest.raises(UserError, match="give the folder of a causal LM: the Hub does not answer"):
+        load_model("some/model", device="cpu")
+    files_hub.answers.cache_clear()
