@@ -147,8 +147,11 @@ def evaluate_tasks(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsiz
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
-        print(comparison([read_evaluation(file) for path in map(Path, args.compare)
-                          for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]))
+        files = [file for path in map(Path, args.compare)
+                 for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+        if not files:
+            raise UserError(f"--compare {' '.join(args.compare)}: there is no evaluation; give JSON files of eval.py")
+        print(comparison([read_evaluation(file) for file in files]))
         return
     out = output_file(args)
     if out.is_file() and not args.save:

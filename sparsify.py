@@ -15,7 +15,7 @@
 
 How much text there is, and the size of a step, follow from the budget, --minutes or --steps, and from measured speeds.
 Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), report.json,
-curve.png, metrics.jsonl (one line a step), run.json. Finished stages are not done again.
+curve.png, metrics.jsonl (one line per step), run.json. Finished stages are skipped on --resume.
 """
 import math
 import time
@@ -32,12 +32,15 @@ from utils import (
     begin_script,
     number,
     positive_int,
+    progress_bar,
     run_script,
     script_parser,
     sequence_length,
 )
 
 EVALUATIONS = 10  # of the held-out loss, in a run
+STEP, LOGITS = 0.8, 4.0  # --lr and --logits
+GIVEN_SHARE, GENERATED_SHARE = 0.5, 1.0  # of --distill, of given text and of generated
 PROMPT, SAMPLE = 16, 30  # tokens of held-out text, and of what the models make of them, in the report
 WINDOW, WINDOWS = 512, 64  # tokens in one, at most, and how many, of --ppl
 
@@ -59,9 +62,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     budget.add_argument("--steps", type=positive_int, default=None, help="of learning, in place of minutes")
     add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true", help="first reorder channels, so that masks keep more")
-    parser.add_argument("--lr", type=number(float, 0), default=0.8,
+    parser.add_argument("--lr", type=number(float, 0), default=STEP,
                         help="size of the steps: how far, in logits, all of them would move a logit by pure noise")
-    parser.add_argument("--logits", type=number(float, 0), default=4.0, help="C: scale of the first logits")
+    parser.add_argument("--logits", type=number(float, 0), default=LOGITS, help="C: scale of the first logits")
     parser.add_argument("--distill", type=number(float, 0, 1), default=None,
                         help="share of the loss that compares with the dense model's predictions, not with the text "
                              "(default: 1 on text that it generates, 0.5 on --dataset)")
@@ -101,6 +104,7 @@ from models.machine import DTYPES, set_seed
 from models.sharded_files import load_sharded
 from pruning.channel_order import check_reorderable
 from pruning.channels import apply_permutation
+from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, preparation, report, results
 from training.launch import launch
 from training.loop import Run
@@ -146,7 +150,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     def read(datasets: list[str], tokens: int) -> Tensor:
         return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
 
-    given, generated = (0.5, 1.0) if args.distill is None else (args.distill, args.distill)
+    given, generated = (GIVEN_SHARE, GENERATED_SHARE) if args.distill is None else (args.distill, args.distill)
     questions, others = preparation.given_texts(read, args.dataset or [], plan["tokens"], args.shard)
     texts, minibatch = [(text, given) for text in others], args.batchsize * args.seqlen
     missing = plan["tokens"] - sum(text.numel() for text in questions + others)
@@ -172,7 +176,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     elif args.permute:
         with stages.stage("order", "channels are reordered"):
             preparation.reorder_channels(order, model, args.model, args.targets, pattern, sequences, args.seed)
-    if not mask and "m0" not in stages.done:
+    if not (mask or ("m0" in stages.done and processes.agreed(float(wanda.exists())))):
         with stages.stage("m0", "Wanda's mask"):
             preparation.wanda_mask(wanda, model, args.model, args.targets, pattern, sequences)
     m0 = mask or read_masks(wanda, model, pattern)
@@ -201,7 +205,7 @@ def learning_s(minutes: float | None, folder: RunFolder, stages: Stages) -> floa
     return max(1.0, plan.get("learning_s", math.inf))
 
 
-def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals,
+def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals,
              learner_of: Callable = StraightThrough, start: Callable | None = None) -> None:
     """The run from its start, or from where it was stopped, to its results. Both functions are for rivals."""
     set_seed(args.seed)
@@ -258,8 +262,38 @@ def sparsify(args: Namespace, device: str | None, folder: RunFolder, signals: St
     folder.finish(summary)
 
 
+def sparsify(model: nn.Module, tokenizer: Tokenizer, dataset: str, sparsity_type: tuple[int, int] = (2, 4),
+             steps: int = 300, batchsize: int = 8, seqlen: int = 128, seed: int = 0) -> dict[str, Tensor]:
+    """For notebooks: learn a mask of a loaded, frozen causal LM, in the model's own dtype and on its device, with this
+    script's defaults. The model is sparse when it returns.
+
+        masks = sparsify(model, tokenizer, "text.jsonl")     # layer name -> bool [out, in], on the CPU
+        files.mask_files.save("mask.safetensors", masks, 2, 4)
+
+    dataset: a file, a folder or a hub id of text, of which (steps + 4 %) * batchsize * seqlen tokens are read at most.
+    The command also generates text, resumes, uses several processes, measures and writes a checkpoint; this does not.
+    """
+    tokens = preparation.planned_tokens(model, None, steps, batchsize, seqlen, batchsize)
+    batches, selecting, _ = preparation.split(
+        data.token_sequences(tokenizer, [dataset], tokens, batchsize, seqlen, seed))
+    check_tokens(model, batches)
+    model.requires_grad_(False).eval()
+    layers, sequences = layers_to_mask(model, None, sparsity_type[1]), batches.flatten(0, 1)
+    m0 = dict(one_shot_masks(model, layers, sequences[:preparation.SEQUENCES], OneShot("wanda", sparsity_type)))
+    masked = MaskedModel(model, m0, LinearSpace(*sparsity_type), LOGITS, seed=seed, keep_dense=True)
+    learner, validation = StraightThrough(masked, seqlen), Validation(masked, selecting)
+    validation.evaluate(0)
+    initialize.from_swaps(masked, LOGITS, sequences[:max(1, int(preparation.READ_BY_SWAPS * tokens) // seqlen)])
+    for step in progress_bar(range(steps), desc="learning", unit="step"):
+        size = step_size(STEP, step / steps, steps)
+        learner.step(batches[step % len(batches)], size, [GIVEN_SHARE] * batchsize)
+        if EVALUATIONS * (step + 1) // steps > EVALUATIONS * step // steps:  # evenly spread over the run
+            validation.evaluate(step + 1)
+    return masked.finish(validation.bits)
+
+
 def main(argv: list[str] | None = None) -> None:
-    launch("sparsify.py", parse_args(argv), sparsify)
+    launch("sparsify.py", parse_args(argv), learn)
 
 
 if __name__ == "__main__":

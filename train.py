@@ -126,7 +126,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)
     folder.finish(summary)
     if processes.is_main():  # the others have no summary
-        print(report.in_words(summary, folder.path, args.model, positions(model)))
+        print(report.in_words(summary, folder.path, args.model, args.dataset, positions(model)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 VERSION = "0.9.0"  # as in CITATION.cff
 LINE_S = 30  # between two bars in a log
-LLAMA2 = "meta-llama/Llama-2-7b-hf"
+LLAMA2 = "meta-llama/Llama-2-7b-hf"  # the authors' defaults
+C4 = "allenai/c4"
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -52,6 +53,12 @@ def use_short_spins() -> None:
         os.environ.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")
 
 
+def note(message: str) -> None:
+    """Say something to stderr, once however many processes the launcher has started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
 def begin_script(parse_args: Callable[[], argparse.Namespace]) -> None:
     """What a script does before it imports torch and transformers: it refuses a wrong command, and says that it has
     begun. From here on Ctrl-C is a line, not a traceback."""
@@ -59,8 +66,7 @@ def begin_script(parse_args: Callable[[], argparse.Namespace]) -> None:
                                           else sys.__excepthook__(kind, *rest))
     use_short_spins()
     run_script(parse_args)
-    if os.environ.get("RANK", "0") == "0":
-        print("importing torch and transformers", file=sys.stderr)
+    note("importing torch and transformers")
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -152,7 +158,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, model: str = LLAMA2, dt
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """The fixed list of minibatches that inference_loss.py and train.py must agree on, and how many sequences go
     through the model at once."""
-    parser.add_argument("--dataset", default="allenai/c4",
+    parser.add_argument("--dataset", default=C4,
                         help="training text: hub id, .json.gz, .jsonl, .parquet, .txt or a folder")
     parser.add_argument("--dataset_size", type=positive_int, default=512, help="training documents, a sequence each")
     parser.add_argument("--batchsize", type=positive_int, default=32, help="sequences in a minibatch")

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from files import hub
-from utils import UserError, explained
+from utils import UserError, explained, note
 
 from pyarrow import parquet
 
@@ -144,7 +144,10 @@ def _texts(rows: Iterable[dict]) -> Iterator[str]:
                 raise ValueError(f"gold is {gold} where there are {len(choices)} choices")
             texts = [row["context"] + choice for choice in (choices if gold is None else [choices[gold]])]
         else:
-            column = column or _text_column(row)
+            if not column:
+                column = _text_column(row)
+                if column != "text":
+                    note(f"there is no column named text: documents are read from the column {column}")
             texts = [row.get(column) or ""]
         for text in texts:
             if not isinstance(text, str):

@@ -127,6 +127,8 @@ def load(path: str | Path, pattern: tuple[int, int] | None = None, shapes: Shape
     path = of_run(path, "mask.safetensors")
     n, m = pattern or (2, 4)
     with explained(path, ANEW):
+        if (path / "run.json").is_file():
+            raise UserError("the run has no mask yet: let it finish, or go on with it by --resume")
         if path.is_dir():
             found = MaskFile(_read_folder(path), n, m)
         elif path.is_file() and path.suffix == ".npz":

@@ -36,7 +36,8 @@ def start_of_text(tokenizer: Tokenizer) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise UserError("this tokenizer has no token that begins or ends a text, so the model cannot begin one")
+    raise UserError("this tokenizer has no token that begins or ends a text, so the model cannot begin one: "
+                    "give sparsify.py text by --dataset")
 
 
 def read_passages(dataset: str, model: nn.Module, tokenizer: Tokenizer, length: int) -> list[list[int]]:
@@ -46,7 +47,11 @@ def read_passages(dataset: str, model: nn.Module, tokenizer: Tokenizer, length: 
     if not texts:
         raise UserError(f"--after {dataset} holds no passages: give a text of each kind that is wanted")
     passages = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length).input_ids
-    check_length(model, length, before=max(map(len, passages)))
+    lengths = set(map(len, passages))
+    check_length(model, length, before=max(lengths))
+    if len(lengths) > 1 and any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        raise UserError("the padding before shorter passages leaks through this model's convolutions (Mamba): give "
+                        f"--after passages of at least {length} tokens each, which are cut to that length")
     return passages
 
 

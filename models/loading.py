@@ -1,6 +1,7 @@
 """A causal LM and its tokenizer, frozen, and the fingerprint that names it."""
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import nn
 
+NOT_CAUSAL = re.compile(r"(MaskedLM|PreTraining|Classification|QuestionAnswering|[Bb]erta?(?!\w*LMHead)\w*Model)$")
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}  # of generation
@@ -81,7 +83,10 @@ def local_folder(model: str) -> str | Path:
                         f"its base model, with --mask {model} if there is a mask")
     if folder.is_dir():
         return folder
-    if any(model.startswith(mark) for mark in (".", "/", "~")):
+    if folder.is_file():
+        gguf = ", which `from_pretrained(..., gguf_file=...)` and `save_pretrained` write from a .gguf"
+        raise UserError(f"--model {model} is a file: give the folder of a causal LM{gguf if '.gguf' in model else ''}")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"--model {model}: there is no such folder")
     return model
 
@@ -94,10 +99,11 @@ def explained_model(model: str) -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     if not hidden:
         enable_progress_bars()
-    advice = "give the folder of a causal LM"
+    what, advice = f"--model {model}", "give the folder of a causal LM"
     if not Path(model).expanduser().exists():
+        what += ": there is no such folder, and as a hub id it"
         advice += " or a hub id (gated: first `hf auth login`)" if hub.answers() else ": the Hub does not answer"
-    with explained(f"--model {model}", advice):
+    with explained(what, advice):
         yield
 
 
@@ -124,6 +130,9 @@ def read_config(source: str | Path, trusted: bool) -> transformers.PretrainedCon
     """A model's configuration. UserError where it is not trusted and names a kernel of the Hub for its attention, which
     is code."""
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted)
+    classes = config.architectures or []
+    if classes and all(map(NOT_CAUSAL.search, classes)):
+        raise UserError(f"it is no causal language model but {classes[0]}: give one that predicts the next token")
     if getattr(config, "quantization_config", None):
         raise UserError("its weights are quantised; give the model that it was made from, in 16 or 32 bits")
     kernels = [name for name in attention_of(config).values() if name and "/" in name]

@@ -32,7 +32,8 @@ def checked_device(device: str | None = None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
+        hint = "is cuda meant?" if "gpu" in device else "try --device cpu"
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0][:80]}); {hint}")
     return device
 
 

@@ -142,7 +142,7 @@ def settings_of(given: Namespace) -> Namespace:
 
 def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
             signals: StopSignals) -> None:
-    """The run, as `sparsify.sparsify`."""
+    """The run, as `sparsify.learn`."""
     folder.record["rival"] = method
     if processes.size() > 1:
         raise UserError("rivals learn in one process")
@@ -156,7 +156,7 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
         folder.write_record()  # so that a run that is stopped from here on goes on
     further = {"steps": args.steps} if method == "proxsparse" else {}
     learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further), args.steps)
-    sparsify.sparsify(args, device, folder, signals, learner.of, learner.start)
+    sparsify.learn(args, device, folder, signals, learner.of, learner.start)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -71,6 +71,8 @@ def fill(w: Path, models: dict[str, Path]) -> None:
                                 ("quantised", "config.json",
                                  b'{"model_type": "llama", "quantization_config": {"bits": 4}}'),
                                 ("kernel", "config.json", b'{"model_type": "llama", "_attn_implementation": "a/b"}'),
+                                ("bert", "config.json",
+                                 b'{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'),
                                 ("remote", "config.json",
                                  b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}'),
                                 ("no_tokenizer", "tokenizer.model", None), ("no_weights", "model.safetensors", None),
@@ -110,8 +112,11 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     (w / "torn.json").write_text('{"sparsity_type":')
     (w / "run").mkdir()
     (w / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.5, "baseline": 3.6}) + "\n")
-    (w / "unfinished").mkdir()
-    (w / "unfinished" / "run.json").write_text("{}")
+    for name in ("unfinished", "begun"):
+        (w / name).mkdir()
+        (w / name / "run.json").write_text("{}")
+    (w / "model.gguf").touch()
+    (w / "nothing").mkdir()
     (w / "standing").mkdir()
     for name in ("standing.json", "standing.npz", "standing.safetensors", "standing.png", "standing/file"):
         (w / name).write_text("stands")

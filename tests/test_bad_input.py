@@ -46,7 +46,11 @@ def test_without_a_mistake_the_commands_work(w, tmp_path, monkeypatch, script):
 # ------------------------------------------------------------------------------------------------------ a row a message
 
 MODELS = [
-    (ALL, "--model nobody/has-this", "--model nobody/has-this cannot be read", "hub id"),
+    (ALL, "--model nobody/has-this", "nobody/has-this: there is no such folder, and as a hub id it cannot", "hub id"),
+    ("sparsify", "--model no/such/folder", "--model no/such/folder: there is no such folder"),
+    ("prune", "--model {w}/model.gguf", "model.gguf is a file: give the folder of a causal LM", "gguf_file"),
+    ("prune", "--model {w}/bert", "it is no causal language model but BertForMaskedLM"),
+    ("eval", "--device gpu", "--device gpu cannot be used here", "is cuda meant?"),
     ("get_mask", "--model {w}/absent", "--model", "absent", "no such folder"),
     ("eval", "--model {w}/no_config", "--model", "no_config cannot be read", "give the folder of a causal LM"),
     *[("inference_loss", f"--model {{w}}/{name}", "--model", f"{name} cannot be read") for name in (
@@ -72,6 +76,7 @@ MODELS = [
 MASKS = [
     ("train", "--mask {w}/mask_gpt2.safetensors", "mask", "another model", ("--mask", "get_mask.py", "--model")),
     ("sparsify", "--mask {w}/mask_other.safetensors", "mask", "another model", ("--mask", "get_mask.py", "--model")),
+    ("eval", "--mask {w}/begun", "begun: the run has no mask yet: let it finish, or go on with it by --resume"),
     ("eval", "--mask {w}/absent.safetensors", "absent.safetensors", "no such file", "check the path"),
     ("train", "--mask {w}/torn_mask.safetensors", "torn_mask.safetensors cannot be read", "make it anew"),
     ("eval", "--mask {w}/llama/model.safetensors", "model.safetensors", "is no maskpro-mask of version", "give one"),
@@ -134,6 +139,7 @@ RECORDS = [
     ("eval", "--task_file {w}/absent.jsonl", "absent.jsonl: no such file", "check the path"),
     *[("compare", f"--compare {{w}}/record.json {{w}}/{name}", name, "cannot be read", "give a record of eval.py")
       for name in ("absent.json", "torn.json")],
+    ("compare", "--compare {w}/nothing", "there is no evaluation; give JSON files of eval.py"),
     ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders")]
 
 

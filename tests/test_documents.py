@@ -16,7 +16,7 @@ from words import read
 
 @pytest.mark.parametrize("kind", ["json", "jsonl.gz", "json.gz", "array.json", "parquet", "txt", "folder",
                                   "saved", "saved-splits", "column", "odd [name]*"])
-def test_every_kind_of_source_gives_the_same_minibatches(kind, tokenizers, corpus, tmp_path):
+def test_every_kind_of_source_gives_the_same_minibatches(kind, tokenizers, corpus, tmp_path, capsys):
     texts, path = read(corpus), tmp_path / f"corpus.{kind}"
     rows = datasets.Dataset.from_dict({"text": texts, "n": list(range(len(texts)))})
     if kind in ("json", "jsonl.gz", "json.gz"):
@@ -39,9 +39,10 @@ def test_every_kind_of_source_gives_the_same_minibatches(kind, tokenizers, corpu
         rows.save_to_disk(path)
     elif kind == "saved-splits":
         datasets.DatasetDict({"test": rows.select([0]), "train": rows}).save_to_disk(path)
-    else:  # any column of texts, any name
+    else:  # any column of texts, any name; a note names it
         path = write_lines(tmp_path / f"{kind}.jsonl", [{"content": text, "n": 1} for text in texts])
     assert list(documents(str(path))) == texts
+    assert ("read from the column content" in capsys.readouterr().err) == (kind in ("column", "odd [name]*"))
     expected = data.minibatches(tokenizers["gpt2"], corpus, 32, 8, 64)
     assert torch.equal(data.minibatches(tokenizers["gpt2"], str(path), 32, 8, 64), expected)
 

@@ -9,6 +9,7 @@ from models.machine import set_seed
 from utils import UserError
 
 import pytest
+import tiny
 import torch
 import transformers
 from runs import raises
@@ -87,6 +88,15 @@ def test_passages_are_cut_and_empty_ones_left_out(llama, tmp_path):
     long, short = generation.read_passages(str(file), model, tokenizer, 4)
     whole = tokenizer("some of the kind of text that is wanted", add_special_tokens=False).input_ids
     assert long == whole[:4] and len(whole) > 4 and short == tokenizer("short", add_special_tokens=False).input_ids[:4]
+
+
+def test_passages_of_unequal_lengths_are_not_for_models_whose_convolutions_read_padding(llama, tmp_path):
+    mamba = tiny.random_model("Mamba", vocab_size=352, hidden_size=64, num_hidden_layers=1, state_size=4)
+    file = tmp_path / "passages.jsonl"
+    file.write_text('{"text": "some of the kind of text that is wanted"}\n{"text": "short"}\n')
+    with pytest.raises(UserError, match=r"leaks through .*\(Mamba\): give --after passages of at least 8 tokens each"):
+        generation.read_passages(str(file), mamba, llama[1], 8)
+    assert len(generation.read_passages(str(file), mamba, llama[1], 1)) == 2
 
 
 def test_the_models_own_settings_of_generation_change_nothing(llama):

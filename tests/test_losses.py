@@ -19,7 +19,8 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(workshop, tmp_path, lo
     assert steps_of(tmp_path / "run") == [1, 4, 6]
     assert json.loads((tmp_path / "run/run.json").read_text())["summary"]["steps_skipped"] == 3
     said = capsys.readouterr().out
-    command = f"python eval.py --model {workshop}/dense --mask {tmp_path}/run --ppl wikitext2 --seqlen 256\n"
+    command = (f"python eval.py --model {workshop}/dense --mask {tmp_path}/run --ppl TEXT --seqlen 256     "
+               f"# TEXT: of the kind of {workshop}/text.jsonl, but not learned from\n")
     assert "3 skipped" in said and said.endswith(command)
 
 

@@ -52,6 +52,7 @@ def test_a_random_start_goes_on_with_its_own_m0(workshop, tmp_path, losses):
 def test_a_run_keeps_its_precision_on_another_device(workshop, tmp_path, losses, monkeypatch):
     """--dtype auto is what it was where the run began."""
     stop(workshop, tmp_path / "run", f"{VANILLA} --dtype auto", losses, at=3)
+    assert train.parse_args(["--resume", str(tmp_path / "run"), "--dtype", "auto"]).dtype != "auto"
     monkeypatch.setattr("models.machine.fast_dtype", raises(AssertionError("another device was asked")))
     train.main(["--resume", str(tmp_path / "run")])
     assert (tmp_path / "run/mask.safetensors").exists()

@@ -2,6 +2,7 @@
 import errno
 import shlex
 
+import sparsify
 import train
 from training import checkpoint, log, run_folder
 from utils import UserError
@@ -18,6 +19,8 @@ def test_the_second_run_in_a_folder_is_refused(workshop, stopped):
         train.main(arguments(workshop, stopped))
     with run_folder.lock(stopped), pytest.raises(UserError, match="is being written by another run; wait for its end"):
         train.main(["--resume", str(stopped)])
+    with pytest.raises(UserError, match=rf"`python train.py --resume {stopped}` goes on with it"):
+        sparsify.main(["--resume", str(stopped)])
     (stopped / "lock").write_text("of a process that is no more")
     train.main(["--resume", str(stopped)])
 

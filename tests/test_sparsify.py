@@ -126,6 +126,25 @@ def test_its_table_recomputed(workshop, learned, capsys):
     assert is_strict(run.masks) and all(torch.equal(dense[name], tensor) for name, tensor in sparse.items())
 
 
+def test_in_a_notebook_the_mask_is_the_commands(workshop, learned):
+    run = learned(f"--steps 6 --dataset {workshop}/text.jsonl")
+    model, tokenizer = load_model(f"{workshop}/dense", "float32", "cpu")
+    masks = sparsify.sparsify(model, tokenizer, f"{workshop}/text.jsonl", steps=6, batchsize=2, seqlen=24)
+    assert same(masks, dict(run.masks)) and run.record["summary"]["blocks_changed"] > 0
+    sparse = load_file(run.folder / "checkpoint/model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in sparse.items())
+
+
+def test_a_lost_m0_is_made_again(learned, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(initialize, "from_swaps", raises(KeyboardInterrupt()))
+        learned("--steps 6")
+    run = learned("--steps 6", "whole")
+    (run.folder.parent / "run/initial_mask.safetensors").unlink()
+    sparsify.main(["--resume", str(run.folder.parent / "run")])
+    assert same(dict(read_run(run.folder.parent / "run").masks), dict(run.masks))
+
+
 def test_given_texts_and_given_masks(workshop, learned, text_and_masks):
     """Several files are one text; layers that are not named keep the mask given."""
     files = [workshop / "one.jsonl", workshop / "two.jsonl"]

@@ -122,6 +122,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
     recorded["sparsity_type"] = tuple(recorded["sparsity_type"])
     # argparse leaves what is there where no flag says otherwise; trust is asked for anew
     args = parser.parse_args(argv, Namespace(**{**recorded, "trust_remote_code": False}))
+    if args.dtype == "auto":  # the run has recorded what that was
+        args.dtype = recorded["dtype"]
     if recorded["trust_remote_code"] and not args.trust_remote_code:
         raise UserError(f"{run} was started with --trust_remote_code: add the flag if you still trust its model's code")
     changed = [f"--{name} {value} there, {getattr(args, name)} here" for name, value in recorded.items()

@@ -6,7 +6,7 @@ from evaluation.comparison import markdown_table
 from evaluation.perplexity import perplexity
 from files import mask_files
 from files.records import write_json
-from utils import VERSION
+from utils import C4, VERSION
 
 from huggingface_hub import ModelCardData
 
@@ -58,9 +58,11 @@ def note_unchanged(summary: dict) -> str:
     return f"note: hardly a block differs from m0: {hold_out}raise --lr, lower --logits, or take more steps\n"
 
 
-def in_words(summary: dict, folder: object, model: str, positions: float) -> str:
+def in_words(summary: dict, folder: object, model: str, dataset: str, positions: float) -> str:
     """A finished run in a line or two, and the command that evaluates its mask. positions: the most tokens of a
     sequence."""
+    text = "wikitext2" if dataset == C4 else "TEXT"
+    kind = "" if dataset == C4 else f"     # TEXT: of the kind of {dataset}, but not learned from"
     seqlen = f" --seqlen {positions}" if positions < 2048 else ""  # the default of eval.py
     prior = f" with {summary['prior']:.1%} of the prior C * m0" if "prior" in summary else ""
     heldout = "" if "heldout_loss" not in summary else (
@@ -71,7 +73,8 @@ def in_words(summary: dict, folder: object, model: str, positions: float) -> str
             f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "
             f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> "
             f"{folder}\n{note_unchanged(summary)}"
-            f"python eval.py --model {shlex.quote(model)} --mask {shlex.quote(str(folder))} --ppl wikitext2{seqlen}")
+            f"python eval.py --model {shlex.quote(model)} --mask {shlex.quote(str(folder))} --ppl {text}{seqlen}"
+            f"{kind}")
 
 
 def verdict(nats: dict[str, dict[str, float]]) -> str:

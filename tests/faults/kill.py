@@ -107,6 +107,8 @@ def in_process(folder: Path, arguments: list[str], kind: str = "", number: int =
             (folder / "counts.json").write_text(json.dumps(killer.counts))
         except SystemExit as stop:
             code = stop.code
+        except KeyboardInterrupt:  # outside of the loop; python itself then ends as a shell has it
+            code = 128 + signal.SIGINT
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text()
