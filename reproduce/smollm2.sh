@@ -24,7 +24,9 @@
 # python reproduce/record.py results/reproduce-smollm2 --out reproduce/records/smollm2.json
 # "allafter" in a row's name: all generated text continues passages; in rows of the records without it half did, or less.
 if [ "${HELDOUT:-demo/heldout.txt}" = demo/heldout.txt ]; then  # before anything is written
-    echo "error: give HELDOUT=FILE, a text to evaluate on that is not the demo's" >&2
+    echo "error: give HELDOUT=FILE, a text to evaluate on that is not the demo's; the tables have WikiText-2's:" \
+        "git clone --depth 1 https://github.com/pytorch/examples, then" \
+        "HELDOUT=examples/word_language_model/data/wikitext-2/valid.txt" >&2
     exit 2
 fi
 DEMO=1 SMALL=0 RECORD=1 SEQUENTIAL='' NWINDOWS=64

@@ -20,28 +20,27 @@ from record import POINTS, cell, recovered, row_cells
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from evaluation.comparison import markdown_table
-from training.report import perplexity_table, stage_table
+from training.report import perplexity_table
 from utils import run_script
 
 import numpy as np
 
 PAGES = ("README.md", *(f"docs/{page}.md" for page in ("large_models", "measurements", "one_shot_masks", "reproduction",
                                                        "rivals", "sparsify", "steps")))
-SMALL = "1of4/{}-size{}-lr{}-logits{}-steps2500{}"  # rows of SMALL=1, as reproduce/common.sh names them
-ABLATIONS = [  # what is varied, what the paper says, the record's row, how many of its seeds
-    ("maskpro, η 5, C 5, 512 sequences, cached baseline", "learns, steadily", ("maskpro", 512, 5, 5, ""), None),
-    ("residual", "learns, unsteadily", ("residual", 512, 5, 5, ""), None),
-    ("vanilla", "does not learn", ("vanilla", 512, 5, 5, ""), None),
-    ("vanilla, η 0.05, seed 0", "", ("vanilla", 512, 0.05, 5, ""), 1),
-    ("1 sequence", "enough to learn from", ("maskpro", 1, 5, 5, ""), 1),
-    ("32 sequences", "", ("maskpro", 32, 5, 5, ""), 1),
-    ("η 2", "", ("maskpro", 512, 2, 5, ""), 1), ("η 10", "", ("maskpro", 512, 10, 5, ""), 1),
-    ("C 2", "too small a C fails", ("maskpro", 512, 5, 2, ""), 1),
-    ("C 10", "its setting", ("maskpro", 512, 5, 10, ""), 1),
-    ("[less of the prior](steps.md#less-of-the-prior), η 5, C 5", "", ("maskpro-prior", 512, 5, 5, ""), 1),
-    ("the same, η 2", "", ("maskpro-prior", 512, 2, 5, ""), 1),
-    ("the same, C 10", "", ("maskpro-prior", 512, 5, 10, ""), 1),
-    ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1)]
+ABLATIONS = [  # what is varied, what the paper says, the record's row as `small` names it, how many of its seeds
+    ("maskpro, η 5, C 5, 512 sequences, cached baseline", "learns, steadily", ("maskpro", 512, 5, 5), None),
+    ("residual", "learns, unsteadily", ("residual", 512, 5, 5), None),
+    ("vanilla", "does not learn", ("vanilla", 512, 5, 5), None),
+    ("vanilla, η 0.05, seed 0", "", ("vanilla", 512, 0.05, 5), 1),
+    ("1 sequence", "enough to learn from", ("maskpro", 1, 5, 5), 1), ("32 sequences", "", ("maskpro", 32, 5, 5), 1),
+    ("η 2", "", ("maskpro", 512, 2, 5), 1), ("η 10", "", ("maskpro", 512, 10, 5), 1),
+    ("C 2", "too small a C fails", ("maskpro", 512, 5, 2), 1), ("C 10", "its setting", ("maskpro", 512, 5, 10), 1),
+    ("[less of the prior](steps.md#less-of-the-prior), η 5, C 5", "", ("maskpro-prior", 512, 5, 5), 1),
+    ("the same, η 2", "", ("maskpro-prior", 512, 2, 5), 1), ("the same, C 10", "", ("maskpro-prior", 512, 5, 10), 1),
+    ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1),
+    ("[random logits](#random-logits), C 5", "feasible, takes longer", ("maskpro-random", 512, 5, 5, "-online"), None),
+    ("the same, 10,000 steps", "", ("maskpro-random", 512, 5, 5, "-online", 10000), 1),
+    ("from m0, 10,000 steps", "", ("maskpro", 512, 5, 5, "", 10000), 1)]
 MASKPRO = {steps: f"2of4/maskpro-size512-lr{eta}-logits5-steps{steps}" for steps, eta in ((2000, 0.6), (10000, 0.3))}
 LAYER = "2of4/maskpro-layer{}-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
@@ -84,7 +83,7 @@ SIGNALS = (("small", "variance"), ("SmolLM2-135M", "variance_smollm2"),
            ("the same, from scores", "variance_smollm2_scores"), ("its decoder layer 29", "variance_layer29"),
            ("its decoder layer 28", "variance_layer28"))
 FALLS = (  # a run, the record of its signal, its own record and the row there; None: a record of one run
-    ("small, 1:4", "variance", "small_model", SMALL.format("maskpro", 512, 5, 5, "")),
+    ("small, 1:4", "variance", "small_model", "1of4/maskpro-size512-lr5-logits5-steps2500"),
     ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),
     ("SmolLM2-135M, 2:4", "variance_smollm2", "maskpro_lr0.03", None),
     ("the same", "variance_smollm2", "smollm2_float32", MASKPRO[10000]),
@@ -101,11 +100,16 @@ def record(name: str) -> dict:
     return json.loads((ROOT / f"reproduce/records/{name}.json").read_text(encoding="utf-8"))
 
 
+def small(method: str, size: int, lr: float, logits: float, further: str = "", steps: int = 2500) -> str:
+    """A row of SMALL=1 at 1:4, as reproduce/common.sh names it."""
+    return f"1of4/{method}-size{size}-lr{lr}-logits{logits}-steps{steps}{further}"
+
+
 def ablations() -> str:
     """The studies on the small model at 1:4."""
     rows, lines = record("small_model")["rows"], []
     for varied, says, row, seeds in ABLATIONS:
-        _, nats, gap, first, last, changed, _ = row_cells(rows, SMALL.format(*row), seeds)
+        _, nats, gap, first, last, changed, _ = row_cells(rows, small(*row), seeds)
         lines.append([varied, says, nats, gap, f"{first}, {last}", changed])
     return markdown_table(["varied", "the paper says", "held-out", "of the gap (%)", "sampled masks: first, last steps",
                            "blocks changed (%)"], lines)
@@ -114,7 +118,7 @@ def ablations() -> str:
 def patterns() -> str:
     """The small model at other patterns."""
     rows, lines = record("small_model")["rows"], []
-    for heading, learned in (("1:4", SMALL.format("maskpro", 512, 5, 5, "")),
+    for heading, learned in (("1:4", small("maskpro", 512, 5, 5)),
                              ("2:4", "2of4/maskpro-size512-lr5-logits5-steps2500"),
                              ("2:4, 10,000 steps", "2of4/maskpro-size512-lr5-logits5-steps10000"),
                              ("2:4, 10,000 steps, η 10", "2of4/maskpro-size512-lr10-logits5-steps10000"),
@@ -168,12 +172,10 @@ def of_the_real_model(heading: str, rows: list[tuple[str, str, str]]) -> str:
 
 
 def results() -> str:
-    """All methods."""
     return of_the_real_model("", RESULTS)
 
 
 def one_shot() -> str:
-    """One-shot masks."""
     return of_the_real_model("method", ONE_SHOT)
 
 
@@ -200,8 +202,11 @@ def example() -> str:
     """What one command of sparsify.py tells: report.json of a run, as it left it."""
     run = record("one_command")
     given, here = run["arguments"], run["environment"]
-    return (f"{perplexity_table(run['nats'])}\n\n{stage_table(run['stages'])}\n\n{run['summary']['steps']} steps, "
-            f"SmolLM2-135M, {here['hardware']}, seed {given['seed']}, commit {here['commit']}.")
+    stages = [[name, f"{stage['seconds'] / 60:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f}"]
+              for name, stage in run["stages"].items()]
+    stages = markdown_table(["stage", "minutes", "peak memory (GiB)"], stages)
+    return (f"{perplexity_table(run['nats'])}\n\n{stages}\n\n{run['summary']['steps']} steps, SmolLM2-135M, "
+            f"{here['hardware']}, seed {given['seed']}, commit {here['commit']}.")
 
 
 def step() -> str:
@@ -255,15 +260,11 @@ def falls() -> str:
 
 def over_minutes() -> list[tuple[str, int, float, float]]:
     """Method, steps, minutes and share in percent of the rows of minutes.sh, those that learn."""
-    rows, found = record("small_model")["rows"], []
-    for method, row, all_steps in (("MaskPro: train.py", SMALL.rpartition("-")[0].format("maskpro", 512, 5, 5),
-                                    (500, 1000, 2500, 10000)),
-                                   ("ours: sparsify.py", "1of4/sparsify", (32, 128, 512))):
-        for steps in all_steps:
-            name = f"{row}-steps{steps}"
-            seed = rows[name][0]
-            found.append((method, steps, seed["run"]["seconds"] / 60, recovered(rows, name, seed["nats"])))
-    return found
+    rows = record("small_model")["rows"]
+    names = [("MaskPro: train.py", n, small("maskpro", 512, 5, 5, steps=n)) for n in (500, 1000, 2500, 10000)]
+    names += [("ours: sparsify.py", n, f"1of4/sparsify-steps{n}") for n in (32, 128, 512)]
+    return [(method, steps, rows[name][0]["run"]["seconds"] / 60, recovered(rows, name, rows[name][0]["nats"]))
+            for method, steps, name in names]
 
 
 TABLES = (example, results, one_shot, rivals, scaling, step, memory, ablations, patterns, conditions,

@@ -43,13 +43,6 @@ def model_card(base: str, arguments: dict, layers: int, pattern: str, dtype: str
                        order=", but for the order of the channels" if arguments.get("permute") else "")
 
 
-def stage_table(stages: dict[str, dict]) -> str:
-    """Minutes and peak memory of each stage."""
-    return markdown_table(["stage", "minutes", "peak memory (GiB)"],
-                          [[name, f"{stage['seconds'] / 60:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f}"]
-                           for name, stage in stages.items()])
-
-
 def note_unchanged(summary: dict) -> str:
     """What to do where the mask is still m0; else nothing."""
     if summary["blocks_changed"] >= FEW * summary["blocks"]:
