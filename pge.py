@@ -39,7 +39,7 @@ def kept_indices(mask: Tensor) -> Tensor:
 
 
 def _race(logits: Tensor, mask: Tensor):
-    """The drawing seen from S: what `log_prob` and `score` share.
+    """The drawing seen from S.
 
     Drawing without replacement (Plackett-Luce, Gumbel top-k) is a race with rates w = exp(logits): S wins if all of it
     arrives before any of the rest, whose joint rate is r. For a subset R of S still to arrive (a bit set over the N
@@ -80,67 +80,15 @@ def log_prob(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def score(logits: Tensor, mask: Tensor) -> Tensor:
-    """The score function d log p(S | logits) / d logits, `[blocks, M]`, in the dtype of the logits.
+    """The score function d log p(S | logits) / d logits, `[blocks, M]`, in the dtype of the logits: `log_prob`'s gradient.
 
-    g_i >= 0 for kept i: log win grows with w_i exactly where i is the only one to come too late,
+    For N = 2, S = {a, b} and p = softmax(logits), with q_i = 1 - p_i and R = 1 / (1 / q_a + 1 / q_b), it is
 
-        late_i(R) = P(i after the rest | R - i before it) = total(R - i)/total(R) sum_j c_j(R - i) late_i(R - j)
-        g_i(R) = c_i(R) late_i(R) + sum_{j != i} c_j(R) g_i(R - j),   c_j(R) = P(j is first | R wins)
-
-    and for pruned i, g_i = -(w_i / r) sum_{kept k} g_k, since p depends on ratios only. O(2^N N^2) a block.
+        u_i = [i in S] (1 + R p_i / q_i^2),   g = u - p sum(u);   for N = 1, g = [i in S] - p
     """
-    log_w, log_r, log_total, log_win = _race(logits, mask)
-    n = log_w.shape[1]
-    late, gradient = [{} for _ in range(2**n)], [{} for _ in range(2**n)]
-    first = [{}]  # first[R][j] = c_j(R)
-    for subset in range(1, 2**n):
-        members = [j for j in range(n) if subset >> j & 1]
-        first.append({j: (log_w[:, j] + log_win[subset ^ 1 << j] - log_total[subset] - log_win[subset]).exp()
-                      for j in members})
-        for i in members:
-            others = subset ^ 1 << i
-            share = (log_total[others] - log_total[subset]).exp()
-            beaten = [first[others][j] * late[subset ^ 1 << j][i] for j in members if j != i]
-            late[subset][i] = share * sum(beaten) if beaten else share
-            gradient[subset][i] = first[subset][i] * late[subset][i] + sum(
-                first[subset][j] * gradient[subset ^ 1 << j][i] for j in members if j != i)
-    kept = torch.stack([gradient[-1][i] for i in range(n)], 1)
-    share_of_rest = (logits.double().masked_fill(mask, -torch.inf) - log_r[:, None]).exp()
-    pruned = -share_of_rest * kept.sum(1, keepdim=True)
-    return pruned.scatter(1, kept_indices(mask), kept).to(logits.dtype)
-
-
-@lru_cache
-def _lattice(n: int, m: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each size k to n of the sets T drawn so far, in lexicographic order: what the sets of one less leave over,
-    bool `[C(m, k - 1), m]`; and for each place in T, the number of the set T - i and i itself, int64 `[k, C(m, k)]`."""
-    levels, number, left = [], {(): 0}, torch.ones(1, m, dtype=torch.bool)
-    for k in range(1, n + 1):
-        sets = list(combinations(range(m), k))
-        before = torch.tensor([[number[t[:place] + t[place + 1:]] for t in sets] for place in range(k)])
-        levels.append((left, before, torch.tensor(sets).T))
-        number, left = {t: index for index, t in enumerate(sets)}, ~patterns(k, m)
-    return levels
-
-
-def pattern_probs(logits: Tensor, n: int) -> Tensor:
-    """p(S) of every pattern, `[blocks, C(M, n)]` in the order of `patterns(n, M)`, in the dtype of the logits.
-
-    One pass up the lattice of sets drawn so far, a size at a time: f(T) = sum_{i in T} f(T - i) w_i / w(all but T - i).
-    """
-    pivot = logits.double().topk(n).values[:, -1:]  # its place is contested at scale 1; far above it nothing overflows
-    w = (logits.double() - pivot).clamp(max=300).exp().T
-    drawn = torch.ones_like(w[:1])  # [sets, blocks]
-    for left, before, last in _lattice(n, logits.shape[1]):
-        hazard = drawn / (left.to(w) @ w)
-        drawn = sum(hazard[b] * w[i] for b, i in zip(before.to(w.device), last.to(w.device)))
-    return drawn.T.to(logits.dtype)
-
-
-def inclusion(logits: Tensor, n: int) -> Tensor:
-    """P(i is kept), `[blocks, M]`, summing to n over a block: the patterns' probabilities added up. Differentiable."""
-    probs = pattern_probs(logits, n)
-    return probs @ patterns(n, logits.shape[1]).to(probs.device, probs.dtype)
+    with torch.enable_grad():
+        exact = logits.detach().double().requires_grad_()
+        return torch.autograd.grad(log_prob(exact, mask).sum(), exact)[0].to(logits.dtype)
 
 
 def sample(logits: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:

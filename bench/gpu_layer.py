@@ -101,7 +101,8 @@ def draws(args: argparse.Namespace) -> Rows:
         one = torch.tensor([float(gap)] * n + [0.0] * (m - n)) + torch.linspace(0, 0.5, m)  # all patterns differ
         rounds = -(-count // blocks)
         seen = drawn_counts(one, n, blocks, rounds, args.seed, args.device)
-        probs, table = pge.pattern_probs(one[None].double(), n)[0], pge.patterns(n, m)
+        table = pge.patterns(n, m)
+        probs = pge.log_prob(one.double().expand(len(table), m), table).exp()
         found, freedom, p = chi_square(seen[mask_to_bits(table).long()].double(), probs * blocks * rounds)
         yield {"what": f"{n}:{m}, gap {gap}", "draws": blocks * rounds,
                "left m0 (expected)": float((1 - probs.max()) * blocks * rounds),

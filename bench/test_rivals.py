@@ -95,7 +95,7 @@ def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits, most_are_dr
     rival.parameters["inner"].data = (logits / 500)[:, None].repeat(1, 40000)
     rival.progress = 1.0
     drawn = rival.weight("inner")
-    expected = logits.softmax(0) @ pge.patterns(2, 4).float() if kind is MaskLLM else pge.inclusion(logits[None], 2)[0]
+    expected = logits.softmax(0) @ pge.patterns(2, 4).float() if kind is MaskLLM else inclusion(logits[None])[0]
     assert torch.allclose(drawn.mean(0), expected, atol=0.01)
     assert ((drawn < 0.02) | (drawn > 0.98)).float().mean() > most_are_drawn
     assert float(rival.penalty.detach()) == pytest.approx(-1e-5 * float(drawn.detach().square().sum()))
@@ -105,13 +105,20 @@ def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits, most_are_dr
     assert ((mixed > 0.02) & (mixed < 0.98)).float().mean() >= are_mixed
 
 
+def inclusion(logits: torch.Tensor) -> torch.Tensor:
+    """P(i is one of two kept) of `[blocks, 4]` logits."""
+    table = pge.patterns(2, 4)
+    probs = pge.log_prob(logits.repeat_interleave(6, 0), table.repeat(len(logits), 1)).exp()
+    return probs.view(-1, 6) @ table.float()
+
+
 def test_what_draws_without_replacement_keep():
     """Also where logits are far apart: no weight counts twice."""
     rival = SUSI(Toy(), MASKS, NORMS, 2, 4, lr=0.1)
     keys = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 2, 1000)
     keys.requires_grad_()
     kept = rival.kept(keys, 0.5)
-    assert torch.allclose(kept, pge.inclusion(keys.detach().T / 0.5, 2).T, atol=1e-5)
+    assert torch.allclose(kept, inclusion(keys.detach().T / 0.5).T, atol=1e-5)
     kept[0].sum().backward()
     assert keys.grad.isfinite().all()
 

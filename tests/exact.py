@@ -1,5 +1,6 @@
 """References: enumeration in long decimals, Pearson's chi-square test, and exact steps by pge.py in float64."""
 from decimal import Decimal, localcontext
+from functools import lru_cache
 from itertools import combinations, permutations
 
 import pge
@@ -100,6 +101,39 @@ def drawings(logits: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return log_chance.exp(), order
 
 
+@lru_cache
+def _lattice(n: int, m: int) -> list[tuple]:
+    """For each size k to n of the sets T drawn so far, in lexicographic order: what the sets of one less leave over,
+    bool `[C(m, k - 1), m]`; and for each place in T, the number of the set T - i and i itself, int64 `[k, C(m, k)]`."""
+    levels, number, left = [], {(): 0}, torch.ones(1, m, dtype=torch.bool)
+    for k in range(1, n + 1):
+        sets = list(combinations(range(m), k))
+        before = torch.tensor([[number[t[:place] + t[place + 1:]] for t in sets] for place in range(k)])
+        levels.append((left, before, torch.tensor(sets).T))
+        number, left = {t: index for index, t in enumerate(sets)}, ~pge.patterns(k, m)
+    return levels
+
+
+def pattern_probs(logits: torch.Tensor, n: int) -> torch.Tensor:
+    """p(S) of every pattern, `[blocks, C(M, n)]` in the order of `pge.patterns(n, M)`, in the dtype of the logits.
+
+    One pass up the lattice of sets drawn so far, a size at a time: f(T) = sum_{i in T} f(T - i) w_i / w(all but T - i).
+    """
+    pivot = logits.double().topk(n).values[:, -1:]  # its place is contested at scale 1; far above it nothing overflows
+    w = (logits.double() - pivot).clamp(max=300).exp().T
+    drawn = torch.ones_like(w[:1])  # [sets, blocks]
+    for left, before, last in _lattice(n, logits.shape[1]):
+        hazard = drawn / (left.to(w) @ w)
+        drawn = sum(hazard[b] * w[i] for b, i in zip(before.to(w.device), last.to(w.device)))
+    return drawn.T.to(logits.dtype)
+
+
+def inclusion(logits: torch.Tensor, n: int) -> torch.Tensor:
+    """P(i is kept), `[blocks, M]`, summing to n over a block: the patterns' probabilities added up. Differentiable."""
+    probs = pattern_probs(logits, n)
+    return probs @ pge.patterns(n, logits.shape[1]).to(probs.device, probs.dtype)
+
+
 def inclusion_by_drawings(logits: torch.Tensor, n: int) -> torch.Tensor:
     """P(i is kept), float64 `[M]`, differentiable: `drawings` added up."""
     chance, order = drawings(logits, n)
@@ -114,4 +148,4 @@ def jacobian(inclusion, logits: torch.Tensor) -> torch.Tensor:
 def exact_vjp(logits, n, saliency):
     """J^T saliency of `[blocks, M]` logits, float64, by autograd of the inclusion probabilities."""
     logits = logits.double().requires_grad_()
-    return torch.autograd.grad((pge.inclusion(logits, n) * saliency).sum(), logits)[0]
+    return torch.autograd.grad((inclusion(logits, n) * saliency).sum(), logits)[0]

@@ -1,12 +1,11 @@
 """masking/fused_ops.py, plane by plane in float32, against the definition enumerated in float64."""
 from math import cos, radians
 
-import pge
 from masking import fused_ops
 
 import pytest
 import torch
-from exact import drawings, inclusion_by_drawings, jacobian
+from exact import drawings, inclusion, inclusion_by_drawings, jacobian
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from masked import planes_of, seeded
@@ -132,14 +131,14 @@ def test_vjp_of_large_blocks_is_that_of_a_race_stopped_at_one_time(block, seed):
                                            (4, 16, 10), (8, 16, 10), (11, 12, 10)])
 def test_large_blocks_come_near_the_exact_probabilities(n, m, degrees):
     """In the median direction, as fused_ops.py says; those whose walk is short are exact. In probability within 0.1.
-    The exact ones are those of pge.py, held against enumeration in test_pge.py."""
+    The exact ones are held against enumeration in test_pge.py."""
     for scale in (0.1, 1.0, 3.0, 6.0):
         logits = torch.randn(50, m, generator=seeded(m)) * scale
         saliency = torch.randn(50, m, generator=seeded(n))
         exact = logits.double().requires_grad_()
-        inclusion = pge.inclusion(exact, n)
-        expected, = torch.autograd.grad((inclusion * saliency).sum(), exact)
-        assert degrees < 1 or (race_to_one_time(logits.double(), n) - inclusion).abs().max() < 0.1
+        probs = inclusion(exact, n)
+        expected, = torch.autograd.grad((probs * saliency).sum(), exact)
+        assert degrees < 1 or (race_to_one_time(logits.double(), n) - probs).abs().max() < 0.1
         assert torch.cosine_similarity(vjp_of(logits, saliency, n), expected).median() > cos(radians(degrees))
 
 
