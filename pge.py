@@ -80,7 +80,7 @@ def log_prob(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def score(logits: Tensor, mask: Tensor) -> Tensor:
-    """The score function d log p(S | logits) / d logits, `[blocks, M]`, in the dtype of the logits: `log_prob`'s gradient.
+    """The score function d log p(S | logits) / d logits, `[blocks, M]`, in the dtype of the logits, by autograd.
 
     For N = 2, S = {a, b} and p = softmax(logits), with q_i = 1 - p_i and R = 1 / (1 / q_a + 1 / q_b), it is
 

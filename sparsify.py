@@ -1,7 +1,7 @@
 """From a dense model to an N:M-sparse one, in one command.
 
-    python sparsify.py --model MODEL                                          # half an hour; needs nothing else
-    python sparsify.py --model MODEL --minutes 180 --after PASSAGES.jsonl     # the text that it writes continues these
+    python sparsify.py --model MODEL                                          # 300 steps; needs nothing else
+    python sparsify.py --model MODEL --minutes 30 --after PASSAGES.jsonl      # the text that it writes continues these
     python sparsify.py --model MODEL --dataset text.jsonl questions.jsonl --sparsity_type 4:8
     python sparsify.py --resume results/RUN                                   # goes on with a run that was stopped
 
@@ -13,12 +13,11 @@
     table     held-out perplexity of the dense model, m0 and the learned mask, on sequences that taught and selected
               nothing, of given and generated text as they were learned from (questions that are few may be in both)
 
-How much text there is, and the size of a step, follow from the budget, --minutes or --steps, and from measured speeds.
+The budget is a number of steps; --minutes measures this machine once and becomes steps (training/plan.py). So the same
+flags, or a run that is resumed, give the same mask, whatever else the machine does.
 Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), report.json,
 curve.png, metrics.jsonl (one line per step), run.json. Finished stages are skipped on --resume.
 """
-import math
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -39,7 +38,7 @@ from utils import (
 )
 
 EVALUATIONS = 10  # of the held-out loss, in a run
-STEP, LOGITS = 0.8, 4.0  # --lr and --logits
+STEPS, STEP, LOGITS = 300, 0.8, 4.0  # --steps, --lr and --logits
 GIVEN_SHARE, GENERATED_SHARE = 0.5, 1.0  # of --distill, of given text and of generated
 PROMPT, SAMPLE = 16, 30  # tokens of held-out text, and of what the models make of them, in the report
 WINDOW, WINDOWS = 512, 64  # tokens in one, at most, and how many, of --ppl
@@ -57,9 +56,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--batchsize", type=positive_int, default=8, help="sequences in a step of each process")
     parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
     budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=positive_int, default=None, help=f"of learning (default: {STEPS})")
     budget.add_argument("--minutes", type=number(float, 0.01), default=None,
-                        help="for everything (default: 30)")
-    budget.add_argument("--steps", type=positive_int, default=None, help="of learning, in place of minutes")
+                        help="for everything: an estimate, which becomes a number of steps at the start")
     add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true", help="first reorder channels, so that masks keep more")
     parser.add_argument("--lr", type=number(float, 0), default=STEP,
@@ -82,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.permute and args.mask:
         parser.error("--permute makes a mask of its own, for the order of channels that it finds: leave out --mask")
     if args.minutes is None and args.steps is None:
-        args.minutes = 30.0
+        args.steps = STEPS
     return args
 
 
@@ -106,6 +105,7 @@ from pruning.channel_order import check_reorderable
 from pruning.channels import apply_permutation
 from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, preparation, report, results
+from training import plan as plans
 from training.launch import launch
 from training.loop import Run
 from training.run_folder import ORDER, RunFolder
@@ -137,15 +137,25 @@ def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, Mas
     return model, tokenizer, mask
 
 
+def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer) -> plans.Plan:
+    """What the budget buys."""
+    minibatch = args.batchsize * args.seqlen
+    if args.steps:
+        return plans.of_steps(args.steps, minibatch)
+    processes.log("measuring this machine")
+    seconds = plans.measured(model, tokenizer, args.sparsity_type, args.batchsize, args.seqlen, not args.shard)
+    return plans.of_minutes(args.minutes, seconds, minibatch)
+
+
 def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: RunFolder,
             stages: Stages, mask: MaskFile | None) -> tuple[Tensor, Tensor, MaskFile]:
     """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, their sequences' shares of
     distillation, `[minibatches, sequences]`, and m0, which is the mask given, if one is."""
-    pattern, plan = args.sparsity_type, folder.record.setdefault("plan", {})
-    if "tokens" not in plan:
-        plan["tokens"] = preparation.planned_tokens(model, args.minutes, args.steps, args.batchsize, args.seqlen,
-                                                     args.microbatch)
+    pattern, record = args.sparsity_type, folder.record
+    if "plan" not in record:
+        record["plan"] = vars(planned(args, model, tokenizer))
         folder.write_record()
+    plan = record["plan"]
 
     def read(datasets: list[str], tokens: int) -> Tensor:
         return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
@@ -156,19 +166,18 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     missing = plan["tokens"] - sum(text.numel() for text in questions + others)
     if missing and not args.shard:
         file = folder.path / GENERATED
-        wanted = preparation.to_generate(missing, minibatch)
+        wanted = min(missing, plan["generated"]) // minibatch * minibatch
         if "text" not in stages.done:
             with stages.stage("text", f"the model generates up to {wanted:,} tokens"):
-                preparation.generate_text(file, model, tokenizer, wanted, args.seqlen, args.after, args.seed,
-                                          preparation.TEXT_SHARE * 60 * (args.minutes or math.inf), minibatch)
+                preparation.generate_text(file, model, tokenizer, wanted, args.seqlen, args.after, args.seed)
         texts.append((read([str(file)], wanted), generated))
     elif args.after:
         processes.log("note: no text is generated, so that none continues --after's passages")
-    rest = sum(text.numel() for text, _ in texts)  # less than planned, where generation took too long
+    rest = sum(text.numel() for text, _ in texts)
     texts = [(preparation.at_most_a_quarter(text, rest), given) for text in questions] + texts
     minibatches, distill = preparation.mixed(texts, args.seed)
     check_tokens(model, minibatches)
-    sequences = preparation.split(minibatches)[0].flatten(0, 1)
+    sequences = plans.split(minibatches)[0].flatten(0, 1)
 
     order, wanda = folder.path / ORDER, folder.path / "initial_mask.safetensors"
     if args.permute and "order" in stages.done:  # not: its file is there, which another process may just have written
@@ -195,16 +204,6 @@ def losses(masked: MaskedModel, tokenizer: Tokenizer, unseen: Tensor, texts: dic
     return found
 
 
-def learning_s(minutes: float | None, folder: RunFolder, stages: Stages) -> float:
-    """How many seconds are left to learn in, at least one; kept in the run's record. Infinite without minutes."""
-    plan = folder.record["plan"]
-    if minutes and "learning_s" not in plan:
-        writing_s = 2 * folder.checkpoints.cost_s  # a state at the end as at the start, and the sparse model
-        plan["learning_s"] = processes.agreed(60 * minutes - stages.elapsed_s() - plan["table_s"] - writing_s)
-        folder.write_record()
-    return max(1.0, plan.get("learning_s", math.inf))
-
-
 def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals,
              learner_of: Callable = StraightThrough, start: Callable | None = None) -> None:
     """The run from its start, or from where it was stopped, to its results. Both functions are for rivals."""
@@ -215,7 +214,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     window = min(WINDOW, positions(model))
     texts = {Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0] for text in args.ppl}
     minibatches, distill, m0 = prepare(args, model, tokenizer, folder, stages, mask)
-    batches, selecting, unseen = preparation.split(minibatches)
+    batches, selecting, unseen = plans.split(minibatches)
     sample, prompt = folder.record.setdefault("sample", {}), unseen[0, 0, :PROMPT]
     if not (sample or args.shard):
         sample["prompt"] = tokenizer.decode(prompt, skip_special_tokens=True)
@@ -226,28 +225,25 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     learner = learner_of(masked, args.seqlen, args.gradient_checkpointing)
     validation = Validation(masked, selecting)
     nats = partial(losses, masked, tokenizer, unseen, texts)
-    run = Run(folder, signals, validation, len(batches), args.steps or math.inf, evaluations=EVALUATIONS)
     table, plan = folder.record.setdefault("nats", {}), folder.record["plan"]
+    run = Run(folder, signals, validation, len(batches), plan["steps"], evaluations=EVALUATIONS)
     if not run.restore(masked=masked, learner=learner, validation=validation):
         with stages.stage("swaps", "the dense model and m0 are evaluated; then swaps improve m0"):
             with masked.use_dense():
                 table["dense"] = nats()
                 validation.dense_loss = masked.mean_loss(selecting)
             with masked.use_masks(masked.bits()):
-                began, table["m0"] = time.monotonic(), nats()
-            plan["table_s"] = processes.agreed(time.monotonic() - began)
+                table["m0"] = nats()
             read = max(1, int(preparation.READ_BY_SWAPS * plan["tokens"]) // args.seqlen)
             validation.evaluate(0)
-            (start or initialize.from_swaps)(
-                masked, args.logits, batches.flatten(0, 1)[:read],
-                preparation.SWAPS_SHARE * 60 * (args.minutes or math.inf))
+            (start or initialize.from_swaps)(masked, args.logits, batches.flatten(0, 1)[:read], plan["sweeps"])
             folder.write_record()
             run.save()
 
     # the loop
     with stages.stage("learning", f"from {len(batches)} minibatches", run.position.seconds):
-        for index in run.steps(learning_s(args.minutes, folder, stages)):
-            size = step_size(args.lr, run.progress, run.expected_steps())
+        for index in run.steps():
+            size = step_size(args.lr, run.progress, run.total_steps)
             run.advance(learner.step(batches[index], size, distill[index].tolist()))
 
     with stages.stage("table", "the learned mask is evaluated and written"):
@@ -263,7 +259,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
 
 
 def sparsify(model: nn.Module, tokenizer: Tokenizer, dataset: str, sparsity_type: tuple[int, int] = (2, 4),
-             steps: int = 300, batchsize: int = 8, seqlen: int = 128, seed: int = 0) -> dict[str, Tensor]:
+             steps: int = STEPS, batchsize: int = 8, seqlen: int = 128, seed: int = 0) -> dict[str, Tensor]:
     """For notebooks: learn a mask of a loaded, frozen causal LM, in the model's own dtype and on its device, with this
     script's defaults. The model is sparse when it returns.
 
@@ -273,9 +269,9 @@ def sparsify(model: nn.Module, tokenizer: Tokenizer, dataset: str, sparsity_type
     dataset: a file, a folder or a hub id of text, of which (steps + 4 %) * batchsize * seqlen tokens are read at most.
     The command also generates text, resumes, uses several processes, measures and writes a checkpoint; this does not.
     """
-    tokens = preparation.planned_tokens(model, None, steps, batchsize, seqlen, batchsize)
-    batches, selecting, _ = preparation.split(
-        data.token_sequences(tokenizer, [dataset], tokens, batchsize, seqlen, seed))
+    plan = plans.of_steps(steps, batchsize * seqlen)
+    batches, selecting, _ = plans.split(
+        data.token_sequences(tokenizer, [dataset], plan.tokens, batchsize, seqlen, seed))
     check_tokens(model, batches)
     model.requires_grad_(False).eval()
     layers, sequences = layers_to_mask(model, None, sparsity_type[1]), batches.flatten(0, 1)
@@ -283,7 +279,8 @@ def sparsify(model: nn.Module, tokenizer: Tokenizer, dataset: str, sparsity_type
     masked = MaskedModel(model, m0, LinearSpace(*sparsity_type), LOGITS, seed=seed, keep_dense=True)
     learner, validation = StraightThrough(masked, seqlen), Validation(masked, selecting)
     validation.evaluate(0)
-    initialize.from_swaps(masked, LOGITS, sequences[:max(1, int(preparation.READ_BY_SWAPS * tokens) // seqlen)])
+    read = max(1, int(preparation.READ_BY_SWAPS * plan.tokens) // seqlen)
+    initialize.from_swaps(masked, LOGITS, sequences[:read], plan.sweeps)
     for step in progress_bar(range(steps), desc="learning", unit="step"):
         size = step_size(STEP, step / steps, steps)
         learner.step(batches[step % len(batches)], size, [GIVEN_SHARE] * batchsize)

@@ -23,6 +23,7 @@ from models.layers import find_layers, weight_matrix
 from models.machine import DTYPES, peak_memory_bytes, reset_peak_memory, reuse_freed_memory
 from models.sharding import own_weight, shard
 from training.initialize import TOKENS, from_swaps
+from training.plan import SWEEPS
 from utils import run_script
 
 import plan
@@ -101,7 +102,7 @@ class Learning:
         self.masked = MaskedModel(model, self.m0, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype],
                                   backend="compiled" if device.startswith("cuda") else "eager")
         if way.endswith("from swaps"):
-            from_swaps(self.masked, common.DEFAULTS["logits"], torch.randint(0, 256, (TOKENS // 128, 128)))
+            from_swaps(self.masked, common.DEFAULTS["logits"], torch.randint(0, 256, (TOKENS // 128, 128)), SWEEPS)
         settings = WAYS[way]
         self.learn = (common.forward_step(self.masked) if settings is None else
                       common.gradient_step(self.masked, **settings))

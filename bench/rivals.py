@@ -24,6 +24,7 @@ from masking.spaces import LinearSpace
 from models.loss import batch_loss
 from training.faster_model import speed_up
 from training.initialize import TOKENS, from_swaps
+from training.plan import SWEEPS
 from utils import UserError, progress_bar, run_script
 
 import torch
@@ -110,7 +111,7 @@ def learn(problem: Problem, setting: dict, passes: int, seed: int) -> tuple[floa
     method = make_method(problem, setting, seed, steps)
     start = time.process_time()
     if len(samples):
-        from_swaps(method.masked, setting["logits"], samples)
+        from_swaps(method.masked, setting["logits"], samples, SWEEPS)
     for t in progress_bar(range(steps), desc=f"seed {seed}", unit="step"):
         method.learn(batches[t % len(batches)], t, steps)
     seconds = time.process_time() - start

@@ -6,7 +6,6 @@ where the model ends them or after so many tokens. With passages each goes on fr
 import json
 import math
 import random
-import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -71,17 +70,16 @@ class Draw(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, passages: list[list[int]] | None = None,
-             max_s: float | None = None) -> list[list[int]]:
+def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, passages: list[list[int]] | None = None
+             ) -> list[list[int]]:
     """Token ids of so many documents, each of up to `length` tokens, without the first token and the end of text. With
-    passages each document continues one of them, drawn at random, which is left out. All are cut short after `max_s`
-    seconds."""
+    passages each document continues one of them, drawn at random, which is left out."""
     settings = model.generation_config
     start, own = start_of_text(tokenizer), settings.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad = start if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=sorted(ends) or None,
-                              pad_token_id=pad, max_time=max_s)
+                              pad_token_id=pad)
     begun = passages or [[]]
     used, chosen = torch.tensor(random.choices(range(len(begun)), k=count)).unique(return_inverse=True)
     begun = [torch.tensor([start, *begun[number]]) for number in used]
@@ -131,14 +129,13 @@ def continuation(model: nn.Module, tokenizer: Tokenizer, prompt: Tensor, length:
 
 
 def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, length: int, batchsize: int,
-               passages: list[list[int]] | None = None, seed: int = 0, max_s: float = math.inf,
-               least: int = 0) -> tuple[int, int]:
-    """Generate documents until there are so many tokens or, beyond the `least`, so many seconds are over, into a new
-    .jsonl file, {"text": ..., "tokens": ...} a line. Returns the numbers of documents and of tokens. batchsize:
-    documents at a time, fewer where a GPU's memory is full. After each of these all are in a file part_of_..., whose
-    name has a hash of what decides the text; from there it goes on, to the same text.
+               passages: list[list[int]] | None = None, seed: int = 0) -> tuple[int, int]:
+    """Generate documents until there are so many tokens, into a new .jsonl file, {"text": ..., "tokens": ...} a line.
+    Returns the numbers of documents and of tokens. batchsize: documents at a time, fewer where a GPU's memory is full.
+    After each of these all are in a file part_of_..., whose name has a hash of what decides the text; from there it
+    goes on, to the same text.
     """
-    path, end = Path(path), time.monotonic() + max_s
+    path = Path(path)
     decides = {"model": model_fingerprint(model), "dtype": str(model.dtype), "length": length, "batchsize": batchsize,
                "passages": passages, "seed": seed}
     part = path.with_name(f"part_of_{path.stem}_{short_hash(decides)}{path.suffix}")
@@ -147,13 +144,11 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
     if rows:
         processes.log(f"going on from the {len(rows)} documents of {part}; to begin anew, remove it")
     with progress_bar(total=tokens, initial=found, desc="generating", unit="token") as progress:
-        while found < tokens and (found < least or time.monotonic() < end):
+        while found < tokens:
             set_seed((APART * (seed + 1000 * empty) + len(rows)) % 2**63)  # what was empty is drawn anew
-            left_s = end - time.monotonic()
-            count = max(1, min(batchsize, -(-((tokens if left_s > 0 else least) - found) // (length - 1))))
+            count = max(1, min(batchsize, math.ceil((tokens - found) / (length - 1))))
             try:
-                written = generate(model, tokenizer, count, length - 1, passages,
-                                   left_s if 0 < left_s < math.inf else None)
+                written = generate(model, tokenizer, count, length - 1, passages)
             except Exception as error:
                 if count == 1 or not is_out_of_memory(error):  # of keys and values of so many documents
                     raise

@@ -3,7 +3,7 @@
     python reproduce/rival.py scores_ste --like results/RUN --lr 0.01 --out results/RIVAL
     python reproduce/rival.py scores_ste --resume results/RIVAL
 
-RUN, which was given --steps, lends its arguments and, as soon as it has them, its text, its order of the channels and
+RUN lends its arguments and, as soon as it has them, its text, its order of the channels and
 its m0. --lr is Adam's rate. No swaps improve a rival's m0. In one process, all layers, nn.Linear only.
 """
 import shutil
@@ -55,7 +55,7 @@ class Learner:
         self.undo = speed_up(masked.model, masked.kernels, tokens)  # as ours
         return self
 
-    def start(self, _masked: MaskedModel, _magnitude: float, sequences: Tensor, _max_s: float) -> None:
+    def start(self, _masked: MaskedModel, _magnitude: float, sequences: Tensor, _sweeps: int) -> None:
         """In place of swaps: from m0."""
         modules = {name: layer.module for name, layer in self.masked.layers.items()}
         with self.masked.use_dense():
@@ -133,9 +133,8 @@ def settings_of(given: Namespace) -> Namespace:
     args = sparsify.parse_args(["--resume", given.resume or given.like])
     if given.resume:
         return args
-    if not read_record(given.like).get("fingerprints") or args.steps is None or args.targets:
-        raise UserError(f"{given.like} must have its text and m0, with --steps and without --targets: a rival learns "
-                        "all layers")
+    if not read_record(given.like).get("fingerprints") or args.targets:
+        raise UserError(f"{given.like} must have its text and m0, without --targets: a rival learns all layers")
     skips = not args.permute  # a mask of reordered channels is none of the model as it is
     return Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": skips})
 
@@ -149,13 +148,14 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
     if like:
         lent = read_record(like)
         folder.record["fingerprints"] = lent["fingerprints"]  # so another version's shares of text stop it
-        folder.record["plan"] = {"tokens": lent["plan"]["tokens"]}
+        folder.record["plan"] = lent["plan"]
         for name in (GENERATED, "order.permutation.safetensors", "initial_mask.safetensors"):
             if Path(like, name).exists():
                 shutil.copy(Path(like, name), folder.path)
         folder.write_record()  # so that a run that is stopped from here on goes on
-    further = {"steps": args.steps} if method == "proxsparse" else {}
-    learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further), args.steps)
+    steps = folder.record["plan"]["steps"]
+    further = {"steps": steps} if method == "proxsparse" else {}
+    learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further), steps)
     sparsify.learn(args, device, folder, signals, learner.of, learner.start)
 
 

@@ -101,7 +101,7 @@ def by_gradients(folder: Path) -> None:
     """What processes learn from a sequence each is what one learns from all of them."""
     masked, expected = pair(folder, "float32")
     for each in (masked, expected):
-        from_swaps(each, 1.0, TOKENS)
+        from_swaps(each, 1.0, TOKENS, 3)
     assert_same(masked, expected, apart=1e-4)  # products of fewer rows may round otherwise
     for ours, one in learn(masked, expected, TOKENS[:processes.size()], checkpointing=True):
         found, expected_squares = (each.normalization.mean_squares for each in (ours, one))

@@ -26,8 +26,8 @@ def test_the_default_folder_says_what_a_run_is():
 
 def test_sparsify_has_a_folder_and_a_budget():
     args = sparsify.parse_args(["--model", "some/model", "--sparsity_type", "4:8"])
-    assert (args.out[:-7], args.minutes, args.steps, args.dtype) == ("results/model_4of8_sparsify", 30, None, "auto")
-    assert sparsify.parse_args(["--model", "m", "--steps", "7"]).minutes is None
+    assert (args.out[:-7], args.minutes, args.steps, args.dtype) == ("results/model_4of8_sparsify", None, 300, "auto")
+    assert sparsify.parse_args(["--model", "m", "--minutes", "7"]).steps is None
 
 
 @pytest.mark.parametrize("script, flags, other", [

@@ -1,6 +1,5 @@
 """generate_text.py: documents follow the model's own probabilities, end where it ends them, and can be learned from."""
 import json
-import math
 
 import data
 import generate_text
@@ -50,7 +49,6 @@ def test_documents_end_where_the_model_ends_them(load, models, kind):
     with torch.no_grad():  # so that it ends a text now and then: its final norm gets one constant direction more
         head = model.get_output_embeddings().weight
         head[end] = head.norm(dim=1).max() * torch.nn.functional.normalize(head[end], dim=0)
-    assert max(map(len, drawn(model, tokenizer, 4, 20, None, 1e-9))) == 1  # time is over
     documents = drawn(model, tokenizer, 200, 20)
     assert len(documents) == 200 and all(len(tokens) <= 20 and end not in tokens for tokens in documents)
     assert any(len(tokens) < 20 for tokens in documents) and any(len(tokens) == 20 for tokens in documents)
@@ -126,20 +124,6 @@ def test_the_script(models, llama, tmp_path, capsys):
         generate_text.main(f"{flags(models, out)} {size}".split())
     generate_text.main(f"{flags(models, tmp_path / 'alike.jsonl')} {size} --after {out}".split())
     assert (tmp_path / "alike.jsonl").read_text() != out.read_text()
-
-
-@pytest.mark.parametrize("max_s, least, documents", [(25, 0, 6), (25, 43, 8), (math.inf, 0, 12)])
-def test_text_is_written_until_the_time_is_over(llama, tmp_path, monkeypatch, max_s, least, documents):
-    """But the least of it at any rate; two documents of seven tokens take ten seconds, and 84 tokens are wanted."""
-    clock = [0]
-
-    def generate(*_):
-        clock[0] += 10
-        return [[5] * 7] * 2
-    monkeypatch.setattr(generation, "generate", generate)
-    monkeypatch.setattr(generation.time, "monotonic", lambda: clock[0])
-    written = generation.write_text(tmp_path / "text.jsonl", *llama, 84, 8, 2, max_s=max_s, least=least)
-    assert written == (documents, 7 * documents)
 
 
 def test_where_memory_is_full_fewer_documents_are_written_at_a_time(llama, tmp_path, monkeypatch):

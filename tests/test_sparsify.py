@@ -1,9 +1,8 @@
-"""sparsify.py: its minutes, by a clock of our own; its table, recomputed; runs killed in each of its stages."""
+"""sparsify.py: what minutes become; its table, recomputed; runs killed in each of its stages."""
 import json
 import math
 import os
 import signal
-import time
 from pathlib import Path
 
 import data
@@ -11,13 +10,11 @@ import sparsify
 from files import mask_files
 from files.documents import documents
 from files.records import read_record
-from masking.masked_model import MaskedModel
 from models import generation
 from models.layers import find_layers
 from models.loading import load_model
-from pruning import swaps
 from pruning.one_shot import OneShot, one_shot_masks
-from training import initialize, preparation, results, straight_through
+from training import initialize, plan, preparation, results, straight_through
 from training.report import note_unchanged, perplexity_table, shortage, verdict
 from training.straight_through import StraightThrough
 from utils import UserError
@@ -59,27 +56,48 @@ def heldout(workshop, run, files) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------- what it delivers
 
 
-def test_a_model_is_all_it_needs_and_minutes_are_kept(workshop, tmp_path, monkeypatch):
-    """Half an hour in which each call takes its seconds by a clock of our own."""
-    clock, calls = [0.0], []
-    for name in ("monotonic", "perf_counter"):
-        monkeypatch.setattr(time, name, lambda: clock[0])
-
-    def slow(owner, name, seconds):
-        true = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given: (
-            calls.append(name), clock.append(clock.pop() + seconds), true(*given))[2])
-    slow(preparation, "batch_loss", 10), slow(generation, "generate", 20), slow(swaps, "refine_by_swaps", 60)
-    slow(StraightThrough, "step", 60), slow(MaskedModel, "mean_loss", 15)
+def test_a_model_is_all_it_needs_and_minutes_become_steps(workshop, tmp_path, monkeypatch, capsys):
+    """Half an hour on a machine of these speeds; the plan is recorded, and holds on --resume."""
+    seconds = {"step": 60.0, "sweep": 100.0, "token": 0.01}
+    monkeypatch.setattr(plan, "measured", lambda *given: seconds)
+    monkeypatch.setattr(preparation, "one_shot_masks", raises(KeyboardInterrupt()))
     monkeypatch.chdir(tmp_path)
-    sparsify.main(["--model", str(workshop / "dense")])
-    run = read_run(next(Path("results").glob("dense_2of4_sparsify_*")))
-    assert 1800 <= clock[0] <= 1800 + 60 + 15 and run.record["plan"]["tokens"] == (18 + 2) * 8 * 128
-    assert is_strict(run.masks) and len(run.metrics) == pytest.approx(18, abs=8)
-    assert 4 <= calls.count("refine_by_swaps") <= 5 < len(run.masks)  # 0.15 of the time
+    with pytest.raises(KeyboardInterrupt):
+        sparsify.main(["--model", str(workshop / "dense"), *SMALL.split(), "--minutes", "30", "--out", "run"])
+    said = capsys.readouterr().err
+    assert "about 29.0 minutes: 0.2 for text, 3.3 for swaps, 25.0 for 25 steps" in said
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "measured", raises(AssertionError("measured again")))
+    sparsify.main(["--resume", "run"])
+    run = read_run(Path("run"))
+    assert run.record["plan"] | {"learned_tokens": 0} == {
+        "steps": 25, "tokens": 27 * 48, "generated": 400_000, "sweeps": 2, "learned_tokens": 0}
+    assert is_strict(run.masks) and len(run.metrics) == 25
     assert {path.name for path in run.folder.iterdir()} == {
         "checkpoint", "curve.png", "generated.jsonl", "initial_mask.safetensors", "mask.safetensors",
         "metrics.jsonl", "report.json", "run.json"}
+
+
+@pytest.mark.parametrize("minutes, seconds, steps, sweeps, generated", [
+    (30, {"step": 10, "sweep": 10, "token": 0.01}, 121, 3, 52_200),  # text takes its share and no more
+    (1, {"step": 100, "sweep": 100, "token": 1}, 1, 0, 8192),
+    (0.01, {"step": 1, "sweep": 1, "token": 1}, 1, 0, 8192),
+    (30, {"step": 1, "sweep": 1, "token": 1e-9}, 1766, 3, 400_000)])
+def test_what_minutes_buy(minutes, seconds, steps, sweeps, generated):
+    found = plan.of_minutes(minutes, seconds, 1024)
+    assert (found.steps, found.sweeps) == (steps, sweeps) and found.generated == pytest.approx(generated, abs=1)
+    learned, selecting, unseen = plan.split(torch.zeros(found.tokens // 1024, 1))
+    assert len(learned) >= steps and len(selecting) == len(unseen) == plan.heldout_of(len(learned))
+
+
+def test_a_machine_is_measured(workshop):
+    model, tokenizer = load_model(f"{workshop}/dense", "float32", "cpu")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = plan.measured(model, tokenizer, (2, 4), 2, 24, True)
+    assert all(0 < seconds < 60 for seconds in found.values()) and found.keys() == {"step", "sweep", "token"}
+    assert plan.measured(model, tokenizer, (2, 4), 2, 24, False)["token"] < found["token"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_its_table_recomputed(workshop, learned, capsys):
@@ -179,7 +197,7 @@ def test_questions_and_text_share_the_budget(tmp_path):
     assert asked == [([quiz], 160), ([text], 120)] and (questions.numel(), others.numel()) == (40, 120)
     fewer = [preparation.at_most_a_quarter(questions, rest).numel() for rest in (120, 119, 48, 3, 0)]
     assert fewer == [40, 32, 16, 8, 40]  # at least a minibatch of 8; all where there is nothing else
-    assert [preparation.to_generate(2**20, minibatch) / 2**10 for minibatch in (2**10, 2**17)] == [390, 2**10]
+    assert [plan.of_steps(1, minibatch).generated for minibatch in (2**10, 2**17)] == [400_000, 2**20]
 
 
 @pytest.mark.parametrize("questions", [8, 80])
@@ -298,12 +316,10 @@ def test_whether_a_model_is_good(dense, m0, learned, words):
     assert ("gap" in verdict(nats)) == (learned < dense or m0 <= dense)
 
 
-@pytest.mark.parametrize("minutes, learning_s, tokens, words", [
-    (30, 359, 900, "Only 6.0 of 30 minutes were left to learn in"), (30, 361, 900, ""), (None, None, 900, ""),
-    (None, None, 199, "There were only 199 tokens to learn from, where 1,000 were planned")])
-def test_a_run_without_time_or_text_says_so_at_its_end(minutes, learning_s, tokens, words):
-    plan = {"tokens": 1000, "learned_tokens": tokens, "learning_s": learning_s}
-    found = shortage({"arguments": {"minutes": minutes}, "plan": plan})
+@pytest.mark.parametrize("steps, tokens, words", [
+    (19, 900, "19 steps are hardly any"), (20, 900, ""), (20, 199, "only 199 tokens to learn from, where one pass")])
+def test_a_run_without_steps_or_text_says_so_at_its_end(steps, tokens, words):
+    found = shortage({"steps": steps, "tokens": 1000, "learned_tokens": tokens})
     assert words in found and bool(found) == bool(words)
 
 

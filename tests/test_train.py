@@ -12,12 +12,12 @@ from masking import masked_model
 from masking.layers import apply_mask, apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace, PatternSpace, logits_from_scores
-from models import processes
 from models.layers import find_layers
 from models.loading import DTYPE
 from models.loss import batch_loss
 from pruning.swaps import confidence, refine_by_swaps
-from training.initialize import SWEEPS, from_swaps
+from training.initialize import from_swaps
+from training.plan import SWEEPS
 from training.report import model_card
 from utils import UserError
 
@@ -110,7 +110,7 @@ def test_swaps_start_the_mask_and_the_logits(models, sequences, m0):
     earlier, name = learned = [f"model.layers.{number}.mlp.down_proj" for number in range(2)]
     model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
     masked = MaskedModel(copy.deepcopy(model), m0, LinearSpace(2, 4), learned=learned, backend="eager")
-    from_swaps(masked, 4.0, sequences)
+    from_swaps(masked, 4.0, sequences, SWEEPS)
     masks, logits = masked.masks_of(masked.bits()), all_logits(masked)
     weight = model.get_submodule(name).weight.detach().clone()
     apply_masks(find_layers(model), {**m0, earlier: masks[earlier]})
@@ -124,12 +124,10 @@ def test_swaps_start_the_mask_and_the_logits(models, sequences, m0):
     assert all(torch.equal(masked.model.get_submodule(other).weight != 0, kept) for other, kept in others.items())
 
 
-def test_layers_that_swaps_reach_late_keep_their_mask(models, sequences, m0, monkeypatch):
-    """And their logits follow Wanda's scores."""
+def test_without_sweeps_the_mask_is_kept_and_the_logits_follow_wandas_scores(models, sequences, m0):
     name, model = "model.layers.1.mlp.down_proj", transformers.AutoModelForCausalLM.from_pretrained(models["llama"])
     masked = MaskedModel(copy.deepcopy(model.eval()), m0, LinearSpace(2, 4), learned=[name], backend="eager")
-    monkeypatch.setattr(processes, "agreed", lambda seconds: 60.0)
-    from_swaps(masked, 4.0, sequences, max_s=30)
+    from_swaps(masked, 4.0, sequences, 0)
     apply_masks(find_layers(model), {other: mask for other, mask in m0.items() if other != name})
     score = model.get_submodule(name).weight.detach().abs() * inputs_of(model, name, sequences).norm(dim=0)
     assert torch.equal(masked.masks_of(masked.bits())[name], m0[name])

@@ -1,6 +1,5 @@
 """Where learning starts, if not from C * m0: logits at random, from the weights' scores, or from swaps."""
 import math
-import time
 from functools import lru_cache
 
 from files.mask_files import MaskFile
@@ -9,7 +8,6 @@ from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
 from masking.spaces import Space
-from models import processes
 from models.layers import layers_to_mask, weight_matrix
 from models.loading import model_fingerprint
 from pruning import swaps
@@ -22,7 +20,6 @@ from torch import Tensor, nn
 MOST_LAYERS = 2**20  # between the random numbers of two seeds
 SEQUENCES = 64  # of text that scores measure the layers' inputs on
 TOKENS = 30_000  # of text, at most, that swaps measure them on
-SWEEPS = 3  # over the blocks; three more bring a hundredth of what these do, for as much time again
 
 
 def random_logits(number: int, weights: int, space: Space, magnitude: float, seed: int) -> Tensor:
@@ -66,35 +63,29 @@ def _follow(masked: MaskedModel, layer: MaskedLayer, magnitude: float, score: Te
     layer.set_logits(lambda part: masked.space.init(bits_to_mask(layer.bits[part], layer.m), magnitude, score[part]))
 
 
-def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, max_s: float = math.inf) -> None:
+def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, sweeps: int) -> None:
     """Masks improved by swaps; a logit is the larger, the more the best swap of its weight would cost
     (`swaps.confidence`).
 
     One pass of the sequences, int64 `[sequences, tokens]`, the first TOKENS tokens of them, through the decoder without
     its head; a layer is improved when the pass reaches it, so that it sees what the improved masks before it make of
-    its inputs. One Hessian is kept at a time. A layer that the pass reaches late, by its share of `max_s` seconds,
-    keeps its mask, and its logits follow Wanda's scores.
+    its inputs. One Hessian is kept at a time. sweeps: over the blocks, at most; of none, the logits follow Wanda's
+    scores.
     """
-    sequences, shared = sequences[:-(-TOKENS // sequences.shape[1])], lru_cache(1)(hessian_of)
-    began, blocks_seen, late = time.monotonic(), 0, 0
+    sequences = sequences[:math.ceil(TOKENS / sequences.shape[1])]
+    shared = lru_cache(1)(hessian_of)
 
     def improve(name: str, inputs: Tensor) -> None:
-        nonlocal blocks_seen, late
         layer = masked.layers[name]
-        blocks_seen += layer.shape.numel() // layer.m
-        is_late = processes.agreed(time.monotonic() - began) > max_s * blocks_seen / masked.blocks
-        late += is_late
-        if len(layer.bits) and is_late:
+        if len(layer.bits) and not sweeps:
             norms = torch.linalg.vector_norm(inputs.flatten(0, -2), dim=0, dtype=torch.float32)
             _follow(masked, layer, magnitude, wanda(layer.weight.float(), norms.to(layer.weight.device)))
         elif len(layer.bits):
             hessian = shared(inputs).to(layer.weight.device)
-            mask = swaps.refine_by_swaps(layer.weight, layer.mask_of(layer.bits), hessian, layer.m, SWEEPS)
+            mask = swaps.refine_by_swaps(layer.weight, layer.mask_of(layer.bits), hessian, layer.m, sweeps)
             layer.bits.copy_(mask_to_bits(mask.view(-1, layer.m)))
             _follow(masked, layer, magnitude, swaps.confidence(layer.weight, mask, hessian, layer.m))
         masked.rewrite(layer)
     modules = {name: layer.module for name, layer in masked.layers.items()}
     visit_in_order(masked.model, modules, sequences, improve, "swapping")
-    if late:
-        processes.log(f"note: there was time for swaps in {len(modules) - late} of {len(modules)} layers")
     masked.copy_main()  # GPUs may round these sums otherwise

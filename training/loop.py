@@ -18,7 +18,6 @@ import torch
 BAD_LOSSES = 3  # in a row end a run
 EVALUATIONS = 20  # of the share of blocks changed and of the held-out loss, in a run
 MANY = 0.01  # of the blocks without a finite gradient are worth a line
-RECENT = 20  # steps whose mean time says how many are to come
 
 
 @dataclass
@@ -42,13 +41,10 @@ class Position:
     """Where a run is. Saved with every state."""
     step: int = 0  # steps done
     minibatches: int = 0  # that the run has gone through
-    progress: float = 0.0  # share of the run, 0 to 1
     evaluations: int = 0  # of the share of blocks changed and of the held-out loss
     skipped: int = 0  # steps whose loss was not finite
     skipped_in_a_row: int = 0
     seconds: float = 0.0  # of the loop
-    first_s: float = 0.0  # of the first step of a time budget, which compiles: progress counts from its end
-    a_step_s: float | None = None  # of a recent step; None: not known yet
     seconds_saving: float = 0.0  # states
     log_bytes: int = 0
 
@@ -64,11 +60,12 @@ class Run:
                  max_step: float = math.inf, epoch: float = math.inf, evaluations: int = EVALUATIONS):
         self.folder, self.signals, self.validation = folder, signals, validation
         self.checkpoints, self.epoch_minibatches = folder.checkpoints, minibatches
-        self.most_minibatches, self.max_step, self.max_s = epoch * minibatches, max_step, math.inf
+        self.total_steps = max_step
+        if epoch < math.inf:
+            self.total_steps = min(max_step, math.ceil(epoch * minibatches / processes.size()))
         self.evaluations = evaluations
         self.position, self.parts = Position(), {}
         self.log: Log | None = None  # from `restore` on
-        self._ends = []  # seconds of the run at which the last RECENT steps ended
         self._stopped_by = 0
 
     @property
@@ -78,31 +75,22 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, 0 to 1."""
-        return self.position.progress
-
-    def expected_steps(self) -> float:
-        """Steps in all: those of the budget or, of a time budget, as many as the speed of the recent ones leads to."""
-        left = (self.most_minibatches - self.position.minibatches) / processes.size()
-        most = min(self.max_step, self.step + (math.ceil(left) if left < math.inf else left))
-        if self.max_s == math.inf:
-            return most
-        left_s = (1 - self.progress) * (self.max_s - self.position.first_s)
-        return min(most, max(self.step + left_s / (self.position.a_step_s or 1.0), self.step + 1))
+        """Share of the steps that are done, 0 to 1."""
+        return self.step / self.total_steps
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def steps(self, max_s: float = math.inf) -> Iterator[int]:
-        """For each step there is still to do, in max_s seconds at most, yield the number of this process's minibatch.
-        When it is done the state is saved if that is due, if the step is the last, or if a signal came, which then ends
-        the process as it would have at once."""
-        self.max_s, self.signals.deferred = max_s, True
+    def steps(self) -> Iterator[int]:
+        """For each step there is still to do, yield the number of this process's minibatch. When it is done the state
+        is saved if that is due, if the step is the last, or if a signal came, which then ends the process as it would
+        have at once."""
+        self.signals.deferred = True
         self._started = time.monotonic() - self.position.seconds
-        self._bar = progress_bar(initial=self.step, desc="learning", unit="step", disable=not processes.is_main())
+        self._bar = progress_bar(total=self.total_steps, initial=self.step, desc="learning", unit="step",
+                                 disable=not processes.is_main())
         with self._bar:
             while self.progress < 1:
                 yield (self.position.minibatches + processes.rank()) % self.epoch_minibatches
-                self._bar.total = math.ceil(self.expected_steps())
                 self._bar.update()
                 due = processes.agreed(float(self.checkpoints.due(self.step, self.elapsed_s())))
                 if self._stopped_by:
@@ -133,7 +121,6 @@ class Run:
         position = self.position
         position.step += 1
         position.minibatches += processes.size()
-        self._measure(seconds)
         if not result.is_finite:
             self._skip(result.loss + (result.baseline or 0))
             return
@@ -153,18 +140,6 @@ class Run:
         self.log.write(line)
         residual = "" if result.baseline is None else f" ({result.loss - result.baseline:+.4f} against m0)"
         self._bar.set_postfix_str(f"loss {result.loss:.4f}{residual}", refresh=False)
-
-    def _measure(self, seconds: float) -> None:
-        """Progress and speed, so many seconds after the run's start."""
-        position = self.position
-        if position.step == 1 and self.max_s < math.inf:
-            position.first_s = min(seconds, self.max_s / 2)
-        in_time = (seconds - position.first_s) / (self.max_s - position.first_s)
-        position.progress = min(1.0, max(position.step / self.max_step,
-                                         position.minibatches / self.most_minibatches, in_time))
-        self._ends = [*self._ends, seconds][-RECENT:]
-        if len(self._ends) > 1:
-            position.a_step_s = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
 
     def _skip(self, loss: float) -> None:
         position = self.position

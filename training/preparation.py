@@ -1,9 +1,5 @@
-"""What sparsify.py learns from: how much text its budget needs, the text itself, the order of the channels, m0."""
-import math
-import time
-import timeit
+"""What sparsify.py learns from: the text, the order of the channels, m0."""
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import data
@@ -13,45 +9,16 @@ from files.documents import are_questions
 from models import generation, processes
 from models.layers import find_layers
 from models.loading import Tokenizer, model_fingerprint
-from models.loss import batch_loss
 from pruning.channel_order import search_and_reorder
 from pruning.channels import apply_permutation
 from pruning.one_shot import OneShot, one_shot_masks
-from utils import UserError
 
 import torch
 from torch import Tensor, nn
 
-HELDOUT, MOST_HELDOUT = 0.02, 8  # share of the minibatches, and how many at most, to select the mask; as many to report
-PARTS = 2  # that are held out
-TEXT_SHARE, SWAPS_SHARE, LEARNING_SHARE = 0.3, 0.15, 0.6  # of the minutes: for text and swaps at most, learning about
-FORWARDS = 6  # that a step of learning costs
 READ_BY_SWAPS = 0.4  # of the planned text, at most
 QUESTIONS_SHARE, READINGS = 0.25, 2  # of the text, questions at most; how often each is read to make it
-MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well (docs/sparsify.md)
-FEWEST = 8  # minibatches of text, however short the time
 SEQUENCES = 64  # of text that Wanda and the order are measured on
-
-
-def heldout_of(minibatches: int) -> int:
-    """How many of the minibatches select the mask."""
-    return min(MOST_HELDOUT, math.ceil(HELDOUT * minibatches))
-
-
-def planned_tokens(model: nn.Module, minutes: float | None, steps: int | None, batchsize: int, seqlen: int,
-                   microbatch: int) -> int:
-    """Tokens of text for one pass in so many steps or, by the measured speed of a forward pass, in so many minutes."""
-    if steps is None:
-        batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
-        forward = partial(batch_loss, model, batch, microbatch)
-        # the first warms up, and another program may slow one down
-        repeated = timeit.repeat(forward, timer=time.perf_counter, repeat=3, number=1)
-        steps = LEARNING_SHARE * 60 * minutes / (FORWARDS * processes.agreed(min(repeated)))
-        steps = max(FEWEST, math.ceil(steps))
-    found = wanted = steps * processes.size()
-    while found - PARTS * heldout_of(found) < wanted:
-        found += 1
-    return found * batchsize * seqlen
 
 
 def mixed(texts: list[tuple[Tensor, float]], seed: int) -> tuple[Tensor, Tensor]:
@@ -63,17 +30,6 @@ def mixed(texts: list[tuple[Tensor, float]], seed: int) -> tuple[Tensor, Tensor]
         return minibatches, distill
     order = torch.randperm(distill.numel(), generator=torch.Generator().manual_seed(seed))
     return minibatches.flatten(0, 1)[order].view_as(minibatches), distill.flatten()[order].view_as(distill)
-
-
-def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Minibatches to learn from, those that select the mask, and those that only the final table uses. UserError where
-    there are fewer than three."""
-    heldout = heldout_of(len(minibatches))
-    learned = len(minibatches) - PARTS * heldout
-    if learned < 1:
-        raise UserError(f"the text makes {len(minibatches)} minibatches and at least {PARTS + 1} are needed: give more "
-                        "text, or lower --batchsize or --seqlen")
-    return minibatches.split([learned, heldout, heldout])
 
 
 def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str], tokens: int,
@@ -103,22 +59,15 @@ def at_most_a_quarter(questions: Tensor, others: float) -> Tensor:
     return questions[:max(1, most)] if others else questions
 
 
-def to_generate(missing: int, minibatch: int) -> int:
-    """How many of the missing tokens the model generates: whole minibatches, FEWEST of them however large they are."""
-    return min(missing, max(MOST_GENERATED, FEWEST * minibatch)) // minibatch * minibatch
-
-
 def generate_text(file: Path, model: nn.Module, tokenizer: Tokenizer, tokens: int, seqlen: int, after: str | None,
-                  seed: int, max_s: float, minibatch: int) -> None:
+                  seed: int) -> None:
     """Write so many tokens of generated documents, each of which continues one of the passages, if there are some, into
-    a file, where it is not there yet. After max_s seconds generation ends, but not before there are FEWEST minibatches
-    of `minibatch` tokens."""
+    a file, unless it is there."""
     passages = generation.read_passages(after, model, tokenizer, seqlen) if after else None
     batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
     with processes.main_before_others():
         if processes.is_main() and not file.exists():
-            generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, passages, seed, max_s,
-                                  min(tokens, FEWEST * minibatch))
+            generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, passages, seed)
 
 
 def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],

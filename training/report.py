@@ -13,7 +13,8 @@ from huggingface_hub import ModelCardData
 FEW = 1e-4  # of the blocks
 ROWS = ("dense", "m0", "learned")
 CLOSE, USABLE = 1.3, 2.0  # times the dense perplexity, at most
-LITTLE = 0.2  # of the minutes to learn in, or of the text planned to learn from
+FEW_STEPS = 20
+LITTLE = 0.2  # of the text that makes one pass
 
 
 def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
@@ -90,15 +91,13 @@ def verdict(nats: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def shortage(record: dict) -> str:
-    """A line if the run had hardly any time or text to learn from; else nothing."""
-    minutes, plan = record["arguments"]["minutes"], record["plan"]
-    if minutes and plan["learning_s"] < LITTLE * 60 * minutes:
-        return (f"\nOnly {max(0.0, plan['learning_s']) / 60:.1f} of {minutes:g} minutes were left to learn in: raise "
-                "--minutes, or give --dataset, so that the model need not write its text.")
+def shortage(plan: dict) -> str:
+    """A line if the run had hardly any steps or text to learn from; else nothing. plan: of the run's record."""
+    if plan["steps"] < FEW_STEPS:
+        return f"\n{plan['steps']} steps are hardly any: raise --steps, or --minutes."
     if plan["learned_tokens"] < LITTLE * plan["tokens"]:
-        return (f"\nThere were only {plan['learned_tokens']:,} tokens to learn from, where {plan['tokens']:,} were "
-                "planned: raise --minutes, or give more text by --dataset.")
+        return (f"\nThere were only {plan['learned_tokens']:,} tokens to learn from, where one pass takes "
+                f"{plan['tokens']:,}: raise --minutes, or give more text by --dataset.")
     return ""
 
 
@@ -110,4 +109,4 @@ def write(folder: Path, record: dict, summary: dict) -> str:
     return (f"\n{perplexity_table(record['nats'])}\n\n{verdict(record['nats'])}\nThe mask of step "
             f"{summary['mask_of_step']} of {summary['steps']} is delivered: {summary['blocks_changed']:,} of "
             f"{summary['blocks']:,} blocks differ from m0.\n{written}\n\n{note_unchanged(summary)}-> {folder}"
-            f"{shortage(record)}")
+            f"{shortage(record['plan'])}")

@@ -14,11 +14,6 @@ class Stages:
     def __init__(self, folder: RunFolder):
         self.folder = folder
         self.done: dict[str, dict] = folder.record.setdefault("stages", {})
-        self._started = time.monotonic() - sum(stage["seconds"] for stage in self.done.values())
-
-    def elapsed_s(self) -> float:
-        """Of this run, the time of an unfinished stage in an earlier process not counted."""
-        return time.monotonic() - self._started
 
     @contextmanager
     def stage(self, name: str, doing: str, earlier_s: float = 0.0) -> Iterator[None]:

@@ -1,0 +1,127 @@
+"""What a budget buys: steps, text and swaps. Minutes become steps here, once; no run looks at a clock afterwards."""
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from masking.spaces import LinearSpace
+from models import generation, processes
+from models.layers import find_layers, weight_matrix
+from models.loading import Tokenizer, input_device
+from models.loss import batch_loss
+from pruning.swaps import refine_by_swaps
+from utils import UserError
+
+import torch
+from torch import Tensor, nn
+
+HELDOUT, MOST_HELDOUT = 0.02, 8  # share of the minibatches, and how many at most, to select the mask; as many to report
+PARTS = 2  # that are held out
+MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well (docs/sparsify.md)
+FEWEST = 8  # minibatches of text, however short the time
+SWEEPS = 3  # of swaps over the blocks; three more bring a hundredth of what these do, for as much time again
+TEXT_SHARE, SWAPS_SHARE = 0.3, 0.15  # of the minutes, at most
+STEP_FORWARDS = 2.6  # of a step beside forward and backward: teacher, weight gradients, the masks' update, evaluations
+FIXED_S = 30  # for compiling
+DOCUMENTS, GENERATED = 128, 8  # at a time, and tokens of each, to measure generation by
+SLOWER = 1.3  # times as long as these first tokens: the later ones
+
+
+@dataclass
+class Plan:
+    """steps; tokens of text, one pass in so many steps, held-out parts included; of these the model writes `generated`
+    at most; sweeps of swaps over the blocks."""
+    steps: int
+    tokens: int
+    generated: int
+    sweeps: int = SWEEPS
+
+
+def heldout_of(minibatches: int) -> int:
+    """How many of the minibatches select the mask."""
+    return min(MOST_HELDOUT, math.ceil(HELDOUT * minibatches))
+
+
+def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Minibatches to learn from, those that select the mask, and those that only the final table uses. UserError if
+    there are fewer than three."""
+    heldout = heldout_of(len(minibatches))
+    learned = len(minibatches) - PARTS * heldout
+    if learned < 1:
+        raise UserError(f"the text makes {len(minibatches)} minibatches and at least {PARTS + 1} are needed: give more "
+                        "text, or lower --batchsize or --seqlen")
+    return minibatches.split([learned, heldout, heldout])
+
+
+def of_steps(steps: int, minibatch: int) -> Plan:
+    """The plan of so many steps on minibatches of so many tokens."""
+    wanted = steps * processes.size()
+    found = wanted
+    while found - PARTS * heldout_of(found) < wanted:
+        found += 1
+    return Plan(steps, found * minibatch, max(MOST_GENERATED, FEWEST * minibatch))
+
+
+def of_minutes(minutes: float, seconds: dict[str, float], minibatch: int) -> Plan:
+    """The plan of so many minutes, by the `seconds` that `measured` has found. It is logged with its parts."""
+    left_s = 60 * minutes - FIXED_S
+    sweeps = max(0, min(SWEEPS, int(SWAPS_SHARE * left_s / seconds["sweep"])))
+    left_s -= sweeps * seconds["sweep"]
+    most_text_s = min(TEXT_SHARE * left_s, MOST_GENERATED * seconds["token"])
+    text_s = minibatch * seconds["token"]  # of a step
+    steps = max(left_s / (seconds["step"] + text_s), (left_s - most_text_s) / seconds["step"])
+    plan = of_steps(max(1, int(steps)), minibatch)
+    plan.sweeps = sweeps
+    plan.generated = max(FEWEST * minibatch, min(plan.generated, int(most_text_s / seconds["token"])))
+    parts = [min(plan.tokens, plan.generated) * seconds["token"], sweeps * seconds["sweep"],
+             plan.steps * seconds["step"]]
+    text, swaps, learning = (f"{part / 60:.1f}" for part in parts)
+    total = f"{(sum(parts) + FIXED_S) / 60:.1f}"
+    processes.log(f"about {total} minutes: {text} for text, {swaps} for swaps, {learning} for {plan.steps} steps")
+    return plan
+
+
+def measured(model: nn.Module, tokenizer: Tokenizer, pattern: tuple[int, int], batchsize: int, seqlen: int,
+             generates: bool) -> dict[str, float]:
+    """Seconds of a step, of a sweep of swaps over all blocks, and of a generated token (next to none unless the model
+    `generates`), measured on this model; the same in all processes."""
+    batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
+    seconds = {"step": timed(lambda: forward_and_backward(model, batch))
+               + STEP_FORWARDS * timed(lambda: batch_loss(model, batch, batchsize)),
+               "sweep": sweep_s(model, pattern), "token": 1e-9}
+    if generates:
+        seconds["token"] = SLOWER / (DOCUMENTS * GENERATED) * timed(
+            lambda: generation.generate(model, tokenizer, DOCUMENTS, GENERATED))
+    return {name: processes.agreed(value) for name, value in seconds.items()}
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that this takes; the first time warms up, and another program may slow one down."""
+    found = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def forward_and_backward(model: nn.Module, batch: Tensor) -> None:
+    """Of the frozen model, down to its embeddings."""
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    try:
+        with torch.enable_grad():
+            model(input_ids=batch.to(input_device(model)), use_cache=False).logits.sum().backward()
+    finally:
+        hook.remove()
+
+
+def sweep_s(model: nn.Module, pattern: tuple[int, int]) -> float:
+    """Seconds of a sweep over all blocks, by that over the first layer: it takes as long as its rows times in^2."""
+    weights = [weight_matrix(module) for module in find_layers(model).values()]
+    first = weights[0]
+    mask = LinearSpace(*pattern).mode(first.float().abs().reshape(-1, pattern[1])).view(first.shape)
+    hessian = torch.eye(first.shape[1], device=first.device)
+    costs = [weight.numel() * weight.shape[1] for weight in weights]
+    return timed(lambda: refine_by_swaps(first, mask, hessian, pattern[1], 1)) * sum(costs) / costs[0]
