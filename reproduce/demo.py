@@ -120,7 +120,7 @@ def ours(text: object, heldout: object, quick: bool) -> list[list[str]]:
     """sparsify.py on SmolLM2; the table's rows. Its text is generated; of the messages it sees the table's windows."""
     excerpt = RUN / "messages.txt"
     excerpt.write_text((ROOT / heldout).read_text(encoding="utf-8")[:EXCERPT], encoding="utf-8")
-    budget = ["--steps", 24, "--ppl", excerpt.relative_to(ROOT)]
+    budget = ["--steps", 12, "--ppl", excerpt.relative_to(ROOT)]
     if quick:  # of one layer; the others stay dense
         budget = ["--steps", 3, "--dataset", text, "--targets", "layers.0.mlp.down", "--seqlen", 32]
     script("sparsify.py", "--model", "demo/model", *budget, "--skip_checkpoint",
