@@ -3,7 +3,7 @@ beside them.
 
     torchrun --nproc_per_node 3 tests/sharded_script.py FOLDER
 
-FOLDER has the tiny models. Writes of each, such as llama, FOLDER/state_llama.safetensors, a state of all processes, and
+FOLDER has the tiny models. Writes of each, such as llama, FOLDER/state_llama.pt, a state of all processes, and
 FOLDER/saved_llama, the model.
 """
 import sys
@@ -192,7 +192,7 @@ def main(folder: Path) -> None:
             masked = forward_only(folder / name, dtype, n, m)
             state = masked.state()[1]
             if processes.is_main():
-                checkpoint.save(folder / f"state_{name}.safetensors", {}, state)
+                checkpoint.save(folder / f"state_{name}.pt", {}, state)
             else:
                 checkpoint.give_shards(state)
         by_gradients(folder / "opt")

@@ -60,7 +60,7 @@ def test_a_run_keeps_its_precision_on_another_device(workshop, tmp_path, losses,
 
 def test_killed_inside_the_write_of_a_state(workshop, tmp_path):
     """The state being written is lost, the one before it is not."""
-    code, said = kill.in_process(workshop, arguments(workshop, tmp_path / "run", VANILLA), "chunk", 30, signal.SIGKILL)
+    code, said = kill.in_process(workshop, arguments(workshop, tmp_path / "run", VANILLA), "chunk", 150, signal.SIGKILL)
     states = list((tmp_path / "run/state").iterdir())
     assert code == -9, said
     assert sum(path.name.startswith(".step") for path in states) == 1 and sum(map(checkpoint.is_whole, states)) >= 1
@@ -76,18 +76,18 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(workshop, tm
     assert f"go on with: python train.py --resume {tmp_path}/run" in said and "Traceback" not in said
     done = steps_of(tmp_path / "run")[-1]
     assert f"stopped after step {done}, with its state saved" in said
-    assert states_of(tmp_path / "run") == [f"step{done:08d}.safetensors"]
+    assert states_of(tmp_path / "run") == [f"step{done:08d}.pt"]
 
 
 def test_torn_states_are_passed_over(workshop, tmp_path, losses, capsys):
     stop(workshop, tmp_path / "run", VANILLA, losses, at=6)
-    assert states_of(tmp_path / "run") == ["step00000004.safetensors", "step00000005.safetensors"]
+    assert states_of(tmp_path / "run") == ["step00000004.pt", "step00000005.pt"]
     assert f"python train.py --resume {tmp_path}/run" in capsys.readouterr().err
-    newest = tmp_path / "run/state/step00000005.safetensors"
+    newest = tmp_path / "run/state/step00000005.pt"
     newest.write_bytes(newest.read_bytes()[:-1])
     train.main(["--resume", str(tmp_path / "run")])
     said = capsys.readouterr().err
-    assert "step00000005.safetensors is torn or damaged" in said and "going on after step 4" in said
+    assert "step00000005.pt is torn or damaged" in said and "going on after step 4" in said
     assert_as_uninterrupted(workshop, tmp_path / "run", VANILLA)
 
 

@@ -58,7 +58,7 @@ def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(w
             patch.setattr(log.Log, "write", failing_write)
         with pytest.raises(UserError, match=r"cannot be written.*No space left.*go on with: python train.py --resume"):
             train.main(arguments(workshop, tmp_path / "run"))
-    assert states_of(tmp_path / "run") == ["step00000001.safetensors", "step00000002.safetensors"]
+    assert states_of(tmp_path / "run") == ["step00000001.pt", "step00000002.pt"]
     train.main(["--resume", str(tmp_path / "run")])
     train.main(arguments(workshop, tmp_path / "whole/run"))
     assert kill.contents(tmp_path / "run") == kill.contents(tmp_path / "whole/run")

@@ -1,17 +1,15 @@
 """A run's state on disk: everything that its next step depends on, so that a resumed run computes the same bits.
 
-    RUN/state/step00001250.safetensors      tensors: logits, the bits of the masks, mean squares, torch's random state,
-                                            each 1-D, and last `sha256`, the checksum of all bytes before it
-                                            metadata: everything else, as JSON
+    RUN/state/step00001250.pt     by torch.save: `tensors`, each 1-D (logits, the bits of the masks, mean squares,
+                                  torch's random state), and `scalars`, everything else
 
-A state is written to a temporary file, synced and renamed. Only then is the oldest state removed. The checksum tells a
-truncated or damaged state, and the state before it is used. Random numbers are hashes of the step
+A state is written to a temporary file, synced and renamed. Only then is the oldest state removed. The checksums of the
+archive tell a truncated or damaged state, and the state before it is used. Random numbers are hashes of the step
 (masking/random_bits.py): the state has the step, and the random state of torch on the CPU for models that draw numbers.
 """
-import hashlib
-import json
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 from files.atomic import atomic_write
@@ -19,89 +17,61 @@ from models.sharding import own_rows, whole
 from utils import UserError
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-FORMAT = "maskpro-state 5"
-CHUNK_BYTES = 2**24
-CHECKSUM_BYTES = 32
+FORMAT = "maskpro-state 6"
 KEPT = 2  # states of a run
 MOST_SHARE = 0.02  # of a run's time that saving may take before its end where --checkpoint_every is in minutes
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.uint8: "U8"}
-
-
-def aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the order of the file, the widest dtypes first: safetensors wants each tensor aligned."""
-    return dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
 
 
 def give_shards(tensors: dict[str, Tensor]) -> None:
     """Send this process's parts of the sharded tensors, which are DTensors, to the main process, which saves them."""
-    for tensor in aligned(tensors).values():
-        if whole(tensor).is_cuda:  # no further ahead of the main process's disk: nccl's patience ends
+    for tensor in tensors.values():
+        if whole(tensor).is_cuda:  # no further ahead of the main process: nccl's patience ends
             torch.cuda.current_stream().synchronize()
 
 
 def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
-    """Write a state. Tensors are written one after another, so that there is no second copy of them all in memory.
-
-    Sharded tensors are gathered: all other processes have to call `give_shards`. UserError where the file cannot be
-    written; then nothing is left of it.
-    """
-    tensors = aligned(tensors)
-    header, end = {"__metadata__": {"format": FORMAT, "scalars": json.dumps(scalars)}}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [begin, end]}
-    header["sha256"] = {"dtype": "U8", "shape": [CHECKSUM_BYTES], "data_offsets": [end, end + CHECKSUM_BYTES]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    head = len(head).to_bytes(8, "little") + head
-    digest = hashlib.sha256(head)
-    with atomic_write(path) as beside, open(beside, "wb") as file:
-        file.write(head)
-        for tensor in tensors.values():
-            for chunk in whole(tensor).detach().reshape(-1).view(torch.uint8).split(CHUNK_BYTES):
-                data = chunk.cpu().numpy().data
-                digest.update(data)
-                file.write(data)
-        file.write(digest.digest())
+    """Write a state. torch.save takes tensors from a GPU one after another; sharded ones are gathered on the host: all
+    other processes have to call `give_shards`. UserError if the file cannot be written; then nothing is left of it."""
+    tensors = {name: (whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
+               for name, tensor in tensors.items()}
+    with atomic_write(path) as beside, open(beside, "wb") as file:  # torch reports a full disk as such to a file
+        torch.save({"format": FORMAT, "scalars": scalars, "tensors": tensors}, file)
 
 
 def is_whole(path: Path) -> bool:
-    """Does the checksum fit?"""
+    """Do the checksums fit? A flipped bit that they do not cover changes nothing that is read."""
     try:
-        with open(path, "rb") as file:
-            digest, end = hashlib.sha256(), path.stat().st_size - CHECKSUM_BYTES
-            while chunk := file.read(max(0, min(CHUNK_BYTES, end - file.tell()))):
-                digest.update(chunk)
-            return file.read() == digest.digest()
-    except OSError:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None and bool(torch.load(path, mmap=True, weights_only=True))
+    except Exception:  # of a damaged archive there are errors of every class
         return False
 
 
 class StateFile:
-    """A state whose checksum fits, opened: its scalars are here, its tensors are read one at a time."""
+    """A state whose checksums fit, opened: its scalars are here, its tensors are read when they are asked for."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, safe_open(path, framework="pt")
-        metadata = self.file.metadata()
-        if metadata["format"] != FORMAT:
-            raise UserError(f"{path} is a {metadata['format']}, this version reads {FORMAT}: start a new run")
-        self.scalars, self.names = json.loads(metadata["scalars"]), set(self.file.keys())
+        self.path = path
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if state["format"] != FORMAT:
+            raise UserError(f"{path} is a {state['format']}, this version reads {FORMAT}: start a new run")
+        self.scalars, self.tensors = state["scalars"], state["tensors"]
 
     def read(self, name: str, like: Tensor) -> Tensor:
-        """The tensor of this name, 1-D, on the CPU; where `like` is a DTensor, this process's part of it.
+        """The tensor of this name, 1-D, on the CPU; of a DTensor, this process's part of it.
 
         UserError unless dtype and number of elements are those of `like`.
         """
-        if name in self.names:
-            found = self.file.get_slice(name)
-            if (found.get_dtype(), found.get_shape()) == (NAMES[like.dtype], [like.numel()]):
-                begin, end = own_rows(like)
-                width = like.shape[1:].numel()
-                return found[begin * width:end * width]
-        raise UserError(f"{self.path} is the state of another run: its {name} is not of this model and these settings")
+        found = self.tensors.get(name)
+        if found is None or (found.dtype, found.numel()) != (like.dtype, like.numel()):
+            raise UserError(f"{self.path} is the state of another run: its {name} is not of this model and these "
+                            "settings")
+        begin, end = own_rows(like)
+        width = like.shape[1:].numel()
+        return found[begin * width:end * width]
 
 
 class Checkpoints:
@@ -126,11 +96,11 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         """Where the state after so many steps is."""
-        return self.folder / f"step{step:08d}.safetensors"
+        return self.folder / f"step{step:08d}.pt"
 
     def paths(self) -> list[Path]:
         """The states that are there, oldest first."""
-        return sorted(self.folder.glob("step*.safetensors"))
+        return sorted(self.folder.glob("step*.pt"))
 
     def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor]) -> None:
         """Save the state after so many steps and seconds of the run, then remove the oldest states beyond KEPT."""
@@ -141,7 +111,7 @@ class Checkpoints:
         self.step, self.saved_at, self.cost_s = step, seconds, time.monotonic() - started
 
     def newest(self) -> StateFile | None:
-        """The newest state whose checksum fits, None if there is none. Damaged ones are named and renamed."""
+        """The newest state whose checksums fit, None if there is none. Damaged ones are named and renamed."""
         for path in reversed(self.paths()):
             if is_whole(path):
                 return StateFile(path)
