@@ -317,7 +317,7 @@ def test_whether_a_model_is_good(dense, m0, learned, words):
 
 
 @pytest.mark.parametrize("steps, tokens, words", [
-    (19, 900, "19 steps are hardly any"), (20, 900, ""), (20, 199, "only 199 tokens to learn from, where one pass")])
+    (9, 900, "9 steps are hardly any"), (10, 900, ""), (10, 199, "only 199 tokens to learn from, where one pass")])
 def test_a_run_without_steps_or_text_says_so_at_its_end(steps, tokens, words):
     found = shortage({"steps": steps, "tokens": 1000, "learned_tokens": tokens})
     assert words in found and bool(found) == bool(words)

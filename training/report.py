@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 FEW = 1e-4  # of the blocks
 ROWS = ("dense", "m0", "learned")
 CLOSE, USABLE = 1.3, 2.0  # times the dense perplexity, at most
-FEW_STEPS = 20
+FEW_STEPS = 10
 LITTLE = 0.2  # of the text that makes one pass
 
 
