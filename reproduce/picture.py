@@ -6,7 +6,8 @@ import sys
 from statistics import mean
 
 from record import POINTS, recovered
-from tables import LAYER, MASKPRO, ROOT, of_accuracy, over_minutes, record, smollm2
+from rows import LAYER, MASKPRO
+from tables import ROOT, of_accuracy, over_minutes, record, smollm2
 
 sys.path.insert(0, str(ROOT))
 from utils import run_script
@@ -14,16 +15,12 @@ from utils import run_script
 from matplotlib.figure import Figure
 
 LEVELS = {"SparseGPT (updates weights)": "1of4/sparsegpt", "Wanda": "1of4/wanda"}
-BARS = {"MaskPro from Wanda's scores, 600 steps": "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600",
+BARS = {"SparseGPT (changes weights)": "2of4/sparsegpt",
         "MaskPro (the paper), 10,000 steps": MASKPRO[10000],
-        "SparseGPT (updates weights)": "2of4/sparsegpt",
         "MaskLLM, 280 steps": "2of4/rival-maskllm-lr0.001-both-steps280",
-        "sparsify.py, half an hour": "2of4/sparsify-allafter-both-minutes30",
-        "half an hour, channels reordered": "2of4/sparsify-permuted-allafter-both-minutes30",
-        "STE with Adam, 280 steps": "2of4/rival-scores_ste-lr0.01-both-steps280",
-        "sparsify.py, the STE's text": "2of4/sparsify-both-steps280",
-        "sparsify.py, 280 steps": "2of4/sparsify-allafter-both-steps280",
-        "two hours, channels reordered": "2of4/sparsify-permuted-allafter-both-minutes120"}
+        "straight-through with Adam, 280 steps": "2of4/rival-scores_ste-lr0.01-both-steps280",
+        "ours: sparsify.py, 280 steps": "2of4/sparsify-allafter-both-steps280",
+        "ours, channels reordered, 459 steps": "2of4/sparsify-permuted-allafter-both-minutes120"}
 
 
 def main() -> None:

@@ -118,4 +118,4 @@ def test_the_readme_is_read_and_its_commands_run(models, tmp_path, monkeypatch, 
         "prune", "get_mask", "train", "eval"]
     assert len(runs) == 6 and all(Path(run, "mask.safetensors").is_file() for run in runs)
     assert len(list(Path("results/evaluations").iterdir())) == 2
-    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 180
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 130

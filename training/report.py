@@ -101,12 +101,15 @@ def shortage(plan: dict) -> str:
     return ""
 
 
-def write(folder: Path, record: dict, summary: dict) -> str:
-    """Write report.json, a run's record with its table, sample and summary; returns what is to be printed."""
-    write_json(folder / "report.json", {**record, "summary": summary})
-    sample = record.get("sample", {})
-    written = "".join(f"\n{name + ':':<9}{text}" for name, text in sample.items())
-    return (f"\n{perplexity_table(record['nats'])}\n\n{verdict(record['nats'])}\nThe mask of step "
+def sparsified(record: dict, summary: dict) -> str:
+    """What sparsify.py has to say of a run: table, verdict, sample. record: its run.json."""
+    sample = "".join(f"\n{name + ':':<9}{text}" for name, text in record.get("sample", {}).items())
+    return (f"{perplexity_table(record['nats'])}\n\n{verdict(record['nats'])}\nThe mask of step "
             f"{summary['mask_of_step']} of {summary['steps']} is delivered: {summary['blocks_changed']:,} of "
-            f"{summary['blocks']:,} blocks differ from m0.\n{written}\n\n{note_unchanged(summary)}-> {folder}"
-            f"{shortage(record['plan'])}")
+            f"{summary['blocks']:,} blocks differ from m0.\n{sample}")
+
+
+def write(folder: Path, record: dict, summary: dict) -> str:
+    """Write report.json, a run's record with its summary; returns what is to be printed."""
+    write_json(folder / "report.json", {**record, "summary": summary})
+    return (f"\n{sparsified(record, summary)}\n\n{note_unchanged(summary)}-> {folder}{shortage(record['plan'])}")
