@@ -152,7 +152,7 @@ def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: Run
     """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, their sequences' shares of
     distillation, `[minibatches, sequences]`, and m0, which is the mask given, if one is."""
     pattern, record = args.sparsity_type, folder.record
-    if "plan" not in record:
+    if "steps" not in record.get("plan", {}):  # not there, or of an earlier version
         record["plan"] = vars(planned(args, model, tokenizer))
         folder.write_record()
     plan = record["plan"]

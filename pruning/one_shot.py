@@ -20,8 +20,6 @@ from utils import progress_bar
 import torch
 from torch import Tensor, nn
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
-
 
 def wanda(weight: Tensor, norms: Tensor) -> Tensor:
     """|w| ||x||, of weight `[out, in]` and norms `[in]`."""

@@ -59,6 +59,14 @@ def test_a_wrong_flag_is_refused_before_torch_is_imported(file, tmp_path):
     assert done.returncode == 2 and re.fullmatch("error: .*(--modle|required).*\n", done.stderr), done.stderr
 
 
+def test_an_import_changes_nothing_of_a_program():
+    code = ("import os, sys, torch, transformers, accelerate\n"
+            "before = sys.excepthook, dict(os.environ), list(sys.path)\n"
+            "from masking.layers import apply_mask\n"
+            "assert before == (sys.excepthook, dict(os.environ), list(sys.path))\n")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_precisions(monkeypatch):
     """A CPU takes what it is fast at; a GPU float16, as the paper."""
     for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
