@@ -2,6 +2,7 @@
 import argparse
 import re
 import shlex
+import sys
 from argparse import Namespace
 from math import comb
 from pathlib import Path
@@ -138,5 +139,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
 def of_another_script(run: str | Path, record: dict) -> UserError:
     """What to do with a run that another script has begun, or another version of this one."""
     script, place = record.get("script"), shlex.quote(str(run))
+    if script == Path(sys.argv[0]).name:
+        return UserError(f"{run} is a run of another version of {script}: go on with it there, or start a new run")
     then = f"`python {script} --resume {place}` goes on with it" if script else "go on with it there"
     return UserError(f"{run} is a run of {script or 'another version or script'}: {then}; or start a new run")

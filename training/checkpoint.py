@@ -38,14 +38,20 @@ def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
     tensors = {name: (whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
                for name, tensor in tensors.items()}
     with atomic_write(path) as beside, open(beside, "wb") as file:  # torch reports a full disk as such to a file
-        torch.save({"format": FORMAT, "scalars": scalars, "tensors": tensors}, file)
+        try:
+            torch.save({"format": FORMAT, "scalars": scalars, "tensors": tensors}, file)
+        except RuntimeError as error:  # torch's own, over that of the file
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def is_whole(path: Path) -> bool:
     """Do the checksums fit? A flipped bit that they do not cover changes nothing that is read."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None and bool(torch.load(path, mmap=True, weights_only=True))
+            return archive.testzip() is None and bool(
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True))
     except Exception:  # of a damaged archive there are errors of every class
         return False
 
@@ -112,6 +118,8 @@ class Checkpoints:
 
     def newest(self) -> StateFile | None:
         """The newest state whose checksums fit, None if there is none. Damaged ones are named and renamed."""
+        if earlier := sorted(self.folder.glob("step*.safetensors")):
+            raise UserError(f"{earlier[-1]} is of an earlier version: go on with it there, or start a new run")
         for path in reversed(self.paths()):
             if is_whole(path):
                 return StateFile(path)
