@@ -234,9 +234,9 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
                 validation.dense_loss = masked.mean_loss(selecting)
             with masked.use_masks(masked.bits()):
                 table["m0"] = nats()
-            read = max(1, int(preparation.READ_BY_SWAPS * plan["tokens"]) // args.seqlen)
+            sequences = preparation.read_by_swaps(batches.flatten(0, 1), plan["tokens"])
             validation.evaluate(0)
-            (start or initialize.from_swaps)(masked, args.logits, batches.flatten(0, 1)[:read], plan["sweeps"])
+            (start or initialize.from_swaps)(masked, args.logits, sequences, plan["sweeps"])
             folder.write_record()
             run.save()
 
@@ -279,8 +279,7 @@ def sparsify(model: nn.Module, tokenizer: Tokenizer, dataset: str, sparsity_type
     masked = MaskedModel(model, m0, LinearSpace(*sparsity_type), LOGITS, seed=seed, keep_dense=True)
     learner, validation = StraightThrough(masked, seqlen), Validation(masked, selecting)
     validation.evaluate(0)
-    read = max(1, int(preparation.READ_BY_SWAPS * plan.tokens) // seqlen)
-    initialize.from_swaps(masked, LOGITS, sequences[:read], plan.sweeps)
+    initialize.from_swaps(masked, LOGITS, preparation.read_by_swaps(sequences, plan.tokens), plan.sweeps)
     for step in progress_bar(range(steps), desc="learning", unit="step"):
         size = step_size(STEP, step / steps, steps)
         learner.step(batches[step % len(batches)], size, [GIVEN_SHARE] * batchsize)

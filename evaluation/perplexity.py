@@ -24,4 +24,4 @@ def evaluate_windows(model: nn.Module, windows: Tensor, bos: int | None = None) 
     nats = sum(losses) / len(losses)
     if not nats < LARGEST:
         raise UserError(f"the perplexity is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
-    return {"ppl": math.exp(nats), "nats": nats}
+    return {"ppl": perplexity(nats), "nats": nats}

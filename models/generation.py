@@ -6,6 +6,8 @@ where the model ends them or after so many tokens. With passages each goes on fr
 import json
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -69,13 +71,24 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
 
 
+@contextmanager
+def plain_settings(model: nn.Module) -> Iterator[None]:
+    """Inside, of the model's own settings of generation only its ends of a text count: others may sample, or penalise
+    what repeats."""
+    settings = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+
+
 @torch.no_grad()
 def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, passages: list[list[int]] | None = None
              ) -> list[list[int]]:
     """Token ids of so many documents, each of up to `length` tokens, without the first token and the end of text. With
     passages each document continues one of them, drawn at random, which is left out."""
-    settings = model.generation_config
-    start, own = start_of_text(tokenizer), settings.eos_token_id
+    start, own = start_of_text(tokenizer), model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad = start if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=sorted(ends) or None,
@@ -86,16 +99,15 @@ def generate(model: nn.Module, tokenizer: Tokenizer, count: int, length: int, pa
     in_front = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")  # so all go on at one place
     tokens = in_front(begun, padding_value=pad).to(input_device(model))
     is_text = in_front([torch.ones_like(row) for row in begun]).to(tokens.device)
-    model.generation_config = GenerationConfig(eos_token_id=own)  # the rest of its own may penalise what repeats
     # of the slice that the last tokens of passages are, PyTorch's product would copy the head's weight for each
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
-        cache = _read(model, tokens[:, :-1], is_text[:, :-1], pad, chosen) if passages else {}
-        written = model.generate(tokens[chosen], attention_mask=is_text[chosen], generation_config=greedy, **cache,
-                                 logits_processor=LogitsProcessorList([Draw()]))[:, tokens.shape[1]:].tolist()
+        with plain_settings(model):
+            cache = _read(model, tokens[:, :-1], is_text[:, :-1], pad, chosen) if passages else {}
+            written = model.generate(tokens[chosen], attention_mask=is_text[chosen], generation_config=greedy, **cache,
+                                     logits_processor=LogitsProcessorList([Draw()]))[:, tokens.shape[1]:].tolist()
     finally:
         hook.remove()
-        model.generation_config = settings
     return [row[:next((i for i, token in enumerate(row) if token in ends), length)] for row in written]
 
 
@@ -124,7 +136,8 @@ def continuation(model: nn.Module, tokenizer: Tokenizer, prompt: Tensor, length:
     greedy = GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=tokenizer.eos_token_id,
                               pad_token_id=tokenizer.eos_token_id or 0)  # of one text nothing is padded
     tokens = prompt[None].to(input_device(model))
-    written = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy)
+    with plain_settings(model):
+        written = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy)
     return " ".join(tokenizer.decode(written[0, len(prompt):], skip_special_tokens=True).split())
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from statistics import fmean
 
-from utils import UserError
+from utils import UserError, note
 
 import torch
 from accelerate import PartialState
@@ -93,8 +93,7 @@ def is_main() -> bool:
 
 def log(message: str) -> None:
     """To stderr, once however many processes there are."""
-    if is_main():
-        print(message, file=sys.stderr)
+    note(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

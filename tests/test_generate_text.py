@@ -99,13 +99,14 @@ def test_passages_of_unequal_lengths_are_not_for_models_whose_convolutions_read_
 
 def test_the_models_own_settings_of_generation_change_nothing(llama):
     """A penalty on repetition would make the text another one than the model's own."""
-    texts = []
+    texts, likely = [], []
     for settings in {}, {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1}:
         before = llama[0].generation_config
         before.update(**settings)
         texts.append(drawn(*llama, 4, 30))
+        likely.append(generation.continuation(*llama, torch.tensor([1, 5, 9]), 30))
         assert llama[0].generation_config is before  # as the sparse model has it
-    assert texts[0] == texts[1] and any(len(set(tokens)) < len(tokens) for tokens in texts[0])
+    assert likely[0] == likely[1] and texts[0] == texts[1] and any(len(set(tokens)) < len(tokens) for tokens in texts[0])
 
 
 def flags(models, out):

@@ -2,7 +2,6 @@
 import argparse
 import re
 import shlex
-import sys
 from argparse import Namespace
 from math import comb
 from pathlib import Path
@@ -119,7 +118,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
     run, record = str(Path(args.resume)), read_record(args.resume)
     recorded = record["arguments"]
     if recorded.keys() | {"out", "resume"} != vars(args).keys():
-        raise of_another_script(run, record)
+        raise of_another_script(run, record, parser.prog)
     recorded["sparsity_type"] = tuple(recorded["sparsity_type"])
     # argparse leaves what is there where no flag says otherwise; trust is asked for anew
     args = parser.parse_args(argv, Namespace(**{**recorded, "trust_remote_code": False}))
@@ -136,10 +135,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
     return args
 
 
-def of_another_script(run: str | Path, record: dict) -> UserError:
-    """What to do with a run that another script has begun, or another version of this one."""
+def of_another_script(run: str | Path, record: dict, here: str) -> UserError:
+    """What to do with a run that another script has begun, or another version of this one, which is `here`."""
     script, place = record.get("script"), shlex.quote(str(run))
-    if script == Path(sys.argv[0]).name:
+    if script == here:
         return UserError(f"{run} is a run of another version of {script}: go on with it there, or start a new run")
     then = f"`python {script} --resume {place}` goes on with it" if script else "go on with it there"
     return UserError(f"{run} is a run of {script or 'another version or script'}: {then}; or start a new run")

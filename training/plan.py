@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from masking.spaces import LinearSpace
 from models import generation, processes
 from models.layers import find_layers, weight_matrix
 from models.loading import Tokenizer, input_device
 from models.loss import batch_loss
+from pruning.one_shot import largest
 from pruning.swaps import refine_by_swaps
 from utils import UserError
 
@@ -121,7 +121,7 @@ def sweep_s(model: nn.Module, pattern: tuple[int, int]) -> float:
     """Seconds of a sweep over all blocks, by that over the first layer: it takes as long as its rows times in^2."""
     weights = [weight_matrix(module) for module in find_layers(model).values()]
     first = weights[0]
-    mask = LinearSpace(*pattern).mode(first.float().abs().reshape(-1, pattern[1])).view(first.shape)
+    mask = largest(first.float().abs(), *pattern)
     hessian = torch.eye(first.shape[1], device=first.device)
     costs = [weight.numel() * weight.shape[1] for weight in weights]
     return timed(lambda: refine_by_swaps(first, mask, hessian, pattern[1], 1)) * sum(costs) / costs[0]

@@ -52,6 +52,11 @@ def given_texts(read: Callable[[list[str], int], Tensor], datasets: list[str], t
     return questions, minibatches([dataset for dataset in datasets if dataset not in asking], left)
 
 
+def read_by_swaps(sequences: Tensor, tokens: int) -> Tensor:
+    """Those of the sequences, int64 `[sequences, tokens]`, that swaps read where so many tokens were planned."""
+    return sequences[:max(1, int(READ_BY_SWAPS * tokens) // sequences.shape[1])]
+
+
 def at_most_a_quarter(questions: Tensor, others: float) -> Tensor:
     """As many minibatches of questions as are QUESTIONS_SHARE of the text with so many other tokens, at least one; all
     where there are no others."""

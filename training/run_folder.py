@@ -66,7 +66,7 @@ class RunFolder:
         if self.is_resumed:
             record = read_record(self.path)
             if record.get("script", self.script) != self.script:
-                raise of_another_script(self.path, record)
+                raise of_another_script(self.path, record, self.script)
         elif processes.is_main():
             self._make()
         try:
