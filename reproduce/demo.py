@@ -1,6 +1,6 @@
 """Both ways to a sparse model at work, without a hub: the paper's scripts, and sparsify.py.
 
-    make demo                    # sets up .venv, then this: about 6 minutes on 2 cores, twice that on slow ones
+    make demo                    # sets up .venv, then this: about 7 minutes on 2 cores, twice that on slow ones
     python reproduce/demo.py --quick       # a few steps only: does everything run?
 
 The paper's method needs thousands of steps, so it runs on the small model that the repository has, a byte-level Llama
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     DEMO.mkdir(exist_ok=True)
     model, train_text, heldout = DEMO / "model", DEMO / "train.jsonl", DEMO / "heldout.txt"
-    print("about a minute" if quick else "about 6 minutes on 2 cores, twice that on slow ones", flush=True)
+    print("about a minute" if quick else "about 7 minutes on 2 cores, twice that on slow ones", flush=True)
     if not model.exists():
         print("unpacking SmolLM2-135M (once)", flush=True)
         unpack_model(model)
