@@ -29,58 +29,59 @@ def patterns(n: int, m: int) -> Tensor:
     return torch.zeros(len(kept), m, dtype=torch.bool).scatter_(1, kept, True)
 
 
-def kept_indices(mask: Tensor) -> Tensor:
-    """Each block's kept positions, ascending: bool `[blocks, M]` -> int64 `[blocks, N]`; ValueError if N varies."""
-    counts = mask.sum(-1)
-    n = int(counts[0]) if len(counts) else 0
-    if not bool((counts == n).all()):
-        raise ValueError("every block of a mask must keep the same number of weights")
-    return mask.nonzero()[:, 1].view(-1, n)
+def kept_indices(mask: Tensor, n: int | None = None) -> Tensor:
+    """Each block's kept positions, ascending: bool `[blocks, M]` -> int64 `[blocks, N]`.
+
+    n: how many each block keeps; None: counted, for which a GPU is waited for, and ValueError if N varies.
+    """
+    if n is None:
+        counts = mask.sum(-1)
+        n = int(counts[0]) if len(counts) else 0
+        if not bool((counts == n).all()):
+            raise ValueError("every block of a mask must keep the same number of weights")
+    return mask.int().sort(dim=1, descending=True, stable=True).indices[:, :n]
 
 
-def _race(logits: Tensor, mask: Tensor):
-    """The drawing seen from S.
+@lru_cache
+def _subsets(n: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The subsets R of `size` of N seats, int64 `[subsets, size]`: their members j, and for each the number of R - j
+    among the subsets that are smaller by one."""
+    subsets = list(combinations(range(n), size))
+    number = {smaller: row for row, smaller in enumerate(combinations(range(n), size - 1))}
+    without = [[number[subset[:k] + subset[k + 1:]] for k in range(size)] for subset in subsets]
+    return torch.tensor(subsets, device=device), torch.tensor(without, device=device)
+
+
+def log_prob(logits: Tensor, mask: Tensor, n: int | None = None) -> Tensor:
+    """log p(S | logits), `[blocks]`, in the dtype of the logits; differentiable. n: see `kept_indices`.
 
     Drawing without replacement (Plackett-Luce, Gumbel top-k) is a race with rates w = exp(logits): S wins if all of it
-    arrives before any of the rest, whose joint rate is r. For a subset R of S still to arrive (a bit set over the N
-    kept positions),
+    arrives before any of the rest, whose joint rate is r. For a subset R of S that is still to arrive,
 
-        log_win[R] = log P(R arrives before the rest),  win(R) = sum_{j in R} w_j win(R - j) / total(R)
-        log_total[R] = log(w(R) + r), summed from its own terms
+        total(R) = sum_{j in R} w_j + r
+        win(R)   = sum_{j in R} w_j win(R - j) / total(R)            win({}) = 1
+        fail(R)  = (r + sum_{j in R} w_j fail(R - j)) / total(R)     fail({}) = 0;  fail = 1 - win
 
-    Returns log w of the kept `[blocks, N]`, log r `[blocks]`, and the two lists of 2^N tensors `[blocks]`, float64.
+    p = win(S), and log p = -log(1 + fail / win) keeps its relative accuracy when p is next to 1. All subsets of one
+    size are computed at once, `[subsets, blocks]`; together they take O(2^N N) numbers per block.
     """
-    logits = logits.double()
-    log_w = logits.gather(1, kept_indices(mask))
-    log_r = logits.masked_fill(mask, -torch.inf).logsumexp(1)
-    n = log_w.shape[1]
-    log_total, log_win = [log_r], [torch.zeros_like(log_r)]
-    for subset in range(1, 2**n):
-        lowest = (subset & -subset).bit_length() - 1
-        log_total.append(torch.logaddexp(log_total[subset & (subset - 1)], log_w[:, lowest]))
-        first = [log_w[:, j] + log_win[subset ^ 1 << j] for j in range(n) if subset >> j & 1]
-        log_win.append(torch.stack(first).logsumexp(0) - log_total[subset])
-    return log_w, log_r, log_total, log_win
+    exact = logits.double()
+    log_w = exact.gather(1, kept_indices(mask, n)).T
+    log_r = exact.masked_fill(mask, -torch.inf).logsumexp(1)
+    log_win, log_fail = torch.zeros_like(log_r)[None], torch.full_like(log_r, -torch.inf)[None]
+    for size in range(1, len(log_w) + 1):
+        members, without = _subsets(len(log_w), size, logits.device)
+        first = log_w[members]  # log w_j of the j that arrives first, [subsets, size, blocks]
+        log_total = torch.logaddexp(first.logsumexp(1), log_r)
+        late = log_r.expand(len(first), 1, -1)
+        log_fail = torch.cat([first + log_fail[without], late], 1).logsumexp(1) - log_total
+        log_win = (first + log_win[without]).logsumexp(1) - log_total
+    return -torch.logaddexp(torch.zeros_like(log_r), (log_fail - log_win)[0]).to(logits.dtype)
 
 
-def log_prob(logits: Tensor, mask: Tensor) -> Tensor:
-    """log p(S | logits), `[blocks]`, in the dtype of the logits; differentiable.
-
-    p = win(S); beside it runs fail(R) = (r + sum_j w_j fail(R - j)) / total(R) = 1 - win(R), so that
-    log p = -log(1 + fail/win) keeps its relative accuracy when p is next to 1. O(2^N N) a block.
-    """
-    log_w, log_r, log_total, log_win = _race(logits, mask)
-    n = log_w.shape[1]
-    log_fail = [None]
-    for subset in range(1, 2**n):
-        terms = [log_r] + [log_w[:, j] + log_fail[subset ^ 1 << j] for j in range(n)
-                           if subset >> j & 1 and subset != 1 << j]
-        log_fail.append(torch.stack(terms).logsumexp(0) - log_total[subset])
-    return -torch.logaddexp(torch.zeros_like(log_r), log_fail[-1] - log_win[-1]).to(logits.dtype)
-
-
-def score(logits: Tensor, mask: Tensor) -> Tensor:
-    """The score function d log p(S | logits) / d logits, `[blocks, M]`, in the dtype of the logits, by autograd.
+def score(logits: Tensor, mask: Tensor, n: int | None = None) -> Tensor:
+    """The score function d log p(S | logits) / d logits, `[blocks, M]`, in the dtype of the logits, by autograd. n: see
+    `kept_indices`.
 
     For N = 2, S = {a, b} and p = softmax(logits), with q_i = 1 - p_i and R = 1 / (1 / q_a + 1 / q_b), it is
 
@@ -88,7 +89,7 @@ def score(logits: Tensor, mask: Tensor) -> Tensor:
     """
     with torch.enable_grad():
         exact = logits.detach().double().requires_grad_()
-        return torch.autograd.grad(log_prob(exact, mask).sum(), exact)[0].to(logits.dtype)
+        return torch.autograd.grad(log_prob(exact, mask, n).sum(), exact)[0].to(logits.dtype)
 
 
 def sample(logits: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from models import processes
-from utils import is_out_of_memory
+from utils import UserError, is_out_of_memory
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
 MOST_SHAPES = 64  # shapes x dtypes of a model; a function that meets more runs eagerly
+TOO_MANY_SHAPES = "RecompileLimit", "CacheLimit"  # in the names of torch's errors, from 2.6 on and before
 SLOW_S = 20  # of a compilation, from which on it is told
 _thread = threading.local()
 eagerly = threading.Event()  # set: everything runs eagerly from here on
@@ -32,12 +34,16 @@ def _allow_shapes() -> None:
 
 
 @lru_cache
-def compiled(function: Callable, eager: Callable) -> Callable:
-    """`function`, compiled once for each shape; `eager` where the environment says so and, with a note, from the first
-    error on. A mistake in the function itself is one in `eager`, too, which raises it."""
+def compiled(function: Callable, eager: Callable, any_size: bool = False) -> Callable:
+    """`function`, compiled for each shape, or once for all sizes if `any_size`; `eager` if the environment says so.
+
+    An error of the compiler is a UserError if an argument is on a GPU, where `eager` takes 25 times as long. On a CPU,
+    and where a function meets more than MOST_SHAPES, `eager` runs from then on, with a note. A mistake in the function
+    itself is one in `eager`, too, which raises it.
+    """
     if "1" in (os.environ.get("TORCH_COMPILE_DISABLE"), os.environ.get("TORCHDYNAMO_DISABLE")):
         return eager
-    fast = torch.compile(function, dynamic=False, fullgraph=True,  # too many shapes: an error, so that `eager` runs
+    fast = torch.compile(function, dynamic=any_size, fullgraph=True,
                          options={"max_fusion_size": 10_000})  # one loop, no temporaries
     broken = []
 
@@ -47,8 +53,10 @@ def compiled(function: Callable, eager: Callable) -> Callable:
             began = time.monotonic()
             try:
                 result = fast(*args, **names)
-                if (seconds := time.monotonic() - began) > SLOW_S:
-                    processes.log(f"{function.__qualname__}: {seconds:.0f} s to compile; other shapes take as long")
+                seconds = time.monotonic() - began
+                if seconds > SLOW_S:
+                    others = "" if any_size else "; other shapes take as long"
+                    processes.log(f"{function.__qualname__}: {seconds:.0f} s to compile{others}")
                 return result
             except _StopRecomputationError:  # by which checkpointing ends what it recomputes
                 raise
@@ -57,11 +65,22 @@ def compiled(function: Callable, eager: Callable) -> Callable:
                     raise
                 broken.append(error)
                 failures.append(function.__qualname__)
-                print(f"note: torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
-                      f"{function.__qualname__} runs eagerly, several times slower; only without a C++ compiler, or "
-                      "Triton on a GPU, is this expected", file=sys.stderr)
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                if on_gpu(args) and not any(name in type(error).__name__ for name in TOO_MANY_SHAPES):
+                    raise UserError(f"torch.compile failed on the GPU ({reason}): install gcc and Python's headers "
+                                    "(python3-dev), or set TORCH_COMPILE_DISABLE=1 to go on without it, which takes "
+                                    "25 times as long") from error
+                print(f"note: torch.compile failed ({reason}): {function.__qualname__} runs eagerly, several times "
+                      "slower; only without a C++ compiler is this expected", file=sys.stderr)
         return eager(*args, **names)
     return run
+
+
+def on_gpu(given: object) -> bool:
+    """Whether an argument, or one in a list or tuple of them, is a tensor on a GPU."""
+    if isinstance(given, (list, tuple)):
+        return any(on_gpu(one) for one in given)
+    return isinstance(given, Tensor) and given.is_cuda
 
 
 def agree(device: str | None) -> None:

@@ -9,24 +9,31 @@ from masking.spaces import Space
 import torch
 from torch import Tensor
 
-CHUNK, GPU_CHUNK = 2**18, 2**22  # blocks at a time where temporaries exist: they stay small, launches few
+CHUNK = 2**18  # blocks at a time on a CPU, so that temporaries stay small
+GPU_CHUNK = 2**22  # on a GPU: few launches, and 16 MiB per plane
+CPU_NUMBERS = 64 * CHUNK  # of a score at once: those of a chunk at 4:8
+BYTES = 35  # that a score takes for each of its numbers (measured: float64, and what autograd keeps)
+GPU_SHARE = 1 / 16  # of a GPU's memory that a score may take
 
 
 def chunk_of(tensor: Tensor) -> int:
-    """Blocks at a time on the tensor's device. A step without a compiler makes 500 launches a chunk: for 7B weights 3.1
-    million in chunks of 2^18, which take a GPU 15 s, and 0.2 million, a second, in chunks of 2^22, whose temporaries
-    are 16 MiB a plane."""
-    return GPU_CHUNK if tensor.device.type == "cuda" else CHUNK
+    """Blocks at a time on the tensor's device. A step without a compiler makes 500 launches per chunk: for 7B weights
+    3.1 million in chunks of 2^18, which take a GPU 15 s, and 0.2 million, a second, in chunks of 2^22."""
+    return GPU_CHUNK if tensor.is_cuda else CHUNK
 
 
-def blocks_at_a_time(space: Space, most: int) -> int:
-    """How many blocks of the score are computed together. It takes N 2^N numbers a block or, in the pattern space, one
-    a pattern; there are never more of them at once than those of 2^18 blocks of 4:8."""
-    return max(1, min(most, CHUNK * 64 // max(space.width, space.n << space.n)))
+def blocks_at_a_time(space: Space, device: torch.device) -> int:
+    """How many blocks' scores are computed together. A block takes N 2^N numbers or, in the pattern space, one per
+    pattern."""
+    most, numbers = CHUNK, CPU_NUMBERS
+    if device.type == "cuda":
+        most = GPU_CHUNK
+        numbers = int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory) // BYTES
+    return max(1, min(most, numbers // max(space.width, space.n << space.n)))
 
 
-def _generator(key: Tensor, start: int) -> torch.Generator:
-    return torch.Generator(key.device).manual_seed(int(key[:2].cpu().view(torch.int64)) ^ start)
+def _generator(key: Tensor, start: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(int(key[:2].view(torch.int64)) ^ start)
 
 
 def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: torch.Generator) -> None:
@@ -41,15 +48,16 @@ def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: 
 
 def update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
            space: Space, start: int = 0) -> None:
-    """`fused_update`; logits: `width` planes. Blocks that start elsewhere in the layer draw other masks."""
-    generator = _generator(~key, start)  # other numbers than this key's draws
-    chunk = blocks_at_a_time(space, chunk_of(key))
-    for begin in range(0, len(logits[0]), chunk):
+    """`fused_update`; logits: `width` planes; key: on the CPU, or a GPU is waited for. Blocks that start elsewhere in
+    the layer draw other masks."""
+    chunk = blocks_at_a_time(space, bits.device)
+    generator = _generator(~key, start, bits.device)  # other numbers than this key's draws
+    for begin in range(0, len(bits), chunk):
         part = slice(begin, begin + chunk)
         before = torch.stack([plane[part] for plane in logits], 1).float()
         moved = before - coefficient * space.score(before, bits_to_mask(bits[part], space.m))
         _store_blocks(logits, moved, part, generator)
-    generator = _generator(key, start)
-    chunks = zip(*(plane.split(chunk_of(plane)) for plane in logits))
+    generator = _generator(key, start, bits.device)
+    chunks = zip(*(plane.split(chunk if bits.is_cuda else CHUNK) for plane in logits))
     bits.copy_(torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks]))
     write_masked(weight, bits, out, space.m)

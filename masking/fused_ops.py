@@ -169,9 +169,14 @@ def most_probable(logits: Planes, n: int) -> Tensor:
 MOST_TRANSITIONS = 600  # of a short walk: 4:8 has 512, which compile for a minute
 
 
+def transitions(n: int, m: int) -> int:
+    """How many steps T -> T + i, T a set of fewer than N places, drawing may make."""
+    return sum(comb(m, size) * (m - size) for size in range(n))
+
+
 def has_short_walk(n: int, m: int) -> bool:
     """Whether all sets that drawing goes through are followed; beyond, `time_of` stands in."""
-    return sum(comb(m, size) * (m - size) for size in range(n)) <= MOST_TRANSITIONS
+    return transitions(n, m) <= MOST_TRANSITIONS
 
 
 def time_of(w: Planes, n: int) -> Tensor:

@@ -28,13 +28,15 @@ from masking.block_bits import (
 )
 from masking.compiler import compiled
 from masking.exact_kernels import chunk_of
-from masking.fused_ops import draw, draws, most_probable, rates, score, sum_of, vjp
+from masking.fused_ops import draw, draws, most_probable, rates, score, sum_of, transitions, vjp
 from masking.random_bits import random_bits, round_stochastically, uniform
 from masking.spaces import LinearSpace, Space
 
 import torch
 from torch import Tensor
 
+FEW = 128  # blocks of a first call from which Inductor gives each thread one
+MOST_OF_TWO_BLOCKS = 100  # transitions of a walk of which a thread's registers hold two blocks: 2:8 has 64, 3:8 232
 FUSED_MAX_N, FUSED_MAX_M = 4, 8  # beyond, the 2^N subsets make the fused score long: the exact routines run
 
 
@@ -100,21 +102,55 @@ def fused_vjp(logits: list[Tensor], bits: Tensor, saliency: list[Tensor] | tuple
 # ---------------------------------------------------------------------------------------------------------------------
 # the same without a compiler
 
+def blocks_of(given: object, part: slice, blocks: int) -> object:
+    """An argument of a pass with only these of its blocks: lists and tensors with an element per block are sliced."""
+    if isinstance(given, (list, tuple)):
+        return type(given)(blocks_of(one, part, blocks) for one in given)
+    return given[part] if isinstance(given, Tensor) and given.dim() and len(given) == blocks else given
+
+
 @lru_cache
 def sliced(function: Callable) -> Callable:
-    """A pass without a compiler, a slice of the blocks at a time, so that temporaries stay small; the same numbers. Its
-    arguments with an element a block are sliced; the only one that is given by name is `start`."""
-    def part_of(given: object, part: slice, blocks: int) -> object:
-        if isinstance(given, (list, tuple)):
-            return type(given)(part_of(one, part, blocks) for one in given)
-        return given[part] if isinstance(given, Tensor) and given.dim() and len(given) == blocks else given
-
+    """A pass without a compiler, a slice of the blocks at a time, so that temporaries stay small; the same numbers. The
+    only argument that is given by name is `start`."""
     def run(logits: list[Tensor], *rest, **start: int) -> Tensor | None:
         blocks, chunk, found = len(logits[0]), chunk_of(logits[0]), []
         for begin in range(0, blocks, chunk):
-            part = part_of((logits, *rest), slice(begin, begin + chunk), blocks)
+            part = blocks_of((logits, *rest), slice(begin, begin + chunk), blocks)
             found.append(function(*part, **{name: number + begin for name, number in start.items()}))
         return None if found[0] is None else torch.cat(found)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same with a compiler, on a GPU, if a thread has too few registers for more than one block
+
+def copies(given: object) -> object:
+    """Tensors `[1, ...]` of one block become new ones of FEW such blocks; everything else stays."""
+    if isinstance(given, (list, tuple)):
+        return type(given)(copies(one) for one in given)
+    is_block = isinstance(given, Tensor) and given.dim() and len(given) == 1
+    return given.repeat(FEW, *[1] * (given.dim() - 1)) if is_block else given
+
+
+@lru_cache
+def one_block_a_thread(function: Callable, eager: Callable) -> Callable:
+    """A pass compiled once for all sizes, with one block per thread of a GPU.
+
+    Inductor chooses how many elements a thread computes by the size of the first arguments: 8 or 2 of many, one of FEW.
+    The walk of 4:8 has hundreds of values at once: one block fills a thread's 255 registers, two spill kilobytes
+    (bench/gpu_code.py counts them). So each combination of dtypes is compiled with a few copies of the first block.
+    """
+    fast, prepared = compiled(function, eager, any_size=True), set()
+
+    def run(logits: list[Tensor], bits: Tensor, saliency: list[Tensor], dtype: torch.dtype, *rest,
+            **start: int) -> Tensor:
+        kind = logits[0].device, logits[0].dtype, dtype
+        if kind not in prepared:
+            prepared.add(kind)
+            few = blocks_of((logits, bits, saliency, dtype, *rest), slice(0, 1), len(bits))
+            fast(*copies(few), **start)
+        return fast(logits, bits, saliency, dtype, *rest, **start)
     return run
 
 
@@ -132,10 +168,13 @@ class Kernels:
     def __init__(self, space: Space, backend: str = "compiled"):
         self.space, self._compiled = space, backend == "compiled"
         self._is_linear = isinstance(space, LinearSpace)
-        self._is_fused = (self._is_linear and backend != "exact" and space.n <= FUSED_MAX_N
+        self.is_fused = (self._is_linear and backend != "exact" and space.n <= FUSED_MAX_N
                           and space.m <= FUSED_MAX_M)
         self._update = self.fastest(fused_update, sliced(fused_update))
         self._vjp = self.fastest(fused_vjp, sliced(fused_vjp))
+        self._vjp_on_gpu = self._vjp
+        if self._compiled and transitions(space.n, space.m) > MOST_OF_TWO_BLOCKS:
+            self._vjp_on_gpu = one_block_a_thread(fused_vjp, sliced(fused_vjp))
         self._write = self.fastest(write_masked)
 
     def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:
@@ -149,7 +188,7 @@ class Kernels:
         """pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w."""
         # viewed as integers out here: inside, a compiler would copy what might overlap
         n, m, weight, out = self.space.n, self.space.m, as_words(weight, self.space.m), as_words(out, self.space.m)
-        if not self._is_fused:
+        if not self.is_fused:
             exact_kernels.update(logits, bits, weight, out, coefficient, key, self.space, start)
         elif weight.dim() == 1:
             self._update(list(logits), bits, weight, out, coefficient, key, n, m, start=start)
@@ -171,7 +210,8 @@ class Kernels:
             blocks = logits[0].numel()
             saliency = torch.empty(space.m, blocks, device=weight.device).copy_(weight.view(blocks, -1).T)
             saliency = list(saliency.mul_(gradient.reshape(blocks, -1).T))
-        return self._vjp(list(logits), bits, saliency, dtype, scale, key, space.n, space.m, start=start)
+        run = self._vjp_on_gpu if bits.is_cuda else self._vjp
+        return run(list(logits), bits, saliency, dtype, scale, key, space.n, space.m, start=start)
 
     @torch.no_grad()
     def write(self, weight: Tensor, bits: Tensor, out: Tensor) -> None:

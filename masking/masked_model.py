@@ -139,10 +139,10 @@ class MaskedModel:
             return fmean(processes.all_gather(losses)[0])  # the main process's, lest rounding tells them apart
         return processes.mean(losses)
 
-    def keys(self) -> dict[str, Tensor]:
-        """Random keys of this step, by the layer's name, each beside its weight."""
+    def keys(self, on_cpu: bool = False) -> dict[str, Tensor]:
+        """Random keys of this step, by the layer's name, each beside its weight or on the CPU."""
         keys = layer_keys(self.seed, self.steps, len(self.layers))
-        keys = {device: keys.to(device) for device in self.devices()}
+        keys = {device: keys if on_cpu else keys.to(device) for device in self.devices()}
         return {name: keys[layer.weight.device][index] for index, (name, layer) in enumerate(self.layers.items())}
 
     def devices(self) -> set[torch.device]:
@@ -153,7 +153,7 @@ class MaskedModel:
         """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer. With
         0 another mask is drawn, no more."""
         self.flush()
-        keys = self.keys()
+        keys = self.keys(on_cpu=not self.kernels.is_fused)
         coefficients = {device: torch.tensor(coefficient, dtype=torch.float32, device=device)
                         for device in self.devices()}
         for name, layer in self.layers.items():

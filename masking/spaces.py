@@ -41,7 +41,7 @@ class LinearSpace:
         return pge.mode(logits, self.n)
 
     def score(self, logits: Tensor, mask: Tensor) -> Tensor:
-        return pge.score(logits, mask)
+        return pge.score(logits, mask, self.n)
 
 
 class PatternSpace:

@@ -8,7 +8,9 @@ from training.straight_through import StraightThrough
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+aten = torch.ops.aten
 TOKENS = torch.arange(40).view(2, 20) % 32
 
 
@@ -130,3 +132,14 @@ def learner_of(model, n=2, m=4, space="linear", backend="eager", **kwargs):
 
 def all_logits(masked):
     return {name: logits_of(layer) for name, layer in masked.layers.items()}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, each of which a GPU has launched at least once, and how often a number is fetched from the
+    device, for which the host waits for a GPU."""
+    operations = waits = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.operations += 1
+        self.waits += operation in (aten._local_scalar_dense.default, aten.nonzero.default)
+        return operation(*args, **kwargs or {})

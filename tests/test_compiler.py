@@ -2,13 +2,16 @@
 import subprocess
 import threading
 
-from masking.compiler import compiled
+from masking.compiler import compiled, on_gpu
+from masking.kernels import FEW, one_block_a_thread
 from training.loss import summed_loss
 from training.straight_through import weight_gradient
+from utils import UserError
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from masked import Launches
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def must_compile(*_):
@@ -38,6 +41,46 @@ def test_without_a_working_compiler_the_step_runs_eagerly_and_says_so_once(compi
     assert said.count("note: torch.compile failed") == 1 and "Traceback" not in said
 
 
+def test_a_compiler_that_fails_on_a_gpu_is_an_error_with_its_remedy(compiler, monkeypatch):
+    """Eager passes take a GPU 25 times as long."""
+    def broken(*_, **__):
+        raise RuntimeError("fatal error: Python.h: No such file")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    monkeypatch.setattr("masking.compiler.on_gpu", lambda _: True)
+    with pytest.raises(UserError, match=r"Python\.h: No such file.*install gcc.*TORCH_COMPILE_DISABLE=1"):
+        compiled(torch.neg, must_compile)(torch.ones(2))
+
+
+def test_tensors_on_a_gpu_are_found_in_lists():
+    assert on_gpu((1, [torch.ones(2), FakeTensorMode().from_tensor(torch.ones(2)), "cuda"])) is False
+    with FakeTensorMode():
+        assert on_gpu((1, [torch.ones(2), (torch.empty(2, device="cuda"),)]))
+
+
+def test_a_pass_of_one_block_a_thread_is_compiled_once_for_all_sizes(compiler, monkeypatch):
+    """By a first call with few blocks, of which nothing is kept; see `one_block_a_thread`."""
+    def work(logits, bits, saliency, dtype, scale, start=0):
+        logits[0].add_(saliency[0] * scale[0])
+        bits.add_(1)
+        return logits[0] + start
+    sizes, compile_function = [], torch.compile
+
+    def backend(graph_module, inputs):
+        sizes.append({int(size) for tensor in inputs if isinstance(tensor, torch.Tensor) for size in tensor.shape})
+        return graph_module.forward
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, fullgraph, options: compile_function(
+        function, dynamic=dynamic, fullgraph=fullgraph, backend=backend))
+    run = one_block_a_thread(work, must_compile)
+    scales = torch.arange(12.0).view(3, 4)
+    for row, (blocks, start) in enumerate([(300, 0), (5000, 7), (700, 0)]):
+        logits, saliency = [torch.ones(blocks)], [torch.full((blocks,), 2.0)]
+        bits = torch.zeros(blocks, dtype=torch.uint8)
+        moved = run(logits, bits, saliency, torch.float32, scales[row], start=start)
+        assert (bits == 1).all() and (logits[0] == 1 + 2 * scales[row, 0]).all()
+        assert torch.equal(moved, logits[0] + start)
+    assert sizes == [{FEW, 4}]
+
+
 def test_mistakes_and_a_lack_of_memory_keep_their_traceback(compiler, monkeypatch):
     def mistaken(x):
         return x + torch.ones(3)
@@ -51,21 +94,12 @@ def test_mistakes_and_a_lack_of_memory_keep_their_traceback(compiler, monkeypatc
         compiled(mistaken, mistaken)(torch.ones(2))
 
 
-class Waits(TorchDispatchMode):
-    """Counts how often a number is fetched from the device, which on a GPU makes the host wait."""
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.count += operator is torch.ops.aten._local_scalar_dense.default
-        return operator(*args, **kwargs or {})
-
-
 def test_a_minibatch_of_many_sequences_waits_no_more_than_one_of_two():
     logits, tokens, counts = torch.randn(16, 8, 32), torch.arange(128).view(16, 8) % 32, []
     for sequences in (2, 16):
-        with Waits() as waits:
+        with Launches() as launches:
             summed_loss(logits[:sequences], tokens[:sequences])
-        counts.append(waits.count)
+        counts.append(launches.waits)
     assert counts[0] == counts[1]
 
 

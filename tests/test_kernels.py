@@ -1,5 +1,6 @@
 """masking/kernels.py: the fused, the compiled and the exact step against pge.py."""
 from functools import partial
+from types import SimpleNamespace
 
 import pge
 from masking import exact_kernels
@@ -12,7 +13,7 @@ from masking.spaces import LinearSpace, PatternSpace
 import pytest
 import torch
 from exact import chi_square, distribution, pattern_counts
-from masked import planes_of, seeded
+from masked import Launches, planes_of, seeded
 from torch._dynamo.utils import counters
 
 FUSED = [(n, m) for n in range(1, 5) for m in range(n + 1, 9)]
@@ -137,10 +138,26 @@ def test_the_update_is_minus_coefficient_times_score(space, monkeypatch):
         assert torch.equal(step()[1], drawn) and not torch.equal(step(t=1)[1], drawn)
 
 
-def test_wide_blocks_are_taken_a_few_at_a_time():
-    """At 12:16 a block has 49,152 numbers: 2^22 blocks at a time would be terabytes."""
-    assert 1 <= exact_kernels.blocks_at_a_time(LinearSpace(12, 16), 2**22) <= 2**24 / 49_152
-    assert exact_kernels.blocks_at_a_time(LinearSpace(4, 8), 2**18) == 2**18
+def test_wide_blocks_are_taken_a_few_at_a_time(monkeypatch):
+    """At 12:16 a block has 49,152 numbers: 2^22 blocks at a time would be terabytes. A GPU has room for more."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert 1 <= exact_kernels.blocks_at_a_time(LinearSpace(12, 16), cpu) <= 2**24 / 49_152
+    assert exact_kernels.blocks_at_a_time(LinearSpace(4, 8), cpu) == 2**18
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    for n, m in ((2, 4), (4, 8), (8, 16), (12, 16)):
+        blocks = exact_kernels.blocks_at_a_time(LinearSpace(n, m), gpu)
+        assert exact_kernels.blocks_at_a_time(LinearSpace(n, m), cpu) < blocks <= 2**22
+        assert blocks * n * 2**n * exact_kernels.BYTES <= 5 * 2**30
+
+
+def test_the_exact_step_launches_little_and_waits_for_nothing(monkeypatch):
+    """Two numbers are fetched: of the keys, which are on the CPU."""
+    logits = torch.randn(40, 16, generator=seeded(0))
+    for blocks_at_a_time, operations in ((40, 900), (10, 3600)):
+        monkeypatch.setattr(exact_kernels, "blocks_at_a_time", lambda *_, count=blocks_at_a_time: count)
+        with Launches() as launches:
+            take(Kernels(LinearSpace(8, 16)).update, logits, pge.mode(logits, 8), 0.1)
+        assert launches.waits == 2 and launches.operations < operations
 
 
 @pytest.mark.parametrize("backend", ["eager", "exact"])
