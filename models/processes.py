@@ -26,7 +26,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
-TIMEOUT = timedelta(minutes=10)  # a process that does not answer for so long has gone
+TIMEOUT = timedelta(minutes=30)  # a process that does not answer for so long has gone; some compile for many minutes
 FETCHING = timedelta(hours=12)  # for the main process to fetch a model, generate text or write a state
 
 _groups: dict[str, distributed.ProcessGroup] = {}  # patient: of all processes, with FETCHING as its timeout

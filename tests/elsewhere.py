@@ -1,7 +1,9 @@
 """A second device, for machines that have no GPU. Its numbers are kept on the CPU, but an operation on tensors of both
 devices is an error, as it is on a GPU. tests/test_elsewhere.py starts it, with command lines of scripts:
 
-    python tests/elsewhere.py "prune.py --device elsewhere ..." "train.py --device elsewhere ..."
+    python tests/elsewhere.py "prune.py --device elsewhere ..." "train.py --device both ..."
+
+`both` puts the last decoder layer there and leaves the others on the CPU, as accelerate spreads a model over two GPUs.
 """
 import importlib
 import sys
@@ -93,6 +95,20 @@ def tensor(data, *, device=None, of=torch.tensor, **settings):
     return of(data, **settings, **({} if device is None else {"device": "cpu"})).to(device)
 
 
+def spread(load):
+    """A function that loads a model, with the model's last decoder layer on the device."""
+    def place(value, device):
+        return tree_map(lambda one: one.to(device) if isinstance(one, torch.Tensor) else one, value)
+
+    def run(*args, **settings):
+        model, tokenizer = load(*args, **settings)
+        layer = model.model.layers[-1].to(NAME)
+        layer.register_forward_pre_hook(lambda _, args, names: place((args, names), NAME), with_kwargs=True)
+        layer.register_forward_hook(lambda _, args, output: place(output, "cpu"))
+        return model, tokenizer
+    return run
+
+
 if __name__ == "__main__":
     _device._device_constructors()  # torch.tensor as it is, before it is another
     torch.tensor = tensor
@@ -102,4 +118,10 @@ if __name__ == "__main__":
             torch.ones(2, device=NAME) + torch.ones(2)
         for line in sys.argv[1:]:
             script, *flags = line.split()
-            importlib.import_module(script.removesuffix(".py")).main(flags)
+            module = importlib.import_module(script.removesuffix(".py"))
+            load = module.load_model
+            if "both" in flags:
+                module.load_model = spread(load)
+                flags[flags.index("both")] = "cpu"
+            module.main(flags)
+            module.load_model = load

@@ -1,4 +1,4 @@
-"""Both scripts on another device: the bits of the CPU, and nothing left behind there."""
+"""Both scripts on another device, and on two: the bits of the CPU, and nothing left behind there."""
 import pytest
 from launched import ROOT, Launched
 from masked import same
@@ -6,7 +6,7 @@ from runs import read_run
 from safetensors.torch import load_file
 from torch.utils import backend_registration
 
-DEVICES = "cpu", "elsewhere"
+DEVICES = "cpu", "elsewhere", "both"
 LINES = """
 train.py --mask {w}/mask.safetensors --dataset {w}/text.jsonl --dataset_size 4 --batchsize 2 --baseline online \
     --init scores --logits 2 --lr 200 --max_step 2 --logits_dtype float16
@@ -19,12 +19,12 @@ sparsify.py --after {w}/text.jsonl --steps 3 --batchsize 4 --microbatch 2 --lr 4
 def test_nothing_is_left_behind_on_the_cpu(workshop, tmp_path):
     """elsewhere.py refuses operations on tensors of both devices. Masks and models are the same on each."""
     lines = [f"{line.format(w=workshop)} --model {workshop}/dense --dtype float32 --device {device} --seqlen 16 "
-             f"--targets layers.1. --out {tmp_path}/{device}_{line.partition('.')[0]}"
+             f"--targets down_proj --out {tmp_path}/{device}_{line.partition('.')[0]}"
              for device in DEVICES for line in LINES]
     launched = Launched(1, [ROOT / "tests/elsewhere.py", *lines], tmp_path / "said.txt")
     assert launched.wait() == 0, launched.said
     for script in ("train", "sparsify"):
         assert read_run(tmp_path / f"cpu_{script}").record["summary"]["blocks_changed"] > 0
         for name in ("mask.safetensors", "checkpoint/model.safetensors"):
-            found, expected = (load_file(tmp_path / f"{device}_{script}" / name) for device in DEVICES)
-            assert same(found, expected), (script, name)
+            expected, *others = (load_file(tmp_path / f"{device}_{script}" / name) for device in DEVICES)
+            assert all(same(found, expected) for found in others), (script, name)

@@ -20,9 +20,9 @@ DECAY = 0.9  # of the running mean, a minibatch
 
 
 class Normalization:
-    """The running mean squares of earlier minibatches, one a layer; nothing moves in the first, which only measures.
+    """The running mean squares of earlier minibatches, one per layer; nothing moves in the first, which only measures.
 
-    not_finite: how many blocks' J^T G was not finite in the last backward pass, int64 `[]`.
+    not_finite: the number of blocks whose J^T G was not finite in the last backward pass, int64 `[]`.
     """
 
     def __init__(self, masked: MaskedModel):
@@ -40,6 +40,7 @@ class Normalization:
         scales = torch.stack([factors, torch.full_like(factors, size), factors, factors], 1)  # 16 bytes apart, as keys
         self._scales = {device: scales.to(device) for device in self.masked.devices()}
         self._squares: dict[int, Tensor] = {}  # sums over the rows that are here, of this pass
+        self._not_finite: list[Tensor] = []
         self.not_finite = torch.zeros((), dtype=torch.int64, device=means.device)
 
     def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> None:
@@ -54,14 +55,16 @@ class Normalization:
             return
         squares = self.masked.kernels.vjp(layer.logits, layer.bits, layer.weight, gradient,
                                           self._scales[layer.weight.device][place], key, start=layer.start)
-        self.not_finite += squares.isnan().sum().to(self.not_finite.device)
-        self._squares[place] = squares.nan_to_num_(0.0).sum()
+        self._squares[place] = squares.nansum()
+        self._not_finite.append(squares.isnan().sum())
 
     def end_pass(self) -> None:
         """After a backward pass: the running mean squares, of all layers at once. One that overflows, or follows one
         that did, is left out, and so are layers that the pass did not reach."""
         before, now = self.mean_squares, torch.full_like(self.mean_squares, torch.nan)
         reached = list(self._squares)
+        if self._not_finite:
+            self.not_finite = torch.stack([count.to(now.device) for count in self._not_finite]).sum()
         if reached:
             sums = torch.stack([self._squares[place].to(now.device) for place in reached])
             if self.masked.is_sharded:  # over all their rows
