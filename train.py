@@ -31,13 +31,12 @@ if __name__ == "__main__":
 import data
 import pge
 from files.documents import check_paths
-from files.mask_files import fingerprint
 from masking.layers import learned_layers, note_sparse, read_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import SPACES
 from models import processes
 from models.layers import find_layers
-from models.loading import check_length, load_model, model_fingerprint, positions
+from models.loading import check_length, load_model, positions
 from models.machine import DTYPES, set_seed
 from models.sharded_files import load_sharded
 from training import baselines, initialize, report, results
@@ -100,8 +99,9 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
         m0 = read_masks(args.mask, model, args.sparsity_type)
     learned = learned_layers(model, m0, args.targets)
     minibatches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
-    folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
-    baseline = baselines.load(cached, model, m0.masks, minibatches) if cached else None
+    depends_on = baselines.conditions(model, m0.masks, minibatches)
+    folder.check_inputs(model=depends_on["model"], mask=depends_on["mask"], text=depends_on["tokens"])
+    baseline = baselines.load(cached, depends_on) if cached else None
     batches, heldout = hold_out(minibatches, args.val_fraction)
     masked = MaskedModel(model, m0.masks, space, args.logits, DTYPES[args.logits_dtype], learned, args.seed,
                          keep_dense=args.init == "scores", microbatch=args.microbatch)

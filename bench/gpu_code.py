@@ -1,4 +1,4 @@
-"""The code that torch.compile makes for a GPU, without one: kernels launched, registers, bytes spilled, time to compile.
+"""The code that torch.compile makes for a GPU, without one: kernels, registers, bytes spilled, time to compile.
 
     python bench/gpu_code.py --json gpu_code.json       # as for an H100
     python bench/gpu_code.py --capability 80 --rows 2:4,loss

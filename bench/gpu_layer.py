@@ -1,5 +1,6 @@
 """The kernels of one layer on a device: right, few, fast. bench/gpu.py has the command and the tables."""
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8)]  # 4:8 last: it compiles longest
-DRAWS = [(2, 4, 10), (2, 4, 0), (2, 4, 16), (1, 4, 10), (4, 8, 10)]  # N, M, gap
+GAPS = {(2, 4): [10, 0, 16], (1, 4): [10], (4, 8): [10]}  # N:M -> of the draws that are counted
 NOT_MEASURED = "not measured"
 MOST_BLOCKS_APART, MOST_ULPS, LEAST_P = 1e-4, 256, 1e-5
 Rows: TypeAlias = Iterator[tuple[dict, dict]]  # column -> cell; column -> (lowest, highest) that is right
@@ -60,13 +60,12 @@ def ulps_apart(a: Tensor, b: Tensor) -> float:
     return float(((a.float() - b.float()).abs() / unit).max())
 
 
-def agreement(args: argparse.Namespace) -> Rows:
-    """Compiled kernels on the device against eager ones there and on the CPU, after one pass each."""
+def agreement(args: argparse.Namespace, n: int, m: int, weights: list[str], logits: list[str]) -> Rows:
+    """Compiled kernels on the device against eager ones there and on the CPU, after one pass each; of weights and
+    logits of these dtypes."""
     shape = (256, 512) if args.quick else (2048, 5632)
-    dtypes = [torch.bfloat16] if args.quick else list(DTYPES.values())
-    cases = [(*pattern, weight_dtype, logits_dtype) for pattern in (PATTERNS[:1] if args.quick else PATTERNS)
-             for weight_dtype in dtypes for logits_dtype in dtypes]
-    for n, m, weight_dtype, logits_dtype in cases:
+    cases = [(DTYPES[weight], DTYPES[logit]) for weight in weights for logit in logits]
+    for weight_dtype, logits_dtype in cases[:1] if args.quick else cases:
         found = [passes(Layer(shape, n, m, weight_dtype, logits_dtype, device, backend)) for device, backend in (
             (args.device, "compiled"), (args.device, "eager"), ("cpu", "eager"))]
         row, limits = {"what": f"{n}:{m}, weights {weight_dtype}, logits {logits_dtype}".replace("torch.", "")}, {}
@@ -94,12 +93,12 @@ def passes(layer: Layer) -> dict[str, Tensor]:
                     "mask of them": layer.bits.cpu()}
 
 
-def draws(args: argparse.Namespace) -> Rows:
+def draws(args: argparse.Namespace, n: int, m: int) -> Rows:
     """The compiled step's draws against the exact probabilities of the patterns."""
     count, blocks = (4 * 10**6, 2**20) if args.quick else (10**9, 2**22)
-    for n, m, gap in DRAWS[:1] if args.quick else DRAWS:
+    for gap in GAPS[n, m][:1] if args.quick else GAPS[n, m]:
         one = torch.tensor([float(gap)] * n + [0.0] * (m - n)) + torch.linspace(0, 0.5, m)  # all patterns differ
-        rounds = -(-count // blocks)
+        rounds = math.ceil(count / blocks)
         seen = drawn_counts(one, n, blocks, rounds, args.seed, args.device)
         table = pge.patterns(n, m)
         probs = pge.log_prob(one.double().expand(len(table), m), table).exp()
@@ -137,12 +136,12 @@ def chi_square(seen: Tensor, expected: Tensor) -> tuple[float, int, float]:
     return found, freedom, float(p)
 
 
-def profile(args: argparse.Namespace) -> Rows:
+def profile(args: argparse.Namespace, n: int, m: int) -> Rows:
     """The kernels and copies that one layer's pass launches; at 2:4 in 16 bits one and none."""
     if not args.device.startswith("cuda"):
-        yield {"what": "update and vjp", "kernels": NOT_MEASURED, "copies": NOT_MEASURED}, {}
+        yield {"what": f"update and vjp, {n}:{m}", "kernels": NOT_MEASURED, "copies": NOT_MEASURED}, {}
         return
-    for n, m, dtype in [(2, 4, torch.bfloat16), (4, 8, torch.bfloat16), (2, 4, torch.float32)]:
+    for dtype in (torch.bfloat16, torch.float32):
         layer = Layer((1024, 1024), n, m, dtype, torch.float32, args.device)
         for name, run in layer.passes().items():
             run()
@@ -151,19 +150,18 @@ def profile(args: argparse.Namespace) -> Rows:
                 torch.cuda.synchronize()
             events = [event.name.lower() for event in found.events() if event.device_type == DeviceType.CUDA]
             copies = sum("memcpy" in event or "memset" in event for event in events)
-            limits = {"kernels": (1, 1), "copies": (0, 0)} if (n, dtype) == (2, torch.bfloat16) else {}
+            limits = {"kernels": (1, 1), "copies": (0, 0)} if (m, dtype) == (4, torch.bfloat16) else {}
             yield {"what": f"{name}, {n}:{m}, {str(dtype).removeprefix('torch.')}", "kernels": len(events) - copies,
                    "copies": copies}, limits
 
 
-def kernels(args: argparse.Namespace) -> Rows:
+def kernels(args: argparse.Namespace, n: int, m: int) -> Rows:
     """Time of each pass beside that of a copy of the bytes that it reads and writes."""
     shape, repeats = ((512, 512), 3) if args.quick else ((4096, 11008), 20)
-    for n, m in PATTERNS[:1] if args.quick else PATTERNS:
-        layer = Layer(shape, n, m, torch.bfloat16, torch.float16, args.device)
-        copies = [(tensor, tensor.clone()) for tensor in (*layer.logits, layer.bits, layer.weight)]
-        copy_s = common.queued_s(lambda copies=copies: [a.copy_(b) for a, b in copies], args.device, repeats)
-        for name, run in layer.passes().items():
-            kernel_s = common.queued_s(run, args.device, repeats)
-            yield {"what": f"{name}, {n}:{m}, {shape[0]} x {shape[1]}", "ms": 1e3 * kernel_s,
-                   "of a copy": kernel_s / copy_s, "ns a weight": 1e9 * kernel_s / layer.weight.numel()}, {}
+    layer = Layer(shape, n, m, torch.bfloat16, torch.float16, args.device)
+    copies = [(tensor, tensor.clone()) for tensor in (*layer.logits, layer.bits, layer.weight)]
+    copy_s = common.queued_s(lambda: [a.copy_(b) for a, b in copies], args.device, repeats)
+    for name, run in layer.passes().items():
+        kernel_s = common.queued_s(run, args.device, repeats)
+        yield {"what": f"{name}, {n}:{m}, {shape[0]} x {shape[1]}", "ms": 1e3 * kernel_s,
+               "of a copy": kernel_s / copy_s, "ns per weight": 1e9 * kernel_s / layer.weight.numel()}, {}

@@ -42,6 +42,13 @@ class PackedMasks(UserDict):
         return unpack(*self.data[name])
 
 
+def shapes_of(masks: Masks) -> Shapes:
+    """The shape of each mask; a packed one is not unpacked for it."""
+    if isinstance(masks, PackedMasks):
+        return {name: shape for name, (_, shape, _, _) in masks.data.items()}
+    return {name: tuple(mask.shape) for name, mask in masks.items()}
+
+
 @dataclass
 class MaskFile:
     """Masks (name -> bool [out, in]) with their N:M and the model that they are of, '' where that is not known."""

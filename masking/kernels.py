@@ -133,7 +133,6 @@ def copies(given: object) -> object:
     return given.repeat(FEW, *[1] * (given.dim() - 1)) if is_block else given
 
 
-@lru_cache
 def one_block_a_thread(function: Callable, eager: Callable) -> Callable:
     """A pass compiled once for all sizes, with one block per thread of a GPU.
 

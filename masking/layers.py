@@ -15,10 +15,10 @@ SPARSE = 0.1  # share of zeros that a dense layer does not have
 
 def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
     """UserError unless each mask has a layer of its shape."""
-    for name, mask in masks.items():
-        shape = [*weight_matrix(layers[name]).shape] if name in layers else "not"
-        if [*mask.shape] != shape:
-            raise UserError(f"the mask is of another model: {name} is {[*mask.shape]} there and {shape} here; give the "
+    for name, shape in mask_files.shapes_of(masks).items():
+        here = [*weight_matrix(layers[name]).shape] if name in layers else "not"
+        if [*shape] != here:
+            raise UserError(f"the mask is of another model: {name} is {[*shape]} there and {here} here; give the "
                             "--mask that get_mask.py made from this --model")
 
 

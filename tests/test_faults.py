@@ -38,17 +38,17 @@ def permutation(folder):
 
 
 def baseline(folder):
-    path, batches, losses = folder / "baseline.npz", torch.zeros(24, 4, 8), [3 + i / 7 for i in range(24)]
-    baselines.save(path, losses, baselines.conditions(None, None, batches))
-    return [path], lambda: baselines.load(str(path), None, None, batches)
+    path, losses = folder / "baseline.npz", [3 + i / 7 for i in range(24)]
+    depends_on = {"model": "0" * 16, "tokens": "1" * 16, "dataset_size": "96", "batchsize": "4"}
+    baselines.save(path, losses, depends_on)
+    return [path], lambda: baselines.load(str(path), depends_on)
 
 
 @pytest.mark.parametrize("make", [
     mask_file("mask.safetensors", 2, 4), mask_file("mask.safetensors", 4, 8), mask_file("mask.npz", 2, 4),
     mask_file("mask", 2, 4), permutation, baseline],
     ids=["2:4", "4:8", "npz", "folder", "permutation", "baseline"])
-def test_damaged_files(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "conditions", lambda *_: {"model": "0" * 16, "tokens": "1" * 16})
+def test_damaged_files(make, tmp_path):
     files, read = make(tmp_path)
     generator, original, refused = random.Random(0), read(), 0
     for _ in range(150):

@@ -66,16 +66,16 @@ def find(source: str, dataset_size: int, batchsize: int, seqlen: int) -> str:
     return path
 
 
-def load(path: str, model: nn.Module, masks: dict[str, Tensor], batches: Tensor) -> list[float]:
-    """The losses of these minibatches from a file. UserError where it was computed under other conditions, naming
-    them."""
-    wanted = conditions(model, masks, batches)
+def load(path: str, wanted: dict[str, str]) -> list[float]:
+    """The losses of the minibatches from a file. UserError if it was computed under other conditions than the wanted
+    `conditions`, naming them."""
+    minibatches = int(wanted["dataset_size"]) // int(wanted["batchsize"])
     with explained(path, "make it anew with inference_loss.py"), np.load(path, allow_pickle=False) as arrays:
         losses, found = arrays["losses"].astype(np.float64), dict(json.loads(str(arrays["depends_on"])))
     stale = [f"{key.replace('sqlen', 'seqlen')} {str(found.get(key))[:80]} there, {value} here"
              for key, value in wanted.items() if found.get(key) != value]
-    if not stale and len(losses) != len(batches):
-        stale = [f"{len(losses)} minibatches there, {len(batches)} here"]
+    if not stale and len(losses) != minibatches:
+        stale = [f"{len(losses)} minibatches there, {minibatches} here"]
     if stale:
         raise UserError(f"{path} is stale: {'; '.join(stale)}; run inference_loss.py again with these settings")
     if not np.isfinite(losses).all():
