@@ -1,11 +1,12 @@
-"""One layer under a mask that is learned: its weight, its logits, its mask, and what it computes from."""
+"""One layer under a mask that is learned: its weight, its logits, its mask, and the module that computes with them."""
 from collections.abc import Callable
+from functools import partial
 
 from masking.block_bits import bits_to_mask, mask_to_bits
 from masking.exact_kernels import chunk_of
 from masking.kernels import Kernels
 from models.layers import is_transposed, weight_matrix
-from models.sharding import Rows, own_weight
+from models.sharding import MaskedRows, Rows, own_weight
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +15,49 @@ from torch.distributed.tensor import DTensor
 SAMPLE = 4096  # blocks of a layer, at least, that changes are counted in, where it has so many
 
 
+class MaskedLinear(nn.Linear):
+    """Stands in a dense layer's place in the model while its mask is learned: y = (mask * W) x + bias.
+
+        (q_proj): MaskedLinear(576, 576, 2:4)
+
+    Its weight is a view of a buffer that layers share, which `fill` fills before each forward. With gradients,
+    `with_gradients` computes the output of the layer and its input (training/straight_through.py).
+    """
+
+    def __init__(self, layer: "MaskedLayer", fill: Callable[[], None]):
+        nn.Module.__init__(self)  # nn.Linear's would allocate a weight
+        self.out_features, self.in_features = layer.shape
+        self.layer, self.fill = layer, fill
+        self.with_gradients: Callable[[MaskedLayer, Tensor], Tensor] | None = None
+        self.bias = layer.dense.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fill()
+        if self.with_gradients is None or not torch.is_grad_enabled():
+            return self.layer.dense.forward(x)
+        return self.with_gradients(self.layer, x)
+
+    def extra_repr(self) -> str:
+        space = self.layer.kernels.space
+        return f"{self.in_features}, {self.out_features}, {space.n}:{space.m}"
+
+
 class MaskedLayer:
     """One layer's weight, logits and mask, of those `rows` of it that this process has.
 
-    module: nn.Linear or Conv1D; mask: m0, bool `[out, in]`; scratch: as large as the largest layer, shared with others,
-    of which the module's weight becomes a view, to be filled before each forward. None for a layer that FSDP shards:
-    the module keeps its weight, and `write` and `flush` fill what is sent.
+    dense: nn.Linear or Conv1D; mask: m0, bool `[out, in]`; scratch: as large as the largest layer, shared with others,
+    of which the dense module's weight becomes a view. None for a layer that FSDP shards: FSDP sets the weight of the
+    module that it has wrapped, so that one stays in its place, and `flush` fills what is sent.
+
+    module: what the model calls: a MaskedLinear or, if FSDP shards the layer, the dense module itself.
     """
 
-    def __init__(self, name: str, module: nn.Module, mask: Tensor, kernels: Kernels, logits_dtype: torch.dtype,
-                 scratch: Tensor | None):
-        self.name, self.module, self.rows = name, module, Rows.of(module)
+    def __init__(self, name: str, dense: nn.Module, mask: Tensor, kernels: Kernels, logits_dtype: torch.dtype,
+                 scratch: Tensor | None, fill: Callable[..., None]):
+        self.name, self.dense, self.rows = name, dense, Rows.of(dense)
         self.kernels, self.m = kernels, kernels.space.m
-        self.shape, self.sharded = torch.Size(weight_matrix(module).shape), scratch is None
-        self.weight = own_weight(module).contiguous()  # [rows, in], dense
+        self.shape, self.sharded = torch.Size(weight_matrix(dense).shape), scratch is None
+        self.weight = own_weight(dense).contiguous()  # [rows, in], dense
         self.width = self.shape[1] // self.m  # blocks of a row
         self.bits = self.bits_of(mask)  # [blocks], m_t
         self.start = self.rows.begin * self.width  # the first block's number in the layer
@@ -36,16 +66,26 @@ class MaskedLayer:
         self.stride = max(1, len(self.bits) // SAMPLE)
         self.m0_sample = self.bits[::self.stride].clone()
         self.pending = False  # whether an update is to be made when the next forward gets here
-        self.scratch = None if self.sharded else scratch[:self.shape.numel()].view(self.shape)
-        if not self.sharded:
+        fill = partial(fill, self)
+        if self.sharded:
+            self.module = dense
+            MaskedRows.attach(dense, fill)
+        else:
+            self.module = MaskedLinear(self, fill)
+            self.scratch = scratch[:self.shape.numel()].view(self.shape)
             self.use(self.scratch)
 
     def use(self, weight: Tensor) -> None:
-        """Have the module, which is not sharded, compute with this weight `[out, in]`: the scratch buffer, or the dense
-        one."""
+        """Compute with this weight `[out, in]`: the scratch buffer, or the dense one. For layers that are not sharded.
+        """
         self.used = weight
-        weight = weight.T if is_transposed(self.module) else weight
         self.module.weight = nn.Parameter(weight, requires_grad=False)
+        self.set_dense(weight)
+
+    def set_dense(self, weight: Tensor) -> None:
+        """Make `[out, in]` the dense module's weight, in its layout."""
+        weight = weight.T if is_transposed(self.dense) else weight
+        self.dense.weight = nn.Parameter(weight, requires_grad=False)
 
     def changed(self) -> float:
         """The share of blocks whose most probable mask is not that of m0, of an evenly spaced sample of
@@ -92,11 +132,19 @@ class MaskedLayer:
         return bits_to_mask(bits, self.m).view(-1, self.shape[1])
 
     def give_back(self, bits: Tensor) -> None:
-        """Mask the weight by these bits for good, and have the module use it."""
+        """Mask the weight by these bits for good, and have the dense module use it."""
         self.weight.masked_fill_(~self.mask_of(bits), 0.0)
         if not self.sharded:
-            weight = self.weight.T.contiguous() if is_transposed(self.module) else self.weight
-            self.module.weight = nn.Parameter(weight, requires_grad=False)
+            self.set_dense(self.weight)
+            self.dense.weight.data = self.dense.weight.data.contiguous()
+
+
+def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put `new[module]` wherever the model has one of these modules."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children leaves out a module's second place
+            if child in new:
+                setattr(parent, name, new[child])
 
 
 def scratch_buffers(modules: dict[str, nn.Module]) -> dict[tuple, Tensor]:

@@ -1,18 +1,17 @@
 """A frozen model under masks that are learned: when its logits move, when its masks are drawn, which mask it uses."""
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from statistics import fmean
 
 from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
-from masking.masked_layer import MaskedLayer, scratch_buffers
+from masking.masked_layer import MaskedLayer, replace_modules, scratch_buffers
 from masking.random_bits import layer_keys
 from masking.spaces import Space
 from models import processes
 from models.layers import find_layers
 from models.loss import batch_loss
-from models.sharding import MaskedRows, Rows, own_weight
+from models.sharding import Rows, own_weight
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +59,10 @@ class MaskedModel:
         for name in learned:
             weight = modules[name].weight.data
             layer = MaskedLayer(name, modules[name], masks[name], self.kernels, logits_dtype,
-                                scratch.get((weight.device, weight.dtype)))
+                                scratch.get((weight.device, weight.dtype)), self._fill)
             layer.set_logits(lambda part, layer=layer: space.init(bits_to_mask(layer.bits[part], space.m), magnitude))
             self.layers[name] = layer
-            fill = partial(self._fill, layer)
-            if layer.sharded:
-                MaskedRows.attach(modules[name], fill)
-            else:
-                self.undo.append(modules[name].register_forward_pre_hook(lambda *_, fill=fill: fill()).remove)
+        replace_modules(model, {layer.dense: layer.module for layer in self.layers.values()})
         if self.is_sharded:
             self.undo += [model.register_forward_pre_hook(self._begin_pass, prepend=True).remove,
                           model.register_forward_hook(self._check_pass).remove]
@@ -98,14 +93,14 @@ class MaskedModel:
             self.kernels.write(layer.weight.view(-1), bits, out)
 
     def rewrite(self, layer: MaskedLayer) -> None:
-        """In a pass that has just reached this layer: have it use the mask that it has now."""
+        """In a pass that has just reached this layer: have it use the mask that it has now. Only FSDP has gathered the
+        weight by then."""
         if not layer.sharded:
-            self.write(layer)
             return
         own = torch.empty_like(layer.weight)
         if len(own):
             self.write(layer, own.view(-1))
-        layer.module.weight.data.copy_(layer.rows.whole(own.view(-1), layer.shape[1]).view(layer.shape))
+        layer.dense.weight.data.copy_(layer.rows.whole(own.view(-1), layer.shape[1]).view(layer.shape))
 
     def _begin_pass(self, *_: object) -> None:
         if self._passes and hasattr(self.model, "reset_iter_state"):  # torch 2.13
@@ -265,11 +260,12 @@ class MaskedModel:
         return self._collected(lambda layer: torch.stack([layer.whole(plane) for plane in layer.logits]))
 
     def finish(self, bits: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Give the modules back their own weights, masked by these `bits` (default: the mode); returns those masks, as
+        """Put the dense modules back, their weights masked by these `bits` (default: the mode); returns those masks, as
         `_collected`."""
         bits = bits or self.mode_bits()
         for undo in self.undo:
             undo()
+        replace_modules(self.model, {layer.module: layer.dense for layer in self.layers.values()})
         for name, layer in self.layers.items():
             layer.give_back(bits[name])
         return self.masks_of(bits)

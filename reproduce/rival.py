@@ -48,7 +48,7 @@ class Learner:
 
     def of(self, masked: MaskedModel, tokens: int, *_: object) -> "Learner":
         """In place of StraightThrough(masked, ...)."""
-        if any(is_transposed(layer.module) for layer in masked.layers.values()):
+        if any(is_transposed(layer.dense) for layer in masked.layers.values()):
             raise UserError("rivals are written for nn.Linear, and this model has Conv1D layers")
         self.masked, masked.mode_bits, masked.changed = masked, self.mode_bits, self.changed
         masked.undo.append(self.remove)

@@ -171,6 +171,20 @@ def memory() -> str:
     return markdown_table(["learning", "logits", "processes", *numbers], lines) + BENCH.format(**rows[0])
 
 
+def gpu_code() -> str:
+    """What bench/gpu_code.py has left by --json."""
+    rows = record("gpu_code")
+    lines = []
+    for row in rows:
+        if "write" not in row["what"]:
+            blocks = row["elements a thread"] if ":" in row["what"] else ""  # the loss has none
+            lines.append([row["what"], str(row["kernels"]), blocks, str(row["registers"]), str(row["spilled (bytes)"]),
+                          f"{row['Inductor (s)']:.0f}", f"{row['Triton and ptxas (s)']:.0f}"])
+    columns = ["pass", "kernels", "blocks a thread", "registers", "spilled (bytes)", "Inductor (s)",
+               "Triton, ptxas (s)"]
+    return markdown_table(columns, lines) + BENCH.format(**rows[0])
+
+
 def authors() -> str:
     """The authors' scripts beside ours."""
     table = record("against_authors")["table"]
@@ -213,8 +227,8 @@ def over_minutes() -> list[tuple[str, int, float, float]]:
             for method, steps, name in names]
 
 
-TABLES = (example, printed, summary, results, one_shot, rivals, scaling, step, memory, ablations, patterns, conditions,
-          authors, variance, falls)
+TABLES = (example, printed, summary, results, one_shot, rivals, scaling, step, memory, gpu_code, ablations, patterns,
+          conditions, authors, variance, falls)
 
 
 def rendered(page: str) -> str:

@@ -39,6 +39,20 @@ def under(model, masks):
 # -------------------------------------------------------------------------------------------------- the masked forward
 
 
+def test_masked_layers_are_seen_in_the_model_until_they_are_finished(kind, load):
+    """In every place of a module, in that of GPT-2's Conv1D too; the model's own modules come back."""
+    model = load(kind)
+    own, kinds = dict(model.named_modules()), str(model)
+    masked, masks, _ = make(model)
+    for name in masks:
+        rows, columns = weight_matrix(own[name]).shape
+        assert str(model.get_submodule(name)) == f"MaskedLinear({columns}, {rows}, 2:4)"
+    assert 2 * str(model).count("MaskedLinear(") == len(masks)  # equal decoder layers are printed once
+    assert model.state_dict().keys() == load(kind).state_dict().keys()
+    masked.finish()
+    assert all(module is own[name] for name, module in model.named_modules()) and str(model) == kinds
+
+
 @pytest.mark.parametrize("n, m, space", [(2, 4, "linear"), (1, 4, "linear"), (2, 8, "linear"), (4, 16, "linear"),
                                          (2, 4, "pattern")])
 def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, load, n, m, space):

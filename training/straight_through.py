@@ -36,14 +36,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class MaskedLinear(torch.autograd.Function):
+class MaskedProduct(torch.autograd.Function):
     """x `[tokens, in]` -> x W^T + bias, W the masked weight; its backward moves the layer's logits, returning no dW."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, anchor: Tensor, layer: MaskedLayer, learner: "StraightThrough") -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer, ctx.learner = layer, learner
-        return nn.functional.linear(x, layer.scratch, layer.module.bias)
+        return nn.functional.linear(x, layer.scratch, layer.dense.bias)
 
     @staticmethod
     def backward(ctx: object, upstream: Tensor) -> tuple:
@@ -92,8 +92,7 @@ class StraightThrough:
                 masked.undo.append(layer.module.weight.register_post_accumulate_grad_hook(
                     partial(self._take_gradient, layer)).remove)
             else:
-                layer.module.forward = partial(self._forward, layer)
-                masked.undo.append(partial(delattr, layer.module, "forward"))
+                layer.module.with_gradients = self._product
         masked.undo.append(speed_up(masked.model, masked.kernels, tokens, masked.is_sharded))
         if checkpointing:
             masked.undo.append(enable_checkpointing(masked.model))
@@ -147,11 +146,10 @@ class StraightThrough:
 
     # ------------------------------------------------------------------------------------------- in the backward pass
 
-    def _forward(self, layer: MaskedLayer, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return nn.functional.linear(x, layer.used, layer.module.bias)
+    def _product(self, layer: MaskedLayer, x: Tensor) -> Tensor:
+        """The layer's output, for its `MaskedLinear`."""
         # flat: autograd forbids a model to change what a function of ours returns in place where that is a view
-        return MaskedLinear.apply(x.flatten(0, -2), self.anchor, layer, self).unflatten(0, x.shape[:-1])
+        return MaskedProduct.apply(x.flatten(0, -2), self.anchor, layer, self).unflatten(0, x.shape[:-1])
 
     def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
         """One layer's step, from df/dW `[out, in]`, whose scale does not matter: it is divided by that of earlier ones.
