@@ -15,14 +15,68 @@ curve.png, run.json. The first mask is m0 itself; the final one keeps the N larg
 A run that was stopped goes on to the same bits with --resume.
 """
 from argparse import Namespace
+from math import comb
 from statistics import fmean
 
-from training.arguments import parse_paper
-from utils import begin_script, run_script, script_parser
+from training.arguments import add_mask_arguments, add_run_arguments, parse
+from utils import (
+    UserError,
+    add_data_arguments,
+    add_model_arguments,
+    begin_script,
+    number,
+    positive_int,
+    run_script,
+    script_parser,
+)
+
+MOST_KEPT = 8  # N: the exact score sums over 2^N subsets of a block
+MOST_LOGITS = 128  # of a block with --space pattern; 4:8 has 70 patterns
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    return parse_paper(script_parser(__doc__), argv)
+    parser = script_parser(__doc__)
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--lr", type=number(float, 0), default=50.0, help="eta, in logits per nat of advantage")
+    parser.add_argument("--logits", type=number(float, 0), default=10.0,
+                        help="C: initial logit of a kept weight (pruned: 0)")
+    parser.add_argument("--epoch", type=positive_int, default=10000, help="passes through the minibatches, at most")
+    parser.add_argument("--max_step", type=positive_int, default=10000, help="steps in all, at most")
+    parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro"], default="maskpro",
+                        help="the advantage: loss; loss - baseline; loss - baseline - delta")
+    parser.add_argument("--baseline", default="cached", metavar="{cached,online,FILE}",
+                        help="f(m0 * w): from inference_loss.py's file, of its default name or this one; online: by a "
+                             "second forward pass a step of the first epoch")
+    parser.add_argument("--alpha", type=number(float, 0, 0.99999), default=0.99, help="decay of delta a step")
+    parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
+    parser.add_argument("--init", choices=["mask", "scores", "random"], default="mask",
+                        help="mask: logits start at C * m0; scores: they follow Wanda's scores |w| ||x||, so that "
+                             "close scores give close logits; random: C times normal random numbers, whose most "
+                             "probable mask is m0 (needs no --mask, but more steps)")
+    parser.add_argument("--space", choices=["linear", "pattern"], default="linear",
+                        help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
+    parser.add_argument("--val_fraction", type=number(float, 0, 0.99999), default=0.0,
+                        help="fraction of the minibatches held out to select the final mask, and how much of the prior "
+                             "C * m0 its logits keep (default: 0, which takes the last mask)")
+    parser.add_argument("--save", action="store_true", help="save the logits too")
+    add_mask_arguments(parser, "initial_mask.safetensors")
+    add_run_arguments(parser)
+    args = parse(parser, argv)
+    if args.init == "random":
+        if args.mask not in (None, parser.get_default("mask")):
+            raise UserError("--init random draws an m0 of its own: leave out --mask")
+        if args.baseline != "online" and args.estimator != "vanilla":
+            raise UserError("--init random draws m0 when it starts, so no file has its losses: add --baseline online")
+        args.mask = None
+    n, m = args.sparsity_type
+    if args.space == "linear" and n > MOST_KEPT:
+        raise UserError(f"the score of {n}:{m} is a sum over 2^{n} subsets of each block; N is at most {MOST_KEPT} "
+                        "here, and any in sparsify.py")
+    if args.space == "pattern" and comb(m, n) > MOST_LOGITS:
+        raise UserError(f"--space pattern would keep {comb(m, n)} logits a block of {n}:{m}; use --space linear, which "
+                        f"keeps {m}")
+    return args
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ import json
 
 import sparsify
 import train
-from training import arguments as train_args
-from utils import UserError, script_parser
+from utils import UserError
 
 import pytest
 
 
 def parse(flags):
-    return train_args.parse_paper(script_parser(train.__doc__), flags.split())
+    return train.parse_args(flags.split())
 
 
 def test_the_default_folder_says_what_a_run_is():

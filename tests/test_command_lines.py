@@ -3,8 +3,7 @@ import argparse
 from pathlib import Path
 
 from models.machine import environment
-from training import arguments as train_args
-from utils import VERSION, script_parser
+from utils import VERSION
 
 import pytest
 from runs import SCRIPTS
@@ -12,8 +11,6 @@ from runs import SCRIPTS
 
 def parse(command: str) -> argparse.Namespace:
     _, script, *arguments = command.split()
-    if script == "train.py":
-        return train_args.parse_paper(script_parser(""), arguments)
     return SCRIPTS[script.removesuffix(".py")].parse_args(arguments)
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import train
 from files.documents import documents
-from training import arguments as training_args
-from utils import script_parser
 
 import pytest
 from quizzes import quiz, write_lines
@@ -73,7 +71,7 @@ def test_commands_of_the_scripts_parse(page):
         name, flags = words[place].removesuffix(".py").replace("/", "."), words[place + 1:]
         flags = ["--model" if flag == "--resume" else flag for flag in flags]  # there is no such run
         if name == "train":
-            training_args.parse_paper(script_parser(train.__doc__), flags)
+            train.parse_args(flags)
         elif name in SCRIPTS:
             import_module(name).parse_args(flags)
         elif name.startswith("tests.faults."):

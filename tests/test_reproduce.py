@@ -20,8 +20,7 @@ from masking.layers import apply_masks
 from models.layers import find_layers
 from models.loading import load_model, model_fingerprint
 from models.loss import batch_loss
-from training import arguments
-from utils import UserError, script_parser
+from utils import UserError
 
 import pytest
 import torch
@@ -62,7 +61,7 @@ def printed(said: str) -> list[list[str]]:
 
 def parse(name: str, flags: list[str]):
     if name in ("train.py", "reproduce/one_layer.py"):
-        return arguments.parse_paper(script_parser(""), flags)
+        return train.parse_args(flags)
     return COMMANDS[name].parse_args(flags)
 
 

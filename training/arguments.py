@@ -3,23 +3,12 @@ import argparse
 import re
 import shlex
 from argparse import Namespace
-from math import comb
 from pathlib import Path
 
 from files.records import read_record, short_hash
-from utils import (
-    DTYPES,
-    UserError,
-    add_data_arguments,
-    add_model_arguments,
-    number,
-    positive_int,
-    sparsity_type,
-)
+from utils import DTYPES, UserError, sparsity_type
 
 CHANGEABLE = ("device", "microbatch", "gradient_checkpointing", "checkpoint_every")  # of a run that goes on
-MOST_LOGITS = 128  # of a block; 4:8 has 70 patterns
-MOST_KEPT = 8  # of a block: the exact score sums over 2^N subsets, 43 hours a step for 12:16 of 106M weights
 
 
 def interval(text: str) -> str:
@@ -52,56 +41,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
                              "stretched where saving would take more than 2%% of the run; the last state is always "
                              "saved")
     parser.add_argument("--skip_checkpoint", action="store_true", help="write the mask but no sparse model")
-
-
-def add_paper_arguments(parser: argparse.ArgumentParser) -> None:
-    """The paper's settings, and what its studies vary."""
-    parser.add_argument("--lr", type=number(float, 0), default=50.0, help="eta, in logits per nat of advantage")
-    parser.add_argument("--logits", type=number(float, 0), default=10.0,
-                        help="C: initial logit of a kept weight (pruned: 0)")
-    parser.add_argument("--epoch", type=positive_int, default=10000, help="passes through the minibatches, at most")
-    parser.add_argument("--max_step", type=positive_int, default=10000, help="steps in all, at most")
-    parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro"], default="maskpro",
-                        help="the advantage: loss; loss - baseline; loss - baseline - delta")
-    parser.add_argument("--baseline", default="cached", metavar="{cached,online,FILE}",
-                        help="f(m0 * w): from inference_loss.py's file, of its default name or this one; online: by a "
-                             "second forward pass a step of the first epoch")
-    parser.add_argument("--alpha", type=number(float, 0, 0.99999), default=0.99, help="decay of delta a step")
-    parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
-    parser.add_argument("--init", choices=["mask", "scores", "random"], default="mask",
-                        help="mask: logits start at C * m0; scores: they follow Wanda's scores |w| ||x||, so that "
-                             "close scores give close logits; random: C times normal random numbers, whose most "
-                             "probable mask is m0 (needs no --mask, but more steps)")
-    parser.add_argument("--space", choices=["linear", "pattern"], default="linear",
-                        help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
-    parser.add_argument("--val_fraction", type=number(float, 0, 0.99999), default=0.0,
-                        help="fraction of the minibatches held out to select the final mask, and how much of the prior "
-                             "C * m0 its logits keep (default: 0, which takes the last mask)")
-    parser.add_argument("--save", action="store_true", help="save the logits too")
-
-
-def parse_paper(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
-    """train.py's arguments."""
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    add_paper_arguments(parser)
-    add_mask_arguments(parser, "initial_mask.safetensors")
-    add_run_arguments(parser)
-    args = parse(parser, argv)
-    if args.init == "random":
-        if args.mask not in (None, parser.get_default("mask")):
-            raise UserError("--init random draws an m0 of its own: leave out --mask")
-        if args.baseline != "online" and args.estimator != "vanilla":
-            raise UserError("--init random draws m0 when it starts, so no file has its losses: add --baseline online")
-        args.mask = None
-    n, m = args.sparsity_type
-    if args.space == "linear" and n > MOST_KEPT:
-        raise UserError(f"the score of {n}:{m} is a sum over 2^{n} subsets of each block; N is at most {MOST_KEPT} "
-                        "here, and any in sparsify.py")
-    if args.space == "pattern" and comb(m, n) > MOST_LOGITS:
-        raise UserError(f"--space pattern would keep {comb(m, n)} logits a block of {n}:{m}; use --space linear, which "
-                        f"keeps {m}")
-    return args
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
