@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from files.documents import documents, hub_texts
-from utils import UserError, explained, progress_bar
+from utils import UserError, as_user_error, progress_bar
 
 import torch
 import transformers
@@ -152,7 +152,7 @@ def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int,
         text = " ".join(itertools.islice(hub_texts(dataset, **C4_VALIDATION), 1100))
         limit = min(limit or 256, 256)
     elif Path(dataset).is_file() and dataset.endswith(".txt"):
-        with explained(f"dataset {dataset}", "check that the file is intact"):
+        with as_user_error(f"dataset {dataset}", "check that the file is intact"):
             text = Path(dataset).read_bytes().decode("utf-8-sig")
     else:
         text = "\n\n".join(documents(dataset))

@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
     parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence")
-    parser.add_argument("--steps", type=positive_int, default=20, help="search steps in each set of channels")
+    parser.add_argument("--rounds", type=positive_int, default=20, help="of the search, in each set of channels")
     parser.add_argument("--save_model", default="permuted", help="folder of the reordered model, must be new")
     return parser.parse_args(argv)
 
@@ -70,7 +70,7 @@ def search(args: argparse.Namespace) -> tuple[Orders, dict]:
     check_length(model, args.seqlen)
     samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
     check_tokens(model, samples)
-    orders, shares = search_and_reorder(model, layers, samples, args.sparsity_type, args.steps, args.seed)
+    orders, shares = search_and_reorder(model, layers, samples, args.sparsity_type, args.rounds, args.seed)
     for kind, (before, after) in shares.items():
         print("{}: a {}:{} mask keeps".format(kind, *args.sparsity_type),
               f"{before:.4f} of the score in the model's order, {after:.4f} in the new one")
@@ -95,10 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         reorder(model, orders)
     order = nullcontext() if args.order else atomic_write(file)
-    with order as beside_order, atomic_write(out) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        write_json(beside / "permute.json", {"arguments": vars(args), "environment": environment(args.device),
+    with order as beside_order, atomic_write(out) as tmp:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+        write_json(tmp / "permute.json", {"arguments": vars(args), "environment": environment(args.device),
                                              "summary": summary})
         if beside_order:
             permutation_files.save(beside_order, orders, args.model, fingerprint)

@@ -101,12 +101,12 @@ def main(argv: list[str] | None = None) -> None:
         if not args.bos and (hint := bos_hint(model, tokenizer, samples, "calibration sequence")):
             print(hint)
     prune_model(model, layers, samples, way)
-    with atomic_write(out) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+    with atomic_write(out) as tmp:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
         summary = {"seconds": round(time.time() - started, 1),
                    "peak_memory_bytes": peak_memory_bytes()}
-        write_json(beside / "prune.json", {"arguments": vars(args), "environment": environment(args.device),
+        write_json(tmp / "prune.json", {"arguments": vars(args), "environment": environment(args.device),
                                            "summary": summary})
     weights = sum(module.weight.numel() for module in layers.values())
     print("{} {}:{}".format(args.prune_method, *args.sparsity_type),

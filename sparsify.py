@@ -25,23 +25,29 @@ from pathlib import Path
 
 from files.records import GENERATED
 from training.arguments import add_mask_arguments, add_run_arguments, parse
+from training.defaults import (
+    EVALUATIONS,
+    GENERATED_SHARE,
+    GIVEN_SHARE,
+    LOGITS,
+    STEP_SIZE,
+    STEPS,
+)
 from utils import (
     UserError,
     add_model_arguments,
     begin_script,
     number,
     positive_int,
-    progress_bar,
     run_script,
     script_parser,
     sequence_length,
 )
 
-EVALUATIONS = 10  # of the held-out loss, in a run
-STEPS, STEP, LOGITS = 300, 0.8, 4.0  # --steps, --lr and --logits
-GIVEN_SHARE, GENERATED_SHARE = 0.5, 1.0  # of --distill, of given text and of generated
-PROMPT, SAMPLE = 16, 30  # tokens of held-out text, and of what the models make of them, in the report
-WINDOW, WINDOWS = 512, 64  # tokens in one, at most, and how many, of --ppl
+PROMPT = 16  # tokens of held-out text that the models go on from, for the report
+SAMPLE = 30  # tokens that they write
+WINDOW = 512  # tokens in a window of --ppl, at most
+WINDOWS = 64  # of each text of --ppl
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -61,8 +67,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                         help="for everything: an estimate, which becomes a number of steps at the start")
     add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true", help="first reorder channels, so that masks keep more")
-    parser.add_argument("--lr", type=number(float, 0), default=STEP,
-                        help="size of the steps: how far, in logits, all of them would move a logit by pure noise")
+    parser.add_argument("--step_size", "--lr", type=number(float, 0), default=STEP_SIZE,
+                        help="total movement of a logit under pure-noise gradients (standard deviation, in logits)")
     parser.add_argument("--logits", type=number(float, 0), default=LOGITS, help="C: scale of the first logits")
     parser.add_argument("--distill", type=number(float, 0, 1), default=None,
                         help="share of the loss that compares with the dense model's predictions, not with the text "
@@ -103,11 +109,11 @@ from models.machine import DTYPES, set_seed
 from models.sharded_files import load_sharded
 from pruning.channel_order import check_reorderable
 from pruning.channels import apply_permutation
-from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, preparation, report, results
 from training import plan as plans
 from training.launch import launch
 from training.loop import Run
+from training.notebook import sparsify  # noqa: F401, for `from sparsify import sparsify`
 from training.run_folder import ORDER, RunFolder
 from training.signals import StopSignals
 from training.stages import Stages
@@ -121,7 +127,7 @@ from torch import Tensor, nn
 def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, MaskFile | None]:
     """The model, its tokenizer and the mask given, if one is; UserError where no mask can be learned of it as the flags
     ask."""
-    read = load_sharded if args.shard and processes.size() > 1 else load_model
+    read = load_sharded if args.shard and processes.world_size() > 1 else load_model
     model, tokenizer = read(args.model, args.dtype, device, args.trust_remote_code)
     if args.shard and model.dtype == torch.float16:
         raise UserError("--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16")
@@ -137,61 +143,70 @@ def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, Mas
     return model, tokenizer, mask
 
 
+def given_texts(args: Namespace, tokenizer: Tokenizer, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Minibatches of --dataset's questions and of its other text, up to so many tokens: lists of none or one."""
+    def read(datasets: list[str], tokens: int) -> Tensor:
+        return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
+    return preparation.given_texts(read, args.dataset or [], tokens, args.shard)
+
+
 def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer) -> plans.Plan:
-    """What the budget buys."""
+    """What the budget buys. Of minutes, text takes its share if --dataset does not suffice."""
     minibatch = args.batchsize * args.seqlen
     if args.steps:
         return plans.of_steps(args.steps, minibatch)
     processes.log("measuring this machine")
-    seconds = plans.measured(model, tokenizer, args.sparsity_type, args.batchsize, args.seqlen, not args.shard)
-    return plans.of_minutes(args.minutes, seconds, minibatch)
+    seconds = plans.measured(model, args.sparsity_type, args.batchsize, args.seqlen)
+    plan = plans.of_minutes(args.minutes, seconds, minibatch)
+    given = sum(given_texts(args, tokenizer, plan.tokens), []) if args.dataset else []
+    if sum(text.numel() for text in given) < plan.tokens and not args.shard:
+        seconds["token"] = plans.token_s(model, tokenizer)
+        plan = plans.of_minutes(args.minutes, seconds, minibatch)
+    processes.log(plans.in_words(plan, seconds))
+    return plan
 
 
-def prepare(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: RunFolder,
-            stages: Stages, mask: MaskFile | None) -> tuple[Tensor, Tensor, MaskFile]:
-    """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, their sequences' shares of
-    distillation, `[minibatches, sequences]`, and m0, which is the mask given, if one is."""
-    pattern, record = args.sparsity_type, folder.record
-    if "steps" not in record.get("plan", {}):  # not there, or of an earlier version
-        record["plan"] = vars(planned(args, model, tokenizer))
-        folder.write_record()
-    plan = record["plan"]
-
-    def read(datasets: list[str], tokens: int) -> Tensor:
-        return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
-
+def read_text(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: RunFolder,
+              stages: Stages) -> tuple[Tensor, Tensor]:
+    """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, and their sequences' shares of
+    distillation, `[minibatches, sequences]`. Text that is missing is generated."""
+    plan = folder.record["plan"]
     given, generated = (GIVEN_SHARE, GENERATED_SHARE) if args.distill is None else (args.distill, args.distill)
-    questions, others = preparation.given_texts(read, args.dataset or [], plan["tokens"], args.shard)
-    texts, minibatch = [(text, given) for text in others], args.batchsize * args.seqlen
+    questions, others = given_texts(args, tokenizer, plan["tokens"])
+    texts = [(text, given) for text in others]
     missing = plan["tokens"] - sum(text.numel() for text in questions + others)
     if missing and not args.shard:
         file = folder.path / GENERATED
+        minibatch = args.batchsize * args.seqlen
         wanted = min(missing, plan["generated"]) // minibatch * minibatch
         if "text" not in stages.done:
             with stages.stage("text", f"the model generates up to {wanted:,} tokens"):
                 preparation.generate_text(file, model, tokenizer, wanted, args.seqlen, args.after, args.seed)
-        texts.append((read([str(file)], wanted), generated))
+        text = data.token_sequences(tokenizer, [str(file)], wanted, args.batchsize, args.seqlen, args.seed)
+        texts.append((text, generated))
     elif args.after:
         processes.log("note: no text is generated, so that none continues --after's passages")
     rest = sum(text.numel() for text, _ in texts)
     texts = [(preparation.at_most_a_quarter(text, rest), given) for text in questions] + texts
     minibatches, distill = preparation.mixed(texts, args.seed)
     check_tokens(model, minibatches)
-    sequences = plans.split(minibatches)[0].flatten(0, 1)
+    return minibatches, distill
 
-    order, wanda = folder.path / ORDER, folder.path / "initial_mask.safetensors"
+
+def first_mask(args: Namespace, model: nn.Module, folder: RunFolder, stages: Stages, sequences: Tensor) -> MaskFile:
+    """m0: Wanda's mask, measured on int64 `[sequences, tokens]`. With --permute the channels are reordered before."""
+    order = folder.path / ORDER
     if args.permute and "order" in stages.done:  # not: its file is there, which another process may just have written
         apply_permutation(model, order)
     elif args.permute:
         with stages.stage("order", "channels are reordered"):
-            preparation.reorder_channels(order, model, args.model, args.targets, pattern, sequences, args.seed)
-    if not (mask or ("m0" in stages.done and processes.agreed(float(wanda.exists())))):
+            preparation.reorder_channels(order, model, args.model, args.targets, args.sparsity_type, sequences,
+                                         args.seed)
+    wanda = folder.path / "initial_mask.safetensors"
+    if not ("m0" in stages.done and processes.broadcast_float(float(wanda.exists()))):
         with stages.stage("m0", "Wanda's mask"):
-            preparation.wanda_mask(wanda, model, args.model, args.targets, pattern, sequences)
-    m0 = mask or read_masks(wanda, model, pattern)
-    plan["learned_tokens"] = minibatches.numel()
-    folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
-    return minibatches, distill, m0
+            preparation.wanda_mask(wanda, model, args.model, args.targets, args.sparsity_type, sequences)
+    return read_masks(wanda, model, args.sparsity_type)
 
 
 def losses(masked: MaskedModel, tokenizer: Tokenizer, unseen: Tensor, texts: dict[str, Tensor]) -> dict[str, float]:
@@ -204,88 +219,71 @@ def losses(masked: MaskedModel, tokenizer: Tokenizer, unseen: Tensor, texts: dic
     return found
 
 
+def improve_m0(args: Namespace, folder: RunFolder, validation: Validation, batches: Tensor, nats: Callable,
+               start: Callable) -> None:
+    """Evaluate the dense model and m0; then swaps improve m0, and the logits follow."""
+    masked, plan = validation.masked, folder.record["plan"]
+    with masked.use_dense():
+        dense = nats()
+        validation.dense_loss = masked.mean_loss(validation.heldout)
+    with masked.use_masks(masked.bits()):
+        folder.note(nats={"dense": dense, "m0": nats()})
+    validation.evaluate(0)
+    sequences = preparation.read_by_swaps(batches.flatten(0, 1), plan["tokens"])
+    start(masked, args.logits, sequences, plan["sweeps"])
+
+
 def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals,
-             learner_of: Callable = StraightThrough, start: Callable | None = None) -> None:
+          learner_of: Callable = StraightThrough, start: Callable | None = None) -> None:
     """The run from its start, or from where it was stopped, to its results. Both functions are for rivals."""
     set_seed(args.seed)
     check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
     stages = Stages(folder)
+
+    # text -> minibatches; m0 -> the masked model
     model, tokenizer, mask = load(args, device)
     window = min(WINDOW, positions(model))
     texts = {Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0] for text in args.ppl}
-    minibatches, distill, m0 = prepare(args, model, tokenizer, folder, stages, mask)
+    if "steps" not in folder.record.get("plan", {}):  # not there, or of an earlier version
+        folder.note(plan=vars(planned(args, model, tokenizer)))
+    minibatches, distill = read_text(args, model, tokenizer, folder, stages)
     batches, selecting, unseen = plans.split(minibatches)
-    sample, prompt = folder.record.setdefault("sample", {}), unseen[0, 0, :PROMPT]
-    if not (sample or args.shard):
-        sample["prompt"] = tokenizer.decode(prompt, skip_special_tokens=True)
-        sample["dense"] = generation.continuation(model, tokenizer, prompt, SAMPLE)
+    m0 = mask or first_mask(args, model, folder, stages, batches.flatten(0, 1))
+    folder.note(plan={**folder.record["plan"], "learned_tokens": minibatches.numel()})
+    folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
+    prompt = unseen[0, 0, :PROMPT]
+    if "sample" not in folder.record and not args.shard:
+        folder.note(sample={"prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                            "dense": generation.continuation(model, tokenizer, prompt, SAMPLE)})
     masked = MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
                          learned_layers(model, m0, args.targets), args.seed, keep_dense=True,
                          microbatch=args.microbatch)
     learner = learner_of(masked, args.seqlen, args.gradient_checkpointing)
-    validation = Validation(masked, selecting)
+    validation = Validation(learner, selecting)
     nats = partial(losses, masked, tokenizer, unseen, texts)
-    table, plan = folder.record.setdefault("nats", {}), folder.record["plan"]
-    run = Run(folder, signals, validation, len(batches), plan["steps"], evaluations=EVALUATIONS)
+    run = Run(folder, signals, validation, len(batches), folder.record["plan"]["steps"], evaluations=EVALUATIONS)
     if not run.restore(masked=masked, learner=learner, validation=validation):
         with stages.stage("swaps", "the dense model and m0 are evaluated; then swaps improve m0"):
-            with masked.use_dense():
-                table["dense"] = nats()
-                validation.dense_loss = masked.mean_loss(selecting)
-            with masked.use_masks(masked.bits()):
-                table["m0"] = nats()
-            sequences = preparation.read_by_swaps(batches.flatten(0, 1), plan["tokens"])
-            validation.evaluate(0)
-            (start or initialize.from_swaps)(masked, args.logits, sequences, plan["sweeps"])
-            folder.write_record()
+            improve_m0(args, folder, validation, batches, nats, start or initialize.from_swaps)
             run.save()
 
     # the loop
-    with stages.stage("learning", f"from {len(batches)} minibatches", run.position.seconds):
+    with stages.stage("learning", f"from {len(batches)} minibatches", run.progress.seconds):
         for index in run.steps():
-            size = step_size(args.lr, run.progress, run.total_steps)
+            size = step_size(args.step_size, run.share_done, run.total_steps)
             run.advance(learner.step(batches[index], size, distill[index].tolist()))
 
     with stages.stage("table", "the learned mask is evaluated and written"):
         with masked.use_masks(validation.bits):
-            table["learned"] = nats()
+            folder.note(nats={**folder.record["nats"], "learned": nats()})
         summary = results.deliver(run, m0, tokenizer, saves_logits=False, skips_checkpoint=args.skip_checkpoint,
-                                  nats=table)
+                                  nats=folder.record["nats"])
     if processes.is_main():  # the others have no summary
-        if sample:
-            sample["sparse"] = generation.continuation(model, tokenizer, prompt, SAMPLE)
+        if "sample" in folder.record:
+            sparse = generation.continuation(model, tokenizer, prompt, SAMPLE)
+            folder.note(sample={**folder.record["sample"], "sparse": sparse})
         print(report.write(folder.path, folder.record, summary))
     folder.finish(summary)
-
-
-def sparsify(model: nn.Module, tokenizer: Tokenizer, dataset: str, sparsity_type: tuple[int, int] = (2, 4),
-             steps: int = STEPS, batchsize: int = 8, seqlen: int = 128, seed: int = 0) -> dict[str, Tensor]:
-    """For notebooks: learn a mask of a loaded, frozen causal LM, in the model's own dtype and on its device, with this
-    script's defaults. The model is sparse when it returns.
-
-        masks = sparsify(model, tokenizer, "text.jsonl")     # layer name -> bool [out, in], on the CPU
-        files.mask_files.save("mask.safetensors", masks, 2, 4)
-
-    dataset: a file, a folder or a hub id of text, of which (steps + 4 %) * batchsize * seqlen tokens are read at most.
-    The command also generates text, resumes, uses several processes, measures and writes a checkpoint; this does not.
-    """
-    plan = plans.of_steps(steps, batchsize * seqlen)
-    batches, selecting, _ = plans.split(
-        data.token_sequences(tokenizer, [dataset], plan.tokens, batchsize, seqlen, seed))
-    check_tokens(model, batches)
-    model.requires_grad_(False).eval()
-    layers, sequences = layers_to_mask(model, None, sparsity_type[1]), batches.flatten(0, 1)
-    m0 = dict(one_shot_masks(model, layers, sequences[:preparation.SEQUENCES], OneShot("wanda", sparsity_type)))
-    masked = MaskedModel(model, m0, LinearSpace(*sparsity_type), LOGITS, seed=seed, keep_dense=True)
-    learner, validation = StraightThrough(masked, seqlen), Validation(masked, selecting)
-    validation.evaluate(0)
-    initialize.from_swaps(masked, LOGITS, preparation.read_by_swaps(sequences, plan.tokens), plan.sweeps)
-    for step in progress_bar(range(steps), desc="learning", unit="step"):
-        size = step_size(STEP, step / steps, steps)
-        learner.step(batches[step % len(batches)], size, [GIVEN_SHARE] * batchsize)
-        if EVALUATIONS * (step + 1) // steps > EVALUATIONS * step // steps:  # evenly spread over the run
-            validation.evaluate(step + 1)
-    return masked.finish(validation.bits)
 
 
 def main(argv: list[str] | None = None) -> None:

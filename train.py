@@ -95,6 +95,7 @@ from models.machine import DTYPES, set_seed
 from models.sharded_files import load_sharded
 from training import baselines, initialize, report, results
 from training.launch import launch
+from training.learner import Learner
 from training.loop import Run, StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -103,7 +104,7 @@ from training.validation import Validation, hold_out
 from torch import Tensor
 
 
-class PolicyGradient:
+class PolicyGradient(Learner):
     """MaskPro (section 4 of the paper): the loss residual against m0, less its moving average, moves the logits.
 
         A  = f(m_t * w, batch) - f(m0 * w, batch) - delta         the tracker delta: `pge.Estimator`
@@ -115,7 +116,8 @@ class PolicyGradient:
     """
 
     def __init__(self, masked: MaskedModel, batches: Tensor, baseline: baselines.Baseline, estimator: pge.Estimator):
-        self.masked, self.batches, self.baseline, self.estimator = masked, batches, baseline, estimator
+        super().__init__(masked)
+        self.batches, self.baseline, self.estimator = batches, baseline, estimator
 
     def step(self, index: int, lr: float) -> StepResult:
         """One step, of each process on its own minibatch, all with the same mask; lr: eta."""
@@ -142,7 +144,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
         cached = baselines.find(args.baseline, args.dataset_size, args.batchsize, args.seqlen)
 
     # text -> minibatches; m0 -> the masked model and the baseline
-    load = load_sharded if args.shard and processes.size() > 1 else load_model
+    load = load_sharded if args.shard and processes.world_size() > 1 else load_model
     model, tokenizer = load(args.model, args.dtype, device, args.trust_remote_code)
     check_length(model, args.seqlen)
     note_sparse(find_layers(model, args.targets))
@@ -162,7 +164,8 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     if estimator.needs_baseline and is_online:
         baseline = baselines.OnlineBaseline(masked, batches)
 
-    learner, validation = PolicyGradient(masked, batches, baseline, estimator), Validation(masked, heldout)
+    learner = PolicyGradient(masked, batches, baseline, estimator)
+    validation = Validation(learner, heldout)
     run = Run(folder, signals, validation, len(batches), args.max_step, args.epoch)
     if not run.restore(masked=masked, estimator=estimator, validation=validation):
         if args.init == "scores":

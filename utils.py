@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def explained(what: str | Path, advice: str) -> Iterator[None]:
+def as_user_error(what: str | Path, advice: str) -> Iterator[None]:
     """Turn whatever reading raises into a UserError that begins with `what`: parsers share no class of error."""
     try:
         yield

@@ -30,7 +30,7 @@ from files.records import write_json
 from masking.compiler import compiled
 from masking.kernels import Kernels
 from masking.spaces import LinearSpace
-from training.loss import sequence_loss
+from training.distillation import sequence_loss
 from utils import UserError, run_script
 
 import torch

@@ -84,7 +84,7 @@ def sharded_llama(shape: str, device: str, dtype: torch.dtype, seed: int) -> nn.
     """A Llama of random weights of which each process has a part of each layer's rows."""
     with init_empty_weights(include_buffers=False):
         model = common.random_llama(shape, device, dtype, seed)
-    shard(model, torch.device(device), processes.size())
+    shard(model, torch.device(device), processes.world_size())
     layers = find_layers(model)
     for tensor in [*map(own_weight, layers.values()), *(parameter for parameter in model.parameters()
                                                         if not isinstance(parameter, DTensor))]:
@@ -96,7 +96,7 @@ class Learning:
     """A model of random weights and a way to learn its mask."""
 
     def __init__(self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int):
-        make = sharded_llama if processes.size() > 1 else common.random_llama
+        make = sharded_llama if processes.world_size() > 1 else common.random_llama
         model = make(shape, device, dtype, seed)
         self.m0 = first_half_masks(model)  # stays in the host's memory, packed, as in a run
         self.masked = MaskedModel(model, self.m0, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype],

@@ -15,7 +15,7 @@ from functools import partial
 import pge
 from masking.fused_ops import flows, rates, sum_of
 from models.layers import find_layers
-from training.loss import summed_loss
+from training.distillation import summed_loss
 from training.straight_through import decay
 
 import torch

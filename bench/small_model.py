@@ -88,10 +88,10 @@ def main(argv: list[str] | None = None) -> None:
         parameter.data = parameter.bfloat16().float()
     windows = heldout[:512 * 128].view(-1, 128)  # no longer than it was trained on
     heldout_loss = sum(batch_loss(model, window[None]) for window in windows) / len(windows)
-    with atomic_write(out) as beside:
-        model.to(torch.bfloat16).save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        config = beside / "tokenizer_config.json"  # transformers 4 knows the class by its old name only, 5 by both
+    with atomic_write(out) as tmp:
+        model.to(torch.bfloat16).save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+        config = tmp / "tokenizer_config.json"  # transformers 4 knows the class by its old name only, 5 by both
         config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     args.json = args.json or out / "made.json"
     digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()

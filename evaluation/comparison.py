@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from utils import explained
+from utils import as_user_error
 
 
 def percent(task: dict, metric: str) -> str:
@@ -52,7 +52,7 @@ def comparison(records: list[tuple[str, dict]]) -> str:
 
 def read_evaluation(file: Path) -> tuple[str, dict]:
     """Name and record of a JSON file of eval.py; UserError where it is none."""
-    with explained(file, "give a record of eval.py"):
+    with as_user_error(file, "give a record of eval.py"):
         record = json.loads(file.read_text(encoding="utf-8"))
         comparison([("", record)])  # what it lacks shows here
     return str(file.with_suffix("")), record

@@ -19,14 +19,14 @@ from pathlib import Path
 import data
 from files import hub
 from models.loading import Tokenizer
-from utils import UserError, explained
+from utils import UserError, as_user_error
 
 from torch import nn
 
 
 def read_items(path: str) -> list[dict]:
     """The items of a task file. UserError names the first wrong line."""
-    with explained(f"--task_file {path}", "give a file of one JSON object a line"):
+    with as_user_error(f"--task_file {path}", "give a file of one JSON object a line"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split inside JSON strings
         items = [_checked(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
         if not items:
@@ -95,7 +95,8 @@ def load_harness(names: list[str]) -> dict:
         if name not in manager.all_tasks and not Path(name).is_file():
             raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task and there is no such YAML file; "
                             "correct the name (`lm_eval ls tasks` lists them)")
-        with explained(f"--tasks {name}", "check the network, since its data come from the Hub, or use --task_file"):
+        advice = "check the network, since its data come from the Hub, or use --task_file"
+        with as_user_error(f"--tasks {name}", advice):
             found |= manager.load([name])["tasks"]
     for name, task in found.items():
         if "acc" not in task.aggregation():

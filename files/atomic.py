@@ -31,24 +31,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     UserError where the disk is full or cannot be written to.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.tmp")
+    tmp = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(beside)
-        yield beside
+        _remove(tmp)
+        yield tmp
         umask = os.umask(0)
         os.umask(umask)
-        for written in [*beside.rglob("*"), beside]:
+        for written in [*tmp.rglob("*"), tmp]:
             if written.is_file():  # safetensors writes files that only their owner can read
                 with suppress(OSError):  # some mounts have no permissions
                     written.chmod(0o666 & ~umask)
             sync(written)
-        os.replace(beside, path)
+        os.replace(tmp, path)
         sync(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}); free some space, or choose another place") from error
     finally:
-        _remove(beside)
+        _remove(tmp)
 
 
 def sync(path: Path) -> None:

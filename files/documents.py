@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from files import hub
-from utils import UserError, explained, note
+from utils import UserError, as_user_error, note
 
 from pyarrow import parquet
 
@@ -39,7 +39,7 @@ def documents(dataset: str) -> Iterator[str]:
         yield from hub_texts(dataset, **_hub_arguments(dataset))
         return
     for file in _files(Path(dataset)):
-        with explained(f"dataset {file}", INTACT):
+        with as_user_error(f"dataset {file}", INTACT):
             yield from _texts(_rows(file))
 
 
@@ -47,7 +47,7 @@ def are_questions(dataset: str) -> bool:
     """Whether the first row of a dataset is a question. Errors as those of `documents`."""
     is_local = _is_local(dataset)
     source, advice = (_files(Path(dataset))[0], INTACT) if is_local else (dataset, ACCESS)
-    with explained(f"dataset {source}", advice):
+    with as_user_error(f"dataset {source}", advice):
         rows = _rows(source) if is_local else _hub_rows(**_hub_arguments(dataset))
         return any(map(_is_question, itertools.islice(rows, 1)))
 
@@ -55,7 +55,7 @@ def are_questions(dataset: str) -> bool:
 def hub_texts(dataset: str, **arguments) -> Iterator[str]:
     """The texts of what datasets.load_dataset gives for these arguments, as they are read; dataset: its name in
     messages."""
-    with explained(f"dataset {dataset}", ACCESS):
+    with as_user_error(f"dataset {dataset}", ACCESS):
         yield from _texts(_hub_rows(**arguments))
 
 

@@ -21,7 +21,7 @@ from files import checked_tensors
 from files.atomic import atomic_write, refuse_existing
 from files.packing import pack, unpack
 from files.records import of_run
-from utils import UserError, explained
+from utils import UserError, as_user_error
 
 import numpy as np
 import torch
@@ -101,9 +101,9 @@ def save(path: str | Path, masks: Masks, n: int, m: int, model: str = "", finger
     masks = {name: mask.cpu() for name, mask in masks.items()}
     if fault := _fault(masks, n, m):
         raise UserError(fault)
-    with atomic_write(path) as beside:
+    with atomic_write(path) as tmp:
         if path.suffix == ".npz":
-            with open(beside, "wb") as file:
+            with open(tmp, "wb") as file:
                 np.savez_compressed(file, **{f"{name}.weight.mask": np.packbits(mask.numpy())
                                              for name, mask in masks.items()})
         elif path.suffix == ".safetensors":
@@ -111,13 +111,13 @@ def save(path: str | Path, masks: Masks, n: int, m: int, model: str = "", finger
             metadata = {"format": "maskpro-mask", "version": "1" if (n, m) == (2, 4) else "2", "sparsity": f"{n}:{m}",
                         "model": public_name(model), "fingerprint": fingerprint,
                         "shapes": json.dumps({name: [*mask.shape] for name, mask in masks.items()})}
-            checked_tensors.save(beside, packed, metadata)
+            checked_tensors.save(tmp, packed, metadata)
         else:
-            beside.mkdir()
+            tmp.mkdir()
             for name, mask in masks.items():
                 buffer = io.BytesIO()  # torch.save itself would report a full disk as RuntimeError
                 torch.save(mask.clone(memory_format=torch.contiguous_format), buffer)  # not a view's storage
-                (beside / f"{name}.pt").write_bytes(buffer.getbuffer())
+                (tmp / f"{name}.pt").write_bytes(buffer.getbuffer())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def load(path: str | Path, pattern: tuple[int, int] | None = None, shapes: Shape
     """
     path = of_run(path, "mask.safetensors")
     n, m = pattern or (2, 4)
-    with explained(path, ANEW):
+    with as_user_error(path, ANEW):
         if (path / "run.json").is_file():
             raise UserError("the run has no mask yet: let it finish, or go on with it by --resume")
         if path.is_dir():
@@ -165,7 +165,7 @@ def _read_safetensors(path: Path) -> MaskFile:
 def _read_folder(path: Path) -> Masks:
     masks = {}
     for file in sorted(path.glob("*.pt")):
-        with explained(file.name, ANEW):
+        with as_user_error(file.name, ANEW):
             with zipfile.ZipFile(file) as archive:
                 flaw = archive.testzip()  # torch.load does not check the CRC-32
             mask = None if flaw else torch.load(file, map_location="cpu", weights_only=True)

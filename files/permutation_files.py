@@ -9,7 +9,7 @@ from pathlib import Path
 
 from files import checked_tensors
 from files.mask_files import public_name
-from utils import explained
+from utils import as_user_error
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def save(path: str | Path, orders: dict[str, Tensor], model: str, model_fingerpr
 def load(path: str | Path) -> tuple[dict[str, Tensor], str, str]:
     """Orders, int64 `[groups, size]`, model and model_fingerprint of a file whose checksum is right. UserError if it is
     missing, damaged or of another format."""
-    with explained(path, "give the NAME.permutation.safetensors that permute.py wrote, or restore it"):
+    with as_user_error(path, "give the NAME.permutation.safetensors that permute.py wrote, or restore it"):
         packed, metadata = checked_tensors.load(path, KIND, ("2",))
         return ({name: packed[name].long() for name in json.loads(metadata["sets"])}, metadata["model"],
                 metadata["model_fingerprint"])

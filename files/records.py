@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 from files.atomic import atomic_write
-from utils import explained
+from utils import as_user_error
 
 GENERATED = "generated.jsonl"  # text that a run's model wrote
 
 
 def write_json(path: str | Path, value: object) -> None:
     """Write a file, whole or not at all."""
-    with atomic_write(path) as beside:
-        beside.write_text(json.dumps(value, indent=1) + "\n")
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def short_hash(settings: dict) -> str:
@@ -23,7 +23,7 @@ def short_hash(settings: dict) -> str:
 def read_record(run: str | Path) -> dict:
     """A run's run.json; UserError where there is none or it is damaged."""
     path = Path(run) / "run.json"
-    with explained(path, "give the folder of a run of train.py or sparsify.py"):
+    with as_user_error(path, "give the folder of a run of train.py or sparsify.py"):
         record = json.loads(path.read_bytes())
         if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
             raise ValueError("it names no arguments")
@@ -41,14 +41,14 @@ def base_model(model: str) -> str:
     path = Path(model).expanduser() / "prune.json"
     if not path.is_file():
         return model
-    with explained(path, "remove it, or prune the model again"):
+    with as_user_error(path, "remove it, or prune the model again"):
         return json.loads(path.read_bytes())["arguments"]["model"]
 
 
 def read_lines(path: Path, size_bytes: int | None = None) -> list[dict]:
     """The objects of a .jsonl file, without a last line that is still being written, or those up to the bytes that a
     state knows of. UserError where it is damaged, or shorter."""
-    with explained(path, "give run folders, or bring it back as the run left it"):
+    with as_user_error(path, "give run folders, or bring it back as the run left it"):
         found = path.read_bytes()
         if size_bytes and len(found) < size_bytes:
             raise ValueError("lines are missing")

@@ -216,11 +216,11 @@ class MaskedModel:
                 for layer in self.layers.values() for plane in layer.logits if not layer.sharded]
         return str([int(total) for total in sums])
 
-    def copy_main(self) -> None:
+    def broadcast_(self) -> None:
         """Take the logits and masks of the main process, but for layers that are sharded."""
         for _, layer, tensor in self._moving():
             if not layer.sharded:
-                processes.copy_main(tensor)
+                processes.broadcast_(tensor)
 
     def _moving(self) -> Iterator[tuple[str, MaskedLayer, Tensor]]:
         """(name, layer, tensor) of what learning moves: each layer's logits, plane by plane, and its mask."""

@@ -176,8 +176,8 @@ def write_text(path: str | Path, model: nn.Module, tokenizer: Tokenizer, tokens:
             rows += [{"text": text, "tokens": len(row)} for text, row in zip(texts, written)]
             found += sum(map(len, written))
             progress.update(sum(map(len, written)))
-            with atomic_write(part) as beside:
-                beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            with atomic_write(part) as tmp:
+                tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     part.replace(path)
     sync(path.parent)
     return len(rows), found

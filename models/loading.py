@@ -11,7 +11,7 @@ from files import hub
 from files.records import of_run
 from models import processes
 from models.machine import DTYPES, checked_device, dtype_name, reuse_freed_memory
-from utils import UserError, explained
+from utils import UserError, as_user_error
 
 import torch
 import transformers
@@ -31,7 +31,7 @@ def load_model(model: str, dtype: str | None = None, device: str | None = None,
     dtype: a name of DTYPES, auto or checkpoint; None: auto on a CPU, float16 on a GPU. device: None, a torch
     device, or auto, by which accelerate spreads the layers over all GPUs.
     """
-    if processes.started() > processes.size():
+    if processes.started() > processes.world_size():
         raise UserError(f"{processes.started()} processes were started (WORLD_SIZE), of which each would do all of the "
                         "work: start this script as one, with python")
     is_spread, device = device == "auto", checked_device(device)
@@ -52,7 +52,7 @@ def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bo
     processes.log(f"loading {model} ({dtype}, {device})")
     if torch_dtype == torch.float16 and device.startswith("cpu"):
         processes.log("note: a CPU is several times slower in float16 than in what --dtype auto takes")
-    with explained_model(model):
+    with as_model_error(model):
         tokenizer = read_tokenizer(source, trust_remote_code)
         read_config(source, trust_remote_code)
         found, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -92,7 +92,7 @@ def local_folder(model: str) -> str | Path:
 
 
 @contextmanager
-def explained_model(model: str) -> Iterator[None]:
+def as_model_error(model: str) -> Iterator[None]:
     """Turns whatever the libraries find wrong with a model into one line."""
     transformers.utils.logging.set_verbosity_error()
     hidden = are_progress_bars_disabled()  # of downloads, which the next line would hide with that of reading weights
@@ -103,7 +103,7 @@ def explained_model(model: str) -> Iterator[None]:
     if not Path(model).expanduser().exists():
         what += ": there is no such folder, and as a hub id it"
         advice += " or a hub id (gated: first `hf auth login`)" if hub.answers() else ": the Hub does not answer"
-    with explained(what, advice):
+    with as_user_error(what, advice):
         yield
 
 

@@ -81,7 +81,7 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
@@ -100,7 +100,7 @@ def log(message: str) -> None:
 # in order
 
 @contextmanager
-def main_before_others() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Inside, the main process goes first, as long as it takes; all leave together."""
     if not is_main():
         wait_for_main()
@@ -113,13 +113,13 @@ def main_before_others() -> Iterator[None]:
 def wait_for_main() -> None:
     """The others wait for the main process, however long it is writing; it waits TIMEOUT for them, as they have nothing
     else to do."""
-    if size() > 1:
+    if world_size() > 1:
         distributed.monitored_barrier(_groups["patient"], TIMEOUT if is_main() else FETCHING)
 
 
 def wait_for_all() -> None:
     """Wait for all processes, however long each takes."""
-    if size() > 1:
+    if world_size() > 1:
         distributed.barrier(_groups["patient"])
 
 
@@ -128,20 +128,20 @@ def wait_for_all() -> None:
 
 def split(items: Sequence | Tensor) -> Sequence | Tensor:
     """This process's part of a sequence that all of them have: the parts follow one another in their order."""
-    return items[len(items) * rank() // size() : len(items) * (rank() + 1) // size()]
+    return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
 
 
 def all_gather(values: list[float]) -> list[list[float]]:
     """The numbers of all processes, in their order; each gives as many, float64."""
-    if size() == 1:
+    if world_size() == 1:
         return [values]
     mine = torch.tensor(values, dtype=torch.float64)
-    everyone = [torch.empty_like(mine) for _ in range(size())]
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
     distributed.all_gather(everyone, mine)
     return [numbers.tolist() for numbers in everyone]
 
 
-def agreed(value: float) -> float:
+def broadcast_float(value: float) -> float:
     """The main process's value, such as a time, in all processes."""
     return all_gather([value])[0][0]
 
@@ -164,15 +164,15 @@ def check_same(text: str, what: str) -> None:
                         "the same files, flags, library versions and kind of device")
 
 
-def copy_main(tensor: Tensor) -> None:
+def broadcast_(tensor: Tensor) -> None:
     """Make a contiguous tensor the main process's in all processes, in place."""
-    if size() > 1:
+    if world_size() > 1:
         distributed.broadcast(tensor.view(torch.uint8), 0)
 
 
-def mean_async(tensor: Tensor) -> Callable[[], Tensor]:
+def all_reduce_mean_async(tensor: Tensor) -> Callable[[], Tensor]:
     """Start to form a tensor's mean over the processes, in place; call what is returned to wait for it and have it."""
-    tensor /= size()
+    tensor /= world_size()
     work = distributed.all_reduce(tensor, async_op=True)
 
     def wait() -> Tensor:

@@ -1,6 +1,6 @@
 """A sharded model, loaded. transformers reads the files, in the main process, which alone has the whole model."""
 from models import processes
-from models.loading import DTYPE, Tokenizer, explained_model, local_folder, read_config, read_model, read_tokenizer
+from models.loading import DTYPE, Tokenizer, as_model_error, local_folder, read_config, read_model, read_tokenizer
 from models.sharding import check_version, shard
 
 import torch
@@ -19,19 +19,19 @@ def load_sharded(model: str, dtype: str | None, device: str,
     """
     check_version()
     source, loaded = local_folder(model), None
-    with processes.main_before_others():  # the main one may have to fetch it
+    with processes.main_process_first():  # the main one may have to fetch it
         if processes.is_main():
             loaded, _ = read_model(model, dtype, device, trust_remote_code)
-        with explained_model(model):
+        with as_model_error(model):
             tokenizer = read_tokenizer(source, trust_remote_code)
             config = read_config(source, trust_remote_code)
     dtypes = [loaded and loaded.dtype]
     distributed.broadcast_object_list(dtypes)
-    with explained_model(model), init_empty_weights(include_buffers=False):  # no file has rotary frequencies
+    with as_model_error(model), init_empty_weights(include_buffers=False):  # no file has rotary frequencies
         found = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, **{DTYPE: dtypes[0]})
     found.tie_weights()
-    shard(found, torch.device(device), processes.size())
+    shard(found, torch.device(device), processes.world_size())
     set_model_state_dict(found, loaded.state_dict() if loaded else {},
                          options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return found.eval(), tokenizer

@@ -47,7 +47,7 @@ def input_norms(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor)
 
 
 @torch.no_grad()
-def visit_in_order(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor,
+def for_each_layer(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor,
                    visit: Callable[[str, Tensor], None], doing: str) -> None:
     """One pass of samples, int64 `[sequences, tokens]`, through the decoder without its head. `visit(name, inputs)` is
     called once for each layer, before it computes. `doing`: for the progress bar. UserError if inputs are not

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 Shares = dict[str, tuple[float, float]]  # kind of set -> of its score the best mask keeps (before, after)
-STEPS = 20  # in each set of channels
+ROUNDS = 20  # of the search, in each set of channels
 ROWS = 16384  # drawn of those that read a set of channels, at most
 TOGETHER = 128  # blocks, at most, that exchange channels at once
 LOSS_TOLERANCE_NATS = 0.05  # of one sequence in 16 bits, before and after
@@ -54,7 +54,7 @@ def _striped(columns: Tensor, m: int) -> Tensor:
     return columns.sum(1).argsort(descending=True).view(m, -1).T.contiguous()
 
 
-def best_order(score: Tensor, n: int, m: int, steps: int, generator: torch.Generator) -> Tensor:
+def best_order(score: Tensor, n: int, m: int, rounds: int, generator: torch.Generator) -> Tensor:
     """An order of the channels by which an N:M mask keeps more of their score, and never less, than as they are.
 
     score: float32 of at least 0, `[rows, size]`, M divides size. Returns int64 `[size]`: which channel comes to each
@@ -63,7 +63,7 @@ def best_order(score: Tensor, n: int, m: int, steps: int, generator: torch.Gener
     columns = score.T.contiguous()  # a channel's scores lie together
     given = torch.arange(len(columns), device=score.device).view(-1, m)
     blocks = max((given, _striped(columns, m)), key=lambda order: kept(score[:, order.flatten()], n, m)).clone()
-    for _ in range(steps):
+    for _ in range(rounds):
         for some in torch.randperm(len(blocks), generator=generator).split(TOGETHER):
             _exchange(columns, blocks, some.to(score.device), n, generator)
     return blocks.flatten()
@@ -110,7 +110,7 @@ def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[
 
 @torch.no_grad()
 def find_orders(model: nn.Module, layers: dict[str, nn.Module], norms: dict[str, Tensor], pattern: tuple[int, int],
-                steps: int = STEPS, most_rows: int = ROWS, seed: int = 0) -> tuple[Orders, Shares]:
+                rounds: int = ROUNDS, most_rows: int = ROWS, seed: int = 0) -> tuple[Orders, Shares]:
     """Search for an order of every set of channels that these layers read; sets that M does not divide are left out.
 
     layers: all that a mask will have; norms: ||x_j|| of their inputs, float32 `[in]` each; pattern: (N, M).
@@ -122,7 +122,7 @@ def find_orders(model: nn.Module, layers: dict[str, nn.Module], norms: dict[str,
               if channels.size % m == 0}
     for name in progress_bar([name for name in places if places[name]], desc="searching", unit="set"):
         score = scores(layers, norms, places[name], most_rows, generator)
-        order = torch.stack([best_order(group, n, m, steps, generator) for group in score])
+        order = torch.stack([best_order(group, n, m, rounds, generator) for group in score])
         orders[name], after = order.cpu(), score.gather(2, order[:, None].expand_as(score))
         sums[name.rpartition(".")[2]] += torch.tensor([score.sum(dtype=torch.float64), kept(score.flatten(0, 1), n, m),
                                                        kept(after.flatten(0, 1), n, m)])
@@ -138,7 +138,7 @@ def check_reorderable(model: nn.Module) -> None:
 
 
 def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, pattern: tuple[int, int],
-                       steps: int = STEPS, seed: int = 0) -> tuple[Orders, Shares]:
+                       rounds: int = ROUNDS, seed: int = 0) -> tuple[Orders, Shares]:
     """Search for the best orders on calibration samples, int64 `[sequences, tokens]`, at least 2 tokens each, and
     reorder the model in place. layers: all that a mask will have; pattern: (N, M).
 
@@ -146,7 +146,7 @@ def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: 
     loss on the first sample.
     """
     check_reorderable(model)
-    orders, shares = find_orders(model, layers, input_norms(model, layers, samples), pattern, steps, seed=seed)
+    orders, shares = find_orders(model, layers, input_norms(model, layers, samples), pattern, rounds, seed=seed)
     before = batch_loss(model, samples[:1])
     reorder(model, orders)
     after = batch_loss(model, samples[:1])

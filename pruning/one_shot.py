@@ -13,7 +13,7 @@ from masking.layers import apply_masks
 from models import processes
 from models.layers import weight_matrix
 from pruning import sparsegpt
-from pruning.calibration import hessian_of, input_norms, visit_in_order
+from pruning.calibration import for_each_layer, hessian_of, input_norms
 from pruning.swaps import refine_by_swaps
 from utils import progress_bar
 
@@ -116,6 +116,6 @@ def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: 
         for name, pruned in pending.items():
             weight_matrix(layers[name]).copy_(pruned)
         pending.clear()
-    visit_in_order(model, layers, samples, prune, "pruning")
+    for_each_layer(model, layers, samples, prune, "pruning")
     write_pending()
     return reached

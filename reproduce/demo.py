@@ -62,9 +62,9 @@ def unpack_model(out: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.config.tie_word_embeddings = True  # the file has no head of its own
     model.tie_weights()
-    with atomic_write(out) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+    with atomic_write(out) as tmp:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
 
 
 def write_text(train: Path, heldout: Path) -> None:
@@ -79,10 +79,10 @@ def write_text(train: Path, heldout: Path) -> None:
                 passages.append(passage)
                 passage = ""
     random.Random(0).shuffle(passages)
-    with atomic_write(train) as beside:
-        beside.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages), encoding="utf-8")
-    with atomic_write(heldout) as beside:
-        beside.write_text("\n\n".join(speech.strip() for speech in speeches[9::10]), encoding="utf-8")
+    with atomic_write(train) as tmp:
+        tmp.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages), encoding="utf-8")
+    with atomic_write(heldout) as tmp:
+        tmp.write_text("\n\n".join(speech.strip() for speech in speeches[9::10]), encoding="utf-8")
 
 
 def script(*arguments: object) -> None:

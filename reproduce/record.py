@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.comparison import markdown_table
 from files.atomic import refuse_existing
 from files.records import GENERATED, read_lines, read_record, write_json
-from utils import UserError, explained, run_script
+from utils import UserError, as_user_error, run_script
 
 import numpy as np
 
@@ -74,7 +74,7 @@ def make_record(folder: Path) -> dict:
     """The record of a folder: `rows`, name -> seeds, and the `sha256` of what they are of."""
     rows, files = {}, set()
     for file in [folder / "dense.json", *sorted(folder.glob("*of*/*.json"))]:
-        with explained(file, "make it with eval.py"):
+        with as_user_error(file, "make it with eval.py"):
             evaluation = json.loads(file.read_text(encoding="utf-8"))
             seed = {key: evaluation[key] for key in ("nats", "ppl", "text", "windows", "seqlen", "dtype",
                                                      "fingerprint", "environment")}
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     record, out = make_record(Path(args.folder)), Path(args.out or Path(args.folder, "record.json"))
     if args.out and out.exists():
-        with explained(out, "give another --out"):
+        with as_user_error(out, "give another --out"):
             record = added(json.loads(out.read_text(encoding="utf-8")), record)
     write_json(out, record)
     print(markdown_table(HEADING, [[name, *row_cells(record["rows"], name)] for name in record["rows"]]))

@@ -29,6 +29,7 @@ from pruning.calibration import input_norms
 from training.faster_model import speed_up
 from training.initialize import SEQUENCES
 from training.launch import launch
+from training.learner import Learner
 from training.loop import StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -39,18 +40,18 @@ from rival_methods import RIVALS, Rival
 from torch import Tensor
 
 
-class Learner:
+class RivalLearner(Learner):
     """A rival as sparsify.py's learner in a run of so many steps; make: the rival, from (model, masks, norms, n, m,
     weights)."""
 
-    def __init__(self, make: Callable[..., Rival], steps: int):
+    def __init__(self, make: Callable[..., Rival], steps: int):  # `of` has the masked model
         self.make, self.steps = make, steps
 
-    def of(self, masked: MaskedModel, tokens: int, *_: object) -> "Learner":
+    def of(self, masked: MaskedModel, tokens: int, *_: object) -> "RivalLearner":
         """In place of StraightThrough(masked, ...)."""
         if any(is_transposed(layer.dense) for layer in masked.layers.values()):
             raise UserError("rivals are written for nn.Linear, and this model has Conv1D layers")
-        self.masked, masked.mode_bits, masked.changed = masked, self.mode_bits, self.changed
+        super().__init__(masked)
         masked.undo.append(self.remove)
         self.undo = speed_up(masked.model, masked.kernels, tokens)  # as ours
         return self
@@ -81,14 +82,14 @@ class Learner:
                     teacher = self.masked.model(input_ids=batch, use_cache=False).logits
             return StepResult(self.rival.move(batch, teacher, distill, progress))
 
-    def mode_bits(self) -> dict[str, Tensor]:
+    def proposal(self) -> dict[str, Tensor]:
         """The rival's mask."""
         return {name: self.masked.layers[name].bits_of(mask) for name, mask in self.rival.masks().items()}
 
     def changed(self) -> float:
         """The share of blocks whose mask is not m0's."""
         m0 = self.masked.bits()  # no logits of its own move
-        return sum(int((bits != m0[name]).sum()) for name, bits in self.mode_bits().items()) / self.masked.blocks
+        return sum(int((bits != m0[name]).sum()) for name, bits in self.proposal().items()) / self.masked.blocks
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """Parameters, Adam's moments, the norms, the state of the random numbers."""
@@ -136,26 +137,24 @@ def settings_of(given: Namespace) -> Namespace:
     if not read_record(given.like).get("fingerprints") or args.targets:
         raise UserError(f"{given.like} must have its text and m0, without --targets: a rival learns all layers")
     skips = not args.permute  # a mask of reordered channels is none of the model as it is
-    return Namespace(**{**vars(args), "lr": given.lr, "out": given.out, "resume": None, "skip_checkpoint": skips})
+    return Namespace(**{**vars(args), "step_size": given.lr, "out": given.out, "resume": None, "skip_checkpoint": skips})
 
 
 def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
             signals: StopSignals) -> None:
     """The run, as `sparsify.learn`."""
-    folder.record["rival"] = method
-    if processes.size() > 1:
+    if processes.world_size() > 1:
         raise UserError("rivals learn in one process")
     if like:
         lent = read_record(like)
-        folder.record["fingerprints"] = lent["fingerprints"]  # so another version's shares of text stop it
-        folder.record["plan"] = lent["plan"]
         for name in (GENERATED, "order.permutation.safetensors", "initial_mask.safetensors"):
             if Path(like, name).exists():
                 shutil.copy(Path(like, name), folder.path)
-        folder.write_record()  # so that a run that is stopped from here on goes on
+        # a run that is stopped from here on goes on; another version's shares of text stop it
+        folder.note(rival=method, fingerprints=lent["fingerprints"], plan=lent["plan"])
     steps = folder.record["plan"]["steps"]
     further = {"steps": steps} if method == "proxsparse" else {}
-    learner = Learner(partial(RIVALS[method], lr=args.lr, seed=args.seed, **further), steps)
+    learner = RivalLearner(partial(RIVALS[method], lr=args.step_size, seed=args.seed, **further), steps)
     sparsify.learn(args, device, folder, signals, learner.of, learner.start)
 
 

@@ -116,13 +116,18 @@ def one_shot() -> str:
     return of_the_real_model("method", ONE_SHOT)
 
 
+def rate_of(arguments: dict) -> float:
+    """The rate of a rival's Adam; earlier versions recorded it under another name."""
+    return arguments.get("lr", arguments.get("step_size"))
+
+
 def rivals() -> str:
     """Methods that learn by backward passes on the same model."""
     lines = []
     for method, state_bytes, name in RIVALS:
         runs = smollm2(name)[name]
         seeds = ", ".join(str(seed["seed"]) for seed in runs)
-        lines.append([method, state_bytes, f"{runs[0]['run']['arguments']['lr']:g}", seeds, *gaps(name)])
+        lines.append([method, state_bytes, f"{rate_of(runs[0]['run']['arguments']):g}", seeds, *gaps(name)])
     return markdown_table(["method", "state, bytes a weight", "rate", "seeds", *GAPS], lines)
 
 

@@ -35,10 +35,10 @@ TOKENS = torch.randint(3, 300, (8, 12), generator=torch.Generator().manual_seed(
 @contextmanager
 def alone():
     """Inside, this process is the only one."""
-    size, rank = processes.size, processes.rank
-    processes.size, processes.rank = (lambda: 1), (lambda: 0)
+    size, rank = processes.world_size, processes.rank
+    processes.world_size, processes.rank = (lambda: 1), (lambda: 0)
     yield
-    processes.size, processes.rank = size, rank
+    processes.world_size, processes.rank = size, rank
 
 
 def pair(folder: Path, dtype: str, n: int = 2, m: int = 4, **settings) -> tuple[MaskedModel, MaskedModel]:
@@ -64,7 +64,7 @@ def assert_same(masked: MaskedModel, whole: MaskedModel, apart: float = 0.0) -> 
 def forward_only(folder: Path, dtype: str, n: int, m: int) -> MaskedModel:
     """Losses, masks and logits have the bits of a whole model's; nothing whole is held."""
     masked, expected = pair(folder, dtype, n, m, logits_dtype=torch.float16)
-    model, size, itemsize = masked.model, processes.size(), expected.model.dtype.itemsize
+    model, size, itemsize = masked.model, processes.world_size(), expected.model.dtype.itemsize
     copies = sum(parameter.nbytes for parameter in model.parameters() if not isinstance(parameter, DTensor))
     weights = sum(layer.shape.numel() for layer in masked.layers.values())
     held = copies + sum(tensor.untyped_storage().nbytes() for layer in masked.layers.values()
@@ -103,9 +103,9 @@ def by_gradients(folder: Path) -> None:
     for each in (masked, expected):
         from_swaps(each, 1.0, TOKENS, 3)
     assert_same(masked, expected, apart=1e-4)  # products of fewer rows may round otherwise
-    for ours, one in learn(masked, expected, TOKENS[:processes.size()], checkpointing=True):
+    for ours, one in learn(masked, expected, TOKENS[:processes.world_size()], checkpointing=True):
         found, expected_squares = (each.normalization.mean_squares for each in (ours, one))
-        assert torch.allclose(found * processes.size()**2, expected_squares, rtol=1e-3)
+        assert torch.allclose(found * processes.world_size()**2, expected_squares, rtol=1e-3)
     assert max(float((plane - plane.round()).abs().max()) for layer in masked.layers.values() if len(layer.bits)
                for plane in layer.logits) > 0.05
 
@@ -153,7 +153,7 @@ class MixtureModel(nn.Module):
 def experts() -> None:
     """Experts that the text of one process does not reach get no other's gradient."""
     torch.manual_seed(0)
-    whole, size = MixtureModel().requires_grad_(False), processes.size()
+    whole, size = MixtureModel().requires_grad_(False), processes.world_size()
     with torch.device("meta"):
         model = MixtureModel()
     shard(model, torch.device("cpu"), size)

@@ -4,7 +4,7 @@ import threading
 
 from masking.compiler import compiled, on_gpu
 from masking.kernels import FEW, one_block_a_thread
-from training.loss import summed_loss
+from training.distillation import summed_loss
 from training.straight_through import weight_gradient
 from utils import UserError
 

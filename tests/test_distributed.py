@@ -74,22 +74,22 @@ from masking import compiler
 from models import processes
 from utils import UserError
 with processes.joined("cpu"):
-    rank, size = processes.rank(), processes.size()
+    rank, size = processes.rank(), processes.world_size()
     assert size == int(sys.argv[1]) and processes.is_main() == (rank == 0)
     everyone = range(size)
     assert processes.all_gather([rank, 1 / 3]) == [[r, 1 / 3] for r in everyone]
     parts = [int(count) for count, in processes.all_gather([float(len(processes.split(range(9))))])]
     assert parts in ([4, 5], [2, 2, 2, 3])
-    assert processes.agreed(7.0 + rank) == 7.0
+    assert processes.broadcast_float(7.0 + rank) == 7.0
     assert processes.mean([1.0] * rank + [3.0]) == sum(r + 3 for r in everyone) / sum(r + 1 for r in everyone)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tensor = torch.arange(6, dtype=dtype).view(2, 3) * rank
-        processes.mean_async(tensor)()
+        processes.all_reduce_mean_async(tensor)()
         assert torch.equal(tensor, torch.arange(6, dtype=dtype).view(2, 3) * (sum(everyone) / size)), tensor
-        processes.copy_main(tensor := torch.full((3,), 1 + rank, dtype=dtype))
+        processes.broadcast_(tensor := torch.full((3,), 1 + rank, dtype=dtype))
         assert tensor.tolist() == [1, 1, 1]
     order = open(sys.argv[2], "a", buffering=1)
-    with processes.main_before_others():
+    with processes.main_process_first():
         order.write(f"{rank}\\n")
     if rank == 1:
         compiler.eagerly.set()

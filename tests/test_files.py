@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 
 
 def write(path, text="new"):
-    with atomic_write(path) as beside:
-        beside.write_text(text)
+    with atomic_write(path) as tmp:
+        tmp.write_text(text)
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -32,9 +32,9 @@ def test_a_block_that_fails_changes_nothing(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
     told = UserError if isinstance(error, (OSError, SafetensorError)) else type(error)
-    with pytest.raises(told) as raised, atomic_write(path) as beside:
-        beside.mkdir()
-        (beside / "half").write_text("half")
+    with pytest.raises(told) as raised, atomic_write(path) as tmp:
+        tmp.mkdir()
+        (tmp / "half").write_text("half")
         raise error
     if told is UserError:
         assert "No space left" in str(raised.value) and "free some space" in str(raised.value)
@@ -42,9 +42,9 @@ def test_a_block_that_fails_changes_nothing(tmp_path, error):
 
 
 def test_a_folder_takes_its_name_with_all_its_files_readable(tmp_path):
-    with atomic_write(tmp_path / "folder") as beside:
-        (beside / "in").mkdir(parents=True)
-        (beside / "in" / "file").touch(mode=0o600)
+    with atomic_write(tmp_path / "folder") as tmp:
+        (tmp / "in").mkdir(parents=True)
+        (tmp / "in" / "file").touch(mode=0o600)
     assert os.listdir(tmp_path) == ["folder"]
     (tmp_path / "plain").touch()
     assert (tmp_path / "folder" / "in" / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -59,12 +59,12 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, m
 
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(os, "replace", lambda source, target: (events.append("rename"), replace(source, target)))
-    with atomic_write(path) as beside:
-        beside.mkdir()
-        (beside / "a").touch()
+    with atomic_write(path) as tmp:
+        tmp.mkdir()
+        (tmp / "a").touch()
     if "?" in events:
         pytest.skip("needs /proc")
-    assert events == [f"{beside}/a", str(beside), "rename", str(tmp_path)]
+    assert events == [f"{tmp}/a", str(tmp), "rename", str(tmp_path)]
 
 
 def test_mounts_without_permissions_or_syncing(tmp_path, monkeypatch):
@@ -79,8 +79,8 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     path.write_text("old")
     if not (child := os.fork()):
         try:
-            with atomic_write(path) as beside:
-                beside.write_text("half")
+            with atomic_write(path) as tmp:
+                tmp.write_text("half")
                 os.kill(os.getpid(), signal.SIGKILL)
         finally:
             os._exit(1)

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 
+from training.learner import Learner
 from training.loop import Run, StepResult
 from training.run_folder import RunFolder
 from training.signals import StopSignals
@@ -23,12 +24,12 @@ def go(tmp_path):
         arguments = {"checkpoint_every": "1000000"}
         with RunFolder(tmp_path / "run", arguments, "sparsify.py") as folder, StopSignals() as signals:
             for saved in (False, True) if stop_after < math.inf else (False,):
-                run = Run(folder, signals, Validation(masked, TOKENS[:0]), 4, **budget)
+                run = Run(folder, signals, Validation(Learner(masked), TOKENS[:0]), 4, **budget)
                 folder.is_resumed = saved
                 run.restore(masked=masked)
                 for _ in run.steps():
                     step = run.step
-                    seen.append(run.progress)
+                    seen.append(run.share_done)
                     run.advance(StepResult(loss(step), not_finite=not_finite))
                     if run.step == stop_after:
                         run.save()

@@ -28,10 +28,10 @@ def test_three_in_a_row_stop_the_run_with_its_last_good_state(workshop, tmp_path
     losses.update(dict.fromkeys([3, 4, 5], lambda: math.inf))
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"the loss is inf at step 3 and at all up to step 5; start a new run "
-                                        r"with a lower --lr.*--resume"):
+                                        r"with a smaller --lr.*--resume"):
         train.main(arguments(workshop, run, VANILLA))
     before, after = (checkpoint.StateFile(run / f"state/step0000000{step}.pt") for step in (4, 5))
-    assert after.scalars["position"]["skipped"] == 3 and steps_of(run) == [1, 2]
+    assert after.scalars["progress"]["skipped"] == 3 and steps_of(run) == [1, 2]
     for name, tensor in after.tensors.items():
         if "logits" in name:
             assert torch.equal(tensor, before.tensors[name]) and tensor.isfinite().all()

@@ -27,7 +27,7 @@ def folder(tmp_path_factory, models):
     folder = tmp_path_factory.mktemp("permute")
     tiny.write_corpus(folder / "text.jsonl")
     shutil.copytree(models["llama"], folder / "dense")
-    permute.main(f"--model {folder}/dense {PLACE} --dataset {folder}/text.jsonl --nsamples 8 --seqlen 64 --steps 5 "
+    permute.main(f"--model {folder}/dense {PLACE} --dataset {folder}/text.jsonl --nsamples 8 --seqlen 64 --rounds 5 "
                  f"--save_model {folder}/a".split())
     b = load(folder / "dense")
     reorder(b, {"model.layers.0.hidden": torch.arange(b.config.intermediate_size).roll(1)[None]})
@@ -87,6 +87,6 @@ def test_orders_of_other_models_are_refused(folder, models):
     ("--model {f}/absent --dataset {f}/gone.jsonl --save_model {t}/new", "gone.jsonl: no such file")])
 def test_errors_write_nothing(folder, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
-        permute.main((f"{PLACE} --dataset {folder}/text.jsonl --nsamples 2 --seqlen 32 --steps 1 "
+        permute.main((f"{PLACE} --dataset {folder}/text.jsonl --nsamples 2 --seqlen 32 --rounds 1 "
                       + flags.format(f=folder, t=tmp_path)).split())
     assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from training.straight_through import StraightThrough
 from utils import UserError
 
 import pytest
+import tiny
 import torch
 from faults import kill
 from huggingface_hub import ModelCard
@@ -59,7 +60,8 @@ def heldout(workshop, run, files) -> torch.Tensor:
 def test_a_model_is_all_it_needs_and_minutes_become_steps(workshop, tmp_path, monkeypatch, capsys):
     """Half an hour on a machine of these speeds; the plan is recorded, and holds on --resume."""
     seconds = {"step": 60.0, "sweep": 100.0, "token": 0.01}
-    monkeypatch.setattr(plan, "measured", lambda *given: seconds)
+    monkeypatch.setattr(plan, "measured", lambda *given: {**seconds, "token": 1e-9})
+    monkeypatch.setattr(plan, "token_s", lambda *given: seconds["token"])
     monkeypatch.setattr(preparation, "one_shot_masks", raises(KeyboardInterrupt()))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -94,10 +96,25 @@ def test_what_minutes_buy(minutes, seconds, steps, sweeps, generated):
 def test_a_machine_is_measured(workshop):
     model, tokenizer = load_model(f"{workshop}/dense", "float32", "cpu")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = plan.measured(model, tokenizer, (2, 4), 2, 24, True)
+    found = plan.measured(model, (2, 4), 2, 24)
     assert all(0 < seconds < 60 for seconds in found.values()) and found.keys() == {"step", "sweep", "token"}
-    assert plan.measured(model, tokenizer, (2, 4), 2, 24, False)["token"] < found["token"]
+    assert found["token"] < plan.token_s(model, tokenizer) < 60
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("documents, generates", [(2, True), (400, False)])
+def test_minutes_measure_generation_only_if_given_text_does_not_suffice(workshop, tmp_path, monkeypatch, documents,
+                                                                        generates):
+    """It takes a share of the minutes, and a tokenizer whose texts have a beginning."""
+    seconds = {"step": 1.0, "sweep": 1e-3, "token": 1e-9}
+    monkeypatch.setattr(plan, "measured", lambda *_: dict(seconds))
+    monkeypatch.setattr(plan, "token_s", lambda *_: 1e-2)
+    tiny.write_corpus(tmp_path / "text.jsonl", documents)
+    model, tokenizer = load_model(f"{workshop}/dense", "float32", "cpu")
+    args = sparsify.parse_args(f"--model {workshop}/dense --dataset {tmp_path}/text.jsonl --minutes 2 --batchsize 2 "
+                               "--seqlen 24".split())
+    planned = sparsify.planned(args, model, tokenizer)
+    assert (planned.steps < 85) == generates
 
 
 def test_its_table_recomputed(workshop, learned, capsys):
@@ -134,7 +151,7 @@ def test_its_table_recomputed(workshop, learned, capsys):
     assert f"{len(m0)} of its layers keep 2:4 weights" in card
     assert perplexity_table(report["nats"]) in card and perplexity_table(report["nats"]) in said
     few, some = ({**report["summary"], "blocks": 10**6, "blocks_changed": changed} for changed in (99, 100))
-    assert "raise --lr" in note_unchanged(few) and note_unchanged(some) == ""
+    assert "larger steps (--lr, --step_size)" in note_unchanged(few) and note_unchanged(some) == ""
     assert list(report["stages"]) == ["text", "m0", "swaps", "learning", "table"]
     assert report["summary"]["blocks_changed"] == sum(
         int((mask != m0[name]).view(-1, 4).any(1).sum()) for name, mask in run.masks.items()) > 0

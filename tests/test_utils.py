@@ -79,7 +79,7 @@ def test_precisions(monkeypatch):
 def test_a_full_memory_is_one_line(capsys):
     """A CPU's, too, which PyTorch has no class of error for, and while a model is read."""
     def read():
-        with utils.explained("--model large", "give another"):
+        with utils.as_user_error("--model large", "give another"):
             torch.empty(2**60, dtype=torch.int8)
     with pytest.raises(SystemExit) as stop:
         utils.run_script(read)

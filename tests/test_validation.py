@@ -7,6 +7,7 @@ from files import mask_files
 from masking.masked_model import MaskedModel
 from models import processes
 from training import validation
+from training.learner import Learner
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_the_mask_with_the_lowest_loss_is_kept(load, monkeypatch):
         evaluated.append(forward(masked.model))
         return next(losses)
     monkeypatch.setattr(MaskedModel, "loss", planted)
-    best = validation.Validation(masked, torch.zeros(1, 2, 20, dtype=torch.int64))
+    best = validation.Validation(Learner(masked), torch.zeros(1, 2, 20, dtype=torch.int64))
     masks, found = [], []
     for t in range(5):
         masks.append(masked.masks_of(masked.mode_bits()))
@@ -71,9 +72,9 @@ def test_what_was_learned_is_delivered_with_less_of_the_prior(learn, heldout, te
 
 def test_processes_whose_logits_differ_are_noticed(load, monkeypatch):
     masked, told = make(load())[0], []
-    monkeypatch.setattr(processes, "size", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     monkeypatch.setattr(processes, "check_same", lambda text, what: told.append((text, what)))
-    best = validation.Validation(masked, torch.zeros(0, 2, 20, dtype=torch.int64))
+    best = validation.Validation(Learner(masked), torch.zeros(0, 2, 20, dtype=torch.int64))
     for step in 1, 2, 3:
         best.evaluate(step)
         masked.layers["model.layers.1.mlp.up_proj"].logits[0][5] += step - 1
@@ -82,6 +83,6 @@ def test_processes_whose_logits_differ_are_noticed(load, monkeypatch):
 
 def test_m0_is_the_first_even_where_all_logits_are_the_same(load):
     masked, m0, _ = make(load(), magnitude=0.0)
-    best = validation.Validation(masked, torch.arange(40).view(1, 2, 20) % 32)
+    best = validation.Validation(Learner(masked), torch.arange(40).view(1, 2, 20) % 32)
     best.evaluate(0)
     assert same(masked.finish(best.bits), m0)

@@ -11,7 +11,7 @@ from files import mask_files
 from files.atomic import atomic_write, refuse_existing
 from masking.masked_model import MaskedModel
 from models.loading import model_fingerprint
-from utils import UserError, explained
+from utils import UserError, as_user_error
 
 import numpy as np
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def conditions(model: nn.Module, masks: dict[str, Tensor], batches: Tensor) -> d
 def save(path: str | Path, losses: list[float], depends_on: dict[str, str]) -> None:
     """Write a new file: losses float64 `[minibatches]`, and the conditions as JSON."""
     refuse_existing(path, "choose another --save or remove it")
-    with atomic_write(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as tmp, open(tmp, "wb") as file:
         np.savez(file, losses=np.array(losses, np.float64), depends_on=np.array(json.dumps(depends_on)))
 
 
@@ -70,7 +70,7 @@ def load(path: str, wanted: dict[str, str]) -> list[float]:
     """The losses of the minibatches from a file. UserError if it was computed under other conditions than the wanted
     `conditions`, naming them."""
     minibatches = int(wanted["dataset_size"]) // int(wanted["batchsize"])
-    with explained(path, "make it anew with inference_loss.py"), np.load(path, allow_pickle=False) as arrays:
+    with as_user_error(path, "make it anew with inference_loss.py"), np.load(path, allow_pickle=False) as arrays:
         losses, found = arrays["losses"].astype(np.float64), dict(json.loads(str(arrays["depends_on"])))
     stale = [f"{key.replace('sqlen', 'seqlen')} {str(found.get(key))[:80]} there, {value} here"
              for key, value in wanted.items() if found.get(key) != value]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-FORMAT = "maskpro-state 6"
+FORMAT = "maskpro-state 7"
 KEPT = 2  # states of a run
 MOST_SHARE = 0.02  # of a run's time that saving may take before its end where --checkpoint_every is in minutes
 
@@ -37,7 +37,7 @@ def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
     other processes have to call `give_shards`. UserError if the file cannot be written; then nothing is left of it."""
     tensors = {name: (whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
                for name, tensor in tensors.items()}
-    with atomic_write(path) as beside, open(beside, "wb") as file:  # torch reports a full disk as such to a file
+    with atomic_write(path) as tmp, open(tmp, "wb") as file:  # torch reports a full disk as such to a file
         try:
             torch.save({"format": FORMAT, "scalars": scalars, "tensors": tensors}, file)
         except RuntimeError as error:  # torch's own, over that of the file

@@ -64,11 +64,11 @@ def learning_curve(runs: dict[str, list[dict]], path: str | Path, levels: dict[s
     from matplotlib.figure import Figure
     drawn = {label: points for label, points in curves(runs).items() if any(points.values())}
     # In an .svg text stays text, and a $ in a run's name is a dollar.
-    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}), atomic_write(path) as beside:
+    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}), atomic_write(path) as tmp:
         figure = Figure(figsize=(6.5 * len(drawn), 5), layout="constrained")
         figure.suptitle(title)
         panels = figure.subplots(1, len(drawn), squeeze=False)[0]
         for axes, (label, points) in zip(panels, drawn.items()):
             own = {RESIDUAL: {"m0": 0.0}, HELDOUT: levels or {}}
             _draw(axes, label, points, own.get(label, {}))
-        figure.savefig(beside, format=Path(path).suffix[1:], dpi=150)
+        figure.savefig(tmp, format=Path(path).suffix[1:], dpi=150)

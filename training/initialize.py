@@ -11,7 +11,7 @@ from masking.spaces import Space
 from models.layers import layers_to_mask, weight_matrix
 from models.loading import model_fingerprint
 from pruning import swaps
-from pruning.calibration import hessian_of, input_norms, visit_in_order
+from pruning.calibration import for_each_layer, hessian_of, input_norms
 from pruning.one_shot import wanda
 
 import torch
@@ -87,5 +87,5 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, sweeps:
             _follow(masked, layer, magnitude, swaps.confidence(layer.weight, mask, hessian, layer.m))
         masked.rewrite(layer)
     modules = {name: layer.module for name, layer in masked.layers.items()}
-    visit_in_order(masked.model, modules, sequences, improve, "swapping")
-    masked.copy_main()  # GPUs may round these sums otherwise
+    for_each_layer(masked.model, modules, sequences, improve, "swapping")
+    masked.broadcast_()  # GPUs may round these sums otherwise

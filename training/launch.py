@@ -18,6 +18,6 @@ def launch(script: str, args: Namespace, work: Callable) -> None:
     with processes.joined(args.device) as device:
         args.dtype = dtype_name(args.dtype, checked_device(device))  # is recorded, and kept on another device
         with (RunFolder(args.out, vars(args), script, bool(args.resume)) as folder, StopSignals() as signals):
-            if processes.size() > 1:
+            if processes.world_size() > 1:
                 compiler.agree(device)
             work(args, device, folder, signals)

@@ -37,7 +37,7 @@ class StepResult:
 
 
 @dataclass
-class Position:
+class Progress:
     """Where a run is. Saved with every state."""
     step: int = 0  # steps done
     minibatches: int = 0  # that the run has gone through
@@ -62,19 +62,19 @@ class Run:
         self.checkpoints, self.epoch_minibatches = folder.checkpoints, minibatches
         self.total_steps = max_step
         if epoch < math.inf:
-            self.total_steps = min(max_step, math.ceil(epoch * minibatches / processes.size()))
+            self.total_steps = min(max_step, math.ceil(epoch * minibatches / processes.world_size()))
         self.evaluations = evaluations
-        self.position, self.parts = Position(), {}
+        self.progress, self.parts = Progress(), {}
         self.log: Log | None = None  # from `restore` on
         self._stopped_by = 0
 
     @property
     def step(self) -> int:
         """Steps done."""
-        return self.position.step
+        return self.progress.step
 
     @property
-    def progress(self) -> float:
+    def share_done(self) -> float:
         """Share of the steps that are done, 0 to 1."""
         return self.step / self.total_steps
 
@@ -85,17 +85,17 @@ class Run:
         is saved if that is due, if the step is the last, or if a signal came, which then ends the process as it would
         have at once."""
         self.signals.deferred = True
-        self._started = time.monotonic() - self.position.seconds
+        self._started = time.monotonic() - self.progress.seconds
         self._bar = progress_bar(total=self.total_steps, initial=self.step, desc="learning", unit="step",
                                  disable=not processes.is_main())
         with self._bar:
-            while self.progress < 1:
-                yield (self.position.minibatches + processes.rank()) % self.epoch_minibatches
+            while self.share_done < 1:
+                yield (self.progress.minibatches + processes.rank()) % self.epoch_minibatches
                 self._bar.update()
-                due = processes.agreed(float(self.checkpoints.due(self.step, self.elapsed_s())))
+                due = processes.broadcast_float(float(self.checkpoints.due(self.step, self.elapsed_s())))
                 if self._stopped_by:
                     self._stop(self._stopped_by)
-                if due or self.progress == 1:
+                if due or self.share_done == 1:
                     self.save()
         self.signals.deferred = False
         found = processes.all_gather([float(self.signals.received)])  # while the last state was saved
@@ -118,20 +118,20 @@ class Run:
         any of them got."""
         found = processes.all_gather([self.elapsed_s(), float(self.signals.received)])
         seconds, self._stopped_by = found[0][0], int(max(received for _, received in found))
-        position = self.position
-        position.step += 1
-        position.minibatches += processes.size()
+        progress = self.progress
+        progress.step += 1
+        progress.minibatches += processes.world_size()
         if not result.is_finite:
             self._skip(result.loss + (result.baseline or 0))
             return
-        position.skipped_in_a_row = 0
+        progress.skipped_in_a_row = 0
         line = {"step": self.step, "loss": result.loss, "baseline": result.baseline, "advantage": result.advantage,
                 "delta": result.delta, "seconds": round(seconds, 3)}
         if result.not_finite is not None:
             line["blocks_not_finite"] = result.not_finite
-        before, position.evaluations = position.evaluations, int(self.progress * self.evaluations)
-        if position.evaluations > before:  # evenly spread over the run
-            line["changed"] = self.validation.masked.changed()
+        before, progress.evaluations = progress.evaluations, int(self.share_done * self.evaluations)
+        if progress.evaluations > before:  # evenly spread over the run
+            line["changed"] = self.validation.learner.changed()
             if (result.not_finite or 0) > MANY * self.validation.masked.blocks:
                 processes.log(f"\nat step {self.step} the gradients of {result.not_finite:,} blocks are not finite and "
                               "do not count: --dtype bfloat16 does not overflow")
@@ -142,22 +142,22 @@ class Run:
         self._bar.set_postfix_str(f"loss {result.loss:.4f}{residual}", refresh=False)
 
     def _skip(self, loss: float) -> None:
-        position = self.position
-        position.skipped += 1
-        position.skipped_in_a_row += 1
-        if position.skipped_in_a_row < BAD_LOSSES and (self.log.lines or self.progress < 1):
+        progress = self.progress
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row < BAD_LOSSES and (self.log.lines or self.share_done < 1):
             processes.log(f"the loss is {loss} at step {self.step}: skipped")
-            if self.progress == 1:  # the mask may still be the best; the log has no line for it
+            if self.share_done == 1:  # the mask may still be the best; the log has no line for it
                 self.validation.evaluate(self.step)
             return
-        begin = self.step - position.skipped_in_a_row + 1
-        position.skipped_in_a_row = 0  # resumed, the run goes on after them
+        begin = self.step - progress.skipped_in_a_row + 1
+        progress.skipped_in_a_row = 0  # resumed, the run goes on after them
         saved = ""
         if self.log.lines:
             self.save()
             saved = "; the state is saved"
         raise UserError(f"the loss is {loss} at step {begin} and at all up to step {self.step}; start a new run with a "
-                        f"lower --lr, or with --dtype bfloat16 if the model overflows in its dtype{saved}")
+                        f"smaller --lr or --step_size, or with --dtype bfloat16 if the model overflows in its dtype{saved}")
 
     # ----------------------------------------------------------------------------------------------- saved and restored
 
@@ -167,14 +167,14 @@ class Run:
         parts: what has `state()`, (scalars, tensors), and `restore(scalars, read)`.
         """
         self.parts, saved = parts, self.folder.newest_state()
-        with processes.main_before_others():
+        with processes.main_process_first():
             if saved:
-                self.position = Position(**saved.scalars["position"])
+                self.progress = Progress(**saved.scalars["progress"])
                 for name, part in parts.items():
                     part.restore(saved.scalars[name], lambda key, like, name=name: saved.read(f"{name}.{key}", like))
                 torch.set_rng_state(saved.read("random", torch.get_rng_state()))
-                self.checkpoints.step, self.checkpoints.saved_at = self.step, self.position.seconds
-            self.log = Log(self.folder.path, self.position.log_bytes)
+                self.checkpoints.step, self.checkpoints.saved_at = self.step, self.progress.seconds
+            self.log = Log(self.folder.path, self.progress.log_bytes)
         if saved:
             processes.log(f"going on after step {self.step} of {self.folder.path}")
         return bool(saved)
@@ -187,13 +187,13 @@ class Run:
         states = {name: part.state() for name, part in self.parts.items()}
         tensors = {f"{name}.{key}": tensor for name, (_, found) in states.items() for key, tensor in found.items()}
         if processes.is_main():
-            self.position.log_bytes = self.log.sync()
+            self.progress.log_bytes = self.log.sync()
             if self.step:
-                self.position.seconds = self.elapsed_s()
-            scalars = {"position": asdict(self.position), **{name: found for name, (found, _) in states.items()}}
+                self.progress.seconds = self.elapsed_s()
+            scalars = {"progress": asdict(self.progress), **{name: found for name, (found, _) in states.items()}}
             tensors["random"] = torch.get_rng_state()
-            self.checkpoints.save(self.step, self.position.seconds, scalars, tensors)
-            self.position.seconds_saving += self.checkpoints.cost_s
+            self.checkpoints.save(self.step, self.progress.seconds, scalars, tensors)
+            self.progress.seconds_saving += self.checkpoints.cost_s
         else:
             give_shards(tensors)
             self.checkpoints.step = self.step

@@ -68,7 +68,7 @@ class Normalization:
         if reached:
             sums = torch.stack([self._squares[place].to(now.device) for place in reached])
             if self.masked.is_sharded:  # over all their rows
-                sums = processes.mean_async(sums)() * processes.size()  # their sum
+                sums = processes.all_reduce_mean_async(sums)() * processes.world_size()  # their sum
             sums[sums == 0] = torch.nan  # no process reached the layer, or no block of it was finite
             now[reached] = sums / self._sizes[reached]
         mean = torch.where(before.isfinite(), DECAY * before + (1 - DECAY) * now, now)

@@ -55,7 +55,7 @@ def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def of_steps(steps: int, minibatch: int) -> Plan:
     """The plan of so many steps on minibatches of so many tokens."""
-    wanted = steps * processes.size()
+    wanted = steps * processes.world_size()
     found = wanted
     while found - PARTS * heldout_of(found) < wanted:
         found += 1
@@ -63,7 +63,7 @@ def of_steps(steps: int, minibatch: int) -> Plan:
 
 
 def of_minutes(minutes: float, seconds: dict[str, float], minibatch: int) -> Plan:
-    """The plan of so many minutes, by the `seconds` that `measured` has found. It is logged with its parts."""
+    """The plan of so many minutes, by the `seconds` that `measured` has found."""
     left_s = 60 * minutes - FIXED_S
     sweeps = max(0, min(SWEEPS, int(SWAPS_SHARE * left_s / seconds["sweep"])))
     left_s -= sweeps * seconds["sweep"]
@@ -73,26 +73,32 @@ def of_minutes(minutes: float, seconds: dict[str, float], minibatch: int) -> Pla
     plan = of_steps(max(1, int(steps)), minibatch)
     plan.sweeps = sweeps
     plan.generated = max(FEWEST * minibatch, min(plan.generated, int(most_text_s / seconds["token"])))
-    parts = [min(plan.tokens, plan.generated) * seconds["token"], sweeps * seconds["sweep"],
-             plan.steps * seconds["step"]]
-    text, swaps, learning = (f"{part / 60:.1f}" for part in parts)
-    total = f"{(sum(parts) + FIXED_S) / 60:.1f}"
-    processes.log(f"about {total} minutes: {text} for text, {swaps} for swaps, {learning} for {plan.steps} steps")
     return plan
 
 
-def measured(model: nn.Module, tokenizer: Tokenizer, pattern: tuple[int, int], batchsize: int, seqlen: int,
-             generates: bool) -> dict[str, float]:
-    """Seconds of a step, of a sweep of swaps over all blocks, and of a generated token (next to none unless the model
-    `generates`), measured on this model; the same in all processes."""
+def in_words(plan: Plan, seconds: dict[str, float]) -> str:
+    """How many minutes a plan takes, with its parts."""
+    parts = [min(plan.tokens, plan.generated) * seconds["token"], plan.sweeps * seconds["sweep"],
+             plan.steps * seconds["step"]]
+    text, swaps, learning = (f"{part / 60:.1f}" for part in parts)
+    total = f"{(sum(parts) + FIXED_S) / 60:.1f}"
+    return f"about {total} minutes: {text} for text, {swaps} for swaps, {learning} for {plan.steps} steps"
+
+
+def measured(model: nn.Module, pattern: tuple[int, int], batchsize: int, seqlen: int) -> dict[str, float]:
+    """Seconds of a step and of a sweep of swaps over all blocks, measured on this model, and next to none of a token
+    of text; the same in all processes."""
     batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
     seconds = {"step": timed(lambda: forward_and_backward(model, batch))
                + STEP_FORWARDS * timed(lambda: batch_loss(model, batch, batchsize)),
                "sweep": sweep_s(model, pattern), "token": 1e-9}
-    if generates:
-        seconds["token"] = SLOWER / (DOCUMENTS * GENERATED) * timed(
-            lambda: generation.generate(model, tokenizer, DOCUMENTS, GENERATED))
-    return {name: processes.agreed(value) for name, value in seconds.items()}
+    return {name: processes.broadcast_float(value) for name, value in seconds.items()}
+
+
+def token_s(model: nn.Module, tokenizer: Tokenizer) -> float:
+    """Seconds of a token that the model generates."""
+    found = timed(lambda: generation.generate(model, tokenizer, DOCUMENTS, GENERATED))
+    return processes.broadcast_float(SLOWER * found / (DOCUMENTS * GENERATED))
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -70,7 +70,7 @@ def generate_text(file: Path, model: nn.Module, tokenizer: Tokenizer, tokens: in
     a file, unless it is there."""
     passages = generation.read_passages(after, model, tokenizer, seqlen) if after else None
     batchsize = min(256, max(16, tokens // seqlen))  # a large batch takes hardly longer than a small one
-    with processes.main_before_others():
+    with processes.main_process_first():
         if processes.is_main() and not file.exists():
             generation.write_text(file, model, tokenizer, tokens, seqlen, batchsize, passages, seed)
 
@@ -79,14 +79,14 @@ def reorder_channels(file: Path, model: nn.Module, name: str, targets: list[str]
                      sequences: Tensor, seed: int) -> None:
     """Bring the model's channels into an order in which masks of this pattern keep more: that of a file which, where
     it is not there yet, the main process writes."""
-    with processes.main_before_others():
+    with processes.main_process_first():
         if not processes.is_main() or file.exists():
             apply_permutation(model, file)
             return
         original = model_fingerprint(model)
         orders, _ = search_and_reorder(model, find_layers(model, targets), sequences[:SEQUENCES], pattern, seed=seed)
-        with atomic_write(file) as beside:
-            permutation_files.save(beside, orders, name, original)
+        with atomic_write(file) as tmp:
+            permutation_files.save(tmp, orders, name, original)
 
 
 def wanda_mask(file: Path, model: nn.Module, name: str, targets: list[str] | None, pattern: tuple[int, int],
@@ -94,7 +94,7 @@ def wanda_mask(file: Path, model: nn.Module, name: str, targets: list[str] | Non
     """Write Wanda's mask of these layers, measured on the first SEQUENCES sequences, int64 `[sequences, tokens]`, where
     it is not there yet."""
     layers = find_layers(model, targets)
-    with processes.main_before_others():
+    with processes.main_process_first():
         if processes.is_main() and not file.exists():
             masks = dict(one_shot_masks(model, layers, sequences[:SEQUENCES], OneShot("wanda", pattern)))
             mask_files.save(file, masks, *pattern, name, model_fingerprint(model))

@@ -49,7 +49,8 @@ def note_unchanged(summary: dict) -> str:
     if summary["blocks_changed"] >= FEW * summary["blocks"]:
         return ""
     hold_out = "" if "heldout_loss" in summary else "hold text out with --val_fraction, "
-    return f"note: hardly a block differs from m0: {hold_out}raise --lr, lower --logits, or take more steps\n"
+    return (f"note: hardly a block differs from m0: {hold_out}take more or larger steps (--lr, --step_size), or lower "
+            "--logits\n")
 
 
 def in_words(summary: dict, folder: object, model: str, dataset: str, positions: float) -> str:

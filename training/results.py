@@ -35,13 +35,13 @@ def deliver(run: Run, initial: mask_files.MaskFile, tokenizer: Tokenizer, saves_
         sparse = sparse_model(run.folder)
         card = report.model_card(base, run.folder.arguments, len(initial.masks), f"{initial.n}:{initial.m}",
                                  str(sparse.dtype), nats)
-        with atomic_write(folder / "checkpoint") as beside:
-            sparse.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-            (beside / "README.md").write_text(card, encoding="utf-8")
+        with atomic_write(folder / "checkpoint") as tmp:
+            sparse.save_pretrained(tmp)
+            tokenizer.save_pretrained(tmp)
+            (tmp / "README.md").write_text(card, encoding="utf-8")
     if logits:
-        with atomic_write(folder / "logits.safetensors") as beside:
-            save_file(logits, beside)
+        with atomic_write(folder / "logits.safetensors") as tmp:
+            save_file(logits, tmp)
     levels = {"dense model": validation.dense_loss, "m0": validation.m0_loss,
               f"delivered mask, of step {validation.step}": validation.loss}
     levels = {name: loss for name, loss in levels.items() if math.isfinite(loss)}
@@ -64,14 +64,14 @@ def sparse_model(folder: RunFolder) -> nn.Module:
 
 
 def _summary(run: Run) -> dict:
-    position, validation = run.position, run.validation
-    epoch = math.ceil(run.epoch_minibatches / processes.size())  # steps, each with a minibatch of every process
+    progress, validation = run.progress, run.validation
+    epoch = math.ceil(run.epoch_minibatches / processes.world_size())  # steps, each with a minibatch of every process
     tail, stages = [line["loss"] for line in run.log.lines[-epoch:]], run.folder.record.get("stages", {})
     peaks = [peak_memory_bytes(), *(stage["peak_memory_bytes"] for stage in stages.values())]  # counted anew
-    summary = {"steps": position.step, "seconds": run.log.lines[-1]["seconds"],  # of the loop
-               "seconds_saving": round(position.seconds_saving, 2), "peak_memory_bytes": max(peaks),
-               "processes": processes.size(), "mask_of_step": position.step,
-               "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": position.skipped}
+    summary = {"steps": progress.step, "seconds": run.log.lines[-1]["seconds"],  # of the loop
+               "seconds_saving": round(progress.seconds_saving, 2), "peak_memory_bytes": max(peaks),
+               "processes": processes.world_size(), "mask_of_step": progress.step,
+               "mean_loss_last_epoch": sum(tail) / len(tail), "steps_skipped": progress.skipped}
     if validation.bits:
         summary |= {"mask_of_step": validation.step, "heldout_loss": validation.loss,
                     "heldout_loss_of_m0": validation.m0_loss}

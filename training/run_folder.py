@@ -56,7 +56,7 @@ class RunFolder:
         arguments = {name: value for name, value in arguments.items() if name not in ("out", "resume")}
         self.arguments = json.loads(json.dumps(arguments))  # as JSON gives them back
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"])
-        start = "python" if processes.size() == 1 else f"torchrun --nproc_per_node {processes.size()}"
+        start = "python" if processes.world_size() == 1 else f"torchrun --nproc_per_node {processes.world_size()}"
         self.script = script
         self.resume_command = f"{start} {script} --resume {shlex.quote(str(self.path))}"
         self._lock = None
@@ -76,7 +76,7 @@ class RunFolder:
                            {"script": self.script, "arguments": self.arguments, "environment": here})
             if self.is_resumed and processes.is_main():
                 self._remove_leftovers()
-            self.write_record()
+            self.note()
         except BaseException:
             self.__exit__(*sys.exc_info())  # which python calls for what is inside alone
             raise
@@ -131,29 +131,29 @@ class RunFolder:
             for name, value in self._here.items():
                 if there.get(name) != value:
                     processes.log(f"note: {name} was {there.get(name)} and is {value}: the bits may differ")
-        self.record["fingerprints"] = {**known, **fingerprints}
-        processes.check_same(json.dumps([self.record["fingerprints"], self.arguments, self._here], sort_keys=True),
+        fingerprints = {**known, **fingerprints}
+        processes.check_same(json.dumps([fingerprints, self.arguments, self._here], sort_keys=True),
                              "model, mask, text, flags or versions")
-        self.write_record()
+        self.note(fingerprints=fingerprints)
 
     def newest_state(self) -> StateFile | None:
         """The newest state that is whole, of a run that goes on; None: it starts."""
         if not self.is_resumed:
             return None
         found = None
-        with processes.main_before_others():  # which alone reads it all, and decides
+        with processes.main_process_first():  # which alone reads it all, and decides
             if processes.is_main():
                 found = self.checkpoints.newest()
-        step = processes.agreed(found.scalars["position"]["step"] if found else math.nan)
+        step = processes.broadcast_float(found.scalars["progress"]["step"] if found else math.nan)
         return found if processes.is_main() or math.isnan(step) else StateFile(self.checkpoints.path(int(step)))
 
     def finish(self, summary: dict) -> None:
         """The last of a run's files, which says that all others are whole."""
-        self.record["summary"] = summary
-        self.write_record()
+        self.note(summary=summary)
 
-    def write_record(self) -> None:
-        """run.json, by the main process."""
+    def note(self, **facts: object) -> None:
+        """Put these facts into the record, run.json, which the main process writes. Nothing else changes it."""
+        self.record |= facts
         if processes.is_main():
             write_json(self.path / "run.json", self.record)
 
@@ -161,7 +161,7 @@ class RunFolder:
     def _here(self) -> dict:
         """The environment, and what else decides the bits."""
         device = self.arguments.get("device")
-        return {**environment(device), "threads": torch.get_num_threads(), "processes": processes.size()}
+        return {**environment(device), "threads": torch.get_num_threads(), "processes": processes.world_size()}
 
 
 def lock(folder: Path) -> FileLock:

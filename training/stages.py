@@ -13,7 +13,7 @@ class Stages:
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
-        self.done: dict[str, dict] = folder.record.setdefault("stages", {})
+        self.done: dict[str, dict] = folder.record.get("stages", {})
 
     @contextmanager
     def stage(self, name: str, doing: str, earlier_s: float = 0.0) -> Iterator[None]:
@@ -27,5 +27,5 @@ class Stages:
         seconds = max(before["seconds"], earlier_s) + time.monotonic() - began
         peak = max(before["peak_memory_bytes"], peak_memory_bytes())
         self.done[name] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak}
-        self.folder.write_record()
+        self.folder.note(stages=self.done)
         processes.log(f"[{name}] {seconds / 60:.1f} minutes, peak memory {peak / 2**30:.2f} GiB")

@@ -25,9 +25,10 @@ from models import processes
 from models.layers import decoder_layers
 from models.loading import input_device
 from models.sharding import REDUCES_UNUSED
+from training.distillation import sequence_loss, summed_loss
 from training.faster_model import SHORT, speed_up
+from training.learner import Learner
 from training.loop import StepResult
-from training.loss import sequence_loss, summed_loss
 from training.normalization import Normalization
 from utils import UserError
 
@@ -66,14 +67,14 @@ def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
     return upstream.float().T @ x.float()
 
 
-class StraightThrough:
+class StraightThrough(Learner):
     """Moves the logits of a MaskedModel by J^T G in each backward pass; the next mask is the most probable one.
 
     tokens: in a sequence. checkpointing: of activations.
     """
 
     def __init__(self, masked: MaskedModel, tokens: int = SHORT, checkpointing: bool = False):
-        self.masked = masked
+        super().__init__(masked)
         self.keys, self.reducing = {}, None
         self._held, self._is_last = {}, True  # gradients of earlier microbatches
         self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
@@ -82,7 +83,7 @@ class StraightThrough:
         self._of_sequence = masked.kernels.fastest(sequence_loss)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        if (processes.size() > 1 and any("expert" in layer.name for layer in layers)
+        if (processes.world_size() > 1 and any("expert" in layer.name for layer in layers)
                 and not (masked.is_sharded and REDUCES_UNUSED)):
             raise UserError("experts that one process's text does not reach would keep the other processes waiting: "
                             "use --shard with torch 2.13, name other layers with --targets, or start one process")
@@ -157,10 +158,10 @@ class StraightThrough:
         gradient = self._summed(layer, gradient)
         if gradient is None:
             return
-        if processes.size() == 1:
+        if processes.world_size() == 1:
             self._move(layer, gradient)
             return
-        reducing = layer, processes.mean_async(gradient)
+        reducing = layer, processes.all_reduce_mean_async(gradient)
         self._move_last()
         self.reducing = reducing
 

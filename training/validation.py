@@ -2,8 +2,8 @@
 import math
 from collections.abc import Callable
 
-from masking.masked_model import MaskedModel
 from models import processes
+from training.learner import Learner
 from utils import UserError
 
 from torch import Tensor
@@ -21,14 +21,16 @@ def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 class Validation:
-    """The most probable mask with the lowest loss on held-out minibatches; m0, evaluated first, is one of them.
+    """The mask, of those that a learner proposes, with the lowest loss on held-out minibatches; m0, evaluated first, is
+    one of them.
 
     heldout: int64 `[minibatches, sequences, tokens]`; may be empty: then only the processes are compared, and the last
     mask is delivered.
     """
 
-    def __init__(self, masked: MaskedModel, heldout: Tensor):
-        self.masked, self.heldout, self.has_text = masked, heldout, len(heldout) > 0
+    def __init__(self, learner: Learner, heldout: Tensor):
+        self.learner, self.masked = learner, learner.masked
+        self.heldout, self.has_text = heldout, len(heldout) > 0
         self.bits: dict[str, Tensor] | None = None  # of the best mask
         self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
         self.dense_loss = math.inf  # not known
@@ -36,12 +38,12 @@ class Validation:
 
     def evaluate(self, step: int) -> float | None:
         """The held-out loss of the present mask, that after so many steps; None where it is not finite, or nothing is
-        held out. UserError where the processes' logits are no longer the same."""
-        if processes.size() > 1:
+        held out. Raises UserError if processes disagree on the logits."""
+        if processes.world_size() > 1:
             processes.check_same(self.masked.checksum(), "the logits")
         if not self.has_text:
             return None
-        bits = self.masked.mode_bits() if step else self.masked.bits()  # m0 itself, also with logits that are all 0
+        bits = self.learner.proposal() if step else self.masked.bits()  # m0 itself, also with logits that are all 0
         loss = self._try(bits, step)
         if step == 0:
             self.m0_loss = loss
