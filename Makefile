@@ -24,6 +24,7 @@ demo: $(VENV)/.demo-ready
 
 lint: $(VENV)/.test-ready
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check -q .
 
 # What reproduce/ takes where it is there: the versions that a number was made with (Python 3.11 or later).
 reproduce-env: .venv-lock/.ready

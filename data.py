@@ -1,8 +1,10 @@
 """Text into tokens: training minibatches, calibration samples and perplexity windows.
 
-Every function takes a Hugging Face tokenizer and a dataset: a file, a folder or a hub id, whose documents are what
-files/documents.py reads. What a user can mend is raised as UserError, a one-line message.
+Every function takes a Hugging Face tokenizer and a dataset: a file, a folder or a hub id, whose
+documents are what files/documents.py reads. What a user can mend is raised as UserError, a one-line
+message.
 """
+
 import hashlib
 import itertools
 import random
@@ -18,8 +20,11 @@ import torch
 import transformers
 
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
-C4_VALIDATION = {"path": "allenai/c4", "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
-                 "split": "validation"}
+C4_VALIDATION = {
+    "path": "allenai/c4",
+    "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+    "split": "validation",
+}
 WIKITEXT2_TEST = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
 MOST_DOCUMENTS = 400_000  # kept in memory to draw from; C4's shard has 356,317
 
@@ -28,16 +33,24 @@ class TooShortError(UserError):
     """A text that is shorter than one minibatch."""
 
 
-def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize: int, seqlen: int) -> torch.Tensor:
-    """The fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize, batchsize, seqlen].
+def minibatches(
+    tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize: int, seqlen: int
+) -> torch.Tensor:
+    """The fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize, batchsize,
+    seqlen].
 
-    The first dataset_size documents, in file order, with more than seqlen tokens (special tokens included), cut to
-    seqlen. Unshuffled and never padded; reading stops when enough were found. Same samples as the authors' scripts.
+    The first dataset_size documents, in file order, with more than seqlen tokens (special tokens
+    included), cut to seqlen. Unshuffled and never padded; reading stops when enough were found.
+    Same samples as the authors' scripts.
 
-    Errors: UserError for sizes that do not fit together, too few documents long enough, and those of `documents`.
+    Errors: UserError for sizes that do not fit together, too few documents long enough, and those
+    of `documents`.
     """
     if dataset_size % batchsize:
-        raise UserError(f"--batchsize {batchsize} does not divide --dataset_size {dataset_size}: change one of them")
+        raise UserError(
+            f"--batchsize {batchsize} does not divide --dataset_size {dataset_size}: change one "
+            "of them"
+        )
     samples, read = [], 0
     with progress_bar(total=dataset_size, desc="reading documents", leave=False) as bar:
         for text in documents(dataset):
@@ -49,21 +62,31 @@ def minibatches(tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize
             if len(samples) == dataset_size:
                 break
     if len(samples) < dataset_size:
-        raise UserError(f"only {len(samples)} of the {read} documents in {dataset} have more than {seqlen} tokens, "
-                        f"--dataset_size asks for {dataset_size}: lower --dataset_size or --seqlen; in a .txt blank "
-                        "lines separate documents")
+        raise UserError(
+            f"only {len(samples)} of the {read} documents in {dataset} have more than {seqlen} "
+            f"tokens, --dataset_size asks for {dataset_size}: lower --dataset_size or --seqlen; "
+            "in a .txt blank lines separate documents"
+        )
     return torch.stack(samples).view(-1, batchsize, seqlen)
 
 
-def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, batchsize: int, seqlen: int,
-                    seed: int) -> torch.Tensor:
-    """Minibatches of about so many tokens of running text, shuffled: int64 [minibatches, batchsize, seqlen].
+def token_sequences(
+    tokenizer: Tokenizer,
+    datasets: Sequence[str],
+    tokens: int,
+    batchsize: int,
+    seqlen: int,
+    seed: int,
+) -> torch.Tensor:
+    """Minibatches of about so many tokens of running text, shuffled: int64 [minibatches, batchsize,
+    seqlen].
 
-    Documents are read in the order of their files, of several datasets always one of that which has given the fewest
-    tokens, joined with the end-of-text token if there is one, and cut into sequences across documents, so that of a
-    text only the end that fills no minibatch is lost; reading stops when there are enough tokens.
-    Where the tokenizer puts a token before a text, a sequence is that token and seqlen - 1 of the running text, which
-    has it nowhere else: it stands where it stands in use, in front.
+    Documents are read in the order of their files, of several datasets always one of that which has
+    given the fewest tokens, joined with the end-of-text token if there is one, and cut into
+    sequences across documents, so that of a text only the end that fills no minibatch is lost;
+    reading stops when there are enough tokens. Where the tokenizer puts a token before a text, a
+    sequence is that token and seqlen - 1 of the running text, which has it nowhere else: it stands
+    where it stands in use, in front.
 
     Errors: TooShortError for less than one minibatch, and those of `documents`.
     """
@@ -83,41 +106,56 @@ def token_sequences(tokenizer: Tokenizer, datasets: Sequence[str], tokens: int, 
                 continue
             if not text.strip():  # a blank row is no document
                 continue
-            pieces.append(torch.tensor(encode(tokenizer, text)[begin:] + between, dtype=torch.int64))
+            pieces.append(
+                torch.tensor(encode(tokenizer, text)[begin:] + between, dtype=torch.int64)
+            )
             found[index] += len(pieces[-1])
             bar.update(len(pieces[-1]))
     found = sum(found.values())
     minibatches = min(wanted, found) // minibatch
     if not minibatches:
-        raise TooShortError(f"{', '.join(datasets)} has only {found} tokens, fewer than one minibatch of {batchsize} x "
-                            f"{seqlen}: lower --batchsize or --seqlen or use a longer text")
-    sequences = torch.cat(pieces)[:minibatches * minibatch].view(-1, seqlen - begin)
+        raise TooShortError(
+            f"{', '.join(datasets)} has only {found} tokens, fewer than one minibatch of "
+            f"{batchsize} x {seqlen}: lower --batchsize or --seqlen or use a longer text"
+        )
+    sequences = torch.cat(pieces)[: minibatches * minibatch].view(-1, seqlen - begin)
     sequences = torch.nn.functional.pad(sequences, (begin, 0), value=bos)
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
     return sequences[order].view(minibatches, batchsize, seqlen)
 
 
-def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqlen: int, seed: int,
-                        bos: int | None = None) -> torch.Tensor:
+def calibration_samples(
+    tokenizer: Tokenizer,
+    dataset: str,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    bos: int | None = None,
+) -> torch.Tensor:
     """Random crops of random documents to calibrate pruning on: int64 [nsamples, seqlen].
 
-    `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more than seqlen tokens
-    (special tokens included), then cropped at random. Draws the same samples as theirs from the same seed, so only a
-    crop from the first token on begins as the tokenizer begins a text. Of a larger dataset the first MOST_DOCUMENTS
-    documents are drawn from. With `bos` each begins with that token, and ends a token earlier; this is not their
-    protocol, not even for Llama, and so never the default.
+    `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more than
+    seqlen tokens (special tokens included), then cropped at random. Draws the same samples as
+    theirs from the same seed, so only a crop from the first token on begins as the tokenizer begins
+    a text. Of a larger dataset the first MOST_DOCUMENTS documents are drawn from. With `bos` each
+    begins with that token, and ends a token earlier; this is not their protocol, not even for
+    Llama, and so never the default.
 
     Errors: UserError where no document is long enough, and those of `documents`.
     """
-    generator = random.Random(seed)  # the stream of random.seed(seed), without touching the global one
+    # the stream of random.seed(seed), without touching the global one
+    generator = random.Random(seed)
     texts = list(itertools.islice(documents(dataset), MOST_DOCUMENTS))
-    tokens_of = lru_cache(128)(lambda index: _tokens(tokenizer, texts[index]))  # of few, each is drawn often
+    # of few, each is drawn often
+    tokens_of = lru_cache(128)(lambda index: _tokens(tokenizer, texts[index]))
     samples, short = [], set()  # short: indices of documents known to be too short
     with progress_bar(total=nsamples, desc="drawing documents", leave=False) as bar:
         while len(samples) < nsamples:
             if len(short) == len(texts):
-                raise UserError(f"none of the {len(texts)} documents in {dataset} has more than {seqlen} tokens: "
-                                "lower --seqlen or use a dataset of longer documents")
+                raise UserError(
+                    f"none of the {len(texts)} documents in {dataset} has more than {seqlen} "
+                    "tokens: lower --seqlen or use a dataset of longer documents"
+                )
             index = generator.randint(0, len(texts) - 1)
             if index in short:
                 continue
@@ -127,22 +165,25 @@ def calibration_samples(tokenizer: Tokenizer, dataset: str, nsamples: int, seqle
                 continue
             start = generator.randint(0, len(tokens) - seqlen - 1)
             crop = tokens[start : start + seqlen]
-            samples.append(crop if bos in (None, crop[0]) else torch.cat([crop.new_tensor([bos]), crop[:-1]]))
+            samples.append(
+                crop if bos in (None, crop[0]) else torch.cat([crop.new_tensor([bos]), crop[:-1]])
+            )
             bar.update()
     return torch.stack(samples)
 
 
-def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int,
-                       limit: int | None = None) -> tuple[torch.Tensor, int]:
-    """Disjoint windows of one long text to measure perplexity on, int64 [windows, seqlen], and the number of tokens
-    that the whole text has, the remainder included.
+def perplexity_windows(
+    tokenizer: Tokenizer, dataset: str, seqlen: int, limit: int | None = None
+) -> tuple[torch.Tensor, int]:
+    """Disjoint windows of one long text to measure perplexity on, int64 [windows, seqlen], and the
+    number of tokens that the whole text has, the remainder included.
 
-    The text is tokenised in one call, cut into windows of seqlen tokens, the remainder dropped; `limit` keeps the first
-    so many windows. Protocol of SparseGPT, Wanda and MaskLLM:
-        wikitext2      the raw test split of WikiText-2, its rows joined with two newlines
-        c4             the first 1100 documents of the first validation shard, joined with spaces, cut to 256 windows
-        file.txt       the file as it is
-        others         the documents of the dataset joined with two newlines
+    The text is tokenised in one call, cut into windows of seqlen tokens, the remainder dropped;
+    `limit` keeps the first
+    so many windows. Protocol of SparseGPT, Wanda and MaskLLM: wikitext2      the raw test split of
+        WikiText-2, its rows joined with two newlines c4             the first 1100 documents of the
+        first validation shard, joined with spaces, cut to 256 windows file.txt       the file as it
+        is others         the documents of the dataset joined with two newlines
 
     Errors: UserError for a text shorter than one window, and those of `documents`.
     """
@@ -159,43 +200,51 @@ def perplexity_windows(tokenizer: Tokenizer, dataset: str, seqlen: int,
     tokens = _tokens(tokenizer, text)
     windows = len(tokens) // seqlen
     if windows == 0:
-        raise UserError(f"{dataset} has only {len(tokens)} tokens, fewer than one window of {seqlen}: "
-                        "lower --seqlen or use a longer text")
+        raise UserError(
+            f"{dataset} has only {len(tokens)} tokens, fewer than one window of {seqlen}: lower "
+            "--seqlen or use a longer text"
+        )
     return tokens[: windows * seqlen].view(windows, seqlen)[:limit], len(tokens)
 
 
 def added_bos(tokenizer: Tokenizer) -> int | None:
-    """The beginning-of-text token that this tokenizer puts before a text, or None. What it does counts: some have such
-    a token and put none."""
+    """The beginning-of-text token that this tokenizer puts before a text, or None. What it does
+    counts: some have such a token and put none."""
     first = tokenizer("a").input_ids[:1]
     return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text to go on from, of any length: without the end-of-text token that some tokenizers put behind
-    one."""
+    """The tokens of a text to go on from, of any length: without the end-of-text token that some
+    tokenizers put behind one."""
     return without_end(tokenizer, tokenizer(text, verbose=False).input_ids)
 
 
 def without_end(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """These tokens of a text without the end-of-text token, if this tokenizer appends one to every text."""
+    """These tokens of a text without the end-of-text token, if this tokenizer appends one to every
+    text."""
     is_ended = tokens[-1:] == [tokenizer.eos_token_id] == tokenizer("a").input_ids[-1:]
     return tokens[:-1] if is_ended else tokens
 
 
 def wanted_bos(tokenizer: Tokenizer) -> int:
-    """For --bos: the beginning-of-text token, whether the tokenizer adds it or not. UserError where there is none."""
+    """For --bos: the beginning-of-text token, whether the tokenizer adds it or not. UserError where
+    there is none."""
     if tokenizer.bos_token_id is None:
-        raise UserError("--bos: the tokenizer of this model has no beginning-of-text token; leave out --bos")
+        raise UserError(
+            "--bos: the tokenizer of this model has no beginning-of-text token; leave out --bos"
+        )
     return tokenizer.bos_token_id
 
 
 def fingerprint(batches: torch.Tensor) -> str:
-    """16 hex digits that change with any token or the shape: sha256 over shape and little-endian int64 tokens."""
+    """16 hex digits that change with any token or the shape: sha256 over shape and little-endian
+    int64 tokens."""
     tokens = batches.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
     return hashlib.sha256(str(tuple(batches.shape)).encode() + tokens).hexdigest()[:16]
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """int64 [tokens], special tokens included, of any length: verbose=False drops the warning about long inputs."""
+    """int64 [tokens], special tokens included, of any length: verbose=False drops the warning about
+    long inputs."""
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)

@@ -1,27 +1,37 @@
-"""Evaluate a model: perplexity on held-out text, zero-shot accuracy, and whether its layers are N:M sparse.
+"""Evaluate a model: perplexity on held-out text, zero-shot accuracy, and whether its layers are N:M
+sparse.
 
     python eval.py --model results/RUN/checkpoint --sparsity_type 2:4 --ppl wikitext2 --seqlen 2048
     python eval.py --model BASE --mask results/RUN/mask.safetensors --ppl text.txt --seqlen 512
-    python eval.py --model BASE --ppl none --tasks hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa
-    python eval.py --model BASE --ppl none --task_file quiz.jsonl       # zero-shot on your own items
-    python eval.py --model BASE --ppl text.txt --seqlen 512 --bos       # for models that need a first token
-    python eval.py --compare results/evaluations        # one table of earlier evaluations: files, or folders of them
+    python eval.py --model BASE --ppl none \\
+        --tasks hellaswag,race,piqa,winogrande,arc_easy,arc_challenge,openbookqa
+    # zero-shot on your own items
+    python eval.py --model BASE --ppl none --task_file quiz.jsonl
+    # for models that need a first token
+    python eval.py --model BASE --ppl text.txt --seqlen 512 --bos
+    # one table of earlier evaluations: files, or folders of them
+    python eval.py --compare results/evaluations
 
-Perplexity follows SparseGPT, Wanda and MaskLLM: one tokenizer call for the text, disjoint windows of --seqlen tokens,
-the remainder dropped, cross entropy in float32, exp of the mean over windows. It is perplexity by token; the harness's
-task wikitext is by word, and is refused. Mean acc is the mean over the tasks of acc, not of acc_norm.
+Perplexity follows SparseGPT, Wanda and MaskLLM: one tokenizer call for the text, disjoint windows
+of --seqlen tokens, the remainder dropped, cross entropy in float32, exp of the mean over windows.
+It is perplexity by token; the harness's task wikitext is by word, and is refused. Mean acc is the
+mean over the tasks of acc, not of acc_norm.
 
---tasks takes names, tags, groups and YAML files of lm-evaluation-harness. A tag or a group stands for its tasks.
+--tasks takes names, tags, groups and YAML files of lm-evaluation-harness. A tag or a group stands
+for its tasks.
 
 With --mask or --sparsity_type, a layer that breaks the pattern is an error.
 
---bos puts the beginning-of-text token before each window that does not begin with it. The same tokens are scored as
-without it: all but the first of each window. Gemma and some other models need it. The script says so where the token
-lowers the loss of a window by more than a tenth. Published perplexities of Llama are without it.
+--bos puts the beginning-of-text token before each window that does not begin with it. The same
+tokens are scored as without it: all but the first of each window. Gemma and some other models need
+it. The script says so where the token lowers the loss of a window by more than a tenth. Published
+perplexities of Llama are without it.
 
-The numbers are written to a file in results/evaluations/, which is named by the model or mask and a hash of what
-decides them; --save names another. An evaluation that is there already is shown, not repeated.
+The numbers are written to a file in results/evaluations/, which is named by the model or mask and a
+hash of what decides them; --save names another. An evaluation that is there already is shown, not
+repeated.
 """
+
 import argparse
 from pathlib import Path
 
@@ -41,23 +51,65 @@ from utils import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser, is_random=False)
-    parser.add_argument("--mask", default=None, help="mask file, RUN or folder of .pt masks to apply to --model")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
-                        help="N:M to verify (default: of --mask; 2:4 where its format does not say)")
-    parser.add_argument("--targets", nargs="+", default=None,
-                        help="verify these layers: parts of their names, or regular expressions")
-    parser.add_argument("--ppl", default="wikitext2", help="held-out text: wikitext2, c4, a file, or none")
+    parser.add_argument(
+        "--mask", default=None, help="mask file, RUN or folder of .pt masks to apply to --model"
+    )
+    parser.add_argument(
+        "--sparsity_type",
+        type=sparsity_type,
+        default=None,
+        help="N:M to verify (default: of --mask; 2:4 where its format does not say)",
+    )
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=None,
+        help="verify these layers: parts of their names, or regular expressions",
+    )
+    parser.add_argument(
+        "--ppl", default="wikitext2", help="held-out text: wikitext2, c4, a file, or none"
+    )
     parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a window")
-    parser.add_argument("--nwindows", type=positive_int, default=None, help="windows, at most (default: all)")
-    parser.add_argument("--bos", action="store_true", help="put the beginning-of-text token, unscored, before windows")
-    parser.add_argument("--tasks", type=lambda text: [name.strip() for name in text.split(",")], default=[],
-                        help="tasks of lm-evaluation-harness, separated by commas")
-    parser.add_argument("--task_file", nargs="+", default=[], help="multiple-choice items, see evaluation/zero_shot.py")
-    parser.add_argument("--task_limit", type=positive_int, default=None, help="use only the first items of each task")
-    parser.add_argument("--tasks_batchsize", type=positive_int, default=16, help="choices in one forward pass")
-    parser.add_argument("--tasks_no_bos", action="store_true", help="task prompts without BOS, as older figures have")
-    parser.add_argument("--save", default=None, help="write the numbers to this JSON file (default: see above)")
-    parser.add_argument("--compare", nargs="+", metavar="PATH", help="only print a table of JSON files or folders")
+    parser.add_argument(
+        "--nwindows", type=positive_int, default=None, help="windows, at most (default: all)"
+    )
+    parser.add_argument(
+        "--bos",
+        action="store_true",
+        help="put the beginning-of-text token, unscored, before windows",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        default=[],
+        help="tasks of lm-evaluation-harness, separated by commas",
+    )
+    parser.add_argument(
+        "--task_file",
+        nargs="+",
+        default=[],
+        help="multiple-choice items, see evaluation/zero_shot.py",
+    )
+    parser.add_argument(
+        "--task_limit",
+        type=positive_int,
+        default=None,
+        help="use only the first items of each task",
+    )
+    parser.add_argument(
+        "--tasks_batchsize", type=positive_int, default=16, help="choices in one forward pass"
+    )
+    parser.add_argument(
+        "--tasks_no_bos",
+        action="store_true",
+        help="task prompts without BOS, as older figures have",
+    )
+    parser.add_argument(
+        "--save", default=None, help="write the numbers to this JSON file (default: see above)"
+    )
+    parser.add_argument(
+        "--compare", nargs="+", metavar="PATH", help="only print a table of JSON files or folders"
+    )
     return parser.parse_args(argv)
 
 
@@ -81,25 +133,35 @@ from torch import nn
 
 
 def output_file(args: argparse.Namespace) -> Path:
-    """Where the numbers go: results/evaluations/NAME_HASH.json, unless --save says otherwise. A file of the model, mask
-    or text that was written again makes it another evaluation."""
+    """Where the numbers go: results/evaluations/NAME_HASH.json, unless --save says otherwise. A
+    file of the model, mask or text that was written again makes it another evaluation."""
     if args.save:
         return Path(args.save)
     mask = of_run(args.mask, "mask.safetensors") if args.mask else ""
-    given = of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *args.tasks  # some tasks are YAML files
+    # some tasks are YAML files
+    given = of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *args.tasks
     local = [Path(path) for path in given if path]
     files = [file for path in local for file in [path, *sorted(path.glob("*"))] if file.is_file()]
     device = checked_device(args.device)
-    hashed = {**vars(args), "device": device, "fast_dtype": str(fast_dtype(device)),
-              "files": [(str(file), file.stat().st_mtime_ns) for file in files]}
+    hashed = {
+        **vars(args),
+        "device": device,
+        "fast_dtype": str(fast_dtype(device)),
+        "files": [(str(file), file.stat().st_mtime_ns) for file in files],
+    }
     named = Path(args.mask or args.model)
     parts = named.relative_to(named.anchor).parts[-2:]
     return Path("results/evaluations") / f"{'_'.join(parts)}_{short_hash(hashed)}.json"
 
 
-def apply_and_verify(loaded: nn.Module, mask: str | None, sparsity_type: tuple[int, int] | None,
-                     targets: list[str] | None) -> dict:
-    """Apply the mask to a loaded model, verify the N:M of its layers, and print and return their sparsity."""
+def apply_and_verify(
+    loaded: nn.Module,
+    mask: str | None,
+    sparsity_type: tuple[int, int] | None,
+    targets: list[str] | None,
+) -> dict:
+    """Apply the mask to a loaded model, verify the N:M of its layers, and print and return their
+    sparsity."""
     layers, fingerprint = find_layers(loaded, targets), None
     if mask:
         found = read_masks(mask, loaded, sparsity_type)
@@ -116,28 +178,48 @@ def apply_and_verify(loaded: nn.Module, mask: str | None, sparsity_type: tuple[i
     return {"sparsity_type": pattern, "mask_fingerprint": fingerprint, "density": density}
 
 
-def evaluate_text(model: nn.Module, tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None,
-                  bos: bool) -> dict:
+def evaluate_text(
+    model: nn.Module, tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None, bos: bool
+) -> dict:
     """The perplexity on a text, printed, and the fields of the record that describe it."""
     check_length(model, seqlen)
     token = data.wanted_bos(tokenizer) if bos else None
     windows, text_tokens = data.perplexity_windows(tokenizer, ppl, seqlen, nwindows)
-    result = {"text": ppl, "seqlen": seqlen, "windows": len(windows), "tokens": windows.numel(),
-              "text_tokens": text_tokens, "bos": bos, "fingerprint": data.fingerprint(windows),
-              **evaluate_windows(model, windows, token)}
-    print(f"perplexity {result['ppl']:.3f} on {ppl} ({result['windows']} windows of {seqlen} tokens"
-          f"{' after BOS' if bos else ''} from a text of {result['text_tokens']:,})")
+    result = {
+        "text": ppl,
+        "seqlen": seqlen,
+        "windows": len(windows),
+        "tokens": windows.numel(),
+        "text_tokens": text_tokens,
+        "bos": bos,
+        "fingerprint": data.fingerprint(windows),
+        **evaluate_windows(model, windows, token),
+    }
+    print(
+        f"perplexity {result['ppl']:.3f} on {ppl} ({result['windows']} windows of {seqlen} tokens"
+        f"{' after BOS' if bos else ''} from a text of {result['text_tokens']:,})"
+    )
     if not bos and (hint := bos_hint(model, tokenizer, windows, "window")):
         print(hint)
     return result
 
 
-def evaluate_tasks(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsize: int, bos: bool,
-                   limit: int | None) -> dict:
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    tasks: dict,
+    batchsize: int,
+    bos: bool,
+    limit: int | None,
+) -> dict:
     """The results, printed, of these tasks (name -> lm_eval's task), and mean acc."""
     results = run_harness(model, tokenizer, tasks, batchsize, limit, bos)
     for name, task in results.items():
-        metrics = [f"{metric} {percent(task, metric)} %" for metric in ("acc", "acc_norm") if metric in task]
+        metrics = [
+            f"{metric} {percent(task, metric)} %"
+            for metric in ("acc", "acc_norm")
+            if metric in task
+        ]
         print(f"{name}: {', '.join(metrics)} ({'first ' if limit else ''}{task['items']} items)")
     mean_acc = sum(task["acc"] for task in results.values()) / len(results)
     print(f"mean acc {100 * mean_acc:.2f} % (acc, not acc_norm; tasks: {len(results)})")
@@ -147,15 +229,24 @@ def evaluate_tasks(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsiz
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.compare:
-        files = [file for path in map(Path, args.compare)
-                 for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+        files = [
+            file
+            for path in map(Path, args.compare)
+            for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
+        ]
         if not files:
-            raise UserError(f"--compare {' '.join(args.compare)}: there is no evaluation; give JSON files of eval.py")
+            raise UserError(
+                f"--compare {' '.join(args.compare)}: there is no evaluation; give JSON files of "
+                "eval.py"
+            )
         print(comparison([read_evaluation(file) for file in files]))
         return
     out = output_file(args)
     if out.is_file() and not args.save:
-        print(f"{comparison([read_evaluation(out)])}\nas measured before; remove {out} to measure anew")
+        print(
+            f"{comparison([read_evaluation(out)])}\nas measured before; remove {out} to measure "
+            "anew"
+        )
         return
     refuse_existing(out, "remove it, or choose another --save")
     check_paths([args.mask, *args.task_file], [args.ppl])
@@ -166,13 +257,23 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     if tasks or files:
         check_tokenizer(tokenizer)  # before perplexity takes its time
-    result = {"model": args.model, "mask": args.mask, "dtype": str(model.dtype).removeprefix("torch."),
-              **apply_and_verify(model, args.mask, args.sparsity_type, args.targets)}
+    result = {
+        "model": args.model,
+        "mask": args.mask,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **apply_and_verify(model, args.mask, args.sparsity_type, args.targets),
+    }
     if args.ppl != "none":
         result |= evaluate_text(model, tokenizer, args.ppl, args.seqlen, args.nwindows, args.bos)
     if tasks or files:
-        result |= evaluate_tasks(model, tokenizer, tasks | files, args.tasks_batchsize, not args.tasks_no_bos,
-                                 args.task_limit)
+        result |= evaluate_tasks(
+            model,
+            tokenizer,
+            tasks | files,
+            args.tasks_batchsize,
+            not args.tasks_no_bos,
+            args.task_limit,
+        )
     write_json(out, {**result, "environment": environment(args.device)})
     print(f"written to {out}")
 

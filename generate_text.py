@@ -1,27 +1,46 @@
-"""Have a model generate the text to learn its mask from (models/generation.py); sparsify.py does so by itself.
+"""Have a model generate the text to learn its mask from (models/generation.py); sparsify.py does so
+by itself.
 
     python generate_text.py --model MODEL --tokens 100000 --out generated.jsonl
     python generate_text.py --model MODEL --tokens 100000 --after PASSAGES --out alike.jsonl
 
-No data is needed. Only --after needs some: a few passages of the kind of text that the model will meet. Each document
-then continues one of them. Writes one JSON object a line, {"text": ..., "tokens": ...}, for --dataset: of sparsify.py,
-which does not know who wrote it (give it --distill 1), and with a lower --seqlen than here of the other scripts.
-Stopped, the same command goes on.
+No data is needed. Only --after needs some: a few passages of the kind of text that the model will
+meet. Each document then continues one of them. Writes one JSON object a line, {"text": ...,
+"tokens": ...}, for --dataset: of sparsify.py, which does not know who wrote it (give it --distill
+1), and with a lower --seqlen than here of the other scripts. Stopped, the same command goes on.
 """
+
 import argparse
 
-from utils import UserError, add_model_arguments, begin_script, positive_int, run_script, script_parser, sequence_length
+from utils import (
+    UserError,
+    add_model_arguments,
+    begin_script,
+    positive_int,
+    run_script,
+    script_parser,
+    sequence_length,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--tokens", type=positive_int, default=100_000, help="to generate, at least")
-    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a document, at most")
-    parser.add_argument("--batchsize", type=positive_int, default=256, help="documents generated at a time")
-    parser.add_argument("--after", metavar="DATASET",
-                        help="passages, as for train.py --dataset: each document continues the first --seqlen tokens "
-                             "of one of them, which are left out")
+    parser.add_argument(
+        "--tokens", type=positive_int, default=100_000, help="to generate, at least"
+    )
+    parser.add_argument(
+        "--seqlen", type=sequence_length, default=128, help="tokens in a document, at most"
+    )
+    parser.add_argument(
+        "--batchsize", type=positive_int, default=256, help="documents generated at a time"
+    )
+    parser.add_argument(
+        "--after",
+        metavar="DATASET",
+        help="passages, as for train.py --dataset: each document continues the first --seqlen "
+        "tokens of one of them, which are left out",
+    )
     parser.add_argument("--out", default="generated_text.jsonl", help="file to write, must be new")
     return parser.parse_args(argv)
 
@@ -39,13 +58,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = refuse_existing(args.out, "choose another --out or remove it")
     if out.suffix != ".jsonl":
-        raise UserError(f"--out {out} must end in .jsonl: --dataset tells by it how a file is to be read")
+        raise UserError(
+            f"--out {out} must end in .jsonl: --dataset tells by it how a file is to be read"
+        )
     check_paths([], [args.after])
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_length(model, args.seqlen)
-    passages = generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []
-    documents, tokens = generation.write_text(out, model, tokenizer, args.tokens, args.seqlen, args.batchsize, passages,
-                                              args.seed)
+    passages = (
+        generation.read_passages(args.after, model, tokenizer, args.seqlen) if args.after else []
+    )
+    documents, tokens = generation.write_text(
+        out, model, tokenizer, args.tokens, args.seqlen, args.batchsize, passages, args.seed
+    )
     print(f"{documents} documents, {tokens} tokens -> {out}")
 
 

@@ -2,10 +2,13 @@
 
     python inference_loss.py --dataset_size 512 --batchsize 32
     python inference_loss.py --model MODEL --mask initial_mask.safetensors --dataset text.jsonl
-    python inference_loss.py --model SPARSE_FOLDER --mask none --save dense.npz    # of a model as it is
+    # of a model as it is
+    python inference_loss.py --model SPARSE_FOLDER --mask none --save dense.npz
 
-One pass over each minibatch. Use the same --model, --mask and data flags for train.py; the file remembers them.
+One pass over each minibatch. Use the same --model, --mask and data flags for train.py; the file
+remembers them.
 """
+
 import argparse
 import math
 
@@ -25,11 +28,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser, is_random=False)
     add_data_arguments(parser)
-    parser.add_argument("--mask", default="initial_mask.safetensors",
-                        help="m0: mask file or folder of .pt masks; none: the model as it is")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
-                        help="N:M the mask must have (default: its own, or 2:4 where its format knows none)")
-    parser.add_argument("--save", default=None, help="baseline file to write, must be new (default: named by the data)")
+    parser.add_argument(
+        "--mask",
+        default="initial_mask.safetensors",
+        help="m0: mask file or folder of .pt masks; none: the model as it is",
+    )
+    parser.add_argument(
+        "--sparsity_type",
+        type=sparsity_type,
+        default=None,
+        help="N:M the mask must have (default: its own, or 2:4 where its format knows none)",
+    )
+    parser.add_argument(
+        "--save",
+        default=None,
+        help="baseline file to write, must be new (default: named by the data)",
+    )
     return parser.parse_args(argv)
 
 
@@ -56,17 +70,25 @@ def main(argv: list[str] | None = None) -> None:
     check_length(model, args.seqlen)
     layers = find_layers(model)
     masks = {} if args.mask == "none" else read_masks(args.mask, model, args.sparsity_type).masks
-    batches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
+    batches = data.minibatches(
+        tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen
+    )
     depends_on = baselines.conditions(model, masks, batches)
     apply_masks(layers, masks)
-    losses = [batch_loss(model, batch, args.microbatch)
-              for batch in progress_bar(batches, desc="baseline", unit="minibatch")]
+    losses = [
+        batch_loss(model, batch, args.microbatch)
+        for batch in progress_bar(batches, desc="baseline", unit="minibatch")
+    ]
     if not all(map(math.isfinite, losses)):
-        raise UserError(f"the loss of minibatch {[math.isfinite(loss) for loss in losses].index(False)} is not finite; "
-                        f"{model.dtype} may overflow here: try --dtype bfloat16 or float32")
+        raise UserError(
+            f"the loss of minibatch {[math.isfinite(loss) for loss in losses].index(False)} is "
+            f"not finite; {model.dtype} may overflow here: try --dtype bfloat16 or float32"
+        )
     baselines.save(out, losses, depends_on)
-    print(f"{len(losses)} minibatches, mean loss {sum(losses) / len(losses):.4f} nats -> {out}  "
-          f"(peak {peak_memory_bytes() / 2**30:.2f} GiB)")
+    print(
+        f"{len(losses)} minibatches, mean loss {sum(losses) / len(losses):.4f} nats -> {out}  "
+        f"(peak {peak_memory_bytes() / 2**30:.2f} GiB)"
+    )
 
 
 if __name__ == "__main__":

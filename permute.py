@@ -1,21 +1,28 @@
-"""Reorder a model's channels so that an N:M mask keeps more. The reordered model computes the same function.
+"""Reorder a model's channels so that an N:M mask keeps more. The reordered model computes the same
+function.
 
     python permute.py --model MODEL --dataset text.jsonl --seqlen 512 --save_model permuted
-    python prune.py --model permuted --dataset text.jsonl --seqlen 512       # and on, as with any model
+    # and on, as with any model
+    python prune.py --model permuted --dataset text.jsonl --seqlen 512
     python permute.py --model MODEL --order permuted.permutation.safetensors --save_model reordered
 
-A mask keeps N of every M consecutive weights. Which weights are consecutive is arbitrary: channels can change places in
-the residual stream, within each KV head (v and o) and within each MLP, and the model stays the same
-(pruning/channels.py). The search looks for an order in which the best N:M mask keeps the most of the weights' scores
+A mask keeps N of every M consecutive weights. Which weights are consecutive is arbitrary: channels
+can change places in the residual stream, within each KV head (v and o) and within each MLP, and the
+model stays the same (pruning/channels.py). The search looks for an order in which the best N:M mask
+keeps the most of the weights' scores
 
-    (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the calibration tokens
+    (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the
+                                                  calibration tokens
 
-that is, of the layers' outputs (pruning/channel_order.py). Calibration is that of prune.py without --bos.
+that is, of the layers' outputs (pruning/channel_order.py). Calibration is that of prune.py without
+--bos.
 
-Writes a plain Hugging Face folder: the weights as they are stored, in another order, with permute.json beside them. The
-order is written next to it, to NAME.permutation.safetensors for the folder NAME. To publish a mask of the reordered
-model, publish that file with it: --order reorders the original model again. A model in another order refuses the mask.
+Writes a plain Hugging Face folder: the weights as they are stored, in another order, with
+permute.json beside them. The order is written next to it, to NAME.permutation.safetensors for the
+folder NAME. To publish a mask of the reordered model, publish that file with it: --order reorders
+the original model again. A model in another order refuses the mask.
 """
+
 import argparse
 import time
 from contextlib import nullcontext
@@ -36,13 +43,25 @@ from utils import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--order", default=None, help="permutation file to apply, instead of a search")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default="2:4", help="N:M of the masks to come")
-    parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
+    parser.add_argument(
+        "--order", default=None, help="permutation file to apply, instead of a search"
+    )
+    parser.add_argument(
+        "--sparsity_type", type=sparsity_type, default="2:4", help="N:M of the masks to come"
+    )
+    parser.add_argument(
+        "--dataset", default="allenai/c4", help="calibration text: hub id, file or folder"
+    )
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
-    parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence")
-    parser.add_argument("--rounds", type=positive_int, default=20, help="of the search, in each set of channels")
-    parser.add_argument("--save_model", default="permuted", help="folder of the reordered model, must be new")
+    parser.add_argument(
+        "--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence"
+    )
+    parser.add_argument(
+        "--rounds", type=positive_int, default=20, help="of the search, in each set of channels"
+    )
+    parser.add_argument(
+        "--save_model", default="permuted", help="folder of the reordered model, must be new"
+    )
     return parser.parse_args(argv)
 
 
@@ -68,14 +87,23 @@ def search(args: argparse.Namespace) -> tuple[Orders, dict]:
     check_reorderable(model)
     layers = layers_to_mask(model, None, args.sparsity_type[1])
     check_length(model, args.seqlen)
-    samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed)
+    samples = data.calibration_samples(
+        tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed
+    )
     check_tokens(model, samples)
-    orders, shares = search_and_reorder(model, layers, samples, args.sparsity_type, args.rounds, args.seed)
+    orders, shares = search_and_reorder(
+        model, layers, samples, args.sparsity_type, args.rounds, args.seed
+    )
     for kind, (before, after) in shares.items():
-        print("{}: a {}:{} mask keeps".format(kind, *args.sparsity_type),
-              f"{before:.4f} of the score in the model's order, {after:.4f} in the new one")
-    return orders, {"seconds": round(time.time() - started, 1), "shares": shares,
-                    "peak_memory_bytes": peak_memory_bytes()}
+        print(
+            "{}: a {}:{} mask keeps".format(kind, *args.sparsity_type),
+            f"{before:.4f} of the score in the model's order, {after:.4f} in the new one",
+        )
+    return orders, {
+        "seconds": round(time.time() - started, 1),
+        "shares": shares,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.order:
         refuse_existing(file, remedy)
         orders, summary = search(args)
-    model, tokenizer = load_model(args.model, "checkpoint", "cpu", trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_model(
+        args.model, "checkpoint", "cpu", trust_remote_code=args.trust_remote_code
+    )
     fingerprint = model_fingerprint(model)
     if args.order:
         apply_permutation(model, args.order)
@@ -98,12 +128,16 @@ def main(argv: list[str] | None = None) -> None:
     with order as beside_order, atomic_write(out) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
-        write_json(tmp / "permute.json", {"arguments": vars(args), "environment": environment(args.device),
-                                             "summary": summary})
+        write_json(
+            tmp / "permute.json",
+            {"arguments": vars(args), "environment": environment(args.device), "summary": summary},
+        )
         if beside_order:
             permutation_files.save(beside_order, orders, args.model, fingerprint)
-    print(f"reordered model -> {out}, order {'from' if args.order else '->'} {args.order or file} "
-          f"({time.time() - started:.0f} s)")
+    print(
+        f"reordered model -> {out}, order {'from' if args.order else '->'} {args.order or file} "
+        f"({time.time() - started:.0f} s)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Plot the learning curves of runs: the training loss, or its residual against m0, and the held-out loss.
+"""Plot the learning curves of runs: the training loss, or its residual against m0, and the held-out
+loss.
 
-    python plot.py results/RUN                          # -> results/RUN/plot.png and plot.svg
-    python plot.py results/A results/B --out a_b        # two runs in one picture -> a_b.png and a_b.svg
+    # -> results/RUN/plot.png and plot.svg
+    python plot.py results/RUN
+    # two runs in one picture -> a_b.png and a_b.svg
+    python plot.py results/A results/B --out a_b
 
-A dot is the loss of one step; the line is the mean of the last 32 steps. The residual is drawn where all runs have
-baselines. The script reads metrics.jsonl. The run may still be going on: an incomplete last line is left out.
+A dot is the loss of one step; the line is the mean of the last 32 steps. The residual is drawn
+where all runs have baselines. The script reads metrics.jsonl. The run may still be going on: an
+incomplete last line is left out.
 """
+
 import argparse
 from pathlib import Path
 
@@ -16,8 +21,13 @@ from utils import UserError, begin_script, run_script, script_parser
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("--out", default=None, metavar="PREFIX",
-                        help="path of the pictures without its ending (default: RUN/plot; of several runs, comparison)")
+    parser.add_argument(
+        "--out",
+        default=None,
+        metavar="PREFIX",
+        help="path of the pictures without its ending (default: RUN/plot; of several runs, "
+        "comparison)",
+    )
     return parser.parse_args(argv)
 
 
@@ -34,10 +44,14 @@ def main(argv: list[str] | None = None) -> None:
     for run in args.runs:
         runs[run] = read_lines(Path(run) / "metrics.jsonl")
         if not runs[run]:
-            raise UserError(f"{run}/metrics.jsonl has no step yet; wait for the first, or give another run")
+            raise UserError(
+                f"{run}/metrics.jsonl has no step yet; wait for the first, or give another run"
+            )
     prefix = args.out or (f"{args.runs[0]}/plot" if len(args.runs) == 1 else "comparison")
-    paths = [refuse_existing(f"{prefix}.{ending}", "choose another --out PREFIX or remove it")
-             for ending in ("png", "svg")]
+    paths = [
+        refuse_existing(f"{prefix}.{ending}", "choose another --out PREFIX or remove it")
+        for ending in ("png", "svg")
+    ]
     for path in paths:
         figures.learning_curve(runs, path)
     print(f"pictures -> {paths[0]}, {paths[1]}")

@@ -1,34 +1,43 @@
 """Make the initial sparse model: N:M pruning of a dense model by a one-shot method.
 
-    python prune.py --model meta-llama/Llama-2-7b-hf --prune_method wanda --sparsity_type 2:4 --save_model out
-    python prune.py --model MODEL --prune_method wanda --dataset text.jsonl --nsamples 128 --seqlen 512
+    python prune.py --model meta-llama/Llama-2-7b-hf --prune_method wanda --sparsity_type 2:4 \\
+        --save_model out
+    python prune.py --model MODEL --prune_method wanda --dataset text.jsonl --nsamples 128 \\
+        --seqlen 512
     python prune.py --model MODEL --prune_method magnitude --sparsity_type 4:8
-    python prune.py --model MODEL --prune_method sparsegpt --true_sequential --dataset text.jsonl --seqlen 512
-    python prune.py --model MODEL --prune_method wanda --swaps 6 --true_sequential --dataset text.jsonl --seqlen 512
+    python prune.py --model MODEL --prune_method sparsegpt --true_sequential \\
+        --dataset text.jsonl --seqlen 512
+    python prune.py --model MODEL --prune_method wanda --swaps 6 --true_sequential \\
+        --dataset text.jsonl --seqlen 512
 
-Of every M consecutive weights of a row the N with the largest scores stay, unchanged (pruning/one_shot.py):
+Of every M consecutive weights of a row the N with the largest scores stay, unchanged
+(pruning/one_shot.py):
 
     magnitude   |w_ij|
-    wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens (arXiv 2306.11695)
+    wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens
+                (arXiv 2306.11695)
 
-sparsegpt (pruning/sparsegpt.py) also updates the weights that stay, to make up for the pruned ones. get_mask.py takes
-only the mask from its model; it is then used with the original weights.
+sparsegpt (pruning/sparsegpt.py) also updates the weights that stay, to make up for the pruned ones.
+get_mask.py takes only the mask from its model; it is then used with the original weights.
 
---swaps improves the score's mask: within a block, a pruned and a kept weight change places if that lowers the error of
-the layer's output (pruning/swaps.py). The weights stay unchanged. It helps most with --true_sequential.
+--swaps improves the score's mask: within a block, a pruned and a kept weight change places if that
+lowers the error of the layer's output (pruning/swaps.py). The weights stay unchanged. It helps most
+with --true_sequential.
 
-Calibration is `get_c4` of Wanda and SparseGPT: --nsamples random crops of --seqlen tokens. The scores need one pass of
-each sequence through the dense model. sparsegpt, --swaps and --true_sequential send all sequences through the decoder
-together, and prune a layer when the pass gets to it. So only one Hessian is in memory at a time, and with
---true_sequential the later layers see the pruned earlier ones. If that pass needs too much memory, lower --nsamples or
---seqlen.
+Calibration is `get_c4` of Wanda and SparseGPT: --nsamples random crops of --seqlen tokens. The
+scores need one pass of each sequence through the dense model. sparsegpt, --swaps and
+--true_sequential send all sequences through the decoder together, and prune a layer when the pass
+gets to it. So only one Hessian is in memory at a time, and with --true_sequential the later layers
+see the pruned earlier ones. If that pass needs too much memory, lower --nsamples or --seqlen.
 
-Crops begin anywhere, as in `get_c4`. With --bos the beginning-of-text token is put before each crop, which then ends a
-token earlier. Gemma models need that token. If it lowers the loss of the first crop by more than a tenth, a line
-recommends --bos.
+Crops begin anywhere, as in `get_c4`. With --bos the beginning-of-text token is put before each
+crop, which then ends a token earlier. Gemma models need that token. If it lowers the loss of the
+first crop by more than a tenth, a line recommends --bos.
 
-Writes a plain Hugging Face folder with zeros in it, and prune.json beside the weights. Next: `python get_mask.py`.
+Writes a plain Hugging Face folder with zeros in it, and prune.json beside the weights. Next:
+`python get_mask.py`.
 """
+
 import argparse
 import time
 
@@ -47,24 +56,52 @@ from utils import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--prune_method", choices=["magnitude", "wanda", "sparsegpt"], default="wanda",
-                        help="how to choose the weights that stay")
-    parser.add_argument("--sparsity_type", type=sparsity_type, default="2:4", help="N:M, keep N of every M weights")
-    parser.add_argument("--dataset", default="allenai/c4", help="calibration text: hub id, file or folder")
+    parser.add_argument(
+        "--prune_method",
+        choices=["magnitude", "wanda", "sparsegpt"],
+        default="wanda",
+        help="how to choose the weights that stay",
+    )
+    parser.add_argument(
+        "--sparsity_type", type=sparsity_type, default="2:4", help="N:M, keep N of every M weights"
+    )
+    parser.add_argument(
+        "--dataset", default="allenai/c4", help="calibration text: hub id, file or folder"
+    )
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
-    parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence")
-    parser.add_argument("--bos", action="store_true",
-                        help="begin each calibration sequence with the beginning-of-text token")
-    parser.add_argument("--true_sequential", action="store_true", help="later layers see the earlier ones pruned")
-    parser.add_argument("--swaps", type=positive_int, default=0, metavar="SWEEPS",
-                        help="improve the score's mask by swaps within blocks, in at most so many sweeps")
-    parser.add_argument("--targets", nargs="+", default=None,
-                        help="prune these layers: parts of their names, or regular expressions")
-    parser.add_argument("--save_model", default="out", help="folder of the sparse model, must be new")
+    parser.add_argument(
+        "--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence"
+    )
+    parser.add_argument(
+        "--bos",
+        action="store_true",
+        help="begin each calibration sequence with the beginning-of-text token",
+    )
+    parser.add_argument(
+        "--true_sequential", action="store_true", help="later layers see the earlier ones pruned"
+    )
+    parser.add_argument(
+        "--swaps",
+        type=positive_int,
+        default=0,
+        metavar="SWEEPS",
+        help="improve the score's mask by swaps within blocks, in at most so many sweeps",
+    )
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=None,
+        help="prune these layers: parts of their names, or regular expressions",
+    )
+    parser.add_argument(
+        "--save_model", default="out", help="folder of the sparse model, must be new"
+    )
     args = parser.parse_args(argv)
     if args.swaps and args.prune_method == "sparsegpt":
-        parser.error("--swaps improves a mask of unchanged weights, and sparsegpt changes them: choose another "
-                     "--prune_method")
+        parser.error(
+            "--swaps improves a mask of unchanged weights, and sparsegpt changes them: choose "
+            "another --prune_method"
+        )
     return args
 
 
@@ -96,7 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     if way.needs_text:
         check_length(model, args.seqlen)
         bos = data.wanted_bos(tokenizer) if args.bos else None
-        samples = data.calibration_samples(tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed, bos)
+        samples = data.calibration_samples(
+            tokenizer, args.dataset, args.nsamples, args.seqlen, args.seed, bos
+        )
         check_tokens(model, samples)
         if not args.bos and (hint := bos_hint(model, tokenizer, samples, "calibration sequence")):
             print(hint)
@@ -104,14 +143,20 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_write(out) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
-        summary = {"seconds": round(time.time() - started, 1),
-                   "peak_memory_bytes": peak_memory_bytes()}
-        write_json(tmp / "prune.json", {"arguments": vars(args), "environment": environment(args.device),
-                                           "summary": summary})
+        summary = {
+            "seconds": round(time.time() - started, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        write_json(
+            tmp / "prune.json",
+            {"arguments": vars(args), "environment": environment(args.device), "summary": summary},
+        )
     weights = sum(module.weight.numel() for module in layers.values())
-    print("{} {}:{}".format(args.prune_method, *args.sparsity_type),
-          f"of {len(layers)} layers, {weights / 1e6:.1f} M weights -> {out}  ({time.time() - started:.0f} s, "
-          f"peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB)")
+    print(
+        "{} {}:{}".format(args.prune_method, *args.sparsity_type),
+        f"of {len(layers)} layers, {weights / 1e6:.1f} M weights -> {out}  "
+        f"({time.time() - started:.0f} s, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB)",
+    )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,32 @@
 """From a dense model to an N:M-sparse one, in one command.
 
-    python sparsify.py --model MODEL                                          # 300 steps; needs nothing else
-    python sparsify.py --model MODEL --minutes 30 --after PASSAGES.jsonl      # the text that it writes continues these
+    # 300 steps; needs nothing else
+    python sparsify.py --model MODEL
+    # the text that it writes continues these
+    python sparsify.py --model MODEL --minutes 30 --after PASSAGES.jsonl
     python sparsify.py --model MODEL --dataset text.jsonl questions.jsonl --sparsity_type 4:8
-    python sparsify.py --resume results/RUN                                   # goes on with a run that was stopped
+    # goes on with a run that was stopped
+    python sparsify.py --resume results/RUN
 
-    text      --dataset, of which questions make a quarter at most; the model generates what is missing
-              (models/generation.py), every document after one of the passages of --after
-    m0        --mask, or Wanda's mask on the same text; with --permute, channels are reordered before
-    swaps     weights of a block change places while a layer's output comes closer to the dense one (pruning/swaps.py)
-    learning  gradients of backward passes move the logits; the weights stay frozen (training/straight_through.py)
-    table     held-out perplexity of the dense model, m0 and the learned mask, on sequences that taught and selected
-              nothing, of given and generated text as they were learned from (questions that are few may be in both)
+    text      --dataset, of which questions make a quarter at most; the model generates what is
+              missing (models/generation.py), every document after one of the passages of --after
+    m0        --mask, or Wanda's mask on the same text; with --permute, channels are reordered
+              before
+    swaps     weights of a block change places while a layer's output comes closer to the dense one
+              (pruning/swaps.py)
+    learning  gradients of backward passes move the logits; the weights stay frozen
+              (training/straight_through.py)
+    table     held-out perplexity of the dense model, m0 and the learned mask, on sequences that
+              taught and selected nothing, of given and generated text as they were learned from
+              (questions that are few may be in both)
 
-The budget is a number of steps; --minutes measures this machine once and becomes steps (training/plan.py). So the same
-flags, or a run that is resumed, give the same mask, whatever else the machine does.
-Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), report.json,
-curve.png, metrics.jsonl (one line per step), run.json. Finished stages are skipped on --resume.
+The budget is a number of steps; --minutes measures this machine once and becomes steps
+(training/plan.py). So the same flags, or a run that is resumed, give the same mask, whatever else
+the machine does. Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging
+Face folder with zeros), report.json, curve.png, metrics.jsonl (one line per step), run.json.
+Finished stages are skipped on --resume.
 """
+
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -53,39 +62,84 @@ WINDOWS = 64  # of each text of --ppl
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser, model=None, dtype="auto")
-    parser.add_argument("--dataset", nargs="+", default=None,
-                        help="text to learn from: hub ids, .json.gz, .jsonl, .parquet, .txt, folders; also questions, "
-                             "as eval.py's --task_file; if it is too short, the model generates the rest")
-    parser.add_argument("--after", metavar="PASSAGES", default=None,
-                        help="text of the kind that the model will meet: what it generates continues these")
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=None,
+        help="text to learn from: hub ids, .json.gz, .jsonl, .parquet, .txt, folders; also "
+        "questions, as eval.py's --task_file; if it is too short, the model generates the rest",
+    )
+    parser.add_argument(
+        "--after",
+        metavar="PASSAGES",
+        default=None,
+        help="text of the kind that the model will meet: what it generates continues these",
+    )
     parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
-    parser.add_argument("--batchsize", type=positive_int, default=8, help="sequences in a step of each process")
-    parser.add_argument("--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most")
+    parser.add_argument(
+        "--batchsize", type=positive_int, default=8, help="sequences in a step of each process"
+    )
+    parser.add_argument(
+        "--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most"
+    )
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--steps", type=positive_int, default=None, help=f"of learning (default: {STEPS})")
-    budget.add_argument("--minutes", type=number(float, 0.01), default=None,
-                        help="for everything: an estimate, which becomes a number of steps at the start")
+    budget.add_argument(
+        "--steps", type=positive_int, default=None, help=f"of learning (default: {STEPS})"
+    )
+    budget.add_argument(
+        "--minutes",
+        type=number(float, 0.01),
+        default=None,
+        help="for everything: an estimate, which becomes a number of steps at the start",
+    )
     add_mask_arguments(parser, mask_default=None)
-    parser.add_argument("--permute", action="store_true", help="first reorder channels, so that masks keep more")
-    parser.add_argument("--step_size", "--lr", type=number(float, 0), default=STEP_SIZE,
-                        help="total movement of a logit under pure-noise gradients (standard deviation, in logits)")
-    parser.add_argument("--logits", type=number(float, 0), default=LOGITS, help="C: scale of the first logits")
-    parser.add_argument("--distill", type=number(float, 0, 1), default=None,
-                        help="share of the loss that compares with the dense model's predictions, not with the text "
-                             "(default: 1 on text that it generates, 0.5 on --dataset)")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time a step")
-    parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
-                        help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: wikitext2, "
-                             "c4 or files")
+    parser.add_argument(
+        "--permute", action="store_true", help="first reorder channels, so that masks keep more"
+    )
+    parser.add_argument(
+        "--step_size",
+        "--lr",
+        type=number(float, 0),
+        default=STEP_SIZE,
+        help="total movement of a logit under pure-noise gradients (standard deviation, in logits)",
+    )
+    parser.add_argument(
+        "--logits", type=number(float, 0), default=LOGITS, help="C: scale of the first logits"
+    )
+    parser.add_argument(
+        "--distill",
+        type=number(float, 0, 1),
+        default=None,
+        help="share of the loss that compares with the dense model's predictions, not with the "
+        "text (default: 1 on text that it generates, 0.5 on --dataset)",
+    )
+    parser.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="less memory, a third more time a step",
+    )
+    parser.add_argument(
+        "--ppl",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: "
+        "wikitext2, c4 or files",
+    )
     add_run_arguments(parser)
     args = parse(parser, argv)
     if args.shard and not args.resume and not (args.dataset and args.mask and args.steps):
-        parser.error("--shard needs --dataset, --mask and --steps: text and m0 are made, and speed is measured, in one "
-                     "process that has the whole model")
+        parser.error(
+            "--shard needs --dataset, --mask and --steps: text and m0 are made, and speed is "
+            "measured, in one process that has the whole model"
+        )
     if len({Path(text).name for text in args.ppl}) < len(args.ppl):
         parser.error("--ppl: two texts have one name, which the table would show twice: rename one")
     if args.permute and args.mask:
-        parser.error("--permute makes a mask of its own, for the order of channels that it finds: leave out --mask")
+        parser.error(
+            "--permute makes a mask of its own, for the order of channels that it finds: leave "
+            "out --mask"
+        )
     if args.minutes is None and args.steps is None:
         args.steps = STEPS
     return args
@@ -125,12 +179,14 @@ from torch import Tensor, nn
 
 
 def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, MaskFile | None]:
-    """The model, its tokenizer and the mask given, if one is; UserError where no mask can be learned of it as the flags
-    ask."""
+    """The model, its tokenizer and the mask given, if one is; UserError where no mask can be
+    learned of it as the flags ask."""
     read = load_sharded if args.shard and processes.world_size() > 1 else load_model
     model, tokenizer = read(args.model, args.dtype, device, args.trust_remote_code)
     if args.shard and model.dtype == torch.float16:
-        raise UserError("--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16")
+        raise UserError(
+            "--shard sums gradients over tokens, which overflows in float16: use --dtype bfloat16"
+        )
     check_length(model, args.seqlen)
     mask = read_masks(args.mask, model, args.sparsity_type) if args.mask else None
     if mask:
@@ -143,10 +199,17 @@ def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, Mas
     return model, tokenizer, mask
 
 
-def given_texts(args: Namespace, tokenizer: Tokenizer, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Minibatches of --dataset's questions and of its other text, up to so many tokens: lists of none or one."""
+def given_texts(
+    args: Namespace, tokenizer: Tokenizer, tokens: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Minibatches of --dataset's questions and of its other text, up to so many tokens: lists of
+    none or one."""
+
     def read(datasets: list[str], tokens: int) -> Tensor:
-        return data.token_sequences(tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed)
+        return data.token_sequences(
+            tokenizer, datasets, tokens, args.batchsize, args.seqlen, args.seed
+        )
+
     return preparation.given_texts(read, args.dataset or [], tokens, args.shard)
 
 
@@ -158,20 +221,25 @@ def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer) -> plans.Pl
     processes.log("measuring this machine")
     seconds = plans.measured(model, args.sparsity_type, args.batchsize, args.seqlen)
     plan = plans.of_minutes(args.minutes, seconds, minibatch)
-    given = sum(given_texts(args, tokenizer, plan.tokens), []) if args.dataset else []
-    if sum(text.numel() for text in given) < plan.tokens and not args.shard:
+    questions, others = given_texts(args, tokenizer, plan.tokens)
+    given = sum(text.numel() for text in questions + others)
+    if given < plan.tokens and not args.shard:
         seconds["token"] = plans.token_s(model, tokenizer)
         plan = plans.of_minutes(args.minutes, seconds, minibatch)
     processes.log(plans.in_words(plan, seconds))
     return plan
 
 
-def read_text(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: RunFolder,
-              stages: Stages) -> tuple[Tensor, Tensor]:
-    """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, and their sequences' shares of
-    distillation, `[minibatches, sequences]`. Text that is missing is generated."""
+def read_text(
+    args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: RunFolder, stages: Stages
+) -> tuple[Tensor, Tensor]:
+    """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, and their
+    sequences' shares of distillation, `[minibatches, sequences]`. Text that is missing is
+    generated."""
     plan = folder.record["plan"]
-    given, generated = (GIVEN_SHARE, GENERATED_SHARE) if args.distill is None else (args.distill, args.distill)
+    given, generated = (
+        (GIVEN_SHARE, GENERATED_SHARE) if args.distill is None else (args.distill, args.distill)
+    )
     questions, others = given_texts(args, tokenizer, plan["tokens"])
     texts = [(text, given) for text in others]
     missing = plan["tokens"] - sum(text.numel() for text in questions + others)
@@ -181,8 +249,12 @@ def read_text(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: R
         wanted = min(missing, plan["generated"]) // minibatch * minibatch
         if "text" not in stages.done:
             with stages.stage("text", f"the model generates up to {wanted:,} tokens"):
-                preparation.generate_text(file, model, tokenizer, wanted, args.seqlen, args.after, args.seed)
-        text = data.token_sequences(tokenizer, [str(file)], wanted, args.batchsize, args.seqlen, args.seed)
+                preparation.generate_text(
+                    file, model, tokenizer, wanted, args.seqlen, args.after, args.seed
+                )
+        text = data.token_sequences(
+            tokenizer, [str(file)], wanted, args.batchsize, args.seqlen, args.seed
+        )
         texts.append((text, generated))
     elif args.after:
         processes.log("note: no text is generated, so that none continues --after's passages")
@@ -193,24 +265,34 @@ def read_text(args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: R
     return minibatches, distill
 
 
-def first_mask(args: Namespace, model: nn.Module, folder: RunFolder, stages: Stages, sequences: Tensor) -> MaskFile:
-    """m0: Wanda's mask, measured on int64 `[sequences, tokens]`. With --permute the channels are reordered before."""
+def first_mask(
+    args: Namespace, model: nn.Module, folder: RunFolder, stages: Stages, sequences: Tensor
+) -> MaskFile:
+    """m0: Wanda's mask, measured on int64 `[sequences, tokens]`. With --permute the channels are
+    reordered before."""
     order = folder.path / ORDER
-    if args.permute and "order" in stages.done:  # not: its file is there, which another process may just have written
+    # not: its file is there, which another process may just have written
+    if args.permute and "order" in stages.done:
         apply_permutation(model, order)
     elif args.permute:
         with stages.stage("order", "channels are reordered"):
-            preparation.reorder_channels(order, model, args.model, args.targets, args.sparsity_type, sequences,
-                                         args.seed)
+            preparation.reorder_channels(
+                order, model, args.model, args.targets, args.sparsity_type, sequences, args.seed
+            )
     wanda = folder.path / "initial_mask.safetensors"
     if not ("m0" in stages.done and processes.broadcast_float(float(wanda.exists()))):
         with stages.stage("m0", "Wanda's mask"):
-            preparation.wanda_mask(wanda, model, args.model, args.targets, args.sparsity_type, sequences)
+            preparation.wanda_mask(
+                wanda, model, args.model, args.targets, args.sparsity_type, sequences
+            )
     return read_masks(wanda, model, args.sparsity_type)
 
 
-def losses(masked: MaskedModel, tokenizer: Tokenizer, unseen: Tensor, texts: dict[str, Tensor]) -> dict[str, float]:
-    """Text -> loss in nats of the mask in use: of held-out minibatches, and of the windows of further texts."""
+def losses(
+    masked: MaskedModel, tokenizer: Tokenizer, unseen: Tensor, texts: dict[str, Tensor]
+) -> dict[str, float]:
+    """Text -> loss in nats of the mask in use: of held-out minibatches, and of the windows of
+    further texts."""
     bos = data.added_bos(tokenizer)
     behind = "" if bos is None else " after BOS"
     found = {"held-out text": masked.mean_loss(unseen)}
@@ -219,8 +301,14 @@ def losses(masked: MaskedModel, tokenizer: Tokenizer, unseen: Tensor, texts: dic
     return found
 
 
-def improve_m0(args: Namespace, folder: RunFolder, validation: Validation, batches: Tensor, nats: Callable,
-               start: Callable) -> None:
+def improve_m0(
+    args: Namespace,
+    folder: RunFolder,
+    validation: Validation,
+    batches: Tensor,
+    nats: Callable,
+    start: Callable,
+) -> None:
     """Evaluate the dense model and m0; then swaps improve m0, and the logits follow."""
     masked, plan = validation.masked, folder.record["plan"]
     with masked.use_dense():
@@ -233,9 +321,16 @@ def improve_m0(args: Namespace, folder: RunFolder, validation: Validation, batch
     start(masked, args.logits, sequences, plan["sweeps"])
 
 
-def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals,
-          learner_of: Callable = StraightThrough, start: Callable | None = None) -> None:
-    """The run from its start, or from where it was stopped, to its results. Both functions are for rivals."""
+def learn(
+    args: Namespace,
+    device: str | None,
+    folder: RunFolder,
+    signals: StopSignals,
+    learner_of: Callable = StraightThrough,
+    start: Callable | None = None,
+) -> None:
+    """The run from its start, or from where it was stopped, to its results. Both functions are for
+    rivals."""
     set_seed(args.seed)
     check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
     stages = Stages(folder)
@@ -243,25 +338,51 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     # text -> minibatches; m0 -> the masked model
     model, tokenizer, mask = load(args, device)
     window = min(WINDOW, positions(model))
-    texts = {Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0] for text in args.ppl}
+    texts = {
+        Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0]
+        for text in args.ppl
+    }
     if "steps" not in folder.record.get("plan", {}):  # not there, or of an earlier version
         folder.note(plan=vars(planned(args, model, tokenizer)))
     minibatches, distill = read_text(args, model, tokenizer, folder, stages)
     batches, selecting, unseen = plans.split(minibatches)
     m0 = mask or first_mask(args, model, folder, stages, batches.flatten(0, 1))
     folder.note(plan={**folder.record["plan"], "learned_tokens": minibatches.numel()})
-    folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=data.fingerprint(minibatches))
+    folder.check_inputs(
+        model=model_fingerprint(model),
+        mask=fingerprint(m0.masks),
+        text=data.fingerprint(minibatches),
+    )
     prompt = unseen[0, 0, :PROMPT]
     if "sample" not in folder.record and not args.shard:
-        folder.note(sample={"prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                            "dense": generation.continuation(model, tokenizer, prompt, SAMPLE)})
-    masked = MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits, DTYPES[args.logits_dtype],
-                         learned_layers(model, m0, args.targets), args.seed, keep_dense=True,
-                         microbatch=args.microbatch)
+        folder.note(
+            sample={
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                "dense": generation.continuation(model, tokenizer, prompt, SAMPLE),
+            }
+        )
+    masked = MaskedModel(
+        model,
+        m0.masks,
+        LinearSpace(m0.n, m0.m),
+        args.logits,
+        DTYPES[args.logits_dtype],
+        learned_layers(model, m0, args.targets),
+        args.seed,
+        keep_dense=True,
+        microbatch=args.microbatch,
+    )
     learner = learner_of(masked, args.seqlen, args.gradient_checkpointing)
     validation = Validation(learner, selecting)
     nats = partial(losses, masked, tokenizer, unseen, texts)
-    run = Run(folder, signals, validation, len(batches), folder.record["plan"]["steps"], evaluations=EVALUATIONS)
+    run = Run(
+        folder,
+        signals,
+        validation,
+        len(batches),
+        folder.record["plan"]["steps"],
+        evaluations=EVALUATIONS,
+    )
     if not run.restore(masked=masked, learner=learner, validation=validation):
         with stages.stage("swaps", "the dense model and m0 are evaluated; then swaps improve m0"):
             improve_m0(args, folder, validation, batches, nats, start or initialize.from_swaps)
@@ -276,8 +397,14 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     with stages.stage("table", "the learned mask is evaluated and written"):
         with masked.use_masks(validation.bits):
             folder.note(nats={**folder.record["nats"], "learned": nats()})
-        summary = results.deliver(run, m0, tokenizer, saves_logits=False, skips_checkpoint=args.skip_checkpoint,
-                                  nats=folder.record["nats"])
+        summary = results.deliver(
+            run,
+            m0,
+            tokenizer,
+            saves_logits=False,
+            skips_checkpoint=args.skip_checkpoint,
+            nats=folder.record["nats"],
+        )
     if processes.is_main():  # the others have no summary
         if "sample" in folder.record:
             sparse = generation.continuation(model, tokenizer, prompt, SAMPLE)

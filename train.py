@@ -1,19 +1,27 @@
-"""Learn an N:M mask of a frozen model by policy gradient, from forward passes only (MaskPro, arXiv 2506.12876).
+"""Learn an N:M mask of a frozen model by policy gradient, from forward passes only (MaskPro, arXiv
+2506.12876).
 
     python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625
-    python train.py --model MODEL --dataset text.jsonl --init scores --logits 4 --lr 1     # where 10 * m0 is slow
-    python train.py --model MODEL --dataset text.jsonl --baseline online      # without inference_loss.py
-    python train.py --model MODEL --dataset text.jsonl --init random --baseline online     # without any sparse model
-    python train.py --resume results/RUN                                      # goes on with a run that was stopped
-    torchrun --nproc_per_node R train.py ...     # R processes, each with a minibatch of its own under the same mask
+    # where 10 * m0 is slow
+    python train.py --model MODEL --dataset text.jsonl --init scores --logits 4 --lr 1
+    # without inference_loss.py
+    python train.py --model MODEL --dataset text.jsonl --baseline online
+    # without any sparse model
+    python train.py --model MODEL --dataset text.jsonl --init random --baseline online
+    # goes on with a run that was stopped
+    python train.py --resume results/RUN
+    # R processes, each with a minibatch of its own under the same mask
+    torchrun --nproc_per_node R train.py ...
 
-Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses (inference_loss.py). With --init random
-m0 is the most probable mask of random logits, and neither file is needed. Writes a new folder
-results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros), metrics.jsonl (one line a step),
-curve.png, run.json. The first mask is m0 itself; the final one keeps the N largest logits of each block. With
---val_fraction it does best on held-out text, on which masks with less of the prior C * m0 in the logits are tried, too.
-A run that was stopped goes on to the same bits with --resume.
+Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses (inference_loss.py).
+With --init random m0 is the most probable mask of random logits, and neither file is needed. Writes
+a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros),
+metrics.jsonl (one line a step), curve.png, run.json. The first mask is m0 itself; the final one
+keeps the N largest logits of each block. With --val_fraction it does best on held-out text, on
+which masks with less of the prior C * m0 in the logits are tried, too. A run that was stopped goes
+on to the same bits with --resume.
 """
+
 from argparse import Namespace
 from math import comb
 from statistics import fmean
@@ -38,44 +46,67 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("--lr", type=number(float, 0), default=50.0, help="eta, in logits per nat of advantage")
+    # fmt: off
+    parser.add_argument("--lr", type=number(float, 0), default=50.0,
+                        help="eta, in logits per nat of advantage")
     parser.add_argument("--logits", type=number(float, 0), default=10.0,
                         help="C: initial logit of a kept weight (pruned: 0)")
-    parser.add_argument("--epoch", type=positive_int, default=10000, help="passes through the minibatches, at most")
-    parser.add_argument("--max_step", type=positive_int, default=10000, help="steps in all, at most")
-    parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro"], default="maskpro",
+    parser.add_argument("--epoch", type=positive_int, default=10000,
+                        help="passes through the minibatches, at most")
+    parser.add_argument("--max_step", type=positive_int, default=10000,
+                        help="steps in all, at most")
+    parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro"],
+                        default="maskpro",
                         help="the advantage: loss; loss - baseline; loss - baseline - delta")
     parser.add_argument("--baseline", default="cached", metavar="{cached,online,FILE}",
-                        help="f(m0 * w): from inference_loss.py's file, of its default name or this one; online: by a "
-                             "second forward pass a step of the first epoch")
-    parser.add_argument("--alpha", type=number(float, 0, 0.99999), default=0.99, help="decay of delta a step")
-    parser.add_argument("--debias_tracker", action="store_true", help="divide delta by 1 - alpha^t")
+                        help="f(m0 * w): from inference_loss.py's file, of its default name or "
+                             "this one; online: by a second forward pass per step of the first "
+                             "epoch")
+    parser.add_argument("--alpha", type=number(float, 0, 0.99999), default=0.99,
+                        help="decay of delta per step")
+    parser.add_argument("--debias_tracker", action="store_true",
+                        help="divide delta by 1 - alpha^t")
     parser.add_argument("--init", choices=["mask", "scores", "random"], default="mask",
-                        help="mask: logits start at C * m0; scores: they follow Wanda's scores |w| ||x||, so that "
-                             "close scores give close logits; random: C times normal random numbers, whose most "
-                             "probable mask is m0 (needs no --mask, but more steps)")
+                        help="mask: logits start at C * m0; scores: they follow Wanda's scores "
+                             "|w| ||x||, so that close scores give close logits; random: C times "
+                             "normal random numbers, whose most probable mask is m0 (needs no "
+                             "--mask, but more steps)")
     parser.add_argument("--space", choices=["linear", "pattern"], default="linear",
-                        help="linear: M logits a block (MaskPro); pattern: C(M,N) logits a block (MaskLLM)")
+                        help="linear: M logits per block (MaskPro); pattern: C(M,N) logits per "
+                             "block (MaskLLM)")
     parser.add_argument("--val_fraction", type=number(float, 0, 0.99999), default=0.0,
-                        help="fraction of the minibatches held out to select the final mask, and how much of the prior "
-                             "C * m0 its logits keep (default: 0, which takes the last mask)")
+                        help="fraction of the minibatches held out to select the final mask, and "
+                             "how much of the prior C * m0 its logits keep (default: 0, which "
+                             "takes the last mask)")
     parser.add_argument("--save", action="store_true", help="save the logits too")
+    # fmt: on
     add_mask_arguments(parser, "initial_mask.safetensors")
     add_run_arguments(parser)
-    args = parse(parser, argv)
+    return checked(parse(parser, argv), parser.get_default("mask"))
+
+
+def checked(args: Namespace, default_mask: str) -> Namespace:
+    """The arguments of a run. UserError if they do not go together."""
     if args.init == "random":
-        if args.mask not in (None, parser.get_default("mask")):
+        if args.mask not in (None, default_mask):
             raise UserError("--init random draws an m0 of its own: leave out --mask")
         if args.baseline != "online" and args.estimator != "vanilla":
-            raise UserError("--init random draws m0 when it starts, so no file has its losses: add --baseline online")
+            raise UserError(
+                "--init random draws m0 when it starts, so no file has its losses: add --baseline "
+                "online"
+            )
         args.mask = None
     n, m = args.sparsity_type
     if args.space == "linear" and n > MOST_KEPT:
-        raise UserError(f"the score of {n}:{m} is a sum over 2^{n} subsets of each block; N is at most {MOST_KEPT} "
-                        "here, and any in sparsify.py")
+        raise UserError(
+            f"the score of {n}:{m} is a sum over 2^{n} subsets of each block; N is at most "
+            f"{MOST_KEPT} here, and any in sparsify.py"
+        )
     if args.space == "pattern" and comb(m, n) > MOST_LOGITS:
-        raise UserError(f"--space pattern would keep {comb(m, n)} logits a block of {n}:{m}; use --space linear, which "
-                        f"keeps {m}")
+        raise UserError(
+            f"--space pattern would keep {comb(m, n)} logits per block of {n}:{m}; use --space "
+            f"linear, which keeps {m}"
+        )
     return args
 
 
@@ -85,9 +116,10 @@ if __name__ == "__main__":
 import data
 import pge
 from files.documents import check_paths
+from files.mask_files import MaskFile
 from masking.layers import learned_layers, note_sparse, read_masks
 from masking.masked_model import MaskedModel
-from masking.spaces import SPACES
+from masking.spaces import SPACES, Space
 from models import processes
 from models.layers import find_layers
 from models.loading import check_length, load_model, positions
@@ -101,47 +133,68 @@ from training.run_folder import RunFolder
 from training.signals import StopSignals
 from training.validation import Validation, hold_out
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class PolicyGradient(Learner):
-    """MaskPro (section 4 of the paper): the loss residual against m0, less its moving average, moves the logits.
+    """MaskPro (section 4 of the paper): the loss residual against m0, less its moving average,
+    moves the logits.
 
         A  = f(m_t * w, batch) - f(m0 * w, batch) - delta         the tracker delta: `pge.Estimator`
         pi <- pi - lr * A * grad log p(m_t | pi)                  the score: `pge.score`
-        m_{t+1} ~ p(pi)                                           N draws without replacement: `pge.sample`
+        m_{t+1} ~ p(pi)                                           N draws without replacement:
+                                                                  `pge.sample`
 
-    These three are the mathematics; what runs is the same in one pass, `fused_update` of masking/kernels.py.
-    batches: int64 `[minibatches, sequences, tokens]`; baseline: minibatch number -> f(m0 * w, batch), None: not needed.
+    These three are the mathematics; what runs is the same in one pass, `fused_update` of
+    masking/kernels.py. batches: int64 `[minibatches, sequences, tokens]`; baseline: minibatch
+    number -> f(m0 * w, batch), None: not needed.
     """
 
-    def __init__(self, masked: MaskedModel, batches: Tensor, baseline: baselines.Baseline, estimator: pge.Estimator):
+    def __init__(
+        self,
+        masked: MaskedModel,
+        batches: Tensor,
+        baseline: baselines.Baseline,
+        estimator: pge.Estimator,
+    ):
         super().__init__(masked)
         self.batches, self.baseline, self.estimator = batches, baseline, estimator
 
     def step(self, index: int, lr: float) -> StepResult:
         """One step, of each process on its own minibatch, all with the same mask; lr: eta."""
-        losses = [self.masked.loss(self.batches[index])]                                # f_t = f(m_t * w, batch)
+        losses = [self.masked.loss(self.batches[index])]  # f_t = f(m_t * w, batch)
         if self.baseline:
-            losses.append(self.baseline[index])                                         # f(m0 * w, batch)
-        result = StepResult(*map(fmean, zip(*processes.all_gather(losses))))            # means over the processes
+            losses.append(self.baseline[index])  # f(m0 * w, batch)
+        means = [fmean(values) for values in zip(*processes.all_gather(losses))]
+        result = StepResult(*means)  # over the processes
         if not result.is_finite:
-            self.masked.update(0.0)                                                     # another mask may do better
+            self.masked.update(0.0)  # another mask may do better
             return result
-        result.advantage = self.estimator.advantage(result.loss, result.baseline)       # A = f_t - f(m0) - delta
+        # the advantage A, and then pi -= lr A score(m_t), m_{t+1} ~ p(pi), in the next forward
+        result.advantage = self.estimator.advantage(result.loss, result.baseline)
         result.delta = self.estimator.delta
-        self.masked.update(lr * result.advantage)       # pi -= lr A score(m_t); m_{t+1} ~ p(pi): in the next forward
+        self.masked.update(lr * result.advantage)
         return result
+
+
+def first_mask(args: Namespace, model: nn.Module, space: Space) -> MaskFile:
+    """m0: the mask of --mask, or with --init random the most probable one of random logits."""
+    if args.init == "random":
+        return initialize.random_mask(
+            model, args.model, args.targets, space, args.logits, args.seed
+        )
+    return read_masks(args.mask, model, args.sparsity_type)
 
 
 def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
     """The run from its start, or from where it was stopped, to its results."""
     set_seed(args.seed, deterministic=True)
-    is_online, cached = args.baseline == "online", None
     check_paths([args.mask], [args.dataset])
     estimator = pge.Estimator(args.estimator, args.alpha, args.debias_tracker)
-    if estimator.needs_baseline and not is_online:
-        cached = baselines.find(args.baseline, args.dataset_size, args.batchsize, args.seqlen)
+    source = args.baseline if estimator.needs_baseline else None
+    size = args.dataset_size, args.batchsize, args.seqlen
+    if source not in (None, "online"):
+        source = baselines.find(source, *size)
 
     # text -> minibatches; m0 -> the masked model and the baseline
     load = load_sharded if args.shard and processes.world_size() > 1 else load_model
@@ -149,20 +202,20 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     check_length(model, args.seqlen)
     note_sparse(find_layers(model, args.targets))
     space = SPACES[args.space](*args.sparsity_type)
-    if args.init == "random":
-        m0 = initialize.random_mask(model, args.model, args.targets, space, args.logits, args.seed)
-    else:
-        m0 = read_masks(args.mask, model, args.sparsity_type)
+    m0 = first_mask(args, model, space)
     learned = learned_layers(model, m0, args.targets)
-    minibatches = data.minibatches(tokenizer, args.dataset, args.dataset_size, args.batchsize, args.seqlen)
+    minibatches = data.minibatches(tokenizer, args.dataset, *size)
     depends_on = baselines.conditions(model, m0.masks, minibatches)
-    folder.check_inputs(model=depends_on["model"], mask=depends_on["mask"], text=depends_on["tokens"])
-    baseline = baselines.load(cached, depends_on) if cached else None
+    names = {"model": "model", "mask": "mask", "text": "tokens"}
+    folder.check_inputs(**{name: depends_on[key] for name, key in names.items()})
+    cached = baselines.load(source, depends_on) if source not in (None, "online") else None
     batches, heldout = hold_out(minibatches, args.val_fraction)
-    masked = MaskedModel(model, m0.masks, space, args.logits, DTYPES[args.logits_dtype], learned, args.seed,
-                         keep_dense=args.init == "scores", microbatch=args.microbatch)
-    if estimator.needs_baseline and is_online:
-        baseline = baselines.OnlineBaseline(masked, batches)
+    # fmt: off
+    masked = MaskedModel(model, m0.masks, space, args.logits, DTYPES[args.logits_dtype],
+                         learned, args.seed, keep_dense=args.init == "scores",
+                         microbatch=args.microbatch)
+    # fmt: on
+    baseline = baselines.OnlineBaseline(masked, batches) if source == "online" else cached
 
     learner = PolicyGradient(masked, batches, baseline, estimator)
     validation = Validation(learner, heldout)

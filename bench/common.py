@@ -1,7 +1,10 @@
-"""What the benches share: flags, timing, models by shape, masks, child processes, and one Markdown table out.
+"""What the benches share: flags, timing, models by shape, masks, child processes, and one Markdown
+table out.
 
-What most benches use of learning is here, too: a step of each kind, and the defaults of sparsify.py.
+What most benches use of learning is here, too: a step of each kind, and the defaults of
+sparsify.py.
 """
+
 import argparse
 import gc
 import json
@@ -35,52 +38,116 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 COMMIT = commit()  # of the code that is measured: files may change while a bench runs
-DEFAULTS = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)  # of sparsify.py, on text that it generates
+# of sparsify.py, on text that it generates
+DEFAULTS = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)
 SHAPES = {  # Llama configurations, weights random: enough for time and memory
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-                 num_key_value_heads=4, vocab_size=256, tie_word_embeddings=True),
-    "smollm2-135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                         num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
-    "llama3.2-1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-                        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
-    "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                      num_key_value_heads=32, vocab_size=32000, tie_word_embeddings=False),
-    "llama2-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
-                       num_key_value_heads=40, vocab_size=32000, tie_word_embeddings=False),
-    "llama2-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-                       num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False),
-    "llama3.1-405b": dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
-                          num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
+    "tiny": dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=256,
+        tie_word_embeddings=True,
+    ),
+    "smollm2-135m": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "llama3.2-1b": dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "llama2-7b": dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ),
+    "llama2-13b": dict(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ),
+    "llama2-70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ),
+    "llama3.1-405b": dict(
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
 }
 
 
 def parser(docstring: str) -> argparse.ArgumentParser:
     """A parser with the flags of every bench, its docstring as the manual."""
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a smaller measurement, to try it out")
-    parser.add_argument("--json", default=None, help="write the rows of the table to this file, too")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device(),
-                        help="CUDA_VISIBLE_DEVICES names another card than the first")
+    parser.add_argument(
+        "--json", default=None, help="write the rows of the table to this file, too"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default=default_device(),
+        help="CUDA_VISIBLE_DEVICES names another card than the first",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     return parser
 
 
 def chosen(names: Iterable[str], parts: str) -> list[str]:
-    """The names that contain one of the parts, which commas separate; all names if there is no part. A part that is a
-    whole name selects that name only. UserError if no name is selected."""
+    """The names that contain one of the parts, which commas separate; all names if there is no
+    part. A part that is a whole name selects that name only. UserError if no name is selected."""
     names = list(names)
-    wanted = [parts] if parts in names else [part for part in parts.split(",") if part]  # a name may have commas, too
-    found = [name for name in names
-             if not wanted or any(part == name or (part not in names and part in name) for part in wanted)]
+    # a name may have commas, too
+    wanted = [parts] if parts in names else [part for part in parts.split(",") if part]
+    found = [
+        name
+        for name in names
+        if not wanted
+        or any(part == name or (part not in names and part in name) for part in wanted)
+    ]
     if not found:
         raise UserError(f"no row's name contains {parts}")
     return found
 
 
-def random_llama(shape: str, device: str, dtype: torch.dtype, seed: int = 0, layers: int | None = None,
-                 **config) -> LlamaForCausalLM:
-    """A frozen Llama of a named shape with random weights, made in its dtype on its device. layers: how many decoder
-    layers, if not the shape's; config: further fields of its LlamaConfig."""
+def random_llama(
+    shape: str, device: str, dtype: torch.dtype, seed: int = 0, layers: int | None = None, **config
+) -> LlamaForCausalLM:
+    """A frozen Llama of a named shape with random weights, made in its dtype on its device. layers:
+    how many decoder layers, if not the shape's; config: further fields of its LlamaConfig."""
     config = {"max_position_embeddings": 4096, **SHAPES[shape], **config}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     torch.manual_seed(seed)
@@ -94,7 +161,9 @@ def random_llama(shape: str, device: str, dtype: torch.dtype, seed: int = 0, lay
     return model.requires_grad_(False).eval()
 
 
-def median_s(function: Callable[[], object], device: str, repeats: int = 5, warm_up: int = 1) -> float:
+def median_s(
+    function: Callable[[], object], device: str, repeats: int = 5, warm_up: int = 1
+) -> float:
     """Median seconds of a call, the device waited for."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     times = []
@@ -109,8 +178,8 @@ def median_s(function: Callable[[], object], device: str, repeats: int = 5, warm
 
 
 def queued_s(function: Callable[[], object], device: str, repeats: int = 20) -> float:
-    """Seconds of one call in a queue of calls, which a GPU begins with when all are in it: the time to launch them is
-    left out. On a CPU this is `median_s`."""
+    """Seconds of one call in a queue of calls, which a GPU begins with when all are in it: the time
+    to launch them is left out. On a CPU this is `median_s`."""
     if not device.startswith("cuda"):
         return median_s(function, device, repeats)
     function()
@@ -133,42 +202,64 @@ def free_memory(device: str) -> None:
 
 
 def magnitude_masks(model: nn.Module, n: int = 2, m: int = 4) -> dict[str, Tensor]:
-    """N:M masks of all its layers by weight magnitude: layer name -> bool `[out, in]`, on the CPU."""
+    """N:M masks of all its layers by weight magnitude: layer name -> bool `[out, in]`, on the
+    CPU."""
     way = OneShot("magnitude", (n, m))
-    return {name: way.mask(weight_matrix(module).float(), None).cpu() for name, module in find_layers(model).items()}
+    return {
+        name: way.mask(weight_matrix(module).float(), None).cpu()
+        for name, module in find_layers(model).items()
+    }
 
 
 def forward_step(masked: MaskedModel) -> Callable[[Tensor], float]:
-    """A function that learns from forward passes: one small step on int64 `[sequences, tokens]`; returns the loss,
-    nats."""
+    """A function that learns from forward passes: one small step on int64 `[sequences, tokens]`;
+    returns the loss, nats."""
+
     def step(batch: Tensor) -> float:
         loss = masked.loss(batch)
         masked.update(0.01)
         return loss
+
     return step
 
 
-def gradient_step(masked: MaskedModel, checkpointing: bool = False, distill: float = 0.0) -> Callable[[Tensor], float]:
-    """A function that learns from gradients: one small step on int64 `[sequences, tokens]`; returns the loss, nats."""
+def gradient_step(
+    masked: MaskedModel, checkpointing: bool = False, distill: float = 0.0
+) -> Callable[[Tensor], float]:
+    """A function that learns from gradients: one small step on int64 `[sequences, tokens]`; returns
+    the loss, nats."""
     learner = StraightThrough(masked, checkpointing=checkpointing)
     return lambda batch: learner.step(batch, 0.01, distill=[distill] * len(batch)).loss
 
 
 def run_child(bench: str, flags: list[str], processes: int = 1) -> list:
-    """Run a bench as a process of its own, or by torchrun as several, with one thread each, and read what each process
-    hands back with `hand_back`. The flags end with the folder for these results. UserError if the bench fails."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+    """Run a bench as a process of its own, or by torchrun as several, with one thread each, and
+    read what each process hands back with `hand_back`. The flags end with the folder for these
+    results. UserError if the bench fails."""
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ] * (processes > 1)
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, *launcher, bench, *flags, folder], capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [sys.executable, *launcher, bench, *flags, folder],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         if done.returncode:
-            raise UserError(f"{Path(bench).name} failed in a child process: {done.stderr.strip()[-500:]}")
+            raise UserError(
+                f"{Path(bench).name} failed in a child process: {done.stderr.strip()[-500:]}"
+            )
         return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(processes)]
 
 
 def hand_back(folder: str, result: object) -> None:
-    """In a process of `run_child`: write a result to its folder, in a file of this process. One stdout would mix the
-    lines of several processes."""
+    """In a process of `run_child`: write a result to its folder, in a file of this process. One
+    stdout would mix the lines of several processes."""
     Path(folder, os.environ.get("RANK", "0")).write_text(json.dumps(result))
 
 
@@ -176,23 +267,39 @@ def print_table(rows: list[dict]) -> None:
     """Rows, column -> cell, as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [[row.get(column, "") for column in columns] for row in rows]
-    print("\n" + markdown_table(columns, [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line]
-                                          for line in lines]))
+    print(
+        "\n"
+        + markdown_table(
+            columns,
+            [
+                [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line]
+                for line in lines
+            ],
+        )
+    )
 
 
 def conditions_of(args: argparse.Namespace) -> dict:
     """What a record says beside its numbers."""
-    return {**environment(args.device), "commit": COMMIT, "device": args.device, "seed": args.seed,
-            "command": " ".join(["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name,
-                                 *sys.argv[1:]])}
+    return {
+        **environment(args.device),
+        "commit": COMMIT,
+        "device": args.device,
+        "seed": args.seed,
+        "command": " ".join(
+            ["python", Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name, *sys.argv[1:]]
+        ),
+    }
 
 
 def report(rows: list[dict], args: argparse.Namespace, note: str = "") -> None:
-    """Print a line of conditions, the rows (column -> cell) as a Markdown table, and a note. With --json also write the
-    rows, each with the conditions."""
+    """Print a line of conditions, the rows (column -> cell) as a Markdown table, and a note. With
+    --json also write the rows, each with the conditions."""
     conditions = conditions_of(args)
-    print(f"\n{conditions['command']}  ({conditions['hardware']}, torch {conditions['torch']}, "
-          f"commit {conditions['commit']}, seed {args.seed})")
+    print(
+        f"\n{conditions['command']}  ({conditions['hardware']}, torch {conditions['torch']}, "
+        f"commit {conditions['commit']}, seed {args.seed})"
+    )
     print_table(rows)
     if compiler.failures:
         note += f"\nWRONG: eager, since torch.compile failed: {', '.join(compiler.failures)}"

@@ -1,33 +1,46 @@
-"""What this code does on a GPU: whether it is right there, how fast it is, how much memory it takes.
+"""What this code does on a GPU: whether it is right there, how fast it is, how much memory it
+takes.
 
-    python bench/gpu.py --json gpu.json --budget_s 560     # in a call of ten minutes
-    python bench/gpu.py --device cpu --quick               # the same measurements, small, without a card
-    python bench/gpu.py --rows draws                       # only those whose names contain this
+    # in a call of ten minutes
+    python bench/gpu.py --json gpu.json --budget_s 560
+    # the same measurements, small, without a card
+    python bench/gpu.py --device cpu --quick
+    # only those whose names contain this
+    python bench/gpu.py --rows draws
 
-The order is that of importance: what decides whether learning is right, then time and memory, then other patterns.
+The order is that of importance: what decides whether learning is right, then time and memory, then
+other patterns.
 
-    agreement      compiled kernels on the device against eager ones there and on the CPU. Share: of the blocks. ulp:
-                   units in the last place, at most. Weights must be the same to the bit in blocks whose masks are.
-    draws          the compiled step's draws against the exact probabilities of the patterns, by chi-square. Rare flips
-                   are the whole learning signal, so the tails must be right: N logits are at `gap`, the others at 0.
-    learning       a few steps of a small model, with all that sparsify.py can add, compiled on the device, against
-                   eager ones on the CPU in float32.
-    runs           whole runs of both scripts: the same seed twice, and once killed and resumed. The same mask? (On a
-                   GPU this is judged of train.py alone: backward passes may round otherwise.)
-    deterministic  train.py's step with deterministic algorithms: the same bits twice; which operations have none.
-    float16        a weight's gradient whose sum over tokens overflows float16, which is to be taken in float32.
-    step           whole model, 2:4: a step from forward passes on 32 x 128 tokens, and steps from gradients with
-                   checkpointing and distillation on 8 x 128 and 32 x 128.
-    profile        the kernels and copies that one layer's pass launches, counted by torch's profiler.
+    agreement      compiled kernels on the device against eager ones there and on the CPU. Share: of
+                   the blocks. ulp: units in the last place, at most. Weights must be the same to
+                   the bit in blocks whose masks are.
+    draws          the compiled step's draws against the exact probabilities of the patterns, by
+                   chi-square. Rare flips are the whole learning signal, so the tails must be right:
+                   N logits are at `gap`, the others at 0.
+    learning       a few steps of a small model, with all that sparsify.py can add, compiled on the
+                   device, against eager ones on the CPU in float32.
+    runs           whole runs of both scripts: the same seed twice, and once killed and resumed. The
+                   same mask? (On a GPU this is judged of train.py alone: backward passes may round
+                   otherwise.)
+    deterministic  train.py's step with deterministic algorithms: the same bits twice; which
+                   operations have none.
+    float16        a weight's gradient whose sum over tokens overflows float16, which is to be taken
+                   in float32.
+    step           whole model, 2:4: a step from forward passes on 32 x 128 tokens, and steps from
+                   gradients with checkpointing and distillation on 8 x 128 and 32 x 128.
+    profile        the kernels and copies that one layer's pass launches, counted by torch's
+                   profiler.
     kernels        time of each pass beside that of a copy of the bytes that it reads and writes.
     stages         a sweep of swaps, generation, a state, SparseGPT.
-    processes      two processes, on two GPUs: copies and --shard against one process (bench/scaling.py), and one of two
-                   killed: the run ends, and goes on to the same mask. Needs two GPUs, or --device cpu.
+    processes      two processes, on two GPUs: copies and --shard against one process
+                   (bench/scaling.py), and one of two killed: the run ends, and goes on to the same
+                   mask. Needs two GPUs, or --device cpu.
 
-A row that has limits has a verdict: what is out of them (step: on a GPU, without --quick). Every row goes to --json at
-once, and the budget is asked before each, so a time limit loses at most one. After a failure the next measurement
-starts; the exit code is then 1.
+A row that has limits has a verdict: what is out of them (step: on a GPU, without --quick). Every
+row goes to --json at once, and the budget is asked before each, so a time limit loses at most one.
+After a failure the next measurement starts; the exit code is then 1.
 """
+
 import argparse
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +62,9 @@ OTHERS = [(1, 4), (2, 8), (4, 8)]  # 4:8 last: it compiles longest
 def measurements(quick: bool) -> dict[str, Callable]:
     """What is measured, in this order: name -> function of the flags that yields (row, limits)."""
     found = {
-        "agreement 2:4": partial(agreement, n=2, m=4, weights=["bfloat16", "float16"], logits=["float32"]),
+        "agreement 2:4": partial(
+            agreement, n=2, m=4, weights=["bfloat16", "float16"], logits=["float32"]
+        ),
         "draws 2:4": partial(draws, n=2, m=4),
         "learning": learning,
         "runs": runs,
@@ -60,10 +75,13 @@ def measurements(quick: bool) -> dict[str, Callable]:
         "kernels 2:4": partial(kernels, n=2, m=4),
         "stages": stages,
         "processes": processes,
-        "agreement 2:4, all dtypes": partial(agreement, n=2, m=4, weights=ALL, logits=ALL)}
+        "agreement 2:4, all dtypes": partial(agreement, n=2, m=4, weights=ALL, logits=ALL),
+    }
     for n, m in OTHERS[:1] if quick else OTHERS:
         pattern = f"{n}:{m}"
-        found[f"agreement {pattern}"] = partial(agreement, n=n, m=m, weights=["bfloat16"], logits=["float32"])
+        found[f"agreement {pattern}"] = partial(
+            agreement, n=n, m=m, weights=["bfloat16"], logits=["float32"]
+        )
         if (n, m) != (2, 8):
             found[f"draws {pattern}"] = partial(draws, n=n, m=m)
         found[f"profile {pattern}"] = partial(profile, n=n, m=m)
@@ -73,22 +91,32 @@ def measurements(quick: bool) -> dict[str, Callable]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--rows", default="", help="only measurements whose names contain one of these, by commas")
-    parser.add_argument("--budget_s", type=float, default=float("inf"), help="begin no row after so many seconds")
+    parser.add_argument(
+        "--rows", default="", help="only measurements whose names contain one of these, by commas"
+    )
+    parser.add_argument(
+        "--budget_s", type=float, default=float("inf"), help="begin no row after so many seconds"
+    )
     return parser.parse_args(argv)
 
 
 def verdict(row: dict, limits: dict) -> str:
     """What of a row is out of its limits, column -> (lowest, highest)."""
-    wrong = [f"{column} is {row[column]:.4g}, not {low:g} to {high:g}" for column, (low, high) in limits.items()
-             if row[column] != NOT_MEASURED and not low <= row[column] <= high]
+    wrong = [
+        f"{column} is {row[column]:.4g}, not {low:g} to {high:g}"
+        for column, (low, high) in limits.items()
+        if row[column] != NOT_MEASURED and not low <= row[column] <= high
+    ]
     if wrong:
         return "WRONG: " + "; ".join(wrong)
     return "right" if limits else ""
 
 
-def rows_of(name: str, measured: Iterator[tuple[dict, dict]], is_judged: bool, end: float) -> Iterator[dict]:
-    """The rows of a measurement with their verdicts, until the time `end`. A failure is a row, too, the last."""
+def rows_of(
+    name: str, measured: Iterator[tuple[dict, dict]], is_judged: bool, end: float
+) -> Iterator[dict]:
+    """The rows of a measurement with their verdicts, until the time `end`. A failure is a row, too,
+    the last."""
     while True:
         if time.monotonic() > end:
             yield {"what": "the rest", "verdict": "no time left"}
@@ -122,7 +150,11 @@ def main(argv: list[str] | None = None) -> None:
         common.free_memory(args.device)  # for the child processes of what comes next
         print(f"\n{name}", flush=True)
         common.print_table(rows)
-    failed = [f"{row['table']} ({row['what']})" for row in everything if row["verdict"].startswith("WRONG")]
+    failed = [
+        f"{row['table']} ({row['what']})"
+        for row in everything
+        if row["verdict"].startswith("WRONG")
+    ]
     failed += [f"not compiled: {name}" for name in compiler.failures]  # which then run eagerly
     print(f"failed: {', '.join(failed) or 'nothing'}")
     raise SystemExit(bool(failed))

@@ -1,16 +1,20 @@
-"""The code that torch.compile makes for a GPU, without one: kernels, registers, bytes spilled, time to compile.
+"""The code that torch.compile makes for a GPU, without one: kernels, registers, bytes spilled, time
+to compile.
 
     python bench/gpu_code.py --json gpu_code.json       # as for an H100
     python bench/gpu_code.py --capability 80 --rows 2:4,loss
 
-Needs the CUDA build of torch, which brings Triton, but no card: the passes of the scripts run on fake tensors, which
-have shapes and no numbers, and each kernel that they would launch is assembled for the given compute capability.
+Needs the CUDA build of torch, which brings Triton, but no card: the passes of the scripts run on
+fake tensors, which have shapes and no numbers, and each kernel that they would launch is assembled
+for the given compute capability.
 
-A thread has 255 registers at most, and spills what does not fit to memory, which is slow: a thousand spilled bytes a
-thread cost more than all the rest of a pass. Inductor tries several configurations of a kernel on the card and passes
-over those that spill more than SKIPPED bytes, unless all do. `spilled` is the most of those that may run. A row is
-WRONG if it is more than MOST, or if a pass at 2:4 in 16 bits takes more than one kernel.
+A thread has 255 registers at most, and spills what does not fit to memory, which is slow: a
+thousand spilled bytes a thread cost more than all the rest of a pass. Inductor tries several
+configurations of a kernel on the card and passes over those that spill more than SKIPPED bytes,
+unless all do. `spilled` is the most of those that may run. A row is WRONG if it is more than MOST,
+or if a pass at 2:4 in 16 bits takes more than one kernel.
 """
+
 import argparse
 import math
 import re
@@ -53,16 +57,24 @@ KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", 
 
 class Configuration(NamedTuple):
     """One way to launch a kernel: per thread, elements, registers and bytes spilled."""
+
     elements: float
     registers: int
     spilled: int
 
 
 def card(capability: int) -> SimpleNamespace:
-    """What Inductor asks about a card: an H100's numbers, at this compute capability (90 is 9.0)."""
-    return SimpleNamespace(major=capability // 10, minor=capability % 10, multi_processor_count=132, warp_size=32,
-                           regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
-                           max_threads_per_block=1024)
+    """What Inductor asks about a card: an H100's numbers, at this compute capability (90 is
+    9.0)."""
+    return SimpleNamespace(
+        major=capability // 10,
+        minor=capability % 10,
+        multi_processor_count=132,
+        warp_size=32,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+    )
 
 
 @contextmanager
@@ -79,7 +91,8 @@ def pretended(capability: int) -> Iterator[None]:
         (CudaInterface.Worker, "get_device_properties", staticmethod(lambda *_: properties)),
         (scheduler, "has_triton", lambda *_: True),
         (torch.utils._triton, "triton_hash_with_backend", lambda: "none"),
-        (triton_helpers, "set_driver_to_gpu", lambda: None)]
+        (triton_helpers, "set_driver_to_gpu", lambda: None),
+    ]
     with ExitStack() as stack:
         for owner, name, answer in answers:
             stack.enter_context(patch.object(owner, name, answer))
@@ -87,7 +100,8 @@ def pretended(capability: int) -> Iterator[None]:
 
 
 class Generator:
-    """A backend of torch.compile that generates a GPU's code, keeps it in `codes`, and runs the graph as it is."""
+    """A backend of torch.compile that generates a GPU's code, keeps it in `codes`, and runs the
+    graph as it is."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -99,8 +113,12 @@ class Generator:
     def _generate(self, graph_module: torch.fx.GraphModule, inputs: list, **_: object) -> Callable:
         compile_fx.record_original_output_strides(graph_module)
         with pretended(self.capability):
-            graph = GraphLowering(graph_module, example_inputs=inputs, is_inference=True,
-                                  shape_env=compile_fx.shape_env_from_inputs(inputs))
+            graph = GraphLowering(
+                graph_module,
+                example_inputs=inputs,
+                is_inference=True,
+                shape_env=compile_fx.shape_env_from_inputs(inputs),
+            )
             with DebugContext(), V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
                 graph.freeze_runtime_asserts()
                 graph.run(*inputs)
@@ -109,16 +127,22 @@ class Generator:
 
 
 def generated(work: Callable[[], object], capability: int) -> list[str]:
-    """The code of each function that `work` compiles, in the order in which they are called first."""
+    """The code of each function that `work` compiles, in the order in which they are called
+    first."""
     generator, compile_function = Generator(capability), torch.compile
 
-    def with_generator(function: Callable, dynamic: bool, fullgraph: bool, options: dict) -> Callable:
+    def with_generator(
+        function: Callable, dynamic: bool, fullgraph: bool, options: dict
+    ) -> Callable:
         inner = compile_function(function, backend=generator, dynamic=dynamic, fullgraph=fullgraph)
 
         def run(*args: object, **names: object) -> object:
-            with config.patch(**options, joint_graph_constant_folding=False):  # which computes on the device
+            # which computes on the device
+            with config.patch(**options, joint_graph_constant_folding=False):
                 return inner(*args, **names)
+
         return run
+
     compiled.cache_clear()
     torch._dynamo.reset()
     with patch.object(torch, "compile", with_generator), FakeTensorMode(allow_non_fake_inputs=True):
@@ -132,9 +156,15 @@ def assembled(code: str, capability: int) -> list[list[Configuration]]:
     for name, source in KERNEL.findall(code):
         with pretended(capability), config.patch(use_static_triton_launcher=False):
             kernel = getattr(PyCodeCache.load(source), name)
-            binaries = [kernel._precompile_config(choice).kernel.asm["cubin"] for choice in kernel.configs]
-        kernels.append([Configuration(elements_a_thread(choice), *resources(binary))
-                        for choice, binary in zip(kernel.configs, binaries)])
+            binaries = [
+                kernel._precompile_config(choice).kernel.asm["cubin"] for choice in kernel.configs
+            ]
+        kernels.append(
+            [
+                Configuration(elements_a_thread(choice), *resources(binary))
+                for choice, binary in zip(kernel.configs, binaries)
+            ]
+        )
     return kernels
 
 
@@ -147,11 +177,16 @@ def elements_a_thread(choice: object) -> float:
 def resources(binary: bytes) -> tuple[int, int]:
     """Registers and bytes of stack per thread of an assembled kernel."""
     from triton.backends import nvidia
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        said = subprocess.run([Path(nvidia.__file__).parent / "bin" / "cuobjdump", "-res-usage", file.name],
-                              capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [Path(nvidia.__file__).parent / "bin" / "cuobjdump", "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
     return int(registers), int(stack)
 
@@ -161,14 +196,18 @@ def that_may_run(configurations: list[Configuration]) -> list[Configuration]:
     return [one for one in configurations if one.spilled <= SKIPPED] or configurations
 
 
-def passes(n: int, m: int, weights: torch.dtype, logits: torch.dtype) -> dict[str, Callable[[], None]]:
+def passes(
+    n: int, m: int, weights: torch.dtype, logits: torch.dtype
+) -> dict[str, Callable[[], None]]:
     """What the scripts do to a layer, by name; to be called on fake tensors."""
+
     def layer() -> Layer:
         return Layer(SHAPE, n, m, weights, logits, "cuda")
 
     def write() -> None:
         one = layer()
         one.kernels.write(one.weight.view(-1), one.bits, one.out)
+
     found = {"update": lambda: layer().update(), "vjp": lambda: layer().vjp(), "write": write}
     if not Kernels(LinearSpace(n, m)).is_fused:
         del found["update"]  # which runs eagerly
@@ -203,26 +242,39 @@ def row_of(name: str, work: Callable[[], None], capability: int) -> dict:
     runs = [one for kernel in kernels for one in that_may_run(kernel)]
     spilled = max((one.spilled for one in runs), default=0)
     is_one_pass = name.startswith("2:4") and len(kernels) != 1
-    return {"what": name, "kernels": len(kernels),
-            "elements a thread": " or ".join(f"{one.elements:g}" for one in runs),
-            "registers": max((one.registers for one in runs), default=0), "spilled (bytes)": spilled,
-            "Inductor (s)": generated_s, "Triton and ptxas (s)": time.perf_counter() - began - generated_s,
-            "verdict": "WRONG" if spilled > MOST or is_one_pass or not kernels else "right"}
+    return {
+        "what": name,
+        "kernels": len(kernels),
+        "elements a thread": " or ".join(f"{one.elements:g}" for one in runs),
+        "registers": max((one.registers for one in runs), default=0),
+        "spilled (bytes)": spilled,
+        "Inductor (s)": generated_s,
+        "Triton and ptxas (s)": time.perf_counter() - began - generated_s,
+        "verdict": "WRONG" if spilled > MOST or is_one_pass or not kernels else "right",
+    }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--capability", type=int, default=90, help="compute capability times ten: 80 is an A100, 90 an "
-                                                                   "H100")
-    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, by commas")
+    parser.add_argument(
+        "--capability",
+        type=int,
+        default=90,
+        help="compute capability times ten: 80 is an A100, 90 an H100",
+    )
+    parser.add_argument(
+        "--rows", default="", help="only rows whose names contain one of these, by commas"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if torch.version.cuda is None:
-        raise UserError("this torch is a CPU build, which has no Triton: install the CUDA build, for which no card is "
-                        "needed")
+        raise UserError(
+            "this torch is a CPU build, which has no Triton: install the CUDA build, for which no "
+            "card is needed"
+        )
     works, rows, conditions = cases(), [], common.conditions_of(args)
     for name in common.chosen(works, args.rows):
         rows.append(row_of(name, works[name], args.capability))

@@ -1,4 +1,6 @@
-"""The kernels of one layer on a device: right, few, fast. bench/gpu.py has the command and the tables."""
+"""The kernels of one layer on a device: right, few, fast. bench/gpu.py has the command and the
+tables."""
+
 import argparse
 import math
 from collections.abc import Callable, Iterator
@@ -19,14 +21,24 @@ from torch.autograd import DeviceType
 GAPS = {(2, 4): [10, 0, 16], (1, 4): [10], (4, 8): [10]}  # N:M -> of the draws that are counted
 NOT_MEASURED = "not measured"
 MOST_BLOCKS_APART, MOST_ULPS, LEAST_P = 1e-4, 256, 1e-5
-Rows: TypeAlias = Iterator[tuple[dict, dict]]  # column -> cell; column -> (lowest, highest) that is right
+# column -> cell; column -> (lowest, highest) that is right
+Rows: TypeAlias = Iterator[tuple[dict, dict]]
 
 
 class Layer:
-    """Logits, bits, weight and gradient of one layer, the same on every device; a method for each kernel of a step."""
+    """Logits, bits, weight and gradient of one layer, the same on every device; a method for each
+    kernel of a step."""
 
-    def __init__(self, shape: tuple[int, int], n: int, m: int, weight_dtype: torch.dtype, logits_dtype: torch.dtype,
-                 device: str, backend: str = "compiled"):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        n: int,
+        m: int,
+        weight_dtype: torch.dtype,
+        logits_dtype: torch.dtype,
+        device: str,
+        backend: str = "compiled",
+    ):
         generator = torch.Generator().manual_seed(0)
         blocks = shape[0] * shape[1] // m
         mask = pge.mode(torch.rand(blocks, m, generator=generator), n)
@@ -36,14 +48,17 @@ class Layer:
         self.bits = mask_to_bits(mask).to(device)
         self.weight = torch.randn(shape, generator=generator).to(device, weight_dtype)
         self.gradient = torch.randn(shape, generator=generator).to(device, weight_dtype)
-        self.gradient.view(-1)[:2] = torch.tensor([torch.nan, torch.inf])  # a block that is not to move
+        # a block that is not to move
+        self.gradient.view(-1)[:2] = torch.tensor([torch.nan, torch.inf])
         self.out = torch.empty_like(self.weight).view(-1)
         self.key = layer_keys(0, 7, 1)[0].to(device)
         self.coefficient = torch.tensor(0.7, device=device)
         self.scale = torch.tensor([3.0, 0.05], device=device)
 
     def update(self) -> None:
-        self.kernels.update(self.logits, self.bits, self.weight.view(-1), self.out, self.coefficient, self.key)
+        self.kernels.update(
+            self.logits, self.bits, self.weight.view(-1), self.out, self.coefficient, self.key
+        )
 
     def vjp(self) -> None:
         self.kernels.vjp(self.logits, self.bits, self.weight, self.gradient, self.scale, self.key)
@@ -60,24 +75,50 @@ def ulps_apart(a: Tensor, b: Tensor) -> float:
     return float(((a.float() - b.float()).abs() / unit).max())
 
 
-def agreement(args: argparse.Namespace, n: int, m: int, weights: list[str], logits: list[str]) -> Rows:
-    """Compiled kernels on the device against eager ones there and on the CPU, after one pass each; of weights and
-    logits of these dtypes."""
+def agreement(
+    args: argparse.Namespace, n: int, m: int, weights: list[str], logits: list[str]
+) -> Rows:
+    """Compiled kernels on the device against eager ones there and on the CPU, after one pass each;
+    of weights and logits of these dtypes."""
     shape = (256, 512) if args.quick else (2048, 5632)
     cases = [(DTYPES[weight], DTYPES[logit]) for weight in weights for logit in logits]
     for weight_dtype, logits_dtype in cases[:1] if args.quick else cases:
-        found = [passes(Layer(shape, n, m, weight_dtype, logits_dtype, device, backend)) for device, backend in (
-            (args.device, "compiled"), (args.device, "eager"), ("cpu", "eager"))]
-        row, limits = {"what": f"{n}:{m}, weights {weight_dtype}, logits {logits_dtype}".replace("torch.", "")}, {}
+        found = [
+            passes(Layer(shape, n, m, weight_dtype, logits_dtype, device, backend))
+            for device, backend in (
+                (args.device, "compiled"),
+                (args.device, "eager"),
+                ("cpu", "eager"),
+            )
+        ]
+        row, limits = (
+            {
+                "what": f"{n}:{m}, weights {weight_dtype}, logits {logits_dtype}".replace(
+                    "torch.", ""
+                )
+            },
+            {},
+        )
         for name, other in zip(("eager", "the CPU"), found[1:]):
             same = found[0]["mask drawn"] == other["mask drawn"]
             for key, ours in found[0].items():
-                theirs, is_integer, is_weight = other[key], not ours.is_floating_point(), key == "masked weight"
+                theirs, is_integer, is_weight = (
+                    other[key],
+                    not ours.is_floating_point(),
+                    key == "masked weight",
+                )
                 if is_weight:
                     ours, theirs = ours[same], theirs[same]
                 column = f"{key}: apart from {name}" + (" (share)" if is_integer else " (ulp)")
-                row[column] = float((ours != theirs).float().mean()) if is_integer else ulps_apart(ours, theirs)
-                limits[column] = (0, 0 if is_weight else MOST_BLOCKS_APART if is_integer else MOST_ULPS)
+                row[column] = (
+                    float((ours != theirs).float().mean())
+                    if is_integer
+                    else ulps_apart(ours, theirs)
+                )
+                limits[column] = (
+                    0,
+                    0 if is_weight else MOST_BLOCKS_APART if is_integer else MOST_ULPS,
+                )
         yield row, limits
 
 
@@ -85,33 +126,48 @@ def passes(layer: Layer) -> dict[str, Tensor]:
     """What each kernel of a step leaves, on the CPU."""
     found = {}
     layer.update()
-    found |= {"mask drawn": layer.bits.cpu().clone(),
-              "masked weight": as_words(layer.out, layer.kernels.space.m).cpu().clone(),
-              "logits after an update": torch.stack([plane.cpu() for plane in layer.logits])}
+    found |= {
+        "mask drawn": layer.bits.cpu().clone(),
+        "masked weight": as_words(layer.out, layer.kernels.space.m).cpu().clone(),
+        "logits after an update": torch.stack([plane.cpu() for plane in layer.logits]),
+    }
     layer.vjp()
-    return found | {"logits after a vjp": torch.stack([plane.cpu() for plane in layer.logits]),
-                    "mask of them": layer.bits.cpu()}
+    return found | {
+        "logits after a vjp": torch.stack([plane.cpu() for plane in layer.logits]),
+        "mask of them": layer.bits.cpu(),
+    }
 
 
 def draws(args: argparse.Namespace, n: int, m: int) -> Rows:
     """The compiled step's draws against the exact probabilities of the patterns."""
     count, blocks = (4 * 10**6, 2**20) if args.quick else (10**9, 2**22)
     for gap in GAPS[n, m][:1] if args.quick else GAPS[n, m]:
-        one = torch.tensor([float(gap)] * n + [0.0] * (m - n)) + torch.linspace(0, 0.5, m)  # all patterns differ
+        # all patterns differ
+        one = torch.tensor([float(gap)] * n + [0.0] * (m - n)) + torch.linspace(0, 0.5, m)
         rounds = math.ceil(count / blocks)
         seen = drawn_counts(one, n, blocks, rounds, args.seed, args.device)
         table = pge.patterns(n, m)
         probs = pge.log_prob(one.double().expand(len(table), m), table).exp()
-        found, freedom, p = chi_square(seen[mask_to_bits(table).long()].double(), probs * blocks * rounds)
-        yield {"what": f"{n}:{m}, gap {gap}", "draws": blocks * rounds,
-               "left m0 (expected)": float((1 - probs.max()) * blocks * rounds),
-               "left m0 (seen)": int(blocks * rounds - seen.max()), "chi-square": found, "freedom": freedom,
-               "p": p}, {"p": (LEAST_P, 1)}
+        found, freedom, p = chi_square(
+            seen[mask_to_bits(table).long()].double(), probs * blocks * rounds
+        )
+        yield (
+            {
+                "what": f"{n}:{m}, gap {gap}",
+                "draws": blocks * rounds,
+                "left m0 (expected)": float((1 - probs.max()) * blocks * rounds),
+                "left m0 (seen)": int(blocks * rounds - seen.max()),
+                "chi-square": found,
+                "freedom": freedom,
+                "p": p,
+            },
+            {"p": (LEAST_P, 1)},
+        )
 
 
 def drawn_counts(one: Tensor, n: int, blocks: int, rounds: int, seed: int, device: str) -> Tensor:
-    """How often each pattern is drawn, int64 `[2^M]` by the pattern's bits, on the CPU. Each round draws for so many
-    blocks that all have the logits `one` `[M]`."""
+    """How often each pattern is drawn, int64 `[2^M]` by the pattern's bits, on the CPU. Each round
+    draws for so many blocks that all have the logits `one` `[M]`."""
     m = len(one)
     logits = [torch.full((blocks,), value, device=device) for value in one.tolist()]
     bits = mask_to_bits(pge.patterns(n, m)[:1]).expand(blocks).contiguous().to(device)
@@ -125,21 +181,26 @@ def drawn_counts(one: Tensor, n: int, blocks: int, rounds: int, seed: int, devic
 
 
 def chi_square(seen: Tensor, expected: Tensor) -> tuple[float, int, float]:
-    """Chi-square of counts `[patterns]`, its degrees of freedom, and the probability of a larger one. Patterns with
-    fewer than 5 expected counts are pooled."""
+    """Chi-square of counts `[patterns]`, its degrees of freedom, and the probability of a larger
+    one. Patterns with fewer than 5 expected counts are pooled."""
     kept = expected >= 5
     seen = torch.cat([seen[kept], seen[~kept].sum()[None]])
     expected = torch.cat([expected[kept], expected[~kept].sum()[None]])
     seen, expected = seen[expected >= 5], expected[expected >= 5]
     found, freedom = float(((seen - expected) ** 2 / expected).sum()), len(seen) - 1
-    p = torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(found / 2).double())
+    p = torch.special.gammaincc(
+        torch.tensor(freedom / 2).double(), torch.tensor(found / 2).double()
+    )
     return found, freedom, float(p)
 
 
 def profile(args: argparse.Namespace, n: int, m: int) -> Rows:
     """The kernels and copies that one layer's pass launches; at 2:4 in 16 bits one and none."""
     if not args.device.startswith("cuda"):
-        yield {"what": f"update and vjp, {n}:{m}", "kernels": NOT_MEASURED, "copies": NOT_MEASURED}, {}
+        yield (
+            {"what": f"update and vjp, {n}:{m}", "kernels": NOT_MEASURED, "copies": NOT_MEASURED},
+            {},
+        )
         return
     for dtype in (torch.bfloat16, torch.float32):
         layer = Layer((1024, 1024), n, m, dtype, torch.float32, args.device)
@@ -148,11 +209,23 @@ def profile(args: argparse.Namespace, n: int, m: int) -> Rows:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
                 run()
                 torch.cuda.synchronize()
-            events = [event.name.lower() for event in found.events() if event.device_type == DeviceType.CUDA]
+            events = [
+                event.name.lower()
+                for event in found.events()
+                if event.device_type == DeviceType.CUDA
+            ]
             copies = sum("memcpy" in event or "memset" in event for event in events)
-            limits = {"kernels": (1, 1), "copies": (0, 0)} if (m, dtype) == (4, torch.bfloat16) else {}
-            yield {"what": f"{name}, {n}:{m}, {str(dtype).removeprefix('torch.')}", "kernels": len(events) - copies,
-                   "copies": copies}, limits
+            limits = (
+                {"kernels": (1, 1), "copies": (0, 0)} if (m, dtype) == (4, torch.bfloat16) else {}
+            )
+            yield (
+                {
+                    "what": f"{name}, {n}:{m}, {str(dtype).removeprefix('torch.')}",
+                    "kernels": len(events) - copies,
+                    "copies": copies,
+                },
+                limits,
+            )
 
 
 def kernels(args: argparse.Namespace, n: int, m: int) -> Rows:
@@ -163,5 +236,12 @@ def kernels(args: argparse.Namespace, n: int, m: int) -> Rows:
     copy_s = common.queued_s(lambda: [a.copy_(b) for a, b in copies], args.device, repeats)
     for name, run in layer.passes().items():
         kernel_s = common.queued_s(run, args.device, repeats)
-        yield {"what": f"{name}, {n}:{m}, {shape[0]} x {shape[1]}", "ms": 1e3 * kernel_s,
-               "of a copy": kernel_s / copy_s, "ns per weight": 1e9 * kernel_s / layer.weight.numel()}, {}
+        yield (
+            {
+                "what": f"{name}, {n}:{m}, {shape[0]} x {shape[1]}",
+                "ms": 1e3 * kernel_s,
+                "of a copy": kernel_s / copy_s,
+                "ns per weight": 1e9 * kernel_s / layer.weight.numel(),
+            },
+            {},
+        )

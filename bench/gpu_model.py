@@ -1,7 +1,9 @@
-"""Whole models on a device, in this process: right against the CPU, the time of a step and of the stages around it.
+"""Whole models on a device, in this process: right against the CPU, the time of a step and of the
+stages around it.
 
 bench/gpu.py has the command and the tables.
 """
+
 import argparse
 import statistics
 import tempfile
@@ -33,7 +35,8 @@ CASES = [  # name, dtype, settings of StraightThrough
     ("gradients", torch.float32, {}),
     ("gradients", torch.bfloat16, {}),
     ("gradients", torch.float16, {}),
-    ("gradients, checkpointing", torch.float32, {"checkpointing": True})]
+    ("gradients, checkpointing", torch.float32, {"checkpointing": True}),
+]
 
 
 def is_gpu(args: argparse.Namespace) -> bool:
@@ -49,18 +52,29 @@ def a_model(args: argparse.Namespace, gpu_shape: str, dtype: torch.dtype) -> tup
     return shape, common.random_llama(shape, args.device, dtype, args.seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # right
 
+
 def learning(args: argparse.Namespace) -> Rows:
-    """A few steps of a small model, compiled on the device, against eager ones on the CPU in float32."""
+    """A few steps of a small model, compiled on the device, against eager ones on the CPU in
+    float32."""
     common.free_memory(args.device)
     batches = torch.randint(0, 256, (4, 8, 64), generator=torch.Generator().manual_seed(args.seed))
     for name, dtype, flags in CASES[:2] if args.quick else CASES:
         found = []
-        for device, weights, backend in ((args.device, dtype, "compiled"), ("cpu", torch.float32, "eager")):
-            model = common.random_llama("tiny", "cpu", torch.float32, args.seed).to(dtype).to(device, weights)
-            masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4), 1.0, backend=backend)
+        for device, weights, backend in (
+            (args.device, dtype, "compiled"),
+            ("cpu", torch.float32, "eager"),
+        ):
+            model = (
+                common.random_llama("tiny", "cpu", torch.float32, args.seed)
+                .to(dtype)
+                .to(device, weights)
+            )
+            masked = MaskedModel(
+                model, common.magnitude_masks(model), LinearSpace(2, 4), 1.0, backend=backend
+            )
             if flags is None:
                 losses = [common.forward_step(masked)(batch) for batch in batches]
             else:
@@ -70,16 +84,26 @@ def learning(args: argparse.Namespace) -> Rows:
             found.append((losses, torch.cat([bits.cpu() for bits in masked.bits().values()])))
         (ours, mask), (expected, other) = found
         is_exact = dtype == torch.float32
-        yield {"what": f"{name}, {dtype}".replace("torch.", ""), "masks apart from the CPU (share)": float(
-            (mask != other).float().mean()), "losses apart (nats)": max(abs(a - b) for a, b in zip(ours, expected))}, {
-            "masks apart from the CPU (share)": (0, 0.002 if is_exact else 0.1),
-            "losses apart (nats)": (0, 1e-4 if is_exact else 0.05)}
+        yield (
+            {
+                "what": f"{name}, {dtype}".replace("torch.", ""),
+                "masks apart from the CPU (share)": float((mask != other).float().mean()),
+                "losses apart (nats)": max(abs(a - b) for a, b in zip(ours, expected)),
+            },
+            {
+                "masks apart from the CPU (share)": (0, 0.002 if is_exact else 0.1),
+                "losses apart (nats)": (0, 1e-4 if is_exact else 0.05),
+            },
+        )
 
 
 def deterministic(args: argparse.Namespace) -> Rows:
-    """The step of train.py as it runs there, with deterministic algorithms: twice the same bits, and its time."""
+    """The step of train.py as it runs there, with deterministic algorithms: twice the same bits,
+    and its time."""
     shape, model = a_model(args, "llama3.2-1b", torch.float16 if is_gpu(args) else torch.float32)
-    batch = torch.randint(0, 256, (8, 64 if args.quick else 128), generator=torch.Generator().manual_seed(args.seed))
+    batch = torch.randint(
+        0, 256, (8, 64 if args.quick else 128), generator=torch.Generator().manual_seed(args.seed)
+    )
     masks, results, seconds = common.magnitude_masks(model), [], []
 
     def steps() -> None:
@@ -93,6 +117,7 @@ def deterministic(args: argparse.Namespace) -> Rows:
         for layer in masked.layers.values():
             layer.use(layer.weight)
         results.append((losses, bits))
+
     steps()  # without
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -104,64 +129,110 @@ def deterministic(args: argparse.Namespace) -> Rows:
         torch.use_deterministic_algorithms(False)
     (losses, bits), (again, other) = results[1:]
     nondeterministic = [str(one.message) for one in warned if "deterministic" in str(one.message)]
-    yield {"what": f"train.py's step, {shape}", "the same losses twice": int(losses == again),
-           "the same masks twice": int(torch.equal(bits, other)), "warnings of operations": len(nondeterministic),
-           "step (s)": seconds[1], "of a step without": seconds[1] / seconds[0]}, {
-        "the same losses twice": (1, 1), "the same masks twice": (1, 1), "warnings of operations": (0, 0)}
+    yield (
+        {
+            "what": f"train.py's step, {shape}",
+            "the same losses twice": int(losses == again),
+            "the same masks twice": int(torch.equal(bits, other)),
+            "warnings of operations": len(nondeterministic),
+            "step (s)": seconds[1],
+            "of a step without": seconds[1] / seconds[0],
+        },
+        {
+            "the same losses twice": (1, 1),
+            "the same masks twice": (1, 1),
+            "warnings of operations": (0, 0),
+        },
+    )
 
 
 def float16_gradient(args: argparse.Namespace) -> Rows:
-    """A weight's gradient of float16 tensors whose sum over tokens overflows float16, against float64."""
+    """A weight's gradient of float16 tensors whose sum over tokens overflows float16, against
+    float64."""
     generator = torch.Generator().manual_seed(args.seed)
     tokens, outputs, inputs = (256, 64, 32) if args.quick else (4096, 1024, 512)
     upstream = (torch.randn(tokens, outputs, generator=generator) + 4).half().mul_(50)
     x = (torch.randn(tokens, inputs, generator=generator) + 4).half().mul_(10)
     exact = upstream.double().T @ x.double()
     found = weight_gradient(upstream.to(args.device), x.to(args.device)).cpu().double()
-    yield {"what": "float16, sums beyond 65504", "largest": float(exact.abs().max()),
-           "apart (relative)": float(((found - exact).abs() / exact.abs().max()).max())}, {
-        "apart (relative)": (0, 1e-4), "largest": (65505, float("inf"))}
+    yield (
+        {
+            "what": "float16, sums beyond 65504",
+            "largest": float(exact.abs().max()),
+            "apart (relative)": float(((found - exact).abs() / exact.abs().max()).max()),
+        },
+        {"apart (relative)": (0, 1e-4), "largest": (65505, float("inf"))},
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fast
 
+
 def step(args: argparse.Namespace) -> Rows:
-    """A step from forward passes on 32 x 128 tokens, and steps from gradients with checkpointing and distillation on
-    8 x 128 and 32 x 128."""
-    yield step_row(args, "forward-only", 32, torch.float16), {
-        "of a forward": (1, 1.6), "step (s)": (0, 0.25), "allocated (GiB)": (0, 30)}
+    """A step from forward passes on 32 x 128 tokens, and steps from gradients with checkpointing
+    and distillation on 8 x 128 and 32 x 128."""
+    yield (
+        step_row(args, "forward-only", 32, torch.float16),
+        {"of a forward": (1, 1.6), "step (s)": (0, 0.25), "allocated (GiB)": (0, 30)},
+    )
     for sequences, most in ((8, 8), (32, 6)):
-        yield step_row(args, "gradients", sequences, torch.float32), {"of a forward": (1, most),
-                                                                      "spilled (bytes)": (0, 256)}
+        yield (
+            step_row(args, "gradients", sequences, torch.float32),
+            {"of a forward": (1, most), "spilled (bytes)": (0, 256)},
+        )
 
 
-def step_row(args: argparse.Namespace, what: str, sequences: int, logits_dtype: torch.dtype) -> dict:
-    """The row of a way to learn, on so many sequences of 128 tokens, a quarter of them with --quick."""
+def step_row(
+    args: argparse.Namespace, what: str, sequences: int, logits_dtype: torch.dtype
+) -> dict:
+    """The row of a way to learn, on so many sequences of 128 tokens, a quarter of them with
+    --quick."""
     dtype = torch.float16 if is_gpu(args) and what == "forward-only" else torch.bfloat16
     shape, model = a_model(args, "llama2-7b", dtype)
-    batch = torch.randint(0, 256, (sequences // 4 if args.quick else sequences, 128), device=args.device)
-    masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4), logits_dtype=logits_dtype)
-    learn = (common.forward_step(masked) if what == "forward-only" else
-             common.gradient_step(masked, checkpointing=True, distill=1.0))
+    batch = torch.randint(
+        0, 256, (sequences // 4 if args.quick else sequences, 128), device=args.device
+    )
+    masked = MaskedModel(
+        model, common.magnitude_masks(model), LinearSpace(2, 4), logits_dtype=logits_dtype
+    )
+    learn = (
+        common.forward_step(masked)
+        if what == "forward-only"
+        else common.gradient_step(masked, checkpointing=True, distill=1.0)
+    )
 
     def forward() -> None:
         with torch.no_grad(), masked.use_dense():
             model(input_ids=batch, use_cache=False)
+
     compile_s = common.median_s(lambda: learn(batch), args.device, repeats=1, warm_up=0)
     forwards_s, steps_s = [], []
     for _ in range(5):  # in turns, so that both see the same pace of the machine
         forwards_s.append(common.median_s(forward, args.device, repeats=1))
         steps_s.append(common.median_s(lambda: learn(batch), args.device, repeats=1))
     forward_s, step_s = statistics.median(forwards_s), statistics.median(steps_s)
-    row = {"what": f"{what}, {shape}, {batch.numel()} tokens", "first step, compiling (s)": compile_s,
-           "forward (s)": forward_s, "step (s)": step_s, "of a forward": step_s / forward_s}
+    row = {
+        "what": f"{what}, {shape}, {batch.numel()} tokens",
+        "first step, compiling (s)": compile_s,
+        "forward (s)": forward_s,
+        "step (s)": step_s,
+        "of a forward": step_s / forward_s,
+    }
     names = "GPU busy (share)", "spilled (bytes)", "allocated (GiB)", "reserved (GiB)"
     if not is_gpu(args):
         return row | dict.fromkeys(names, NOT_MEASURED)
-    return row | dict(zip(names, (busy_s(lambda: learn(batch)) / step_s, most_spilled_bytes(),
-                                  torch.cuda.max_memory_allocated() / 2**30,
-                                  torch.cuda.max_memory_reserved() / 2**30)))
+    return row | dict(
+        zip(
+            names,
+            (
+                busy_s(lambda: learn(batch)) / step_s,
+                most_spilled_bytes(),
+                torch.cuda.max_memory_allocated() / 2**30,
+                torch.cuda.max_memory_reserved() / 2**30,
+            ),
+        )
+    )
 
 
 def busy_s(work: Callable[[], object]) -> float:
@@ -169,26 +240,51 @@ def busy_s(work: Callable[[], object]) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize()
-    return sum(event.device_time_total for event in found.events() if event.device_type == DeviceType.CUDA) / 1e6
+    return (
+        sum(
+            event.device_time_total
+            for event in found.events()
+            if event.device_type == DeviceType.CUDA
+        )
+        / 1e6
+    )
 
 
 def most_spilled_bytes() -> int:
-    """The most that a thread spills of any generated kernel which has run, in the configuration that was chosen."""
-    kernels = [one for module in PyCodeCache.modules for one in vars(module).values() if hasattr(one, "launchers")]
-    return max((4 * (launcher.n_spills or 0) for kernel in kernels for launcher in kernel.launchers), default=0)
+    """The most that a thread spills of any generated kernel which has run, in the configuration
+    that was chosen."""
+    kernels = [
+        one
+        for module in PyCodeCache.modules
+        for one in vars(module).values()
+        if hasattr(one, "launchers")
+    ]
+    return max(
+        (4 * (launcher.n_spills or 0) for kernel in kernels for launcher in kernel.launchers),
+        default=0,
+    )
 
 
 def stages(args: argparse.Namespace) -> Rows:
-    """What stands around the steps: a sweep of swaps, generation, a state saved and read, SparseGPT's mask."""
+    """What stands around the steps: a sweep of swaps, generation, a state saved and read,
+    SparseGPT's mask."""
     shape, model = a_model(args, "llama3.2-1b", torch.bfloat16)
     weights = sum(layer.weight.numel() for layer in find_layers(model).values())
     yield {"what": f"a sweep of swaps, {shape}", "s": sweep_s(model, (2, 4))}, {}
     documents, length = (4, 8) if args.quick else (128, 128)
     tokenizer = byte_tokenizer()
     tokenizer.eos_token_id = 10  # the end of a line
-    generate_s = common.median_s(lambda: generate(model, tokenizer, documents, length), args.device, repeats=1)
-    yield {"what": f"generation, {documents} documents, {shape}", "s": generate_s,
-           "tokens per s": documents * length / generate_s}, {}
+    generate_s = common.median_s(
+        lambda: generate(model, tokenizer, documents, length), args.device, repeats=1
+    )
+    yield (
+        {
+            "what": f"generation, {documents} documents, {shape}",
+            "s": generate_s,
+            "tokens per s": documents * length / generate_s,
+        },
+        {},
+    )
     masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "state.pt")
@@ -197,12 +293,26 @@ def stages(args: argparse.Namespace) -> Rows:
         saved_s = time.perf_counter() - began
         masked.restore({"steps": 0}, checkpoint.StateFile(path).read)
         size = path.stat().st_size
-        yield {"what": f"a state saved, {shape}", "s": saved_s, "GB per s": size / saved_s / 1e9,
-               "read again (s)": time.perf_counter() - began - saved_s, "bytes per weight": size / weights}, {}
+        yield (
+            {
+                "what": f"a state saved, {shape}",
+                "s": saved_s,
+                "GB per s": size / saved_s / 1e9,
+                "read again (s)": time.perf_counter() - began - saved_s,
+                "bytes per weight": size / weights,
+            },
+            {},
+        )
     del masked
     shape, model = a_model(args, "llama2-7b", torch.bfloat16)
     held, samples = peak_memory_bytes(), torch.randint(0, 256, (4 if args.quick else 128, 128))
     began = time.perf_counter()
     prune_model(model, find_layers(model), samples, OneShot("sparsegpt", (2, 4)))
-    yield {"what": f"SparseGPT, {shape}, {samples.numel()} tokens", "s": time.perf_counter() - began,
-           "memory beside the model (GiB)": (peak_memory_bytes() - held) / 2**30}, {}
+    yield (
+        {
+            "what": f"SparseGPT, {shape}, {samples.numel()} tokens",
+            "s": time.perf_counter() - began,
+            "memory beside the model (GiB)": (peak_memory_bytes() - held) / 2**30,
+        },
+        {},
+    )

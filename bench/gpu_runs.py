@@ -1,4 +1,6 @@
-"""Whole runs of both scripts on a device: repeated, killed, resumed, in two processes. bench/gpu.py has the command."""
+"""Whole runs of both scripts on a device: repeated, killed, resumed, in two processes. bench/gpu.py
+has the command."""
+
 import argparse
 import json
 import os
@@ -17,31 +19,56 @@ from scaling import WAYS, compare, make_inputs
 
 PATIENCE_S = 300  # for three small steps, the start and compiling included
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-COMMON = ("--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl --dtype auto "
-          "--seqlen 24 --batchsize 4 --skip_checkpoint ")
-SCRIPTS = {"train.py": COMMON + "--dataset_size 12 --baseline online --lr 5 --logits 1 --max_step {steps}",
-           "sparsify.py": COMMON + "--steps {steps}"}
+COMMON = (
+    "--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl "
+    "--dtype auto --seqlen 24 --batchsize 4 --skip_checkpoint "
+)
+SCRIPTS = {
+    "train.py": COMMON + "--dataset_size 12 --baseline online --lr 5 --logits 1 --max_step {steps}",
+    "sparsify.py": COMMON + "--steps {steps}",
+}
 
 
 def runs(args: argparse.Namespace) -> Rows:
-    """Whole runs of both scripts: the same seed twice, and once killed and resumed. The same mask?"""
+    """Whole runs of both scripts: the same seed twice, and once killed and resumed. The same
+    mask?"""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, args.seed)
-        for script, flags in list(SCRIPTS.items())[:1 if args.quick else None]:
+        for script, flags in list(SCRIPTS.items())[: 1 if args.quick else None]:
             outs = [folder / f"{script}{number}" for number in range(3)]
-            commands = [[script, *filled(flags, folder, 8 if args.quick else 30), "--device",
-                         args.device, "--out", str(out)] for out in outs]
+            commands = [
+                [
+                    script,
+                    *filled(flags, folder, 8 if args.quick else 30),
+                    "--device",
+                    args.device,
+                    "--out",
+                    str(out),
+                ]
+                for out in outs
+            ]
             for command in commands[:2]:
                 run(command)
             killed = kill(commands[2], outs[2])
             if killed:
                 run([script, "--resume", str(outs[2])])
-            once, again, resumed = (json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"]
-                                    for out in outs)
-            yield {"what": script, "the same seed twice": int(again == once), "killed": int(killed),
-                   "resumed, the same": int(resumed == once)}, {
-                "killed": (1, 1), **same_bits(args, script, "the same seed twice", "resumed, the same")}
+            once, again, resumed = (
+                json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"]
+                for out in outs
+            )
+            yield (
+                {
+                    "what": script,
+                    "the same seed twice": int(again == once),
+                    "killed": int(killed),
+                    "resumed, the same": int(resumed == once),
+                },
+                {
+                    "killed": (1, 1),
+                    **same_bits(args, script, "the same seed twice", "resumed, the same"),
+                },
+            )
 
 
 def processes(args: argparse.Namespace) -> Rows:
@@ -60,19 +87,40 @@ def processes(args: argparse.Namespace) -> Rows:
         for script, flags in SCRIPTS.items():
             outs = [Path(folder, script, name) for name in ("once", "killed")]
             place = ["--device", "cpu"] if args.device == "cpu" else []
-            once, killed = ([*TWO, script, *filled(flags, folder, 8), "--shard", "--dtype",
-                             "float32", *place, "--out", str(out)] for out in outs)
+            once, killed = (
+                [
+                    *TWO,
+                    script,
+                    *filled(flags, folder, 8),
+                    "--shard",
+                    "--dtype",
+                    "float32",
+                    *place,
+                    "--out",
+                    str(out),
+                ]
+                for out in outs
+            )
             run(once)
             is_killed = kill(killed, outs[1], rank=1)
             run([*TWO, script, "--resume", str(outs[1])])
-            first, second = (json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"] for out in outs)
-            yield {"what": f"{script} --shard", "one killed": int(is_killed), "the same mask": int(first == second)}, {
-                "one killed": (1, 1), **same_bits(args, script, "the same mask")}
+            first, second = (
+                json.loads((out / "run.json").read_text())["summary"]["mask_fingerprint"]
+                for out in outs
+            )
+            yield (
+                {
+                    "what": f"{script} --shard",
+                    "one killed": int(is_killed),
+                    "the same mask": int(first == second),
+                },
+                {"one killed": (1, 1), **same_bits(args, script, "the same mask")},
+            )
 
 
 def same_bits(args: argparse.Namespace, what: str, *columns: str) -> dict:
-    """The limits of columns that say whether masks are the same: none where a GPU's backward passes, which may round
-    otherwise, have made them."""
+    """The limits of columns that say whether masks are the same: none where a GPU's backward
+    passes, which may round otherwise, have made them."""
     is_exact = args.device == "cpu" or what != "sparsify.py"
     return dict.fromkeys(columns, (1, 1)) if is_exact else {}
 
@@ -84,16 +132,22 @@ def filled(flags: str, folder: str | Path, steps: int) -> list[str]:
 
 def run(command: list[str]) -> None:
     """Run a script. RuntimeError with the end of its messages if it fails."""
-    done = subprocess.run([sys.executable, *command], cwd=common.ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=common.ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-400:])
 
 
 def kill(command: list[str], out: Path, rank: int | None = None) -> bool:
-    """Start a run and kill it, or this one of its launcher's processes, after its third step; False if it has ended
-    before."""
-    process = subprocess.Popen([sys.executable, *command, "--checkpoint_every", "1"], cwd=common.ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start a run and kill it, or this one of its launcher's processes, after its third step; False
+    if it has ended before."""
+    process = subprocess.Popen(
+        [sys.executable, *command, "--checkpoint_every", "1"],
+        cwd=common.ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log, began = out / "metrics.jsonl", time.monotonic()
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 2):
         if time.monotonic() - began > PATIENCE_S:
@@ -104,6 +158,8 @@ def kill(command: list[str], out: Path, rank: int | None = None) -> bool:
         process.send_signal(signal.SIGKILL)
         return process.wait() == -signal.SIGKILL
     if process.poll() is None:
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         os.kill(int(children[rank]), signal.SIGKILL)
     return process.wait() != 0  # the launcher's code

@@ -1,4 +1,5 @@
 """What bench/rivals.py compares on: the problem, and this project's ways to learn its mask."""
+
 import copy
 from collections.abc import Callable
 
@@ -22,19 +23,24 @@ N, M = 2, 4
 
 
 class Problem:
-    """A dense model, its text, and Wanda's 2:4 mask m0. windows: how many windows of 128 tokens of held-out text the
-    loss is measured on, after the first `skip`."""
+    """A dense model, its text, and Wanda's 2:4 mask m0. windows: how many windows of 128 tokens of
+    held-out text the loss is measured on, after the first `skip`."""
 
     def __init__(self, model: str, windows: int, device: str, skip: int = 0):
         self.model, self.tokenizer = load_model(model, "auto", device)
         self.fixed = data.minibatches(self.tokenizer, TEXT, 512, 32, 128)
-        self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[0][skip:]
+        self.heldout = data.perplexity_windows(self.tokenizer, HELDOUT, 128, skip + windows)[0][
+            skip:
+        ]
         layers = find_layers(self.model)
         samples = data.calibration_samples(self.tokenizer, TEXT, 128, 128, 0)
         self.masks = dict(one_shot_masks(self.model, layers, samples, OneShot("wanda", (N, M))))
         self.norms = input_norms(self.model, layers, samples)
         m0 = self.masked_model(self.masks)
-        self.dense_loss, self.m0_loss = batch_loss(self.model, self.heldout), batch_loss(m0, self.heldout)
+        self.dense_loss, self.m0_loss = (
+            batch_loss(self.model, self.heldout),
+            batch_loss(m0, self.heldout),
+        )
         self.baselines = [batch_loss(m0, batch) for batch in self.fixed]
 
     def fresh_model(self) -> nn.Module:
@@ -48,20 +54,30 @@ class Problem:
         return model
 
     def batches(self, setting: dict, passes: int, seed: int) -> Tensor:
-        """The minibatches of a run, int64 `[minibatches, sequences, tokens]`. Of `fresh` text no sequence is repeated
-        while there is text; otherwise these are the fixed ones, in an order of the seed's."""
+        """The minibatches of a run, int64 `[minibatches, sequences, tokens]`. Of `fresh` text no
+        sequence is repeated while there is text; otherwise these are the fixed ones, in an order of
+        the seed's."""
         if setting.get("fresh"):
-            return data.token_sequences(self.tokenizer, [TEXT], passes * 32 * 128, setting["batchsize"], 128, seed)
+            return data.token_sequences(
+                self.tokenizer, [TEXT], passes * 32 * 128, setting["batchsize"], 128, seed
+            )
         return self.fixed.roll(-5 * seed, 0)
 
 
 class ForwardOnly:
-    """The paper's way: policy gradient, one forward pass a step. `estimator` is made by the setting's function."""
+    """The paper's way: policy gradient, one forward pass a step. `estimator` is made by the
+    setting's function."""
 
     def __init__(self, problem: Problem, setting: dict, seed: int):
         self.lr, self.estimator = setting["lr"], setting["estimator"]()
-        self.masked = MaskedModel(problem.fresh_model(), problem.masks, LinearSpace(N, M), setting["logits"],
-                                  seed=seed, backend="eager")
+        self.masked = MaskedModel(
+            problem.fresh_model(),
+            problem.masks,
+            LinearSpace(N, M),
+            setting["logits"],
+            seed=seed,
+            backend="eager",
+        )
         start = 5 * seed % len(problem.baselines)  # the order of `Problem.batches`
         self.baselines = problem.baselines[start:] + problem.baselines[:start]
 
@@ -77,7 +93,11 @@ class ForwardOnly:
 
     def kept(self) -> list[Tensor]:
         """The tensors that are kept beside the model."""
-        return [tensor for layer in self.masked.layers.values() for tensor in (*layer.logits, layer.bits)]
+        return [
+            tensor
+            for layer in self.masked.layers.values()
+            for tensor in (*layer.logits, layer.bits)
+        ]
 
     def state_bytes(self) -> float:
         """Bytes a weight that are kept beside the model."""
@@ -95,7 +115,9 @@ class Gradients(ForwardOnly):
 
     def learn(self, batch: Tensor, step: int, steps: int) -> None:
         """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
-        self.learner.step(batch, step_size(self.lr, step / steps, steps), [self.distill] * len(batch))
+        self.learner.step(
+            batch, step_size(self.lr, step / steps, steps), [self.distill] * len(batch)
+        )
 
     def kept(self) -> list[Tensor]:
         """The tensors that are kept beside the model."""
@@ -103,8 +125,8 @@ class Gradients(ForwardOnly):
 
 
 def passes_a_step(setting: dict) -> float:
-    """The cost of a step in forward passes of 32 sequences: a backward pass counts as two, the teacher's forward of
-    distillation as one."""
+    """The cost of a step in forward passes of 32 sequences: a backward pass counts as two, the
+    teacher's forward of distillation as one."""
     if setting["learner"] == "forward_only":
         return 1
     return (4 if setting.get("distill") else 3) * setting["batchsize"] / 32

@@ -2,11 +2,13 @@
 
     python bench/memory.py [--quick] [--json FILE] [--device cuda] [--shape llama2-7b]
 
-Each way to learn runs three steps of 8 x 128 tokens in a process of its own; on a CPU also in two processes that share
-each layer's rows (--shard). Kept: bytes a masked weight that stay between two steps (weight, logits, mask), counted.
-Used: the most memory at any time from the loaded model on, m0 included, libraries left out. On a CPU this is resident
-memory with eager kernels, on a GPU allocated memory with compiled ones.
+Each way to learn runs three steps of 8 x 128 tokens in a process of its own; on a CPU also in two
+processes that share each layer's rows (--shard). Kept: bytes a masked weight that stay between two
+steps (weight, logits, mask), counted. Used: the most memory at any time from the loaded model on,
+m0 included, libraries left out. On a CPU this is resident memory with eager kernels, on a GPU
+allocated memory with compiled ones.
 """
+
 import argparse
 import gc
 from collections.abc import Callable
@@ -37,20 +39,27 @@ WAYS = {  # name -> settings of `common.gradient_step`; None: forward passes onl
     "gradients, checkpointing, distillation": dict(checkpointing=True, distill=1.0),
     "gradients, checkpointing": dict(checkpointing=True),
     "gradients, distillation": dict(distill=1.0),
-    "gradients, checkpointing, distillation, from swaps": dict(checkpointing=True, distill=1.0)}
+    "gradients, checkpointing, distillation, from swaps": dict(checkpointing=True, distill=1.0),
+}
 PREDICTED = list(WAYS)[:2]  # what bench/plan.py knows
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--shape", choices=list(common.SHAPES), default=None)
-    parser.add_argument("--child", nargs=3, default=None, metavar=("WAY", "LOGITS_DTYPE", "FOLDER"),
-                        help="measure one way in this process, and write the result to a folder")
+    parser.add_argument(
+        "--child",
+        nargs=3,
+        default=None,
+        metavar=("WAY", "LOGITS_DTYPE", "FOLDER"),
+        help="measure one way in this process, and write the result to a folder",
+    )
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bytes of this process
+
 
 def present_bytes(device: str) -> int:
     """The memory in use now."""
@@ -69,14 +78,20 @@ def most_bytes(function: Callable[[], object]) -> int:
     return peak_memory_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # one way to learn, in this process
 
+
 def first_half_masks(model: nn.Module) -> mask_files.PackedMasks:
-    """2:4 masks that keep the first two weights of each block: layer name -> bool `[out, in]`, on the CPU."""
-    shapes = {name: tuple(weight_matrix(module).shape) for name, module in find_layers(model).items()}
-    packed = {name: pack(torch.arange(4).lt(2).expand(prod(shape) // 4, 4).reshape(shape), 2, 4)
-              for name, shape in shapes.items()}
+    """2:4 masks that keep the first two weights of each block: layer name -> bool `[out, in]`, on
+    the CPU."""
+    shapes = {
+        name: tuple(weight_matrix(module).shape) for name, module in find_layers(model).items()
+    }
+    packed = {
+        name: pack(torch.arange(4).lt(2).expand(prod(shape) // 4, 4).reshape(shape), 2, 4)
+        for name, shape in shapes.items()
+    }
     return mask_files.PackedMasks(packed, shapes, 2, 4)
 
 
@@ -86,8 +101,10 @@ def sharded_llama(shape: str, device: str, dtype: torch.dtype, seed: int) -> nn.
         model = common.random_llama(shape, device, dtype, seed)
     shard(model, torch.device(device), processes.world_size())
     layers = find_layers(model)
-    for tensor in [*map(own_weight, layers.values()), *(parameter for parameter in model.parameters()
-                                                        if not isinstance(parameter, DTensor))]:
+    for tensor in [
+        *map(own_weight, layers.values()),
+        *(parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)),
+    ]:
         tensor.data.normal_(std=0.02)
     return model
 
@@ -95,17 +112,32 @@ def sharded_llama(shape: str, device: str, dtype: torch.dtype, seed: int) -> nn.
 class Learning:
     """A model of random weights and a way to learn its mask."""
 
-    def __init__(self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int):
+    def __init__(
+        self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int
+    ):
         make = sharded_llama if processes.world_size() > 1 else common.random_llama
         model = make(shape, device, dtype, seed)
         self.m0 = first_half_masks(model)  # stays in the host's memory, packed, as in a run
-        self.masked = MaskedModel(model, self.m0, LinearSpace(2, 4), logits_dtype=DTYPES[logits_dtype],
-                                  backend="compiled" if device.startswith("cuda") else "eager")
+        self.masked = MaskedModel(
+            model,
+            self.m0,
+            LinearSpace(2, 4),
+            logits_dtype=DTYPES[logits_dtype],
+            backend="compiled" if device.startswith("cuda") else "eager",
+        )
         if way.endswith("from swaps"):
-            from_swaps(self.masked, common.DEFAULTS["logits"], torch.randint(0, 256, (TOKENS // 128, 128)), SWEEPS)
+            from_swaps(
+                self.masked,
+                common.DEFAULTS["logits"],
+                torch.randint(0, 256, (TOKENS // 128, 128)),
+                SWEEPS,
+            )
         settings = WAYS[way]
-        self.learn = (common.forward_step(self.masked) if settings is None else
-                      common.gradient_step(self.masked, **settings))
+        self.learn = (
+            common.forward_step(self.masked)
+            if settings is None
+            else common.gradient_step(self.masked, **settings)
+        )
 
     def take_steps(self) -> None:
         """Three steps."""
@@ -115,11 +147,17 @@ class Learning:
     def kept_bytes(self) -> float:
         """Bytes a masked weight that stay between two steps in this process."""
         layers = list(self.masked.layers.values())
-        kept = sum(tensor.nbytes for layer in layers for tensor in (layer.weight, *layer.logits, layer.bits))
+        kept = sum(
+            tensor.nbytes
+            for layer in layers
+            for tensor in (layer.weight, *layer.logits, layer.bits)
+        )
         return kept / sum(layer.weight.numel() for layer in layers)
 
 
-def measure(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int) -> dict[str, float]:
+def measure(
+    shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int
+) -> dict[str, float]:
     """Bytes that a way to learn uses in this process, and that it keeps for each masked weight."""
     if device == "cpu":
         reuse_freed_memory()
@@ -131,21 +169,40 @@ def measure(shape: str, way: str, logits_dtype: str, device: str, dtype: torch.d
             learning = Learning(shape, way, logits_dtype, device, dtype, seed)
             learning.take_steps()
             found["kept"] = learning.kept_bytes()
+
         return {"used": most_bytes(learn) - base, **found}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the table
+
 
 def table_row(shape: str, way: str, logits_dtype: str, number: int, device: str, seed: int) -> dict:
     """A row of the table, measured in so many processes; the one that uses most counts."""
-    flags = ["--shape", shape, "--device", device, "--seed", str(seed), "--child", way, logits_dtype]
+    flags = [
+        "--shape",
+        shape,
+        "--device",
+        device,
+        "--seed",
+        str(seed),
+        "--child",
+        way,
+        logits_dtype,
+    ]
     most = max(common.run_child(__file__, flags, number), key=lambda result: result["used"])
-    row = {"learning": way, "logits": logits_dtype, "processes": number, "kept (bytes a weight)": most["kept"],
-           "used (MiB)": most["used"] / 2**20}
+    row = {
+        "learning": way,
+        "logits": logits_dtype,
+        "processes": number,
+        "kept (bytes a weight)": most["kept"],
+        "used (MiB)": most["used"] / 2**20,
+    }
     if way in PREDICTED:
         size = plan.ModelSize.of(plan.described(shape))
-        settings = plan.Settings(batchsize=8, microbatch=8, seqlen=128, m=4, logits_dtype=logits_dtype)
+        settings = plan.Settings(
+            batchsize=8, microbatch=8, seqlen=128, m=4, logits_dtype=logits_dtype
+        )
         parts = plan.memory_bytes(size, settings, WAYS[way] is not None, number)
         host = 0 if device.startswith("cuda") else plan.packed_bytes(size)
         row["predicted (MiB)"] = (sum(parts.values()) + host) / 2**20
@@ -157,7 +214,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(1)  # as of the children; the record names these
     gpu = args.device.startswith("cuda")
-    dtype, shape = torch.float16 if gpu else torch.bfloat16, args.shape or ("llama2-7b" if gpu else "smollm2-135m")
+    dtype, shape = (
+        torch.float16 if gpu else torch.bfloat16,
+        args.shape or ("llama2-7b" if gpu else "smollm2-135m"),
+    )
     if args.child:
         way, logits_dtype, folder = args.child
         common.hand_back(folder, measure(shape, way, logits_dtype, args.device, dtype, args.seed))
@@ -167,8 +227,11 @@ def main(argv: list[str] | None = None) -> None:
         planned += [(way, "float32", 2) for way in PREDICTED]
     if args.quick:
         planned = planned[:1]
-    common.report([table_row(shape, *row, args.device, args.seed) for row in planned], args,
-                  f"{shape}, {dtype} weights, 2:4, three steps of 8 x 128 tokens")
+    common.report(
+        [table_row(shape, *row, args.device, args.seed) for row in planned],
+        args,
+        f"{shape}, {dtype} weights, 2:4, three steps of 8 x 128 tokens",
+    )
 
 
 if __name__ == "__main__":

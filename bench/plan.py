@@ -1,18 +1,23 @@
-"""What learning a model's mask needs, before a GPU is rented: memory of each GPU, bytes on the wire, time of a step.
+"""What learning a model's mask needs, before a GPU is rented: memory of each GPU, bytes on the
+wire, time of a step.
 
     python bench/plan.py --model llama2-70b --gpus 8 --gpu h100 --logits_dtype float16
     python bench/plan.py --model FOLDER --gpu rtx4090
 
---model is the name of a shape (common.SHAPES) or a folder with a config.json. The ways to use several GPUs are:
+--model is the name of a shape (common.SHAPES) or a folder with a config.json. The ways to use
+several GPUs are:
 
-    replicas             each GPU has the whole model and all logits, and takes a minibatch of its own
-    sharded              --shard: each GPU has a part of each layer's rows; a decoder layer is gathered to compute
+    replicas             each GPU has the whole model and all logits, and takes a minibatch of its
+                         own
+    sharded              --shard: each GPU has a part of each layer's rows; a decoder layer is
+                         gathered to compute
     one after another    --device auto: one process; the layers are spread over the GPUs
 
-Memory is a sum of tensors; bench/memory.py compares it with measured memory. Time is arithmetic and not measured:
-matrix products at MATMUL of the data sheet's rate, the mask step at BANDWIDTH of the memory's rate, the wire at the
-link's rate, one after another.
+Memory is a sum of tensors; bench/memory.py compares it with measured memory. Time is arithmetic and
+not measured: matrix products at MATMUL of the data sheet's rate, the mask step at BANDWIDTH of the
+memory's rate, the wire at the link's rate, one after another.
 """
+
 import argparse
 import math
 from dataclasses import dataclass, fields
@@ -28,18 +33,22 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 GIB = 2**30
-DEVICES = {  # data sheets: bytes of memory; dense 16-bit FLOP/s; bytes/s of memory, of the link to GPUs
+# data sheets: bytes of memory; dense 16-bit FLOP/s; bytes/s of memory, of the link to GPUs
+DEVICES = {
     "rtx4090": dict(memory=24e9, flops=165e12, bandwidth=1.01e12, link=32e9),
     "a100": dict(memory=80e9, flops=312e12, bandwidth=2.04e12, link=300e9),
     "h100": dict(memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9),
-    "h200": dict(memory=141e9, flops=989e12, bandwidth=4.8e12, link=450e9)}
+    "h200": dict(memory=141e9, flops=989e12, bandwidth=4.8e12, link=450e9),
+}
 MATMUL, BANDWIDTH = 0.5, 0.8  # shares of the data sheet's rates: guesses
 LAYOUTS = ("replicas", "sharded", "one after another")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--model", default="llama2-7b", help="name of a shape, or a folder with a config.json")
+    parser.add_argument(
+        "--model", default="llama2-7b", help="name of a shape, or a folder with a config.json"
+    )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--gpu", choices=list(DEVICES), default="h100")
     parser.add_argument("--batchsize", type=int, default=32, help="sequences in a minibatch")
@@ -52,8 +61,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class ModelSize:
-    """Numbers of weights: all, with a mask, in the largest masked layer. Numbers of decoder layers, residual channels,
-    tokens in the vocabulary, MLP channels. Bytes of a weight."""
+    """Numbers of weights: all, with a mask, in the largest masked layer. Numbers of decoder layers,
+    residual channels, tokens in the vocabulary, MLP channels. Bytes of a weight."""
+
     weights: int
     learned: int
     largest: int
@@ -68,15 +78,22 @@ class ModelSize:
         """Of a model, which may be on the meta device."""
         learned = [weight_matrix(module).numel() for module in find_layers(model).values()]
         config = model.config.get_text_config()
-        return cls(weights=sum(parameter.numel() for parameter in model.parameters()), learned=sum(learned),
-                   largest=max(learned), layers=config.num_hidden_layers, hidden=config.hidden_size,
-                   vocabulary=config.vocab_size,
-                   inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        return cls(
+            weights=sum(parameter.numel() for parameter in model.parameters()),
+            learned=sum(learned),
+            largest=max(learned),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            vocabulary=config.vocab_size,
+            inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        )
 
 
 @dataclass
 class Settings:
-    """Of a run: sequences in a minibatch and in a forward pass, tokens in a sequence, M of N:M, dtype of the logits."""
+    """Of a run: sequences in a minibatch and in a forward pass, tokens in a sequence, M of N:M,
+    dtype of the logits."""
+
     batchsize: int
     microbatch: int
     seqlen: int
@@ -94,35 +111,51 @@ class Settings:
         return DTYPES[self.logits_dtype].itemsize
 
 
-def memory_bytes(size: ModelSize, settings: Settings, gradients: bool, processes: int = 1) -> dict[str, float]:
-    """Bytes of the tensors of one process, by their purpose. gradients: learning with checkpointing and distillation,
-    not by forward passes only. processes: how many share each layer's rows."""
+def memory_bytes(
+    size: ModelSize, settings: Settings, gradients: bool, processes: int = 1
+) -> dict[str, float]:
+    """Bytes of the tensors of one process, by their purpose. gradients: learning with checkpointing
+    and distillation, not by forward passes only. processes: how many share each layer's rows."""
     sequences = min(settings.microbatch, settings.batchsize)
     tokens = sequences * settings.seqlen
     width = 1 if settings.m <= 8 else 4
     wide, head = tokens * size.itemsize, tokens * size.vocabulary * size.itemsize
-    packed = size.vocabulary * size.hidden * size.itemsize  # the CPU's library copies the head's weight
+    # the CPU's library copies the head's weight
+    packed = size.vocabulary * size.hidden * size.itemsize
     sequence = settings.seqlen * size.vocabulary
     body = wide * (4 * size.hidden + 4 * size.inner)  # of one decoder layer
     own, copies = size.learned / processes, size.weights - size.learned
-    found = {"weights": (copies + own) * size.itemsize, "logits": own * settings.logits_itemsize,
-             "masks": own / settings.m * width, "scratch": 0 if processes > 1 else size.largest * size.itemsize}
-    # a sharded decoder layer: the rows sent, two buffers gathered, the layer; in backward its gradient, twice. In the
-    # head's turn the last layer's gathered buffer is still there.
+    found = {
+        "weights": (copies + own) * size.itemsize,
+        "logits": own * settings.logits_itemsize,
+        "masks": own / settings.m * width,
+        "scratch": 0 if processes > 1 else size.largest * size.itemsize,
+    }
+    # a sharded decoder layer: the rows sent, two buffers gathered, the layer; in backward its
+    # gradient, twice. In the head's turn the last layer's gathered buffer is still there.
     gathered = size.learned / size.layers * size.itemsize if processes > 1 else 0
     at_work = gathered * ((5 if gradients else 3) + 1 / processes)
     if gradients:  # inputs of the layers; predictions of student and teacher, and the gradient
         kept = size.layers * wide * size.hidden
-        once = 3 * body + size.largest * (size.itemsize + 8)  # a layer recomputed, and the gradient of its weight
-        activations = kept + 3 * head + max(once + at_work, max(sequence * 16, head + packed) + gathered)
+        # a layer recomputed, and the gradient of its weight
+        once = 3 * body + size.largest * (size.itemsize + 8)
+        activations = (
+            kept + 3 * head + max(once + at_work, max(sequence * 16, head + packed) + gathered)
+        )
     else:  # predictions; float32 copies of 4 sequences at a time
         in_head = wide * size.hidden + max(min(4, sequences) * sequence * 8, packed)
         activations = max(body + at_work, head + in_head + gathered)
     return {**found, "activations": activations}
 
 
-def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[str, float], gpus: int,
-                 gradients: bool) -> tuple[float, float, float]:
+def layout_costs(
+    layout: str,
+    size: ModelSize,
+    settings: Settings,
+    parts: dict[str, float],
+    gpus: int,
+    gradients: bool,
+) -> tuple[float, float, float]:
     """Bytes on a GPU, on the host, and on the wire in a step. parts: from `memory_bytes`."""
     everything, weights = sum(parts.values()), size.learned * size.itemsize
     others = (gpus - 1) / gpus
@@ -131,7 +164,8 @@ def layout_costs(layout: str, size: ModelSize, settings: Settings, parts: dict[s
     if layout == "replicas":
         wire = (2 * others * weights if gradients else 40.0) * (gpus > 1)
         return everything, host * gpus, wire
-    if layout == "sharded":  # gathered in each pass but the recomputed one; gradients go to the rows' owners
+    # gathered in each pass but the recomputed one; gradients go to the rows' owners
+    if layout == "sharded":
         host += packed_bytes(size) * (gpus - 1)  # one process loads the model
         return everything, host, (4 if gradients else 1) * others * weights
     spread = sum(parts[name] for name in ("weights", "logits", "masks"))
@@ -145,25 +179,42 @@ def packed_bytes(size: ModelSize) -> float:
 
 
 def forward_passes(gradients: bool) -> int:
-    """The work of a step in forward passes. With gradients: teacher, forward, recomputed forward, backward (two)."""
+    """The work of a step in forward passes. With gradients: teacher, forward, recomputed forward,
+    backward (two)."""
     return 5 if gradients else 1
 
 
-def layout_row(layout: str, size: ModelSize, settings: Settings, rates: dict[str, float], gpus: int,
-               gradients: bool) -> dict:
+def layout_row(
+    layout: str,
+    size: ModelSize,
+    settings: Settings,
+    rates: dict[str, float],
+    gpus: int,
+    gradients: bool,
+) -> dict:
     """The table's row of a layout and a way of learning."""
     parts = memory_bytes(size, settings, gradients, gpus if layout == "sharded" else 1)
     here, host, wire = layout_costs(layout, size, settings, parts, gpus, gradients)
-    compute = forward_passes(gradients) * 2 * size.weights * settings.tokens / (MATMUL * rates["flops"])
+    compute = (
+        forward_passes(gradients) * 2 * size.weights * settings.tokens / (MATMUL * rates["flops"])
+    )
     step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize)
     parallel = gpus if layout == "sharded" else 1
     step = step_bytes / (BANDWIDTH * rates["bandwidth"]) * (1.5 if gradients else 1) / parallel
     seconds = compute + step + wire / rates["link"]
     processes = gpus if layout in ("replicas", "sharded") else 1  # each with a minibatch of its own
-    return {"learning": "backward passes" if gradients else "forward-only", "layout": layout,
-            "GiB a GPU": here / GIB, "fits": "yes" if here < 0.92 * rates["memory"] else "no", "host GiB": host / GIB,
-            "wire a step": in_units(wire), "forward and backward (s)": compute, "mask step (s)": step,
-            "step (s)": seconds, "sequences a second": processes * settings.batchsize / seconds}
+    return {
+        "learning": "backward passes" if gradients else "forward-only",
+        "layout": layout,
+        "GiB a GPU": here / GIB,
+        "fits": "yes" if here < 0.92 * rates["memory"] else "no",
+        "host GiB": host / GIB,
+        "wire a step": in_units(wire),
+        "forward and backward (s)": compute,
+        "mask step (s)": step,
+        "step (s)": seconds,
+        "sequences a second": processes * settings.batchsize / seconds,
+    }
 
 
 def plan(size: ModelSize, settings: Settings, rates: dict[str, float], gpus: int) -> list[dict]:
@@ -190,7 +241,10 @@ def described(name: str) -> nn.Module:
     if name in common.SHAPES:
         return common.random_llama(name, "meta", torch.bfloat16)
     if not Path(name, "config.json").is_file():
-        raise UserError(f"--model {name} is neither a folder with a config.json nor one of {', '.join(common.SHAPES)}")
+        raise UserError(
+            f"--model {name} is neither a folder with a config.json nor one of "
+            f"{', '.join(common.SHAPES)}"
+        )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
 
@@ -199,10 +253,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     size = ModelSize.of(described(args.model))
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    common.report(plan(size, settings, DEVICES[args.gpu], args.gpus), args,
-                  f"{args.model}: {size.weights / 1e9:.4g} G weights, {size.learned / 1e9:.4g} G of them with a mask, "
-                  f"on {args.gpus} x {args.gpu}; {args.batchsize} x {args.seqlen} tokens a minibatch, "
-                  f"{args.logits_dtype} logits; fits: below 92 % of the memory")
+    common.report(
+        plan(size, settings, DEVICES[args.gpu], args.gpus),
+        args,
+        f"{args.model}: {size.weights / 1e9:.4g} G weights, {size.learned / 1e9:.4g} G of them "
+        f"with a mask, on {args.gpus} x {args.gpu}; {args.batchsize} x {args.seqlen} tokens a "
+        f"minibatch, {args.logits_dtype} logits; fits: below 92 % of the memory",
+    )
 
 
 if __name__ == "__main__":

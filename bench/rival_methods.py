@@ -1,13 +1,20 @@
-"""Other methods that learn an N:M mask from gradients, written for comparison: bench/rivals.py, reproduce/rival.py.
+"""Other methods that learn an N:M mask from gradients, written for comparison: bench/rivals.py,
+reproduce/rival.py.
 
-    MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits a block, a soft mask from Gumbel noise in the forward
-    SUSI        arXiv 2608.23048, from its abstract: M logits a block, a soft mask from sampling without replacement
-    ScoresSTE   the plain straight-through estimator: a real score a weight, the N largest kept, gradient passed through
-    ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step bring to 2:4
+    MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits a block, a soft mask from Gumbel noise
+                in the forward
+    SUSI        arXiv 2608.23048, from its abstract: M logits a block, a soft mask from sampling
+                without replacement
+    ScoresSTE   the plain straight-through estimator: a real score a weight, the N largest kept,
+                gradient passed through
+    ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step
+                bring to 2:4
 
-All move their parameters with Adam. Their result is a mask, which is evaluated on the frozen weights. `distill`, the
-loss against the dense model's predictions, is not in the papers of MaskLLM and ProxSparse.
+All move their parameters with Adam. Their result is a mask, which is evaluated on the frozen
+weights. `distill`, the loss against the dense model's predictions, is not in the papers of MaskLLM
+and ProxSparse.
 """
+
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,17 +30,30 @@ from torch import Tensor, nn
 
 
 class Rival:
-    """A model whose masked layers compute with a weight made of learned parameters, one float32 tensor a layer.
+    """A model whose masked layers compute with a weight made of learned parameters, one float32
+    tensor a layer.
 
-    model: frozen, its layers plain nn.Linear; masks: m0, bool `[out, in]` by name; norms: ||x_j|| of their inputs,
-    `[in]`; lr: Adam's; distill: 0 or 1, of `learn`; weights: the dense ones by name, where the layers have others. A
-    subclass defines the parameters at the start, the weight that they make, and their mask. Where no gradient is asked
-    for, layers compute with the weights that they have.
+    model: frozen, its layers plain nn.Linear; masks: m0, bool `[out, in]` by name; norms: ||x_j||
+    of their inputs, `[in]`; lr: Adam's; distill: 0 or 1, of `learn`; weights: the dense ones by
+    name, where the layers have others. A subclass defines the parameters at the start, the weight
+    that they make, and their mask. Where no gradient is asked for, layers compute with the weights
+    that they have.
     """
+
     betas = (0.9, 0.999)
 
-    def __init__(self, model: nn.Module, masks: dict[str, Tensor], norms: dict[str, Tensor], n: int, m: int, lr: float,
-                 seed: int = 0, distill: float = 0.0, weights: dict[str, Tensor] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: dict[str, Tensor],
+        norms: dict[str, Tensor],
+        n: int,
+        m: int,
+        lr: float,
+        seed: int = 0,
+        distill: float = 0.0,
+        weights: dict[str, Tensor] | None = None,
+    ):
         self.model, self.n, self.m, self.lr, self.distill = model, n, m, lr, distill
         self.layers = {name: layer for name, layer in find_layers(model).items() if name in masks}
         self.weights = weights or {name: layer.weight for name, layer in self.layers.items()}
@@ -41,7 +61,9 @@ class Rival:
         self.device = model.get_input_embeddings().weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.penalty, self.progress = 0.0, 0.0
-        self.parameters = {name: self.start(name, masks[name]).requires_grad_() for name in self.layers}
+        self.parameters = {
+            name: self.start(name, masks[name]).requires_grad_() for name in self.layers
+        }
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=lr, betas=self.betas)
         for name, layer in self.layers.items():
             layer.forward = partial(self._forward, name, layer)
@@ -66,16 +88,19 @@ class Rival:
         """Called after each step of Adam."""
 
     def learn(self, batch: Tensor, step: int, steps: int) -> float:
-        """Step number `step` of `steps` on int64 `[sequences, tokens]`; returns the loss, nats a prediction."""
+        """Step number `step` of `steps` on int64 `[sequences, tokens]`; returns the loss, nats a
+        prediction."""
         batch, teacher = batch.to(self.device), None
         if self.distill:
             with torch.no_grad():
                 teacher = self.model(input_ids=batch, use_cache=False).logits
         return self.move(batch, teacher, [self.distill] * len(batch), step / steps)
 
-    def move(self, batch: Tensor, teacher: Tensor | None, distill: Sequence[float], progress: float) -> float:
-        """A step of Adam at this share of the run; teacher: the dense model's logits, distill: each sequence's share of
-        the loss against them. Returns the loss, nats a prediction."""
+    def move(
+        self, batch: Tensor, teacher: Tensor | None, distill: Sequence[float], progress: float
+    ) -> float:
+        """A step of Adam at this share of the run; teacher: the dense model's logits, distill: each
+        sequence's share of the loss against them. Returns the loss, nats a prediction."""
         self.progress, self.penalty = progress, 0.0
         logits = self.model(input_ids=batch, use_cache=False).logits
         loss, gradient = summed_loss(logits.detach(), batch, teacher, distill)
@@ -92,14 +117,22 @@ class Rival:
         return loss / predictions
 
     def multiplier(self) -> float:
-        """What the learning rate is multiplied by at this point of the run, as in this project's runs."""
+        """What the learning rate is multiplied by at this point of the run, as in this project's
+        runs."""
         return decay(self.progress)
 
     def state_bytes(self) -> float:
-        """Bytes a weight that are kept beside the model after a step: parameters, gradients, moments."""
-        tensors = [tensor for parameter in self.parameters.values() for tensor in
-                   (parameter, parameter.grad, *self.optimizer.state[parameter].values()) if tensor.dim()]
-        return sum(tensor.nbytes for tensor in tensors) / sum(layer.weight.numel() for layer in self.layers.values())
+        """Bytes a weight that are kept beside the model after a step: parameters, gradients,
+        moments."""
+        tensors = [
+            tensor
+            for parameter in self.parameters.values()
+            for tensor in (parameter, parameter.grad, *self.optimizer.state[parameter].values())
+            if tensor.dim()
+        ]
+        return sum(tensor.nbytes for tensor in tensors) / sum(
+            layer.weight.numel() for layer in self.layers.values()
+        )
 
     def _forward(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
         weight = self.weight(name).to(x.dtype) if torch.is_grad_enabled() else layer.weight
@@ -115,13 +148,16 @@ class Rival:
 
 
 class MaskLLM(Rival):
-    """softmax((kappa pi + Gumbel noise) / tau) over the block's patterns; the forward pass uses the mean pattern.
+    """softmax((kappa pi + Gumbel noise) / tau) over the block's patterns; the forward pass uses the
+    mean pattern.
 
-    tau falls from 4 to 0.05 and kappa grows from 100 to 500, linearly. pi starts as noise of deviation 0.01, plus 0.03
-    (`noise` times `prior`) for each weight that a pattern shares with m0 beyond the mean over patterns. The loss has
-    the term -`norm_reward` * ||masked weights||^2. The rate decays by a cosine to a tenth. Logits are kept
-    `[patterns, blocks]`: a CPU takes a softmax over the first dimension ten times as fast as over a short last one.
+    tau falls from 4 to 0.05 and kappa grows from 100 to 500, linearly. pi starts as noise of
+    deviation 0.01, plus 0.03 (`noise` times `prior`) for each weight that a pattern shares with m0
+    beyond the mean over patterns. The loss has the term -`norm_reward` * ||masked weights||^2. The
+    rate decays by a cosine to a tenth. Logits are kept `[patterns, blocks]`: a CPU takes a softmax
+    over the first dimension ten times as fast as over a short last one.
     """
+
     betas = (0.9, 0.95)
     noise, prior, norm_reward = 0.01, 3.0, 1e-5
     temperatures, scales = (4.0, 0.05), (100.0, 500.0)
@@ -133,12 +169,16 @@ class MaskLLM(Rival):
         return noise + self.noise * self.prior * (shared - self.n * self.n / self.m)
 
     def weight(self, name: str) -> Tensor:
-        temperature, scale = (first + (last - first) * self.progress for first, last in
-                              (self.temperatures, self.scales))
+        temperature, scale = (
+            first + (last - first) * self.progress
+            for first, last in (self.temperatures, self.scales)
+        )
         logits = self.parameters[name]
         uniform = torch.rand(logits.shape, generator=self.generator, device=self.device)
         keys = scale * logits - uniform.log_().neg_().log_()  # Gumbel noise
-        weight = self.dense(name) * self.kept(keys, temperature).T.reshape(self.layers[name].weight.shape)
+        weight = self.dense(name) * self.kept(keys, temperature).T.reshape(
+            self.layers[name].weight.shape
+        )
         self.penalty = self.penalty - self.norm_reward * weight.square().sum()
         return weight
 
@@ -154,9 +194,10 @@ class MaskLLM(Rival):
 
 
 class SUSI(MaskLLM):
-    """M logits a block, which with Gumbel noise are the keys of a weighted reservoir: the N largest are a draw without
-    replacement. The forward pass uses a relaxation, what N draws without replacement with softmax(keys / tau) keep on
-    average. It and all that is MaskLLM's, temperatures, scales, prior, reward, may not be the authors'."""
+    """M logits a block, which with Gumbel noise are the keys of a weighted reservoir: the N largest
+    are a draw without replacement. The forward pass uses a relaxation, what N draws without
+    replacement with softmax(keys / tau) keep on average. It and all that is MaskLLM's,
+    temperatures, scales, prior, reward, may not be the authors'."""
 
     def start(self, name: str, mask: Tensor) -> Tensor:
         blocks = mask.to(self.device).view(-1, self.m).float().T
@@ -166,15 +207,21 @@ class SUSI(MaskLLM):
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
         w = rates((keys / temperature).unbind(), self.n)
         flow = flows(w, self.n)[1]  # times w_i: the chance that i is drawn at this set
-        return torch.stack([x * sum_of([flow[drawn] for drawn in flow if not drawn >> i & 1]) for i, x in enumerate(w)])
+        return torch.stack(
+            [
+                x * sum_of([flow[drawn] for drawn in flow if not drawn >> i & 1])
+                for i, x in enumerate(w)
+            ]
+        )
 
     def mask(self, name: str) -> Tensor:
         return self.largest(self.parameters[name].T.reshape(self.layers[name].weight.shape))
 
 
 class ScoresSTE(Rival):
-    """m * w with m the N largest scores of each block; d loss / d score = w * d loss / d(m * w) for kept and pruned
-    weights alike. Scores start at log(|w| ||x||), Wanda's score, so that their mask is m0."""
+    """m * w with m the N largest scores of each block; d loss / d score = w * d loss / d(m * w) for
+    kept and pruned weights alike. Scores start at log(|w| ||x||), Wanda's score, so that their mask
+    is m0."""
 
     def start(self, name: str, mask: Tensor) -> Tensor:
         return (self.dense(name).abs() * self.norms[name]).clamp(min=1e-30).log()
@@ -188,13 +235,16 @@ class ScoresSTE(Rival):
 
 
 class ProxSparse(Rival):
-    """Dense weights W, trained towards 2:4. Each step is Adam's on the loss plus `stay` ||W / w * (W - w)||^2, then in
-    each block the proximal step of lambda * (sum of the products of three |W|).
+    """Dense weights W, trained towards 2:4. Each step is Adam's on the loss plus `stay` ||W / w *
+    (W - w)||^2, then in each block the proximal step of lambda * (sum of the products of three
+    |W|).
 
-    `strength` is about twice the sum of lambda over the run. The mask keeps the largest |W| ||x|| at the end. As
-    published, the products are of bare weights; here weights are multiplied by the norms of their inputs (mean square 1
-    in a layer), so that the method starts from m0's order, as the others do. 2:4 only.
+    `strength` is about twice the sum of lambda over the run. The mask keeps the largest |W| ||x||
+    at the end. As published, the products are of bare weights; here weights are multiplied by the
+    norms of their inputs (mean square 1 in a layer), so that the method starts from m0's order, as
+    the others do. 2:4 only.
     """
+
     stay = 0.25
 
     def __init__(self, *args, steps: int, strength: float = 200.0, **kwargs):
@@ -227,16 +277,19 @@ class ProxSparse(Rival):
 
 
 def triples(z: Tensor) -> Tensor:
-    """The sum of the products of three of four numbers, `[..., 4]` -> `[...]`: 0 where two or fewer are not 0."""
+    """The sum of the products of three of four numbers, `[..., 4]` -> `[...]`: 0 where two or fewer
+    are not 0."""
     a, b, c, d = z.unbind(-1)
     return a * b * (c + d) + (a + b) * c * d
 
 
 def proximal_step(y: Tensor, strength: float, sweeps: int = 12) -> Tensor:
-    """argmin_z 1/2 ||z - y||^2 + strength * (sum of the products of three |z|), of each block `[blocks, 4]`.
+    """argmin_z 1/2 ||z - y||^2 + strength * (sum of the products of three |z|), of each block
+    `[blocks, 4]`.
 
-    z has the signs of y. The problem is not convex. It is solved three times by exact coordinate descent from y, with
-    only the two, three or four largest numbers free and the others 0; the lowest of the three minima is taken.
+    z has the signs of y. The problem is not convex. It is solved three times by exact coordinate
+    descent from y, with only the two, three or four largest numbers free and the others 0; the
+    lowest of the three minima is taken.
     """
     sign, (size, order) = y.sign(), y.abs().sort(dim=1, descending=True)
     size = size.T.contiguous()  # [4, blocks]: sweeps go over whole rows
@@ -258,4 +311,8 @@ def proximal_step(y: Tensor, strength: float, sweeps: int = 12) -> Tensor:
 
 
 RIVALS: dict[str, Callable[..., Rival]] = {
-    "maskllm": MaskLLM, "susi": SUSI, "scores_ste": ScoresSTE, "proxsparse": ProxSparse}
+    "maskllm": MaskLLM,
+    "susi": SUSI,
+    "scores_ste": ScoresSTE,
+    "proxsparse": ProxSparse,
+}

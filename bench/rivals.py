@@ -1,18 +1,24 @@
-"""Ways to learn an N:M mask, compared on reproduce/small_model: this project's, other methods', and the paper's.
+"""Ways to learn an N:M mask, compared on reproduce/small_model: this project's, other methods', and
+the paper's.
 
-    python bench/rivals.py [--quick] [--json FILE] [--budgets 160,640,2500] [--seeds 3] [--rows MaskLLM,sparsify.py]
-    python bench/rivals.py --rows MaskLLM --rates 0.001,0.002 --seeds 1      # tune a learning rate
+    python bench/rivals.py [--quick] [--json FILE] [--budgets 160,640,2500] [--seeds 3]
+    python bench/rivals.py --rows MaskLLM,sparsify.py
+    # tune a learning rate
+    python bench/rivals.py --rows MaskLLM --rates 0.001,0.002 --seeds 1
 
-Is a mask from this project as good as one from a rival, for the same work? All start from the same Wanda mask, or have
-it as their prior, and learn from the same text, which `make demo DEMO_FLAGS=--quick` leaves in demo/. A budget is a
-number of forward passes of 32 x 128 tokens. A backward pass counts as two, the teacher's forward of distillation (KD)
-as one, and swaps as one pass of their text.
+Is a mask from this project as good as one from a rival, for the same work? All start from the same
+Wanda mask, or have it as their prior, and learn from the same text, which `make demo
+DEMO_FLAGS=--quick` leaves in demo/. A budget is a number of forward passes of 32 x 128 tokens. A
+backward pass counts as two, the teacher's forward of distillation (KD) as one, and swaps as one
+pass of their text.
 
-The table has, for each method and budget: the held-out loss of the mask on the frozen weights, mean ± deviation over
-seeds; the share of the gap from m0 to dense that it closes; the processor's seconds, median. Bytes a weight: what
-learning keeps beside the model. --rates makes a row of each method and rate, on other held-out windows than those of
-the table. The rivals are in rival_methods.py, this project's and the paper's ways in learning.py.
+The table has, for each method and budget: the held-out loss of the mask on the frozen weights, mean
+± deviation over seeds; the share of the gap from m0 to dense that it closes; the processor's
+seconds, median. Bytes a weight: what learning keeps beside the model. --rates makes a row of each
+method and rate, on other held-out windows than those of the table. The rivals are in
+rival_methods.py, this project's and the paper's ways in learning.py.
 """
+
 import argparse
 import statistics
 import time
@@ -34,29 +40,53 @@ from small_model import MODEL
 
 WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
 
-# Settings: `learner`, a key of OURS or RIVALS; lr, its rate; distill, the weight of KD in the loss, the rest is the
-# text's; batchsize sequences of fresh text; `tuned`, what differs from the named budget on. docs/lab_notebook.md says
-# which rates were tried; the others are first guesses.
+# Settings: `learner`, a key of OURS or RIVALS; lr, its rate; distill, the weight of KD in the loss,
+# the rest is the text's; batchsize sequences of fresh text; `tuned`, what differs from the named
+# budget on. docs/lab_notebook.md says which rates were tried; the others are first guesses.
 TEXT = dict(batchsize=8, fresh=True)
-TUNED = {160: dict(lr=1.2), 640: dict(lr=1.8), 2500: dict(lr=1.8, batchsize=16), 10000: dict(lr=2.5, batchsize=32)}
-STE = dict(learner="scores_ste", distill=1.0, **TEXT, tuned={
-    160: dict(lr=0.04), 640: dict(lr=0.01), 2500: dict(lr=0.005), 10000: dict(lr=0.005, batchsize=32)})
-MASKLLM = dict(learner="maskllm", distill=1.0, **TEXT, tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)})
+TUNED = {
+    160: dict(lr=1.2),
+    640: dict(lr=1.8),
+    2500: dict(lr=1.8, batchsize=16),
+    10000: dict(lr=2.5, batchsize=32),
+}
+STE = dict(
+    learner="scores_ste",
+    distill=1.0,
+    **TEXT,
+    tuned={
+        160: dict(lr=0.04),
+        640: dict(lr=0.01),
+        2500: dict(lr=0.005),
+        10000: dict(lr=0.005, batchsize=32),
+    },
+)
+MASKLLM = dict(
+    learner="maskllm",
+    distill=1.0,
+    **TEXT,
+    tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)},
+)
 ROWS = {
     "sparsify.py": DEFAULTS,
     "sparsify.py with its rate tuned": dict(DEFAULTS, tuned=TUNED),
     "STE on scores + Adam + KD": STE,
     "STE on scores + Adam": dict(STE, distill=0.0),
-    "MaskLLM": dict(MASKLLM, distill=0.0, tuned={
-        **MASKLLM["tuned"], 640: dict(lr=6e-4), 10000: dict(lr=0.001, batchsize=32)}),
+    "MaskLLM": dict(
+        MASKLLM,
+        distill=0.0,
+        tuned={**MASKLLM["tuned"], 640: dict(lr=6e-4), 10000: dict(lr=0.001, batchsize=32)},
+    ),
     "MaskLLM + KD": MASKLLM,
     "SUSI": dict(MASKLLM, learner="susi", distill=0.0),
     "SUSI + KD": dict(MASKLLM, learner="susi"),
-    "ProxSparse": dict(learner="proxsparse", **TEXT, tuned={
-        160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}),
+    "ProxSparse": dict(
+        learner="proxsparse", **TEXT, tuned={160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}
+    ),
     "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.Estimator, lr=10, logits=5),
     "forward-only: MaskPro, debiased tracker": dict(
-        learner="forward_only", estimator=lambda: pge.Estimator(debias=True), lr=10, logits=5),
+        learner="forward_only", estimator=lambda: pge.Estimator(debias=True), lr=10, logits=5
+    ),
 }
 
 
@@ -64,10 +94,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.set_defaults(device="cpu")  # seconds are the processor's
     parser.add_argument("--model", default=MODEL, help="folder that bench/small_model.py wrote")
-    parser.add_argument("--budgets", default="160,640,2500", help="forward passes of a run, by commas")
+    parser.add_argument(
+        "--budgets", default="160,640,2500", help="forward passes of a run, by commas"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method and budget")
-    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, by commas")
-    parser.add_argument("--rates", default="", help="learning rates to try instead of the rows' own, by commas")
+    parser.add_argument(
+        "--rows", default="", help="only rows whose names contain one of these, by commas"
+    )
+    parser.add_argument(
+        "--rates", default="", help="learning rates to try instead of the rows' own, by commas"
+    )
     args = parser.parse_args(argv)
     try:
         args.budgets = [int(passes) for passes in args.budgets.split(",")]
@@ -81,9 +117,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def setting_of(row: dict, passes: int) -> dict:
-    """A row's setting for a budget: with what is tuned for the largest budget of at most this one, or for the
-    smallest."""
-    setting, tuned = {key: value for key, value in row.items() if key != "tuned"}, row.get("tuned", {})
+    """A row's setting for a budget: with what is tuned for the largest budget of at most this one,
+    or for the smallest."""
+    setting, tuned = (
+        {key: value for key, value in row.items() if key != "tuned"},
+        row.get("tuned", {}),
+    )
     budgets = sorted(tuned)
     fitting = [budget for budget in budgets if budget <= passes] or budgets[:1]
     return {**setting, **(tuned[fitting[-1]] if fitting else {})}
@@ -98,14 +137,16 @@ def make_method(problem: Problem, setting: dict, seed: int, steps: int) -> Rival
         further["steps"] = steps
     model = problem.fresh_model()
     speed_up(model, Kernels(LinearSpace(2, 4), "eager"), 128)  # as ours
-    return RIVALS[setting["learner"]](model, problem.masks, problem.norms, 2, 4, lr=setting["lr"],
-                                      seed=seed, **further)
+    return RIVALS[setting["learner"]](
+        model, problem.masks, problem.norms, 2, 4, lr=setting["lr"], seed=seed, **further
+    )
 
 
 def learn(problem: Problem, setting: dict, passes: int, seed: int) -> tuple[float, float]:
-    """One run of about so many forward passes: the held-out loss of its mask, and the processor's seconds."""
+    """One run of about so many forward passes: the held-out loss of its mask, and the processor's
+    seconds."""
     batches = problem.batches(setting, passes, seed)
-    samples = batches.flatten(0, 1)[:TOKENS // 128] if setting.get("swaps") else []
+    samples = batches.flatten(0, 1)[: TOKENS // 128] if setting.get("swaps") else []
     spent = min(len(samples) / 32, passes - 1)
     steps = max(1, round((passes - spent) / passes_a_step(setting)))
     method = make_method(problem, setting, seed, steps)
@@ -135,10 +176,16 @@ def table_row(problem: Problem, name: str, row: dict, budgets: list[int], seeds:
             print(f"{name}, {passes} passes, seed {seed}: {loss:.4f}, {took_s:.0f} s", flush=True)
             losses.append(loss)
             seconds.append(took_s)
-        mean, deviation = statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0
+        mean, deviation = (
+            statistics.mean(losses),
+            statistics.stdev(losses) if len(losses) > 1 else 0,
+        )
         share = (problem.m0_loss - mean) / (problem.m0_loss - problem.dense_loss)
-        cells |= {f"{passes} passes": f"{mean:.4f} ± {deviation:.4f}", f"of the gap, {passes}": f"{share:.1%}",
-                  f"seconds, {passes}": round(statistics.median(seconds))}
+        cells |= {
+            f"{passes} passes": f"{mean:.4f} ± {deviation:.4f}",
+            f"of the gap, {passes}": f"{share:.1%}",
+            f"seconds, {passes}": round(statistics.median(seconds)),
+        }
     return {**cells, "seeds": len(seeds)}
 
 
@@ -146,19 +193,35 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows = {name: ROWS[name] for name in common.chosen(ROWS, args.rows)}
     if args.rates:
-        rows = {f"{name}, rate {rate:g}": {**row, "tuned": {passes: {**setting_of(row, passes), "lr": rate}
-                                                            for passes in args.budgets}}
-                for name, row in rows.items() for rate in args.rates}
+        rows = {
+            f"{name}, rate {rate:g}": {
+                **row,
+                "tuned": {
+                    passes: {**setting_of(row, passes), "lr": rate} for passes in args.budgets
+                },
+            }
+            for name, row in rows.items()
+            for rate in args.rates
+        }
     problem = Problem(args.model, args.windows, args.device, skip=args.windows if args.rates else 0)
     first = f"{args.budgets[0]} passes"
-    table = [{"method": name, "bytes a weight": "", first: f"{loss:.4f}"} for name, loss in
-             (("dense", problem.dense_loss), ("m0", problem.m0_loss))]
-    table += [table_row(problem, name, row, args.budgets, range(args.seed, args.seed + args.seeds))
-              for name, row in rows.items()]
-    common.report(table, args, "held-out loss of the mask on the frozen weights, nats a token, mean ± deviation over "
-                               "seeds")
+    table = [
+        {"method": name, "bytes a weight": "", first: f"{loss:.4f}"}
+        for name, loss in (("dense", problem.dense_loss), ("m0", problem.m0_loss))
+    ]
+    table += [
+        table_row(problem, name, row, args.budgets, range(args.seed, args.seed + args.seeds))
+        for name, row in rows.items()
+    ]
+    common.report(
+        table,
+        args,
+        "held-out loss of the mask on the frozen weights, nats a token, mean ± deviation over "
+        "seeds",
+    )
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)  # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
+    # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
+    torch.set_flush_denormal(True)
     run_script(main)

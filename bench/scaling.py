@@ -1,13 +1,16 @@
-"""One mask learned by 1, 2, 3 and 4 processes: whether the result is the same, and what goes over the wire.
+"""One mask learned by 1, 2, 3 and 4 processes: whether the result is the same, and what goes over
+the wire.
 
     python bench/scaling.py [--quick] [--json FILE]
 
-A model of two layers is made here. The processes communicate by gloo, have one thread each, and share the cores of this
-machine, so this says nothing about speed. A step has 12 sequences, split over the processes; with --shard each process
-has a part of each layer's rows. The wire: bytes that a process hands to torch.distributed in a step; a ring sends up to
-twice as many. Collectives: in a step, of tensors and of numbers, as torch counts them; two decoder layers have twice
-the gathers of one.
+A model of two layers is made here. The processes communicate by gloo, have one thread each, and
+share the cores of this machine, so this says nothing about speed. A step has 12 sequences, split
+over the processes; with --shard each process has a part of each layer's rows. The wire: bytes that
+a process hands to torch.distributed in a step; a ring sends up to twice as many. Collectives: in a
+step, of tensors and of numbers, as torch counts them; two decoder layers have twice the gathers of
+one.
 """
+
 import argparse
 import json
 import random
@@ -31,49 +34,82 @@ from torch.utils._pytree import tree_leaves
 
 WAYS = ("forward-only", "gradients")
 SEQUENCES, TOKENS = 12, 24  # in a step, in a sequence
-WORDS = "the a cat dog horse bird watches follows hears avoids small old quiet river morning before after near"
+WORDS = (
+    "the a cat dog horse bird watches follows hears avoids small old quiet river morning before "
+    "after near"
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.set_defaults(device="cpu")  # the processes share one machine's cores
-    parser.add_argument("--child", nargs=6, default=None,
-                        metavar=("INPUTS", "WAY", "SHARD", "STEPS", "DEVICE", "FOLDER"),
-                        help="learn in this process, and write the result to a folder")
+    parser.add_argument(
+        "--child",
+        nargs=6,
+        default=None,
+        metavar=("INPUTS", "WAY", "SHARD", "STEPS", "DEVICE", "FOLDER"),
+        help="learn in this process, and write the result to a folder",
+    )
     return parser.parse_args(argv)
 
 
 def make_inputs(folder: Path, seed: int) -> None:
-    """Write to a folder: `dense`, a byte-level model whose random weights vary so much that a mask moves the loss;
-    text.jsonl, twelve documents; and mask.safetensors, the 2:4 mask by magnitude."""
-    model = common.random_llama("tiny", "cpu", torch.float32, seed, layers=2, num_key_value_heads=2,
-                                initializer_range=0.2, tie_word_embeddings=False, max_position_embeddings=256)
+    """Write to a folder: `dense`, a byte-level model whose random weights vary so much that a mask
+    moves the loss; text.jsonl, twelve documents; and mask.safetensors, the 2:4 mask by
+    magnitude."""
+    model = common.random_llama(
+        "tiny",
+        "cpu",
+        torch.float32,
+        seed,
+        layers=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        max_position_embeddings=256,
+    )
     model.save_pretrained(folder / "dense")
     byte_tokenizer().save_pretrained(folder / "dense")
     generator = random.Random(seed)
     documents = [" ".join(generator.choices(WORDS.split(), k=60)) for _ in range(12)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    mask_files.save(folder / "mask.safetensors", common.magnitude_masks(model), 2, 4, "dense", model_fingerprint(model))
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    )
+    mask_files.save(
+        folder / "mask.safetensors",
+        common.magnitude_masks(model),
+        2,
+        4,
+        "dense",
+        model_fingerprint(model),
+    )
 
 
 class Collectives(TorchDispatchMode):
-    """A context that counts the collectives started inside, and the bytes that this process gives them."""
+    """A context that counts the collectives started inside, and the bytes that this process gives
+    them."""
 
     def __init__(self):
         super().__init__()
         self.number = self.sent_bytes = 0
 
-    def __torch_dispatch__(self, function: object, types: object, args: tuple = (), kwargs: dict | None = None):
+    def __torch_dispatch__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ):
         if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
-            gives_first = function.namespace != "c10d" or "allreduce" in str(function)  # else results stand first
+            # else results stand first
+            gives_first = function.namespace != "c10d" or "allreduce" in str(function)
             given = tree_leaves(args[0] if gives_first else args[1])
             self.number += 1
-            self.sent_bytes += sum(tensor.nbytes for tensor in given if isinstance(tensor, torch.Tensor))
+            self.sent_bytes += sum(
+                tensor.nbytes for tensor in given if isinstance(tensor, torch.Tensor)
+            )
         return function(*args, **(kwargs or {}))
 
 
 def learn(inputs: Path, way: str, is_sharded: bool, steps: int, device: str) -> dict:
-    """A run in this process of several: the logits of all layers, in the main process, and what a step sent."""
+    """A run in this process of several: the logits of all layers, in the main process, and what a
+    step sent."""
     load = load_sharded if is_sharded else load_model
     model, _ = load(str(inputs / "dense"), "float32", device)
     masks = mask_files.load(inputs / "mask.safetensors", (2, 4)).masks
@@ -82,7 +118,9 @@ def learn(inputs: Path, way: str, is_sharded: bool, steps: int, device: str) -> 
     generator, m0_loss = torch.Generator().manual_seed(0), None
     with Collectives() as counted:
         for _ in range(steps):
-            batch = processes.split(torch.randint(97, 123, (SEQUENCES, TOKENS), generator=generator))
+            batch = processes.split(
+                torch.randint(97, 123, (SEQUENCES, TOKENS), generator=generator)
+            )
             if learner:
                 learner.step(batch, 0.5, distill=[1.0] * len(batch))
                 continue
@@ -92,26 +130,42 @@ def learn(inputs: Path, way: str, is_sharded: bool, steps: int, device: str) -> 
     logits = {name: layer.flatten().tolist() for name, layer in masked.whole_logits().items()}
     masks = masked.masks_of(masked.mode_bits())
     mask = mask_files.fingerprint(masks) if processes.is_main() else ""
-    return {"logits": logits, "mask": mask, "sent_bytes": counted.sent_bytes / steps,
-            "collectives": counted.number / steps}
+    return {
+        "logits": logits,
+        "mask": mask,
+        "sent_bytes": counted.sent_bytes / steps,
+        "collectives": counted.number / steps,
+    }
 
 
-def compare(inputs: Path, way: str, counts: tuple[int, ...], steps: int, device: str = "cpu") -> list[dict]:
-    """The table's rows of one way to learn: one process, then these numbers of processes, without and with --shard, and
-    on GPUs one process with its layers spread over all."""
+def compare(
+    inputs: Path, way: str, counts: tuple[int, ...], steps: int, device: str = "cpu"
+) -> list[dict]:
+    """The table's rows of one way to learn: one process, then these numbers of processes, without
+    and with --shard, and on GPUs one process with its layers spread over all."""
+
     def run(number: int, is_sharded: bool, where: str = device) -> tuple[dict, torch.Tensor]:
         flags = ["--child", str(inputs), way, str(int(is_sharded)), str(steps), where]
         result = common.run_child(__file__, flags, number)[0]
-        return result, torch.tensor([logit for _, layer in sorted(result["logits"].items()) for logit in layer])
+        return result, torch.tensor(
+            [logit for _, layer in sorted(result["logits"].items()) for logit in layer]
+        )
+
     (result_alone, alone), rows = run(1, False), []
     cases = [(number, is_sharded, device) for is_sharded in (False, True) for number in counts]
     for number, is_sharded, where in cases + [(1, False, "auto")] * device.startswith("cuda"):
         result, logits = run(number, is_sharded, where)
-        rows.append({"learning": way + ", --shard" * is_sharded + ", spread" * (where == "auto"), "processes": number,
-                     "steps": steps, "logits apart from one process's, at most": float((logits - alone).abs().max()),
-                     "the same mask": int(result["mask"] == result_alone["mask"]),
-                     "sent a process and step (bytes)": round(result["sent_bytes"]),
-                     "collectives a step": result["collectives"]})
+        rows.append(
+            {
+                "learning": way + ", --shard" * is_sharded + ", spread" * (where == "auto"),
+                "processes": number,
+                "steps": steps,
+                "logits apart from one process's, at most": float((logits - alone).abs().max()),
+                "the same mask": int(result["mask"] == result_alone["mask"]),
+                "sent a process and step (bytes)": round(result["sent_bytes"]),
+                "collectives a step": result["collectives"],
+            }
+        )
     return rows
 
 
@@ -121,15 +175,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.child:
         inputs, way, is_sharded, steps, device, folder = args.child
         with processes.joined(device) as own:
-            common.hand_back(folder, learn(Path(inputs), way, bool(int(is_sharded)), int(steps), own))
+            common.hand_back(
+                folder, learn(Path(inputs), way, bool(int(is_sharded)), int(steps), own)
+            )
         return
-    steps = 4 if args.quick else 12  # in long runs a last bit changes a draw, and then everything after it
+    # in long runs a last bit changes a draw, and then everything after it
+    steps = 4 if args.quick else 12
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.seed)
         most = torch.cuda.device_count() if args.device == "cuda" else 4  # a GPU for each process
         counts = tuple(count for count in ((2,) if args.quick else (2, 3, 4)) if count <= most)
-        rows = [row for way in WAYS for row in compare(Path(folder), way, counts, steps, args.device)]
-    common.report(rows, args, "the processes share the cores of one machine: no statement about speed")
+        rows = [
+            row for way in WAYS for row in compare(Path(folder), way, counts, steps, args.device)
+        ]
+    common.report(
+        rows, args, "the processes share the cores of one machine: no statement about speed"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Make the small model of the benches: a byte-level Llama of 0.87 M weights, trained here on the demo's text.
+"""Make the small model of the benches: a byte-level Llama of 0.87 M weights, trained here on the
+demo's text.
 
     python bench/small_model.py [--quick] [--out demo/small]
 
-The repository has it already, in reproduce/small_model, so that results of several machines are of the same weights.
-This script says how it was made. Rounding differs between machines and numbers of threads, and so do the weights.
-Needs the demo's text, which `make demo DEMO_FLAGS=--quick` leaves in demo/. Saves bfloat16, and beside it made.json,
-with the command and the losses. It takes a few minutes on 2 cores.
+The repository has it already, in reproduce/small_model, so that results of several machines are of
+the same weights. This script says how it was made. Rounding differs between machines and numbers of
+threads, and so do the weights. Needs the demo's text, which `make demo DEMO_FLAGS=--quick` leaves
+in demo/. Saves bfloat16, and beside it made.json, with the command and the losses. It takes a few
+minutes on 2 cores.
 """
+
 import argparse
 import hashlib
 import json
@@ -20,9 +23,15 @@ from utils import UserError, progress_bar, run_script
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-TEXT, HELDOUT = "demo/train.jsonl", "demo/heldout.txt"  # what the model is trained, pruned, learned and evaluated on
+# what the model is trained, pruned, learned and evaluated on
+TEXT, HELDOUT = "demo/train.jsonl", "demo/heldout.txt"
 MODEL = "reproduce/small_model"
 
 
@@ -36,19 +45,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, 256 in all; no special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def read_text(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """The demo's text in tokens, int64 `[tokens]`: to train on, and 300 thousand characters held out."""
+    """The demo's text in tokens, int64 `[tokens]`: to train on, and 300 thousand characters held
+    out."""
     if not Path(TEXT).exists():
         raise UserError(f"{TEXT} is missing; run `make demo DEMO_FLAGS=--quick` first")
 
     def tokens_of(string: str) -> Tensor:
         return torch.tensor(tokenizer(string, verbose=False).input_ids)
+
     with open(TEXT, encoding="utf-8") as file:
         passages = [json.loads(line)["text"] for line in file]
     train = torch.cat([tokens_of(passage) for passage in passages])
@@ -56,18 +69,32 @@ def read_text(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
 
 
 def train(tokens: Tensor, steps: int, seed: int, device: str) -> tuple[LlamaForCausalLM, float]:
-    """A model trained on windows of these tokens, int64 `[tokens]`, and the last minibatch's loss, nats a byte."""
+    """A model trained on windows of these tokens, int64 `[tokens]`, and the last minibatch's loss,
+    nats a byte."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None)).to(device)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, total_steps=steps, pct_start=0.05
+    )
     progress = progress_bar(range(steps), desc="training", unit="step")
     for _ in progress:
         starts = torch.randint(len(tokens) - 128, (32,))
-        batch = torch.stack([tokens[start:start + 128] for start in starts]).to(device)
+        batch = torch.stack([tokens[start : start + 128] for start in starts]).to(device)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -80,23 +107,40 @@ def train(tokens: Tensor, steps: int, seed: int, device: str) -> tuple[LlamaForC
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    steps, out = 50 if args.quick else args.steps, refuse_existing(args.out, "choose another --out or remove it")
+    steps, out = (
+        50 if args.quick else args.steps,
+        refuse_existing(args.out, "choose another --out or remove it"),
+    )
     tokenizer = byte_tokenizer()
     tokens, heldout = read_text(tokenizer)
     model, loss = train(tokens, steps, args.seed, args.device)
     for parameter in model.parameters():  # to what is saved; the loss is still computed in float32
         parameter.data = parameter.bfloat16().float()
-    windows = heldout[:512 * 128].view(-1, 128)  # no longer than it was trained on
+    windows = heldout[: 512 * 128].view(-1, 128)  # no longer than it was trained on
     heldout_loss = sum(batch_loss(model, window[None]) for window in windows) / len(windows)
     with atomic_write(out) as tmp:
         model.to(torch.bfloat16).save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
-        config = tmp / "tokenizer_config.json"  # transformers 4 knows the class by its old name only, 5 by both
-        config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        # transformers 4 knows the class by its old name only, 5 by both
+        config = tmp / "tokenizer_config.json"
+        config.write_text(
+            config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        )
     args.json = args.json or out / "made.json"
     digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
-    common.report([{"model": str(out), "weights": sum(p.numel() for p in model.parameters()), "steps": steps,
-                    "last training loss (nats a byte)": loss, "held-out loss": heldout_loss, "sha256": digest}], args)
+    common.report(
+        [
+            {
+                "model": str(out),
+                "weights": sum(p.numel() for p in model.parameters()),
+                "steps": steps,
+                "last training loss (nats a byte)": loss,
+                "held-out loss": heldout_loss,
+                "sha256": digest,
+            }
+        ],
+        args,
+    )
 
 
 if __name__ == "__main__":

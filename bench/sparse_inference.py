@@ -3,16 +3,17 @@
     python bench/sparse_inference.py [--quick] [--json FILE] [--backend cutlass]
     python bench/sparse_inference.py --shape smollm2-135m --dtypes bfloat16
 
-Needs an NVIDIA GPU of the Ampere generation or newer. A Llama of random weights is pruned to 2:4 by magnitude and
-timed with its zeros. Then torch.sparse.to_sparse_semi_structured compresses every weight but the head's, and it is
-timed again: one Linear of each shape, and the whole model on one sequence of 1 to 4096 tokens (1: a step of decoding
-without a cache). Both outputs are equal up to rounding; the last column is their largest difference, as a share of the
-largest output.
+Needs an NVIDIA GPU of the Ampere generation or newer. A Llama of random weights is pruned to 2:4 by
+magnitude and timed with its zeros. Then torch.sparse.to_sparse_semi_structured compresses every
+weight but the head's, and it is timed again: one Linear of each shape, and the whole model on one
+sequence of 1 to 4096 tokens (1: a step of decoding without a cache). Both outputs are equal up to
+rounding; the last column is their largest difference, as a share of the largest output.
 
-Calls from Python are queued one after the other. With few tokens, the dispatch of the sparse tensor in Python may take
-longer than the product. torch pads the tokens to a multiple of 8. The cuSPARSELt backend runs with its default
-algorithm; CUTLASS runs on compute capability 8.x only.
+Calls from Python are queued one after the other. With few tokens, the dispatch of the sparse tensor
+in Python may take longer than the product. torch pads the tokens to a multiple of 8. The cuSPARSELt
+backend runs with its default algorithm; CUTLASS runs on compute capability 8.x only.
 """
+
 import argparse
 from collections.abc import Callable
 from functools import partial
@@ -33,25 +34,45 @@ Inputs = dict[tuple[str, int], Tensor]  # (what is called, tokens) -> its input
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--shape", choices=list(common.SHAPES), default="llama2-7b", help="of the model")
-    parser.add_argument("--dtypes", nargs="+", choices=["float16", "bfloat16"], default=["float16", "bfloat16"],
-                        help="of weights and inputs")
-    parser.add_argument("--tokens", nargs="+", type=positive_int, default=[1, 16, 64, 256, 1024, 4096],
-                        help="in a call")
-    parser.add_argument("--backend", choices=["cusparselt", "cutlass"], default="cusparselt",
-                        help="of the 2:4 products")
+    parser.add_argument(
+        "--shape", choices=list(common.SHAPES), default="llama2-7b", help="of the model"
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["float16", "bfloat16"],
+        default=["float16", "bfloat16"],
+        help="of weights and inputs",
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=positive_int,
+        default=[1, 16, 64, 256, 1024, 4096],
+        help="in a call",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["cusparselt", "cutlass"],
+        default="cusparselt",
+        help="of the 2:4 products",
+    )
     return parser.parse_args(argv)
 
 
 def sparse_parameter(weight: Tensor) -> nn.Parameter:
-    """A 2:4 weight `[out, in]` compressed to half its values and 2 bits for each; out and in multiples of 64."""
+    """A 2:4 weight `[out, in]` compressed to half its values and 2 bits for each; out and in
+    multiples of 64."""
     return nn.Parameter(to_sparse_semi_structured(weight.contiguous()), requires_grad=False)
 
 
 @torch.inference_mode()
 def check_support(device: str, dtypes: list[str], backend: str) -> None:
     """UserError unless a small 2:4 Linear runs on the device."""
-    needs = "2:4 products need an NVIDIA GPU with sparse tensor cores (Ampere or newer) and torch built for CUDA"
+    needs = (
+        "2:4 products need an NVIDIA GPU with sparse tensor cores (Ampere or newer) and torch "
+        "built for CUDA"
+    )
     if not device.startswith("cuda") or not torch.cuda.is_available():
         raise UserError(f"{needs}; --device {device} cannot be measured here")
     for dtype in dtypes:
@@ -60,45 +81,70 @@ def check_support(device: str, dtypes: list[str], backend: str) -> None:
             nn.functional.linear(weight[:1], sparse_parameter(weight))
         except (RuntimeError, NotImplementedError) as error:
             other = "cutlass" if backend == "cusparselt" else "cusparselt"
-            raise UserError(f"{needs}; {backend} fails here in {dtype} ({str(error).splitlines()[0]}); try "
-                            f"--backend {other}")
+            raise UserError(
+                f"{needs}; {backend} fails here in {dtype} ({str(error).splitlines()[0]}); try "
+                f"--backend {other}"
+            )
 
 
-def callables(model: nn.Module, name: str, tokens: list[int], device: str) -> tuple[dict[str, Callable], Inputs]:
-    """The functions to time and their inputs: the first Linear of each shape with `[tokens, in]`, and the whole model,
-    by this name, with int64 `[1, tokens]`."""
+def callables(
+    model: nn.Module, name: str, tokens: list[int], device: str
+) -> tuple[dict[str, Callable], Inputs]:
+    """The functions to time and their inputs: the first Linear of each shape with `[tokens, in]`,
+    and the whole model, by this name, with int64 `[1, tokens]`."""
     functions, inputs = {}, {}
     for module in find_layers(model).values():
         what = f"Linear {module.out_features}x{module.in_features}"
         if what not in functions:
             functions[what] = module
             for count in tokens:
-                inputs[what, count] = torch.randn(count, module.in_features, device=device, dtype=model.dtype)
+                inputs[what, count] = torch.randn(
+                    count, module.in_features, device=device, dtype=model.dtype
+                )
     functions[name] = lambda ids: model(input_ids=ids, use_cache=False).logits
     for count in tokens:
-        inputs[name, count] = torch.randint(0, min(32000, model.config.vocab_size), (1, count), device=device)
+        inputs[name, count] = torch.randint(
+            0, min(32000, model.config.vocab_size), (1, count), device=device
+        )
     return functions, inputs
 
 
-def measure(functions: dict[str, Callable], inputs: Inputs, device: str,
-            repeats: int) -> dict[tuple[str, int], tuple[float, Tensor]]:
+def measure(
+    functions: dict[str, Callable], inputs: Inputs, device: str, repeats: int
+) -> dict[tuple[str, int], tuple[float, Tensor]]:
     """(what, tokens) -> median seconds of a call, and its output."""
+
     def calls(function: Callable, given: Tensor) -> None:
         for _ in range(CALLS):
             function(given)
-    return {(what, tokens): (common.median_s(partial(calls, functions[what], given), device, repeats) / CALLS,
-                             functions[what](given)) for (what, tokens), given in inputs.items()}
+
+    return {
+        (what, tokens): (
+            common.median_s(partial(calls, functions[what], given), device, repeats) / CALLS,
+            functions[what](given),
+        )
+        for (what, tokens), given in inputs.items()
+    }
 
 
 @torch.inference_mode()
-def compare(shape: str, dtype: torch.dtype, tokens: list[int], device: str, seed: int, depth: int | None,
-            repeats: int) -> list[dict]:
+def compare(
+    shape: str,
+    dtype: torch.dtype,
+    tokens: list[int],
+    device: str,
+    seed: int,
+    depth: int | None,
+    repeats: int,
+) -> list[dict]:
     """The table's rows of one dtype; depth: decoder layers, if not the shape's."""
     common.free_memory(device)  # of the model of the dtype before
     model = common.random_llama(shape, device, dtype, seed, depth)
     found = find_layers(model)
     apply_masks(found, common.magnitude_masks(model))
-    functions, inputs = callables(model, f"{shape}, {model.config.num_hidden_layers} layers", tokens, device)
+    functions, inputs = callables(
+        model, f"{shape}, {model.config.num_hidden_layers} layers", tokens, device
+    )
     dense = measure(functions, inputs, device, repeats)
     for module in found.values():
         module.weight = sparse_parameter(module.weight.data)
@@ -107,9 +153,17 @@ def compare(shape: str, dtype: torch.dtype, tokens: list[int], device: str, seed
     for (what, count), (dense_s, expected) in dense.items():
         sparse_s, output = sparse[what, count]
         difference = (output.float() - expected.float()).abs().max() / expected.float().abs().max()
-        rows.append({"what": what, "dtype": str(dtype).removeprefix("torch."), "tokens": count,
-                     "dense (ms)": 1000 * dense_s, "2:4 (ms)": 1000 * sparse_s, "dense / 2:4": dense_s / sparse_s,
-                     "max difference / max output": float(difference)})
+        rows.append(
+            {
+                "what": what,
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens": count,
+                "dense (ms)": 1000 * dense_s,
+                "2:4 (ms)": 1000 * sparse_s,
+                "dense / 2:4": dense_s / sparse_s,
+                "max difference / max output": float(difference),
+            }
+        )
     return rows
 
 
@@ -119,9 +173,18 @@ def main(argv: list[str] | None = None) -> None:
     depth, repeats = (2, 3) if args.quick else (None, 7)
     SparseSemiStructuredTensor._FORCE_CUTLASS = args.backend == "cutlass"
     check_support(args.device, dtypes, args.backend)
-    rows = [row for dtype in dtypes
-            for row in compare(args.shape, DTYPES[dtype], tokens, args.device, args.seed, depth, repeats)]
-    common.report(rows, args, f"2:4 by {args.backend}; a row of the model is one sequence of tokens, without a cache")
+    rows = [
+        row
+        for dtype in dtypes
+        for row in compare(
+            args.shape, DTYPES[dtype], tokens, args.device, args.seed, depth, repeats
+        )
+    ]
+    common.report(
+        rows,
+        args,
+        f"2:4 by {args.backend}; a row of the model is one sequence of tokens, without a cache",
+    )
 
 
 if __name__ == "__main__":

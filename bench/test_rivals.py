@@ -1,4 +1,6 @@
-"""The methods of bench/rival_methods.py against formulas and brute force on a toy model; and the bench itself, tiny."""
+"""The methods of bench/rival_methods.py against formulas and brute force on a toy model; and the
+bench itself, tiny."""
+
 import itertools
 import json
 from types import SimpleNamespace
@@ -20,12 +22,17 @@ NORMS = {"inner": torch.tensor([1.0, 2.0, 0.5, 1.5])}
 
 
 class Toy(nn.Module):
-    """Tokens -> 4 features -> one masked layer `[2, 4]`, tanh -> 4 predictions. The loss is far from linear in it."""
+    """Tokens -> 4 features -> one masked layer `[2, 4]`, tanh -> 4 predictions. The loss is far
+    from linear in it."""
 
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        self.embed, self.inner, self.head = nn.Embedding(4, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+        self.embed, self.inner, self.head = (
+            nn.Embedding(4, 4),
+            nn.Linear(4, 2, bias=False),
+            nn.Linear(2, 4, bias=False),
+        )
         for parameter in self.parameters():
             parameter.data = 2 * torch.randn(parameter.shape, generator=generator)
         self.requires_grad_(False)
@@ -67,7 +74,8 @@ def test_a_score_moves_as_if_its_weight_were_kept():
 
 
 def test_distillation_has_the_dense_model_as_its_target():
-    """At the dense weights the gradient of the cross entropy with the model's own predictions is 0."""
+    """At the dense weights the gradient of the cross entropy with the model's own predictions is
+    0."""
     weight = learned(ProxSparse, strength=0.0, steps=1, distill=1.0)[1]
     assert weight.grad.abs().max() < 1e-6
     assert learned(ProxSparse, strength=0.0, steps=1)[1].grad.abs().max() > 1e-3
@@ -84,8 +92,13 @@ def test_maskllm_starts_from_its_prior():
     assert torch.allclose(logits.std(1), torch.full((6,), 0.01), atol=3e-4)
 
 
-@pytest.mark.parametrize("kind, logits, most_are_drawn, are_mixed", [
-    (MaskLLM, [0.2, -0.7, 1.1, 0.0, 0.5, -0.1], 0.9, 1.0), (SUSI, [0.2, -0.7, 1.1, 0.0], 0.85, 0.99)])
+@pytest.mark.parametrize(
+    "kind, logits, most_are_drawn, are_mixed",
+    [
+        (MaskLLM, [0.2, -0.7, 1.1, 0.0, 0.5, -0.1], 0.9, 1.0),
+        (SUSI, [0.2, -0.7, 1.1, 0.0], 0.85, 0.99),
+    ],
+)
 def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits, most_are_drawn, are_mixed):
     """MaskLLM draws a pattern, SUSI weights without replacement."""
     model, logits = Toy(), torch.tensor(logits)
@@ -95,10 +108,16 @@ def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits, most_are_dr
     rival.parameters["inner"].data = (logits / 500)[:, None].repeat(1, 40000)
     rival.progress = 1.0
     drawn = rival.weight("inner")
-    expected = logits.softmax(0) @ pge.patterns(2, 4).float() if kind is MaskLLM else inclusion(logits[None])[0]
+    expected = (
+        logits.softmax(0) @ pge.patterns(2, 4).float()
+        if kind is MaskLLM
+        else inclusion(logits[None])[0]
+    )
     assert torch.allclose(drawn.mean(0), expected, atol=0.01)
     assert ((drawn < 0.02) | (drawn > 0.98)).float().mean() > most_are_drawn
-    assert float(rival.penalty.detach()) == pytest.approx(-1e-5 * float(drawn.detach().square().sum()))
+    assert float(rival.penalty.detach()) == pytest.approx(
+        -1e-5 * float(drawn.detach().square().sum())
+    )
     rival.progress = 0.0
     mixed = rival.weight("inner")
     assert torch.allclose(mixed.sum(1), torch.full((40000,), 2.0))
@@ -115,7 +134,9 @@ def inclusion(logits: torch.Tensor) -> torch.Tensor:
 def test_what_draws_without_replacement_keep():
     """Also where logits are far apart: no weight counts twice."""
     rival = SUSI(Toy(), MASKS, NORMS, 2, 4, lr=0.1)
-    keys = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 2, 1000)
+    keys = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -1, 2, 1000
+    )
     keys.requires_grad_()
     kept = rival.kept(keys, 0.5)
     assert torch.allclose(kept, inclusion(keys.detach().T / 0.5).T, atol=1e-5)
@@ -130,7 +151,10 @@ def test_the_proximal_step_is_no_worse_than_any_point_of_a_grid(strength):
 
     def value(z):
         return 0.5 * (z - y[:, None]).square().sum(-1) + strength * triples(z.abs())
-    shares = torch.tensor(list(itertools.product(torch.linspace(0, 1, 13).tolist(), repeat=4))).double()
+
+    shares = torch.tensor(
+        list(itertools.product(torch.linspace(0, 1, 13).tolist(), repeat=4))
+    ).double()
     assert (value(ours[:, None])[:, 0] <= value(shares * y[:, None]).amin(1) + 1e-9).all()
     assert (ours * y >= 0).all()
     assert (ours.abs() <= y.abs() + 1e-12).all()
@@ -138,7 +162,13 @@ def test_the_proximal_step_is_no_worse_than_any_point_of_a_grid(strength):
 
 def test_a_row_takes_what_is_tuned_for_its_budget():
     row = dict(learner="maskllm", lr=1.0, tuned={160: dict(lr=2.0), 640: dict(lr=3.0)})
-    assert [setting_of(row, passes)["lr"] for passes in (10, 160, 639, 640, 5000)] == [2.0, 2.0, 2.0, 3.0, 3.0]
+    assert [setting_of(row, passes)["lr"] for passes in (10, 160, 639, 640, 5000)] == [
+        2.0,
+        2.0,
+        2.0,
+        3.0,
+        3.0,
+    ]
     assert setting_of(dict(lr=1.0), 160) == dict(lr=1.0)
 
 
@@ -146,15 +176,37 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     text = "the quick brown fox jumps over the lazy dog and then it sleeps " * 3
-    (tmp_path / small_model.TEXT).write_text("\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(520)))
+    (tmp_path / small_model.TEXT).write_text(
+        "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(520))
+    )
     (tmp_path / small_model.HELDOUT).write_text(text * 50)
     common.random_llama("tiny", "cpu", torch.float32).save_pretrained("tiny")
     small_model.byte_tokenizer().save_pretrained("tiny")
     rows = "MaskLLM,sparsify.py,forward-only: MaskPro"
-    rivals.main(["--quick", "--device", "cpu", "--json", "rows.json", "--model", "tiny", "--rows", rows])
+    rivals.main(
+        ["--quick", "--device", "cpu", "--json", "rows.json", "--model", "tiny", "--rows", rows]
+    )
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["method"] for row in found] == ["dense", "m0", "sparsify.py", "MaskLLM", "forward-only: MaskPro"]
+    assert [row["method"] for row in found] == [
+        "dense",
+        "m0",
+        "sparsify.py",
+        "MaskLLM",
+        "forward-only: MaskPro",
+    ]
     assert all("12 passes" in row for row in found)
     assert [round(float(row["bytes a weight"]), 2) for row in found[2:]] == [4.25, 24, 4.25]
-    rivals.main(["--quick", "--device", "cpu", "--model", "tiny", "--rows", "ProxSparse", "--rates", "0.001,0.002"])
+    rivals.main(
+        [
+            "--quick",
+            "--device",
+            "cpu",
+            "--model",
+            "tiny",
+            "--rows",
+            "ProxSparse",
+            "--rates",
+            "0.001,0.002",
+        ]
+    )
     assert "ProxSparse, rate 0.002" in capsys.readouterr().out

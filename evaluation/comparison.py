@@ -1,4 +1,6 @@
-"""Several models' records as one Markdown table. All numbers of a column were measured on the same tokens or items."""
+"""Several models' records as one Markdown table. All numbers of a column were measured on the same
+tokens or items."""
+
 import json
 from pathlib import Path
 
@@ -12,41 +14,69 @@ def percent(task: dict, metric: str) -> str:
 
 
 def cells(record: dict) -> dict[tuple[int, str, str], str]:
-    """The numbers of a record: (group of columns, heading, fingerprint of the tokens or items) -> cell."""
+    """The numbers of a record: (group of columns, heading, fingerprint of the tokens or items) ->
+    cell."""
     row, tasks, dtype = {}, record.get("tasks", {}), record["dtype"]
     if "ppl" in record:
-        heading = (f"perplexity, {Path(record['text']).name}, {record['windows']} windows of {record['seqlen']} tokens"
-                   f"{' after BOS' if record.get('bos') else ''}, {dtype}")
+        heading = (
+            f"perplexity, {Path(record['text']).name}, {record['windows']} windows of "
+            f"{record['seqlen']} tokens{' after BOS' if record.get('bos') else ''}, {dtype}"
+        )
         row[0, heading, str(record["fingerprint"])] = f"{record['ppl']:.3f}"
     for name, task in tasks.items():
-        row |= {(1, f"{name} {metric} (%, {task['items']} items, {dtype})", str(task["source"])): percent(task, metric)
-                for metric in ("acc", "acc_norm") if metric in task}
+        row |= {
+            (
+                1,
+                f"{name} {metric} (%, {task['items']} items, {dtype})",
+                str(task["source"]),
+            ): percent(task, metric)
+            for metric in ("acc", "acc_norm")
+            if metric in task
+        }
     if len(tasks) > 1:
-        measured = sorted((name, str(task["items"]), str(task["source"])) for name, task in tasks.items())
-        row[2, f"mean acc (%, {len(tasks)} tasks, {dtype})", str(measured)] = f"{100 * record['mean_acc']:.2f}"
+        measured = sorted(
+            (name, str(task["items"]), str(task["source"])) for name, task in tasks.items()
+        )
+        row[2, f"mean acc (%, {len(tasks)} tasks, {dtype})", str(measured)] = (
+            f"{100 * record['mean_acc']:.2f}"
+        )
     return row
 
 
 def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, a line a row. A | or a line break inside a cell becomes / or a space."""
-    lines = [[" ".join(cell.replace("|", "/").split()) for cell in line]
-             for line in (heading, ["---"] * len(heading), *rows)]
+    lines = [
+        [" ".join(cell.replace("|", "/").split()) for cell in line]
+        for line in (heading, ["---"] * len(heading), *rows)
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def comparison(records: list[tuple[str, dict]]) -> str:
-    """A Markdown table with a row for each (name, record). A number has a column of its own unless it was measured on
-    the same tokens or items as another record's.
+    """A Markdown table with a row for each (name, record). A number has a column of its own unless
+    it was measured on the same tokens or items as another record's.
 
     A record has `sparsity_type` ("2:4" or None) and `density`; if there is a perplexity, those of
     `eval.evaluate_text`; if there are tasks, `tasks` (name -> `run_harness`) and `mean_acc`.
     """
     rows = [cells(record) for _, record in records]
     columns = sorted({key: None for row in rows for key in row}, key=lambda key: key[0])
-    table = markdown_table(["model", "sparsity", "density", *(heading for _, heading, _ in columns)],
-                           [[name, str(record["sparsity_type"] or ""), f"{record['density']:.6f}",
-                             *(row.get(key, "") for key in columns)] for (name, record), row in zip(records, rows)])
-    note = "\n\nCompare numbers within a column only: others are of other tokens, items or versions of the harness."
+    table = markdown_table(
+        ["model", "sparsity", "density", *(heading for _, heading, _ in columns)],
+        [
+            [
+                name,
+                str(record["sparsity_type"] or ""),
+                f"{record['density']:.6f}",
+                *(row.get(key, "") for key in columns),
+            ]
+            for (name, record), row in zip(records, rows)
+        ],
+    )
+    note = (
+        "\n\nCompare numbers within a column only: others are of other tokens, items or versions "
+        "of the harness."
+    )
     return table if all(len(row) == len(columns) for row in rows) else table + note
 
 

@@ -1,4 +1,5 @@
 """Perplexity on disjoint windows of a text, the protocol of SparseGPT, Wanda and MaskLLM."""
+
 import math
 
 from models.loss import batch_loss
@@ -17,11 +18,17 @@ def perplexity(nats: float) -> float:
 def evaluate_windows(model: nn.Module, windows: Tensor, bos: int | None = None) -> dict[str, float]:
     """`ppl`, the perplexity, and `nats`, the mean loss, over int64 `[windows, tokens]`.
 
-    bos: a token to put before each window that does not begin with it. UserError where the perplexity is not finite.
+    bos: a token to put before each window that does not begin with it. UserError where the
+    perplexity is not finite.
     """
-    losses = [batch_loss(model, window[None], bos=None if window[0] == bos else bos)
-              for window in progress_bar(windows, desc="perplexity", unit="window")]
+    losses = [
+        batch_loss(model, window[None], bos=None if window[0] == bos else bos)
+        for window in progress_bar(windows, desc="perplexity", unit="window")
+    ]
     nats = sum(losses) / len(losses)
     if not nats < LARGEST:
-        raise UserError(f"the perplexity is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
+        raise UserError(
+            f"the perplexity is not finite; {model.dtype} may overflow: try --dtype bfloat16 or "
+            "float32"
+        )
     return {"ppl": perplexity(nats), "nats": nats}

@@ -1,14 +1,20 @@
-"""Zero-shot multiple choice by lm-evaluation-harness: which choice does the model find most likely after the context?
+"""Zero-shot multiple choice by lm-evaluation-harness: which choice does the model find most likely
+after the context?
 
-A task is one of the harness, given by name or as a YAML file, or a file with one JSON object a line:
+A task is one of the harness, given by name or as a YAML file, or a file with one JSON object per
+line:
+
     {"context": "Question: What do bees make?\nAnswer:", "choices": [" honey", " wool"], "gold": 0}
-A choice is appended to its context as it is, so it includes its leading space. Its score is the sum of the log
-probabilities of its tokens, each given all tokens before it, in float32:
+
+A choice is appended to its context as it is, so it includes its leading space. Its score is the sum
+of the log probabilities of its tokens, each given all tokens before it, in float32:
+
     acc         the share of items whose gold choice has the highest score
-    acc_norm    the same with each score divided by the characters of its choice, without the leading space where all
-                choices of the file have one
+    acc_norm    the same with each score divided by the characters of its choice, without the
+                leading space if all choices of the file have one
     *_stderr    the sample standard deviation over the items / sqrt(items)
 """
+
 import functools
 import hashlib
 import json
@@ -27,8 +33,11 @@ from torch import nn
 def read_items(path: str) -> list[dict]:
     """The items of a task file. UserError names the first wrong line."""
     with as_user_error(f"--task_file {path}", "give a file of one JSON object a line"):
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split inside JSON strings
-        items = [_checked(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        # splitlines() would split inside JSON strings
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        items = [
+            _checked(line, number) for number, line in enumerate(lines, start=1) if line.strip()
+        ]
         if not items:
             raise UserError("it has no items; give a file of one JSON object a line")
     return items
@@ -40,29 +49,39 @@ def _checked(line: str, number: int) -> dict:
         item = json.loads(line)
         json.dumps(item, ensure_ascii=False).encode()  # half a surrogate pair is no character
         choices = item["choices"]
-        is_item = (isinstance(item["context"], str) and isinstance(choices, list) and len(choices) > 1
-                   and all(choice.strip() for choice in choices) and type(item["gold"]) is int
-                   and item["gold"] in range(len(choices)))
+        is_item = (
+            isinstance(item["context"], str)
+            and isinstance(choices, list)
+            and len(choices) > 1
+            and all(choice.strip() for choice in choices)
+            and type(item["gold"]) is int
+            and item["gold"] in range(len(choices))
+        )
     except (ValueError, LookupError, TypeError, AttributeError):
         is_item = False
     if not is_item:
-        raise UserError(f"line {number} is no item: it needs a context, two or more choices that are not blank, and as "
-                        'gold the index of one, such as {"context": "The sky is", "choices": [" blue", " green"], '
-                        '"gold": 0}')
+        raise UserError(
+            f"line {number} is no item: it needs a context, two or more choices that are not "
+            'blank, and as gold the index of one, such as {"context": "The sky is", "choices": '
+            '[" blue", " green"], "gold": 0}'
+        )
     return item
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # lm-evaluation-harness
+
 
 @functools.cache
 def _task_manager(with_tasks: bool):
-    """The harness's list of tasks: those that it comes with, of which it reads thousands of YAML files for seconds, or
-    none. UserError where lm_eval is missing."""
+    """The harness's list of tasks: those that it comes with, of which it reads thousands of YAML
+    files for seconds, or none. UserError where lm_eval is missing."""
     try:
         from lm_eval.tasks.manager import TaskManager  # where it is since 0.4.12
     except ImportError:
-        raise UserError("tasks need lm-evaluation-harness 0.4.12 or later: pip install 'lm_eval>=0.4.12,<0.5'")
+        raise UserError(
+            "tasks need lm-evaluation-harness 0.4.12 or later: pip install 'lm_eval>=0.4.12,<0.5'"
+        )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_defaults=with_tasks)
 
@@ -72,86 +91,149 @@ def load_file(path: str) -> object:
     items, _ = read_items(path), _task_manager(with_tasks=False)
     from datasets import Dataset  # takes seconds, as the harness does
     from lm_eval.api.task import ConfigurableTask
+
     are_spaced = all(choice[0] == " " for item in items for choice in item["choices"])
-    rows = [{"context": item["context"] if item["context"].strip() else "",  # of spaces alone it has no token
-             "choices": [choice[are_spaced:] for choice in item["choices"]], "gold": item["gold"]} for item in items]
-    return ConfigurableTask(config={
-        "task": Path(path).stem, "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold",
-        "target_delimiter": " " if are_spaced else "",
-        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}
-                        for metric in ("acc", "acc_norm")]})
+    # of spaces alone it has no token
+    rows = [
+        {
+            "context": item["context"] if item["context"].strip() else "",
+            "choices": [choice[are_spaced:] for choice in item["choices"]],
+            "gold": item["gold"],
+        }
+        for item in items
+    ]
+    return ConfigurableTask(
+        config={
+            "task": Path(path).stem,
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "context",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "target_delimiter": " " if are_spaced else "",
+            "metric_list": [
+                {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+                for metric in ("acc", "acc_norm")
+            ],
+        }
+    )
 
 
 def load_harness(names: list[str]) -> dict:
-    """Task name -> lm_eval's task object with its data. names: tasks, tags or groups of tasks, or YAML files, which may
-    run code. UserError for an unknown name, data that cannot be loaded, a task without acc or whose answers the model
-    has to write, and where lm_eval is missing."""
+    """Task name -> lm_eval's task object with its data. names: tasks, tags or groups of tasks, or
+    YAML files, which may run code. UserError for an unknown name, data that cannot be loaded, a
+    task without acc or whose answers the model has to write, and where lm_eval is missing."""
     found = {}
     if names:
         hub.answers()
     for name in names:
         manager = _task_manager(with_tasks=True)
         if name not in manager.all_tasks and not Path(name).is_file():
-            raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task and there is no such YAML file; "
-                            "correct the name (`lm_eval ls tasks` lists them)")
+            raise UserError(
+                f"--tasks {name}: lm-evaluation-harness has no such task and there is no such "
+                "YAML file; correct the name (`lm_eval ls tasks` lists them)"
+            )
         advice = "check the network, since its data come from the Hub, or use --task_file"
         with as_user_error(f"--tasks {name}", advice):
             found |= manager.load([name])["tasks"]
     for name, task in found.items():
         if "acc" not in task.aggregation():
-            raise UserError(f"--tasks {name} has no acc but {', '.join(task.aggregation())}; leave it out")
+            raise UserError(
+                f"--tasks {name} has no acc but {', '.join(task.aggregation())}; leave it out"
+            )
         if task.OUTPUT_TYPE == "generate_until":
-            raise UserError(f"--tasks {name} has the model write its answers, which eval.py does not score; leave it "
-                            "out")
+            raise UserError(
+                f"--tasks {name} has the model write its answers, which eval.py does not score; "
+                "leave it out"
+            )
     return found
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """UserError for one that the harness cannot use."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no token that begins or ends a text, one of which the harness needs: leave "
-                        "out --tasks and --task_file")
+        raise UserError(
+            "the tokenizer has no token that begins or ends a text, one of which the harness "
+            "needs: leave out --tasks and --task_file"
+        )
 
 
-def run_harness(model: nn.Module, tokenizer: Tokenizer, tasks: dict, batchsize: int, limit: int | None = None,
-                bos: bool = True) -> dict[str, dict]:
-    """Task name -> acc, acc_norm where the task has it, their standard errors (None for a single item), `items` (how
-    many), and `source` (the harness's version, or the fingerprint of a file).
+def run_harness(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    tasks: dict,
+    batchsize: int,
+    limit: int | None = None,
+    bos: bool = True,
+) -> dict[str, dict]:
+    """Task name -> acc, acc_norm where the task has it, their standard errors (None for a single
+    item), `items` (how many), and `source` (the harness's version, or the fingerprint of a file).
 
-    tasks: name -> task of `load_harness` or `load_file`. bos False: prompts without BOS, lm_eval's default before
-    0.4.9.2. A text longer than the model's positions loses its first tokens. UserError for what the harness cannot
-    score, and for scores that are not finite.
+    tasks: name -> task of `load_harness` or `load_file`. bos False: prompts without BOS, lm_eval's
+    default before 0.4.9.2. A text longer than the model's positions loses its first tokens.
+    UserError for what the harness cannot score, and for scores that are not finite.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **names) -> list[int]:
-            """Without an appended end-of-text token: the harness cuts tokens(context + choice) at len(tokens(context)),
-            which would count it and leave the choice's first token unscored."""
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **names
+        ) -> list[int]:
+            """Without an appended end-of-text token: the harness cuts tokens(context + choice) at
+            len(tokens(context)), which would count it and leave the choice's first token
+            unscored."""
             tokens = super().tok_encode(string, add_special_tokens, **names)
-            return tokens if add_special_tokens is False or not bos else data.without_end(tokenizer, tokens)
-    lm = Model(pretrained=model, tokenizer=tokenizer, batch_size=batchsize, add_bos_token=None if bos else False,
-              softmax_dtype="float32")
+            return (
+                tokens
+                if add_special_tokens is False or not bos
+                else data.without_end(tokenizer, tokens)
+            )
+
+    lm = Model(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batchsize,
+        add_bos_token=None if bos else False,
+        softmax_dtype="float32",
+    )
     try:
-        told = lm_eval.simple_evaluate(model=lm, tasks=list(tasks.values()), num_fewshot=0, limit=limit,
-                                       task_manager=_task_manager(with_tasks=False))
+        told = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(tasks.values()),
+            num_fewshot=0,
+            limit=limit,
+            task_manager=_task_manager(with_tasks=False),
+        )
     except AssertionError as error:
-        raise UserError(f"{', '.join(tasks)}: a choice has no token of its own, or more than the model's positions "
-                        f"({error})")
+        raise UserError(
+            f"{', '.join(tasks)}: a choice has no token of its own, or more than the model's "
+            f"positions ({error})"
+        )
     results = {}
     for name, task in tasks.items():
-        scores = [score for sample in told["samples"][name] for score, _ in sample["filtered_resps"]]
+        scores = [
+            score for sample in told["samples"][name] for score, _ in sample["filtered_resps"]
+        ]
         if not all(map(math.isfinite, scores)):
-            raise UserError(f"a score is not finite; {model.dtype} may overflow: try --dtype bfloat16 or float32")
-        numbers = {key.partition(",")[0]: value for key, value in told["results"][name].items()}  # "acc,none" -> acc
-        results[name] = {key: None if numbers[key] == "N/A" else float(numbers[key])
-                         for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr") if key in numbers}
+            raise UserError(
+                f"a score is not finite; {model.dtype} may overflow: try --dtype bfloat16 or "
+                "float32"
+            )
+        # "acc,none" -> acc
+        numbers = {key.partition(",")[0]: value for key, value in told["results"][name].items()}
+        results[name] = {
+            key: None if numbers[key] == "N/A" else float(numbers[key])
+            for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+            if key in numbers
+        }
         source = f"lm_eval {lm_eval.__version__}"
         if task.config.custom_dataset:
             content = json.dumps(list(task.dataset["test"])[:limit]).encode()
             source = f"file {hashlib.sha256(content).hexdigest()[:16]}"
-        results[name] |= {"items": told["n-samples"][name]["effective"],
-                          "source": source if bos else f"{source}, no BOS"}
+        results[name] |= {
+            "items": told["n-samples"][name]["effective"],
+            "source": source if bos else f"{source}, no BOS",
+        }
     return results

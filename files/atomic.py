@@ -1,4 +1,5 @@
 """Files that are whole or not there: written beside, synced and renamed."""
+
 import errno
 import os
 import shutil
@@ -12,23 +13,27 @@ from safetensors import SafetensorError
 
 
 def refuse_existing(path: str | Path, remedy: str) -> Path:
-    """The path, where nothing is there yet and its folder can be written to; UserError with the remedy else."""
+    """The path, where nothing is there yet and its folder can be written to; UserError with the
+    remedy else."""
     path = Path(path)
     if os.path.lexists(path):
         raise UserError(f"{path} exists already; {remedy}")
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"{path} cannot be written: {above} is not a folder that can be written to; {remedy}")
+        raise UserError(
+            f"{path} cannot be written: {above} is not a folder that can be written to; {remedy}"
+        )
     return path
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A path to write a file or folder at; only when the block ends well is it synced and takes its real name.
+    """A path to write a file or folder at; only when the block ends well is it synced and takes its
+    real name.
 
-    Whatever interrupts, `path` is either as it was or whole. What a killed process left beside it is removed first, so
-    that there may be one writer of a path at a time.
-    UserError where the disk is full or cannot be written to.
+    Whatever interrupts, `path` is either as it was or whole. What a killed process left beside it
+    is removed first, so that there may be one writer of a path at a time. UserError where the disk
+    is full or cannot be written to.
     """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp")
@@ -46,7 +51,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(tmp, path)
         sync(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}); free some space, or choose another place") from error
+        raise UserError(
+            f"{path} cannot be written ({error}); free some space, or choose another place"
+        ) from error
     finally:
         _remove(tmp)
 

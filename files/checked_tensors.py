@@ -1,4 +1,6 @@
-"""Tensors in a .safetensors file whose metadata have a format, a version and a checksum of all the rest."""
+"""Tensors in a .safetensors file whose metadata have a format, a version and a checksum of all the
+rest."""
+
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,13 +18,19 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> No
     save_file(tensors, path, metadata | {"checksum": _digest(metadata, tensors)})
 
 
-def load(path: Path, kind: str, versions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file of this format, in one of these versions; raises an error where it is another or
-    damaged."""
-    with safe_open(path, framework="pt") as file:  # it checks the header's offsets and shapes against the file's size
+def load(
+    path: Path, kind: str, versions: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of this format, in one of these versions; raises an error
+    where it is another or damaged."""
+    # it checks the header's offsets and shapes against the file's size
+    with safe_open(path, framework="pt") as file:
         metadata, names = file.metadata() or {}, file.keys()
         if metadata.get("format") != kind or metadata.get("version") not in versions:
-            raise UserError(f"is no {kind} of version {' or '.join(versions)}: give one that this version can read")
+            raise UserError(
+                f"is no {kind} of version {' or '.join(versions)}: give one that this version can "
+                "read"
+            )
         tensors = {name: file.get_tensor(name) for name in names}
     if metadata.pop("checksum") != _digest(metadata, tensors):
         raise ValueError("its contents do not match their checksum")

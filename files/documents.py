@@ -1,17 +1,20 @@
 """The documents of a dataset, one string each. A dataset is one of
 
-    allenai/c4                   its first training shard, en/c4-train.00000-of-01024.json.gz, as the paper uses
+    allenai/c4                   its first training shard, en/c4-train.00000-of-01024.json.gz, as
+                                 the paper uses
     name or name:config          any other hub id, split train
     file.jsonl                   or .json, .jsonl.gz, .json.gz, .parquet: one document a row
     file.txt                     documents are paragraphs, separated by blank lines
-    folder/                      what datasets' save_to_disk wrote, or such files, read in sorted order
+    folder/                      what datasets' save_to_disk wrote, or such files, read in sorted
+                                 order
 
-A document is the string in column `text`, or else in the only column of strings. Of a question, as in eval.py's
---task_file, {"context": ..., "choices": [...], "gold": 0}, the right choice makes a document, put behind the context as
-evaluation puts it; where none is said to be right, every choice does.
-Hub ids are streamed, not kept: they need the network every time. What a user can mend is raised as UserError, a
-one-line message.
+A document is the string in column `text`, or else in the only column of strings. Of a question, as
+in eval.py's --task_file, {"context": ..., "choices": [...], "gold": 0}, the right choice makes a
+document, put behind the context as evaluation puts it; where none is said to be right, every choice
+does. Hub ids are streamed, not kept: they need the network every time. What a user can mend is
+raised as UserError, a one-line message.
 """
+
 import gzip
 import itertools
 import json
@@ -25,15 +28,21 @@ from pyarrow import parquet
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in its folder
-C4_TRAIN = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}
+C4_TRAIN = {
+    "path": "allenai/c4",
+    "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
+    "split": "train",
+}
 INTACT = "check that the file is intact"
 ACCESS = "check its spelling, your access to it and the network, or give a local file"
 
 
 def documents(dataset: str) -> Iterator[str]:
-    """Yield the documents of a dataset (see the top of this file) in file order, reading only as far as asked.
+    """Yield the documents of a dataset (see the top of this file) in file order, reading only as
+    far as asked.
 
-    Errors, once reading starts: UserError for no such path or hub id, no network, no text column, a malformed file.
+    Errors, once reading starts: UserError for no such path or hub id, no network, no text column, a
+    malformed file.
     """
     if not _is_local(dataset):
         yield from hub_texts(dataset, **_hub_arguments(dataset))
@@ -53,8 +62,8 @@ def are_questions(dataset: str) -> bool:
 
 
 def hub_texts(dataset: str, **arguments) -> Iterator[str]:
-    """The texts of what datasets.load_dataset gives for these arguments, as they are read; dataset: its name in
-    messages."""
+    """The texts of what datasets.load_dataset gives for these arguments, as they are read; dataset:
+    its name in messages."""
     with as_user_error(f"dataset {dataset}", ACCESS):
         yield from _texts(_hub_rows(**arguments))
 
@@ -62,13 +71,15 @@ def hub_texts(dataset: str, **arguments) -> Iterator[str]:
 def _hub_rows(**arguments) -> Iterable[dict]:
     hub.answers()
     import datasets  # takes a second, which a local file need not wait for
+
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
     # one shard is not all that a card lists
     return datasets.load_dataset(**arguments, verification_mode="no_checks", streaming=True)
 
 
 def check_paths(files: Iterable[str | None], texts: Iterable[str | None] = ()) -> None:
-    """UserError naming all of these files that are not there, before anything is loaded; texts may be hub ids."""
+    """UserError naming all of these files that are not there, before anything is loaded; texts may
+    be hub ids."""
     missing = [name for name in files if name and not Path(name).expanduser().exists()]
     missing += [name for name in texts if name and _is_local(name) and not Path(name).exists()]
     if missing:
@@ -81,22 +92,33 @@ def _is_local(dataset: str) -> bool:
 
 def _hub_arguments(dataset: str) -> dict:
     name, _, config = dataset.partition(":")
-    return C4_TRAIN if dataset == "allenai/c4" else {"path": name, "name": config or None, "split": "train"}
+    return (
+        C4_TRAIN
+        if dataset == "allenai/c4"
+        else {"path": name, "name": config or None, "split": "train"}
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # from files to rows, from rows to texts
 
+
 def _files(path: Path) -> list[Path]:
-    """The file itself, or those of a folder that can be read, sorted by name; what save_to_disk wrote counts as one."""
+    """The file itself, or those of a folder that can be read, sorted by name; what save_to_disk
+    wrote counts as one."""
     if not path.exists():
         raise UserError(f"dataset {path}: no such file or folder, check the path")
     if any((path / mark).is_file() for mark in SAVED):
         return [path]
-    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path])
-             if file.is_file() and file.name.endswith(SUFFIXES)]
+    files = [
+        file
+        for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+        if file.is_file() and file.name.endswith(SUFFIXES)
+    ]
     if not files:
-        raise UserError(f"dataset {path}: there is no file that ends with {', '.join(SUFFIXES)}; give one")
+        raise UserError(
+            f"dataset {path}: there is no file that ends with {', '.join(SUFFIXES)}; give one"
+        )
     return files
 
 
@@ -104,6 +126,7 @@ def _rows(file: Path) -> Iterator[dict]:
     """The rows of a file; a paragraph of a .txt is one."""
     if file.is_dir():
         import datasets
+
         yield from datasets.load_from_disk(file / "train" if (file / SAVED[1]).is_file() else file)
     elif file.name.endswith(".txt"):
         with open(file, encoding="utf-8-sig") as lines:
@@ -133,7 +156,8 @@ def _parsed(line: bytes, number: int) -> dict:
 
 
 def _texts(rows: Iterable[dict]) -> Iterator[str]:
-    """The text of each row, where a missing one counts as empty; of a question, its context with a choice."""
+    """The text of each row, where a missing one counts as empty; of a question, its context with a
+    choice."""
     column = None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -142,12 +166,17 @@ def _texts(rows: Iterable[dict]) -> Iterator[str]:
             choices, gold = row["choices"], row.get("gold")
             if gold is not None and gold not in range(len(choices)):
                 raise ValueError(f"gold is {gold} where there are {len(choices)} choices")
-            texts = [row["context"] + choice for choice in (choices if gold is None else [choices[gold]])]
+            texts = [
+                row["context"] + choice for choice in (choices if gold is None else [choices[gold]])
+            ]
         else:
             if not column:
                 column = _text_column(row)
                 if column != "text":
-                    note(f"there is no column named text: documents are read from the column {column}")
+                    note(
+                        "there is no column named text: documents are read from the column "
+                        f"{column}"
+                    )
             texts = [row.get(column) or ""]
         for text in texts:
             if not isinstance(text, str):
@@ -157,13 +186,23 @@ def _texts(rows: Iterable[dict]) -> Iterator[str]:
 
 
 def _text_column(row: dict) -> str:
-    columns = ["text"] if "text" in row else [name for name, value in row.items() if isinstance(value, str)]
+    columns = (
+        ["text"]
+        if "text" in row
+        else [name for name, value in row.items() if isinstance(value, str)]
+    )
     if len(columns) != 1:
-        raise UserError(f"no column named text and {len(columns)} columns hold strings (columns: {', '.join(row)}), "
-                        "rename the one with the documents to text")
+        raise UserError(
+            f"no column named text and {len(columns)} columns hold strings (columns: "
+            f"{', '.join(row)}), rename the one with the documents to text"
+        )
     return columns[0]
 
 
 def _is_question(row: object) -> bool:
-    return (isinstance(row, dict) and "text" not in row and isinstance(row.get("context"), str)
-            and isinstance(row.get("choices"), list))
+    return (
+        isinstance(row, dict)
+        and "text" not in row
+        and isinstance(row.get("context"), str)
+        and isinstance(row.get("choices"), list)
+    )

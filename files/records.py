@@ -1,4 +1,5 @@
 """Records of scripts: prune.json, a run's run.json, and its logs, a JSON object a line."""
+
 import hashlib
 import json
 from pathlib import Path
@@ -37,7 +38,8 @@ def of_run(path: str | Path, name: str) -> Path:
 
 
 def base_model(model: str) -> str:
-    """The model that a folder was pruned from, by the prune.json that prune.py left in it; else the model itself."""
+    """The model that a folder was pruned from, by the prune.json that prune.py left in it; else the
+    model itself."""
     path = Path(model).expanduser() / "prune.json"
     if not path.is_file():
         return model
@@ -46,8 +48,8 @@ def base_model(model: str) -> str:
 
 
 def read_lines(path: Path, size_bytes: int | None = None) -> list[dict]:
-    """The objects of a .jsonl file, without a last line that is still being written, or those up to the bytes that a
-    state knows of. UserError where it is damaged, or shorter."""
+    """The objects of a .jsonl file, without a last line that is still being written, or those up to
+    the bytes that a state knows of. UserError where it is damaged, or shorter."""
     with as_user_error(path, "give run folders, or bring it back as the run left it"):
         found = path.read_bytes()
         if size_bytes and len(found) < size_bytes:

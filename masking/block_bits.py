@@ -1,4 +1,6 @@
-"""A block's mask as the bits of one integer, bit i set where weight i is kept, and weights masked by them."""
+"""A block's mask as the bits of one integer, bit i set where weight i is kept, and weights masked
+by them."""
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,9 @@ def mask_to_bits(mask: Tensor) -> Tensor:
 
 def bits_to_mask(bits: Tensor, m: int) -> Tensor:
     """integer `[blocks]` -> bool `[blocks, M]`."""
-    return (bits[:, None].int() >> torch.arange(m, device=bits.device, dtype=torch.int32) & 1).bool()
+    return (
+        bits[:, None].int() >> torch.arange(m, device=bits.device, dtype=torch.int32) & 1
+    ).bool()
 
 
 def kept_planes(bits: Tensor, m: int) -> list[Tensor]:
@@ -25,13 +29,14 @@ def kept_planes(bits: Tensor, m: int) -> list[Tensor]:
 
 
 def fits_a_word(m: int, dtype: torch.dtype) -> bool:
-    """Whether a block of M such weights is 8 bytes, so that all weights of a mask can be read at once."""
+    """Whether a block of M such weights is 8 bytes, so that all weights of a mask can be read at
+    once."""
     return m * dtype.itemsize == 8
 
 
 def as_words(weight: Tensor, m: int) -> Tensor:
-    """16- or 32-bit weights `[blocks * M]` seen as integers: `[blocks]` int64 where a block is 8 bytes, else
-    `[blocks, M]`."""
+    """16- or 32-bit weights `[blocks * M]` seen as integers: `[blocks]` int64 where a block is 8
+    bytes, else `[blocks, M]`."""
     if fits_a_word(m, weight.dtype):
         return weight.view(-1).view(torch.int64)
     return weight.view(torch.int16 if weight.itemsize == 2 else torch.int32).view(-1, m)
@@ -40,14 +45,17 @@ def as_words(weight: Tensor, m: int) -> Tensor:
 def write_masked(weight: Tensor, bits: Tensor, out: Tensor, m: int) -> None:
     """out <- weight where kept, +0.0 elsewhere; both as `as_words` gives them, bits `[blocks]`.
 
-    Zeroing is an AND of bit patterns: no multiplication, so no -0.0, and NaN or inf cannot leak out of a pruned weight.
+    Zeroing is an AND of bit patterns: no multiplication, so no -0.0, and NaN or inf cannot leak out
+    of a pruned weight.
     """
     if weight.dim() == 1:
         width = 64 // m
         keep = torch.zeros_like(weight)
         for i in range(m):
             lane = ((1 << width) - 1) << (width * i)
-            keep = keep | (-(bits.long() >> i & 1) & (lane - (1 << 64) if lane >= 1 << 63 else lane))
+            keep = keep | (
+                -(bits.long() >> i & 1) & (lane - (1 << 64) if lane >= 1 << 63 else lane)
+            )
     else:
         lane = torch.arange(m, device=bits.device, dtype=torch.int32)
         keep = (-(bits.int()[:, None] >> lane & 1)).to(weight.dtype)
@@ -55,8 +63,9 @@ def write_masked(weight: Tensor, bits: Tensor, out: Tensor, m: int) -> None:
 
 
 def planes_of_words(words: Tensor, m: int, dtype: torch.dtype) -> list[Tensor]:
-    """int64 `[blocks]`, each M numbers of this dtype, 16 bits at M = 4 or float32 at M = 2 -> M planes `[blocks]`
-    float32, by integer arithmetic, which vectorizes everywhere. A NaN of float16 becomes inf."""
+    """int64 `[blocks]`, each M numbers of this dtype, 16 bits at M = 4 or float32 at M = 2 -> M
+    planes `[blocks]` float32, by integer arithmetic, which vectorizes everywhere. A NaN of float16
+    becomes inf."""
     planes = []
     for i in range(m):
         number = (words >> (64 // m * i)).to(torch.int32)
@@ -64,6 +73,7 @@ def planes_of_words(words: Tensor, m: int, dtype: torch.dtype) -> list[Tensor]:
             planes.append((number if dtype == torch.float32 else number << 16).view(torch.float32))
             continue
         size = number & 0x7FFF
-        plane = torch.where(size >= 0x7C00, torch.inf, (size << 13).view(torch.float32) * 2.0**112)  # subnormals too
+        # subnormals too
+        plane = torch.where(size >= 0x7C00, torch.inf, (size << 13).view(torch.float32) * 2.0**112)
         planes.append(torch.where(number & 0x8000 != 0, -plane, plane))
     return planes

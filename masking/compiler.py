@@ -1,7 +1,9 @@
-"""torch.compile for functions that run on many shapes, from any thread, with or without a working compiler.
+"""torch.compile for functions that run on many shapes, from any thread, with or without a working
+compiler.
 
 TORCH_COMPILE_DISABLE=1 in the environment, PyTorch's own switch, has everything run eagerly.
 """
+
 import os
 import sys
 import threading
@@ -17,7 +19,8 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
 MOST_SHAPES = 64  # shapes x dtypes of a model; a function that meets more runs eagerly
-TOO_MANY_SHAPES = "RecompileLimit", "CacheLimit"  # in the names of torch's errors, from 2.6 on and before
+# in the names of torch's errors, from 2.6 on and before
+TOO_MANY_SHAPES = "RecompileLimit", "CacheLimit"
 SLOW_S = 20  # of a compilation, from which on it is told
 _thread = threading.local()
 eagerly = threading.Event()  # set: everything runs eagerly from here on
@@ -25,7 +28,8 @@ failures: list[str] = []  # functions that could not be compiled
 
 
 def _allow_shapes() -> None:
-    """Set torch's limit, which from torch 2.13 on belongs to a thread: backward has threads of its own on a GPU."""
+    """Set torch's limit, which from torch 2.13 on belongs to a thread: backward has threads of its
+    own on a GPU."""
     if not getattr(_thread, "allowed", False):
         config = torch._dynamo.config
         # its name until torch 2.6, and another one of recompile_limit since
@@ -35,16 +39,18 @@ def _allow_shapes() -> None:
 
 @lru_cache
 def compiled(function: Callable, eager: Callable, any_size: bool = False) -> Callable:
-    """`function`, compiled for each shape, or once for all sizes if `any_size`; `eager` if the environment says so.
+    """`function`, compiled for each shape, or once for all sizes if `any_size`; `eager` if the
+    environment says so.
 
-    An error of the compiler is a UserError if an argument is on a GPU, where `eager` takes 25 times as long. On a CPU,
-    and where a function meets more than MOST_SHAPES, `eager` runs from then on, with a note. A mistake in the function
-    itself is one in `eager`, too, which raises it.
+    An error of the compiler is a UserError if an argument is on a GPU, where `eager` takes 25 times
+    as long. On a CPU, and where a function meets more than MOST_SHAPES, `eager` runs from then on,
+    with a note. A mistake in the function itself is one in `eager`, too, which raises it.
     """
     if "1" in (os.environ.get("TORCH_COMPILE_DISABLE"), os.environ.get("TORCHDYNAMO_DISABLE")):
         return eager
-    fast = torch.compile(function, dynamic=any_size, fullgraph=True,
-                         options={"max_fusion_size": 10_000})  # one loop, no temporaries
+    fast = torch.compile(
+        function, dynamic=any_size, fullgraph=True, options={"max_fusion_size": 10_000}
+    )  # one loop, no temporaries
     broken = []
 
     def run(*args, **names):
@@ -60,19 +66,28 @@ def compiled(function: Callable, eager: Callable, any_size: bool = False) -> Cal
                 return result
             except _StopRecomputationError:  # by which checkpointing ends what it recomputes
                 raise
-            except Exception as error:  # no compiler, none that works, no Triton, a bug of torch: each has its class
+            # no compiler, none that works, no Triton, a bug of torch: each has its class
+            except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 broken.append(error)
                 failures.append(function.__qualname__)
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-                if on_gpu(args) and not any(name in type(error).__name__ for name in TOO_MANY_SHAPES):
-                    raise UserError(f"torch.compile failed on the GPU ({reason}): install gcc and Python's headers "
-                                    "(python3-dev), or set TORCH_COMPILE_DISABLE=1 to go on without it, which takes "
-                                    "25 times as long") from error
-                print(f"note: torch.compile failed ({reason}): {function.__qualname__} runs eagerly, several times "
-                      "slower; only without a C++ compiler is this expected", file=sys.stderr)
+                if on_gpu(args) and not any(
+                    name in type(error).__name__ for name in TOO_MANY_SHAPES
+                ):
+                    raise UserError(
+                        f"torch.compile failed on the GPU ({reason}): install gcc and Python's "
+                        "headers (python3-dev), or set TORCH_COMPILE_DISABLE=1 to go on without "
+                        "it, which takes 25 times as long"
+                    ) from error
+                print(
+                    f"note: torch.compile failed ({reason}): {function.__qualname__} runs "
+                    "eagerly, several times slower; only without a C++ compiler is this expected",
+                    file=sys.stderr,
+                )
         return eager(*args, **names)
+
     return run
 
 
@@ -84,8 +99,9 @@ def on_gpu(given: object) -> bool:
 
 
 def agree(device: str | None) -> None:
-    """Try it in all processes: where one cannot compile, all run eagerly, since compiled functions may round otherwise
-    and processes that keep copies of the logits must move them alike."""
-    compiled(torch.neg, lambda *_: eagerly.set())(torch.ones(2, device=device))  # raised where compiling failed
+    """Try it in all processes: where one cannot compile, all run eagerly, since compiled functions
+    may round otherwise and processes that keep copies of the logits must move them alike."""
+    # raised where compiling failed
+    compiled(torch.neg, lambda *_: eagerly.set())(torch.ones(2, device=device))
     if [1.0] in processes.all_gather([float(eagerly.is_set())]):
         eagerly.set()

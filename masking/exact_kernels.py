@@ -2,6 +2,7 @@
 
 Random numbers come from a generator seeded by the key, a chunk of blocks at a time.
 """
+
 from masking.block_bits import bits_to_mask, mask_to_bits, write_masked
 from masking.random_bits import round_stochastically
 from masking.spaces import Space
@@ -12,19 +13,21 @@ from torch import Tensor
 CHUNK = 2**18  # blocks at a time on a CPU, so that temporaries stay small
 GPU_CHUNK = 2**22  # on a GPU: few launches, and 16 MiB per plane
 CPU_NUMBERS = 64 * CHUNK  # of a score at once: those of a chunk at 4:8
-BYTES = 35  # that a score takes for each of its numbers (measured: float64, and what autograd keeps)
+# that a score takes for each of its numbers (measured: float64, and what autograd keeps)
+BYTES = 35
 GPU_SHARE = 1 / 16  # of a GPU's memory that a score may take
 
 
 def chunk_of(tensor: Tensor) -> int:
-    """Blocks at a time on the tensor's device. A step without a compiler makes 500 launches per chunk: for 7B weights
-    3.1 million in chunks of 2^18, which take a GPU 15 s, and 0.2 million, a second, in chunks of 2^22."""
+    """Blocks at a time on the tensor's device. A step without a compiler makes 500 launches per
+    chunk: for 7B weights 3.1 million in chunks of 2^18, which take a GPU 15 s, and 0.2 million, a
+    second, in chunks of 2^22."""
     return GPU_CHUNK if tensor.is_cuda else CHUNK
 
 
 def blocks_at_a_time(space: Space, device: torch.device) -> int:
-    """How many blocks' scores are computed together. A block takes N 2^N numbers or, in the pattern space, one per
-    pattern."""
+    """How many blocks' scores are computed together. A block takes N 2^N numbers or, in the pattern
+    space, one per pattern."""
     most, numbers = CHUNK, CPU_NUMBERS
     if device.type == "cuda":
         most = GPU_CHUNK
@@ -36,7 +39,9 @@ def _generator(key: Tensor, start: int, device: torch.device) -> torch.Generator
     return torch.Generator(device).manual_seed(int(key[:2].view(torch.int64)) ^ start)
 
 
-def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: torch.Generator) -> None:
+def _store_blocks(
+    logits: list[Tensor], blocks: Tensor, part: slice, generator: torch.Generator
+) -> None:
     """Write float32 blocks `[part, width]` into the planes, rounded where these have 16 bits."""
     dtype = logits[0].dtype
     if dtype != torch.float32:
@@ -46,10 +51,18 @@ def _store_blocks(logits: list[Tensor], blocks: Tensor, part: slice, generator: 
         plane[part] = column
 
 
-def update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
-           space: Space, start: int = 0) -> None:
-    """`fused_update`; logits: `width` planes; key: on the CPU, or a GPU is waited for. Blocks that start elsewhere in
-    the layer draw other masks."""
+def update(
+    logits: list[Tensor],
+    bits: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    coefficient: Tensor,
+    key: Tensor,
+    space: Space,
+    start: int = 0,
+) -> None:
+    """`fused_update`; logits: `width` planes; key: on the CPU, or a GPU is waited for. Blocks that
+    start elsewhere in the layer draw other masks."""
     chunk = blocks_at_a_time(space, bits.device)
     generator = _generator(~key, start, bits.device)  # other numbers than this key's draws
     for begin in range(0, len(bits), chunk):
@@ -59,5 +72,9 @@ def update(logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coef
         _store_blocks(logits, moved, part, generator)
     generator = _generator(key, start, bits.device)
     chunks = zip(*(plane.split(chunk if bits.is_cuda else CHUNK) for plane in logits))
-    bits.copy_(torch.cat([mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks]))
+    bits.copy_(
+        torch.cat(
+            [mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks]
+        )
+    )
     write_masked(weight, bits, out, space.m)

@@ -1,10 +1,12 @@
 """The mathematics of pge.py on planes: float32, element-wise over blocks, made to be fused.
 
-Logits are a list of M planes `[blocks]`, one for each place in a block, and so is everything computed from them; a mask
-is the bits of an integer plane (bit i set: weight i is kept). No function here gathers, sorts or indexes, so that
-`torch.compile` turns a step made of them into a single loop over blocks. `kernels.py` has those steps; the tests hold
-each function against its exact float64 twin.
+Logits are a list of M planes `[blocks]`, one for each place in a block, and so is everything
+computed from them; a mask is the bits of an integer plane (bit i set: weight i is kept). No
+function here gathers, sorts or indexes, so that `torch.compile` turns a step made of them into a
+single loop over blocks. `kernels.py` has those steps; the tests hold each function against its
+exact float64 twin.
 """
+
 from itertools import combinations
 from math import comb, log
 
@@ -44,8 +46,9 @@ def nth_largest(planes: Planes, n: int) -> Tensor:
 
 
 def rates(logits: Planes, n: int) -> Planes:
-    """Rates of the race that a draw is: exp(logits - the n-th largest), cut off at e^24. The last place is contested at
-    scale 1, and logits far above it, which are kept whatever they are, neither overflow nor drown the others."""
+    """Rates of the race that a draw is: exp(logits - the n-th largest), cut off at e^24. The last
+    place is contested at scale 1, and logits far above it, which are kept whatever they are,
+    neither overflow nor drown the others."""
     last = nth_largest(logits, n)
     return [torch.exp((plane - last).clamp(max=24.0)) for plane in logits]
 
@@ -53,26 +56,33 @@ def rates(logits: Planes, n: int) -> Planes:
 def score(w: Planes, kept: Planes, n: int) -> Planes:
     """d log p / d logits. `kept` are planes of 0. and 1.; equal to `pge.score` up to float32.
 
-    With r the weight of the rest, and for n = 2, S = {a, b}, Q_a = w_b + r, Z = w_a + Q_a (no difference is taken):
-        g_a = Q_a r (Z + r + w_a) / (Z Q_b (Q_a + Q_b)),   g_i = -(w_i / r) (g_a + g_b) for i not in S.
-    For n > 2 the draws are followed over the subsets of S: reach[T] and then win[T], the probability to get to the
-    drawn set T and from there to S; g_i = [i in S] - w_i sum_{T not holding i} reach[T] win[T] / (rest[T] win[0]).
+    With r the weight of the rest, and for n = 2, S = {a, b}, Q_a = w_b + r, Z = w_a + Q_a (no
+        difference is taken): g_a = Q_a r (Z + r + w_a) / (Z Q_b (Q_a + Q_b)),   g_i = -(w_i / r)
+        (g_a + g_b) for i not in S.
+    For n > 2 the draws are followed over the subsets of S: reach[T] and then win[T], the
+    probability to get to the
+    drawn set T and from there to S; g_i = [i in S] - w_i sum_{T not holding i} reach[T] win[T] /
+    (rest[T] win[0]).
     """
     m = len(w)
     if n == 1:
         total = sum_of(w)
         return [k - x / total for k, x in zip(kept, w)]
     inside = [x * k for x, k in zip(w, kept)]
-    rest = sum_of([x - y for x, y in zip(w, inside)]).clamp(min=1e-30)  # float32 exp ends at a gap of 87
+    # float32 exp ends at a gap of 87
+    rest = sum_of([x - y for x, y in zip(w, inside)]).clamp(min=1e-30)
     if n == 2:
         total = sum_of(w)
         double = sum_of(inside) + 2 * rest
         common = rest / total / double
-        g = [torch.where(k > 0, (partner + rest) / (x + rest) * (double + x) * common, 0.0)
-             for x, partner, k in zip(inside, others(inside), kept)]
+        g = [
+            torch.where(k > 0, (partner + rest) / (x + rest) * (double + x) * common, 0.0)
+            for x, partner, k in zip(inside, others(inside), kept)
+        ]
         share = sum_of(g) / rest
         return [x - y * (1 - k) * share for x, y, k in zip(g, w, kept)]
-    rank, ranks, seats = torch.zeros_like(rest), [], []  # seat k: the (k+1)-th kept weight, so that subsets are static
+    # seat k: the (k+1)-th kept weight, so that subsets are static
+    rank, ranks, seats = torch.zeros_like(rest), [], []
     for k in kept:
         ranks.append(torch.where(k > 0, rank, -1.0))
         rank = rank + k
@@ -81,18 +91,30 @@ def score(w: Planes, kept: Planes, n: int) -> Planes:
     full = 2**n - 1
     inverse_rest = [None] * full
     for drawn in range(full):
-        inverse_rest[drawn] = 1 / (sum_of([s for j, s in enumerate(seats) if not drawn >> j & 1]) + rest)
+        inverse_rest[drawn] = 1 / (
+            sum_of([s for j, s in enumerate(seats) if not drawn >> j & 1]) + rest
+        )
     reach, win = [torch.ones_like(rest)] + [None] * full, [None] * full + [torch.ones_like(rest)]
     for drawn in range(1, full):
-        reach[drawn] = sum_of([reach[drawn ^ 1 << j] * inverse_rest[drawn ^ 1 << j] * s
-                             for j, s in enumerate(seats) if drawn >> j & 1])
+        reach[drawn] = sum_of(
+            [
+                reach[drawn ^ 1 << j] * inverse_rest[drawn ^ 1 << j] * s
+                for j, s in enumerate(seats)
+                if drawn >> j & 1
+            ]
+        )
     for drawn in reversed(range(full)):
-        win[drawn] = sum_of([win[drawn | 1 << j] * s for j, s in enumerate(seats) if not drawn >> j & 1]
-                          ) * inverse_rest[drawn]
+        win[drawn] = (
+            sum_of([win[drawn | 1 << j] * s for j, s in enumerate(seats) if not drawn >> j & 1])
+            * inverse_rest[drawn]
+        )
     visit = [reach[t] * win[t] * inverse_rest[t] for t in range(full)]
     probability = win[0].clamp(min=1e-37)  # less than that is never drawn
     always = sum_of(visit) / probability
-    unseated = [sum_of([visit[t] for t in range(full) if not t >> seat & 1]) / probability for seat in range(n)]
+    unseated = [
+        sum_of([visit[t] for t in range(full) if not t >> seat & 1]) / probability
+        for seat in range(n)
+    ]
     g = []
     for i in range(m):
         contested = always
@@ -105,15 +127,19 @@ def score(w: Planes, kept: Planes, n: int) -> Planes:
 def draw_by_table(w: Planes, n: int, u: Tensor) -> Tensor:
     """One uniform number and the cumulative sum over the patterns, the most probable put last.
 
-    So the rare patterns share the small u, whose resolution is 2^-32, instead of the large, whose it is 2^-24.
-    n = 1: p(i) ~ w_i; n = 2: p(a, b) ~ w_a w_b (1/Q_a + 1/Q_b), Q_a = sum of all but w_a.
+    So the rare patterns share the small u, whose resolution is 2^-32, instead of the large, whose
+    it is 2^-24. n = 1: p(i) ~ w_i; n = 2: p(a, b) ~ w_a w_b (1/Q_a + 1/Q_b), Q_a = sum of all but
+    w_a.
     """
     m = len(w)
     if n == 1:
         table = [(1 << i, w[i]) for i in range(m)]
     else:
         inverse = [1 / q for q in others(w)]
-        table = [(1 << a | 1 << b, w[a] * w[b] * (inverse[a] + inverse[b])) for a, b in combinations(range(m), 2)]
+        table = [
+            (1 << a | 1 << b, w[a] * w[b] * (inverse[a] + inverse[b]))
+            for a, b in combinations(range(m), 2)
+        ]
     top = table[0][1]
     for _, p in table[1:]:
         top = torch.maximum(top, p)
@@ -134,7 +160,8 @@ def draw_by_race(w: Planes, n: int, u: Planes) -> Tensor:
 
 
 def earliest(arrival: Planes, n: int) -> Tensor:
-    """Bits `[blocks]` int32 of the n smallest arrivals: a rank by M(M-1)/2 comparisons, a tie to the lower index."""
+    """Bits `[blocks]` int32 of the n smallest arrivals: a rank by M(M-1)/2 comparisons, a tie to
+    the lower index."""
     m = len(arrival)
     earlier = [torch.zeros_like(arrival[0], dtype=torch.int32) for _ in range(m)]
     for i in range(m):
@@ -154,7 +181,8 @@ def draw(w: Planes, n: int, u: Planes) -> Tensor:
 
 
 def draws(n: int, m: int) -> int:
-    """Uniform numbers that `draw` takes: one to look up in a table where that is short, else one a weight to race."""
+    """Uniform numbers that `draw` takes: one to look up in a table where that is short, else one a
+    weight to race."""
     return 1 if n == 1 or (n == 2 and m <= 4) else m
 
 
@@ -163,7 +191,7 @@ def most_probable(logits: Planes, n: int) -> Tensor:
     return earliest([-plane for plane in logits], n)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the inclusion probabilities, and what a gradient in them says about the logits
 
 MOST_TRANSITIONS = 600  # of a short walk: 4:8 has 512, which compile for a minute
@@ -182,15 +210,19 @@ def has_short_walk(n: int, m: int) -> bool:
 def time_of(w: Planes, n: int) -> Tensor:
     """The one time at which the race is stopped, `[blocks]`: tau with sum_i P(i has come) = N."""
     m = len(w)
-    tau = torch.full_like(w[0], -log(1 - 1 / (m - n + 1)))  # below the root, from where Newton's steps only grow
+    # below the root, from where Newton's steps only grow
+    tau = torch.full_like(w[0], -log(1 - 1 / (m - n + 1)))
     for _ in range(16):
         late = [torch.exp(-x * tau) for x in w]
-        tau = tau + (sum_of(late) - (m - n)) / sum_of([x * y for x, y in zip(w, late)]).clamp(min=1e-30)
+        tau = tau + (sum_of(late) - (m - n)) / sum_of([x * y for x, y in zip(w, late)]).clamp(
+            min=1e-30
+        )
     return tau
 
 
 def sum_over(chosen: int, sums: dict[int, Tensor]) -> Tensor:
-    """The sum over a set, the bits of an integer. `sums`: those of the sets of one, to which it adds others."""
+    """The sum over a set, the bits of an integer. `sums`: those of the sets of one, to which it
+    adds others."""
     if chosen not in sums:
         last = 1 << chosen.bit_length() - 1
         sums[chosen] = sum_over(chosen - last, sums) + sums[last]
@@ -198,8 +230,9 @@ def sum_over(chosen: int, sums: dict[int, Tensor]) -> Tensor:
 
 
 def flows(w: Planes, n: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Drawing is a walk through the sets T drawn so far, the bits of an integer. Returns, for sizes ascending from 0 to
-    N - 1: 1 / w(not in T), and P(the walk visits T) / w(not in T), which times w_i is the chance that i is drawn at T.
+    """Drawing is a walk through the sets T drawn so far, the bits of an integer. Returns, for sizes
+    ascending from 0 to N - 1: 1 / w(not in T), and P(the walk visits T) / w(not in T), which times
+    w_i is the chance that i is drawn at T.
     """
     m, sums = len(w), {1 << i: x for i, x in enumerate(w)}
     inverse, flow = {}, {}
@@ -213,18 +246,19 @@ def flows(w: Planes, n: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
 
 
 def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
-    """J^T saliency, J = d inclusion / d logits: the gradient of sum_i saliency_i P(i is kept) in the logits, a
-    vector-Jacobian product; planes in and out.
+    """J^T saliency, J = d inclusion / d logits: the gradient of sum_i saliency_i P(i is kept) in
+    the logits, a vector-Jacobian product; planes in and out.
 
-    Exact where the walk is short: N <= 4 and M <= 8, N <= 2, and a few more. Drawing is a walk through the sets drawn
-    so far, T -> T + i with chance w_i / w(not in T), that collects saliency_i (s_i); with V(T) what is still to be
-    expected at T, the policy gradient theorem says
+    Exact where the walk is short: N <= 4 and M <= 8, N <= 2, and a few more. Drawing is a walk
+    through the sets drawn so far, T -> T + i with chance w_i / w(not in T), that collects
+    saliency_i (s_i); with V(T) what is still to be expected at T, the policy gradient theorem says
 
         gradient_i = sum_{T not holding i} P(walk visits T) P(i | T) (s_i + V(T + i) - V(T))
 
-    Elsewhere the race is stopped at one time for all (`time_of`): inclusion_i = 1 - exp(-w_i tau), the limit of large
-    blocks (Hajek 1964). It is within 0.1 of the exact probabilities. Its direction is off by less than 10 degrees in
-    the median block; where few logits of a block are still contested, it may be off by far more.
+    Elsewhere the race is stopped at one time for all (`time_of`): inclusion_i = 1 - exp(-w_i tau),
+    the limit of large blocks (Hajek 1964). It is within 0.1 of the exact probabilities. Its
+    direction is off by less than 10 degrees in the median block; where few logits of a block are
+    still contested, it may be off by far more.
     """
     m, w = len(logits), rates(logits, n)
     if not has_short_walk(n, m):
@@ -236,12 +270,25 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
     at_once = {1 << i: x * y for i, (x, y) in enumerate(zip(w, saliency))}
     for drawn in reversed(flow):
         left = (1 << m) - 1 - drawn
-        later = [w[i] * expected[drawn | 1 << i] for i in range(m) if left >> i & 1 and drawn | 1 << i in flow]
+        later = [
+            w[i] * expected[drawn | 1 << i]
+            for i in range(m)
+            if left >> i & 1 and drawn | 1 << i in flow
+        ]
         expected[drawn] = sum_of([sum_over(left, at_once), *later]) * inverse[drawn]
     gradient = []
     for i in range(m):
         without = [drawn for drawn in flow if not drawn >> i & 1]
-        gains = [flow[drawn] * (expected[drawn | 1 << i] - expected[drawn] if drawn | 1 << i in flow
-                                else -expected[drawn]) for drawn in without]
-        gradient.append(w[i] * (saliency[i] * sum_of([flow[drawn] for drawn in without]) + sum_of(gains)))
+        gains = [
+            flow[drawn]
+            * (
+                expected[drawn | 1 << i] - expected[drawn]
+                if drawn | 1 << i in flow
+                else -expected[drawn]
+            )
+            for drawn in without
+        ]
+        gradient.append(
+            w[i] * (saliency[i] * sum_of([flow[drawn] for drawn in without]) + sum_of(gains))
+        )
     return gradient

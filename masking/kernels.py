@@ -1,17 +1,19 @@
 """One mask step in one pass: update the logits, draw the next mask, write the masked weight.
 
-    pi  <-  pi - coefficient * d log p(m | pi) / d pi        coefficient = eta * A, one scalar for all blocks
+    pi  <-  pi - coefficient * d log p(m | pi) / d pi        coefficient = eta * A, one scalar for
+        all blocks
     m   ~   p(. | pi)
     out <-  m * w
 
-It is plain PyTorch, element-wise over blocks: logits are kept as M planes `[blocks]` and a mask as the bits of one
-integer a block (bit i set: weight i is kept), so `torch.compile` turns it into a single loop, C++ on a CPU and Triton
-on a GPU, that touches every byte once. Without a compiler the same functions run eagerly. Where a block of weights is
-not 8 bytes (in 16 bits at M = 4 it is), the mask is drawn in one loop and the weight written in another: one loop
-would need temporaries.
+It is plain PyTorch, element-wise over blocks: logits are kept as M planes `[blocks]` and a mask as
+the bits of one integer a block (bit i set: weight i is kept), so `torch.compile` turns it into a
+single loop, C++ on a CPU and Triton on a GPU, that touches every byte once. Without a compiler the
+same functions run eagerly. Where a block of weights is not 8 bytes (in 16 bits at M = 4 it is), the
+mask is drawn in one loop and the weight written in another: one loop would need temporaries.
 
 `Kernels` has the passes of one space and N:M: update, vjp, write, and mode.
 """
+
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -36,94 +38,142 @@ import torch
 from torch import Tensor
 
 FEW = 128  # blocks of a first call from which Inductor gives each thread one
-MOST_OF_TWO_BLOCKS = 100  # transitions of a walk of which a thread's registers hold two blocks: 2:8 has 64, 3:8 232
-FUSED_MAX_N, FUSED_MAX_M = 4, 8  # beyond, the 2^N subsets make the fused score long: the exact routines run
+# transitions of a walk of which a thread's registers hold two blocks: 2:8 has 64, 3:8 232
+MOST_OF_TWO_BLOCKS = 100
+# beyond, the 2^N subsets make the fused score long: the exact routines run
+FUSED_MAX_N, FUSED_MAX_M = 4, 8
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the passes, fused
 
+
 def _counter(bits: Tensor, n: int, m: int, start: int) -> Tensor:
-    """Each block's first random number, `[blocks]` int32; it has `draws(n, m)` for drawing, then some for rounding."""
+    """Each block's first random number, `[blocks]` int32; it has `draws(n, m)` for drawing, then
+    some for rounding."""
     lanes = draws(n, m) + (m + 1) // 2
     return (torch.arange(bits.shape[0], device=bits.device, dtype=torch.int32) + start) * lanes
 
 
-def _store(logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Tensor, n: int) -> list[Tensor]:
-    """Write float32 planes into the logits, rounded stochastically where these have 16 bits; returns what is stored."""
+def _store(
+    logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Tensor, n: int
+) -> list[Tensor]:
+    """Write float32 planes into the logits, rounded stochastically where these have 16 bits;
+    returns what is stored."""
     m, dtype = len(planes), logits[0].dtype
     if dtype != torch.float32:
-        pairs = [random_bits(counter + draws(n, m) + k, key) for k in range((m + 1) // 2)]  # two planes share 32 bits
-        planes = [round_stochastically(plane, dtype, pairs[i // 2] if i % 2 == 0 else pairs[i // 2] >> 16)
-                  for i, plane in enumerate(planes)]
+        # two planes share 32 bits
+        pairs = [random_bits(counter + draws(n, m) + k, key) for k in range((m + 1) // 2)]
+        planes = [
+            round_stochastically(plane, dtype, pairs[i // 2] if i % 2 == 0 else pairs[i // 2] >> 16)
+            for i, plane in enumerate(planes)
+        ]
     for stored, plane in zip(logits, planes):
         stored.copy_(plane)
     return [plane.float() for plane in planes]
 
 
-def fused_update(logits: list[Tensor], bits: Tensor, weight: Tensor | None, out: Tensor | None, coefficient: Tensor,
-                 key: Tensor, n: int, m: int, start: int = 0) -> None:
-    """The whole step, in place. logits: M planes `[blocks]` float32/float16/bfloat16, bits `[blocks]`, weight and out
-    as words, or None where the mask is only drawn; coefficient float32 `[]`, key int32 `[2]` or longer; `start` is the
-    number of the first block in its layer. N <= 4, M <= 8."""
+def fused_update(
+    logits: list[Tensor],
+    bits: Tensor,
+    weight: Tensor | None,
+    out: Tensor | None,
+    coefficient: Tensor,
+    key: Tensor,
+    n: int,
+    m: int,
+    start: int = 0,
+) -> None:
+    """The whole step, in place. logits: M planes `[blocks]` float32/float16/bfloat16, bits
+    `[blocks]`, weight and out as words, or None where the mask is only drawn; coefficient float32
+    `[]`, key int32 `[2]` or longer; `start` is the number of the first block in its layer. N <= 4,
+    M <= 8."""
     planes, counter = [plane.float() for plane in logits], _counter(bits, n, m, start)
     gradient = score(rates(planes, n), kept_planes(bits, m), n)
-    planes = _store(logits, [plane - coefficient * g for plane, g in zip(planes, gradient)], counter, key, n)
-    drawn = draw(rates(planes, n), n, [uniform(random_bits(counter + k, key)) for k in range(draws(n, m))])
+    planes = _store(
+        logits, [plane - coefficient * g for plane, g in zip(planes, gradient)], counter, key, n
+    )
+    drawn = draw(
+        rates(planes, n), n, [uniform(random_bits(counter + k, key)) for k in range(draws(n, m))]
+    )
     bits.copy_(drawn.to(bits.dtype))
     if weight is not None:
         write_masked(weight, drawn, out, m)
 
 
-def fused_vjp(logits: list[Tensor], bits: Tensor, saliency: list[Tensor] | tuple[Tensor, Tensor], dtype: torch.dtype,
-              scale: Tensor, key: Tensor, n: int, m: int, start: int = 0) -> Tensor:
-    """pi <- pi - step * clip(factor * J^T G, +-1), and m <- the most probable mask, in place; returns the sum of
-    squares of each block's J^T G, float32 `[blocks]`, NaN where it is not finite, which moves nothing.
+def fused_vjp(
+    logits: list[Tensor],
+    bits: Tensor,
+    saliency: list[Tensor] | tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    scale: Tensor,
+    key: Tensor,
+    n: int,
+    m: int,
+    start: int = 0,
+) -> Tensor:
+    """pi <- pi - step * clip(factor * J^T G, +-1), and m <- the most probable mask, in place;
+    returns the sum of squares of each block's J^T G, float32 `[blocks]`, NaN where it is not
+    finite, which moves nothing.
 
-    J is the Jacobian of the inclusion probabilities. saliency: G as M planes float32 `[blocks]` or, where a block fits
-    a word, the weights as words int64 `[blocks]` of numbers of this dtype, and their gradients as words too or as
-    float32 `[blocks, M]`, whose product G is. scale float32 `[2]`: the factor, the step.
+    J is the Jacobian of the inclusion probabilities. saliency: G as M planes float32 `[blocks]` or,
+    where a block fits a word, the weights as words int64 `[blocks]` of numbers of this dtype, and
+    their gradients as words too or as float32 `[blocks, M]`, whose product G is. scale float32
+    `[2]`: the factor, the step.
     """
     if isinstance(saliency, tuple):
         weight, gradient = saliency
-        gradient = list(gradient.unbind(1)) if gradient.dim() == 2 else planes_of_words(gradient, m, dtype)
+        gradient = (
+            list(gradient.unbind(1)) if gradient.dim() == 2 else planes_of_words(gradient, m, dtype)
+        )
         saliency = [w * g for w, g in zip(planes_of_words(weight, m, dtype), gradient)]
     planes = [plane.float() for plane in logits]
     gradient = vjp(planes, saliency, n)
     squares = sum_of([g * g for g in gradient])
     is_finite = squares < torch.inf
     moves = [(g * scale[0]).clamp(-1, 1) for g in gradient]
-    planes = [plane - torch.where(is_finite, move, 0.0) * scale[1] for plane, move in zip(planes, moves)]
+    planes = [
+        plane - torch.where(is_finite, move, 0.0) * scale[1] for plane, move in zip(planes, moves)
+    ]
     planes = _store(logits, planes, _counter(logits[0], n, m, start), key, n)
     bits.copy_(most_probable(planes, n).to(bits.dtype))
     return torch.where(is_finite, squares, torch.nan)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the same without a compiler
 
+
 def blocks_of(given: object, part: slice, blocks: int) -> object:
-    """An argument of a pass with only these of its blocks: lists and tensors with an element per block are sliced."""
+    """An argument of a pass with only these of its blocks: lists and tensors with an element per
+    block are sliced."""
     if isinstance(given, (list, tuple)):
         return type(given)(blocks_of(one, part, blocks) for one in given)
-    return given[part] if isinstance(given, Tensor) and given.dim() and len(given) == blocks else given
+    return (
+        given[part] if isinstance(given, Tensor) and given.dim() and len(given) == blocks else given
+    )
 
 
 @lru_cache
 def sliced(function: Callable) -> Callable:
-    """A pass without a compiler, a slice of the blocks at a time, so that temporaries stay small; the same numbers. The
-    only argument that is given by name is `start`."""
+    """A pass without a compiler, a slice of the blocks at a time, so that temporaries stay small;
+    the same numbers. The only argument that is given by name is `start`."""
+
     def run(logits: list[Tensor], *rest, **start: int) -> Tensor | None:
         blocks, chunk, found = len(logits[0]), chunk_of(logits[0]), []
         for begin in range(0, blocks, chunk):
             part = blocks_of((logits, *rest), slice(begin, begin + chunk), blocks)
-            found.append(function(*part, **{name: number + begin for name, number in start.items()}))
+            found.append(
+                function(*part, **{name: number + begin for name, number in start.items()})
+            )
         return None if found[0] is None else torch.cat(found)
+
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the same with a compiler, on a GPU, if a thread has too few registers for more than one block
+
 
 def copies(given: object) -> object:
     """Tensors `[1, ...]` of one block become new ones of FEW such blocks; everything else stays."""
@@ -136,39 +186,52 @@ def copies(given: object) -> object:
 def one_block_a_thread(function: Callable, eager: Callable) -> Callable:
     """A pass compiled once for all sizes, with one block per thread of a GPU.
 
-    Inductor chooses how many elements a thread computes by the size of the first arguments: 8 or 2 of many, one of FEW.
-    The walk of 4:8 has hundreds of values at once: one block fills a thread's 255 registers, two spill kilobytes
-    (bench/gpu_code.py counts them). So each combination of dtypes is compiled with a few copies of the first block.
+    Inductor chooses how many elements a thread computes by the size of the first arguments: 8 or 2
+    of many, one of FEW. The walk of 4:8 has hundreds of values at once: one block fills a thread's
+    255 registers, two spill kilobytes (bench/gpu_code.py counts them). So each combination of
+    dtypes is compiled with a few copies of the first block.
     """
     fast, prepared = compiled(function, eager, any_size=True), set()
 
-    def run(logits: list[Tensor], bits: Tensor, saliency: list[Tensor], dtype: torch.dtype, *rest,
-            **start: int) -> Tensor:
+    def run(
+        logits: list[Tensor],
+        bits: Tensor,
+        saliency: list[Tensor],
+        dtype: torch.dtype,
+        *rest,
+        **start: int,
+    ) -> Tensor:
         kind = logits[0].device, logits[0].dtype, dtype
         if kind not in prepared:
             prepared.add(kind)
             few = blocks_of((logits, bits, saliency, dtype, *rest), slice(0, 1), len(bits))
             fast(*copies(few), **start)
         return fast(logits, bits, saliency, dtype, *rest, **start)
+
     return run
 
 
 class Kernels:
     """The passes of a space over one layer, fused, compiled or eager.
 
-    With backend `exact`, and elsewhere where there is no fused form, `update` is that of `exact_kernels.py`. `vjp` is
-    the linear space's.
+    With backend `exact`, and elsewhere where there is no fused form, `update` is that of
+    `exact_kernels.py`. `vjp` is the linear space's.
 
-    logits: `space.width` planes `[blocks]`, no two of which share a storage, as a compiler would copy what might
-    overlap; bits `[blocks]`; weight and out `[blocks * M]`; coefficient float32 `[]`; key int32 `[2]` or longer; start:
-    the first block's number in its layer. backend: compiled, eager or exact.
+    logits: `space.width` planes `[blocks]`, no two of which share a storage, as a compiler would
+    copy what might overlap; bits `[blocks]`; weight and out `[blocks * M]`; coefficient float32
+    `[]`; key int32 `[2]` or longer; start: the first block's number in its layer. backend:
+    compiled, eager or exact.
     """
 
     def __init__(self, space: Space, backend: str = "compiled"):
         self.space, self._compiled = space, backend == "compiled"
         self._is_linear = isinstance(space, LinearSpace)
-        self.is_fused = (self._is_linear and backend != "exact" and space.n <= FUSED_MAX_N
-                          and space.m <= FUSED_MAX_M)
+        self.is_fused = (
+            self._is_linear
+            and backend != "exact"
+            and space.n <= FUSED_MAX_N
+            and space.m <= FUSED_MAX_M
+        )
         self._update = self.fastest(fused_update, sliced(fused_update))
         self._vjp = self.fastest(fused_vjp, sliced(fused_vjp))
         self._vjp_on_gpu = self._vjp
@@ -177,16 +240,30 @@ class Kernels:
         self._write = self.fastest(write_masked)
 
     def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:
-        """`function` compiled, where this backend compiles; else `eager`, or the function as it is."""
+        """`function` compiled, where this backend compiles; else `eager`, or the function as it
+        is."""
         eager = eager or function
         return compiled(function, eager) if self._compiled else eager
 
     @torch.no_grad()
-    def update(self, logits: list[Tensor], bits: Tensor, weight: Tensor, out: Tensor, coefficient: Tensor, key: Tensor,
-               start: int = 0) -> None:
+    def update(
+        self,
+        logits: list[Tensor],
+        bits: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        coefficient: Tensor,
+        key: Tensor,
+        start: int = 0,
+    ) -> None:
         """pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w."""
         # viewed as integers out here: inside, a compiler would copy what might overlap
-        n, m, weight, out = self.space.n, self.space.m, as_words(weight, self.space.m), as_words(out, self.space.m)
+        n, m, weight, out = (
+            self.space.n,
+            self.space.m,
+            as_words(weight, self.space.m),
+            as_words(out, self.space.m),
+        )
         if not self.is_fused:
             exact_kernels.update(logits, bits, weight, out, coefficient, key, self.space, start)
         elif weight.dim() == 1:
@@ -196,18 +273,31 @@ class Kernels:
             self._write(weight, bits, out, m)
 
     @torch.no_grad()
-    def vjp(self, logits: list[Tensor], bits: Tensor, weight: Tensor, gradient: Tensor, scale: Tensor, key: Tensor,
-            start: int = 0) -> Tensor:
-        """pi <- pi - step * J^T (weight * gradient), clipped, and m <- its most probable mask; see `fused_vjp`.
-        weight and gradient `[out, in]`."""
+    def vjp(
+        self,
+        logits: list[Tensor],
+        bits: Tensor,
+        weight: Tensor,
+        gradient: Tensor,
+        scale: Tensor,
+        key: Tensor,
+        start: int = 0,
+    ) -> Tensor:
+        """pi <- pi - step * J^T (weight * gradient), clipped, and m <- its most probable mask; see
+        `fused_vjp`. weight and gradient `[out, in]`."""
         space, dtype = self.space, weight.dtype
         if fits_a_word(space.m, dtype):
-            gradient = (as_words(gradient.reshape(-1), space.m) if gradient.dtype == dtype
-                        else gradient.float().reshape(-1, space.m))
+            gradient = (
+                as_words(gradient.reshape(-1), space.m)
+                if gradient.dtype == dtype
+                else gradient.float().reshape(-1, space.m)
+            )
             saliency = as_words(weight.view(-1), space.m), gradient
         else:  # as planes: blocks are read three times slower
             blocks = logits[0].numel()
-            saliency = torch.empty(space.m, blocks, device=weight.device).copy_(weight.view(blocks, -1).T)
+            saliency = torch.empty(space.m, blocks, device=weight.device).copy_(
+                weight.view(blocks, -1).T
+            )
             saliency = list(saliency.mul_(gradient.reshape(blocks, -1).T))
         run = self._vjp_on_gpu if bits.is_cuda else self._vjp
         return run(list(logits), bits, saliency, dtype, scale, key, space.n, space.m, start=start)
@@ -217,8 +307,11 @@ class Kernels:
         """out <- m * w."""
         self._write(as_words(weight, self.space.m), bits, as_words(out, self.space.m), self.space.m)
 
-    def mode(self, logits: list[Tensor], m0: Tensor | None = None, magnitude: float = 0.0) -> Tensor:
-        """The most probable mask, bits `[blocks]`; where m0, such bits, is given, that of logits - magnitude * m0."""
+    def mode(
+        self, logits: list[Tensor], m0: Tensor | None = None, magnitude: float = 0.0
+    ) -> Tensor:
+        """The most probable mask, bits `[blocks]`; where m0, such bits, is given, that of logits -
+        magnitude * m0."""
         blocks, chunk, found = len(logits[0]), chunk_of(logits[0]), []
         for begin in range(0, max(blocks, 1), chunk):
             part = slice(begin, begin + chunk)
@@ -226,6 +319,9 @@ class Kernels:
             if m0 is not None:
                 prior = self.space.init(bits_to_mask(m0[part], self.space.m), magnitude)
                 planes = [plane - column for plane, column in zip(planes, prior.unbind(1))]
-            found.append(most_probable(planes, self.space.n).to(bits_dtype(self.space.m)) if self._is_linear
-                         else mask_to_bits(self.space.mode(torch.stack(planes, 1))))
+            found.append(
+                most_probable(planes, self.space.n).to(bits_dtype(self.space.m))
+                if self._is_linear
+                else mask_to_bits(self.space.mode(torch.stack(planes, 1)))
+            )
         return torch.cat(found)

@@ -1,4 +1,5 @@
 """Masks and the layers of a model: matched, put on for good, checked."""
+
 from pathlib import Path
 
 from files import mask_files
@@ -18,43 +19,61 @@ def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
     for name, shape in mask_files.shapes_of(masks).items():
         here = [*weight_matrix(layers[name]).shape] if name in layers else "not"
         if [*shape] != here:
-            raise UserError(f"the mask is of another model: {name} is {[*shape]} there and {here} here; give the "
-                            "--mask that get_mask.py made from this --model")
+            raise UserError(
+                f"the mask is of another model: {name} is {[*shape]} there and {here} here; give "
+                "the --mask that get_mask.py made from this --model"
+            )
 
 
-def read_masks(path: str | Path, model: nn.Module, pattern: tuple[int, int] | None = None) -> mask_files.MaskFile:
-    """The mask file (of any format, or a run's) for this model, checked against its layers and its fingerprint.
+def read_masks(
+    path: str | Path, model: nn.Module, pattern: tuple[int, int] | None = None
+) -> mask_files.MaskFile:
+    """The mask file (of any format, or a run's) for this model, checked against its layers and its
+    fingerprint.
 
-    UserError for a file that is damaged, of another pattern than the wanted (N, M) (None: the file's own, or 2:4 where
-    the format holds none), or of another model.
+    UserError for a file that is damaged, of another pattern than the wanted (N, M) (None: the
+    file's own, or 2:4 where the format holds none), or of another model.
     """
     layers = find_layers(model)
     shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
     found = mask_files.load(path, pattern, shapes)
     match_masks(layers, found.masks)
     if found.fingerprint and found.fingerprint != model_fingerprint(model):
-        raise UserError(f"{path} is of another model: it was made from {found.model or 'one that it does not name'}, "
-                        "and the order of the channels or the input embeddings differ; give the --mask that "
-                        "get_mask.py made from this --model, or the permutation that the mask was made for")
+        raise UserError(
+            f"{path} is of another model: it was made from "
+            f"{found.model or 'one that it does not name'}, and the order of the channels or the "
+            "input embeddings differ; give the --mask that get_mask.py made from this --model, or "
+            "the permutation that the mask was made for"
+        )
     return found
 
 
-def learned_layers(model: nn.Module, found: mask_files.MaskFile, targets: list[str] | None) -> list[str]:
-    """Names of the layers whose masks are to be learned: of those with a mask, the ones that the targets name.
-    UserError where there is none."""
+def learned_layers(
+    model: nn.Module, found: mask_files.MaskFile, targets: list[str] | None
+) -> list[str]:
+    """Names of the layers whose masks are to be learned: of those with a mask, the ones that the
+    targets name. UserError where there is none."""
     layers = find_layers(model, targets)
     learned = [name for name in found.masks if name in layers]
     if not learned:
-        raise UserError("the mask has none of the layers that --targets name; give the --mask of a model in which they "
-                        "are pruned")
+        raise UserError(
+            "the mask has none of the layers that --targets name; give the --mask of a model in "
+            "which they are pruned"
+        )
     return learned
 
 
 def note_sparse(layers: dict[str, nn.Module]) -> None:
     """Say so where layers to be pruned have been pruned before."""
-    zeros = [int((own_weight(module) == 0).sum()) / max(1, own_weight(module).numel()) for module in layers.values()]
+    zeros = [
+        int((own_weight(module) == 0).sum()) / max(1, own_weight(module).numel())
+        for module in layers.values()
+    ]
     if max(zeros, default=0) > SPARSE:
-        processes.log(f"note: {max(zeros):.0%} of the weights of a layer are zero already: is this the dense model?")
+        processes.log(
+            f"note: {max(zeros):.0%} of the weights of a layer are zero already: is this the "
+            "dense model?"
+        )
 
 
 def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
@@ -65,7 +84,8 @@ def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
 
 
 def apply_mask(model: nn.Module, file: str | Path) -> nn.Module:
-    """The model itself, its pruned weights zeroed in place (+0.0) by a mask file: of ours, or 2:4 of another format.
+    """The model itself, its pruned weights zeroed in place (+0.0) by a mask file: of ours, or 2:4
+    of another format.
 
     UserError for a file that is damaged or of another model (shapes, fingerprint).
     """
@@ -74,8 +94,8 @@ def apply_mask(model: nn.Module, file: str | Path) -> nn.Module:
 
 
 def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int]:
-    """Mask of the weights that are not zero, bool `[out, in]`, at most N of each M; how many blocks with fewer it fills
-    up."""
+    """Mask of the weights that are not zero, bool `[out, in]`, at most N of each M; how many blocks
+    with fewer it fills up."""
     kept = (weight != 0).reshape(-1, m)
     counts = kept.sum(1)
     short = counts < n
@@ -85,8 +105,8 @@ def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int]:
 
 
 def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None) -> float:
-    """The share of weights of these layers that are not zero. With pattern (N, M), UserError naming the layers where a
-    block of M keeps more than N."""
+    """The share of weights of these layers that are not zero. With pattern (N, M), UserError naming
+    the layers where a block of M keeps more than N."""
     broken, kept, total = [], 0, 0
     for name, module in layers.items():
         weight = weight_matrix(module)
@@ -97,7 +117,9 @@ def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None
             if crowded:
                 broken.append(f"{name} ({crowded} blocks)")
     if broken:
-        raise UserError(f"{len(broken)} of {len(layers)} layers are not {pattern[0]}:{pattern[1]} sparse, {broken[0]} "
-                        "among them; check --sparsity_type, name the sparse layers with --targets, or prune them with "
-                        "prune.py")
+        raise UserError(
+            f"{len(broken)} of {len(layers)} layers are not {pattern[0]}:{pattern[1]} sparse, "
+            f"{broken[0]} among them; check --sparsity_type, name the sparse layers with "
+            "--targets, or prune them with prune.py"
+        )
     return kept / total

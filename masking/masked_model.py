@@ -1,4 +1,6 @@
-"""A frozen model under masks that are learned: when its logits move, when its masks are drawn, which mask it uses."""
+"""A frozen model under masks that are learned: when its logits move, when its masks are drawn,
+which mask it uses."""
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import fmean
@@ -20,32 +22,46 @@ Bits = dict[str, Tensor | None]  # layer name -> mask as integers [blocks], None
 
 
 class MaskedModel:
-    """A frozen model under masks that are learned: logits, the masks drawn from them, and the step that moves both.
+    """A frozen model under masks that are learned: logits, the masks drawn from them, and the step
+    that moves both.
 
-    model: its layers named in `masks` (bool `[out, in]`) are masked; all of them if `learned` is None, else the named
-    ones have logits and the rest keep their mask; what that takes from them is remembered for `use_dense` where
-    `keep_dense` asks for it. Logits start at C = `magnitude` where the mask keeps and 0 elsewhere, as the paper's do;
-    training/initialize.py has other starts. backend: of `Kernels`; microbatch: sequences in one forward pass, at most.
+    model: its layers named in `masks` (bool `[out, in]`) are masked; all of them if `learned` is
+    None, else the named ones have logits and the rest keep their mask; what that takes from them is
+    remembered for `use_dense` where `keep_dense` asks for it. Logits start at C = `magnitude` where
+    the mask keeps and 0 elsewhere, as the paper's do; training/initialize.py has other starts.
+    backend: of `Kernels`; microbatch: sequences in one forward pass, at most.
 
-    Memory beside the model: the logits, one integer a block, and one scratch buffer as large as the largest layer, into
-    which a layer's masked weight is written when the forward pass reaches it. That write is one pass together with the
-    update of the layer's logits and the drawing of its next mask, so `update` only notes the coefficient and the
-    following `forward` carries it out.
+    Memory beside the model: the logits, one integer a block, and one scratch buffer as large as the
+    largest layer, into which a layer's masked weight is written when the forward pass reaches it.
+    That write is one pass together with the update of the layer's logits and the drawing of its
+    next mask, so `update` only notes the coefficient and the following `forward` carries it out.
 
-    A model that FSDP shards (models/sharding.py) has no scratch buffer: each process writes its own masked rows when
-    they are about to be gathered. All processes then must run every forward and backward together.
+    A model that FSDP shards (models/sharding.py) has no scratch buffer: each process writes its own
+    masked rows when they are about to be gathered. All processes then must run every forward and
+    backward together.
     """
 
-    def __init__(self, model: nn.Module, masks: dict[str, Tensor], space: Space, magnitude: float = 10.0,
-                 logits_dtype: torch.dtype = torch.float32, learned: list[str] | None = None, seed: int = 0,
-                 backend: str = "compiled", keep_dense: bool = False, microbatch: int = 32):
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: dict[str, Tensor],
+        space: Space,
+        magnitude: float = 10.0,
+        logits_dtype: torch.dtype = torch.float32,
+        learned: list[str] | None = None,
+        seed: int = 0,
+        backend: str = "compiled",
+        keep_dense: bool = False,
+        microbatch: int = 32,
+    ):
         self.model, self.space, self.microbatch = model, space, microbatch
         self.seed, self.steps = seed, 0  # which draws are keyed by
         self.kernels = Kernels(space, backend)
         self._instead: Bits | None = None  # used, by `use_masks`, instead of the masks drawn
         modules = find_layers(model)
         learned = list(masks) if learned is None else learned
-        self._pruned: list[tuple[Tensor, Tensor]] = []  # weights of the other layers; what m0 has taken from them
+        # weights of the other layers; what m0 has taken from them
+        self._pruned: list[tuple[Tensor, Tensor]] = []
         for name in [name for name in masks if name not in learned]:
             weight = own_weight(modules[name])
             pruned = ~Rows.of(modules[name]).own(masks[name]).to(weight.device)
@@ -55,18 +71,33 @@ class MaskedModel:
         scratch = scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
         self.undo: list[Callable] = []  # for `finish`
-        self._passes, self._written = 0, {}  # of the model; layer name -> the pass that its rows were last written for
+        # of the model; layer name -> the pass that its rows were last written for
+        self._passes, self._written = 0, {}
         for name in learned:
             weight = modules[name].weight.data
-            layer = MaskedLayer(name, modules[name], masks[name], self.kernels, logits_dtype,
-                                scratch.get((weight.device, weight.dtype)), self._fill)
-            layer.set_logits(lambda part, layer=layer: space.init(bits_to_mask(layer.bits[part], space.m), magnitude))
+            layer = MaskedLayer(
+                name,
+                modules[name],
+                masks[name],
+                self.kernels,
+                logits_dtype,
+                scratch.get((weight.device, weight.dtype)),
+                self._fill,
+            )
+            layer.set_logits(
+                lambda part, layer=layer: space.init(
+                    bits_to_mask(layer.bits[part], space.m), magnitude
+                )
+            )
             self.layers[name] = layer
         replace_modules(model, {layer.dense: layer.module for layer in self.layers.values()})
         if self.is_sharded:
-            self.undo += [model.register_forward_pre_hook(self._begin_pass, prepend=True).remove,
-                          model.register_forward_hook(self._check_pass).remove]
-            self.loss(torch.zeros(1, 2, dtype=torch.int64))  # FSDP wants its first pass to be of the whole model
+            self.undo += [
+                model.register_forward_pre_hook(self._begin_pass, prepend=True).remove,
+                model.register_forward_hook(self._check_pass).remove,
+            ]
+            # FSDP wants its first pass to be of the whole model
+            self.loss(torch.zeros(1, 2, dtype=torch.int64))
 
     @property
     def is_sharded(self) -> bool:
@@ -84,7 +115,8 @@ class MaskedModel:
             self.write(layer, out)
 
     def write(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
-        """Write the weight that the layer uses now into `out`, `[rows * in]`, or the scratch buffer."""
+        """Write the weight that the layer uses now into `out`, `[rows * in]`, or the scratch
+        buffer."""
         bits = layer.bits if self._instead is None else self._instead[layer.name]
         out = layer.scratch.view(-1) if out is None else out
         if bits is None:
@@ -93,69 +125,87 @@ class MaskedModel:
             self.kernels.write(layer.weight.view(-1), bits, out)
 
     def rewrite(self, layer: MaskedLayer) -> None:
-        """In a pass that has just reached this layer: have it use the mask that it has now. Only FSDP has gathered the
-        weight by then."""
+        """In a pass that has just reached this layer: have it use the mask that it has now. Only
+        FSDP has gathered the weight by then."""
         if not layer.sharded:
             return
         own = torch.empty_like(layer.weight)
         if len(own):
             self.write(layer, own.view(-1))
-        layer.dense.weight.data.copy_(layer.rows.whole(own.view(-1), layer.shape[1]).view(layer.shape))
+        layer.dense.weight.data.copy_(
+            layer.rows.whole(own.view(-1), layer.shape[1]).view(layer.shape)
+        )
 
     def _begin_pass(self, *_: object) -> None:
         if self._passes and hasattr(self.model, "reset_iter_state"):  # torch 2.13
-            self.model.reset_iter_state()  # else FSDP prefetches by the order of earlier passes, in vain
+            # else FSDP prefetches by the order of earlier passes, in vain
+            self.model.reset_iter_state()
         self._passes += 1
 
     def _check_pass(self, *_: object) -> None:
-        """FSDP must have asked for all rows in this pass: what it keeps gathered has an old mask."""
-        stale = [layer.name for layer in self.layers.values()
-                 if len(layer.bits) and self._written.get(layer.name) != self._passes]
+        """FSDP must have asked for all rows in this pass: what it keeps gathered has an old
+        mask."""
+        stale = [
+            layer.name
+            for layer in self.layers.values()
+            if len(layer.bits) and self._written.get(layer.name) != self._passes
+        ]
         if stale:
-            raise RuntimeError(f"{len(stale)} layers computed with an old mask, {stale[0]} among them: FSDP did not "
-                               "gather them")
+            raise RuntimeError(
+                f"{len(stale)} layers computed with an old mask, {stale[0]} among them: FSDP did "
+                "not gather them"
+            )
 
     def flush(self) -> None:
         """Carry out what `update` left due, where no forward pass did."""
         for layer in self.layers.values():
             layer.flush()
 
-    # --------------------------------------------------------------------------------------------------- learning
+    # ------------------------------------------------------------------------------------- learning
 
     def loss(self, batch: Tensor) -> float:
-        """f(m * w, batch), nats, of the mask in use; batch int64 `[sequences, tokens]`. It carries out what is due."""
+        """f(m * w, batch), nats, of the mask in use; batch int64 `[sequences, tokens]`. It carries
+        out what is due."""
         return batch_loss(self.model, batch, self.microbatch)
 
     def mean_loss(self, batches: Tensor) -> float:
-        """The mean loss of minibatches, int64 `[minibatches, sequences, tokens]`. Each process runs its part of them;
-        of a sharded model all run each one together."""
-        losses = [self.loss(batch) for batch in (batches if self.is_sharded else processes.split(batches))]
+        """The mean loss of minibatches, int64 `[minibatches, sequences, tokens]`. Each process runs
+        its part of them; of a sharded model all run each one together."""
+        losses = [
+            self.loss(batch) for batch in (batches if self.is_sharded else processes.split(batches))
+        ]
         if self.is_sharded:
-            return fmean(processes.all_gather(losses)[0])  # the main process's, lest rounding tells them apart
+            # the main process's, lest rounding tells them apart
+            return fmean(processes.all_gather(losses)[0])
         return processes.mean(losses)
 
     def keys(self, on_cpu: bool = False) -> dict[str, Tensor]:
         """Random keys of this step, by the layer's name, each beside its weight or on the CPU."""
         keys = layer_keys(self.seed, self.steps, len(self.layers))
         keys = {device: keys if on_cpu else keys.to(device) for device in self.devices()}
-        return {name: keys[layer.weight.device][index] for index, (name, layer) in enumerate(self.layers.items())}
+        return {
+            name: keys[layer.weight.device][index]
+            for index, (name, layer) in enumerate(self.layers.items())
+        }
 
     def devices(self) -> set[torch.device]:
         """Where the learned layers are."""
         return {layer.weight.device for layer in self.layers.values()}
 
     def update(self, coefficient: float) -> None:
-        """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward, layer by layer. With
-        0 another mask is drawn, no more."""
+        """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward,
+        layer by layer. With 0 another mask is drawn, no more."""
         self.flush()
         keys = self.keys(on_cpu=not self.kernels.is_fused)
-        coefficients = {device: torch.tensor(coefficient, dtype=torch.float32, device=device)
-                        for device in self.devices()}
+        coefficients = {
+            device: torch.tensor(coefficient, dtype=torch.float32, device=device)
+            for device in self.devices()
+        }
         for name, layer in self.layers.items():
             layer.schedule(coefficients[layer.weight.device], keys[name])
         self.steps += 1
 
-    # ------------------------------------------------------------------------------------------- which mask is used
+    # --------------------------------------------------------------------------- which mask is used
 
     @contextmanager
     def use_masks(self, bits: Bits) -> Iterator[None]:
@@ -169,8 +219,8 @@ class MaskedModel:
 
     @contextmanager
     def use_dense(self) -> Iterator[None]:
-        """Inside, the layers have no mask: the learned ones compute with their own weights, of which nothing is copied;
-        the others too where `keep_dense` was asked for."""
+        """Inside, the layers have no mask: the learned ones compute with their own weights, of
+        which nothing is copied; the others too where `keep_dense` was asked for."""
         own = [layer for layer in self.layers.values() if not layer.sharded]
         with self.use_masks(dict.fromkeys(self.layers)):
             for layer in own:
@@ -186,15 +236,20 @@ class MaskedModel:
                     weight.sub_(pruned)
 
     def bits(self) -> dict[str, Tensor]:
-        """A copy of each learned layer's mask as it is, as bits `[blocks]`: a quarter of a byte a weight at M = 4."""
+        """A copy of each learned layer's mask as it is, as bits `[blocks]`: a quarter of a byte a
+        weight at M = 4."""
         return {name: layer.bits.clone() for name, layer in self.layers.items()}
 
-    def mode_bits(self, m0: dict[str, Tensor] | None = None, magnitude: float = 0.0) -> dict[str, Tensor]:
-        """The most probable mask of each learned layer, as bits `[blocks]`; where m0, such bits, is given, that of the
-        logits less `magnitude` * m0."""
+    def mode_bits(
+        self, m0: dict[str, Tensor] | None = None, magnitude: float = 0.0
+    ) -> dict[str, Tensor]:
+        """The most probable mask of each learned layer, as bits `[blocks]`; where m0, such bits, is
+        given, that of the logits less `magnitude` * m0."""
         self.flush()
-        return {name: self.kernels.mode(layer.logits, m0[name] if m0 else None, magnitude)
-                for name, layer in self.layers.items()}
+        return {
+            name: self.kernels.mode(layer.logits, m0[name] if m0 else None, magnitude)
+            for name, layer in self.layers.items()
+        }
 
     @property
     def blocks(self) -> int:
@@ -204,16 +259,24 @@ class MaskedModel:
     def changed(self) -> float:
         """The share of blocks whose most probable mask is not that of m0."""
         self.flush()
-        return sum(layer.changed() * layer.shape.numel() for layer in self.layers.values()) / self.space.m / self.blocks
+        return (
+            sum(layer.changed() * layer.shape.numel() for layer in self.layers.values())
+            / self.space.m
+            / self.blocks
+        )
 
-    # ------------------------------------------------------------------------------------------- saved and collected
+    # -------------------------------------------------------------------------- saved and collected
 
     def checksum(self) -> str:
-        """A number that any change of the logits would change, in all likelihood: to compare processes by. Layers that
-        are sharded have only one copy."""
+        """A number that any change of the logits would change, in all likelihood: to compare
+        processes by. Layers that are sharded have only one copy."""
         self.flush()
-        sums = [plane.view(torch.int16 if plane.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
-                for layer in self.layers.values() for plane in layer.logits if not layer.sharded]
+        sums = [
+            plane.view(torch.int16 if plane.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
+            for layer in self.layers.values()
+            for plane in layer.logits
+            if not layer.sharded
+        ]
         return str([int(total) for total in sums])
 
     def broadcast_(self) -> None:
@@ -223,16 +286,20 @@ class MaskedModel:
                 processes.broadcast_(tensor)
 
     def _moving(self) -> Iterator[tuple[str, MaskedLayer, Tensor]]:
-        """(name, layer, tensor) of what learning moves: each layer's logits, plane by plane, and its mask."""
+        """(name, layer, tensor) of what learning moves: each layer's logits, plane by plane, and
+        its mask."""
         for name, layer in self.layers.items():
             for i, plane in enumerate(layer.logits):
                 yield f"logits.{i}.{name}", layer, plane
             yield f"bits.{name}", layer, layer.bits
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """For a checkpoint: the count that random numbers are made from, and the tensors themselves, no copies."""
+        """For a checkpoint: the count that random numbers are made from, and the tensors
+        themselves, no copies."""
         self.flush()
-        return {"steps": self.steps}, {name: layer.shard(tensor) for name, layer, tensor in self._moving()}
+        return {"steps": self.steps}, {
+            name: layer.shard(tensor) for name, layer, tensor in self._moving()
+        }
 
     def restore(self, scalars: dict, read: Callable[[str, Tensor], Tensor]) -> None:
         """From `state`; read(name, like): the tensor of this name, as large as `like`."""
@@ -241,8 +308,8 @@ class MaskedModel:
             tensor.copy_(read(name, layer.shard(tensor)))
 
     def _collected(self, tensor_of: Callable[[MaskedLayer], Tensor]) -> dict[str, Tensor]:
-        """What a function makes of each layer, all processes together, on the CPU by the layer's name; in the main
-        process only: no other needs to have room for it."""
+        """What a function makes of each layer, all processes together, on the CPU by the layer's
+        name; in the main process only: no other needs to have room for it."""
         found = {}
         for name, layer in self.layers.items():
             tensor = tensor_of(layer)
@@ -257,11 +324,13 @@ class MaskedModel:
     def whole_logits(self) -> dict[str, Tensor]:
         """`[width, blocks]`, as `_collected`."""
         self.flush()
-        return self._collected(lambda layer: torch.stack([layer.whole(plane) for plane in layer.logits]))
+        return self._collected(
+            lambda layer: torch.stack([layer.whole(plane) for plane in layer.logits])
+        )
 
     def finish(self, bits: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Put the dense modules back, their weights masked by these `bits` (default: the mode); returns those masks, as
-        `_collected`."""
+        """Put the dense modules back, their weights masked by these `bits` (default: the mode);
+        returns those masks, as `_collected`."""
         bits = bits or self.mode_bits()
         for undo in self.undo:
             undo()

@@ -1,26 +1,33 @@
-"""Random numbers as a hash of (seed, step, layer, block): the same on any device and layout, resumed without a state.
+"""Random numbers as a hash of (seed, step, layer, block): the same on any device and layout,
+resumed without a state.
 
 Plain integer arithmetic on tensors, so that it compiles into the loop that uses it.
 """
+
 import torch
 from torch import Tensor
 
 
 def layer_keys(seed: int, step: int, layers: int) -> Tensor:
-    """Two int32 keys a layer, SplitMix64 of (seed, step, layer), and two zeros, `[layers, 4]`: 16 bytes apart, since a
-    compiler copies what is aligned worse."""
+    """Two int32 keys a layer, SplitMix64 of (seed, step, layer), and two zeros, `[layers, 4]`: 16
+    bytes apart, since a compiler copies what is aligned worse."""
+
     def splitmix(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
+
     base = splitmix(splitmix(seed) ^ step)
-    words = torch.tensor([splitmix(base ^ layer) - 2**63 for layer in range(layers)], dtype=torch.int64)
+    words = torch.tensor(
+        [splitmix(base ^ layer) - 2**63 for layer in range(layers)], dtype=torch.int64
+    )
     return torch.nn.functional.pad(words.view(torch.int32).view(layers, 2), (0, 2))
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of int32 that avalanches (C. Wellons' triple-shift, two-multiply hash); the masks make >> logical."""
+    """A bijection of int32 that avalanches (C. Wellons' triple-shift, two-multiply hash); the masks
+    make >> logical."""
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975  # 0x846CA68B as int32
     return x ^ (x >> 16 & 0xFFFF)
@@ -32,16 +39,19 @@ def random_bits(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """int32 random bits -> float32 in (0, 1], in steps of 2^-32 near 0, where the rare patterns are looked up."""
+    """int32 random bits -> float32 in (0, 1], in steps of 2^-32 near 0, where the rare patterns are
+    looked up."""
     unsigned = torch.where(bits < 0, bits.float() + 2.0**32, bits.float())
     return (unsigned + 0.5) * 2.0**-32
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """float32 -> float16/bfloat16, up with the probability of the fraction cut off: unbiased, so small updates count.
+    """float32 -> float16/bfloat16, up with the probability of the fraction cut off: unbiased, so
+    small updates count.
 
-    Adds random low bits below the cut and truncates. float16 gets 13 bits (all that float32 has to spare), bfloat16 16.
-    Under 2^-14 float16 is a fixed grid of 2^-24, and a random fraction of its step is added instead.
+    Adds random low bits below the cut and truncates. float16 gets 13 bits (all that float32 has to
+    spare), bfloat16 16. Under 2^-14 float16 is a fixed grid of 2^-24, and a random fraction of its
+    step is added instead.
     """
     if dtype != torch.float16:
         return ((x.view(torch.int32) + (bits & 0xFFFF)) & ~0xFFFF).view(torch.float32).to(dtype)

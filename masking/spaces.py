@@ -1,4 +1,6 @@
-"""The two ways to put logits on a block's masks: M of them (MaskPro), or one for each pattern (MaskLLM)."""
+"""The two ways to put logits on a block's masks: M of them (MaskPro), or one for each pattern
+(MaskLLM)."""
+
 from math import comb
 
 import pge
@@ -7,13 +9,15 @@ from pge import patterns
 import torch
 from torch import Generator, Tensor
 
-MARGIN, LIMIT = 1.0, 12.0  # of `logits_from_scores`: what a kept weight has ahead, and the most that scores say
+# of `logits_from_scores`: what a kept weight has ahead, and the most that scores say
+MARGIN, LIMIT = 1.0, 12.0
 
 
 def logits_from_scores(mask: Tensor, magnitude: float, score: Tensor) -> Tensor:
-    """Logits as confident of `mask` as the scores are, float32 `[blocks, M]`: C log(score / score of the weakest kept),
-    so that a pruned weight takes a kept one's place with odds near (their scores' ratio)^C. Close calls are then tried
-    often and clear ones hardly ever. Where score and mask differ the logits are equal; a kept weight has MARGIN more.
+    """Logits as confident of `mask` as the scores are, float32 `[blocks, M]`: C log(score / score
+    of the weakest kept), so that a pruned weight takes a kept one's place with odds near (their
+    scores' ratio)^C. Close calls are then tried often and clear ones hardly ever. Where score and
+    mask differ the logits are equal; a kept weight has MARGIN more.
 
     mask: bool `[blocks, M]`; magnitude: C; score: `[blocks, M]`, positive.
     """
@@ -30,9 +34,13 @@ class LinearSpace:
         self.n, self.m, self.width = n, m, m
 
     def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
-        """Logits that prefer `mask`: magnitude C where it keeps, 0 elsewhere; float32 `[blocks, width]`. With the
-        weights' scores `[blocks, M]`, see `logits_from_scores`."""
-        return mask.float() * magnitude if score is None else logits_from_scores(mask, magnitude, score)
+        """Logits that prefer `mask`: magnitude C where it keeps, 0 elsewhere; float32 `[blocks,
+        width]`. With the weights' scores `[blocks, M]`, see `logits_from_scores`."""
+        return (
+            mask.float() * magnitude
+            if score is None
+            else logits_from_scores(mask, magnitude, score)
+        )
 
     def sample(self, logits: Tensor, generator: Generator | None = None) -> Tensor:
         return pge.sample(logits, self.n, generator)
@@ -58,7 +66,10 @@ class PatternSpace:
         if score is None:
             zeros = torch.zeros(len(mask), self.width, device=mask.device)
             return zeros.scatter_(1, self._index(mask)[:, None], magnitude)
-        return logits_from_scores(mask, magnitude, score) @ patterns(self.n, self.m).to(mask.device, torch.float32).T
+        return (
+            logits_from_scores(mask, magnitude, score)
+            @ patterns(self.n, self.m).to(mask.device, torch.float32).T
+        )
 
     def sample(self, logits: Tensor, generator: Generator | None = None) -> Tensor:
         return self._patterns(pge.sample(logits, 1, generator))
@@ -72,7 +83,8 @@ class PatternSpace:
     def score(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Categorical score: one_hot(S) - softmax(logits)."""
         return -torch.softmax(logits, 1).scatter_add(
-            1, self._index(mask)[:, None], logits.new_full((len(mask), 1), -1.0))
+            1, self._index(mask)[:, None], logits.new_full((len(mask), 1), -1.0)
+        )
 
 
 Space = LinearSpace | PatternSpace

@@ -1,1 +1,2 @@
-"""A causal language model as it is used: loaded, looked into, run, and spread over devices and processes."""
+"""A causal language model as it is used: loaded, looked into, run, and spread over devices and
+processes."""

@@ -1,8 +1,10 @@
 """A model's maskable layers.
 
-Blocks run along the input dimension. nn.Linear keeps its weight as `[out, in]`; GPT-2's Conv1D keeps `[in, out]` and is
-seen transposed. Only whole-model forwards are used, so any decoder works whose projections are such modules.
+Blocks run along the input dimension. nn.Linear keeps its weight as `[out, in]`; GPT-2's Conv1D
+keeps `[in, out]` and is seen transposed. Only whole-model forwards are used, so any decoder works
+whose projections are such modules.
 """
+
 import re
 from contextlib import suppress
 
@@ -10,10 +12,13 @@ from utils import UserError
 
 from torch import Tensor, nn
 
-# names of what stays dense: the output head, routers of experts, which are nn.Linear before transformers 5, Mamba's
-# dt_proj, whose weight is used without calling the module, and parts that read images and sound, which no text reaches
-DENSE = re.compile(r"lm_head|(^|\.)(gate|router|shared_expert_gate|dt_proj)(\.|$)"
-                   r"|(^|\.)(embed_)?(vision|image|audio|multi_modal)")
+# names of what stays dense: the output head, routers of experts, which are nn.Linear before
+# transformers 5, Mamba's dt_proj, whose weight is used without calling the module, and parts that
+# read images and sound, which no text reaches
+DENSE = re.compile(
+    r"lm_head|(^|\.)(gate|router|shared_expert_gate|dt_proj)(\.|$)"
+    r"|(^|\.)(embed_)?(vision|image|audio|multi_modal)"
+)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -28,15 +33,21 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Module]:
-    """Name -> module of every nn.Linear and Conv1D that does not stay dense (DENSE, heads), in model order.
+    """Name -> module of every nn.Linear and Conv1D that does not stay dense (DENSE, heads), in
+    model order.
 
-    `targets` keep the layers whose name contains one of them; a target that no name contains is a regular expression.
-    UserError for a target that matches nothing.
+    `targets` keep the layers whose name contains one of them; a target that no name contains is a
+    regular expression. UserError for a target that matches nothing.
     """
     head = model.get_output_embeddings()
-    layers = {name: module for name, module in model.named_modules()
-              if (isinstance(module, nn.Linear) or is_transposed(module)) and module is not head
-              and not DENSE.search(name) and module.weight is not model.get_input_embeddings().weight}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_transposed(module))
+        and module is not head
+        and not DENSE.search(name)
+        and module.weight is not model.get_input_embeddings().weight
+    }
     if targets is None:
         return layers
     chosen = set()
@@ -46,29 +57,45 @@ def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str,
             with suppress(re.error):
                 found = [name for name in layers if re.search(target, name)]
         if not found:
-            raise UserError(f"--targets {target} matches no layer; names look like {', '.join(list(layers)[:3])}")
+            raise UserError(
+                f"--targets {target} matches no layer; names look like "
+                f"{', '.join(list(layers)[:3])}"
+            )
         chosen.update(found)
     return {name: module for name, module in layers.items() if name in chosen}
 
 
 def layers_to_mask(model: nn.Module, targets: list[str] | None, m: int) -> dict[str, nn.Module]:
-    """`find_layers`, each of which can be masked in blocks of M. UserError for one that cannot, for two that share a
-    weight, and where there are no targets for fused experts, which would be left out in silence."""
+    """`find_layers`, each of which can be masked in blocks of M. UserError for one that cannot, for
+    two that share a weight, and where there are no targets for fused experts, which would be left
+    out in silence."""
     layers = find_layers(model, targets)
-    experts = [(name, tuple(p.shape)) for name, p in model.named_parameters()
-               if name.removesuffix(".weight") not in layers
-               and ((p.ndim == 3 and ("expert" in name or "moe" in name)) or (p.ndim == 2 and ".experts." in name))]
+    experts = [
+        (name, tuple(p.shape))
+        for name, p in model.named_parameters()
+        if name.removesuffix(".weight") not in layers
+        and (
+            (p.ndim == 3 and ("expert" in name or "moe" in name))
+            or (p.ndim == 2 and ".experts." in name)
+        )
+    ]
     if experts and targets is None:
-        raise UserError(f"{experts[0][0]} {list(experts[0][1])} and {len(experts) - 1} more are fused experts, not "
-                        "nn.Linear, and cannot be masked; name the layers to mask with --targets, such as --targets "
-                        "self_attn, and the experts stay dense")
+        raise UserError(
+            f"{experts[0][0]} {list(experts[0][1])} and {len(experts) - 1} more are fused "
+            "experts, not nn.Linear, and cannot be masked; name the layers to mask with "
+            "--targets, such as --targets self_attn, and the experts stay dense"
+        )
     if not layers:
-        raise UserError("the model has no nn.Linear or Conv1D layer to mask; give one that is not quantised")
+        raise UserError(
+            "the model has no nn.Linear or Conv1D layer to mask; give one that is not quantised"
+        )
     owners: dict[int, str] = {}
     for name, module in layers.items():
         if (owner := owners.setdefault(id(module.weight), name)) != name:
-            raise UserError(f"{owner} and {name} share a weight, which cannot have two masks; name other layers with "
-                            "--targets")
+            raise UserError(
+                f"{owner} and {name} share a weight, which cannot have two masks; name other "
+                "layers with --targets"
+            )
     check_divisible(layers, m)
     return layers
 
@@ -78,12 +105,20 @@ def check_divisible(layers: dict[str, nn.Module], m: int) -> None:
     for name, module in layers.items():
         width = weight_matrix(module).shape[1]
         if width % m:
-            raise UserError(f"M = {m} does not divide the {width} input features of {name}; choose another "
-                            "--sparsity_type or leave the layer out with --targets")
+            raise UserError(
+                f"M = {m} does not divide the {width} input features of {name}; choose another "
+                "--sparsity_type or leave the layer out with --targets"
+            )
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The members of the outermost lists of modules."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return [layer for name, module in lists.items() for layer in module
-            if not any(name.startswith(f"{other}.") for other in lists)]
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    }
+    return [
+        layer
+        for name, module in lists.items()
+        for layer in module
+        if not any(name.startswith(f"{other}.") for other in lists)
+    ]

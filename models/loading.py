@@ -1,4 +1,5 @@
 """A causal LM and its tokenizer, frozen, and the fingerprint that names it."""
+
 import hashlib
 import math
 import re
@@ -18,22 +19,30 @@ import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import nn
 
-NOT_CAUSAL = re.compile(r"(MaskedLM|PreTraining|Classification|QuestionAnswering|[Bb]erta?(?!\w*LMHead)\w*Model)$")
+NOT_CAUSAL = re.compile(
+    r"(MaskedLM|PreTraining|Classification|QuestionAnswering|[Bb]erta?(?!\w*LMHead)\w*Model)$"
+)
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
-DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # as transformers calls it
-SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}  # of generation
+# as transformers calls it
+DTYPE = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+# of generation
+SAMPLING = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 
 
-def load_model(model: str, dtype: str | None = None, device: str | None = None,
-               trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
-    """The frozen causal LM of this folder or hub id, in eval mode, and its tokenizer. UserError if it cannot be had.
+def load_model(
+    model: str, dtype: str | None = None, device: str | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, Tokenizer]:
+    """The frozen causal LM of this folder or hub id, in eval mode, and its tokenizer. UserError if
+    it cannot be had.
 
-    dtype: a name of DTYPES, auto or checkpoint; None: auto on a CPU, float16 on a GPU. device: None, a torch
-    device, or auto, by which accelerate spreads the layers over all GPUs.
+    dtype: a name of DTYPES, auto or checkpoint; None: auto on a CPU, float16 on a GPU. device:
+    None, a torch device, or auto, by which accelerate spreads the layers over all GPUs.
     """
     if processes.started() > processes.world_size():
-        raise UserError(f"{processes.started()} processes were started (WORLD_SIZE), of which each would do all of the "
-                        "work: start this script as one, with python")
+        raise UserError(
+            f"{processes.started()} processes were started (WORLD_SIZE), of which each would do "
+            "all of the work: start this script as one, with python"
+        )
     is_spread, device = device == "auto", checked_device(device)
     found, tokenizer = read_model(model, dtype, device, trust_remote_code, is_spread)
     if not is_spread:
@@ -44,48 +53,70 @@ def load_model(model: str, dtype: str | None = None, device: str | None = None,
     return found, tokenizer
 
 
-def read_model(model: str, dtype: str | None, device: str, trust_remote_code: bool,
-               is_spread: bool = False) -> tuple[nn.Module, Tokenizer]:
-    """As `load_model`, but on the CPU, unless it is spread over all GPUs. device: that it is meant for."""
+def read_model(
+    model: str, dtype: str | None, device: str, trust_remote_code: bool, is_spread: bool = False
+) -> tuple[nn.Module, Tokenizer]:
+    """As `load_model`, but on the CPU, unless it is spread over all GPUs. device: that it is meant
+    for."""
     source, dtype = local_folder(model), dtype_name(dtype, device)
     torch_dtype = {"checkpoint": "auto", **DTYPES}[dtype]
     processes.log(f"loading {model} ({dtype}, {device})")
     if torch_dtype == torch.float16 and device.startswith("cpu"):
-        processes.log("note: a CPU is several times slower in float16 than in what --dtype auto takes")
+        processes.log(
+            "note: a CPU is several times slower in float16 than in what --dtype auto takes"
+        )
     with as_model_error(model):
         tokenizer = read_tokenizer(source, trust_remote_code)
         read_config(source, trust_remote_code)
         found, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True, output_loading_info=True,
-            **{DTYPE: torch_dtype}, **({"device_map": "auto"} if is_spread else {}))
+            source,
+            trust_remote_code=trust_remote_code,
+            low_cpu_mem_usage=True,
+            output_loading_info=True,
+            **{DTYPE: torch_dtype},
+            **({"device_map": "auto"} if is_spread else {}),
+        )
     empty = [name for name, parameter in found.named_parameters() if parameter.is_meta]
     missing = sorted({*report["missing_keys"], *([] if is_spread else empty)})
     if missing:  # transformers would go on with random numbers, or with none
-        raise UserError(f"--model {model} has no weights for {', '.join(missing[:3])} (missing: {len(missing)}); "
-                        "restore it, or give the folder of a whole causal LM")
+        raise UserError(
+            f"--model {model} has no weights for {', '.join(missing[:3])} (missing: "
+            f"{len(missing)}); restore it, or give the folder of a whole causal LM"
+        )
     if empty:
-        raise UserError(f"{model} does not fit the GPUs of --device auto; use more or larger ones, or several "
-                        "processes with --shard")
-    if getattr(found.config, "pretraining_tp", 1) > 1:  # by which older Llamas read weights around their modules
+        raise UserError(
+            f"{model} does not fit the GPUs of --device auto; use more or larger ones, or several "
+            "processes with --shard"
+        )
+    # by which older Llamas read weights around their modules
+    if getattr(found.config, "pretraining_tp", 1) > 1:
         found.config.pretraining_tp = 1
     settings = getattr(found, "generation_config", None)
-    if settings and not settings.do_sample:  # these then mean nothing, and older transformers refuse to save them
+    # these then mean nothing, and older transformers refuse to save them
+    if settings and not settings.do_sample:
         for name in SAMPLING & settings.to_diff_dict().keys():
             setattr(settings, name, getattr(transformers.GenerationConfig(), name))
     return found.requires_grad_(False).eval(), tokenizer
 
 
 def local_folder(model: str) -> str | Path:
-    """The model's folder, or that of a run's sparse model, or its hub id as it is. UserError where it should be a
-    folder and is none."""
+    """The model's folder, or that of a run's sparse model, or its hub id as it is. UserError where
+    it should be a folder and is none."""
     if ((folder := of_run(model, "checkpoint")) / "run.json").is_file():
-        raise UserError(f"{model} has no sparse model: the run is not finished, or --skip_checkpoint left it out; give "
-                        f"its base model, with --mask {model} if there is a mask")
+        raise UserError(
+            f"{model} has no sparse model: the run is not finished, or --skip_checkpoint left it "
+            f"out; give its base model, with --mask {model} if there is a mask"
+        )
     if folder.is_dir():
         return folder
     if folder.is_file():
-        gguf = ", which `from_pretrained(..., gguf_file=...)` and `save_pretrained` write from a .gguf"
-        raise UserError(f"--model {model} is a file: give the folder of a causal LM{gguf if '.gguf' in model else ''}")
+        gguf = (
+            ", which `from_pretrained(..., gguf_file=...)` and `save_pretrained` write from a .gguf"
+        )
+        raise UserError(
+            f"--model {model} is a file: give the folder of a causal "
+            f"LM{gguf if '.gguf' in model else ''}"
+        )
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"--model {model}: there is no such folder")
     return model
@@ -95,50 +126,68 @@ def local_folder(model: str) -> str | Path:
 def as_model_error(model: str) -> Iterator[None]:
     """Turns whatever the libraries find wrong with a model into one line."""
     transformers.utils.logging.set_verbosity_error()
-    hidden = are_progress_bars_disabled()  # of downloads, which the next line would hide with that of reading weights
+    # of downloads, which the next line would hide with that of reading weights
+    hidden = are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()
     if not hidden:
         enable_progress_bars()
     what, advice = f"--model {model}", "give the folder of a causal LM"
     if not Path(model).expanduser().exists():
         what += ": there is no such folder, and as a hub id it"
-        advice += " or a hub id (gated: first `hf auth login`)" if hub.answers() else ": the Hub does not answer"
+        advice += (
+            " or a hub id (gated: first `hf auth login`)"
+            if hub.answers()
+            else ": the Hub does not answer"
+        )
     with as_user_error(what, advice):
         yield
 
 
 def read_tokenizer(source: str | Path, trusted: bool) -> Tokenizer:
-    """A model's tokenizer, tried: a damaged one fails here rather than far from its name. UserError where a folder has
-    none."""
+    """A model's tokenizer, tried: a damaged one fails here rather than far from its name. UserError
+    where a folder has none."""
     if Path(source).is_dir() and not [
-            file for kind in ("*token*", "vocab*", "*.model") for file in Path(source).glob(kind)]:
-        raise UserError(f"there is no tokenizer in {source}: copy the base model's tokenizer files there")
+        file for kind in ("*token*", "vocab*", "*.model") for file in Path(source).glob(kind)
+    ]:
+        raise UserError(
+            f"there is no tokenizer in {source}: copy the base model's tokenizer files there"
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
     tokenizer("Does it take a text?")
     return tokenizer
 
 
 def attention_of(config: transformers.PretrainedConfig) -> dict[str, str]:
-    """The attention implementation of a model, under "", and of each of its parts, as `set_attn_implementation` takes
-    them. Parts are named one by one because some, such as audio encoders, support only one implementation."""
+    """The attention implementation of a model, under "", and of each of its parts, as
+    `set_attn_implementation` takes them. Parts are named one by one because some, such as audio
+    encoders, support only one implementation."""
     parts = {name: getattr(config, name) for name in getattr(config, "sub_configs", {})}
-    found = {name: part._attn_implementation for name, part in {"": config, **parts}.items() if part}
+    found = {
+        name: part._attn_implementation for name, part in {"": config, **parts}.items() if part
+    }
     return {name: implementation for name, implementation in found.items() if implementation}
 
 
 def read_config(source: str | Path, trusted: bool) -> transformers.PretrainedConfig:
-    """A model's configuration. UserError where it is not trusted and names a kernel of the Hub for its attention, which
-    is code."""
+    """A model's configuration. UserError where it is not trusted and names a kernel of the Hub for
+    its attention, which is code."""
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted)
     classes = config.architectures or []
     if classes and all(map(NOT_CAUSAL.search, classes)):
-        raise UserError(f"it is no causal language model but {classes[0]}: give one that predicts the next token")
+        raise UserError(
+            f"it is no causal language model but {classes[0]}: give one that predicts the next "
+            "token"
+        )
     if getattr(config, "quantization_config", None):
-        raise UserError("its weights are quantised; give the model that it was made from, in 16 or 32 bits")
+        raise UserError(
+            "its weights are quantised; give the model that it was made from, in 16 or 32 bits"
+        )
     kernels = [name for name in attention_of(config).values() if name and "/" in name]
     if kernels and not trusted:
-        raise UserError(f"its config.json names {kernels[0]} of the Hub, code that would run; give "
-                        "--trust_remote_code if you trust it")
+        raise UserError(
+            f"its config.json names {kernels[0]} of the Hub, code that would run; give "
+            "--trust_remote_code if you trust it"
+        )
     return config
 
 
@@ -148,15 +197,17 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, the signs of the input
-    embedding, which pruning leaves alone, and the order of the channels, if permute.py chose it."""
+    """16 hex digits that name the model whatever its dtype and sparsity: parameter shapes, the
+    signs of the input embedding, which pruning leaves alone, and the order of the channels, if
+    permute.py chose it."""
     embedding = model.get_input_embeddings().weight
-    head = getattr(model.get_output_embeddings(), "weight", None)  # has another name in other versions of transformers
+    # has another name in other versions of transformers
+    head = getattr(model.get_output_embeddings(), "weight", None)
     digest = hashlib.sha256(str(tuple(embedding.shape)).encode())
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 2 and (parameter is not head or parameter is embedding):
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
-    signs = torch.signbit(embedding.flatten()[:2**22])
+    signs = torch.signbit(embedding.flatten()[: 2**22])
     digest.update(signs.cpu().numpy().tobytes())
     if permutation := getattr(model.config, "channel_permutation", None):
         digest.update(f"channel_permutation {permutation}".encode())
@@ -165,13 +216,17 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def positions(model: nn.Module) -> float:
     """The most tokens of a sequence; infinite where the model has no such limit."""
-    config = getattr(model.config, "text_config", None) or model.config  # of a model that reads images, too
+    # of a model that reads images, too
+    config = getattr(model.config, "text_config", None) or model.config
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def check_length(model: nn.Module, tokens: int, before: int = 0) -> None:
-    """UserError where sequences of so many tokens, behind so many of a passage, would run past the model's
-    positions."""
+    """UserError where sequences of so many tokens, behind so many of a passage, would run past the
+    model's positions."""
     if before + tokens > (longest := positions(model)):
         behind = f", behind a passage of {before} tokens," if before else ""
-        raise UserError(f"--seqlen {tokens}{behind} is more than the {longest} positions of the model; lower --seqlen")
+        raise UserError(
+            f"--seqlen {tokens}{behind} is more than the {longest} positions of the model; lower "
+            "--seqlen"
+        )

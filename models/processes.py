@@ -1,16 +1,20 @@
 """Several processes that learn one mask: what they exchange, and that they stay the same.
 
-    torchrun --nproc_per_node 4 train.py ...         or, on GPUs, accelerate launch --num_processes 4 train.py ...
+    torchrun --nproc_per_node 4 train.py ...         or, on GPUs, accelerate launch \\
+        --num_processes 4 train.py ...
 
-Forward-only learning needs a few numbers a process and step: its losses, its baseline, the time. From these every
-process computes the same advantages and moves its own copy of all logits alike, to the bit: masks are drawn by numbers
-that any process can compute again. sparsify.py averages each layer's gradient over the processes while backward goes
-on. With --shard a process has its part of each layer's rows only (sharding.py).
+Forward-only learning needs a few numbers a process and step: its losses, its baseline, the time.
+From these every process computes the same advantages and moves its own copy of all logits alike, to
+the bit: masks are drawn by numbers that any process can compute again. sparsify.py averages each
+layer's gradient over the processes while backward goes on. With --shard a process has its part of
+each layer's rows only (sharding.py).
 
-torchrun or accelerate starts the processes; they talk through torch.distributed, whose state this module is a view of:
-without a launcher a process is alone, number 0 of 1. Numbers go by gloo, which notices a process that has gone and says
-so, where nccl would abort this one; tensors on GPUs go by nccl.
+torchrun or accelerate starts the processes; they talk through torch.distributed, whose state this
+module is a view of: without a launcher a process is alone, number 0 of 1. Numbers go by gloo, which
+notices a process that has gone and says so, where nccl would abort this one; tensors on GPUs go by
+nccl.
 """
+
 import atexit
 import hashlib
 import os
@@ -26,34 +30,46 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
-TIMEOUT = timedelta(minutes=30)  # a process that does not answer for so long has gone; some compile for many minutes
-FETCHING = timedelta(hours=12)  # for the main process to fetch a model, generate text or write a state
+# a process that does not answer for so long has gone; some compile for many minutes
+TIMEOUT = timedelta(minutes=30)
+# for the main process to fetch a model, generate text or write a state
+FETCHING = timedelta(hours=12)
 
-_groups: dict[str, distributed.ProcessGroup] = {}  # patient: of all processes, with FETCHING as its timeout
+# patient: of all processes, with FETCHING as its timeout
+_groups: dict[str, distributed.ProcessGroup] = {}
 
 
 @contextmanager
 def joined(device: str | None) -> Iterator[str | None]:
-    """Inside, this process is one of those that the launcher has started, if one did. Yields the device it is to use:
-    `device` itself where it is alone. A process that has gone or hangs is reported by one line."""
+    """Inside, this process is one of those that the launcher has started, if one did. Yields the
+    device it is to use: `device` itself where it is alone. A process that has gone or hangs is
+    reported by one line."""
     if started() == 1:
         yield device
         return
     if device == "auto":
-        raise UserError("--device auto gives all GPUs to one process: leave it out, or start one process")
+        raise UserError(
+            "--device auto gives all GPUs to one process: leave it out, or start one process"
+        )
     with _reported():
         yield _begin(on_cpu=not torch.cuda.is_available() or str(device).startswith("cpu"))
     wait_for_main()  # no process is the last that writes
     distributed.destroy_process_group()
-    # torch's threads abort one process in twenty while C++ is torn down, and the launcher would call the run failed
+    # torch's threads abort one process in twenty while C++ is torn down, and the launcher would
+    # call the run failed
     atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(0)))
 
 
 def _begin(on_cpu: bool) -> str:
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if not on_cpu and 1 < gpus < here:  # where one is seen, each may see its own
-        raise UserError(f"{here} processes were started on a machine of {gpus} GPUs: start at most one for each GPU")
-    state = PartialState(cpu=on_cpu, timeout=TIMEOUT, **({} if on_cpu else {"backend": "cpu:gloo,cuda:nccl"}))
+        raise UserError(
+            f"{here} processes were started on a machine of {gpus} GPUs: start at most one for "
+            "each GPU"
+        )
+    state = PartialState(
+        cpu=on_cpu, timeout=TIMEOUT, **({} if on_cpu else {"backend": "cpu:gloo,cuda:nccl"})
+    )
     _groups["patient"] = distributed.new_group(timeout=FETCHING, backend="gloo")
     # cpu:0 would be another device than cpu, to which everything is copied
     return "cpu" if state.device.type == "cpu" else str(state.device)
@@ -67,8 +83,10 @@ def _reported() -> Iterator[None]:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         said = str(error).strip().splitlines()  # of nccl the last line has the reason
-        raise UserError(f"process {rank()} has lost another, which has ended, hangs or uses the same GPU "
-                        f"({'; '.join(line[:160] for line in dict.fromkeys((said[0], said[-1])))})") from error
+        raise UserError(
+            f"process {rank()} has lost another, which has ended, hangs or uses the same GPU "
+            f"({'; '.join(line[:160] for line in dict.fromkeys((said[0], said[-1])))})"
+        ) from error
 
 
 def started() -> int:
@@ -96,8 +114,9 @@ def log(message: str) -> None:
     note(message)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # in order
+
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
@@ -111,8 +130,8 @@ def main_process_first() -> Iterator[None]:
 
 
 def wait_for_main() -> None:
-    """The others wait for the main process, however long it is writing; it waits TIMEOUT for them, as they have nothing
-    else to do."""
+    """The others wait for the main process, however long it is writing; it waits TIMEOUT for them,
+    as they have nothing else to do."""
     if world_size() > 1:
         distributed.monitored_barrier(_groups["patient"], TIMEOUT if is_main() else FETCHING)
 
@@ -123,11 +142,13 @@ def wait_for_all() -> None:
         distributed.barrier(_groups["patient"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # numbers and tensors
 
+
 def split(items: Sequence | Tensor) -> Sequence | Tensor:
-    """This process's part of a sequence that all of them have: the parts follow one another in their order."""
+    """This process's part of a sequence that all of them have: the parts follow one another in
+    their order."""
     return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
 
 
@@ -147,9 +168,9 @@ def broadcast_float(value: float) -> float:
 
 
 def mean(values: list[float]) -> float:
-    """The mean of all numbers of all processes, which may give different numbers of them. It is rounded once, so that
-    it does not depend on who gives which."""
-    counts = [int(count) for count, in all_gather([len(values)])]
+    """The mean of all numbers of all processes, which may give different numbers of them. It is
+    rounded once, so that it does not depend on who gives which."""
+    counts = [int(count) for (count,) in all_gather([len(values)])]
     found = all_gather([*values, *[0.0] * (max(counts) - len(values))])
     return fmean([value for numbers, count in zip(found, counts) for value in numbers[:count]])
 
@@ -160,8 +181,10 @@ def check_same(text: str, what: str) -> None:
     found = all_gather([float(digest)])
     odd = [str(number) for number, values in enumerate(found) if values != found[0]]
     if odd:
-        raise UserError(f"{what} of process {', '.join(odd)} differ from those of process 0; start all processes with "
-                        "the same files, flags, library versions and kind of device")
+        raise UserError(
+            f"{what} of process {', '.join(odd)} differ from those of process 0; start all "
+            "processes with the same files, flags, library versions and kind of device"
+        )
 
 
 def broadcast_(tensor: Tensor) -> None:
@@ -171,11 +194,13 @@ def broadcast_(tensor: Tensor) -> None:
 
 
 def all_reduce_mean_async(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to form a tensor's mean over the processes, in place; call what is returned to wait for it and have it."""
+    """Start to form a tensor's mean over the processes, in place; call what is returned to wait for
+    it and have it."""
     tensor /= world_size()
     work = distributed.all_reduce(tensor, async_op=True)
 
     def wait() -> Tensor:
         work.wait()
         return tensor
+
     return wait

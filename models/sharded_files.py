@@ -1,6 +1,16 @@
-"""A sharded model, loaded. transformers reads the files, in the main process, which alone has the whole model."""
+"""A sharded model, loaded. transformers reads the files, in the main process, which alone has the
+whole model."""
+
 from models import processes
-from models.loading import DTYPE, Tokenizer, as_model_error, local_folder, read_config, read_model, read_tokenizer
+from models.loading import (
+    DTYPE,
+    Tokenizer,
+    as_model_error,
+    local_folder,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
 from models.sharding import check_version, shard
 
 import torch
@@ -10,12 +20,14 @@ from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 
-def load_sharded(model: str, dtype: str | None, device: str,
-                 trust_remote_code: bool = False) -> tuple[nn.Module, Tokenizer]:
-    """The frozen causal LM of this folder or hub id, in eval mode, its projections shared out to all processes, and its
-    tokenizer. UserError if it cannot be had so.
+def load_sharded(
+    model: str, dtype: str | None, device: str, trust_remote_code: bool = False
+) -> tuple[nn.Module, Tokenizer]:
+    """The frozen causal LM of this folder or hub id, in eval mode, its projections shared out to
+    all processes, and its tokenizer. UserError if it cannot be had so.
 
-    The main process holds the whole model in its host memory meanwhile, and sends a tensor at a time.
+    The main process holds the whole model in its host memory meanwhile, and sends a tensor at a
+    time.
     """
     check_version()
     source, loaded = local_folder(model), None
@@ -27,11 +39,16 @@ def load_sharded(model: str, dtype: str | None, device: str,
             config = read_config(source, trust_remote_code)
     dtypes = [loaded and loaded.dtype]
     distributed.broadcast_object_list(dtypes)
-    with as_model_error(model), init_empty_weights(include_buffers=False):  # no file has rotary frequencies
+    # no file has rotary frequencies
+    with as_model_error(model), init_empty_weights(include_buffers=False):
         found = transformers.AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code, **{DTYPE: dtypes[0]})
+            config, trust_remote_code=trust_remote_code, **{DTYPE: dtypes[0]}
+        )
     found.tie_weights()
     shard(found, torch.device(device), processes.world_size())
-    set_model_state_dict(found, loaded.state_dict() if loaded else {},
-                         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    set_model_state_dict(
+        found,
+        loaded.state_dict() if loaded else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
     return found.eval(), tokenizer

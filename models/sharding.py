@@ -1,10 +1,13 @@
-"""A model's layers sharded over all processes by PyTorch's FSDP2 (torch.distributed.fsdp.fully_shard).
+"""A model's layers sharded over all processes by PyTorch's FSDP2
+(torch.distributed.fsdp.fully_shard).
 
-Each process keeps a chunk of the rows of every projection. FSDP gathers a decoder layer when a pass reaches it, and
-drops it afterwards. FSDP asks a tensor subclass what to send: `MaskedRows` computes the masked rows of its own chunk at
-that moment. So only masked weights are sent, and only the process that owns a row needs its logits. Every process has
-all embeddings, norms, biases and the head.
+Each process keeps a chunk of the rows of every projection. FSDP gathers a decoder layer when a pass
+reaches it, and drops it afterwards. FSDP asks a tensor subclass what to send: `MaskedRows` computes
+the masked rows of its own chunk at that moment. So only masked weights are sent, and only the
+process that owns a row needs its logits. Every process has all embeddings, norms, biases and the
+head.
 """
+
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,46 +20,66 @@ from torch import Tensor, distributed, nn
 from torch.distributed import device_mesh, fsdp
 from torch.distributed.tensor import DTensor, Shard
 
-# torch 2.13; before it, gradients of experts that some processes' text does not reach would be mixed with others
+# torch 2.13; before it, gradients of experts that some processes' text does not reach would be
+# mixed with others
 REDUCES_UNUSED = hasattr(fsdp.FSDPModule, "set_reduce_scatter_unused_params")
 
 
 def check_version() -> None:
     """UserError where torch's FSDP is too old."""
     if "ignored_params" not in inspect.signature(fsdp.fully_shard).parameters:
-        raise UserError(f"--shard needs torch 2.8 or newer, this is {torch.__version__}: install it, or leave --shard "
-                        "out")
+        raise UserError(
+            f"--shard needs torch 2.8 or newer, this is {torch.__version__}: install it, or leave "
+            "--shard out"
+        )
 
 
 def shard(model: nn.Module, device: torch.device, processes: int) -> None:
-    """Shard the projections of a model on the meta device over all processes, and allocate its tensors on `device`.
+    """Shard the projections of a model on the meta device over all processes, and allocate its
+    tensors on `device`.
 
     Parameters have no values yet. UserError for GPT-2, whose layers have outputs as columns.
     """
     if any(map(is_transposed, model.modules())):
-        raise UserError("--shard shares out rows of nn.Linear, and this model has Conv1D: leave --shard out")
+        raise UserError(
+            "--shard shares out rows of nn.Linear, and this model has Conv1D: leave --shard out"
+        )
     model.requires_grad_(False)
     projections, layers = find_layers(model).values(), decoder_layers(model)
-    weights, inside = {module.weight for module in projections}, {part for layer in layers for part in layer.modules()}
-    how = {"mesh": device_mesh.init_device_mesh(device.type, (processes,)), "reshard_after_forward": True,
-           "ignored_params": {parameter for parameter in model.parameters() if parameter not in weights}}
+    weights, inside = (
+        {module.weight for module in projections},
+        {part for layer in layers for part in layer.modules()},
+    )
+    how = {
+        "mesh": device_mesh.init_device_mesh(device.type, (processes,)),
+        "reshard_after_forward": True,
+        "ignored_params": {
+            parameter for parameter in model.parameters() if parameter not in weights
+        },
+    }
     # what is outside of the decoder's layers by itself: swaps call a part of the model
     for module in [*layers, *(module for module in projections if module not in inside), model]:
         fsdp.fully_shard(module, **how)
         if REDUCES_UNUSED:
             module.set_reduce_scatter_unused_params(True)
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    model._apply(
+        lambda tensor: (
+            torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        )
+    )
     model.tie_weights()
 
 
 def most_rows(tensor: DTensor) -> int:
-    """How many rows of a tensor a process has: FSDP shares them out by torch.chunk, the last may have fewer, or none.
+    """How many rows of a tensor a process has: FSDP shares them out by torch.chunk, the last may
+    have fewer, or none.
     """
     return -(-tensor.shape[0] // tensor.device_mesh.size())
 
 
 def own_rows(tensor: Tensor) -> tuple[int, int]:
-    """The rows of a tensor that this process has, from `begin` to `end`; all of them, unless it is a DTensor."""
+    """The rows of a tensor that this process has, from `begin` to `end`; all of them, unless it is
+    a DTensor."""
     count = tensor.shape[0]
     if not isinstance(tensor, DTensor):
         return 0, count
@@ -65,23 +88,27 @@ def own_rows(tensor: Tensor) -> tuple[int, int]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself. A DTensor is gathered from all processes, which have to call this at the same time.
+    """The tensor itself. A DTensor is gathered from all processes, which have to call this at the
+    same time.
 
-    Without DTensor.full_tensor, whose asynchronous collectives have crashed a process under gloo (torch 2.13).
+    Without DTensor.full_tensor, whose asynchronous collectives have crashed a process under gloo
+    (torch 2.13).
     """
     if not isinstance(tensor, DTensor):
         return tensor
     part, mesh = tensor.to_local().detach(), tensor.device_mesh
     sent = part.new_zeros(most_rows(tensor), *part.shape[1:])
-    sent[:len(part)] = part
+    sent[: len(part)] = part
     everyone = part.new_empty(mesh.size(), *sent.shape)
     distributed.all_gather(list(everyone), sent, group=mesh.get_group())
-    return everyone.flatten(0, 1)[:tensor.shape[0]]
+    return everyone.flatten(0, 1)[: tensor.shape[0]]
 
 
 @dataclass
 class Rows:
-    """Which rows of a layer's weight this process has: from `begin` to `end` of `count`, all where `mesh` is None."""
+    """Which rows of a layer's weight this process has: from `begin` to `end` of `count`, all where
+    `mesh` is None."""
+
     count: int
     begin: int
     end: int
@@ -91,22 +118,33 @@ class Rows:
     def of(cls, module: nn.Module) -> "Rows":
         """Those of a layer's weight."""
         weight = weight_matrix(module)
-        return cls(weight.shape[0], *own_rows(weight), weight.device_mesh if isinstance(weight, DTensor) else None)
+        return cls(
+            weight.shape[0],
+            *own_rows(weight),
+            weight.device_mesh if isinstance(weight, DTensor) else None,
+        )
 
     def own(self, matrix: Tensor) -> Tensor:
         """This process's part of a tensor of all rows `[count, ...]`."""
-        return matrix[self.begin:self.end]
+        return matrix[self.begin : self.end]
 
     def shard(self, part: Tensor, width: int) -> Tensor:
-        """This process's part of a tensor, 1-D with `width` elements a row, as a DTensor `[count, width]`; the part
-        itself where the layer is not sharded."""
+        """This process's part of a tensor, 1-D with `width` elements a row, as a DTensor `[count,
+        width]`; the part itself where the layer is not sharded."""
         if self.mesh is None:
             return part
-        return DTensor.from_local(part.detach().view(-1, width), self.mesh, [Shard(0)], run_check=False,
-                                  shape=torch.Size([self.count, width]), stride=(width, 1))
+        return DTensor.from_local(
+            part.detach().view(-1, width),
+            self.mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size([self.count, width]),
+            stride=(width, 1),
+        )
 
     def whole(self, part: Tensor, width: int) -> Tensor:
-        """All rows, 1-D, from the parts of all processes, which have to call this at the same time."""
+        """All rows, 1-D, from the parts of all processes, which have to call this at the same
+        time."""
         return whole(self.shard(part, width)).view(-1)
 
 
@@ -117,32 +155,49 @@ def own_weight(module: nn.Module) -> Tensor:
 
 
 class MaskedRows(Tensor):
-    """A process's rows of a weight, `[rows, in]`. FSDP gathers what `fill` writes instead of these rows.
+    """A process's rows of a weight, `[rows, in]`. FSDP gathers what `fill` writes instead of these
+    rows.
 
-    fill(out): writes the masked rows to a 1-D buffer of rows * in elements; called before each gathering.
+    fill(out): writes the masked rows to a 1-D buffer of rows * in elements; called before each
+    gathering.
     """
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def attach(cls, module: nn.Module, fill: Callable[[Tensor], None]) -> None:
-        """Make the layer's own rows a MaskedRows of the same memory; before the model's first pass."""
+        """Make the layer's own rows a MaskedRows of the same memory; before the model's first
+        pass."""
         weight = module.weight
         rows = Tensor._make_subclass(cls, weight.to_local())
         rows.fill = fill
         rows.most = most_rows(weight)
-        weight._local_tensor = rows  # no public way: DTensor.from_local takes a view, which is a plain tensor
+        # no public way: DTensor.from_local takes a view, which is a plain tensor
+        weight._local_tensor = rows
         weight.requires_grad_()  # FSDP decides in the first pass which gradients it reduces
 
-    def fsdp_pre_all_gather(self, mesh: object, outer_size: torch.Size, outer_stride: tuple, module: nn.Module,
-                            mp_policy: object) -> tuple:
+    def fsdp_pre_all_gather(
+        self,
+        mesh: object,
+        outer_size: torch.Size,
+        outer_stride: tuple,
+        module: nn.Module,
+        mp_policy: object,
+    ) -> tuple:
         """What is sent: the masked rows, padded to as many as the first process has."""
         out = torch.empty(self.most, self.shape[1], dtype=self.dtype, device=self.device)
-        out[len(self):] = 0
+        out[len(self) :] = 0
         if len(self):
-            self.fill(out[:len(self)].view(-1))
+            self.fill(out[: len(self)].view(-1))
         return (out,), None
 
-    def fsdp_post_all_gather(self, outputs: tuple[Tensor], metadata: None, param_dtype: torch.dtype, *,
-                             out: Tensor | None = None) -> tuple | None:
+    def fsdp_post_all_gather(
+        self,
+        outputs: tuple[Tensor],
+        metadata: None,
+        param_dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+    ) -> tuple | None:
         """The weight that the pass uses: the rows of all processes, one after another."""
         return None if out is not None else (outputs[0], ())

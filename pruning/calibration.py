@@ -1,4 +1,6 @@
-"""Statistics of a layer's inputs on calibration text: norms, Hessians, and a pass that visits the layers in order."""
+"""Statistics of a layer's inputs on calibration text: norms, Hessians, and a pass that visits the
+layers in order."""
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,16 +14,21 @@ from torch import Tensor, nn
 
 def check_finite(inputs: Tensor, name: str, model: nn.Module) -> None:
     """UserError naming the layer unless its inputs are finite."""
-    if inputs.numel() and not all(edge.isfinite() for edge in inputs.aminmax()):  # which takes no memory
-        raise UserError(f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype bfloat16 "
-                        "or float32")
+    # which takes no memory
+    if inputs.numel() and not all(edge.isfinite() for edge in inputs.aminmax()):
+        raise UserError(
+            f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype "
+            "bfloat16 or float32"
+        )
 
 
 @contextmanager
 def watching(layers: dict[str, nn.Module], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
     """A context in which `watch(name, inputs)` is called each time before a layer computes."""
-    hooks = [module.register_forward_pre_hook(lambda module, inputs, name=name: watch(name, inputs[0]))
-             for name, module in layers.items()]
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs, name=name: watch(name, inputs[0]))
+        for name, module in layers.items()
+    ]
     try:
         yield
     finally:
@@ -30,14 +37,19 @@ def watching(layers: dict[str, nn.Module], watch: Callable[[str, Tensor], None])
 
 
 @torch.no_grad()
-def input_norms(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor) -> dict[str, Tensor]:
-    """||x_j|| of each layer's input features over all tokens of samples, int64 `[sequences, tokens]`: layer name ->
-    float32 `[in]`. UserError if they are not finite."""
-    squares = {name: torch.zeros(weight_matrix(module).shape[1], device=weight_matrix(module).device)
-               for name, module in layers.items()}
+def input_norms(
+    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor
+) -> dict[str, Tensor]:
+    """||x_j|| of each layer's input features over all tokens of samples, int64 `[sequences,
+    tokens]`: layer name -> float32 `[in]`. UserError if they are not finite."""
+    squares = {
+        name: torch.zeros(weight_matrix(module).shape[1], device=weight_matrix(module).device)
+        for name, module in layers.items()
+    }
 
     def add(name: str, inputs: Tensor) -> None:
         squares[name] += inputs.float().flatten(0, -2).square().sum(0).to(squares[name].device)
+
     with watching(layers, add):
         for sequence in progress_bar(samples, desc="calibrating", unit="sequence"):
             model.base_model(input_ids=sequence[None].to(input_device(model)), use_cache=False)
@@ -47,11 +59,16 @@ def input_norms(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor)
 
 
 @torch.no_grad()
-def for_each_layer(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor,
-                   visit: Callable[[str, Tensor], None], doing: str) -> None:
-    """One pass of samples, int64 `[sequences, tokens]`, through the decoder without its head. `visit(name, inputs)` is
-    called once for each layer, before it computes. `doing`: for the progress bar. UserError if inputs are not
-    finite."""
+def for_each_layer(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    samples: Tensor,
+    visit: Callable[[str, Tensor], None],
+    doing: str,
+) -> None:
+    """One pass of samples, int64 `[sequences, tokens]`, through the decoder without its head.
+    `visit(name, inputs)` is called once for each layer, before it computes. `doing`: for the
+    progress bar. UserError if inputs are not finite."""
     visited = set()
 
     def visit_once(name: str, inputs: Tensor) -> None:
@@ -60,7 +77,11 @@ def for_each_layer(model: nn.Module, layers: dict[str, nn.Module], samples: Tens
             visit(name, inputs)
             visited.add(name)
             progress.update()
-    with progress_bar(total=len(layers), desc=doing, unit="layer") as progress, watching(layers, visit_once):
+
+    with (
+        progress_bar(total=len(layers), desc=doing, unit="layer") as progress,
+        watching(layers, visit_once),
+    ):
         model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
 
 

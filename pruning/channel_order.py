@@ -1,19 +1,22 @@
 """Search for an order of the channels by which N:M masks keep more.
 
-The channels of a set are read by the rows of some layers. The score of a weight is what it adds to its layer's output,
-inputs taken as independent, relative to the mean of the layer:
+The channels of a set are read by the rows of some layers. The score of a weight is what it adds to
+its layer's output, inputs taken as independent, relative to the mean of the layer:
 
-    (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the calibration tokens
+    (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the
+                                                  calibration tokens
 
-Of every M channels of a row the N with the largest scores are kept. The search maximises the sum of what is kept, over
-all rows. An exchange takes a channel out of each of B blocks. If a block gets channel x instead, a row of it keeps
+Of every M channels of a row the N with the largest scores are kept. The search maximises the sum of
+what is kept, over all rows. An exchange takes a channel out of each of B blocks. If a block gets
+channel x instead, a row of it keeps
 
     the N - 1 largest of the M - 1 left  +  max(t, x)        t: the N-th largest of those left
 
-and sum max(t, x) = 1/2 (sum t + sum x + sum |t - x|). So how best to give B channels back to B blocks is an assignment
-problem with L1 distances as values, which is solved exactly. A step exchanges channels of all blocks, TOGETHER at a
-time. None makes the order worse.
+and sum max(t, x) = 1/2 (sum t + sum x + sum |t - x|). So how best to give B channels back to B
+blocks is an assignment problem with L1 distances as values, which is solved exactly. A step
+exchanges channels of all blocks, TOGETHER at a time. None makes the order worse.
 """
+
 import math
 from collections import defaultdict
 
@@ -27,7 +30,8 @@ from utils import UserError, progress_bar
 import torch
 from torch import Tensor, nn
 
-Shares = dict[str, tuple[float, float]]  # kind of set -> of its score the best mask keeps (before, after)
+# kind of set -> of its score the best mask keeps (before, after)
+Shares = dict[str, tuple[float, float]]
 ROUNDS = 20  # of the search, in each set of channels
 ROWS = 16384  # drawn of those that read a set of channels, at most
 TOGETHER = 128  # blocks, at most, that exchange channels at once
@@ -35,13 +39,17 @@ LOSS_TOLERANCE_NATS = 0.05  # of one sequence in 16 bits, before and after
 
 
 def kept(score: Tensor, n: int, m: int) -> float:
-    """What the best N:M mask keeps of a score `[rows, size]`: the sum of the n largest of every m along a row."""
-    return sum(float(part.unflatten(1, (-1, m)).topk(n, dim=2).values.sum(dtype=torch.float64))
-               for part in score.split(4096))
+    """What the best N:M mask keeps of a score `[rows, size]`: the sum of the n largest of every m
+    along a row."""
+    return sum(
+        float(part.unflatten(1, (-1, m)).topk(n, dim=2).values.sum(dtype=torch.float64))
+        for part in score.split(4096)
+    )
 
 
 def assignment(value: Tensor) -> Tensor:
-    """The permutation p, int64 `[n]`, of the largest sum of value[i, p[i]]; value `[n, n]`. UserError without scipy."""
+    """The permutation p, int64 `[n]`, of the largest sum of value[i, p[i]]; value `[n, n]`.
+    UserError without scipy."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
@@ -50,28 +58,34 @@ def assignment(value: Tensor) -> Tensor:
 
 
 def _striped(columns: Tensor, m: int) -> Tensor:
-    """Deal the channels out by size: a block takes every (size / M)-th of them; int64 `[blocks, M]`."""
+    """Deal the channels out by size: a block takes every (size / M)-th of them; int64 `[blocks,
+    M]`."""
     return columns.sum(1).argsort(descending=True).view(m, -1).T.contiguous()
 
 
 def best_order(score: Tensor, n: int, m: int, rounds: int, generator: torch.Generator) -> Tensor:
-    """An order of the channels by which an N:M mask keeps more of their score, and never less, than as they are.
+    """An order of the channels by which an N:M mask keeps more of their score, and never less, than
+    as they are.
 
-    score: float32 of at least 0, `[rows, size]`, M divides size. Returns int64 `[size]`: which channel comes to each
-    place.
+    score: float32 of at least 0, `[rows, size]`, M divides size. Returns int64 `[size]`: which
+    channel comes to each place.
     """
     columns = score.T.contiguous()  # a channel's scores lie together
     given = torch.arange(len(columns), device=score.device).view(-1, m)
-    blocks = max((given, _striped(columns, m)), key=lambda order: kept(score[:, order.flatten()], n, m)).clone()
+    blocks = max(
+        (given, _striped(columns, m)), key=lambda order: kept(score[:, order.flatten()], n, m)
+    ).clone()
     for _ in range(rounds):
         for some in torch.randperm(len(blocks), generator=generator).split(TOGETHER):
             _exchange(columns, blocks, some.to(score.device), n, generator)
     return blocks.flatten()
 
 
-def _exchange(columns: Tensor, blocks: Tensor, some: Tensor, n: int, generator: torch.Generator) -> None:
-    """Take a channel out of each of some blocks and give them back in the best way, in place. columns `[size, rows]`,
-    blocks int64 `[blocks, M]`, some: int64, indices of blocks."""
+def _exchange(
+    columns: Tensor, blocks: Tensor, some: Tensor, n: int, generator: torch.Generator
+) -> None:
+    """Take a channel out of each of some blocks and give them back in the best way, in place.
+    columns `[size, rows]`, blocks int64 `[blocks, M]`, some: int64, indices of blocks."""
     m = blocks.shape[1]
     hole = torch.randint(m, (len(some), 1), generator=generator).to(some.device)
     taken = blocks[some].gather(1, hole).squeeze(1)
@@ -81,7 +95,8 @@ def _exchange(columns: Tensor, blocks: Tensor, some: Tensor, n: int, generator: 
 
 
 def readers(channels: ChannelSet, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The layers that have these channels as inputs -> their positions there, int64 `[groups, copies, size]`."""
+    """The layers that have these channels as inputs -> their positions there, int64 `[groups,
+    copies, size]`."""
     found = {}
     for parameter, (dim, places) in channels.places.items():
         name = parameter.removesuffix(".weight")
@@ -90,17 +105,24 @@ def readers(channels: ChannelSet, layers: dict[str, nn.Module]) -> dict[str, Ten
     return found
 
 
-def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[str, Tensor], most_rows: int,
-           generator: torch.Generator) -> Tensor:
-    """Scores of the weights that read these channels, see the top: float32 `[groups, rows, size]`, the rows of all
-    layers in `places` one below the other. Of more than `most_rows` rows that many are drawn, the same share of each
-    layer's."""
+def scores(
+    layers: dict[str, nn.Module],
+    norms: dict[str, Tensor],
+    places: dict[str, Tensor],
+    most_rows: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Scores of the weights that read these channels, see the top: float32 `[groups, rows, size]`,
+    the rows of all layers in `places` one below the other. Of more than `most_rows` rows that many
+    are drawn, the same share of each layer's."""
     rows = sum(weight_matrix(layers[name]).shape[0] for name in places)
     parts = []
     for name, along in places.items():
         weight = weight_matrix(layers[name])
         if rows > most_rows:
-            drawn = torch.randperm(len(weight), generator=generator)[:math.ceil(len(weight) * most_rows / rows)]
+            drawn = torch.randperm(len(weight), generator=generator)[
+                : math.ceil(len(weight) * most_rows / rows)
+            ]
             weight = weight[drawn.to(weight.device)]
         score = (weight.float() * norms[name]).square()
         score /= score.mean().clamp(min=1e-30)  # of a layer that never fires
@@ -109,48 +131,81 @@ def scores(layers: dict[str, nn.Module], norms: dict[str, Tensor], places: dict[
 
 
 @torch.no_grad()
-def find_orders(model: nn.Module, layers: dict[str, nn.Module], norms: dict[str, Tensor], pattern: tuple[int, int],
-                rounds: int = ROUNDS, most_rows: int = ROWS, seed: int = 0) -> tuple[Orders, Shares]:
-    """Search for an order of every set of channels that these layers read; sets that M does not divide are left out.
+def find_orders(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    norms: dict[str, Tensor],
+    pattern: tuple[int, int],
+    rounds: int = ROUNDS,
+    most_rows: int = ROWS,
+    seed: int = 0,
+) -> tuple[Orders, Shares]:
+    """Search for an order of every set of channels that these layers read; sets that M does not
+    divide are left out.
 
-    layers: all that a mask will have; norms: ||x_j|| of their inputs, float32 `[in]` each; pattern: (N, M).
+    layers: all that a mask will have; norms: ||x_j|| of their inputs, float32 `[in]` each; pattern:
+    (N, M).
     """
     n, m = pattern
     generator, orders = torch.Generator().manual_seed(seed), {}
-    sums = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))  # of the score: all, kept before, kept after
-    places = {name: readers(channels, layers) for name, channels in channel_sets(model).items()
-              if channels.size % m == 0}
-    for name in progress_bar([name for name in places if places[name]], desc="searching", unit="set"):
+    # of the score: all, kept before, kept after
+    sums = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    places = {
+        name: readers(channels, layers)
+        for name, channels in channel_sets(model).items()
+        if channels.size % m == 0
+    }
+    for name in progress_bar(
+        [name for name in places if places[name]], desc="searching", unit="set"
+    ):
         score = scores(layers, norms, places[name], most_rows, generator)
         order = torch.stack([best_order(group, n, m, rounds, generator) for group in score])
         orders[name], after = order.cpu(), score.gather(2, order[:, None].expand_as(score))
-        sums[name.rpartition(".")[2]] += torch.tensor([score.sum(dtype=torch.float64), kept(score.flatten(0, 1), n, m),
-                                                       kept(after.flatten(0, 1), n, m)])
+        sums[name.rpartition(".")[2]] += torch.tensor(
+            [
+                score.sum(dtype=torch.float64),
+                kept(score.flatten(0, 1), n, m),
+                kept(after.flatten(0, 1), n, m),
+            ]
+        )
     return orders, {kind: tuple((part[1:] / part[0]).tolist()) for kind, part in sums.items()}
 
 
 def check_reorderable(model: nn.Module) -> None:
-    """UserError for a model that `search_and_reorder` refuses, and without scipy: before there are any samples."""
+    """UserError for a model that `search_and_reorder` refuses, and without scipy: before there are
+    any samples."""
     if getattr(model.config, "channel_permutation", None):
-        raise UserError("the channels of this model were reordered before; give the model that it was made from")
+        raise UserError(
+            "the channels of this model were reordered before; give the model that it was made from"
+        )
     channel_sets(model)
     assignment(torch.eye(1))
 
 
-def search_and_reorder(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, pattern: tuple[int, int],
-                       rounds: int = ROUNDS, seed: int = 0) -> tuple[Orders, Shares]:
-    """Search for the best orders on calibration samples, int64 `[sequences, tokens]`, at least 2 tokens each, and
-    reorder the model in place. layers: all that a mask will have; pattern: (N, M).
+def search_and_reorder(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    samples: Tensor,
+    pattern: tuple[int, int],
+    rounds: int = ROUNDS,
+    seed: int = 0,
+) -> tuple[Orders, Shares]:
+    """Search for the best orders on calibration samples, int64 `[sequences, tokens]`, at least 2
+    tokens each, and reorder the model in place. layers: all that a mask will have; pattern: (N, M).
 
-    UserError if the model was reordered before, if its architecture is not known, or if the reordered model has another
-    loss on the first sample.
+    UserError if the model was reordered before, if its architecture is not known, or if the
+    reordered model has another loss on the first sample.
     """
     check_reorderable(model)
-    orders, shares = find_orders(model, layers, input_norms(model, layers, samples), pattern, rounds, seed=seed)
+    orders, shares = find_orders(
+        model, layers, input_norms(model, layers, samples), pattern, rounds, seed=seed
+    )
     before = batch_loss(model, samples[:1])
     reorder(model, orders)
     after = batch_loss(model, samples[:1])
     if not abs(after - before) < LOSS_TOLERANCE_NATS:
-        raise UserError(f"the loss of a calibration sequence is {after:.4f} nats in the new order, and was "
-                        f"{before:.4f}; use the model as it is, and report its architecture")
+        raise UserError(
+            f"the loss of a calibration sequence is {after:.4f} nats in the new order, and was "
+            f"{before:.4f}; use the model as it is, and report its architecture"
+        )
     return orders, shares

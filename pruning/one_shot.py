@@ -1,9 +1,11 @@
 """One-shot pruning, layer by layer: keep the weights with the largest scores, or SparseGPT.
 
-    magnitude   |w_ij|
-    wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens (arXiv 2306.11695)
-    sparsegpt   see sparsegpt.py
+magnitude   |w_ij|
+wanda       |w_ij| * ||x_j||      ||x_j||: norm of input feature j over the calibration tokens
+            (arXiv 2306.11695)
+sparsegpt   see sparsegpt.py
 """
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,14 +29,16 @@ def wanda(weight: Tensor, norms: Tensor) -> Tensor:
 
 
 def largest(score: Tensor, n: int, m: int) -> Tensor:
-    """Keep the n largest of every m along a row, ties to the lower index; float `[out, in]` -> bool `[out, in]`."""
+    """Keep the n largest of every m along a row, ties to the lower index; float `[out, in]` -> bool
+    `[out, in]`."""
     return pge.mode(score.reshape(-1, m), n).view(score.shape)
 
 
 @dataclass
 class OneShot:
-    """How to prune. sparsity_type: (N, M); true_sequential: later layers see the earlier ones pruned; swaps: sweeps of
-    `refine_by_swaps` over the score's mask, at most."""
+    """How to prune. sparsity_type: (N, M); true_sequential: later layers see the earlier ones
+    pruned; swaps: sweeps of `refine_by_swaps` over the score's mask, at most."""
+
     prune_method: str = "wanda"
     sparsity_type: tuple[int, int] = (2, 4)
     true_sequential: bool = False
@@ -46,18 +50,22 @@ class OneShot:
         return self.prune_method != "magnitude" or self.swaps > 0
 
     def mask(self, weight: Tensor, norms: Tensor | None) -> Tensor:
-        """Mask by the method's score, bool `[out, in]`, of weight float32 `[out, in]` and norms `[in]`; by magnitude if
-        all norms are 0."""
+        """Mask by the method's score, bool `[out, in]`, of weight float32 `[out, in]` and norms
+        `[in]`; by magnitude if all norms are 0."""
         is_wanda = self.prune_method == "wanda" and norms is not None and bool(norms.any())
         return largest(wanda(weight, norms) if is_wanda else weight.abs(), *self.sparsity_type)
 
-    def pruned_weight(self, weight: Tensor, inputs: Tensor, hessian: Callable[[Tensor], Tensor]) -> Tensor:
+    def pruned_weight(
+        self, weight: Tensor, inputs: Tensor, hessian: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """A layer's sparse weight, float32 `[out, in]`, from its inputs on the calibration tokens
         `[sequences, tokens, in]`; hessian: of such inputs."""
         weight = weight.float()
         if self.prune_method == "sparsegpt":
             return sparsegpt.solve(weight, hessian(inputs), self.sparsity_type)[0]
-        norms = sum(part.float().square().sum(0) for part in inputs.flatten(0, -2).split(8192)).sqrt()
+        norms = sum(
+            part.float().square().sum(0) for part in inputs.flatten(0, -2).split(8192)
+        ).sqrt()
         mask = self.mask(weight, norms)
         if self.swaps:
             mask = refine_by_swaps(weight, mask, hessian(inputs), self.sparsity_type[1], self.swaps)
@@ -65,11 +73,13 @@ class OneShot:
 
 
 @torch.no_grad()
-def one_shot_masks(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None,
-                   way: OneShot) -> Iterator[tuple[str, Tensor]]:
-    """(name, mask bool `[out, in]`) of these layers by a score, one at a time; no weight changes. samples: int64
-    `[sequences, tokens]`, None for magnitude; way: of its settings, prune_method and sparsity_type. Layers that the
-    samples do not reach, such as experts, get masks by magnitude, and a line says so."""
+def one_shot_masks(
+    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, mask bool `[out, in]`) of these layers by a score, one at a time; no weight changes.
+    samples: int64 `[sequences, tokens]`, None for magnitude; way: of its settings, prune_method and
+    sparsity_type. Layers that the samples do not reach, such as experts, get masks by magnitude,
+    and a line says so."""
     norms = {} if samples is None else input_norms(model, layers, samples)
     _note_unreached([name for name, norm in norms.items() if not norm.any()], len(layers))
     for name in progress_bar(layers, desc="pruning", unit="layer", disable=not layers):
@@ -78,15 +88,21 @@ def one_shot_masks(model: nn.Module, layers: dict[str, nn.Module], samples: Tens
 
 def _note_unreached(names: list[str], layers: int) -> None:
     if names:
-        processes.log(f"note: the text does not reach {len(names)} of {layers} layers, {names[0]} among them; these "
-                      "are pruned by magnitude")
+        processes.log(
+            f"note: the text does not reach {len(names)} of {layers} layers, {names[0]} among "
+            "them; these are pruned by magnitude"
+        )
 
 
 @torch.no_grad()
-def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot) -> None:
-    """Prune these layers in place. samples: int64 `[sequences, tokens]`, None for magnitude. Layers that the samples do
-    not reach, such as experts, are pruned by magnitude, and a line says so."""
-    if samples is not None and (way.prune_method == "sparsegpt" or way.true_sequential or way.swaps):
+def prune_model(
+    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot
+) -> None:
+    """Prune these layers in place. samples: int64 `[sequences, tokens]`, None for magnitude. Layers
+    that the samples do not reach, such as experts, are pruned by magnitude, and a line says so."""
+    if samples is not None and (
+        way.prune_method == "sparsegpt" or way.true_sequential or way.swaps
+    ):
         # a layer needs its inputs on all samples at once
         reached, everything = _prune_in_one_pass(model, layers, samples, way), len(layers)
         layers = {name: module for name, module in layers.items() if name not in reached}
@@ -96,9 +112,12 @@ def prune_model(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor 
         apply_masks(layers, {name: mask})
 
 
-def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, way: OneShot) -> set[str]:
-    """Compute each layer's sparse weight when the pass of all samples through the decoder gets there; write it at once
-    with true_sequential, else once the layer has computed. Returns the names of the layers that the pass got to."""
+def _prune_in_one_pass(
+    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, way: OneShot
+) -> set[str]:
+    """Compute each layer's sparse weight when the pass of all samples through the decoder gets
+    there; write it at once with true_sequential, else once the layer has computed. Returns the
+    names of the layers that the pass got to."""
     reached, pending = set(), {}
     shared = lru_cache(1)(hessian_of)  # q, k and v read the same tensor
 
@@ -116,6 +135,7 @@ def _prune_in_one_pass(model: nn.Module, layers: dict[str, nn.Module], samples: 
         for name, pruned in pending.items():
             weight_matrix(layers[name]).copy_(pruned)
         pending.clear()
+
     for_each_layer(model, layers, samples, prune, "pruning")
     write_pending()
     return reached

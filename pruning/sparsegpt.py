@@ -1,7 +1,10 @@
-"""SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune a layer and update the kept weights to make up for it.
+"""SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune a layer and update the kept weights to
+make up for it.
 
-Minimises ||W X - W' X||^2 over a layer's inputs X, column by column, with the inverse of the Hessian H = X X^T.
+Minimises ||W X - W' X||^2 over a layer's inputs X, column by column, with the inverse of the
+Hessian H = X X^T.
 """
+
 import pge
 from utils import UserError
 
@@ -10,11 +13,12 @@ from torch import Tensor
 
 
 def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
-    """Upper Cholesky factor U of (H + damp I)^-1 = U^T U; float32 `[in, in]`, damp = percdamp * mean(diag H).
+    """Upper Cholesky factor U of (H + damp I)^-1 = U^T U; float32 `[in, in]`, damp = percdamp *
+    mean(diag H).
 
-    Row i of U, from i on, spreads column i's error over the later columns, once the columns before i are final. Inputs
-    that are always 0 get a diagonal of 1. If H is not positive definite in float32, damping is increased, each time ten
-    times as much, five times at most; then UserError.
+    Row i of U, from i on, spreads column i's error over the later columns, once the columns before
+    i are final. Inputs that are always 0 get a diagonal of 1. If H is not positive definite in
+    float32, damping is increased, each time ten times as much, five times at most; then UserError.
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
@@ -31,12 +35,18 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
     raise UserError("a layer's Hessian is not positive definite; give more calibration text")
 
 
-def solve(weight: Tensor, hessian: Tensor, pattern: tuple[int, int], percdamp: float = 0.01,
-          blocksize: int = 128) -> tuple[Tensor, Tensor]:
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    pattern: tuple[int, int],
+    percdamp: float = 0.01,
+    blocksize: int = 128,
+) -> tuple[Tensor, Tensor]:
     """(updated weight float32, mask bool), both `[out, in]`, pruned weights +0.0.
 
-    weight `[out, in]`, hessian float32 `[in, in]`, pattern (N, M), blocksize: columns that are pruned before the later
-    ones are updated. Of M columns the N whose removal costs most stay, w^2 / U_ii^2. ValueError unless M divides `in`.
+    weight `[out, in]`, hessian float32 `[in, in]`, pattern (N, M), blocksize: columns that are
+    pruned before the later ones are updated. Of M columns the N whose removal costs most stay, w^2
+    / U_ii^2. ValueError unless M divides `in`.
     """
     columns, (n, m) = weight.shape[1], pattern
     if columns % m:
@@ -48,16 +58,19 @@ def solve(weight: Tensor, hessian: Tensor, pattern: tuple[int, int], percdamp: f
     upper = inverse_factor(hessian, percdamp)
     for start in range(0, columns, blocksize):
         end = min(start + blocksize, columns)
-        run, kept, factor = weight[:, start:end], mask[:, start:end], upper[start:end, start:end]  # views
+        # views
+        run, kept, factor = weight[:, start:end], mask[:, start:end], upper[start:end, start:end]
         errors = torch.zeros_like(run)
         for i in range(end - start):
             if i % m == 0:
                 block = slice(i, i + m)
-                kept[:, block] = pge.mode(run[:, block].square() / factor.diagonal()[block].square(), n)
+                kept[:, block] = pge.mode(
+                    run[:, block].square() / factor.diagonal()[block].square(), n
+                )
             column = run[:, i]
             final = torch.where(kept[:, i], column, 0.0)
             errors[:, i] = (column - final) / factor[i, i]
-            run[:, i:] -= errors[:, i:i + 1] * factor[i, i:]
+            run[:, i:] -= errors[:, i : i + 1] * factor[i, i:]
             run[:, i] = final
         weight[:, end:] -= errors @ upper[start:end, end:]
     return weight, mask

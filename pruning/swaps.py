@@ -1,7 +1,8 @@
-"""Improve a mask by swaps within blocks: a kept and a pruned weight change places if that lowers the layer's error.
+"""Improve a mask by swaps within blocks: a kept and a pruned weight change places if that lowers
+the layer's error.
 
-One-shot scores rate each weight alone, but the error of a layer's output also depends on pairs of weights. With inputs
-X and Hessian H = X X^T, the error of a row is
+One-shot scores rate each weight alone, but the error of a layer's output also depends on pairs of
+weights. With inputs X and Hessian H = X X^T, the error of a row is
 
     e(m) = 1/2 ||(m*w - w) X||^2 = 1/2 (m*w - w)^T H (m*w - w)
 
@@ -9,17 +10,18 @@ and keeping b instead of a changes it, with g = H (m*w - w), by
 
     cost(a, b) = -w_a g_a + 1/2 w_a^2 H_aa  +  w_b g_b + 1/2 w_b^2 H_bb  -  w_a w_b H_ab
 
-This is the 1-swap of SparseSwaps (Zimmer et al., arXiv 2512.10922), within N:M blocks. New here: with
---true_sequential each layer is improved on the inputs that the improved earlier layers give it, and the costs of swaps
-set the initial logits (`confidence`).
+This is the 1-swap of SparseSwaps (Zimmer et al., arXiv 2512.10922), within N:M blocks. New here:
+with --true_sequential each layer is improved on the inputs that the improved earlier layers give
+it, and the costs of swaps set the initial logits (`confidence`).
 
-H is estimated from few tokens, its off-diagonal less precisely than its diagonal: the off-diagonal is multiplied by
-1 - SHRINK.
+H is estimated from few tokens, its off-diagonal less precisely than its diagonal: the off-diagonal
+is multiplied by 1 - SHRINK.
 
-`refine_by_swaps` is coordinate descent: it visits the blocks and makes in each the swap that lowers the error most. It
-ends when no swap does, or after the given number of sweeps. Rows are independent. The mask stays N:M; weights stay
-unchanged.
+`refine_by_swaps` is coordinate descent: it visits the blocks and makes in each the swap that lowers
+the error most. It ends when no swap does, or after the given number of sweeps. Rows are
+independent. The mask stays N:M; weights stay unchanged.
 """
+
 import torch
 from torch import Tensor
 
@@ -37,28 +39,32 @@ def _alone(weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _together(weight: Tensor, kept: Tensor, hessian: Tensor, m: int) -> Tensor:
-    """The term of a pair in a swap's cost, -w_a w_b H_ab, inf where a is not kept or b is: `[blocks, M, M, out]`.
-    weight and kept `[columns, out]`, hessian `[columns, columns]`."""
+    """The term of a pair in a swap's cost, -w_a w_b H_ab, inf where a is not kept or b is:
+    `[blocks, M, M, out]`. weight and kept `[columns, out]`, hessian `[columns, columns]`."""
     weight, kept = weight.unflatten(0, (-1, m)), kept.unflatten(0, (-1, m))
     blocks = len(weight)
-    hessian = hessian.reshape(blocks, m, blocks, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # of each block alone
+    # of each block alone
+    hessian = hessian.reshape(blocks, m, blocks, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     costs = -(weight[:, :, None] * weight[:, None] * hessian[..., None])
     return costs.masked_fill_(~kept[:, :, None] | kept[:, None], torch.inf)
 
 
 def _costs(weight: Tensor, kept: Tensor, gradient: Tensor, hessian: Tensor, m: int) -> Tensor:
-    """cost(a, b) `[blocks, M, M, out]` of each swap within blocks, inf where a is not kept or b is. weight, kept and
-    gradient (g) `[columns, out]`, hessian `[columns, columns]`."""
+    """cost(a, b) `[blocks, M, M, out]` of each swap within blocks, inf where a is not kept or b is.
+    weight, kept and gradient (g) `[columns, out]`, hessian `[columns, columns]`."""
     own = _alone(weight, hessian) + torch.where(kept, -weight, weight) * gradient
     own = own.unflatten(0, (-1, m))
     return own[:, :, None] + own[:, None] + _together(weight, kept, hessian, m)
 
 
-def refine_by_swaps(weight: Tensor, mask: Tensor, hessian: Tensor, m: int, sweeps: int = 6) -> Tensor:
-    """A mask of lower e(m), bool `[out, in]`, or the same mask if no swap improves it. weight and mask `[out, in]`,
-    hessian float32 `[in, in]`, M divides `in`; sweeps: at most."""
+def refine_by_swaps(
+    weight: Tensor, mask: Tensor, hessian: Tensor, m: int, sweeps: int = 6
+) -> Tensor:
+    """A mask of lower e(m), bool `[out, in]`, or the same mask if no swap improves it. weight and
+    mask `[out, in]`, hessian float32 `[in, in]`, M divides `in`; sweeps: at most."""
     columns, hessian = weight.shape[1], _shrunk(hessian)
-    weight, kept = weight.T.float().contiguous(), mask.T.contiguous().clone()  # a block's columns lie together
+    # a block's columns lie together
+    weight, kept = weight.T.float().contiguous(), mask.T.contiguous().clone()
     gradient = -(hessian @ weight.masked_fill(kept, 0.0))
     alone, members = _alone(weight, hessian), _members(m, weight.device)
     run = max(m, RUN // m * m)
@@ -67,7 +73,8 @@ def refine_by_swaps(weight: Tensor, mask: Tensor, hessian: Tensor, m: int, sweep
         for start in range(0, columns, run):
             part = slice(start, min(start + run, columns))
             near, nearby, flipped = gradient[part].clone(), hessian[part, part], kept[part]
-            signed = torch.where(flipped, -weight[part], weight[part])  # what flipping a weight adds to m*w
+            # what flipping a weight adds to m*w
+            signed = torch.where(flipped, -weight[part], weight[part])
             together, change = _together(weight[part], flipped, nearby, m), torch.zeros_like(near)
             for i, pairs in enumerate(together):
                 block = slice(i * m, i * m + m)
@@ -91,12 +98,13 @@ def _members(m: int, device: torch.device) -> Tensor:
 
 
 def confidence(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
-    """Scores that rank the weights of a block by the costs of swaps, float32 `[out, in]`, to initialise logits with: 1
-    for the kept weight that is cheapest to swap, more for the other kept ones, less for the pruned.
+    """Scores that rank the weights of a block by the costs of swaps, float32 `[out, in]`, to
+    initialise logits with: 1 for the kept weight that is cheapest to swap, more for the other kept
+    ones, less for the pruned.
 
     If H is diagonal, cost(a, b) = (s_a^2 - s_b^2) / 2 with Wanda's scores s, so log(s_a / s_b) =
-    1/2 log(1 + 2 cost / s_b^2). That is taken as the log ratio of the scores for any H, and the result is Wanda's score
-    over that of the cheapest kept weight if H is diagonal.
+    1/2 log(1 + 2 cost / s_b^2). That is taken as the log ratio of the scores for any H, and the
+    result is Wanda's score over that of the cheapest kept weight if H is diagonal.
     """
     columns, hessian = weight.shape[1], _shrunk(hessian)
     weight, kept = weight.T.float().contiguous(), mask.T.contiguous()
@@ -109,6 +117,8 @@ def confidence(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
         square = (2 * _alone(w, nearby)).clamp(min=1e-30).unflatten(0, (-1, 1, m))  # s_b^2
         ratio = 0.5 * torch.log1p(2 * cost / square)  # [blocks, a, b, out]
         dropping, adding = ratio.amin(2), ratio.amin(1)
-        best = torch.where(k.unflatten(0, (-1, m)), dropping - dropping.amin(1, keepdim=True), -adding)
+        best = torch.where(
+            k.unflatten(0, (-1, m)), dropping - dropping.amin(1, keepdim=True), -adding
+        )
         found[part] = best.flatten(0, 1).exp()
     return found.T.contiguous()

@@ -1,30 +1,39 @@
-"""Compare this project with the authors' scripts: the same model, mask and text, and a Markdown table of what differs.
+"""Compare this project with the authors' scripts: the same model, mask and text, and a Markdown
+table of what differs.
 
     git clone https://github.com/woodenchild95/Maskpro authors
-    git -C authors checkout 51255269ae3a5a0518d20b1dd897549e065d47b5      # the commit of the record
-    make demo DEMO_FLAGS=--quick                                          # leaves the text, demo/train.jsonl
-    python reproduce/against_authors.py --authors authors --seqlen 64     # as on record: 12 minutes on 2 cores
+    # the commit of the record
+    git -C authors checkout 51255269ae3a5a0518d20b1dd897549e065d47b5
+    # leaves the text, demo/train.jsonl
+    make demo DEMO_FLAGS=--quick
+    # as on record: 12 minutes on 2 cores
+    python reproduce/against_authors.py --authors authors --seqlen 64
 
-The authors' get_mask.py, inference_loss.py and train.py run from the clone as they are, each in a process of its own.
-Only what they import is patched there, since they are bound to a GPU, a hub and an older transformers: the model and
-text that are loaded, float32 on the CPU, one worker, AdamW (imported, never used), and the seed. Ours run beside them:
+The authors' get_mask.py, inference_loss.py and train.py run from the clone as they are, each in a
+process of its own. Only what they import is patched there, since they are bound to a GPU, a hub and
+an older transformers: the model and text that are loaded, float32 on the CPU, one worker, AdamW
+(imported, never used), and the seed. Ours run beside them:
 
     mask       of the sparse model that prune.py makes (Wanda, 2:4): the same weights are kept
     baseline   f(m0 * w, minibatch) of each minibatch: the same to 1e-6 nats
     score      of masks that the authors' train.py has drawn, from how it then moved the logits:
-               (logits before - after) / (lr * A), against pge.score; A: pge.Estimator of the losses on record
-    loss       of the sampled masks, in each quarter of the run: the difference of the means over seeds, in units of
-               the standard deviation that seeds give; the limit is a t-test's, 1% for these rows together. The
-               quarters are not independent, and three seeds are too few to know the deviation by: six are run
+               (logits before - after) / (lr * A), against pge.score; A: pge.Estimator of the losses
+               on record
+    loss       of the sampled masks, in each quarter of the run: the difference of the means over
+               seeds, in units of the standard deviation that seeds give; the limit is a t-test's,
+               1% for these rows together. The quarters are not independent, and three seeds are too
+               few to know the deviation by: six are run
     changed    blocks that the final mask has otherwise than m0, compared in the same way
 
-The score is judged where no weight of a block has more than 0.9 of the probability. Saturated blocks have a row of
-their own, not judged: the authors add 1e-8 to denominators, which biases their score there; pge.score is exact.
+The score is judged where no weight of a block has more than 0.9 of the probability. Saturated
+blocks have a row of their own, not judged: the authors add 1e-8 to denominators, which biases their
+score there; pge.score is exact.
 
-Without --model a byte-level Llama of 0.13 M weights is trained on the text first, for a minute or two. Minibatches have
-32 sequences: with fewer the authors' scripts divide by zero, with more they pair losses with the wrong baselines.
-Exit code 1 where a row differs that should not.
+Without --model a byte-level Llama of 0.13 M weights is trained on the text first, for a minute or
+two. Minibatches have 32 sequences: with fewer the authors' scripts divide by zero, with more they
+pair losses with the wrong baselines. Exit code 1 where a row differs that should not.
 """
+
 import argparse
 import hashlib
 import itertools
@@ -64,55 +73,91 @@ BATCHSIZE = 32  # the only one that the authors' scripts take
 STEPS = 400  # that a model is trained for, where none is given
 RECORDED = 8  # steps of the authors' run whose logits and masks are kept
 SATURATED = 0.9  # of a block's probability on one item
-CRITICAL_T = {2: 22.33, 3: 7.17, 4: 5.21, 5: 4.50, 6: 4.14, 8: 3.79}  # runs a side -> |t|, two-sided, 1% in 5 rows
+# runs a side -> |t|, two-sided, 1% in 5 rows
+CRITICAL_T = {2: 22.33, 3: 7.17, 4: 5.21, 5: 4.50, 6: 4.14, 8: 3.79}
 POINTS = 60  # of a curve in the record
 HEADING = ["what", "theirs", "ours", "difference", "wanted", "verdict"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("--authors", required=True, help="clone of github.com/woodenchild95/Maskpro")
-    parser.add_argument("--model", default=None, help="folder of a small causal LM (default: one is trained)")
-    parser.add_argument("--dataset", default="demo/train.jsonl", help='text, a line {"text": ...} a document')
-    parser.add_argument("--dataset_size", type=positive_int, default=512, help="documents: a multiple of 32")
+    parser.add_argument(
+        "--authors", required=True, help="clone of github.com/woodenchild95/Maskpro"
+    )
+    parser.add_argument(
+        "--model", default=None, help="folder of a small causal LM (default: one is trained)"
+    )
+    parser.add_argument(
+        "--dataset", default="demo/train.jsonl", help='text, a line {"text": ...} a document'
+    )
+    parser.add_argument(
+        "--dataset_size", type=positive_int, default=512, help="documents: a multiple of 32"
+    )
     parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens of each")
-    parser.add_argument("--epoch", type=positive_int, default=63, help="passes through the minibatches")
+    parser.add_argument(
+        "--epoch", type=positive_int, default=63, help="passes through the minibatches"
+    )
     parser.add_argument("--lr", type=float, default=10.0, help="eta")
     parser.add_argument("--logits", type=float, default=5.0, help="C")
-    parser.add_argument("--seeds", type=int, choices=CRITICAL_T, default=6, help="runs on each side")
-    parser.add_argument("--record", help="JSON file to write, such as reproduce/records/against_authors.json")
+    parser.add_argument(
+        "--seeds", type=int, choices=CRITICAL_T, default=6, help="runs on each side"
+    )
+    parser.add_argument(
+        "--record", help="JSON file to write, such as reproduce/records/against_authors.json"
+    )
     args = parser.parse_args(argv)
     if args.dataset_size % BATCHSIZE or args.dataset_size * args.epoch < 4 * BATCHSIZE:
         parser.error("--dataset_size must be a multiple of 32, and a run have at least 4 steps")
-    for path, remedy in ((f"{args.authors}/train.py", "clone github.com/woodenchild95/Maskpro and give its folder"),
-                         (args.dataset, "run `make demo DEMO_FLAGS=--quick`, or give another --dataset"),
-                         (args.model and f"{args.model}/config.json", "give a model's folder, or no --model")):
+    for path, remedy in (
+        (f"{args.authors}/train.py", "clone github.com/woodenchild95/Maskpro and give its folder"),
+        (args.dataset, "run `make demo DEMO_FLAGS=--quick`, or give another --dataset"),
+        (args.model and f"{args.model}/config.json", "give a model's folder, or no --model"),
+    ):
         if path and not Path(path).is_file():
             raise UserError(f"{path} is missing; {remedy}")
     if authors_git(args.authors, "status", "--porcelain", "--untracked-files=no"):
-        raise UserError(f"{args.authors} has changes, and the authors' scripts are to run as they are; git stash them")
+        raise UserError(
+            f"{args.authors} has changes, and the authors' scripts are to run as they are; git "
+            "stash them"
+        )
     return args
 
 
 def authors_git(folder: str, *command: str) -> str:
-    done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", folder, *command], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip()
 
 
 def make_model(dataset: str, out: Path) -> Path:
     """A byte-level Llama, trained on the text for STEPS minibatches of 32 x 128 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens = torch.tensor(tokenizer.encode("".join(itertools.islice(documents(dataset), 2000))).ids)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
     for _ in progress_bar(range(STEPS), desc="training a model", unit="step"):
-        batch = torch.stack([tokens[start:start + 128] for start in torch.randint(len(tokens) - 128, (32,))])
+        batch = torch.stack(
+            [tokens[start : start + 128] for start in torch.randint(len(tokens) - 128, (32,))]
+        )
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         schedule.step()
@@ -122,14 +167,23 @@ def make_model(dataset: str, out: Path) -> Path:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # both sides, and the rows of the table
+
 
 def run(name: str, command: list, folder: Path) -> None:
     """Run a script from a folder and wait for it; UserError with its last line if it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        raise UserError(f"{name} has failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+        raise UserError(
+            f"{name} has failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+        )
 
 
 def ours(folder: Path, *script: object) -> None:
@@ -137,42 +191,89 @@ def ours(folder: Path, *script: object) -> None:
     run(script[0], [ROOT / script[0], *script[1:]], folder)
 
 
-def theirs(args: argparse.Namespace, folder: Path, *script: object, seed: int = 0,
-           recorded: Sequence[int] = ()) -> None:
+def theirs(
+    args: argparse.Namespace,
+    folder: Path,
+    *script: object,
+    seed: int = 0,
+    recorded: Sequence[int] = (),
+) -> None:
     """One of the authors' scripts."""
     for name in ("initial_mask", "learned_mask", "results"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    told = {"authors": str(Path(args.authors).resolve()), "script": [*map(str, script)], "seed": seed,
-            "model": str(Path(args.model).resolve()), "dataset": str(Path(args.dataset).resolve()),
-            "recorded": [*recorded]}
-    run(f"{script[0]} of the authors", [ROOT / "reproduce/authors_scripts.py", json.dumps(told)], folder)
+    told = {
+        "authors": str(Path(args.authors).resolve()),
+        "script": [*map(str, script)],
+        "seed": seed,
+        "model": str(Path(args.model).resolve()),
+        "dataset": str(Path(args.dataset).resolve()),
+        "recorded": [*recorded],
+    }
+    run(
+        f"{script[0]} of the authors",
+        [ROOT / "reproduce/authors_scripts.py", json.dumps(told)],
+        folder,
+    )
 
 
 def run_both(args: argparse.Namespace, work: Path, recorded: Sequence[int]) -> tuple[Path, Path]:
-    """Everything that is compared, in two folders, of theirs and of ours: masks, baselines, and a run a seed."""
+    """Everything that is compared, in two folders, of theirs and of ours: masks, baselines, and a
+    run a seed."""
     where = ["--model", Path(args.model).resolve(), "--dtype", "float32", "--device", "cpu"]
-    data = ["--dataset", Path(args.dataset).resolve(), "--dataset_size", args.dataset_size, "--batchsize", BATCHSIZE,
-            "--seqlen", args.seqlen]
+    data = [
+        "--dataset",
+        Path(args.dataset).resolve(),
+        "--dataset_size",
+        args.dataset_size,
+        "--batchsize",
+        BATCHSIZE,
+        "--seqlen",
+        args.seqlen,
+    ]
     sizes = ["--dataset_size", args.dataset_size, "--batchsize", BATCHSIZE, "--sqlen", args.seqlen]
     settings = ["--lr", args.lr, "--logits", args.logits, "--epoch", args.epoch]
     a, b = work / "theirs", work / "ours"
     b.mkdir()
-    ours(b, "prune.py", *where, "--dataset", Path(args.dataset).resolve(), "--nsamples", 32, "--seqlen", args.seqlen)
+    ours(
+        b,
+        "prune.py",
+        *where,
+        "--dataset",
+        Path(args.dataset).resolve(),
+        "--nsamples",
+        32,
+        "--seqlen",
+        args.seqlen,
+    )
     ours(b, "get_mask.py")
     ours(b, "inference_loss.py", *where, *data)
     shutil.copytree(b / "out", a / "out")
     theirs(args, a, "get_mask.py")
     theirs(args, a, "inference_loss.py", *sizes)
     for seed in range(args.seeds):
-        print(f"seed {seed}: {args.epoch * args.dataset_size // BATCHSIZE} steps on each side", flush=True)
+        print(
+            f"seed {seed}: {args.epoch * args.dataset_size // BATCHSIZE} steps on each side",
+            flush=True,
+        )
         here = ["--seed", seed, "--skip_checkpoint", "--out", f"seed{seed}"]
         at = a / f"seed{seed}"
         shutil.copytree(a / "initial_mask", at / "initial_mask")
         shutil.copy(baseline_file(a), at)
         with ThreadPoolExecutor() as pool:
-            sides = [pool.submit(ours, b, "train.py", *where, *data, *settings, *here),
-                     pool.submit(theirs, args, at, "train.py", *sizes, *settings, "--save", seed=seed,
-                                 recorded=recorded if seed == 0 else ())]
+            sides = [
+                pool.submit(ours, b, "train.py", *where, *data, *settings, *here),
+                pool.submit(
+                    theirs,
+                    args,
+                    at,
+                    "train.py",
+                    *sizes,
+                    *settings,
+                    "--save",
+                    seed=seed,
+                    recorded=recorded if seed == 0 else (),
+                ),
+            ]
         for side in sides:
             side.result()
     return a, b
@@ -186,34 +287,54 @@ def losses_of_theirs(run: Path) -> np.ndarray:
     return np.load(next(run.glob("results/*/loss_training.npy")))
 
 
-def exact_row(what: str, left: object, right: object, difference: float, most: float | None) -> list[str]:
+def exact_row(
+    what: str, left: object, right: object, difference: float, most: float | None
+) -> list[str]:
     """A row of numbers that should agree to `most`, None: that are only shown."""
-    wanted, verdict = ("", "shown") if most is None else (f"≤ {most:g}", "same" if difference <= most else "DIFFERS")
+    wanted, verdict = (
+        ("", "shown")
+        if most is None
+        else (f"≤ {most:g}", "same" if difference <= most else "DIFFERS")
+    )
     return [what, str(left), str(right), f"{difference:.2g}", wanted, verdict]
 
 
 def seeds_row(what: str, left: list[float], right: list[float]) -> list[str]:
-    """A row of one number a seed on each side: a t-test, in units of the standard deviation of a run."""
-    spread = max(math.sqrt((stdev(left)**2 + stdev(right)**2) / 2), 1e-6)  # to which the same masks' losses agree
+    """A row of one number a seed on each side: a t-test, in units of the standard deviation of a
+    run."""
+    # to which the same masks' losses agree
+    spread = max(math.sqrt((stdev(left) ** 2 + stdev(right) ** 2) / 2), 1e-6)
     apart, most = fmean(right) - fmean(left), CRITICAL_T[len(left)] * math.sqrt(2 / len(left))
     cells = [f"{fmean(side):.4f} ± {stdev(side):.4f}" for side in (left, right)]
-    return [what, *cells, f"{apart:+.4f}, {abs(apart) / spread:.1f} deviations", f"≤ {most:.1f} deviations",
-            "same" if abs(apart) <= most * spread else "DIFFERS"]
+    return [
+        what,
+        *cells,
+        f"{apart:+.4f}, {abs(apart) / spread:.1f} deviations",
+        f"≤ {most:.1f} deviations",
+        "same" if abs(apart) <= most * spread else "DIFFERS",
+    ]
 
 
 def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
-    """The authors' score at the recorded steps, each of which follows on one that is recorded too."""
+    """The authors' score at the recorded steps, each of which follows on one that is recorded
+    too."""
     steps: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for step, logits, mask in torch.load(run / "steps.pt"):
         steps.setdefault(step, []).append((logits.view(-1, 4), mask.view(-1, 4)))
     estimator, losses = Estimator(), losses_of_theirs(run)
-    advantages = [estimator.advantage(loss, baseline[step % len(baseline)]) for step, loss in enumerate(losses)]
+    advantages = [
+        estimator.advantage(loss, baseline[step % len(baseline)])
+        for step, loss in enumerate(losses)
+    ]
     kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-    pairs = sorted((step for step in steps if step + 1 in steps), key=lambda step: abs(advantages[step]))
-    pairs = pairs[len(pairs) // 2:]  # those that moved the logits most, which float32 rounds
+    pairs = sorted(
+        (step for step in steps if step + 1 in steps), key=lambda step: abs(advantages[step])
+    )
+    pairs = pairs[len(pairs) // 2 :]  # those that moved the logits most, which float32 rounds
     for step in pairs:
         for (before, mask), (after, _) in zip(steps[step], steps[step + 1]):
-            found = (before.double() - after.double()) / (lr * advantages[step])  # that of step + 1, counted from 1
+            # that of step + 1, counted from 1
+            found = (before.double() - after.double()) / (lr * advantages[step])
             exact = score(before.double(), mask)
             saturated = before.double().softmax(1).amax(1) > SATURATED
             for kind in kinds:
@@ -222,37 +343,66 @@ def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
     for kind, most, name in ((False, 1e-3, "other"), (True, None, "saturated")):
         found, exact = torch.cat(kinds[kind]).unbind(1)
         if len(found):
-            rows.append(exact_row(f"score, {len(found)} {name} blocks of {len(pairs)} steps: largest",
-                                  f"{found.abs().max():.4f}", f"{exact.abs().max():.4f}",
-                                  float((found - exact).abs().max()), most))
+            rows.append(
+                exact_row(
+                    f"score, {len(found)} {name} blocks of {len(pairs)} steps: largest",
+                    f"{found.abs().max():.4f}",
+                    f"{exact.abs().max():.4f}",
+                    float((found - exact).abs().max()),
+                    most,
+                )
+            )
     return rows
 
 
-def compare(args: argparse.Namespace, a: Path, b: Path) -> tuple[list[list[str]], dict[str, np.ndarray], str]:
+def compare(
+    args: argparse.Namespace, a: Path, b: Path
+) -> tuple[list[list[str]], dict[str, np.ndarray], str]:
     """The rows, the losses `[seeds, steps]` of both sides, and the mask's fingerprint."""
-    m0, other = (mask_files.load(path).masks for path in (b / "initial_mask.safetensors", a / "initial_mask"))
+    m0, other = (
+        mask_files.load(path).masks for path in (b / "initial_mask.safetensors", a / "initial_mask")
+    )
     baseline, cached = np.load(baseline_file(a)), np.load(baseline_file(b))["losses"]
     runs = range(args.seeds)
     logs = [read_lines(b / f"seed{seed}/metrics.jsonl") for seed in runs]
-    curves = {"theirs": np.array([losses_of_theirs(a / f"seed{seed}") for seed in runs]),
-              "ours": np.array([[line["loss"] for line in log] for log in logs])}
+    curves = {
+        "theirs": np.array([losses_of_theirs(a / f"seed{seed}") for seed in runs]),
+        "ours": np.array([[line["loss"] for line in log] for log in logs]),
+    }
 
     def changed(path: Path) -> float:
         masks = mask_files.load(path).masks
         blocks = torch.cat([(masks[name] ^ mask).view(-1, 4).any(1) for name, mask in m0.items()])
         return 100 * blocks.double().mean().item()
+
     unlike = math.inf
     if m0.keys() == other.keys():
         unlike = sum(int((other[name] ^ mask).sum()) for name, mask in m0.items())
-    rows = [exact_row("mask: layers, weights that differ", len(other), len(m0), unlike, 0),
-            exact_row(f"baseline, {len(cached)} minibatches: mean, largest difference (nats)", f"{baseline.mean():.6f}",
-                      f"{cached.mean():.6f}", float(abs(baseline - cached).max()), 1e-6),
-            *score_rows(a / "seed0", baseline, args.lr)]
+    rows = [
+        exact_row("mask: layers, weights that differ", len(other), len(m0), unlike, 0),
+        exact_row(
+            f"baseline, {len(cached)} minibatches: mean, largest difference (nats)",
+            f"{baseline.mean():.6f}",
+            f"{cached.mean():.6f}",
+            float(abs(baseline - cached).max()),
+            1e-6,
+        ),
+        *score_rows(a / "seed0", baseline, args.lr),
+    ]
     for steps in np.array_split(np.arange(curves["ours"].shape[1]), 4):
-        rows.append(seeds_row(f"loss, steps {steps[0] + 1} to {steps[-1] + 1} (nats)",
-                              *(curve[:, steps].mean(1).tolist() for curve in curves.values())))
-    rows.append(seeds_row("blocks changed at the end (%)", [changed(a / f"seed{seed}/learned_mask") for seed in runs],
-                          [changed(b / f"seed{seed}/mask.safetensors") for seed in runs]))
+        rows.append(
+            seeds_row(
+                f"loss, steps {steps[0] + 1} to {steps[-1] + 1} (nats)",
+                *(curve[:, steps].mean(1).tolist() for curve in curves.values()),
+            )
+        )
+    rows.append(
+        seeds_row(
+            "blocks changed at the end (%)",
+            [changed(a / f"seed{seed}/learned_mask") for seed in runs],
+            [changed(b / f"seed{seed}/mask.safetensors") for seed in runs],
+        )
+    )
     return rows, curves, mask_files.fingerprint(m0)
 
 
@@ -262,20 +412,36 @@ def main(argv: list[str] | None = None) -> None:
     starts = np.linspace(1, steps - 1, RECORDED).astype(int).tolist()
     with tempfile.TemporaryDirectory() as work:
         args.model = args.model or make_model(args.dataset, Path(work, "model"))
-        weights = b"".join(path.read_bytes() for path in sorted(Path(args.model).glob("*.safetensors")))
-        rows, curves, mask = compare(args, *run_both(args, Path(work), [*starts, *(start + 1 for start in starts)]))
+        weights = b"".join(
+            path.read_bytes() for path in sorted(Path(args.model).glob("*.safetensors"))
+        )
+        rows, curves, mask = compare(
+            args, *run_both(args, Path(work), [*starts, *(start + 1 for start in starts)])
+        )
     print("\n" + markdown_table(HEADING, rows))
     windows = np.array_split(np.arange(steps), min(steps, POINTS))
     record = {
-        "command": "python " + shlex.join([os.path.relpath(__file__), *(sys.argv[1:] if argv is None else argv)]),
-        "authors": f"github.com/woodenchild95/Maskpro at {authors_git(args.authors, 'rev-parse', 'HEAD')}",
-        **here, "seeds": [*range(args.seeds)],
-        "sha256": {"model": hashlib.sha256(weights).hexdigest(),
-                   "text": hashlib.sha256(Path(args.dataset).read_bytes()).hexdigest(), "mask (fingerprint)": mask},
+        "command": "python "
+        + shlex.join([os.path.relpath(__file__), *(sys.argv[1:] if argv is None else argv)]),
+        "authors": (
+            f"github.com/woodenchild95/Maskpro at {authors_git(args.authors, 'rev-parse', 'HEAD')}"
+        ),
+        **here,
+        "seeds": [*range(args.seeds)],
+        "sha256": {
+            "model": hashlib.sha256(weights).hexdigest(),
+            "text": hashlib.sha256(Path(args.dataset).read_bytes()).hexdigest(),
+            "mask (fingerprint)": mask,
+        },
         "table": [dict(zip(HEADING, row)) for row in rows],
-        "curves": {"last step": [int(window[-1]) + 1 for window in windows],
-                   **{side: [round(float(curve[:, window].mean()), 5) for window in windows]
-                      for side, curve in curves.items()}}}
+        "curves": {
+            "last step": [int(window[-1]) + 1 for window in windows],
+            **{
+                side: [round(float(curve[:, window].mean()), 5) for window in windows]
+                for side, curve in curves.items()
+            },
+        },
+    }
     if args.record:
         write_json(args.record, record)
     if any(row[-1] == "DIFFERS" for row in rows):

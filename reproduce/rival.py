@@ -1,11 +1,13 @@
-"""A rival's learner, of bench/rival_methods.py, in the place of sparsify.py's: all else is as in a run of sparsify.py.
+"""A rival's learner, of bench/rival_methods.py, in the place of sparsify.py's: all else is as in a
+run of sparsify.py.
 
     python reproduce/rival.py scores_ste --like results/RUN --lr 0.01 --out results/RIVAL
     python reproduce/rival.py scores_ste --resume results/RIVAL
 
-RUN lends its arguments and, as soon as it has them, its text, its order of the channels and
-its m0. --lr is Adam's rate. No swaps improve a rival's m0. In one process, all layers, nn.Linear only.
+RUN lends its arguments and, as soon as it has them, its text, its order of the channels and its m0.
+--lr is Adam's rate. No swaps improve a rival's m0. In one process, all layers, nn.Linear only.
 """
+
 import shutil
 import sys
 from argparse import Namespace
@@ -41,8 +43,8 @@ from torch import Tensor
 
 
 class RivalLearner(Learner):
-    """A rival as sparsify.py's learner in a run of so many steps; make: the rival, from (model, masks, norms, n, m,
-    weights)."""
+    """A rival as sparsify.py's learner in a run of so many steps; make: the rival, from (model,
+    masks, norms, n, m, weights)."""
 
     def __init__(self, make: Callable[..., Rival], steps: int):  # `of` has the masked model
         self.make, self.steps = make, steps
@@ -56,7 +58,9 @@ class RivalLearner(Learner):
         self.undo = speed_up(masked.model, masked.kernels, tokens)  # as ours
         return self
 
-    def start(self, _masked: MaskedModel, _magnitude: float, sequences: Tensor, _sweeps: int) -> None:
+    def start(
+        self, _masked: MaskedModel, _magnitude: float, sequences: Tensor, _sweeps: int
+    ) -> None:
         """In place of swaps: from m0."""
         modules = {name: layer.module for name, layer in self.masked.layers.items()}
         with self.masked.use_dense():
@@ -65,11 +69,20 @@ class RivalLearner(Learner):
     def begin(self, norms: dict[str, Tensor]) -> None:
         """From m0; norms: of the layers' inputs in the dense model."""
         masked, space = self.masked, self.masked.space
-        self.rival = self.make(masked.model, masked.masks_of(masked.bits()), norms, space.n, space.m,
-                               weights={name: layer.weight for name, layer in masked.layers.items()})
+        self.rival = self.make(
+            masked.model,
+            masked.masks_of(masked.bits()),
+            norms,
+            space.n,
+            space.m,
+            weights={name: layer.weight for name, layer in masked.layers.items()},
+        )
         for parameter in self.rival.parameters.values():
-            self.rival.optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
-                                                     "exp_avg_sq": torch.zeros_like(parameter)}
+            self.rival.optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     def step(self, batch: Tensor, _size: float, distill: list[float]) -> StepResult:
         """As StraightThrough's; the size of the step is Adam's own."""
@@ -84,25 +97,41 @@ class RivalLearner(Learner):
 
     def proposal(self) -> dict[str, Tensor]:
         """The rival's mask."""
-        return {name: self.masked.layers[name].bits_of(mask) for name, mask in self.rival.masks().items()}
+        return {
+            name: self.masked.layers[name].bits_of(mask)
+            for name, mask in self.rival.masks().items()
+        }
 
     def changed(self) -> float:
         """The share of blocks whose mask is not m0's."""
         m0 = self.masked.bits()  # no logits of its own move
-        return sum(int((bits != m0[name]).sum()) for name, bits in self.proposal().items()) / self.masked.blocks
+        return (
+            sum(int((bits != m0[name]).sum()) for name, bits in self.proposal().items())
+            / self.masked.blocks
+        )
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """Parameters, Adam's moments, the norms, the state of the random numbers."""
         rival, tensors = self.rival, {"random": self.rival.generator.get_state()}
         for name, parameter in rival.parameters.items():
-            of_adam = {f"{key}.{name}": tensor for key, tensor in rival.optimizer.state[parameter].items()}
-            tensors |= {f"norms.{name}": rival.norms[name], f"parameter.{name}": parameter.detach(), **of_adam}
+            of_adam = {
+                f"{key}.{name}": tensor for key, tensor in rival.optimizer.state[parameter].items()
+            }
+            tensors |= {
+                f"norms.{name}": rival.norms[name],
+                f"parameter.{name}": parameter.detach(),
+                **of_adam,
+            }
         return {}, tensors
 
     def restore(self, _scalars: dict, read: Callable) -> None:
         """From `state`."""
-        self.begin({name: read(f"norms.{name}", torch.empty(layer.shape[1])).to(layer.weight.device)
-                    for name, layer in self.masked.layers.items()})
+        self.begin(
+            {
+                name: read(f"norms.{name}", torch.empty(layer.shape[1])).to(layer.weight.device)
+                for name, layer in self.masked.layers.items()
+            }
+        )
         self.rival.generator.set_state(read("random", self.rival.generator.get_state()))
         for name, parameter in self.rival.parameters.items():
             parameter.data.copy_(read(f"parameter.{name}", parameter).view_as(parameter))
@@ -122,7 +151,9 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_argument("--like", metavar="RUN", help="of sparsify.py")
     parser.add_argument("--lr", type=number(float, 0), help="of Adam")
     parser.add_argument("--out", help="run folder, must be new")
-    parser.add_argument("--resume", metavar="RIVAL", help="go on with a rival's run that was stopped")
+    parser.add_argument(
+        "--resume", metavar="RIVAL", help="go on with a rival's run that was stopped"
+    )
     args = parser.parse_args(argv)
     if [args.like, args.lr, args.out].count(None) != (3 if args.resume else 0):
         parser.error("give --like, --lr and --out, or --resume alone")
@@ -130,18 +161,35 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 def settings_of(given: Namespace) -> Namespace:
-    """The arguments of the rival's run; UserError for a run of sparsify.py that it cannot be like."""
+    """The arguments of the rival's run; UserError for a run of sparsify.py that it cannot be
+    like."""
     args = sparsify.parse_args(["--resume", given.resume or given.like])
     if given.resume:
         return args
     if not read_record(given.like).get("fingerprints") or args.targets:
-        raise UserError(f"{given.like} must have its text and m0, without --targets: a rival learns all layers")
+        raise UserError(
+            f"{given.like} must have its text and m0, without --targets: a rival learns all layers"
+        )
     skips = not args.permute  # a mask of reordered channels is none of the model as it is
-    return Namespace(**{**vars(args), "step_size": given.lr, "out": given.out, "resume": None, "skip_checkpoint": skips})
+    return Namespace(
+        **{
+            **vars(args),
+            "step_size": given.lr,
+            "out": given.out,
+            "resume": None,
+            "skip_checkpoint": skips,
+        }
+    )
 
 
-def compete(method: str, like: str | None, args: Namespace, device: str | None, folder: RunFolder,
-            signals: StopSignals) -> None:
+def compete(
+    method: str,
+    like: str | None,
+    args: Namespace,
+    device: str | None,
+    folder: RunFolder,
+    signals: StopSignals,
+) -> None:
     """The run, as `sparsify.learn`."""
     if processes.world_size() > 1:
         raise UserError("rivals learn in one process")
@@ -154,15 +202,22 @@ def compete(method: str, like: str | None, args: Namespace, device: str | None, 
         folder.note(rival=method, fingerprints=lent["fingerprints"], plan=lent["plan"])
     steps = folder.record["plan"]["steps"]
     further = {"steps": steps} if method == "proxsparse" else {}
-    learner = RivalLearner(partial(RIVALS[method], lr=args.step_size, seed=args.seed, **further), steps)
+    learner = RivalLearner(
+        partial(RIVALS[method], lr=args.step_size, seed=args.seed, **further), steps
+    )
     sparsify.learn(args, device, folder, signals, learner.of, learner.start)
 
 
 def main(argv: list[str] | None = None) -> None:
     given = parse_args(argv)
-    launch(f"reproduce/rival.py {given.method}", settings_of(given), partial(compete, given.method, given.like))
+    launch(
+        f"reproduce/rival.py {given.method}",
+        settings_of(given),
+        partial(compete, given.method, given.like),
+    )
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)  # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
+    # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
+    torch.set_flush_denormal(True)
     run_script(main)

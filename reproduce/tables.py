@@ -3,9 +3,10 @@
     python reproduce/tables.py
     python reproduce/tables.py --check      # exit code 1 where a table says what no record says
 
-The first rewrites what stands between <!-- NAME --> and <!-- end NAME --> in the docs, the second is a test. A new
-table is a function here, which returns Markdown, and two such lines in a page.
+The first rewrites what stands between <!-- NAME --> and <!-- end NAME --> in the docs, the second
+is a test. A new table is a function here, which returns Markdown, and two such lines in a page.
 """
+
 import argparse
 import json
 import math
@@ -43,58 +44,100 @@ def ablations() -> str:
     for varied, says, row, seeds in ABLATIONS:
         _, nats, gap, first, last, changed, _ = row_cells(rows, small(*row), seeds)
         lines.append([varied, says, nats, gap, f"{first}, {last}", changed])
-    return markdown_table(["varied", "the paper says", "held-out", "of the gap (%)", "sampled masks: first, last steps",
-                           "blocks changed (%)"], lines)
+    return markdown_table(
+        [
+            "varied",
+            "the paper says",
+            "held-out",
+            "of the gap (%)",
+            "sampled masks: first, last steps",
+            "blocks changed (%)",
+        ],
+        lines,
+    )
 
 
 def patterns() -> str:
     """The small model at other patterns."""
     rows, lines = record("small_model")["rows"], []
-    for heading, learned in (("1:4", small("maskpro", 512, 5, 5)),
-                             ("2:4", "2of4/maskpro-size512-lr5-logits5-steps2500"),
-                             ("2:4, 10,000 steps", "2of4/maskpro-size512-lr5-logits5-steps10000"),
-                             ("2:4, 10,000 steps, η 10", "2of4/maskpro-size512-lr10-logits5-steps10000"),
-                             ("4:8", "4of8/maskpro-size512-lr5-logits5-steps2500")):
+    for heading, learned in (
+        ("1:4", small("maskpro", 512, 5, 5)),
+        ("2:4", "2of4/maskpro-size512-lr5-logits5-steps2500"),
+        ("2:4, 10,000 steps", "2of4/maskpro-size512-lr5-logits5-steps10000"),
+        ("2:4, 10,000 steps, η 10", "2of4/maskpro-size512-lr10-logits5-steps10000"),
+        ("4:8", "4of8/maskpro-size512-lr5-logits5-steps2500"),
+    ):
         cells, folder = row_cells(rows, learned, 1), learned.partition("/")[0]
-        lines.append([heading, *(row_cells(rows, f"{folder}/{method}")[1] for method in (
-            "magnitude", "wanda", "sparsegpt")), cells[1], f"{cells[3]}, {cells[4]}"])
-    return markdown_table(["N:M, held-out", "magnitude", "Wanda, m0", "SparseGPT (updates weights)", "maskpro",
-                           "sampled masks: first, last steps"], lines)
+        lines.append(
+            [
+                heading,
+                *(
+                    row_cells(rows, f"{folder}/{method}")[1]
+                    for method in ("magnitude", "wanda", "sparsegpt")
+                ),
+                cells[1],
+                f"{cells[3]}, {cells[4]}",
+            ]
+        )
+    return markdown_table(
+        [
+            "N:M, held-out",
+            "magnitude",
+            "Wanda, m0",
+            "SparseGPT (updates weights)",
+            "maskpro",
+            "sampled masks: first, last steps",
+        ],
+        lines,
+    )
 
 
 def conditions() -> str:
     """What the small model's tables are of."""
     rows = record("small_model")["rows"]
     runs = [seed["run"] for seeds in rows.values() for seed in seeds if "run" in seed]
-    known = {key: sorted({run["environment"][key] for run in runs}) for key in ("hardware", "commit", "torch")}
+    known = {
+        key: sorted({run["environment"][key] for run in runs})
+        for key in ("hardware", "commit", "torch")
+    }
     dtypes = sorted({seed["dtype"] for seeds in rows.values() for seed in seeds})
     seconds = sorted(run["seconds"] for run in runs)
-    return (f"Dense {rows['dense'][0]['nats']:.4f}. {', '.join(known['hardware'])}, {', '.join(dtypes)}, torch "
-            f"{', '.join(known['torch'])}, commit {', '.join(known['commit'])}; a run took {seconds[0]:.0f} to "
-            f"{seconds[-1]:.0f} s.")
+    return (
+        f"Dense {rows['dense'][0]['nats']:.4f}. {', '.join(known['hardware'])}, "
+        f"{', '.join(dtypes)}, torch {', '.join(known['torch'])}, commit "
+        f"{', '.join(known['commit'])}; a run took {seconds[0]:.0f} to {seconds[-1]:.0f} s."
+    )
 
 
 def smollm2(name: str) -> dict[str, list[dict]]:
-    """The rows of the record that has this row of SmolLM2-135M; that of float32 has its own dense and Wanda. Empty if
-    neither has it."""
+    """The rows of the record that has this row of SmolLM2-135M; that of float32 has its own dense
+    and Wanda. Empty if neither has it."""
     found = [record(file)["rows"] for file in ("smollm2", "smollm2_float32")]
     return next((rows for rows in found if name in rows), {})
 
 
 def of_accuracy(name: str) -> list[float]:
-    """Of the seeds of a row on SmolLM2-135M that have an accuracy: the share in percent of what Wanda lost."""
+    """Of the seeds of a row on SmolLM2-135M that have an accuracy: the share in percent of what
+    Wanda lost."""
     rows = smollm2(name)
     dense, m0 = (rows[name][0].get("mean_acc", math.nan) for name in ("dense", "2of4/wanda"))
-    return [100 * (seed["mean_acc"] - m0) / (dense - m0) for seed in rows[name] if "mean_acc" in seed]
+    return [
+        100 * (seed["mean_acc"] - m0) / (dense - m0) for seed in rows[name] if "mean_acc" in seed
+    ]
 
 
 def gaps(name: str) -> list[str]:
-    """Of a row on SmolLM2-135M: WikiText-2 and accuracy, and the shares of the gaps that Wanda leaves."""
+    """Of a row on SmolLM2-135M: WikiText-2 and accuracy, and the shares of the gaps that Wanda
+    leaves."""
     rows = smollm2(name)
     accuracies = [100 * seed["mean_acc"] for seed in rows[name] if "mean_acc" in seed]
     shares = [] if name in ("dense", "2of4/wanda") else of_accuracy(name)
-    return [cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2],
-            cell(accuracies, 1) if accuracies else "not run", cell(shares, 0) if shares else ""]
+    return [
+        cell([seed["ppl"] for seed in rows[name]], 2),
+        row_cells(rows, name)[2],
+        cell(accuracies, 1) if accuracies else "not run",
+        cell(shares, 0) if shares else "",
+    ]
 
 
 def of_the_real_model(heading: str, rows: list[tuple[str, str, str]]) -> str:
@@ -109,7 +152,9 @@ def results() -> str:
 
 def summary() -> str:
     lines = [[what, learned, state, *gaps(name)[::2]] for what, learned, state, name in SUMMARY]
-    return markdown_table(["method", "learns by", "state, bytes per weight", "perplexity", "accuracy (%)"], lines)
+    return markdown_table(
+        ["method", "learns by", "state, bytes per weight", "perplexity", "accuracy (%)"], lines
+    )
 
 
 def one_shot() -> str:
@@ -127,28 +172,48 @@ def rivals() -> str:
     for method, state_bytes, name in RIVALS:
         runs = smollm2(name)[name]
         seeds = ", ".join(str(seed["seed"]) for seed in runs)
-        lines.append([method, state_bytes, f"{rate_of(runs[0]['run']['arguments']):g}", seeds, *gaps(name)])
+        lines.append(
+            [method, state_bytes, f"{rate_of(runs[0]['run']['arguments']):g}", seeds, *gaps(name)]
+        )
     return markdown_table(["method", "state, bytes a weight", "rate", "seeds", *GAPS], lines)
 
 
 def scaling() -> str:
     """What bench/scaling.py has left by --json."""
     rows = record("scaling")
-    apart, same, sent = "logits apart from one process's, at most", "the same mask", "sent a process and step (bytes)"
-    lines = [[row["learning"], str(row["processes"]), f"{row[apart]:.1e}",
-              "yes" if row[same] else "no", f"{row[sent]:,}"] for row in rows]
-    return markdown_table(["learning", "processes", apart, same, sent], lines) + BENCH.format(**rows[0])
+    apart, same, sent = (
+        "logits apart from one process's, at most",
+        "the same mask",
+        "sent a process and step (bytes)",
+    )
+    lines = [
+        [
+            row["learning"],
+            str(row["processes"]),
+            f"{row[apart]:.1e}",
+            "yes" if row[same] else "no",
+            f"{row[sent]:,}",
+        ]
+        for row in rows
+    ]
+    return markdown_table(["learning", "processes", apart, same, sent], lines) + BENCH.format(
+        **rows[0]
+    )
 
 
 def example() -> str:
     """What one command of sparsify.py tells: report.json of a run, as it left it."""
     run = record("one_command")
     given, here = run["arguments"], run["environment"]
-    stages = [[name, f"{stage['seconds'] / 60:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f}"]
-              for name, stage in run["stages"].items()]
+    stages = [
+        [name, f"{stage['seconds'] / 60:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f}"]
+        for name, stage in run["stages"].items()
+    ]
     stages = markdown_table(["stage", "minutes", "peak memory (GiB)"], stages)
-    return (f"{perplexity_table(run['nats'])}\n\n{stages}\n\n{run['summary']['steps']} steps, SmolLM2-135M, "
-            f"{here['hardware']}, seed {given['seed']}, commit {here['commit']}.")
+    return (
+        f"{perplexity_table(run['nats'])}\n\n{stages}\n\n{run['summary']['steps']} steps, "
+        f"SmolLM2-135M, {here['hardware']}, seed {given['seed']}, commit {here['commit']}."
+    )
 
 
 def printed() -> str:
@@ -157,23 +222,42 @@ def printed() -> str:
     said = sparsified(run, run["summary"])
     minutes = sum(stage["seconds"] for stage in run["stages"].values()) / 60
     here = run["environment"]
-    return f"```\n{said}\n```\n\n({minutes:.0f} minutes, {here['hardware']}, commit {here['commit']})"
+    return (
+        f"```\n{said}\n```\n\n({minutes:.0f} minutes, {here['hardware']}, commit {here['commit']})"
+    )
 
 
 def step() -> str:
     """What bench/step.py has left by --json."""
-    rows, columns = record("step"), ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
-    lines = [[row["what"].replace("torch.", ""), *(f"{row[key]:.3g}" if key in row else "" for key in columns)]
-             for row in rows]
+    rows, columns = (
+        record("step"),
+        ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"],
+    )
+    lines = [
+        [
+            row["what"].replace("torch.", ""),
+            *(f"{row[key]:.3g}" if key in row else "" for key in columns),
+        ]
+        for row in rows
+    ]
     return markdown_table(["", *columns], lines) + BENCH.format(**rows[0])
 
 
 def memory() -> str:
     """What bench/memory.py has left by --json."""
     rows, numbers = record("memory"), ("kept (bytes a weight)", "predicted (MiB)", "used (MiB)")
-    lines = [[row["learning"], row["logits"], str(row["processes"]),
-              *(f"{row[key]:,.4g}" if key in row else "" for key in numbers)] for row in rows]
-    return markdown_table(["learning", "logits", "processes", *numbers], lines) + BENCH.format(**rows[0])
+    lines = [
+        [
+            row["learning"],
+            row["logits"],
+            str(row["processes"]),
+            *(f"{row[key]:,.4g}" if key in row else "" for key in numbers),
+        ]
+        for row in rows
+    ]
+    return markdown_table(["learning", "logits", "processes", *numbers], lines) + BENCH.format(
+        **rows[0]
+    )
 
 
 def gpu_code() -> str:
@@ -183,10 +267,26 @@ def gpu_code() -> str:
     for row in rows:
         if "write" not in row["what"]:
             blocks = row["elements a thread"] if ":" in row["what"] else ""  # the loss has none
-            lines.append([row["what"], str(row["kernels"]), blocks, str(row["registers"]), str(row["spilled (bytes)"]),
-                          f"{row['Inductor (s)']:.0f}", f"{row['Triton and ptxas (s)']:.0f}"])
-    columns = ["pass", "kernels", "blocks a thread", "registers", "spilled (bytes)", "Inductor (s)",
-               "Triton, ptxas (s)"]
+            lines.append(
+                [
+                    row["what"],
+                    str(row["kernels"]),
+                    blocks,
+                    str(row["registers"]),
+                    str(row["spilled (bytes)"]),
+                    f"{row['Inductor (s)']:.0f}",
+                    f"{row['Triton and ptxas (s)']:.0f}",
+                ]
+            )
+    columns = [
+        "pass",
+        "kernels",
+        "blocks a thread",
+        "registers",
+        "spilled (bytes)",
+        "Inductor (s)",
+        "Triton, ptxas (s)",
+    ]
     return markdown_table(columns, lines) + BENCH.format(**rows[0])
 
 
@@ -202,9 +302,14 @@ def variance() -> str:
     machines = {}
     for model, name in SIGNALS:
         draws, here = record(name)["arguments"]["samples"], record(name)["environment"]
-        machines.setdefault(here["hardware"], []).append(f"{model}, {draws} draws, commit {here['commit']}")
-    return markdown_table(["model", *signal.HEADING], lines) + "\n\n" + " ".join(
-        f"{hardware}: {'; '.join(rows)}." for hardware, rows in machines.items())
+        machines.setdefault(here["hardware"], []).append(
+            f"{model}, {draws} draws, commit {here['commit']}"
+        )
+    return (
+        markdown_table(["model", *signal.HEADING], lines)
+        + "\n\n"
+        + " ".join(f"{hardware}: {'; '.join(rows)}." for hardware, rows in machines.items())
+    )
 
 
 def falls() -> str:
@@ -214,39 +319,84 @@ def falls() -> str:
         runs = [seed["run"] for seed in record(name)["rows"][row]] if row else [record(name)]
         arguments, steps = runs[0]["arguments"], runs[0].get("steps") or runs[0]["summary"]["steps"]
         here = ["{}:{}".format(*arguments["sparsity_type"]), arguments["logits"]]
-        (found,) = [found for found in record(signals)["rows"] if [found["pattern"], found["C"]] == here]
-        points = POINTS * (steps if runs[0]["summary"] else arguments["max_step"]) // (4 * steps)  # of a quarter
+        (found,) = [
+            found for found in record(signals)["rows"] if [found["pattern"], found["C"]] == here
+        ]
+        # of a quarter
+        points = POINTS * (steps if runs[0]["summary"] else arguments["max_step"]) // (4 * steps)
         curve = np.mean([run.get("residuals", run["curve"])[:points] for run in runs], 0)
         fit, covariance = np.polyfit(np.arange(points) * steps / POINTS, curve, 1, cov=True)
-        lines.append([what, f"{arguments['lr']:g}", f"{len(runs)}", f"{steps * points // POINTS:,}",
-                      f"{arguments['lr'] * found['signal']:.1e}", f"{-fit[0]:.1e} ± {covariance[0, 0]**0.5:.0e}"])
-    return markdown_table(["run", "η", "seeds", "first steps", "predicted fall a step, η‖g‖²", "seen"], lines)
+        lines.append(
+            [
+                what,
+                f"{arguments['lr']:g}",
+                f"{len(runs)}",
+                f"{steps * points // POINTS:,}",
+                f"{arguments['lr'] * found['signal']:.1e}",
+                f"{-fit[0]:.1e} ± {covariance[0, 0] ** 0.5:.0e}",
+            ]
+        )
+    return markdown_table(
+        ["run", "η", "seeds", "first steps", "predicted fall a step, η‖g‖²", "seen"], lines
+    )
 
 
 def over_minutes() -> list[tuple[str, int, float, float]]:
     """Method, steps, minutes and share in percent of the rows of minutes.sh, those that learn."""
     rows = record("small_model")["rows"]
-    names = [("MaskPro: train.py", n, small("maskpro", 512, 5, 5, steps=n)) for n in (500, 1000, 2500, 10000)]
+    names = [
+        ("MaskPro: train.py", n, small("maskpro", 512, 5, 5, steps=n))
+        for n in (500, 1000, 2500, 10000)
+    ]
     names += [("ours: sparsify.py", n, f"1of4/sparsify-steps{n}") for n in (32, 128, 512)]
-    return [(method, steps, rows[name][0]["run"]["seconds"] / 60, recovered(rows, name, rows[name][0]["nats"]))
-            for method, steps, name in names]
+    return [
+        (
+            method,
+            steps,
+            rows[name][0]["run"]["seconds"] / 60,
+            recovered(rows, name, rows[name][0]["nats"]),
+        )
+        for method, steps, name in names
+    ]
 
 
-TABLES = (example, printed, summary, results, one_shot, rivals, scaling, step, memory, gpu_code, ablations, patterns,
-          conditions, authors, variance, falls)
+TABLES = (
+    example,
+    printed,
+    summary,
+    results,
+    one_shot,
+    rivals,
+    scaling,
+    step,
+    memory,
+    gpu_code,
+    ablations,
+    patterns,
+    conditions,
+    authors,
+    variance,
+    falls,
+)
 
 
 def rendered(page: str) -> str:
     """A page's text with its tables made anew."""
     for table in TABLES:
         name = table.__name__
-        page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
-                      lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", page, flags=re.DOTALL)
+        page = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
+            lambda found, table=table: f"{found[1]}{table()}\n{found[2]}",
+            page,
+            flags=re.DOTALL,
+        )
     return page
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="only compare")
     args, stale = parser.parse_args(argv), []
     for page in PAGES:
@@ -256,7 +406,10 @@ def main(argv: list[str] | None = None) -> None:
             stale.append(page)
             if not args.check:
                 (ROOT / page).write_text(after, encoding="utf-8")
-    print(f"{', '.join(stale) or 'no page'}: {'other than the records' if args.check else 'made anew'}")
+    print(
+        f"{', '.join(stale) or 'no page'}: "
+        f"{'other than the records' if args.check else 'made anew'}"
+    )
     sys.exit(1 if stale and args.check else 0)
 
 

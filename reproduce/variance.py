@@ -1,32 +1,40 @@
 """Signal and noise of the paper's estimators, measured, and the steps that follow from them.
 
-    python reproduce/variance.py --record reproduce/records/variance.json        # the small model, 1:4 and 2:4
-    python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --record variance.json
+    # the small model, 1:4 and 2:4
+    python reproduce/variance.py --record reproduce/records/variance.json
+    python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 \\
+        --record variance.json
     python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --targets layers.29.
-    python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --logits 4 --init scores
+    python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --logits 4 \\
+        --init scores
 
-A step moves the logits by -eta X, X = A score(m), m ~ p(pi), of which the mean is the gradient g of the expected loss.
-Masks are drawn again and again from logits that stay as they are, C * m0, m0 of Wanda, on minibatches of 8 x 128
-tokens. Noise is the second moment E |X|^2 for each advantage A:
+A step moves the logits by -eta X, X = A score(m), m ~ p(pi), of which the mean is the gradient g of
+the expected loss. Masks are drawn again and again from logits that stay as they are, C * m0, m0 of
+Wanda, on minibatches of 8 x 128 tokens. Noise is the second moment E |X|^2 for each advantage A:
 
     vanilla     f(m * w)
     residual    f(m * w) - f(m0 * w)                    of the same minibatch
-    maskpro     f(m * w) - f(m0 * w) - delta            delta: the mean residual, to which the tracker goes
+    maskpro     f(m * w) - f(m0 * w) - delta            delta: the mean residual, to which the
+                tracker goes
 
-Signal is |g|^2. A backward pass at a drawn mask gives Y = J^T G (docs/sparsify.md), whose mean is g where f is linear
-in a single block, the others drawn: so it is, nearly, among many blocks. |g|^2 is the mean product of the means of Y
-over any two of GROUPS groups of draws, which has no noise squared in it; its standard error is given. Most of it only
-makes m0 more probable, where leaving it costs much. What can end in another mask is the part away from m0: that of the
-blocks where a step makes m0 less probable.
+Signal is |g|^2. A backward pass at a drawn mask gives Y = J^T G (docs/sparsify.md), whose mean is g
+where f is linear in a single block, the others drawn: so it is, nearly, among many blocks. |g|^2 is
+the mean product of the means of Y over any two of GROUPS groups of draws, which has no noise
+squared in it; its standard error is given. Most of it only makes m0 more probable, where leaving it
+costs much. What can end in another mask is the part away from m0: that of the blocks where a step
+makes m0 less probable.
 
-After T steps noise has moved each of the d logits by eta sqrt(T E|X|^2 / d), and the expected loss has fallen, in those
-blocks, by T eta |g_away|^2, to first order. With eta such that the noise is half a nat, a fall by L takes
+After T steps noise has moved each of the d logits by eta sqrt(T E|X|^2 / d), and the expected loss
+has fallen, in those blocks, by T eta |g_away|^2, to first order. With eta such that the noise is
+half a nat, a fall by L takes
 
     T = (2 L / |g_away|^2)^2 E|X|^2 / d        steps
 
-of maskpro at the pace of the first: the last column, for L a tenth of f(m0 * w) - f(w), the gap on the minibatches. The
-column before it has the eta of half a nat in STEPS steps, to begin a search with. Needs the demo's text.
+of maskpro at the pace of the first: the last column, for L a tenth of f(m0 * w) - f(w), the gap on
+the minibatches. The column before it has the eta of half a nat in STEPS steps, to begin a search
+with. Needs the demo's text.
 """
+
 import argparse
 import copy
 import sys
@@ -64,16 +72,30 @@ GROUPS = 8  # of draws, each with its own mean
 NOISE = 0.5  # nats that noise may move a logit
 SHARE = 0.1  # of the gap
 STEPS = 10_000  # the paper's
-HEADING = ["N:M", "C", *(f"noise, {name}" for name in ADVANTAGES), "signal, ‖g‖²", "away from m0",
-           f"η for {STEPS:,} steps", "steps to a tenth of the gap"]
+HEADING = [
+    "N:M",
+    "C",
+    *(f"noise, {name}" for name in ADVANTAGES),
+    "signal, ‖g‖²",
+    "away from m0",
+    f"η for {STEPS:,} steps",
+    "steps to a tenth of the gap",
+]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="reproduce/small_model")
     parser.add_argument("--text", default="demo/train.jsonl")
     parser.add_argument("--patterns", nargs="+", type=sparsity_type, default=[(1, 4), (2, 4)])
-    parser.add_argument("--targets", nargs="+", default=None, help="the layers whose masks are drawn; others keep m0")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=None,
+        help="the layers whose masks are drawn; others keep m0",
+    )
     parser.add_argument("--logits", nargs="+", type=float, default=[5.0, 10.0], help="C")
     parser.add_argument("--init", choices=["mask", "scores"], default="mask", help="as train.py's")
     parser.add_argument("--samples", type=positive_int, default=512, help="masks drawn")
@@ -86,12 +108,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Collected:
-    """In place of a learner's normalization: takes J^T G of each layer, and moves nothing. total: flat, float32
-    `[logits]`, to which it is added; scale: what the gradient of the summed loss is multiplied by."""
+    """In place of a learner's normalization: takes J^T G of each layer, and moves nothing. total:
+    flat, float32 `[logits]`, to which it is added; scale: what the gradient of the summed loss is
+    multiplied by."""
 
     def __init__(self, masked: MaskedModel):
         self.masked, self.total, self.scale, self.not_finite = masked, None, 1.0, 0
-        ends = torch.tensor([layer.shape.numel() for layer in masked.layers.values()]).cumsum(0).tolist()
+        ends = (
+            torch.tensor([layer.shape.numel() for layer in masked.layers.values()])
+            .cumsum(0)
+            .tolist()
+        )
         self.parts = dict(zip(masked.layers, map(slice, [0, *ends[:-1]], ends)))
 
     def begin_pass(self, size: float) -> None:
@@ -110,25 +137,32 @@ class Collected:
 def scores(masked: MaskedModel, bits: dict[str, Tensor]) -> Iterator[Tensor]:
     """The score of these masks, a layer after the other, float32 `[blocks, M]`."""
     for layer in masked.layers.values():
-        yield torch.stack(fused_ops.score(fused_ops.rates(layer.logits, masked.space.n), kept_planes(
-            bits[layer.name], layer.m), masked.space.n), 1)
+        yield torch.stack(
+            fused_ops.score(
+                fused_ops.rates(layer.logits, masked.space.n),
+                kept_planes(bits[layer.name], layer.m),
+                masked.space.n,
+            ),
+            1,
+        )
 
 
 def mean_product(means: Tensor) -> tuple[float, float]:
-    """The mean product of any two of these `[groups, logits]`, and its standard error, by the jackknife: each is in
-    several products."""
+    """The mean product of any two of these `[groups, logits]`, and its standard error, by the
+    jackknife: each is in several products."""
     products = (means @ means.T).double()
     pairs = products[~torch.eye(GROUPS, dtype=torch.bool)].view(GROUPS, -1).mean(1).tolist()
     return fmean(pairs), 2 * (GROUPS - 1) / (GROUPS - 2) * stdev(pairs) / GROUPS**0.5
 
 
 def away_from_m0(means: Tensor, m0: Iterator[Tensor]) -> float:
-    """The part of |g|^2 in blocks where a step along -g makes m0 less probable, from the groups' means of Y, `[groups,
-    logits]`, and m0's score. Half of the groups chooses the blocks, the others tell the product there; and vice versa.
+    """The part of |g|^2 in blocks where a step along -g makes m0 less probable, from the groups'
+    means of Y, `[groups, logits]`, and m0's score. Half of the groups chooses the blocks, the
+    others tell the product there; and vice versa.
     """
     total, begin, half = 0.0, 0, GROUPS // 2
     for score in m0:
-        part = means[:, begin:begin + score.numel()].view(GROUPS, *score.shape)
+        part = means[:, begin : begin + score.numel()].view(GROUPS, *score.shape)
         begin += score.numel()
         for choosing, telling in ((part[:half], part[half:]), (part[half:], part[:half])):
             away = (choosing.mean(0) * score).sum(1) > 0
@@ -164,29 +198,45 @@ def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
             moments[name].append(advantage**2 * square)
     means = sums.mul_(GROUPS / samples)
     signal, error = mean_product(means)
-    return {"logits": count, "dense": dense, "m0": fmean(baseline), "drawn": fmean(baseline) + delta,
-            "second_moment": {name: fmean(values) for name, values in moments.items()},
-            "signal": signal, "signal_error": error, "signal_away": away_from_m0(means, scores(masked, m0))}
+    return {
+        "logits": count,
+        "dense": dense,
+        "m0": fmean(baseline),
+        "drawn": fmean(baseline) + delta,
+        "second_moment": {name: fmean(values) for name, values in moments.items()},
+        "signal": signal,
+        "signal_error": error,
+        "signal_away": away_from_m0(means, scores(masked, m0)),
+    }
 
 
 def noise_lr(found: dict, steps: int = STEPS) -> float:
     """The eta with which noise moves a logit by NOISE in so many steps of maskpro."""
-    return NOISE / (steps * found["second_moment"]["maskpro"] / found["logits"])**0.5
+    return NOISE / (steps * found["second_moment"]["maskpro"] / found["logits"]) ** 0.5
 
 
 def steps_to_share(found: dict, share: float = SHARE) -> float:
     """The steps of maskpro to this share of the gap, by the docstring's T."""
     fall = share * (found["m0"] - found["dense"])
-    return (fall / NOISE / found["signal_away"])**2 * found["second_moment"]["maskpro"] / found["logits"]
+    return (
+        (fall / NOISE / found["signal_away"]) ** 2
+        * found["second_moment"]["maskpro"]
+        / found["logits"]
+    )
 
 
 def row(found: dict) -> list[str]:
     """A line of the table; no steps where the signal is within two of its errors from 0."""
     is_seen = found["signal"] > 2 * found["signal_error"] and found["signal_away"] > 0
-    return [found["pattern"], f"{found['C']:g}",
-            *(f"{moment:.2g}" for moment in found["second_moment"].values()),
-            f"{found['signal']:.2g} ± {found['signal_error']:.1g}", f"{found['signal_away']:.1e}",
-            f"{noise_lr(found):.2g}", f"{steps_to_share(found):.1e}" if is_seen else "not seen"]
+    return [
+        found["pattern"],
+        f"{found['C']:g}",
+        *(f"{moment:.2g}" for moment in found["second_moment"].values()),
+        f"{found['signal']:.2g} ± {found['signal_error']:.1g}",
+        f"{found['signal_away']:.1e}",
+        f"{noise_lr(found):.2g}",
+        f"{steps_to_share(found):.1e}" if is_seen else "not seen",
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -195,12 +245,21 @@ def main(argv: list[str] | None = None) -> None:
     for n, m in args.patterns:
         model, tokenizer = load_model(args.model, "auto", "cpu")
         layers = find_layers(model)
-        batches = data.minibatches(tokenizer, args.text, 512, 8, 128)[:args.samples]
-        masks = dict(one_shot_masks(model, layers, batches[:8].flatten(0, 1), OneShot("wanda", (n, m))))
+        batches = data.minibatches(tokenizer, args.text, 512, 8, 128)[: args.samples]
+        masks = dict(
+            one_shot_masks(model, layers, batches[:8].flatten(0, 1), OneShot("wanda", (n, m)))
+        )
         learned = list(find_layers(model, args.targets)) if args.targets else None
         for c in args.logits:
-            masked = MaskedModel(copy.deepcopy(model), masks, LinearSpace(n, m), c, learned=learned, seed=args.seed,
-                                 keep_dense=True)
+            masked = MaskedModel(
+                copy.deepcopy(model),
+                masks,
+                LinearSpace(n, m),
+                c,
+                learned=learned,
+                seed=args.seed,
+                keep_dense=True,
+            )
             if args.init == "scores":
                 from_scores(masked, c, batches[:8].flatten(0, 1))
             rows.append({"pattern": f"{n}:{m}", "C": c, **measure(masked, batches, args.samples)})

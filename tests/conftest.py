@@ -27,7 +27,8 @@ from torch.utils import collect_env
 
 hypothesis.settings.register_profile("the same examples in every run", derandomize=True)
 hypothesis.settings.load_profile("the same examples in every run")
-collect_env.get_pretty_env_info = str  # the harness asks at each evaluation, and it runs pip, which takes a second
+# the harness asks at each evaluation, and it runs pip, which takes a second
+collect_env.get_pretty_env_info = str
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -62,8 +63,15 @@ def compiler(monkeypatch):
 @pytest.fixture
 def load(models):
     """(kind, dtype) -> a fresh model, frozen and in eval mode."""
+
     def fresh(kind="llama", dtype=torch.float32):
-        return transformers.AutoModelForCausalLM.from_pretrained(models[kind]).to(dtype).eval().requires_grad_(False)
+        return (
+            transformers.AutoModelForCausalLM.from_pretrained(models[kind])
+            .to(dtype)
+            .eval()
+            .requires_grad_(False)
+        )
+
     return fresh
 
 
@@ -75,7 +83,9 @@ def text_and_masks(tmp_path_factory, models):
     model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"])
     for n, m in ((1, 4), (2, 4), (4, 8), (8, 16)):
         masks = magnitude_masks(find_layers(model), n, m)
-        mask_files.save(folder / f"{n}_{m}.safetensors", masks, n, m, "llama", model_fingerprint(model))
+        mask_files.save(
+            folder / f"{n}_{m}.safetensors", masks, n, m, "llama", model_fingerprint(model)
+        )
     return folder
 
 
@@ -83,7 +93,9 @@ def text_and_masks(tmp_path_factory, models):
 def learn(text_and_masks, models, tmp_path):
     """Flags -> a run of train.py, as `runs.run_train` has it."""
     number = count()
-    return lambda flags: run_train(tmp_path / f"run{next(number)}", text_and_masks, models["llama"], flags)
+    return lambda flags: run_train(
+        tmp_path / f"run{next(number)}", text_and_masks, models["llama"], flags
+    )
 
 
 @pytest.fixture(scope="session")
@@ -96,13 +108,14 @@ def workshop(tmp_path_factory):
 
 @pytest.fixture
 def losses(monkeypatch):
-    """step -> what the loss of that step is instead (a function of no argument); counts the forward passes
-    of steps, of which --estimator vanilla makes one each, and of held-out minibatches."""
+    """step -> what the loss of that step is instead (a function of no argument); counts the forward
+    passes of steps, of which --estimator vanilla makes one each, and of held-out minibatches."""
     said, passes, true = {}, count(1), MaskedModel.loss
 
     def loss(*given):
         number = next(passes)
         return said[number]() if number in said else true(*given)
+
     monkeypatch.setattr(MaskedModel, "loss", loss)
     return said
 
@@ -131,22 +144,34 @@ def loaded(request, folder):
 @pytest.fixture
 def nothing_loads(monkeypatch):
     """A model that eval.py loads is a failure."""
+
     def load_model(*given):
         raise AssertionError("a model was loaded")
+
     monkeypatch.setattr("eval.load_model", load_model)
 
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory):
-    """SentencePiece that starts with <s>; byte-level that starts with </s>, that adds nothing, that ends with </s>."""
+    """SentencePiece that starts with <s>; byte-level that starts with </s>, that adds nothing, that
+    ends with </s>."""
     folder = tmp_path_factory.mktemp("tokenizers")
     tiny.save_sentencepiece(folder / "sentencepiece")
-    tiny.save_bytelevel(folder / "opt", ["<s>", "<pad>", "</s>", "<unk>"], start="</s>", bos_token="</s>",
-                        eos_token="</s>")
+    tiny.save_bytelevel(
+        folder / "opt",
+        ["<s>", "<pad>", "</s>", "<unk>"],
+        start="</s>",
+        bos_token="</s>",
+        eos_token="</s>",
+    )
     tiny.save_bytelevel(folder / "gpt2", ["<|endoftext|>"], start=None, bos_token="<|endoftext|>")
-    tiny.save_bytelevel(folder / "ended", ["<s>", "</s>"], start=None, end="</s>", bos_token="<s>", eos_token="</s>")
-    return {name: transformers.AutoTokenizer.from_pretrained(folder / name)
-            for name in ("sentencepiece", "opt", "gpt2", "ended")}
+    tiny.save_bytelevel(
+        folder / "ended", ["<s>", "</s>"], start=None, end="</s>", bos_token="<s>", eos_token="</s>"
+    )
+    return {
+        name: transformers.AutoTokenizer.from_pretrained(folder / name)
+        for name in ("sentencepiece", "opt", "gpt2", "ended")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +181,9 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for the Hub: notes what is asked of it and answers with the texts, or the columns, it is given."""
+    """Stands in for the Hub: notes what is asked of it and answers with the texts, or the columns,
+    it is given."""
+
     class Hub:
         def __init__(self):
             self.texts, self.columns, self.asked = [f"document {i}" for i in range(1200)], None, []

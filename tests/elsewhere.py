@@ -1,10 +1,13 @@
-"""A second device, for machines that have no GPU. Its numbers are kept on the CPU, but an operation on tensors of both
-devices is an error, as it is on a GPU. tests/test_elsewhere.py starts it, with command lines of scripts:
+"""A second device, for machines that have no GPU. Its numbers are kept on the CPU, but an operation
+on tensors of both devices is an error, as it is on a GPU. tests/test_elsewhere.py starts it, with
+command lines of scripts:
 
     python tests/elsewhere.py "prune.py --device elsewhere ..." "train.py --device both ..."
 
-`both` puts the last decoder layer there and leaves the others on the CPU, as accelerate spreads a model over two GPUs.
+`both` puts the last decoder layer there and leaves the others on the CPU, as accelerate spreads a
+model over two GPUs.
 """
+
 import importlib
 import sys
 
@@ -16,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "elsewhere"
 aten = torch.ops.aten
-INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}  # places may be on the CPU
+# places may be on the CPU
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 class Elsewhere(torch.Tensor):
@@ -24,8 +28,14 @@ class Elsewhere(torch.Tensor):
 
     @staticmethod
     def __new__(cls, here):
-        tensor = torch.Tensor._make_wrapper_subclass(cls, here.size(), here.stride(), here.storage_offset(),
-                                                     dtype=here.dtype, device=f"{NAME}:0")
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            here.size(),
+            here.stride(),
+            here.storage_offset(),
+            dtype=here.dtype,
+            device=f"{NAME}:0",
+        )
         tensor.here = here
         return tensor
 
@@ -52,19 +62,27 @@ class Elsewhere(torch.Tensor):
 
 
 def run(operation, *args, **kwargs):
-    """An operation on the numbers; its result is where its tensors are. RuntimeError where they are on both devices."""
+    """An operation on the numbers; its result is where its tensors are. RuntimeError where they are
+    on both devices."""
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
     device = kwargs.get("device")
     is_ours = bool(ours) if device is None else torch.device(device).type == NAME
     if not ours and not is_ours:
         return operation(*args, **kwargs)
-    may_mix = operation is aten.copy_.default or (operation in INDEXING and isinstance(args[0], Elsewhere))
-    if ours and not may_mix and any(tensor.ndim and not isinstance(tensor, Elsewhere) for tensor in tensors):
+    may_mix = operation is aten.copy_.default or (
+        operation in INDEXING and isinstance(args[0], Elsewhere)
+    )
+    if (
+        ours
+        and not may_mix
+        and any(tensor.ndim and not isinstance(tensor, Elsewhere) for tensor in tensors)
+    ):
         raise RuntimeError(f"{operation} of tensors of both devices")
     if operation is aten._fused_sdp_choice.default:
         return 0  # attention by products of matrices
-    known = {id(getattr(tensor, "here", tensor)): tensor for tensor in tensors}  # an operation in place returns one
+    # an operation in place returns one
+    known = {id(getattr(tensor, "here", tensor)): tensor for tensor in tensors}
     args, kwargs = tree_map(lambda value: getattr(value, "here", value), (args, kwargs))
     result = operation(*args, **{**kwargs, **({} if device is None else {"device": "cpu"})})
 
@@ -72,6 +90,7 @@ def run(operation, *args, **kwargs):
         if not (is_ours and isinstance(value, torch.Tensor)):
             return value
         return known[id(value)] if id(value) in known else Elsewhere(value)
+
     return tree_map(placed, result)
 
 
@@ -97,15 +116,19 @@ def tensor(data, *, device=None, of=torch.tensor, **settings):
 
 def spread(load):
     """A function that loads a model, with the model's last decoder layer on the device."""
+
     def place(value, device):
         return tree_map(lambda one: one.to(device) if isinstance(one, torch.Tensor) else one, value)
 
     def run(*args, **settings):
         model, tokenizer = load(*args, **settings)
         layer = model.model.layers[-1].to(NAME)
-        layer.register_forward_pre_hook(lambda _, args, names: place((args, names), NAME), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _, args, names: place((args, names), NAME), with_kwargs=True
+        )
         layer.register_forward_hook(lambda _, args, output: place(output, "cpu"))
         return model, tokenizer
+
     return run
 
 

@@ -1,9 +1,11 @@
-"""Commands that run in several processes, as torchrun starts them; but forked from one that has imported torch.
+"""Commands that run in several processes, as torchrun starts them; but forked from one that has
+imported torch.
 
-A new interpreter takes seconds to import torch and transformers. Here multiprocessing's fork server does it once, and
-forks; in the fork runs torchrun's own agent, which forks the processes. What torchrun itself makes of a command is
-tests/test_same_bits.py's, and a user's.
+A new interpreter takes seconds to import torch and transformers. Here multiprocessing's fork server
+does it once, and forks; in the fork runs torchrun's own agent, which forks the processes. What
+torchrun itself makes of a command is tests/test_same_bits.py's, and a user's.
 """
+
 import multiprocessing
 import os
 import runpy
@@ -22,9 +24,16 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([  # what transformers lacks in other versions is left out
-    "train", "sparsify", "torch.distributed.launcher.api", "matplotlib.figure",
-    "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama"])
+FORKS.set_forkserver_preload(
+    [  # what transformers lacks in other versions is left out
+        "train",
+        "sparsify",
+        "torch.distributed.launcher.api",
+        "matplotlib.figure",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.llama.tokenization_llama",
+    ]
+)
 
 
 class Launched:
@@ -36,7 +45,9 @@ class Launched:
     def __init__(self, processes: int, command: list, log: Path, timeout_s: float = 600):
         self.log = log
         log.write_text("")
-        self.process = FORKS.Process(target=launch, args=(processes, [str(word) for word in command], log, timeout_s))
+        self.process = FORKS.Process(
+            target=launch, args=(processes, [str(word) for word in command], log, timeout_s)
+        )
         self.process.start()
 
     def wait(self) -> int:
@@ -78,8 +89,19 @@ def launch(count: int, command: list[str], log: Path, timeout_s: float) -> None:
     for stream in (1, 2):
         os.dup2(output, stream)
     os.chdir(ROOT)
-    elastic_launch(LaunchConfig(1, 1, count, run_id=str(uuid.uuid4()), rdzv_backend="c10d", start_method="fork",
-                                rdzv_endpoint="localhost:0", max_restarts=0), run)(command, log, timeout_s)
+    elastic_launch(
+        LaunchConfig(
+            1,
+            1,
+            count,
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            start_method="fork",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+        ),
+        run,
+    )(command, log, timeout_s)
 
 
 def run(command: list[str], log: Path, timeout_s: float) -> None:

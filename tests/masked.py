@@ -1,4 +1,5 @@
 """Tiny models under masks: made, run, and looked into."""
+
 import pge
 from masking.block_bits import mask_to_bits
 from masking.masked_model import MaskedModel
@@ -47,7 +48,9 @@ def forward(model):
 def inputs_of(model, name, sequences):
     """Those of a layer, [tokens, in]."""
     inputs = []
-    model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0].flatten(0, -2)))
+    model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: inputs.append(args[0].flatten(0, -2))
+    )
     with torch.no_grad():
         model(input_ids=sequences)
     return inputs[0]
@@ -62,15 +65,20 @@ def magnitude_masks(layers, n=2, m=4):
 
 
 def make(model, n=2, m=4, space="linear", init="mask", magnitude=10.0, seed=0, **kwargs):
-    """(MaskedModel under its magnitude masks, those masks, its dense weights [out, in]); init: mask or random."""
+    """(MaskedModel under its magnitude masks, those masks, its dense weights [out, in]); init: mask
+    or random."""
     layers = find_layers(model)
     dense = {name: weight_matrix(module).clone() for name, module in layers.items()}
     masks = magnitude_masks(layers, n, m)
-    masked = MaskedModel(model, masks, SPACES[space](n, m), magnitude, seed=seed, **({"backend": "eager"} | kwargs))
+    masked = MaskedModel(
+        model, masks, SPACES[space](n, m), magnitude, seed=seed, **({"backend": "eager"} | kwargs)
+    )
     if init == "random":
         generator = torch.Generator().manual_seed(seed)
         for layer in masked.layers.values():
-            logits = torch.randn(len(layer.bits), masked.space.width, generator=generator) * magnitude
+            logits = (
+                torch.randn(len(layer.bits), masked.space.width, generator=generator) * magnitude
+            )
             layer.set_logits(lambda part, logits=logits: logits[part])
             layer.bits.copy_(mask_to_bits(masked.space.mode(logits)))
     return masked, masks, dense
@@ -80,6 +88,7 @@ def used_weights(model):
     """One forward; the weights [out, in] its layers multiplied with."""
     used, hooks = {}, []
     for name, module in find_layers(model).items():
+
         def record(module, inputs, output, name=name):
             used[name] = weight_matrix(module).clone()
 
@@ -110,12 +119,14 @@ def same(a, b):
 
 
 def watch(learner):
-    """A list that gets, of each gradient consumed: the layer, the gradient, and the logits it is about to move."""
+    """A list that gets, of each gradient consumed: the layer, the gradient, and the logits it is
+    about to move."""
     seen, consume = [], learner.consume
 
     def record(layer, gradient):
         seen.append((layer, gradient.clone(), logits_of(layer).double()))
         consume(layer, gradient)
+
     learner.consume = record
     return seen
 
@@ -135,8 +146,9 @@ def all_logits(masked):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations, each of which a GPU has launched at least once, and how often a number is fetched from the
-    device, for which the host waits for a GPU."""
+    """Counts operations, each of which a GPU has launched at least once, and how often a number is
+    fetched from the device, for which the host waits for a GPU."""
+
     operations = waits = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):

@@ -1,4 +1,6 @@
-"""What the tests of evaluation share: models, a text and a quiz in one folder, and eval.py run on them."""
+"""What the tests of evaluation share: models, a text and a quiz in one folder, and eval.py run on
+them."""
+
 import json
 import shlex
 import shutil
@@ -24,15 +26,23 @@ def write_lines(path, items: list) -> str:
 
 
 def quiz() -> list[dict]:
-    """Sentences to be finished, with four endings of unlike length; some contexts end in spaces, some are empty."""
+    """Sentences to be finished, with four endings of unlike length; some contexts end in spaces,
+    some are empty."""
     texts, items = training_text(), []
     for i in range(24):
         words = texts[i].split()
         cut = (0, 2, 3, 4)[i % 4] if i % 6 else 0
-        endings = [" ".join(texts[4 * i + j].split()[cut + 1:][:1 + (i + j) % 5]) for j in range(4)]
+        endings = [
+            " ".join(texts[4 * i + j].split()[cut + 1 :][: 1 + (i + j) % 5]) for j in range(4)
+        ]
         context, space = " ".join(words[:cut]), " " if i % 5 else ""
-        items.append({"context": context + ("" if space else "  "), "choices": [space + ending for ending in endings],
-                      "gold": i * 7 % 4})
+        items.append(
+            {
+                "context": context + ("" if space else "  "),
+                "choices": [space + ending for ending in endings],
+                "gold": i * 7 % 4,
+            }
+        )
     return items
 
 
@@ -51,4 +61,8 @@ def run(arguments: str) -> None:
 
 def table_of(said: str) -> list[list[str]]:
     """The cells of a Markdown table that was printed, row by row."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in said.splitlines()
+        if line.startswith("|")
+    ]

@@ -1,11 +1,12 @@
-"""What test_distributed.py starts in several processes: sharded models held against whole ones, which each process has
-beside them.
+"""What test_distributed.py starts in several processes: sharded models held against whole ones,
+which each process has beside them.
 
     torchrun --nproc_per_node 3 tests/sharded_script.py FOLDER
 
-FOLDER has the tiny models. Writes of each, such as llama, FOLDER/state_llama.pt, a state of all processes, and
-FOLDER/saved_llama, the model.
+FOLDER has the tiny models. Writes of each, such as llama, FOLDER/state_llama.pt, a state of all
+processes, and FOLDER/saved_llama, the model.
 """
+
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,14 +42,18 @@ def alone():
     processes.world_size, processes.rank = size, rank
 
 
-def pair(folder: Path, dtype: str, n: int = 2, m: int = 4, **settings) -> tuple[MaskedModel, MaskedModel]:
+def pair(
+    folder: Path, dtype: str, n: int = 2, m: int = 4, **settings
+) -> tuple[MaskedModel, MaskedModel]:
     """A model of this folder shared out to the processes, and whole, under its magnitude masks."""
     whole = load_model(str(folder), dtype, "cpu")[0]
     sharded = load_sharded(str(folder), dtype, "cpu")[0]
     assert model_fingerprint(sharded) == model_fingerprint(whole)
     masks = magnitude_masks(find_layers(whole), n, m)
-    return tuple(MaskedModel(model, masks, LinearSpace(n, m), 1.0, backend="eager", **settings)
-                 for model in (sharded, whole))
+    return tuple(
+        MaskedModel(model, masks, LinearSpace(n, m), 1.0, backend="eager", **settings)
+        for model in (sharded, whole)
+    )
 
 
 def assert_same(masked: MaskedModel, whole: MaskedModel, apart: float = 0.0) -> None:
@@ -56,7 +61,10 @@ def assert_same(masked: MaskedModel, whole: MaskedModel, apart: float = 0.0) -> 
     for name, layer in masked.layers.items():
         blocks = slice(layer.start, layer.start + len(layer.bits))
         for plane, expected in zip(layer.logits, whole.layers[name].logits):
-            assert len(plane) == 0 or float((plane.float() - expected[blocks].float()).abs().max()) <= apart, name
+            assert (
+                len(plane) == 0
+                or float((plane.float() - expected[blocks].float()).abs().max()) <= apart
+            ), name
         if apart < 1e-3:
             assert torch.equal(layer.bits, whole.layers[name].bits[blocks]), name
 
@@ -65,10 +73,15 @@ def forward_only(folder: Path, dtype: str, n: int, m: int) -> MaskedModel:
     """Losses, masks and logits have the bits of a whole model's; nothing whole is held."""
     masked, expected = pair(folder, dtype, n, m, logits_dtype=torch.float16)
     model, size, itemsize = masked.model, processes.world_size(), expected.model.dtype.itemsize
-    copies = sum(parameter.nbytes for parameter in model.parameters() if not isinstance(parameter, DTensor))
+    copies = sum(
+        parameter.nbytes for parameter in model.parameters() if not isinstance(parameter, DTensor)
+    )
     weights = sum(layer.shape.numel() for layer in masked.layers.values())
-    held = copies + sum(tensor.untyped_storage().nbytes() for layer in masked.layers.values()
-                        for tensor in (layer.weight, *layer.logits, layer.bits))
+    held = copies + sum(
+        tensor.untyped_storage().nbytes()
+        for layer in masked.layers.values()
+        for tensor in (layer.weight, *layer.logits, layer.bits)
+    )
     planned = copies + weights / size * (itemsize + 2 + 1 / m)
     assert 0.99 < held / planned < (1.1 if size == 3 else 1.05), held / planned  # 3: uneven
     m0 = masked.bits(), expected.bits()
@@ -80,12 +93,15 @@ def forward_only(folder: Path, dtype: str, n: int, m: int) -> MaskedModel:
     with masked.use_masks(m0[0]), expected.use_masks(m0[1]):
         assert masked.loss(TOKENS) == expected.loss(TOKENS)
     assert_same(masked, expected)
-    assert any((plane != plane.round()).any() for layer in masked.layers.values() for plane in layer.logits)
+    assert any(
+        (plane != plane.round()).any() for layer in masked.layers.values() for plane in layer.logits
+    )
     return masked
 
 
 def learn(masked: MaskedModel, expected: MaskedModel, tokens: torch.Tensor, **settings) -> tuple:
-    """After each of three steps (learner from a sequence a process, learner from all of them in one)."""
+    """After each of three steps (learner from a sequence a process, learner from all of them in
+    one)."""
     ours = StraightThrough(masked, **settings)
     with alone():
         one = StraightThrough(expected, **settings)
@@ -103,11 +119,18 @@ def by_gradients(folder: Path) -> None:
     for each in (masked, expected):
         from_swaps(each, 1.0, TOKENS, 3)
     assert_same(masked, expected, apart=1e-4)  # products of fewer rows may round otherwise
-    for ours, one in learn(masked, expected, TOKENS[:processes.world_size()], checkpointing=True):
+    for ours, one in learn(masked, expected, TOKENS[: processes.world_size()], checkpointing=True):
         found, expected_squares = (each.normalization.mean_squares for each in (ours, one))
-        assert torch.allclose(found * processes.world_size()**2, expected_squares, rtol=1e-3)
-    assert max(float((plane - plane.round()).abs().max()) for layer in masked.layers.values() if len(layer.bits)
-               for plane in layer.logits) > 0.05
+        assert torch.allclose(found * processes.world_size() ** 2, expected_squares, rtol=1e-3)
+    assert (
+        max(
+            float((plane - plane.round()).abs().max())
+            for layer in masked.layers.values()
+            if len(layer.bits)
+            for plane in layer.logits
+        )
+        > 0.05
+    )
 
 
 class Mixture(nn.Module):
@@ -161,18 +184,24 @@ def experts() -> None:
         if "experts." in name:
             own_weight(module).copy_(Rows.of(module).own(full.weight.data))
             module.bias.data.copy_(full.bias.data)
-    model.embedding.load_state_dict(whole.embedding.state_dict()), model.head.load_state_dict(whole.head.state_dict())
-    masks, tokens = magnitude_masks(find_layers(whole)), torch.arange(24).view(1, 24) * 2  # even: the first expert
+    (
+        model.embedding.load_state_dict(whole.embedding.state_dict()),
+        model.head.load_state_dict(whole.head.state_dict()),
+    )
+    # even: the first expert
+    masks, tokens = magnitude_masks(find_layers(whole)), torch.arange(24).view(1, 24) * 2
     tokens = torch.cat([tokens, *[tokens + 1] * (size - 1)]) % 64
-    masked, expected = (MaskedModel(each, masks, LinearSpace(2, 4), 1.0, backend="eager") for each in (model, whole))
+    masked, expected = (
+        MaskedModel(each, masks, LinearSpace(2, 4), 1.0, backend="eager") for each in (model, whole)
+    )
     assert masked.loss(tokens) == expected.loss(tokens)
     for _ in learn(masked, expected, tokens):
         pass
 
 
 def failures_of_fsdp_are_noticed(folder: Path) -> None:
-    """A model that keeps what it has gathered computes with old masks, and one without hooks learns nothing: errors,
-    not silence."""
+    """A model that keeps what it has gathered computes with old masks, and one without hooks learns
+    nothing: errors, not silence."""
     masked = pair(folder, "float32")[0]
     learner = StraightThrough(masked)
     masked.undo[-2]()
@@ -188,7 +217,11 @@ def failures_of_fsdp_are_noticed(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     with processes.joined("cpu"):
-        for name, dtype, n, m in (("llama", "float32", 2, 4), ("opt", "float16", 4, 8), ("neox", "float32", 2, 4)):
+        for name, dtype, n, m in (
+            ("llama", "float32", 2, 4),
+            ("opt", "float16", 4, 8),
+            ("neox", "float32", 2, 4),
+        ):
             masked = forward_only(folder / name, dtype, n, m)
             state = masked.state()[1]
             if processes.is_main():

@@ -14,16 +14,26 @@ from masked import same
 @given(st.data())
 def test_no_cut_and_no_flipped_bit_goes_unnoticed(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("state") / "step00000001.pt"
-    tensors = {"b": torch.arange(5, dtype=torch.uint8), "a": torch.randn(6), "h": torch.randn(3).half()}
+    tensors = {
+        "b": torch.arange(5, dtype=torch.uint8),
+        "a": torch.randn(6),
+        "h": torch.randn(3).half(),
+    }
     checkpoint.save(path, {"x": [0.1, None]}, tensors)
     assert checkpoint.is_whole(path)
     saved = checkpoint.StateFile(path)
-    assert saved.scalars == {"x": [0.1, None]} and all(torch.equal(saved.read(k, v), v) for k, v in tensors.items())
+    assert saved.scalars == {"x": [0.1, None]} and all(
+        torch.equal(saved.read(k, v), v) for k, v in tensors.items()
+    )
     whole = path.read_bytes()
     place = data.draw(st.integers(0, len(whole) - 1))
     path.write_bytes(whole[:place])
     assert not checkpoint.is_whole(path)
-    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << data.draw(st.integers(0, 7))]) + whole[place + 1:])
+    path.write_bytes(
+        whole[:place]
+        + bytes([whole[place] ^ 1 << data.draw(st.integers(0, 7))])
+        + whole[place + 1 :]
+    )
     if checkpoint.is_whole(path):  # the bit was of padding
         again = checkpoint.StateFile(path)
         assert again.scalars == saved.scalars and same(again.tensors, tensors)
@@ -42,4 +52,5 @@ def test_when_a_state_is_due(tmp_path):
     assert [step for step in range(1, 21) if by_steps.due(step, 0.0)] == [5, 10, 15, 20]
     assert not by_time.due(9, 29) and by_time.due(9, 31)
     by_time.step, by_time.saved_at, by_time.cost_s = 9, 31, 2.0
-    assert not by_time.due(20, 31 + 99) and by_time.due(20, 31 + 101)  # two seconds are 2 % of a hundred
+    # two seconds are 2 % of a hundred
+    assert not by_time.due(20, 31 + 99) and by_time.due(20, 31 + 101)

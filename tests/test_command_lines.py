@@ -1,4 +1,5 @@
 """What the scripts' command lines mean: the authors' commands, and --help."""
+
 import argparse
 from pathlib import Path
 
@@ -17,9 +18,12 @@ def parse(command: str) -> argparse.Namespace:
 def test_the_authors_commands_parse_to_the_papers_settings():
     of_mask = parse("python get_mask.py")
     of_loss = parse("python inference_loss.py --dataset_size 512 --batchsize 32")
-    of_train = parse("python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625")
+    of_train = parse(
+        "python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625"
+    )
     assert of_mask.sparsity_type == of_train.sparsity_type == (2, 4)
-    assert of_mask.save == of_loss.mask == of_train.mask  # one command's output is the next one's input
+    # one command's output is the next one's input
+    assert of_mask.save == of_loss.mask == of_train.mask
     assert of_mask.model == parse("python prune.py").save_model
     for args in (of_loss, of_train):
         assert (args.model, args.dataset) == ("meta-llama/Llama-2-7b-hf", "allenai/c4")
@@ -31,7 +35,9 @@ def test_the_authors_commands_parse_to_the_papers_settings():
     assert not (of_train.save or of_train.debias_tracker or of_train.seed)
     steps = of_train.epoch * of_train.dataset_size // of_train.batchsize
     assert min(of_train.max_step, steps) == steps == 10000
-    assert vars(parse("python train.py --sqlen 64")) == vars(parse("python train.py --lr 50 --epoch 10000 --seqlen 64"))
+    assert vars(parse("python train.py --sqlen 64")) == vars(
+        parse("python train.py --lr 50 --epoch 10000 --seqlen 64")
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -41,6 +47,7 @@ def test_help_explains_every_flag(name, monkeypatch, capsys):
     def noting(parser, *arguments):
         parsers.append(parser)
         return parse_args(parser, *arguments)
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", noting)
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
@@ -55,5 +62,8 @@ def test_help_explains_every_flag(name, monkeypatch, capsys):
 def test_there_is_one_version(name, capsys):
     with pytest.raises(SystemExit):
         SCRIPTS[name].main(["--version"])
-    assert capsys.readouterr().out == f"MaskPro {VERSION}\n" and environment("cpu")["version"] == VERSION
+    assert (
+        capsys.readouterr().out == f"MaskPro {VERSION}\n"
+        and environment("cpu")["version"] == VERSION
+    )
     assert f"\nversion: {VERSION}\n" in (Path(__file__).parent.parent / "CITATION.cff").read_text()

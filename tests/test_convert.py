@@ -1,4 +1,6 @@
-"""get_mask.py --convert between the three formats, and apply_mask: the mask's way to whoever has the base model."""
+"""get_mask.py --convert between the three formats, and apply_mask: the mask's way to whoever has
+the base model."""
+
 import json
 import shutil
 
@@ -30,7 +32,12 @@ def w(tmp_path_factory, models):
         shutil.copytree(models[kind], w / kind)
     edited(w / "llama", w / "other", lambda tensors: [tensor.neg_() for tensor in tensors.values()])
     for kind in ("llama", "gpt2", "other"):
-        prune.main(f"--model {w}/{kind} {PLACE} --prune_method magnitude --save_model {w}/sparse_{kind}".split())
+        prune.main(
+            (
+                f"--model {w}/{kind} {PLACE} --prune_method magnitude --save_model "
+                f"{w}/sparse_{kind}"
+            ).split()
+        )
         get_mask.main(f"--model {w}/sparse_{kind} --save {w}/{kind}.safetensors".split())
     return w
 
@@ -46,11 +53,13 @@ def convert(source, target, *arguments):
 
 def same_bits(model, other):
     """Every parameter equal bit by bit: +0.0 is not -0.0."""
-    return all(torch.equal(a.view(torch.int32), b.view(torch.int32))
-               for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    return all(
+        torch.equal(a.view(torch.int32), b.view(torch.int32))
+        for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- convert
+# ------------------------------------------------------------------------------------------ convert
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -65,7 +74,8 @@ def test_round_trip_through_the_three_formats(w, tmp_path, kind):
     wanted, found = mask_files.load(first), mask_files.load(back)
     assert sorted(file.stem for file in folder.iterdir()) == sorted(wanted.masks)
     assert same(found.masks, wanted.masks)
-    assert (found.n, found.m, found.fingerprint, found.model) == (2, 4, wanted.fingerprint, kind)  # no local path
+    # no local path
+    assert (found.n, found.m, found.fingerprint, found.model) == (2, 4, wanted.fingerprint, kind)
 
 
 def test_without_a_model_a_foreign_mask_gets_no_fingerprint_and_a_warning(w, tmp_path, capsys):
@@ -81,18 +91,28 @@ def test_without_a_model_a_foreign_mask_gets_no_fingerprint_and_a_warning(w, tmp
     assert full.fingerprint == model_fingerprint(wanted)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ("--convert {w}/gpt2.safetensors --model {w}/llama", "another model: transformer.h.0"),
-    ("--convert {w}/llama.safetensors --model {w}/other", "of another model: .* the input embeddings differ"),
-    ("--convert {w}/llama.safetensors --sparsity_type 4:8", "2:4, not 4:8"),
-    ("--convert {w}/llama.safetensors --save {t}/new.bin", "new.bin must end in .safetensors, in .npz")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--convert {w}/gpt2.safetensors --model {w}/llama", "another model: transformer.h.0"),
+        (
+            "--convert {w}/llama.safetensors --model {w}/other",
+            "of another model: .* the input embeddings differ",
+        ),
+        ("--convert {w}/llama.safetensors --sparsity_type 4:8", "2:4, not 4:8"),
+        (
+            "--convert {w}/llama.safetensors --save {t}/new.bin",
+            "new.bin must end in .safetensors, in .npz",
+        ),
+    ],
+)
 def test_refusals(w, tmp_path, arguments, words):
     with pytest.raises(UserError, match=words):
         get_mask.main(f"--save {tmp_path}/new {arguments}".format(w=w, t=tmp_path).split())
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------------- apply_mask
+# --------------------------------------------------------------------------------------- apply_mask
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -106,14 +126,23 @@ def test_apply_mask_is_what_pruning_did(w, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_apply_mask_is_what_train_saves_and_evaluate_measures(w, tmp_path, kind):
-    train.main(f"--model {w}/{kind} {PLACE} --mask {w}/{kind}.safetensors --dataset {w}/text.jsonl --dataset_size 8 "
-               f"--batchsize 4 --sqlen 32 --baseline online --logits 0.1 --lr 99 --max_step 2 "
-               f"--out {tmp_path}/run".split())
-    model = apply_mask(dense(w, kind), tmp_path / "run")  # a run stands for its mask, and for its model
+    train.main(
+        f"--model {w}/{kind} {PLACE} --mask {w}/{kind}.safetensors --dataset {w}/text.jsonl "
+        "--dataset_size 8 --batchsize 4 --sqlen 32 --baseline online --logits 0.1 --lr 99 "
+        "--max_step 2 "
+        f"--out {tmp_path}/run".split()
+    )
+    # a run stands for its mask, and for its model
+    model = apply_mask(dense(w, kind), tmp_path / "run")
     assert not same_bits(model, dense(w, f"sparse_{kind}"))  # another mask than that
     assert same_bits(model, AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint"))
-    for name, measured in (("a", f"{tmp_path}/run"), ("b", f"{w}/{kind} --mask {tmp_path}/run/mask.safetensors")):
-        evaluate.main(f"--model {measured} {PLACE} --ppl {w}/text.jsonl --seqlen 64 --nwindows 4 "
-                      f"--save {tmp_path}/{name}.json".split())
+    for name, measured in (
+        ("a", f"{tmp_path}/run"),
+        ("b", f"{w}/{kind} --mask {tmp_path}/run/mask.safetensors"),
+    ):
+        evaluate.main(
+            f"--model {measured} {PLACE} --ppl {w}/text.jsonl --seqlen 64 --nwindows 4 "
+            f"--save {tmp_path}/{name}.json".split()
+        )
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     assert first["ppl"] == second["ppl"]

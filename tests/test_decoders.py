@@ -1,4 +1,6 @@
-"""Decoders whose code differs much from Llama's: under a mask they are the model with masked weights, and learn."""
+"""Decoders whose code differs much from Llama's: under a mask they are the model with masked
+weights, and learn."""
+
 import copy
 
 from masking.layers import apply_masks
@@ -10,10 +12,25 @@ import torch
 from masked import TOKENS, all_logits, forward, learner_of, magnitude_masks
 
 
-@pytest.mark.parametrize("kind, layers, own", [
-    ("Bloom", 4, {}), ("Cohere", 7, {}), ("Falcon", 4, {}), ("Gemma2", 7, {"head_dim": 16}),
-    ("Mamba", 3, {"state_size": 8}), ("Mpt", 4, {"d_model": tiny.HIDDEN, "n_layers": 2, "n_heads": 4}),
-    ("Gemma3", 7, {"text_config": tiny.SIZES | {"head_dim": 16}, "vision_config": {"num_hidden_layers": 1}})])
+@pytest.mark.parametrize(
+    "kind, layers, own",
+    [
+        ("Bloom", 4, {}),
+        ("Cohere", 7, {}),
+        ("Falcon", 4, {}),
+        ("Gemma2", 7, {"head_dim": 16}),
+        ("Mamba", 3, {"state_size": 8}),
+        ("Mpt", 4, {"d_model": tiny.HIDDEN, "n_layers": 2, "n_heads": 4}),
+        (
+            "Gemma3",
+            7,
+            {
+                "text_config": tiny.SIZES | {"head_dim": 16},
+                "vision_config": {"num_hidden_layers": 1},
+            },
+        ),
+    ],
+)
 def test_a_masked_decoder(kind, layers, own):
     model = tiny.random_model(kind, **tiny.SIZES | own)
     assert len(layers_to_mask(model, None, 4)) == 2 * layers

@@ -1,4 +1,6 @@
-"""The estimators of pge.py: unbiased where they are meant to be, by sums over all masks, and by hand."""
+"""The estimators of pge.py: unbiased where they are meant to be, by sums over all masks, and by
+hand."""
+
 from itertools import combinations
 
 import pge
@@ -33,18 +35,30 @@ def tracker(debias, delta, steps):
 def gradient():
     """d/d pi of sum_S p(S | pi) f(S)."""
     logits = torch.tensor(TOY, dtype=torch.float64, requires_grad=True)
-    sum(chance(logits.softmax(0), *kept) * f for kept, f in zip(combinations(range(4), 2), LOSSES)).backward()
+    sum(
+        chance(logits.softmax(0), *kept) * f for kept, f in zip(combinations(range(4), 2), LOSSES)
+    ).backward()
     return logits.grad
 
 
-@pytest.mark.parametrize("make, baseline, factor", [
-    *[(lambda name=name: pge.Estimator(name), baseline, 1)
-      for name, baseline in (("vanilla", None), ("residual", 0.0), ("residual", -50.0))],
-    *[(lambda delta=delta: tracker(False, delta, 7), 2.2, 0.9) for delta in (0.0, 0.3, -5.0)],
-    *[(lambda t=t: tracker(True, 0.3, t - 1), 2.2, (0.9 - 0.9**t) / (1 - 0.9**t)) for t in (1, 2, 10, 100)]])
+@pytest.mark.parametrize(
+    "make, baseline, factor",
+    [
+        *[
+            (lambda name=name: pge.Estimator(name), baseline, 1)
+            for name, baseline in (("vanilla", None), ("residual", 0.0), ("residual", -50.0))
+        ],
+        *[(lambda delta=delta: tracker(False, delta, 7), 2.2, 0.9) for delta in (0.0, 0.3, -5.0)],
+        *[
+            (lambda t=t: tracker(True, 0.3, t - 1), 2.2, (0.9 - 0.9**t) / (1 - 0.9**t))
+            for t in (1, 2, 10, 100)
+        ],
+    ],
+)
 def test_each_is_the_gradient_or_a_known_share_of_it(gradient, make, baseline, factor):
-    """Whatever the baseline and the mean. MaskPro updates delta before it is used, so a share 1 - alpha of the residual
-    cancels: alpha times the gradient. Without the tracker's bias the share is (1 - alpha) / (1 - alpha^t)."""
+    """Whatever the baseline and the mean. MaskPro updates delta before it is used, so a share 1 -
+    alpha of the residual cancels: alpha times the gradient. Without the tracker's bias the share is
+    (1 - alpha) / (1 - alpha^t)."""
     assert torch.allclose(mean_estimate(make, baseline), factor * gradient, atol=1e-12)
 
 

@@ -1,4 +1,6 @@
-"""Files that are cut off or have a bit flipped: one line that names the file, or what was written, and never more."""
+"""Files that are cut off or have a bit flipped: one line that names the file, or what was written,
+and never more."""
+
 import random
 
 from files import mask_files, permutation_files
@@ -15,25 +17,39 @@ SHAPES = {"model.layers.0.self_attn.q_proj": (6, 40), "model.layers.0.mlp.down_p
 
 def mask_file(name: str, n: int, m: int):
     """Reads a mask file of this name: layer -> bytes, N, M, model, fingerprint."""
+
     def make(folder):
-        layers = {name: random_mask(shape, n, m, i) for i, (name, shape) in enumerate(SHAPES.items())}
+        layers = {
+            name: random_mask(shape, n, m, i) for i, (name, shape) in enumerate(SHAPES.items())
+        }
         mask_files.save(folder / name, layers, n, m, "some/model", "0" * 16)
 
         def read():
             found = mask_files.load(folder / name, shapes=SHAPES)
-            return {**vars(found), "masks": {layer: mask.numpy().tobytes() for layer, mask in found.masks.items()}}
-        return sorted((folder / name).iterdir()) if not folder.joinpath(name).is_file() else [folder / name], read
+            return {
+                **vars(found),
+                "masks": {layer: mask.numpy().tobytes() for layer, mask in found.masks.items()},
+            }
+
+        return sorted((folder / name).iterdir()) if not folder.joinpath(name).is_file() else [
+            folder / name
+        ], read
+
     return make
 
 
 def permutation(folder):
     path = folder / "model.permutation.safetensors"
-    orders = {"residual": torch.randperm(32).view(1, 32), "value": torch.stack([torch.randperm(8), torch.arange(8)])}
+    orders = {
+        "residual": torch.randperm(32).view(1, 32),
+        "value": torch.stack([torch.randperm(8), torch.arange(8)]),
+    }
     permutation_files.save(path, orders, "some/model", "0" * 16)
 
     def read():
         found, *metadata = permutation_files.load(path)
         return {name: order.tolist() for name, order in found.items()}, metadata
+
     return [path], read
 
 
@@ -44,10 +60,18 @@ def baseline(folder):
     return [path], lambda: baselines.load(str(path), depends_on)
 
 
-@pytest.mark.parametrize("make", [
-    mask_file("mask.safetensors", 2, 4), mask_file("mask.safetensors", 4, 8), mask_file("mask.npz", 2, 4),
-    mask_file("mask", 2, 4), permutation, baseline],
-    ids=["2:4", "4:8", "npz", "folder", "permutation", "baseline"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        mask_file("mask.safetensors", 2, 4),
+        mask_file("mask.safetensors", 4, 8),
+        mask_file("mask.npz", 2, 4),
+        mask_file("mask", 2, 4),
+        permutation,
+        baseline,
+    ],
+    ids=["2:4", "4:8", "npz", "folder", "permutation", "baseline"],
+)
 def test_damaged_files(make, tmp_path):
     files, read = make(tmp_path)
     generator, original, refused = random.Random(0), read(), 0

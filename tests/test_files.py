@@ -1,4 +1,6 @@
-"""Files are written whole or not at all, and what a killed process left behind goes with the next write."""
+"""Files are written whole or not at all, and what a killed process left behind goes with the next
+write."""
+
 import errno
 import os
 import signal
@@ -26,8 +28,15 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert path.read_text() == "new" and os.listdir(path.parent) == ["file.json"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("mine"), OSError(28, "No space left on device"),
-                                   SafetensorError("I/O error: No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        ValueError("mine"),
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device"),
+    ],
+)
 def test_a_block_that_fails_changes_nothing(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
@@ -47,18 +56,24 @@ def test_a_folder_takes_its_name_with_all_its_files_readable(tmp_path):
         (tmp / "in" / "file").touch(mode=0o600)
     assert os.listdir(tmp_path) == ["folder"]
     (tmp_path / "plain").touch()
-    assert (tmp_path / "folder" / "in" / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder" / "in" / "file").stat().st_mode == (
+        tmp_path / "plain"
+    ).stat().st_mode
 
 
 def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, monkeypatch):
     events, path, fsync, replace = [], tmp_path / "folder", os.fsync, os.replace
 
     def record_sync(handle):
-        events.append(os.readlink(f"/proc/self/fd/{handle}") if Path("/proc/self/fd").exists() else "?")
+        events.append(
+            os.readlink(f"/proc/self/fd/{handle}") if Path("/proc/self/fd").exists() else "?"
+        )
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", record_sync)
-    monkeypatch.setattr(os, "replace", lambda source, target: (events.append("rename"), replace(source, target)))
+    monkeypatch.setattr(
+        os, "replace", lambda source, target: (events.append("rename"), replace(source, target))
+    )
     with atomic_write(path) as tmp:
         tmp.mkdir()
         (tmp / "a").touch()
@@ -91,14 +106,17 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     assert path.read_text() == "new" and sorted(os.listdir(tmp_path)) == ["file", "other"]
 
 
-# ------------------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
+
 
 def test_the_model_that_a_folder_was_pruned_from(tmp_path):
     assert records.base_model("some/model") == "some/model"
     assert records.base_model(str(tmp_path)) == str(tmp_path)
     for damaged in ("[]", '{"arguments": []}', "{}"):
         (tmp_path / "run.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"run\.json cannot be read \(ValueError: it names no arguments\)"):
+        with pytest.raises(
+            UserError, match=r"run\.json cannot be read \(ValueError: it names no arguments\)"
+        ):
             records.read_record(tmp_path)
     records.write_json(tmp_path / "prune.json", {"arguments": {"model": "some/model"}})
     assert records.base_model(str(tmp_path)) == "some/model"
@@ -111,7 +129,9 @@ def test_lines_are_read_up_to_a_torn_one_and_cut_to_what_a_state_knows(tmp_path)
     assert records.read_lines(path, 24) == [{"step": 1}, {"step": 2}]
     cut = log.Log(tmp_path, 12)
     assert cut.lines == [{"step": 1}] and path.read_text() == '{"step": 1}\n' and cut.sync() == 12
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*lines are missing.*; .* bring it back"):
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl cannot be read .*lines are missing.*; .* bring it back"
+    ):
         records.read_lines(path, 24)
     path.write_text('{"step": 1}\n[\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .*; give run folders"):

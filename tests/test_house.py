@@ -1,11 +1,20 @@
-"""The house rules, read off the source: which part may import which, how long things may be, and what has a type."""
+"""The house rules, read off the source: which part may import which, how long things may be, and
+what has a type."""
+
 import ast
 from pathlib import Path
 
 import pytest
 from runs import ROOT, SCRIPTS
 
-FLOORS = [{"utils", "pge"}, {"files"}, {"models", "data"}, {"masking"}, {"pruning", "evaluation"}, {"training"}]
+FLOORS = [
+    {"utils", "pge"},
+    {"files"},
+    {"models", "data"},
+    {"masking"},
+    {"pruning", "evaluation"},
+    {"training"},
+]
 LEVEL = {room: level for level, rooms in enumerate([*FLOORS, SCRIPTS]) for room in rooms}
 ROOMS = {file.parent.name for file in ROOT.glob("*/__init__.py")}
 OPTIONAL = {"matplotlib", "lm_eval", "datasets", "scipy"}
@@ -24,7 +33,8 @@ def tree(file: Path) -> ast.Module:
 
 
 def names_of(node: ast.AST) -> list[str]:
-    """The modules that an import statement may mean: `from a import b` is a, and a.b if that is a module."""
+    """The modules that an import statement may mean: `from a import b` is a, and a.b if that is a
+    module."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -53,7 +63,9 @@ def test_arrows_run_down(name):
     room = name.partition(".")[0]
     for imported in imports(modules()[name], modules()):
         other = imported.partition(".")[0]
-        assert LEVEL[other] < LEVEL[room] or (other == room and room in ROOMS), f"{name} imports {imported}"
+        assert LEVEL[other] < LEVEL[room] or (other == room and room in ROOMS), (
+            f"{name} imports {imported}"
+        )
 
 
 def test_there_is_no_circle():
@@ -70,12 +82,20 @@ def test_imports_inside_functions_are_of_optional_packages(name):
     for function in functions(modules()[name]):
         for node in ast.walk(function):
             for imported in names_of(node)[:1]:
-                assert imported in OPTIONAL or imported.partition(".")[0] in OPTIONAL, f"{function.name}: {imported}"
+                assert imported in OPTIONAL or imported.partition(".")[0] in OPTIONAL, (
+                    f"{function.name}: {imported}"
+                )
 
 
-@pytest.mark.parametrize("file", [*modules().values(), *sorted((ROOT / "bench").glob("*.py")),
-                                  *sorted((ROOT / "reproduce").glob("*.py"))],
-                         ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "file",
+    [
+        *modules().values(),
+        *sorted((ROOT / "bench").glob("*.py")),
+        *sorted((ROOT / "reproduce").glob("*.py")),
+    ],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
 def test_nothing_is_too_long(file):
     lines = file.read_text(encoding="utf-8").count("\n")
     assert lines <= SHORT.get(file.name if file.parent == ROOT else "", MOST_LINES)
@@ -86,22 +106,33 @@ def test_nothing_is_too_long(file):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_its_main_as_all_do(name):
     """So what other tests see of `main` in their own process holds in a shell."""
-    assert ast.unparse(tree(ROOT / f"{name}.py").body[-1]) == "if __name__ == '__main__':\n    run_script(main)"
+    assert (
+        ast.unparse(tree(ROOT / f"{name}.py").body[-1])
+        == "if __name__ == '__main__':\n    run_script(main)"
+    )
 
 
-@pytest.mark.parametrize("folder, forbidden", [("bench", {"tests", "faults", "tiny", "masked", "exact", *SCRIPTS}),
-                                               ("tests", {file.stem for file in (ROOT / "bench").glob("*.py")})])
+@pytest.mark.parametrize(
+    "folder, forbidden",
+    [
+        ("bench", {"tests", "faults", "tiny", "masked", "exact", *SCRIPTS}),
+        ("tests", {file.stem for file in (ROOT / "bench").glob("*.py")}),
+    ],
+)
 def test_tests_and_benches_stay_apart(folder, forbidden):
-    """A bench named like a test's helper, or the other way round, counts only where it is imported."""
+    """A bench named like a test's helper, or the other way round, counts only where it is
+    imported."""
     own = {file.stem for file in (ROOT / folder).rglob("*.py")}
     for file in (ROOT / folder).rglob("*.py"):
         found = {name.partition(".")[0] for node in ast.walk(tree(file)) for name in names_of(node)}
-        assert not found & (forbidden - own), f"{file.relative_to(ROOT)} imports {found & forbidden}"
+        assert not found & (forbidden - own), (
+            f"{file.relative_to(ROOT)} imports {found & forbidden}"
+        )
 
 
 def test_args_stop_at_the_door():
-    """Only the scripts, their flags in utils.py and training/arguments.py, and what starts a run for them know argparse
-    or take an `args`."""
+    """Only the scripts, their flags in utils.py and training/arguments.py, and what starts a run
+    for them know argparse or take an `args`."""
     for name, file in modules().items():
         if name in (*SCRIPTS, "utils", "training.arguments", "training.launch"):
             continue
@@ -113,5 +144,6 @@ def test_args_stop_at_the_door():
 
 
 def test_no_script_hides_a_library():
-    """Tasks of lm-evaluation-harness import Hugging Face's `evaluate`, with our folder first on the path."""
+    """Tasks of lm-evaluation-harness import Hugging Face's `evaluate`, with our folder first on the
+    path."""
     assert not list(ROOT.glob("evaluate*"))

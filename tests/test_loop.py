@@ -1,4 +1,5 @@
 """training/loop.py: when a run ends, by steps or epochs, and what it tells on the way."""
+
 import json
 import math
 import os
@@ -17,12 +18,16 @@ from torch import nn
 
 @pytest.fixture
 def go(tmp_path):
-    """Budget of `Run` -> for each step the progress, and the number of steps after each evaluation. Stopped after
-    stop_after steps, it goes on in another Run."""
+    """Budget of `Run` -> for each step the progress, and the number of steps after each evaluation.
+    Stopped after stop_after steps, it goes on in another Run."""
+
     def go(stop_after=math.inf, not_finite=None, loss=lambda step: 2.0, **budget):
         masked, seen = make(Stack(nn.Linear(16, 8)))[0], []
         arguments = {"checkpoint_every": "1000000"}
-        with RunFolder(tmp_path / "run", arguments, "sparsify.py") as folder, StopSignals() as signals:
+        with (
+            RunFolder(tmp_path / "run", arguments, "sparsify.py") as folder,
+            StopSignals() as signals,
+        ):
             for saved in (False, True) if stop_after < math.inf else (False,):
                 run = Run(folder, signals, Validation(Learner(masked), TOKENS[:0]), 4, **budget)
                 folder.is_resumed = saved
@@ -38,14 +43,20 @@ def go(tmp_path):
             lines = map(json.loads, (folder.path / "metrics.jsonl").open())
             evaluated = [line["step"] for line in lines if "changed" in line]
         return seen, evaluated
+
     return go
 
 
-@pytest.mark.parametrize("budget, steps", [({"max_step": 6}, 6), ({"epoch": 2}, 8), ({"epoch": 1.5, "max_step": 9}, 6)])
+@pytest.mark.parametrize(
+    "budget, steps", [({"max_step": 6}, 6), ({"epoch": 2}, 8), ({"epoch": 1.5, "max_step": 9}, 6)]
+)
 @pytest.mark.parametrize("stop_after", [math.inf, 2])
 def test_steps_and_epochs_end_a_run(go, budget, steps, stop_after):
     seen, evaluated = go(stop_after, evaluations=2, **budget)
-    assert seen == pytest.approx([t / steps for t in range(steps)]) and evaluated == [steps / 2, steps]
+    assert seen == pytest.approx([t / steps for t in range(steps)]) and evaluated == [
+        steps / 2,
+        steps,
+    ]
 
 
 def test_a_signal_while_the_last_state_is_saved_ends_the_run(go, monkeypatch):

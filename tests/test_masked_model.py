@@ -1,4 +1,5 @@
-"""masking/masked_model.py: what a model under learned masks computes, layer by layer, bit for bit."""
+"""masking/masked_model.py: what a model under learned masks computes, layer by layer, bit for
+bit."""
 
 import pge
 from masking import masked_layer
@@ -36,30 +37,40 @@ def under(model, masks):
     return model
 
 
-# -------------------------------------------------------------------------------------------------- the masked forward
+# ------------------------------------------------------------------------------- the masked forward
 
 
 def test_masked_layers_are_seen_in_the_model_until_they_are_finished(kind, load):
-    """In every place of a module, in that of GPT-2's Conv1D too; the model's own modules come back."""
+    """In every place of a module, in that of GPT-2's Conv1D too; the model's own modules come
+    back."""
     model = load(kind)
     own, kinds = dict(model.named_modules()), str(model)
     masked, masks, _ = make(model)
     for name in masks:
         rows, columns = weight_matrix(own[name]).shape
         assert str(model.get_submodule(name)) == f"MaskedLinear({columns}, {rows}, 2:4)"
-    assert 2 * str(model).count("MaskedLinear(") == len(masks)  # equal decoder layers are printed once
+    # equal decoder layers are printed once
+    assert 2 * str(model).count("MaskedLinear(") == len(masks)
     assert model.state_dict().keys() == load(kind).state_dict().keys()
     masked.finish()
-    assert all(module is own[name] for name, module in model.named_modules()) and str(model) == kinds
+    assert (
+        all(module is own[name] for name, module in model.named_modules()) and str(model) == kinds
+    )
 
 
-@pytest.mark.parametrize("n, m, space", [(2, 4, "linear"), (1, 4, "linear"), (2, 8, "linear"), (4, 16, "linear"),
-                                         (2, 4, "pattern")])
+@pytest.mark.parametrize(
+    "n, m, space",
+    [(2, 4, "linear"), (1, 4, "linear"), (2, 8, "linear"), (4, 16, "linear"), (2, 4, "pattern")],
+)
 def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, load, n, m, space):
-    """The first mask is m0 itself; each update moves the logits by the score of the mask, and draws another."""
+    """The first mask is m0 itself; each update moves the logits by the score of the mask, and draws
+    another."""
     masked, masks, dense = make(load(kind), n, m, space, magnitude=1.0)
     seen = [masks]
-    assert same(all_logits(masked), {name: masked.space.init(masks[name].view(-1, m), 1.0) for name in masks})
+    assert same(
+        all_logits(masked),
+        {name: masked.space.init(masks[name].view(-1, m), 1.0) for name in masks},
+    )
     for t in range(3):
         used, drawn, before = used_weights(masked.model), drawn_masks(masked), all_logits(masked)
         assert same(drawn, seen[0]) == (t == 0)
@@ -81,7 +92,8 @@ def test_every_forward_multiplies_with_dense_weights_under_an_n_m_mask(kind, loa
 
 
 def test_a_forward_carries_out_the_update_as_flush_does(kind, load):
-    """Whether forward passes come after each update or not at all: the same logits, masks and outputs."""
+    """Whether forward passes come after each update or not at all: the same logits, masks and
+    outputs."""
     lazy, eager = (make(load(kind), magnitude=1.0, logits_dtype=torch.float16)[0] for _ in range(2))
     for t in range(3):
         for masked in (lazy, eager):
@@ -93,7 +105,7 @@ def test_a_forward_carries_out_the_update_as_flush_does(kind, load):
     assert torch.equal(forward(lazy.model), forward(eager.model))
 
 
-# ---------------------------------------------------------------------------------------------- which mask a model uses
+# -------------------------------------------------------------------------- which mask a model uses
 
 
 def test_a_model_uses_others_masks_or_none_and_comes_back(kind, load):
@@ -111,11 +123,13 @@ def test_a_model_uses_others_masks_or_none_and_comes_back(kind, load):
     with pytest.raises(KeyboardInterrupt), masked.use_masks(flipped):
         masked_by_them = forward(masked.model)
         raise KeyboardInterrupt
-    assert torch.equal(masked_by_them, forward(under(load(kind), {name: ~mask for name, mask in m0.items()})))
+    assert torch.equal(
+        masked_by_them, forward(under(load(kind), {name: ~mask for name, mask in m0.items()}))
+    )
     assert torch.equal(forward(masked.model), learned)
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def test_learning_some_layers_keeps_the_others_at_m0_or_dense(load):
@@ -124,8 +138,12 @@ def test_learning_some_layers_keeps_the_others_at_m0_or_dense(load):
     layers = find_layers(model)
     dense = {name: weight_matrix(layer).clone() for name, layer in layers.items()}
     learned = [name for name in layers if "self_attn" in name]
-    masks = magnitude_masks({name: layer for name, layer in layers.items() if "up_proj" not in name})
-    masked = MaskedModel(model, masks, LinearSpace(2, 4), 0.5, learned=learned, backend="eager", keep_dense=True)
+    masks = magnitude_masks(
+        {name: layer for name, layer in layers.items() if "up_proj" not in name}
+    )
+    masked = MaskedModel(
+        model, masks, LinearSpace(2, 4), 0.5, learned=learned, backend="eager", keep_dense=True
+    )
     first = forward(model)
     with masked.use_dense():
         assert torch.equal(forward(model), forward(load()))
@@ -143,14 +161,18 @@ def test_all_layers_share_one_buffer_and_keep_their_dense_weight_without_a_copy(
     before = {name: layer.weight.data_ptr() for name, layer in find_layers(model).items()}
     masked = make(model)[0]
     layers = find_layers(model)
-    storages = {layer.weight.untyped_storage().data_ptr(): layer.weight.untyped_storage() for layer in layers.values()}
+    storages = {
+        layer.weight.untyped_storage().data_ptr(): layer.weight.untyped_storage()
+        for layer in layers.values()
+    }
     assert [storage.nbytes() for storage in storages.values()] == [
-        4 * max(layer.weight.numel() for layer in layers.values())]
+        4 * max(layer.weight.numel() for layer in layers.values())
+    ]
     if kind != "gpt2":  # whose weights are transposed once
         assert {name: layer.weight.data_ptr() for name, layer in masked.layers.items()} == before
 
 
-# -------------------------------------------------------------------------------------------------------------- finish
+# ------------------------------------------------------------------------------------------- finish
 
 
 def test_finish_leaves_an_ordinary_model_under_the_mode(kind, load):
@@ -173,7 +195,8 @@ def test_finish_leaves_an_ordinary_model_under_the_mode(kind, load):
     assert torch.equal(forward(model), forward(under(load(kind), final)))
 
 
-NAMES = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"]  # small enough to be looked at whole
+# small enough to be looked at whole
+NAMES = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"]
 
 
 def test_changes_are_counted_in_a_sample_of_the_blocks(load, monkeypatch):

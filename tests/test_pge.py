@@ -1,4 +1,5 @@
 """pge.py against enumeration in decimals, autograd, and ten million draws."""
+
 from decimal import Decimal
 from itertools import combinations
 
@@ -27,7 +28,9 @@ def some_blocks(n, m, scale, seed=0):
     """float32 logits with masks of all kinds: the mode twice, one drawn, two arbitrary ones."""
     logits = torch.randn(5, m, generator=seeded(seed)) * scale
     arbitrary = pge.mode(torch.rand(2, m, generator=seeded(seed + 1)), n)
-    return logits, torch.cat([pge.mode(logits[:2], n), pge.sample(logits[2:3], n, seeded(seed + 2)), arbitrary])
+    return logits, torch.cat(
+        [pge.mode(logits[:2], n), pge.sample(logits[2:3], n, seeded(seed + 2)), arbitrary]
+    )
 
 
 def assert_exact(logits, mask, reference, tolerance=1e-5):
@@ -40,7 +43,7 @@ def assert_exact(logits, mask, reference, tolerance=1e-5):
         assert (row - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-# -------------------------------------------------------------------------------------------------- log_prob and score
+# ------------------------------------------------------------------------------- log_prob and score
 
 
 @pytest.mark.parametrize("n, m", SHAPES)
@@ -51,7 +54,8 @@ def test_log_prob_and_score_equal_enumeration_over_orderings(n, m):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_log_prob_and_score_of_8_16(scale):
-    """8! orderings are too many: the reference is inclusion-exclusion, itself held against orderings below."""
+    """8! orderings are too many: the reference is inclusion-exclusion, itself held against
+    orderings below."""
     assert_exact(*some_blocks(8, 16, scale), by_inclusion_exclusion)
 
 
@@ -60,7 +64,9 @@ def test_the_two_references_agree():
     for x, kept in zip(logits.tolist(), mask):
         kept = tuple(kept.nonzero().flatten().tolist())
         (p, score), (other_p, other_score) = by_orderings(x, kept), by_inclusion_exclusion(x, kept)
-        assert all(abs(a - b) < Decimal(10) ** -100 for a, b in zip([p, *score], [other_p, *other_score]))
+        assert all(
+            abs(a - b) < Decimal(10) ** -100 for a, b in zip([p, *score], [other_p, *other_score])
+        )
 
 
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (3, 4), (4, 8)])
@@ -77,8 +83,10 @@ def test_saturated_blocks_keep_their_relative_accuracy(n, m, gap):
 @pytest.mark.parametrize("gap", [40.0, 80.0, 800.0])
 def test_nothing_is_nan_at_large_gaps(n, m, gap):
     generator = seeded(0)
-    rows = torch.stack([mask_of(range(k), m) * gap for k in (1, n, m - 1)]
-                       + [torch.rand(m, generator=generator) * gap, -torch.rand(m, generator=generator) * gap])
+    rows = torch.stack(
+        [mask_of(range(k), m) * gap for k in (1, n, m - 1)]
+        + [torch.rand(m, generator=generator) * gap, -torch.rand(m, generator=generator) * gap]
+    )
     masks = torch.cat([pge.mode(rows, n), pge.mode(-rows, n), pge.sample(rows, n, generator)])
     logits = rows.repeat(3, 1).requires_grad_()
     log_probs = pge.log_prob(logits, masks)
@@ -101,7 +109,9 @@ def test_the_score_of_two_kept_is_its_closed_form():
 @pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])
 def test_probabilities_sum_to_one_and_scores_average_to_zero(n, m, scale):
     table = pge.patterns(n, m)
-    logits = (torch.randn(1, m, generator=seeded(m), dtype=torch.float64) * scale).expand(len(table), m)
+    logits = (torch.randn(1, m, generator=seeded(m), dtype=torch.float64) * scale).expand(
+        len(table), m
+    )
     probs = pge.log_prob(logits, table).exp()
     assert float(probs.sum()) == pytest.approx(1, abs=1e-12)
     assert (probs @ pge.score(logits, table)).abs().max() < 1e-12
@@ -119,15 +129,22 @@ def test_inclusion_equals_enumeration_and_sums_to_n(n, m):
     assert torch.allclose(found.sum(1), torch.tensor(float(n), dtype=torch.float64), atol=1e-12)
     for x, row in zip(logits.tolist(), found):
         probs = distribution(x, n)
-        expected = [sum(float(p) for p, kept in zip(probs, combinations(range(m), n)) if i in kept) for i in range(m)]
+        expected = [
+            sum(float(p) for p, kept in zip(probs, combinations(range(m), n)) if i in kept)
+            for i in range(m)
+        ]
         assert torch.allclose(row, torch.tensor(expected, dtype=torch.float64), atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------- sample and mode
+# ---------------------------------------------------------------------------------- sample and mode
 
 DRAWS = [  # logits of a block, N, millions of draws
-    ([10.0, 10.0, 0.0, 0.0], 2, 4), ([10.0, 0.0, 0.0, 0.0], 2, 1), ([0.0, 0.0, 0.0, 0.0], 2, 1),
-    ([1.0, -0.5, 2.0, 0.3], 2, 1), ([10.0, 0.0, 0.0, 0.0], 1, 2), ([3.0, 0.0, 3.0, 3.0], 3, 1),
+    ([10.0, 10.0, 0.0, 0.0], 2, 4),
+    ([10.0, 0.0, 0.0, 0.0], 2, 1),
+    ([0.0, 0.0, 0.0, 0.0], 2, 1),
+    ([1.0, -0.5, 2.0, 0.3], 2, 1),
+    ([10.0, 0.0, 0.0, 0.0], 1, 2),
+    ([3.0, 0.0, 3.0, 3.0], 3, 1),
     ([10.0, 0.0, 10.0, 0.0, 10.0, 0.0, 10.0, 0.0], 4, 1),
 ]
 
@@ -141,7 +158,9 @@ def test_pattern_frequencies(logits, n, millions):
 
 
 def test_chi_square_notices_a_wrong_distribution():
-    counts = pattern_counts(pge.sample(torch.tensor([10.0, 10.0, 0.0, 0.0]).expand(10**6, 4), 2, seeded(0)))
+    counts = pattern_counts(
+        pge.sample(torch.tensor([10.0, 10.0, 0.0, 0.0]).expand(10**6, 4), 2, seeded(0))
+    )
     assert chi_square(counts, distribution([9.5, 9.5, 0.0, 0.0], 2)) < 1e-6
 
 

@@ -1,4 +1,5 @@
 """Learning curves of runs, read back from the .svg."""
+
 import os
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,8 +14,10 @@ from quizzes import write_lines
 
 
 def metrics_of(steps: int, baseline: bool = True, heldout: bool = True) -> list[dict]:
-    lines = [{"step": t, "loss": 5 + 1 / t, "baseline": 5.0 if baseline else None,
-              "advantage": 1 / t} for t in range(1, steps + 1)]
+    lines = [
+        {"step": t, "loss": 5 + 1 / t, "baseline": 5.0 if baseline else None, "advantage": 1 / t}
+        for t in range(1, steps + 1)
+    ]
     return [*lines[:-1], {**lines[-1], "heldout": 4.5}] if heldout else lines
 
 
@@ -26,12 +29,19 @@ def write_run(folder: Path, steps: int = 6, **kinds) -> Path:
 
 def texts(path: Path) -> set[str]:
     """The texts in an .svg, which must be XML."""
-    return {element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")}
+    return {
+        element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")
+    }
 
 
-@pytest.mark.parametrize("kinds, shown", [
-    ({}, {figures.RESIDUAL, "m0", figures.HELDOUT}), ({"steps": 1}, {figures.RESIDUAL, "m0", figures.HELDOUT}),
-    ({"baseline": False, "heldout": False}, {figures.TRAINING})])
+@pytest.mark.parametrize(
+    "kinds, shown",
+    [
+        ({}, {figures.RESIDUAL, "m0", figures.HELDOUT}),
+        ({"steps": 1}, {figures.RESIDUAL, "m0", figures.HELDOUT}),
+        ({"baseline": False, "heldout": False}, {figures.TRAINING}),
+    ],
+)
 def test_a_run_gets_its_picture(tmp_path, capsys, kinds, shown):
     run = write_run(tmp_path / "learned", **kinds)
     plot.main([str(run)])
@@ -52,7 +62,9 @@ def test_several_runs(tmp_path, monkeypatch):
     assert lines | {figures.TRAINING, figures.HELDOUT} <= texts(tmp_path / "comparison.svg")
     plot.main([runs[0], "--out", "new/folder/one"])
     assert sorted(os.listdir("new/folder")) == ["one.png", "one.svg"]
-    with pytest.raises(UserError, match=r"new/folder/one.png exists already; choose another --out PREFIX"):
+    with pytest.raises(
+        UserError, match=r"new/folder/one.png exists already; choose another --out PREFIX"
+    ):
         plot.main([runs[1], "--out", "new/folder/one"])
 
 
@@ -66,12 +78,17 @@ def test_a_run_without_a_step(tmp_path):
 def test_curves_are_what_was_written():
     runs = {"a": metrics_of(40), "b": metrics_of(3, heldout=False)}
     assert figures.curves(runs) == {
-        figures.RESIDUAL: {name: [(line["step"], line["loss"] - 5) for line in lines] for name, lines in runs.items()},
-        figures.HELDOUT: {"a": [(40, 4.5)], "b": []}}
+        figures.RESIDUAL: {
+            name: [(line["step"], line["loss"] - 5) for line in lines]
+            for name, lines in runs.items()
+        },
+        figures.HELDOUT: {"a": [(40, 4.5)], "b": []},
+    }
 
 
 def test_lines_and_levels():
-    """Dots are all losses, the line ends at the mean of the last 32; runs differ in style; levels are flat."""
+    """Dots are all losses, the line ends at the mean of the last 32; runs differ in style; levels
+    are flat."""
     axes = Figure().subplots()
     points = [(t, float(t * t)) for t in range(50)]
     figures._draw(axes, figures.TRAINING, {"a": points, "b": points}, {"dense": 3.0})

@@ -1,4 +1,5 @@
 """masking/random_bits.py: keys, uniform numbers and rounding, by their statistics."""
+
 from masking.random_bits import layer_keys, random_bits, round_stochastically, uniform
 
 import pytest
@@ -8,12 +9,15 @@ from masked import seeded
 
 
 def test_keys_differ_by_seed_step_and_layer_and_are_the_same_every_time():
-    keys = torch.cat([layer_keys(seed, t, 5)[:, :2] for seed in (0, 1, 2, 2**40) for t in range(50)])
+    keys = torch.cat(
+        [layer_keys(seed, t, 5)[:, :2] for seed in (0, 1, 2, 2**40) for t in range(50)]
+    )
     assert keys.shape == (1000, 2) and keys.dtype == torch.int32
     assert len({tuple(key) for key in keys.tolist()}) == 1000
     assert len(keys[:, 0].unique()) == len(keys[:, 1].unique()) == 1000
     assert torch.equal(layer_keys(3, 7, 5), layer_keys(3, 7, 5))
-    assert torch.equal(layer_keys(3, 7, 2), layer_keys(3, 7, 5)[:2])  # more layers do not move the others
+    # more layers do not move the others
+    assert torch.equal(layer_keys(3, 7, 2), layer_keys(3, 7, 5)[:2])
 
 
 def test_uniform_lies_in_0_to_1_with_fine_steps_near_0():
@@ -21,7 +25,9 @@ def test_uniform_lies_in_0_to_1_with_fine_steps_near_0():
     u = uniform(bits)
     assert u.dtype == torch.float32 and (u > 0).all() and (u <= 1).all()
     expected = [0.5 * 2**-32, 1.5 * 2**-32, 2.5 * 2**-32, 0.5, 0.5, 1, 1]
-    assert torch.allclose(u.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert torch.allclose(
+        u.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 def test_random_bits_are_uniform_and_do_not_repeat():
@@ -34,7 +40,8 @@ def test_random_bits_are_uniform_and_do_not_repeat():
 
 
 def test_draws_of_neighbours_are_not_correlated():
-    """Blocks, lanes of a block, steps, layers and seeds; also the pairs' joint distribution on an 8 x 8 grid."""
+    """Blocks, lanes of a block, steps, layers and seeds; also the pairs' joint distribution on an 8
+    x 8 grid."""
     size = 2**18
     counter = torch.arange(size, dtype=torch.int32)
 
@@ -43,18 +50,25 @@ def test_draws_of_neighbours_are_not_correlated():
 
     first = draws()
     assert abs(float(first.mean()) - 0.5) < 5 / (12 * size) ** 0.5
-    others = [draws(shift=s) for s in (1, 2, 3, 4, 5, 8, 64, 4096)] + [draws(seed=1), draws(t=1), draws(layer=1)]
+    others = [draws(shift=s) for s in (1, 2, 3, 4, 5, 8, 64, 4096)] + [
+        draws(seed=1),
+        draws(t=1),
+        draws(layer=1),
+    ]
     for other in others:
         assert abs(float(torch.corrcoef(torch.stack([first, other]))[0, 1])) < 5 / size**0.5
-        grid = torch.bincount((first * 8).long().clamp(max=7) * 8 + (other * 8).long().clamp(max=7), minlength=64)
+        grid = torch.bincount(
+            (first * 8).long().clamp(max=7) * 8 + (other * 8).long().clamp(max=7), minlength=64
+        )
         assert chi_square(grid, torch.full((64,), 1 / 64, dtype=torch.float64)) > 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [3.0, -3.0, 0.1, 10.0, -1000.0, 0.0, 6e-5])
 def test_stochastic_rounding_is_unbiased(dtype, value):
-    """A hundredth of a step between two 16-bit numbers is kept on average, and only the two neighbours occur. Next to
-    zero, where the logits of pruned weights start, float16 has a fixed step of 2^-24 = 6e-8."""
+    """A hundredth of a step between two 16-bit numbers is kept on average, and only the two
+    neighbours occur. Next to zero, where the logits of pruned weights start, float16 has a fixed
+    step of 2^-24 = 6e-8."""
     low = torch.tensor(value).to(dtype)
     high = torch.nextafter(low, torch.tensor(torch.inf, dtype=dtype))
     gap = float(high) - float(low)
@@ -70,7 +84,8 @@ def test_numbers_that_fit_are_not_rounded():
     x = torch.randn(1000, generator=seeded(0)) * 10
     for dtype in (torch.float16, torch.bfloat16):
         exact = torch.cat([x.to(dtype).float(), torch.zeros(1)])
-        noise = torch.full_like(exact, -1, dtype=torch.float32).view(torch.int32) | -1  # all bits set
+        # all bits set
+        noise = torch.full_like(exact, -1, dtype=torch.float32).view(torch.int32) | -1
         assert torch.equal(round_stochastically(exact, dtype, noise).float(), exact)
 
 

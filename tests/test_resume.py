@@ -1,7 +1,9 @@
-"""Runs that are stopped, killed, starved of disk or of finite numbers, and what `train.py` makes of them.
+"""Runs that are stopped, killed, starved of disk or of finite numbers, and what `train.py` makes of
+them.
 
 The short version of tests/faults/kill.py, and each refusal and promise by itself.
 """
+
 import json
 import os
 import random
@@ -32,7 +34,7 @@ def assert_as_uninterrupted(workshop, run, flags):
     assert kill.contents(run) == kill.contents(whole)
 
 
-# --------------------------------------------------------------------------------------------------- killed and resumed
+# ------------------------------------------------------------------------------- killed and resumed
 
 
 @pytest.mark.parametrize("name", ["maskpro", "sparsify", "pattern space"])
@@ -42,7 +44,8 @@ def test_killed_runs_end_as_if_they_had_not_been(workshop, name):
 
 
 def test_a_random_start_goes_on_with_its_own_m0(workshop, tmp_path, losses):
-    """Its m0 is in no file: it is drawn again, and baselines that no step has asked for yet are of it."""
+    """Its m0 is in no file: it is drawn again, and baselines that no step has asked for yet are of
+    it."""
     flags = "--init random --logits 3 --val_fraction 0.25"
     stop(workshop, tmp_path / "run", flags, losses, at=5)
     train.main(["--resume", str(tmp_path / "run")])
@@ -53,17 +56,24 @@ def test_a_run_keeps_its_precision_on_another_device(workshop, tmp_path, losses,
     """--dtype auto is what it was where the run began."""
     stop(workshop, tmp_path / "run", f"{VANILLA} --dtype auto", losses, at=3)
     assert train.parse_args(["--resume", str(tmp_path / "run"), "--dtype", "auto"]).dtype != "auto"
-    monkeypatch.setattr("models.machine.fast_dtype", raises(AssertionError("another device was asked")))
+    monkeypatch.setattr(
+        "models.machine.fast_dtype", raises(AssertionError("another device was asked"))
+    )
     train.main(["--resume", str(tmp_path / "run")])
     assert (tmp_path / "run/mask.safetensors").exists()
 
 
 def test_killed_inside_the_write_of_a_state(workshop, tmp_path):
     """The state being written is lost, the one before it is not."""
-    code, said = kill.in_process(workshop, arguments(workshop, tmp_path / "run", VANILLA), "chunk", 150, signal.SIGKILL)
+    code, said = kill.in_process(
+        workshop, arguments(workshop, tmp_path / "run", VANILLA), "chunk", 150, signal.SIGKILL
+    )
     states = list((tmp_path / "run/state").iterdir())
     assert code == -9, said
-    assert sum(path.name.startswith(".step") for path in states) == 1 and sum(map(checkpoint.is_whole, states)) >= 1
+    assert (
+        sum(path.name.startswith(".step") for path in states) == 1
+        and sum(map(checkpoint.is_whole, states)) >= 1
+    )
     train.main(["--resume", str(tmp_path / "run")])
     assert_as_uninterrupted(workshop, tmp_path / "run", VANILLA)
 
@@ -73,7 +83,9 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(workshop, tm
     flags = arguments(workshop, tmp_path / "run", f"{VANILLA} --checkpoint_every 10m")
     code, said = kill.in_process(workshop, flags, "forward", 100, sent)
     assert code == 128 + sent
-    assert f"go on with: python train.py --resume {tmp_path}/run" in said and "Traceback" not in said
+    assert (
+        f"go on with: python train.py --resume {tmp_path}/run" in said and "Traceback" not in said
+    )
     done = steps_of(tmp_path / "run")[-1]
     assert f"stopped after step {done}, with its state saved" in said
     assert states_of(tmp_path / "run") == [f"step{done:08d}.pt"]
@@ -92,12 +104,16 @@ def test_torn_states_are_passed_over(workshop, tmp_path, losses, capsys):
 
 
 @pytest.mark.parametrize("every, measured", [("1", 0), ("100", 1)])
-def test_scores_are_measured_again_where_no_state_has_the_logits(workshop, tmp_path, losses, monkeypatch, every,
-                                                                 measured):
-    """--init scores goes through the dense model's layers; a state that is there has what came of it."""
+def test_scores_are_measured_again_where_no_state_has_the_logits(
+    workshop, tmp_path, losses, monkeypatch, every, measured
+):
+    """--init scores goes through the dense model's layers; a state that is there has what came of
+    it."""
     flags = f"{VANILLA} --init scores --save --checkpoint_every {every}"
     calls, input_norms = [], initialize.input_norms
-    monkeypatch.setattr(initialize, "input_norms", lambda *given: (calls.append(1), input_norms(*given))[1])
+    monkeypatch.setattr(
+        initialize, "input_norms", lambda *given: (calls.append(1), input_norms(*given))[1]
+    )
     stop(workshop, tmp_path / "run", flags, losses, at=4)
     assert len(calls) == 1 and bool(list((tmp_path / "run").glob("state/*"))) == (every == "1")
     train.main(["--resume", str(tmp_path / "run")])
@@ -109,9 +125,12 @@ def test_in_a_fresh_process_the_mask_is_the_same(workshop, tmp_path):
     """Another process, with another hash seed."""
     code, said = kill.in_process(workshop, arguments(workshop, tmp_path / "first/run", "--save"))
     assert code == 0, said
-    done = subprocess.run([sys.executable, ROOT / "train.py", *arguments(workshop, tmp_path / "again/run", "--save")],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                                               "PYTHONHASHSEED": "7"})
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments(workshop, tmp_path / "again/run", "--save")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7"},
+    )
     assert done.returncode == 0, done.stderr
     assert kill.contents(tmp_path / "first/run") == kill.contents(tmp_path / "again/run")
 
@@ -123,7 +142,9 @@ def test_results_that_were_cut_short_are_made_again(workshop, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(figures, "learning_curve", raises(MemoryError()))
         train.main(arguments(workshop, run))
-    assert (run / "mask.safetensors").exists() and "summary" not in json.loads((run / "run.json").read_text())
+    assert (run / "mask.safetensors").exists() and "summary" not in json.loads(
+        (run / "run.json").read_text()
+    )
     train.main(["--resume", str(run)])
     assert kill.contents(run) == kill.contents(whole)
 
@@ -141,11 +162,13 @@ def test_a_second_signal_ends_at_once_and_what_nohup_ignores_stays_ignored():
     signal.signal(signal.SIGHUP, before)
 
 
-# ------------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 
 
 def test_changed_settings_are_refused_by_name(stopped):
-    with pytest.raises(UserError, match=r"--seed 0 there, 1 here; --lr 0.1 there, 0.2 here; leave them out"):
+    with pytest.raises(
+        UserError, match=r"--seed 0 there, 1 here; --lr 0.1 there, 0.2 here; leave them out"
+    ):
         train.main(["--resume", str(stopped), "--lr", "0.2", "--seed", "1", "--max_step", "6"])
     record = json.loads((stopped / "run.json").read_text())
     for name in ("model", "mask", "text"):

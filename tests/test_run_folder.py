@@ -1,4 +1,5 @@
 """A run's folder (training/run_folder.py): one run at a time, and disks that are full."""
+
 import errno
 import shlex
 
@@ -13,11 +14,18 @@ from runs import VANILLA, arguments, raises, states_of
 
 
 def test_the_second_run_in_a_folder_is_refused(workshop, stopped):
-    with pytest.raises(UserError, match=r"exists already; go on with it: python train.py --resume .*or choose another"):
+    with pytest.raises(
+        UserError,
+        match=r"exists already; go on with it: python train.py --resume .*or choose another",
+    ):
         train.main(arguments(workshop, stopped, VANILLA))
-    with pytest.raises(UserError, match=r"run exists already; choose another --out or remove it$"):  # other settings
+    # other settings
+    with pytest.raises(UserError, match=r"run exists already; choose another --out or remove it$"):
         train.main(arguments(workshop, stopped))
-    with run_folder.lock(stopped), pytest.raises(UserError, match="is being written by another run; wait for its end"):
+    with (
+        run_folder.lock(stopped),
+        pytest.raises(UserError, match="is being written by another run; wait for its end"),
+    ):
         train.main(["--resume", str(stopped)])
     with pytest.raises(UserError, match=rf"`python train.py --resume {stopped}` goes on with it"):
         sparsify.main(["--resume", str(stopped)])
@@ -38,7 +46,9 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(workshop, tmp_pat
 
 
 @pytest.mark.parametrize("place", ["state", "metrics"])
-def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(workshop, tmp_path, monkeypatch, place):
+def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(
+    workshop, tmp_path, monkeypatch, place
+):
     full = OSError(errno.ENOSPC, "No space left on device")
     save, write = checkpoint.save, log.Log.write
 
@@ -51,12 +61,16 @@ def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(w
         if line["step"] == 3:
             raise full
         write(self, line)
+
     with monkeypatch.context() as patch:
         if place == "state":
             patch.setattr(checkpoint, "save", failing_save)
         else:
             patch.setattr(log.Log, "write", failing_write)
-        with pytest.raises(UserError, match=r"cannot be written.*No space left.*go on with: python train.py --resume"):
+        with pytest.raises(
+            UserError,
+            match=r"cannot be written.*No space left.*go on with: python train.py --resume",
+        ):
             train.main(arguments(workshop, tmp_path / "run"))
     assert states_of(tmp_path / "run") == ["step00000001.pt", "step00000002.pt"]
     train.main(["--resume", str(tmp_path / "run")])

@@ -1,4 +1,5 @@
 """masking/spaces.py: the two spaces are one distribution, and how the first logits are made."""
+
 from math import comb
 
 import pge
@@ -37,28 +38,32 @@ def test_score_of_the_pattern_space_is_autograd_of_the_log_probability():
 
 @st.composite
 def scored_masks(draw):
-    """A space, a mask [4, M] of its N:M, scores [4, M] that may be 0, equal, or far apart, and C."""
+    """A space, a mask [4, M] of its N:M, scores [4, M] that may be 0, equal, or far apart, and
+    C."""
     m = draw(st.sampled_from([*range(2, 9), 16]))
     n = draw(st.integers(1, m - 1))
     generator = seeded(draw(st.integers(0, 2**31)))
     spread = draw(st.sampled_from([0.0, 0.1, 1.0, 15.0]))
     score = (torch.randn(4, m, generator=generator) * spread).exp()
     score[torch.rand(4, m, generator=generator) < draw(st.sampled_from([0.0, 0.3]))] = 0.0
-    mask = pge.mode(draw(st.sampled_from([score, torch.rand(4, m, generator=generator)])), n)  # theirs, or any
+    # theirs, or any
+    mask = pge.mode(draw(st.sampled_from([score, torch.rand(4, m, generator=generator)])), n)
     return n, m, mask, score, draw(st.sampled_from([0.0, 0.5, 4.0, 30.0]))
 
 
 @settings(max_examples=60, deadline=None)
 @given(scored_masks())
 def test_logits_from_scores_follow_the_formula(drawn):
-    """C log(score / weakest kept score), cut off at the limit, a kept weight the margin more; 0 where they disagree.
-    A pattern's is the sum of what it keeps."""
+    """C log(score / weakest kept score), cut off at the limit, a kept weight the margin more; 0
+    where they disagree. A pattern's is the sum of what it keeps."""
     n, m, mask, score, magnitude = drawn
     linear, pattern = (SPACES[name](n, m) for name in ("linear", "pattern"))
     logits, of_patterns = (space.init(mask, magnitude, score) for space in (linear, pattern))
     assert torch.equal(linear.mode(logits), mask) and torch.equal(pattern.mode(of_patterns), mask)
     assert torch.allclose(of_patterns, logits @ pge.patterns(n, m).float().T, atol=1e-4)
-    for kept, x, row in zip(mask.tolist(), score.double().clamp(min=1e-30).tolist(), logits.tolist()):
+    for kept, x, row in zip(
+        mask.tolist(), score.double().clamp(min=1e-30).tolist(), logits.tolist()
+    ):
         weakest = min(value for value, k in zip(x, kept) if k)
         for value, k, logit in zip(x, kept, row):
             gap = magnitude * float(torch.tensor(value / weakest, dtype=torch.float64).log())

@@ -1,5 +1,6 @@
-"""training/straight_through.py: its gradient against autograd and enumeration, its update by an independent formula,
-and what it learns."""
+"""training/straight_through.py: its gradient against autograd and enumeration, its update by an
+independent formula, and what it learns."""
+
 import math
 from itertools import combinations
 
@@ -40,7 +41,8 @@ KINDS = ["llama", "gpt2", "opt"]
 
 @pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (3, 6)])
 def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, monkeypatch):
-    """f = <V, x (m * W)^T + b>: d E f / d pi = sum over all masks of p(S) f(S) score(S), enumerated in decimals."""
+    """f = <V, x (m * W)^T + b>: d E f / d pi = sum over all masks of p(S) f(S) score(S), enumerated
+    in decimals."""
     monkeypatch.setattr(normalization, "CLIP", 1e3)  # so far out that nothing is clipped
     generator = seeded(0)
     model = Stack(nn.Linear(12, 3)).requires_grad_(False)
@@ -48,12 +50,15 @@ def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, monk
     x, v = torch.randn(5, 12, generator=generator), torch.randn(5, 3, generator=generator)
     learner, masked, dense = learner_of(model, n, m, init="random")
     layer = masked.layers["0"]
-    worth = (dense["0"] * (v.T @ x)).double().view(-1, m)  # what each weight adds to f if it is kept
+    # what each weight adds to f if it is kept
+    worth = (dense["0"] * (v.T @ x)).double().view(-1, m)
     truth = torch.zeros_like(worth)
     for block, logits in enumerate(logits_of(layer).tolist()):
         for kept in combinations(range(m), n):
             p, score = by_orderings(logits, kept, digits=40)
-            truth[block] += float(p) * worth[block, list(kept)].sum() * torch.tensor([float(g) for g in score])
+            truth[block] += (
+                float(p) * worth[block, list(kept)].sum() * torch.tensor([float(g) for g in score])
+            )
     before, learner.keys = logits_of(layer), masked.keys()
     for size in (0.0, 1e3):  # the first only measures
         y = model(x)
@@ -67,8 +72,8 @@ def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, monk
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shares", [[], [1.0, 1.0], [0.0, 0.75]])
 def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, shares):
-    """Of pruned weights too; with Conv1D's [in, out] weights, biases and shared buffers; of sequences that distill to
-    different shares."""
+    """Of pruned weights too; with Conv1D's [in, out] weights, biases and shared buffers; of
+    sequences that distill to different shares."""
     learner = learner_of(load(kind))[0]
     seen = watch(learner)
     result = learner.step(TOKENS, 0.0, distill=shares)
@@ -82,16 +87,22 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, shares):
     teacher = forward(load(kind))[:, :-1].softmax(-1)
     objective = ((1 - distill) * text).sum() - (distill * teacher * log_probs).sum()
     expected = dict(zip(layers, torch.autograd.grad(objective, parameters)))
-    assert result.loss == pytest.approx(float(text.detach().mean()), rel=1e-5) and result.not_finite == 0
+    assert (
+        result.loss == pytest.approx(float(text.detach().mean()), rel=1e-5)
+        and result.not_finite == 0
+    )
     assert sorted(layer.name for layer, *_ in seen) == sorted(layers)
     for layer, gradient, _ in seen:
-        wanted = expected[layer.name].T if is_transposed(layers[layer.name]) else expected[layer.name]
+        wanted = (
+            expected[layer.name].T if is_transposed(layers[layer.name]) else expected[layer.name]
+        )
         assert torch.allclose(gradient, wanted, atol=2e-4 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("n, m", [(2, 4), (4, 8)])
 def test_updates_follow_the_formula(load, n, m):
-    """pi <- pi - size * clip(J^T G / (CLIP rms)), rms^2 a running mean of the earlier steps' mean squares."""
+    """pi <- pi - size * clip(J^T G / (CLIP rms)), rms^2 a running mean of the earlier steps' mean
+    squares."""
     learner, masked, dense = learner_of(load(), n, m)
     seen, sizes = watch(learner), [0.05, 0.03, 0.01]
     for size in sizes:
@@ -102,7 +113,8 @@ def test_updates_follow_the_formula(load, n, m):
         mean = None
         for index, ((gradient, logits), moved) in enumerate(zip(mine, after)):
             vjp = exact_vjp(logits, n, (dense[name] * gradient).double().view(-1, m))
-            move = 0 * vjp if mean is None else (vjp / (CLIP * mean.sqrt())).clamp(-1, 1)  # the first only measures
+            # the first only measures
+            move = 0 * vjp if mean is None else (vjp / (CLIP * mean.sqrt())).clamp(-1, 1)
             now = vjp.square().sum() / gradient.numel()
             mean = now if mean is None else DECAY * mean + (1 - DECAY) * now
             assert torch.allclose(moved, logits - move * sizes[index], atol=2e-5)
@@ -110,8 +122,13 @@ def test_updates_follow_the_formula(load, n, m):
 
 
 def test_a_step_in_microbatches_is_that_of_the_whole(load):
-    """Equal to rounding, with a last microbatch that is smaller; nothing moves where one of them is not finite."""
-    tokens, distill, found = torch.randint(32, (5, 20), generator=seeded(0)), [0.0, 1.0, 0.5, 0.0, 0.25], []
+    """Equal to rounding, with a last microbatch that is smaller; nothing moves where one of them is
+    not finite."""
+    tokens, distill, found = (
+        torch.randint(32, (5, 20), generator=seeded(0)),
+        [0.0, 1.0, 0.5, 0.0, 0.25],
+        [],
+    )
     for microbatch in (5, 2, 1):
         learner, masked, _ = learner_of(load(), microbatch=microbatch)
         for _ in range(3):
@@ -119,11 +136,18 @@ def test_a_step_in_microbatches_is_that_of_the_whole(load):
         found.append(all_logits(masked))
     for name, whole in found[0].items():
         for parts in found[1:]:
-            assert torch.allclose(parts[name], whole, atol=1e-4) and not torch.equal(whole, whole.round())
+            assert torch.allclose(parts[name], whole, atol=1e-4) and not torch.equal(
+                whole, whole.round()
+            )
     final = masked.model.get_output_embeddings()
-    final.register_forward_hook(lambda _module, inputs, output: output / (tokens[3, 0] != learner.first))
+    final.register_forward_hook(
+        lambda _module, inputs, output: output / (tokens[3, 0] != learner.first)
+    )
     learner.first, backward = None, learner._backward
-    learner._backward = lambda part, shares: (setattr(learner, "first", part[0, 0]), backward(part, shares))[1]
+    learner._backward = lambda part, shares: (
+        setattr(learner, "first", part[0, 0]),
+        backward(part, shares),
+    )[1]
     assert not learner.step(tokens, 0.1).is_finite and same(all_logits(masked), found[-1])
 
 
@@ -137,7 +161,9 @@ def test_experts_that_the_last_microbatch_does_not_reach_learn_too():
             learner.step(tokens, 0.1)
         found.append(all_logits(masked))
     for name, whole in found[0].items():
-        assert torch.allclose(found[1][name], whole, atol=1e-4) and not torch.equal(whole, whole.round())
+        assert torch.allclose(found[1][name], whole, atol=1e-4) and not torch.equal(
+            whole, whole.round()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -157,7 +183,9 @@ def test_the_mask_used_is_the_mode_of_the_stored_logits(load, dtype):
 
 def test_a_model_may_change_a_layers_output_in_place(load):
     model = load("opt")
-    model.model.decoder.layers[1].self_attn.q_proj.register_forward_hook(lambda *args: args[2].add_(1.0))
+    model.model.decoder.layers[1].self_attn.q_proj.register_forward_hook(
+        lambda *args: args[2].add_(1.0)
+    )
     assert learner_of(model)[0].step(TOKENS, 0.3).is_finite
 
 
@@ -178,46 +206,66 @@ def test_a_loss_that_is_not_finite_moves_nothing(load):
     assert not learner.step(TOKENS, 0.3).is_finite
     learner.normalization.begin_pass(0.3)
     learner.normalization.end_pass()  # nor does a pass that reaches no layer
-    assert same(all_logits(masked), before) and torch.equal(learner.normalization.mean_squares, squares)
+    assert same(all_logits(masked), before) and torch.equal(
+        learner.normalization.mean_squares, squares
+    )
 
 
 @pytest.mark.parametrize("steps", [100, 1000])
 def test_step_sizes_let_noise_come_as_far_in_any_run(steps):
-    """Random walks of such steps, 20,000 of them: their standard deviation is what was asked for, less the warm-up."""
+    """Random walks of such steps, 20,000 of them: their standard deviation is what was asked for,
+    less the warm-up."""
     size = torch.tensor([step_size(0.4, t / steps, steps) for t in range(steps)])
     signs = torch.randint(2, (20_000, steps), generator=seeded(0)) * 2 - 1
     assert float((signs * size).sum(1).std()) == pytest.approx(0.4, rel=0.05)
-    assert size[0] == pytest.approx(0.05 * 0.4 * math.sqrt(3 / steps)) and step_size(0.4, 1.0, steps) == 0
+    assert (
+        size[0] == pytest.approx(0.05 * 0.4 * math.sqrt(3 / steps))
+        and step_size(0.4, 1.0, steps) == 0
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- learning
+# ----------------------------------------------------------------------------------------- learning
 
 
 @pytest.fixture(scope="module")
 def generated_text(models):
-    """Sequences that the dense Llama generated, drawn from its own predictions: 320 to learn from, 32 held out."""
+    """Sequences that the dense Llama generated, drawn from its own predictions: 320 to learn from,
+    32 held out."""
     model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         begun, length = torch.full((352, 1), 1), {"min_new_tokens": 23, "max_new_tokens": 23}
-        sequences = model.generate(begun, attention_mask=torch.ones_like(begun), do_sample=True, top_k=0, **length)
+        sequences = model.generate(
+            begun, attention_mask=torch.ones_like(begun), do_sample=True, top_k=0, **length
+        )
     return sequences[:320].split(8), sequences[320:]
 
 
-@pytest.mark.parametrize("dtype, of_learner", [
-    (torch.float16, {"checkpointing": True}), (torch.bfloat16, {}), (torch.float32, {})])
+@pytest.mark.parametrize(
+    "dtype, of_learner",
+    [(torch.float16, {"checkpointing": True}), (torch.bfloat16, {}), (torch.float32, {})],
+)
 def test_it_learns(load, generated_text, dtype, of_learner):
-    """From a mask that keeps the smaller half of each block to one better than magnitude's, on text it did not see;
-    float16 logits."""
+    """From a mask that keeps the smaller half of each block to one better than magnitude's, on text
+    it did not see; float16 logits."""
     batches, heldout = generated_text
     model, larger = load(dtype=dtype), load(dtype=dtype)
     layers = find_layers(model)
     kept = magnitude_masks(layers)
     apply_masks(find_layers(larger), kept)
-    masked = MaskedModel(model, {name: ~mask for name, mask in kept.items()}, LinearSpace(2, 4), magnitude=1.0,
-                         logits_dtype=torch.float16, backend="eager")
+    masked = MaskedModel(
+        model,
+        {name: ~mask for name, mask in kept.items()},
+        LinearSpace(2, 4),
+        magnitude=1.0,
+        logits_dtype=torch.float16,
+        backend="eager",
+    )
     start, target = masked.loss(heldout), batch_loss(larger, heldout)
-    learner, distill = StraightThrough(masked, **of_learner), [1.0] * 8 if dtype == torch.bfloat16 else []
+    learner, distill = (
+        StraightThrough(masked, **of_learner),
+        [1.0] * 8 if dtype == torch.bfloat16 else [],
+    )
     for t, batch in enumerate(batches):
         learner.step(batch, 0.2 * (1 - t / len(batches)), distill)
     masks = masked.finish()

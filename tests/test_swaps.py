@@ -1,4 +1,6 @@
-"""pruning/swaps.py against brute force: the layer's error in float64, for every swap that could be made."""
+"""pruning/swaps.py against brute force: the layer's error in float64, for every swap that could be
+made."""
+
 from itertools import pairwise, product
 
 from pruning import swaps
@@ -35,16 +37,28 @@ def test_costs_are_the_change_of_the_error(n, m):
     before, shrunk = errors(weight, mask, hessian), swaps._shrunk(hessian)
     gradient = shrunk @ (weight * mask - weight).T
     for start, a, b in product(range(0, 3 * m, m), range(m), range(m)):
-        block, other, rows = slice(start, start + m), mask.clone(), mask[:, start + a] & ~mask[:, start + b]
+        block, other, rows = (
+            slice(start, start + m),
+            mask.clone(),
+            mask[:, start + a] & ~mask[:, start + b],
+        )
         other[rows, start + a], other[rows, start + b] = False, True
-        costs = swaps._costs(weight.T[block], mask.T[block], gradient[block], shrunk[block, block], m)[0, a, b]
-        assert torch.allclose(costs[rows].double(), (errors(weight, other, hessian) - before)[rows], atol=1e-4)
+        costs = swaps._costs(
+            weight.T[block], mask.T[block], gradient[block], shrunk[block, block], m
+        )[0, a, b]
+        assert torch.allclose(
+            costs[rows].double(), (errors(weight, other, hessian) - before)[rows], atol=1e-4
+        )
         assert costs[~rows].isinf().all()
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from([(1, 2), (2, 4), (3, 6), (2, 8), (8, 16), (20, 80)]), st.integers(1, 4), st.integers(1, 7),
-       st.integers(0, 2**30))
+@given(
+    st.sampled_from([(1, 2), (2, 4), (3, 6), (2, 8), (8, 16), (20, 80)]),
+    st.integers(1, 4),
+    st.integers(1, 7),
+    st.integers(0, 2**30),
+)
 def test_no_swap_is_left_that_improves_a_row(pattern, blocks, out, seed):
     n, m = pattern
     weight, hessian, mask = layer_of(seed, out, blocks * m, n, m)
@@ -65,7 +79,9 @@ def test_sweeps_go_down_step_by_step_and_far():
     weight, hessian, mask = layer_of(1, 64, 5 * swaps.RUN + 8, 2, 4)
     path = [errors(weight, mask, hessian).sum()]
     for sweeps in (1, 2, 3, 20):
-        path.append(errors(weight, refine_by_swaps(weight, mask, hessian, 4, sweeps), hessian).sum())
+        path.append(
+            errors(weight, refine_by_swaps(weight, mask, hessian, 4, sweeps), hessian).sum()
+        )
     assert all(a > b for a, b in pairwise(path))
     assert path[-1] < 0.85 * path[0]
 

@@ -1,4 +1,5 @@
 """training/validation.py: the mask that did best on held-out minibatches is delivered."""
+
 import math
 
 import data
@@ -17,8 +18,8 @@ from transformers import AutoTokenizer
 
 
 def test_the_mask_with_the_lowest_loss_is_kept(load, monkeypatch):
-    """Planted divergence: the losses of five evaluations; nan and inf are never best; the mask of the lowest is
-    delivered."""
+    """Planted divergence: the losses of five evaluations; nan and inf are never best; the mask of
+    the lowest is delivered."""
     masked = make(load(), magnitude=1.0)[0]
     losses = iter([3.0, math.inf, 2.5, math.nan, 2.7])
     evaluated = []
@@ -26,6 +27,7 @@ def test_the_mask_with_the_lowest_loss_is_kept(load, monkeypatch):
     def planted(masked, batch):
         evaluated.append(forward(masked.model))
         return next(losses)
+
     monkeypatch.setattr(MaskedModel, "loss", planted)
     best = validation.Validation(Learner(masked), torch.zeros(1, 2, 20, dtype=torch.int64))
     masks, found = [], []
@@ -34,10 +36,16 @@ def test_the_mask_with_the_lowest_loss_is_kept(load, monkeypatch):
         found.append(best.evaluate(t))
         for layer in masked.layers.values():
             layer.logits[t % 4].add_(3.0)
-    assert found == [3.0, None, 2.5, None, 2.7] and (best.loss, best.step, best.m0_loss) == (2.5, 2, 3.0)
+    assert found == [3.0, None, 2.5, None, 2.7] and (best.loss, best.step, best.m0_loss) == (
+        2.5,
+        2,
+        3.0,
+    )
     assert not any(same(masks[2], masks[t]) for t in (0, 1, 3, 4))
     assert same(masked.finish(best.bits), masks[2])
-    assert torch.equal(forward(masked.model), evaluated[2]) and not torch.equal(evaluated[2], evaluated[3])
+    assert torch.equal(forward(masked.model), evaluated[2]) and not torch.equal(
+        evaluated[2], evaluated[3]
+    )
 
 
 @pytest.fixture
@@ -50,24 +58,42 @@ def heldout(text_and_masks, models):
 def test_the_best_of_held_out_minibatches_is_delivered(learn, heldout, models):
     """Losses by the HF model."""
     run = learn("--val_fraction 0.3 --max_step 8 --lr 100 --batchsize 2 --estimator vanilla")
-    summary, evaluations = run.record["summary"], [line["heldout"] for line in run.metrics if "heldout" in line]
+    summary, evaluations = (
+        run.record["summary"],
+        [line["heldout"] for line in run.metrics if "heldout" in line],
+    )
     delivered = loss_under(models["llama"], run.masks, heldout)
     assert delivered == pytest.approx(min(summary["heldout_loss_of_m0"], *evaluations), rel=1e-5)
-    assert delivered == pytest.approx(summary["heldout_loss"], rel=1e-5) and evaluations[-1] > delivered + 0.05
+    assert (
+        delivered == pytest.approx(summary["heldout_loss"], rel=1e-5)
+        and evaluations[-1] > delivered + 0.05
+    )
 
 
-def test_what_was_learned_is_delivered_with_less_of_the_prior(learn, heldout, text_and_masks, models):
-    """Where the most probable mask is still m0: that of the saved logits less a part of C * m0. The search ends after
-    three masks in a row that are worse than one before; losses by the HF model."""
+def test_what_was_learned_is_delivered_with_less_of_the_prior(
+    learn, heldout, text_and_masks, models
+):
+    """Where the most probable mask is still m0: that of the saved logits less a part of C * m0. The
+    search ends after three masks in a row that are worse than one before; losses by the HF
+    model."""
     run = learn("--val_fraction 0.3 --max_step 40 --logits 6 --lr 5 --batchsize 2")
     summary, m0 = run.record["summary"], mask_files.load(text_and_masks / "2_4.safetensors").masks
-    last, *masks = [{name: pge.mode(logits - 6 * (1 - share) * m0[name].view(-1, 4), 2).reshape(m0[name].shape)
-                     for name, logits in run.logits.items()} for share in (1.0, *validation.PRIORS)]
+    last, *masks = [
+        {
+            name: pge.mode(logits - 6 * (1 - share) * m0[name].view(-1, 4), 2).reshape(
+                m0[name].shape
+            )
+            for name, logits in run.logits.items()
+        }
+        for share in (1.0, *validation.PRIORS)
+    ]
     losses = [loss_under(models["llama"], found, heldout) for found in masks]
-    end = next(i for i in range(4, 21) if min(losses[i - 3:i]) > min(losses[:i - 3]))
+    end = next(i for i in range(4, 21) if min(losses[i - 3 : i]) > min(losses[: i - 3]))
     best = losses.index(min(losses[:end]))
     assert same(last, m0) and same(masks[best], run.masks) and not same(run.masks, m0)
-    assert (summary["prior"], summary["heldout_loss"]) == pytest.approx((validation.PRIORS[best], losses[best]))
+    assert (summary["prior"], summary["heldout_loss"]) == pytest.approx(
+        (validation.PRIORS[best], losses[best])
+    )
 
 
 def test_processes_whose_logits_differ_are_noticed(load, monkeypatch):

@@ -1,4 +1,5 @@
 """Texts and a tokenizer whose counts are plain to see, for the tests of what text becomes."""
+
 import json
 import random
 
@@ -12,7 +13,9 @@ def read(path):
 
 
 class Words:
-    """A tokenizer whose counts are plain to see: a token a word, its length in letters, between 0 and 1."""
+    """A tokenizer whose counts are plain to see: a token a word, its length in letters, between 0
+    and 1."""
+
     bos_token_id = None  # 0 comes first and yet is no beginning-of-text token
 
     def __call__(self, text, verbose=True, add_special_tokens=True):

@@ -1,7 +1,10 @@
-"""The baselines f(m0 * w, minibatch): cached in a file, which knows what decides them, or computed online.
+"""The baselines f(m0 * w, minibatch): cached in a file, which knows what decides them, or computed
+online.
 
-A baseline file is an .npz of the losses and of everything they depend on, so that a stale one is refused by name.
+A baseline file is an .npz of the losses and of everything they depend on, so that a stale one is
+refused by name.
 """
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +21,11 @@ from torch import Tensor, nn
 
 
 class OnlineBaseline:
-    """By a second forward pass where a minibatch comes first: minibatch number -> loss, nats, of the model under the
-    masks that it had when this was made, m0.
+    """By a second forward pass where a minibatch comes first: minibatch number -> loss, nats, of
+    the model under the masks that it had when this was made, m0.
 
-    batches: int64 `[minibatches, sequences, tokens]`. All processes come to such a minibatch in the same steps.
+    batches: int64 `[minibatches, sequences, tokens]`. All processes come to such a minibatch in the
+    same steps.
     """
 
     def __init__(self, masked: MaskedModel, batches: Tensor):
@@ -43,41 +47,67 @@ def default_path(dataset_size: int, batchsize: int, seqlen: int) -> str:
 
 
 def conditions(model: nn.Module, masks: dict[str, Tensor], batches: Tensor) -> dict[str, str]:
-    """Everything the losses of these minibatches depend on; call it while the model's weights are still its own."""
+    """Everything the losses of these minibatches depend on; call it while the model's weights are
+    still its own."""
     minibatches, batchsize, seqlen = batches.shape
-    return {"model": model_fingerprint(model), "mask": mask_files.fingerprint(masks),
-            "tokens": data.fingerprint(batches), "dataset_size": str(minibatches * batchsize),
-            "batchsize": str(batchsize), "sqlen": str(seqlen), "dtype": str(model.dtype).removeprefix("torch.")}
+    return {
+        "model": model_fingerprint(model),
+        "mask": mask_files.fingerprint(masks),
+        "tokens": data.fingerprint(batches),
+        "dataset_size": str(minibatches * batchsize),
+        "batchsize": str(batchsize),
+        "sqlen": str(seqlen),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def save(path: str | Path, losses: list[float], depends_on: dict[str, str]) -> None:
     """Write a new file: losses float64 `[minibatches]`, and the conditions as JSON."""
     refuse_existing(path, "choose another --save or remove it")
     with atomic_write(path) as tmp, open(tmp, "wb") as file:
-        np.savez(file, losses=np.array(losses, np.float64), depends_on=np.array(json.dumps(depends_on)))
+        np.savez(
+            file, losses=np.array(losses, np.float64), depends_on=np.array(json.dumps(depends_on))
+        )
 
 
 def find(source: str, dataset_size: int, batchsize: int, seqlen: int) -> str:
-    """The file that --baseline names, that of the default name where it is "cached". UserError where there is none."""
+    """The file that --baseline names, that of the default name where it is "cached". UserError
+    where there is none."""
     path = default_path(dataset_size, batchsize, seqlen) if source == "cached" else source
     if not Path(path).exists():
-        raise UserError(f"{path}: there is no such baseline; run inference_loss.py with the same --model, --mask and "
-                        "data flags first, or train with --baseline online")
+        raise UserError(
+            f"{path}: there is no such baseline; run inference_loss.py with the same --model, "
+            "--mask and data flags first, or train with --baseline online"
+        )
     return path
 
 
 def load(path: str, wanted: dict[str, str]) -> list[float]:
-    """The losses of the minibatches from a file. UserError if it was computed under other conditions than the wanted
-    `conditions`, naming them."""
+    """The losses of the minibatches from a file. UserError if it was computed under other
+    conditions than the wanted `conditions`, naming them."""
     minibatches = int(wanted["dataset_size"]) // int(wanted["batchsize"])
-    with as_user_error(path, "make it anew with inference_loss.py"), np.load(path, allow_pickle=False) as arrays:
-        losses, found = arrays["losses"].astype(np.float64), dict(json.loads(str(arrays["depends_on"])))
-    stale = [f"{key.replace('sqlen', 'seqlen')} {str(found.get(key))[:80]} there, {value} here"
-             for key, value in wanted.items() if found.get(key) != value]
+    with (
+        as_user_error(path, "make it anew with inference_loss.py"),
+        np.load(path, allow_pickle=False) as arrays,
+    ):
+        losses, found = (
+            arrays["losses"].astype(np.float64),
+            dict(json.loads(str(arrays["depends_on"]))),
+        )
+    stale = [
+        f"{key.replace('sqlen', 'seqlen')} {str(found.get(key))[:80]} there, {value} here"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
     if not stale and len(losses) != minibatches:
         stale = [f"{len(losses)} minibatches there, {minibatches} here"]
     if stale:
-        raise UserError(f"{path} is stale: {'; '.join(stale)}; run inference_loss.py again with these settings")
+        raise UserError(
+            f"{path} is stale: {'; '.join(stale)}; run inference_loss.py again with these settings"
+        )
     if not np.isfinite(losses).all():
-        raise UserError(f"{path} holds a loss that is not finite; make it anew with inference_loss.py --dtype bfloat16")
+        raise UserError(
+            f"{path} holds a loss that is not finite; make it anew with inference_loss.py --dtype "
+            "bfloat16"
+        )
     return losses.tolist()

@@ -1,12 +1,16 @@
-"""A run's state on disk: everything that its next step depends on, so that a resumed run computes the same bits.
+"""A run's state on disk: everything that its next step depends on, so that a resumed run computes
+the same bits.
 
-    RUN/state/step00001250.pt     by torch.save: `tensors`, each 1-D (logits, the bits of the masks, mean squares,
-                                  torch's random state), and `scalars`, everything else
+    RUN/state/step00001250.pt     by torch.save: `tensors`, each 1-D (logits, the bits of the masks,
+                                  mean squares, torch's random state), and `scalars`, everything
+                                  else
 
-A state is written to a temporary file, synced and renamed. Only then is the oldest state removed. The checksums of the
-archive tell a truncated or damaged state, and the state before it is used. Random numbers are hashes of the step
-(masking/random_bits.py): the state has the step, and the random state of torch on the CPU for models that draw numbers.
+A state is written to a temporary file, synced and renamed. Only then is the oldest state removed.
+The checksums of the archive tell a truncated or damaged state, and the state before it is used.
+Random numbers are hashes of the step (masking/random_bits.py): the state has the step, and the
+random state of torch on the CPU for models that draw numbers.
 """
+
 import sys
 import time
 import zipfile
@@ -22,22 +26,28 @@ from torch.distributed.tensor import DTensor
 
 FORMAT = "maskpro-state 7"
 KEPT = 2  # states of a run
-MOST_SHARE = 0.02  # of a run's time that saving may take before its end where --checkpoint_every is in minutes
+# of a run's time that saving may take before its end where --checkpoint_every is in minutes
+MOST_SHARE = 0.02
 
 
 def give_shards(tensors: dict[str, Tensor]) -> None:
-    """Send this process's parts of the sharded tensors, which are DTensors, to the main process, which saves them."""
+    """Send this process's parts of the sharded tensors, which are DTensors, to the main process,
+    which saves them."""
     for tensor in tensors.values():
         if whole(tensor).is_cuda:  # no further ahead of the main process: nccl's patience ends
             torch.cuda.current_stream().synchronize()
 
 
 def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
-    """Write a state. torch.save takes tensors from a GPU one after another; sharded ones are gathered on the host: all
-    other processes have to call `give_shards`. UserError if the file cannot be written; then nothing is left of it."""
-    tensors = {name: (whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
-               for name, tensor in tensors.items()}
-    with atomic_write(path) as tmp, open(tmp, "wb") as file:  # torch reports a full disk as such to a file
+    """Write a state. torch.save takes tensors from a GPU one after another; sharded ones are
+    gathered on the host: all other processes have to call `give_shards`. UserError if the file
+    cannot be written; then nothing is left of it."""
+    tensors = {
+        name: (whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
+        for name, tensor in tensors.items()
+    }
+    # torch reports a full disk as such to a file
+    with atomic_write(path) as tmp, open(tmp, "wb") as file:
         try:
             torch.save({"format": FORMAT, "scalars": scalars, "tensors": tensors}, file)
         except RuntimeError as error:  # torch's own, over that of the file
@@ -51,19 +61,23 @@ def is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None and bool(
-                torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            )
     except Exception:  # of a damaged archive there are errors of every class
         return False
 
 
 class StateFile:
-    """A state whose checksums fit, opened: its scalars are here, its tensors are read when they are asked for."""
+    """A state whose checksums fit, opened: its scalars are here, its tensors are read when they are
+    asked for."""
 
     def __init__(self, path: Path):
         self.path = path
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if state["format"] != FORMAT:
-            raise UserError(f"{path} is a {state['format']}, this version reads {FORMAT}: start a new run")
+            raise UserError(
+                f"{path} is a {state['format']}, this version reads {FORMAT}: start a new run"
+            )
         self.scalars, self.tensors = state["scalars"], state["tensors"]
 
     def read(self, name: str, like: Tensor) -> Tensor:
@@ -73,11 +87,13 @@ class StateFile:
         """
         found = self.tensors.get(name)
         if found is None or (found.dtype, found.numel()) != (like.dtype, like.numel()):
-            raise UserError(f"{self.path} is the state of another run: its {name} is not of this model and these "
-                            "settings")
+            raise UserError(
+                f"{self.path} is the state of another run: its {name} is not of this model and "
+                "these settings"
+            )
         begin, end = own_rows(like)
         width = like.shape[1:].numel()
-        return found[begin * width:end * width]
+        return found[begin * width : end * width]
 
 
 class Checkpoints:
@@ -93,8 +109,8 @@ class Checkpoints:
         self.step, self.saved_at, self.cost_s = None, 0.0, 0.0  # of the last one
 
     def due(self, step: int, seconds: float) -> bool:
-        """Is it time to save, after so many steps and seconds of the run? With `every` in minutes saving takes at most
-        MOST_SHARE of the run's time."""
+        """Is it time to save, after so many steps and seconds of the run? With `every` in minutes
+        saving takes at most MOST_SHARE of the run's time."""
         if self.steps:
             return step % self.steps == 0
         waited = seconds - self.saved_at
@@ -109,7 +125,8 @@ class Checkpoints:
         return sorted(self.folder.glob("step*.pt"))
 
     def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor]) -> None:
-        """Save the state after so many steps and seconds of the run, then remove the oldest states beyond KEPT."""
+        """Save the state after so many steps and seconds of the run, then remove the oldest states
+        beyond KEPT."""
         started = time.monotonic()
         save(self.path(step), scalars, tensors)
         for path in self.paths()[:-KEPT]:
@@ -117,12 +134,16 @@ class Checkpoints:
         self.step, self.saved_at, self.cost_s = step, seconds, time.monotonic() - started
 
     def newest(self) -> StateFile | None:
-        """The newest state whose checksums fit, None if there is none. Damaged ones are named and renamed."""
+        """The newest state whose checksums fit, None if there is none. Damaged ones are named and
+        renamed."""
         if earlier := sorted(self.folder.glob("step*.safetensors")):
-            raise UserError(f"{earlier[-1]} is of an earlier version: go on with it there, or start a new run")
+            raise UserError(
+                f"{earlier[-1]} is of an earlier version: go on with it there, or start a new run"
+            )
         for path in reversed(self.paths()):
             if is_whole(path):
                 return StateFile(path)
             print(f"{path} is torn or damaged and passed over", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))  # a damaged one must not count as one of the newest
+            # a damaged one must not count as one of the newest
+            path.rename(path.with_suffix(".damaged"))
         return None

@@ -1,13 +1,17 @@
 """The loss that is learned from by gradients, and its gradient in the model's predictions."""
+
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 
-def sequence_loss(logits: Tensor, chosen: Tensor, teacher: Tensor | None, distill: float) -> tuple[Tensor, Tensor]:
-    """`summed_loss` of one sequence, float32 `[]`, and its gradient. Compiled, it is a few loops over the vocabulary,
-    without a float32 copy of it. chosen: the tokens that follow, int64 `[tokens, 1]`."""
+def sequence_loss(
+    logits: Tensor, chosen: Tensor, teacher: Tensor | None, distill: float
+) -> tuple[Tensor, Tensor]:
+    """`summed_loss` of one sequence, float32 `[]`, and its gradient. Compiled, it is a few loops
+    over the vocabulary, without a float32 copy of it. chosen: the tokens that follow, int64
+    `[tokens, 1]`."""
     log_probs = logits.float().log_softmax(-1)
     own = log_probs.exp()
     if distill < 1:
@@ -18,20 +22,29 @@ def sequence_loss(logits: Tensor, chosen: Tensor, teacher: Tensor | None, distil
     return -log_probs.gather(1, chosen).sum(), own.to(logits.dtype)
 
 
-def summed_loss(logits: Tensor, sequences: Tensor, teacher: Tensor | None = None,
-                distill: Sequence[float] | None = None, of_sequence: Callable = sequence_loss) -> tuple[float, Tensor]:
-    """Next-token cross entropy summed over tokens, nats, and a gradient in the logits. Logits, teacher and gradient:
-    `[sequences, tokens, vocabulary]`. The gradient of sequence i is that of (1 - distill[i]) times the cross entropy
-    with the text and distill[i] times that with the teacher's predictions. of_sequence: `sequence_loss`, or that
-    compiled.
+def summed_loss(
+    logits: Tensor,
+    sequences: Tensor,
+    teacher: Tensor | None = None,
+    distill: Sequence[float] | None = None,
+    of_sequence: Callable = sequence_loss,
+) -> tuple[float, Tensor]:
+    """Next-token cross entropy summed over tokens, nats, and a gradient in the logits. Logits,
+    teacher and gradient: `[sequences, tokens, vocabulary]`. The gradient of sequence i is that of
+    (1 - distill[i]) times the cross entropy with the text and distill[i] times that with the
+    teacher's predictions. of_sequence: `sequence_loss`, or that compiled.
 
-    Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather than the mean, so
-    that float16 gradients stay clear of its smallest numbers.
+    Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather
+    than the mean, so that float16 gradients stay clear of its smallest numbers.
     """
     gradient, losses = torch.empty_like(logits), []
-    for index, (tokens, share) in enumerate(zip(sequences, distill or [0.0] * len(sequences), strict=True)):
+    for index, (tokens, share) in enumerate(
+        zip(sequences, distill or [0.0] * len(sequences), strict=True)
+    ):
         wanted = teacher[index, :-1] if share else None
-        loss, gradient[index, :-1] = of_sequence(logits[index, :-1], tokens[1:, None], wanted, share)
+        loss, gradient[index, :-1] = of_sequence(
+            logits[index, :-1], tokens[1:, None], wanted, share
+        )
         losses.append(loss)
     gradient[:, -1] = 0
     return sum(torch.stack(losses).tolist()), gradient  # the host waits once

@@ -1,5 +1,6 @@
-"""Learning curves of runs. Runs differ by line style and marker as well as by colour, so that they can be told apart
-in grey."""
+"""Learning curves of runs. Runs differ by line style and marker as well as by colour, so that they
+can be told apart in grey."""
+
 import math
 from pathlib import Path
 
@@ -15,33 +16,59 @@ Points = list[tuple[int, float]]  # step, value
 
 
 def curves(runs: dict[str, list[dict]]) -> dict[str, dict[str, Points]]:
-    """Label with unit -> name of a run -> points (step, value). The first label is of the training, the second HELDOUT.
+    """Label with unit -> name of a run -> points (step, value). The first label is of the training,
+    the second HELDOUT.
 
-    runs: name -> the lines of metrics.jsonl. RESIDUAL where all lines have a baseline, the loss of m0 on the same
-    minibatch, else TRAINING.
+    runs: name -> the lines of metrics.jsonl. RESIDUAL where all lines have a baseline, the loss of
+    m0 on the same minibatch, else TRAINING.
     """
     lines = [line for metrics in runs.values() for line in metrics]
     residual = all(line.get("baseline") is not None for line in lines)
-    training = {name: [(line["step"], line["loss"] - line["baseline"] if residual else line["loss"])
-                       for line in metrics] for name, metrics in runs.items()}
-    heldout = {name: [(line["step"], line["heldout"]) for line in metrics if line.get("heldout") is not None]
-               for name, metrics in runs.items()}
+    training = {
+        name: [
+            (line["step"], line["loss"] - line["baseline"] if residual else line["loss"])
+            for line in metrics
+        ]
+        for name, metrics in runs.items()
+    }
+    heldout = {
+        name: [
+            (line["step"], line["heldout"]) for line in metrics if line.get("heldout") is not None
+        ]
+        for name, metrics in runs.items()
+    }
     return {RESIDUAL if residual else TRAINING: training, HELDOUT: heldout}
 
 
 def _draw(axes: object, label: str, runs: dict[str, Points], levels: dict[str, float]) -> None:
-    """A panel: one line per run, one horizontal line per level. A training loss, which scatters, is dots and their
-    running mean. A legend below names the lines."""
+    """A panel: one line per run, one horizontal line per level. A training loss, which scatters, is
+    dots and their running mean. A legend below names the lines."""
     for i, (name, points) in enumerate(runs.items()):
         steps, values = zip(*points) if points else ((), ())
         colour, every = f"C{i}", math.ceil(len(points) / 8) or 1
         if label != HELDOUT:  # rasterized, so that an .svg does not hold thousands of shapes
-            axes.plot(steps, values, ".", color=colour, markersize=3, alpha=0.3 / len(runs), rasterized=True)
-            windows = [values[max(0, t - WINDOW + 1):t + 1] for t in range(len(values))]
+            axes.plot(
+                steps,
+                values,
+                ".",
+                color=colour,
+                markersize=3,
+                alpha=0.3 / len(runs),
+                rasterized=True,
+            )
+            windows = [values[max(0, t - WINDOW + 1) : t + 1] for t in range(len(values))]
             values = [sum(window) / len(window) for window in windows]
             name = f"{name}, mean of {WINDOW} steps"
-        axes.plot(steps, values, color=colour, linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)],
-                  markersize=4, markevery=(i * every // len(runs), every), label=name)
+        axes.plot(
+            steps,
+            values,
+            color=colour,
+            linestyle=LINES[i % len(LINES)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4,
+            markevery=(i * every // len(runs), every),
+            label=name,
+        )
     for i, (name, value) in enumerate(levels.items()):
         axes.axhline(value, color="black", linewidth=1, linestyle=LINES[i % len(LINES)], label=name)
     axes.set_xlabel("step")
@@ -49,22 +76,34 @@ def _draw(axes: object, label: str, runs: dict[str, Points], levels: dict[str, f
     axes.xaxis.get_major_locator().set_params(nbins=6, integer=True)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.3)
-    axes.set_title("text that selects the mask" if label == HELDOUT else "dots: single steps", fontsize="small")
+    axes.set_title(
+        "text that selects the mask" if label == HELDOUT else "dots: single steps", fontsize="small"
+    )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize="small", ncols=2)
 
 
-def learning_curve(runs: dict[str, list[dict]], path: str | Path, levels: dict[str, float] | None = None,
-                   title: str | None = None) -> None:
-    """Draw the training loss over the steps and, if it is known, the held-out loss; one line per run.
+def learning_curve(
+    runs: dict[str, list[dict]],
+    path: str | Path,
+    levels: dict[str, float] | None = None,
+    title: str | None = None,
+) -> None:
+    """Draw the training loss over the steps and, if it is known, the held-out loss; one line per
+    run.
 
-    runs: name -> the lines of metrics.jsonl; path: a .png or .svg; levels: label -> loss in nats on the same held-out
-    text, such as that of the dense model, drawn as horizontal lines beside the held-out loss.
+    runs: name -> the lines of metrics.jsonl; path: a .png or .svg; levels: label -> loss in nats on
+    the same held-out text, such as that of the dense model, drawn as horizontal lines beside the
+    held-out loss.
     """
     import matplotlib  # takes a second, which other scripts need not wait for
     from matplotlib.figure import Figure
+
     drawn = {label: points for label, points in curves(runs).items() if any(points.values())}
     # In an .svg text stays text, and a $ in a run's name is a dollar.
-    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}), atomic_write(path) as tmp:
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}),
+        atomic_write(path) as tmp,
+    ):
         figure = Figure(figsize=(6.5 * len(drawn), 5), layout="constrained")
         figure.suptitle(title)
         panels = figure.subplots(1, len(drawn), squeeze=False)[0]

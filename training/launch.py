@@ -1,4 +1,5 @@
 """The start of a run of train.py or sparsify.py: processes, folder, signals."""
+
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -10,14 +11,19 @@ from training.signals import StopSignals
 
 
 def launch(script: str, args: Namespace, work: Callable) -> None:
-    """Have a script do its run: `work(args, device, folder, signals)`, in its own folder, by all processes of it."""
+    """Have a script do its run: `work(args, device, folder, signals)`, in its own folder, by all
+    processes of it."""
     if args.resume and is_finished(args.resume):
         remove_state(args.resume)  # it may have been killed before it could
         print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
         return
     with processes.joined(args.device) as device:
-        args.dtype = dtype_name(args.dtype, checked_device(device))  # is recorded, and kept on another device
-        with (RunFolder(args.out, vars(args), script, bool(args.resume)) as folder, StopSignals() as signals):
+        # is recorded, and kept on another device
+        args.dtype = dtype_name(args.dtype, checked_device(device))
+        with (
+            RunFolder(args.out, vars(args), script, bool(args.resume)) as folder,
+            StopSignals() as signals,
+        ):
             if processes.world_size() > 1:
                 compiler.agree(device)
             work(args, device, folder, signals)

@@ -1,4 +1,6 @@
-"""What every learner does: it moves a masked model's logits, and proposes the mask that is tried on held-out text."""
+"""What every learner does: it moves a masked model's logits, and proposes the mask that is tried on
+held-out text."""
+
 from masking.masked_model import MaskedModel
 
 from torch import Tensor

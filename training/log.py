@@ -1,4 +1,5 @@
 """The log of a run: metrics.jsonl, a line a step."""
+
 import json
 import os
 from pathlib import Path
@@ -9,8 +10,8 @@ from models import processes
 
 
 class Log:
-    """A run's log, which the main process writes. A run that goes on has its lines up to where its state was saved;
-    lines after it are cut off.
+    """A run's log, which the main process writes. A run that goes on has its lines up to where its
+    state was saved; lines after it are cut off.
 
     size_bytes: of the file, that the state knows of; 0 for a new run.
     """

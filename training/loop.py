@@ -1,4 +1,6 @@
-"""The loop's frame: training-loop bookkeeping before and after each step, the same in all processes."""
+"""The loop's frame: training-loop bookkeeping before and after each step, the same in all
+processes."""
+
 import math
 import sys
 import time
@@ -22,8 +24,10 @@ MANY = 0.01  # of the blocks without a finite gradient are worth a line
 
 @dataclass
 class StepResult:
-    """What a learner's step came to, the same in all processes: the mean loss of their minibatches, nats, the mean
-    baseline that it is compared with, and the advantage that moved the logits, if one did."""
+    """What a learner's step came to, the same in all processes: the mean loss of their minibatches,
+    nats, the mean baseline that it is compared with, and the advantage that moved the logits, if
+    one did."""
+
     loss: float
     baseline: float | None = None
     advantage: float | None = None
@@ -39,6 +43,7 @@ class StepResult:
 @dataclass
 class Progress:
     """Where a run is. Saved with every state."""
+
     step: int = 0  # steps done
     minibatches: int = 0  # that the run has gone through
     evaluations: int = 0  # of the share of blocks changed and of the held-out loss
@@ -52,17 +57,28 @@ class Progress:
 class Run:
     """A run's steps: which minibatches come next, when the run ends, what is logged and saved.
 
-    minibatches: how many there are, of which each process takes one a step; the run ends after max_step steps or epoch
-    passes through the minibatches, whichever comes first. validation: evaluates the masks.
+    minibatches: how many there are, of which each process takes one a step; the run ends after
+    max_step steps or epoch passes through the minibatches, whichever comes first. validation:
+    evaluates the masks.
     """
 
-    def __init__(self, folder: RunFolder, signals: StopSignals, validation: Validation, minibatches: int,
-                 max_step: float = math.inf, epoch: float = math.inf, evaluations: int = EVALUATIONS):
+    def __init__(
+        self,
+        folder: RunFolder,
+        signals: StopSignals,
+        validation: Validation,
+        minibatches: int,
+        max_step: float = math.inf,
+        epoch: float = math.inf,
+        evaluations: int = EVALUATIONS,
+    ):
         self.folder, self.signals, self.validation = folder, signals, validation
         self.checkpoints, self.epoch_minibatches = folder.checkpoints, minibatches
         self.total_steps = max_step
         if epoch < math.inf:
-            self.total_steps = min(max_step, math.ceil(epoch * minibatches / processes.world_size()))
+            self.total_steps = min(
+                max_step, math.ceil(epoch * minibatches / processes.world_size())
+            )
         self.evaluations = evaluations
         self.progress, self.parts = Progress(), {}
         self.log: Log | None = None  # from `restore` on
@@ -78,28 +94,36 @@ class Run:
         """Share of the steps that are done, 0 to 1."""
         return self.step / self.total_steps
 
-    # ---------------------------------------------------------------------------------------------------------- steps
+    # ---------------------------------------------------------------------------------------- steps
 
     def steps(self) -> Iterator[int]:
-        """For each step there is still to do, yield the number of this process's minibatch. When it is done the state
-        is saved if that is due, if the step is the last, or if a signal came, which then ends the process as it would
-        have at once."""
+        """For each step there is still to do, yield the number of this process's minibatch. When it
+        is done the state is saved if that is due, if the step is the last, or if a signal came,
+        which then ends the process as it would have at once."""
         self.signals.deferred = True
         self._started = time.monotonic() - self.progress.seconds
-        self._bar = progress_bar(total=self.total_steps, initial=self.step, desc="learning", unit="step",
-                                 disable=not processes.is_main())
+        self._bar = progress_bar(
+            total=self.total_steps,
+            initial=self.step,
+            desc="learning",
+            unit="step",
+            disable=not processes.is_main(),
+        )
         with self._bar:
             while self.share_done < 1:
                 yield (self.progress.minibatches + processes.rank()) % self.epoch_minibatches
                 self._bar.update()
-                due = processes.broadcast_float(float(self.checkpoints.due(self.step, self.elapsed_s())))
+                due = processes.broadcast_float(
+                    float(self.checkpoints.due(self.step, self.elapsed_s()))
+                )
                 if self._stopped_by:
                     self._stop(self._stopped_by)
                 if due or self.share_done == 1:
                     self.save()
         self.signals.deferred = False
-        found = processes.all_gather([float(self.signals.received)])  # while the last state was saved
-        if received := int(max(received for received, in found)):
+        # while the last state was saved
+        found = processes.all_gather([float(self.signals.received)])
+        if received := int(max(received for (received,) in found)):
             self._stop(received)
 
     def _stop(self, signal: int) -> None:
@@ -113,9 +137,9 @@ class Run:
         return time.monotonic() - self._started
 
     def advance(self, result: StepResult) -> None:
-        """Count a step, evaluate the mask if that is due, and log it. Losses that are not finite are not logged, and
-        BAD_LOSSES of them in a row raise UserError. All processes take the main one's time, and learn of a signal that
-        any of them got."""
+        """Count a step, evaluate the mask if that is due, and log it. Losses that are not finite
+        are not logged, and BAD_LOSSES of them in a row raise UserError. All processes take the main
+        one's time, and learn of a signal that any of them got."""
         found = processes.all_gather([self.elapsed_s(), float(self.signals.received)])
         seconds, self._stopped_by = found[0][0], int(max(received for _, received in found))
         progress = self.progress
@@ -125,20 +149,30 @@ class Run:
             self._skip(result.loss + (result.baseline or 0))
             return
         progress.skipped_in_a_row = 0
-        line = {"step": self.step, "loss": result.loss, "baseline": result.baseline, "advantage": result.advantage,
-                "delta": result.delta, "seconds": round(seconds, 3)}
+        line = {
+            "step": self.step,
+            "loss": result.loss,
+            "baseline": result.baseline,
+            "advantage": result.advantage,
+            "delta": result.delta,
+            "seconds": round(seconds, 3),
+        }
         if result.not_finite is not None:
             line["blocks_not_finite"] = result.not_finite
         before, progress.evaluations = progress.evaluations, int(self.share_done * self.evaluations)
         if progress.evaluations > before:  # evenly spread over the run
             line["changed"] = self.validation.learner.changed()
             if (result.not_finite or 0) > MANY * self.validation.masked.blocks:
-                processes.log(f"\nat step {self.step} the gradients of {result.not_finite:,} blocks are not finite and "
-                              "do not count: --dtype bfloat16 does not overflow")
+                processes.log(
+                    f"\nat step {self.step} the gradients of {result.not_finite:,} blocks are not "
+                    "finite and do not count: --dtype bfloat16 does not overflow"
+                )
             heldout = self.validation.evaluate(self.step)
             line |= {"heldout": heldout} if self.validation.has_text else {}
         self.log.write(line)
-        residual = "" if result.baseline is None else f" ({result.loss - result.baseline:+.4f} against m0)"
+        residual = (
+            "" if result.baseline is None else f" ({result.loss - result.baseline:+.4f} against m0)"
+        )
         self._bar.set_postfix_str(f"loss {result.loss:.4f}{residual}", refresh=False)
 
     def _skip(self, loss: float) -> None:
@@ -156,13 +190,17 @@ class Run:
         if self.log.lines:
             self.save()
             saved = "; the state is saved"
-        raise UserError(f"the loss is {loss} at step {begin} and at all up to step {self.step}; start a new run with a "
-                        f"smaller --lr or --step_size, or with --dtype bfloat16 if the model overflows in its dtype{saved}")
+        raise UserError(
+            f"the loss is {loss} at step {begin} and at all up to step {self.step}; start a new "
+            "run with a smaller --lr or --step_size, or with --dtype bfloat16 if the model "
+            f"overflows in its dtype{saved}"
+        )
 
-    # ----------------------------------------------------------------------------------------------- saved and restored
+    # --------------------------------------------------------------------------- saved and restored
 
     def restore(self, **parts) -> bool:
-        """Put the run, these parts of it included, where its newest state is; False: there is none, it starts.
+        """Put the run, these parts of it included, where its newest state is; False: there is none,
+        it starts.
 
         parts: what has `state()`, (scalars, tensors), and `restore(scalars, read)`.
         """
@@ -171,7 +209,10 @@ class Run:
             if saved:
                 self.progress = Progress(**saved.scalars["progress"])
                 for name, part in parts.items():
-                    part.restore(saved.scalars[name], lambda key, like, name=name: saved.read(f"{name}.{key}", like))
+                    part.restore(
+                        saved.scalars[name],
+                        lambda key, like, name=name: saved.read(f"{name}.{key}", like),
+                    )
                 torch.set_rng_state(saved.read("random", torch.get_rng_state()))
                 self.checkpoints.step, self.checkpoints.saved_at = self.step, self.progress.seconds
             self.log = Log(self.folder.path, self.progress.log_bytes)
@@ -180,17 +221,25 @@ class Run:
         return bool(saved)
 
     def save(self) -> None:
-        """Save the state of this step, once; the other processes wait, since writing may take longer than a process may
-        take to answer. The logs are synced first: a state that is there has its lines there."""
+        """Save the state of this step, once; the other processes wait, since writing may take
+        longer than a process may take to answer. The logs are synced first: a state that is there
+        has its lines there."""
         if self.checkpoints.step == self.step:
             return
         states = {name: part.state() for name, part in self.parts.items()}
-        tensors = {f"{name}.{key}": tensor for name, (_, found) in states.items() for key, tensor in found.items()}
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, (_, found) in states.items()
+            for key, tensor in found.items()
+        }
         if processes.is_main():
             self.progress.log_bytes = self.log.sync()
             if self.step:
                 self.progress.seconds = self.elapsed_s()
-            scalars = {"progress": asdict(self.progress), **{name: found for name, (found, _) in states.items()}}
+            scalars = {
+                "progress": asdict(self.progress),
+                **{name: found for name, (found, _) in states.items()},
+            }
             tensors["random"] = torch.get_rng_state()
             self.checkpoints.save(self.step, self.progress.seconds, scalars, tensors)
             self.progress.seconds_saving += self.checkpoints.cost_s

@@ -1,4 +1,5 @@
 """sparsify.py as a function of a loaded model, for notebooks."""
+
 import data
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace

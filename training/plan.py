@@ -1,4 +1,6 @@
-"""What a budget buys: steps, text and swaps. Minutes become steps here, once; no run looks at a clock afterwards."""
+"""What a budget buys: steps, text and swaps. Minutes become steps here, once; no run looks at a
+clock afterwards."""
+
 import math
 import time
 from collections.abc import Callable
@@ -15,13 +17,17 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 
-HELDOUT, MOST_HELDOUT = 0.02, 8  # share of the minibatches, and how many at most, to select the mask; as many to report
+# share of the minibatches, and how many at most, to select the mask; as many to report
+HELDOUT, MOST_HELDOUT = 0.02, 8
 PARTS = 2  # that are held out
-MOST_GENERATED = 400_000  # tokens; beyond, another pass through the text does as well (docs/sparsify.md)
+# tokens; beyond, another pass through the text does as well (docs/sparsify.md)
+MOST_GENERATED = 400_000
 FEWEST = 8  # minibatches of text, however short the time
-SWEEPS = 3  # of swaps over the blocks; three more bring a hundredth of what these do, for as much time again
+# of swaps over the blocks; three more bring a hundredth of what these do, for as much time again
+SWEEPS = 3
 TEXT_SHARE, SWAPS_SHARE = 0.3, 0.15  # of the minutes, at most
-STEP_FORWARDS = 2.6  # of a step beside forward and backward: teacher, weight gradients, the masks' update, evaluations
+# of a step beside forward and backward: teacher, weight gradients, the masks' update, evaluations
+STEP_FORWARDS = 2.6
 FIXED_S = 30  # for compiling
 DOCUMENTS, GENERATED = 128, 8  # at a time, and tokens of each, to measure generation by
 SLOWER = 1.3  # times as long as these first tokens: the later ones
@@ -29,8 +35,9 @@ SLOWER = 1.3  # times as long as these first tokens: the later ones
 
 @dataclass
 class Plan:
-    """steps; tokens of text, one pass in so many steps, held-out parts included; of these the model writes `generated`
-    at most; sweeps of swaps over the blocks."""
+    """steps; tokens of text, one pass in so many steps, held-out parts included; of these the model
+    writes `generated` at most; sweeps of swaps over the blocks."""
+
     steps: int
     tokens: int
     generated: int
@@ -43,13 +50,15 @@ def heldout_of(minibatches: int) -> int:
 
 
 def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Minibatches to learn from, those that select the mask, and those that only the final table uses. UserError if
-    there are fewer than three."""
+    """Minibatches to learn from, those that select the mask, and those that only the final table
+    uses. UserError if there are fewer than three."""
     heldout = heldout_of(len(minibatches))
     learned = len(minibatches) - PARTS * heldout
     if learned < 1:
-        raise UserError(f"the text makes {len(minibatches)} minibatches and at least {PARTS + 1} are needed: give more "
-                        "text, or lower --batchsize or --seqlen")
+        raise UserError(
+            f"the text makes {len(minibatches)} minibatches and at least {PARTS + 1} are needed: "
+            "give more text, or lower --batchsize or --seqlen"
+        )
     return minibatches.split([learned, heldout, heldout])
 
 
@@ -72,26 +81,39 @@ def of_minutes(minutes: float, seconds: dict[str, float], minibatch: int) -> Pla
     steps = max(left_s / (seconds["step"] + text_s), (left_s - most_text_s) / seconds["step"])
     plan = of_steps(max(1, int(steps)), minibatch)
     plan.sweeps = sweeps
-    plan.generated = max(FEWEST * minibatch, min(plan.generated, int(most_text_s / seconds["token"])))
+    plan.generated = max(
+        FEWEST * minibatch, min(plan.generated, int(most_text_s / seconds["token"]))
+    )
     return plan
 
 
 def in_words(plan: Plan, seconds: dict[str, float]) -> str:
     """How many minutes a plan takes, with its parts."""
-    parts = [min(plan.tokens, plan.generated) * seconds["token"], plan.sweeps * seconds["sweep"],
-             plan.steps * seconds["step"]]
+    parts = [
+        min(plan.tokens, plan.generated) * seconds["token"],
+        plan.sweeps * seconds["sweep"],
+        plan.steps * seconds["step"],
+    ]
     text, swaps, learning = (f"{part / 60:.1f}" for part in parts)
     total = f"{(sum(parts) + FIXED_S) / 60:.1f}"
-    return f"about {total} minutes: {text} for text, {swaps} for swaps, {learning} for {plan.steps} steps"
+    return (
+        f"about {total} minutes: {text} for text, {swaps} for swaps, {learning} for {plan.steps} "
+        "steps"
+    )
 
 
-def measured(model: nn.Module, pattern: tuple[int, int], batchsize: int, seqlen: int) -> dict[str, float]:
-    """Seconds of a step and of a sweep of swaps over all blocks, measured on this model, and next to none of a token
-    of text; the same in all processes."""
+def measured(
+    model: nn.Module, pattern: tuple[int, int], batchsize: int, seqlen: int
+) -> dict[str, float]:
+    """Seconds of a step and of a sweep of swaps over all blocks, measured on this model, and next
+    to none of a token of text; the same in all processes."""
     batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
-    seconds = {"step": timed(lambda: forward_and_backward(model, batch))
-               + STEP_FORWARDS * timed(lambda: batch_loss(model, batch, batchsize)),
-               "sweep": sweep_s(model, pattern), "token": 1e-9}
+    seconds = {
+        "step": timed(lambda: forward_and_backward(model, batch))
+        + STEP_FORWARDS * timed(lambda: batch_loss(model, batch, batchsize)),
+        "sweep": sweep_s(model, pattern),
+        "token": 1e-9,
+    }
     return {name: processes.broadcast_float(value) for name, value in seconds.items()}
 
 
@@ -115,7 +137,9 @@ def timed(work: Callable[[], object]) -> float:
 
 def forward_and_backward(model: nn.Module, batch: Tensor) -> None:
     """Of the frozen model, down to its embeddings."""
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: output.requires_grad_()
+    )
     try:
         with torch.enable_grad():
             model(input_ids=batch.to(input_device(model)), use_cache=False).logits.sum().backward()
@@ -124,10 +148,13 @@ def forward_and_backward(model: nn.Module, batch: Tensor) -> None:
 
 
 def sweep_s(model: nn.Module, pattern: tuple[int, int]) -> float:
-    """Seconds of a sweep over all blocks, by that over the first layer: it takes as long as its rows times in^2."""
+    """Seconds of a sweep over all blocks, by that over the first layer: it takes as long as its
+    rows times in^2."""
     weights = [weight_matrix(module) for module in find_layers(model).values()]
     first = weights[0]
     mask = largest(first.float().abs(), *pattern)
     hessian = torch.eye(first.shape[1], device=first.device)
     costs = [weight.numel() * weight.shape[1] for weight in weights]
-    return timed(lambda: refine_by_swaps(first, mask, hessian, pattern[1], 1)) * sum(costs) / costs[0]
+    return (
+        timed(lambda: refine_by_swaps(first, mask, hessian, pattern[1], 1)) * sum(costs) / costs[0]
+    )

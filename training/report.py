@@ -1,4 +1,6 @@
-"""What runs tell at their end: a model card; of sparsify.py also whether its model is good, and why."""
+"""What runs tell at their end: a model card; of sparsify.py also whether its model is good, and
+why."""
+
 import shlex
 from pathlib import Path
 
@@ -18,30 +20,58 @@ LITTLE = 0.2  # of the text that makes one pass
 
 
 def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
-    """Row -> text -> loss in nats, as perplexities; the gap is that in loss between the dense model and m0."""
+    """Row -> text -> loss in nats, as perplexities; the gap is that in loss between the dense model
+    and m0."""
     heading, lines = ["mask"], [[row] for row in ROWS]
     for text in nats["dense"]:
         heading += [f"perplexity, {text}", "gap closed (%)"]
         dense, m0 = nats["dense"][text], nats["m0"][text]
         for line, row in zip(lines, ROWS):
-            closed = f"{100 * (m0 - nats[row][text]) / (m0 - dense):.1f}" if row == "learned" and m0 > dense else ""
+            closed = (
+                f"{100 * (m0 - nats[row][text]) / (m0 - dense):.1f}"
+                if row == "learned" and m0 > dense
+                else ""
+            )
             line += [f"{perplexity(nats[row][text]):.3f}", closed]
     return markdown_table(heading, lines)
 
 
-def model_card(base: str, arguments: dict, layers: int, pattern: str, dtype: str,
-               nats: dict[str, dict[str, float]] | None) -> str:
-    """The README.md of a sparse model's folder, as the Hub reads it. arguments: of the run; layers: how many are
-    masked; pattern: 'N:M'."""
-    method = f"train.py, estimator {arguments['estimator']}" if "estimator" in arguments else "sparsify.py"
+def model_card(
+    base: str,
+    arguments: dict,
+    layers: int,
+    pattern: str,
+    dtype: str,
+    nats: dict[str, dict[str, float]] | None,
+) -> str:
+    """The README.md of a sparse model's folder, as the Hub reads it. arguments: of the run; layers:
+    how many are masked; pattern: 'N:M'."""
+    method = (
+        f"train.py, estimator {arguments['estimator']}"
+        if "estimator" in arguments
+        else "sparsify.py"
+    )
     table = f"Perplexity by token:\n\n{perplexity_table(nats)}" if nats else ""
     card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    is_hub_id = "/" in base and not Path(base).expanduser().exists()  # a link to a local folder would be dead
-    metadata = ModelCardData(base_model=base if is_hub_id else None, library_name="transformers",
-                             pipeline_tag="text-generation", tags=["maskpro", "sparse", pattern])
-    return card.format(metadata=metadata.to_yaml(), base=mask_files.public_name(base), layers=layers,
-                       pattern=pattern, version=VERSION, method=method, dtype=dtype.removeprefix("torch."), table=table,
-                       order=", but for the order of the channels" if arguments.get("permute") else "")
+    # a link to a local folder would be dead
+    is_hub_id = "/" in base and not Path(base).expanduser().exists()
+    metadata = ModelCardData(
+        base_model=base if is_hub_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["maskpro", "sparse", pattern],
+    )
+    return card.format(
+        metadata=metadata.to_yaml(),
+        base=mask_files.public_name(base),
+        layers=layers,
+        pattern=pattern,
+        version=VERSION,
+        method=method,
+        dtype=dtype.removeprefix("torch."),
+        table=table,
+        order=", but for the order of the channels" if arguments.get("permute") else "",
+    )
 
 
 def note_unchanged(summary: dict) -> str:
@@ -49,35 +79,52 @@ def note_unchanged(summary: dict) -> str:
     if summary["blocks_changed"] >= FEW * summary["blocks"]:
         return ""
     hold_out = "" if "heldout_loss" in summary else "hold text out with --val_fraction, "
-    return (f"note: hardly a block differs from m0: {hold_out}take more or larger steps (--lr, --step_size), or lower "
-            "--logits\n")
+    return (
+        f"note: hardly a block differs from m0: {hold_out}take more or larger steps (--lr, "
+        "--step_size), or lower --logits\n"
+    )
 
 
 def in_words(summary: dict, folder: object, model: str, dataset: str, positions: float) -> str:
-    """A finished run in a line or two, and the command that evaluates its mask. positions: the most tokens of a
-    sequence."""
+    """A finished run in a line or two, and the command that evaluates its mask. positions: the most
+    tokens of a sequence."""
     text = "wikitext2" if dataset == C4 else "TEXT"
     kind = "" if dataset == C4 else f"     # TEXT: of the kind of {dataset}, but not learned from"
     seqlen = f" --seqlen {positions}" if positions < 2048 else ""  # the default of eval.py
     prior = f" with {summary['prior']:.1%} of the prior C * m0" if "prior" in summary else ""
-    heldout = "" if "heldout_loss" not in summary else (
-        f"held-out loss of the mask delivered, that of step {summary['mask_of_step']}{prior}, "
-        f"{summary['heldout_loss']:.4f} nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n")
-    skipped = f", {summary['steps_skipped']} skipped for a loss that was not finite" if summary["steps_skipped"] else ""
-    return (f"{heldout}{summary['steps']} steps in {summary['seconds']:.0f} s{skipped}, last epoch's mean loss "
-            f"{summary['mean_loss_last_epoch']:.4f} nats, {summary['blocks_changed'] / summary['blocks']:.2%} of "
-            f"{summary['blocks']} blocks changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> "
-            f"{folder}\n{note_unchanged(summary)}"
-            f"python eval.py --model {shlex.quote(model)} --mask {shlex.quote(str(folder))} --ppl {text}{seqlen}"
-            f"{kind}")
+    heldout = (
+        ""
+        if "heldout_loss" not in summary
+        else (
+            f"held-out loss of the mask delivered, that of step {summary['mask_of_step']}{prior}, "
+            f"{summary['heldout_loss']:.4f} nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n"
+        )
+    )
+    skipped = (
+        f", {summary['steps_skipped']} skipped for a loss that was not finite"
+        if summary["steps_skipped"]
+        else ""
+    )
+    return (
+        f"{heldout}{summary['steps']} steps in {summary['seconds']:.0f} s{skipped}, last epoch's "
+        f"mean loss {summary['mean_loss_last_epoch']:.4f} nats, "
+        f"{summary['blocks_changed'] / summary['blocks']:.2%} of {summary['blocks']} blocks "
+        f"changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> "
+        f"{folder}\n{note_unchanged(summary)}python eval.py --model {shlex.quote(model)} --mask "
+        f"{shlex.quote(str(folder))} --ppl {text}{seqlen}{kind}"
+    )
 
 
 def verdict(nats: dict[str, dict[str, float]]) -> str:
-    """Whether the sparse model is good, by the first text of the table, and why a gap is blank or above 100 %."""
+    """Whether the sparse model is good, by the first text of the table, and why a gap is blank or
+    above 100 %."""
     dense, m0, learned = (nats[row].values() for row in ROWS)
     times = perplexity(next(iter(learned)) - next(iter(dense)))
     if times <= 1:
-        said = "no worse than the dense model on text of the kind that it learned from; try others with eval.py --ppl"
+        said = (
+            "no worse than the dense model on text of the kind that it learned from; try others "
+            "with eval.py --ppl"
+        )
     elif times <= CLOSE:
         said = "close to the dense model"
     elif times <= USABLE:
@@ -86,31 +133,47 @@ def verdict(nats: dict[str, dict[str, float]]) -> str:
         said = "not usable yet; take more steps, or give more real text by --dataset"
     lines = [f"{times:.2f} times the dense perplexity: {said}."]
     if any(loss <= of_dense for loss, of_dense in zip(m0, dense)):
-        lines.append("A gap is blank if m0 is no worse than the dense model on that text: there is none to close.")
-    if any(of_dense > loss and start > of_dense for loss, start, of_dense in zip(learned, m0, dense)):
-        lines.append("More than 100 % of a gap is closed if the mask has learned the manner of that text, too.")
+        lines.append(
+            "A gap is blank if m0 is no worse than the dense model on that text: there is none to "
+            "close."
+        )
+    if any(
+        of_dense > loss and start > of_dense for loss, start, of_dense in zip(learned, m0, dense)
+    ):
+        lines.append(
+            "More than 100 % of a gap is closed if the mask has learned the manner of that text, "
+            "too."
+        )
     return "\n".join(lines)
 
 
 def shortage(plan: dict) -> str:
-    """A line if the run had hardly any steps or text to learn from; else nothing. plan: of the run's record."""
+    """A line if the run had hardly any steps or text to learn from; else nothing. plan: of the
+    run's record."""
     if plan["steps"] < FEW_STEPS:
         return f"\n{plan['steps']} steps are hardly any: raise --steps, or --minutes."
     if plan["learned_tokens"] < LITTLE * plan["tokens"]:
-        return (f"\nThere were only {plan['learned_tokens']:,} tokens to learn from, where one pass takes "
-                f"{plan['tokens']:,}: raise --minutes, or give more text by --dataset.")
+        return (
+            f"\nThere were only {plan['learned_tokens']:,} tokens to learn from, where one pass "
+            f"takes {plan['tokens']:,}: raise --minutes, or give more text by --dataset."
+        )
     return ""
 
 
 def sparsified(record: dict, summary: dict) -> str:
     """What sparsify.py has to say of a run: table, verdict, sample. record: its run.json."""
     sample = "".join(f"\n{name + ':':<9}{text}" for name, text in record.get("sample", {}).items())
-    return (f"{perplexity_table(record['nats'])}\n\n{verdict(record['nats'])}\nThe mask of step "
-            f"{summary['mask_of_step']} of {summary['steps']} is delivered: {summary['blocks_changed']:,} of "
-            f"{summary['blocks']:,} blocks differ from m0.\n{sample}")
+    return (
+        f"{perplexity_table(record['nats'])}\n\n{verdict(record['nats'])}\nThe mask of step "
+        f"{summary['mask_of_step']} of {summary['steps']} is delivered: "
+        f"{summary['blocks_changed']:,} of {summary['blocks']:,} blocks differ from m0.\n{sample}"
+    )
 
 
 def write(folder: Path, record: dict, summary: dict) -> str:
     """Write report.json, a run's record with its summary; returns what is to be printed."""
     write_json(folder / "report.json", {**record, "summary": summary})
-    return (f"\n{sparsified(record, summary)}\n\n{note_unchanged(summary)}-> {folder}{shortage(record['plan'])}")
+    return (
+        f"\n{sparsified(record, summary)}\n\n{note_unchanged(summary)}-> "
+        f"{folder}{shortage(record['plan'])}"
+    )

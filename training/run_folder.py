@@ -1,13 +1,15 @@
 """A run's folder, kept so that a run is hard to lose: claimed, locked, recorded.
 
-    run.json         script, arguments, fingerprints of what was read, environment; at the end the summary
+    run.json         script, arguments, fingerprints of what was read, environment; at the end the
+                     summary
     metrics.jsonl    one line a step (log.py)
     state/           checkpoints, until the run is finished (checkpoint.py)
     lock             held by the process that writes here; the system frees that of a dead one
 
-Of several processes (models/processes.py) the main one writes; the others read. A run that has made nothing yet, no
-step and no text, leaves nothing.
+Of several processes (models/processes.py) the main one writes; the others read. A run that has made
+nothing yet, no step and no text, leaves nothing.
 """
+
 import errno
 import json
 import math
@@ -45,24 +47,31 @@ def remove_state(run: str | Path) -> None:
 
 
 class RunFolder:
-    """A run's folder, new or, `is_resumed`, one that a run has left. A context manager: inside, the folder is this
-    process's own, or that of the main one of several.
+    """A run's folder, new or, `is_resumed`, one that a run has left. A context manager: inside, the
+    folder is this process's own, or that of the main one of several.
 
     arguments: of the run, as they are recorded; script: that goes on with it.
     """
 
     def __init__(self, path: str | Path, arguments: dict, script: str, is_resumed: bool = False):
         self.path, self.is_resumed = Path(path), is_resumed
-        arguments = {name: value for name, value in arguments.items() if name not in ("out", "resume")}
+        arguments = {
+            name: value for name, value in arguments.items() if name not in ("out", "resume")
+        }
         self.arguments = json.loads(json.dumps(arguments))  # as JSON gives them back
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"])
-        start = "python" if processes.world_size() == 1 else f"torchrun --nproc_per_node {processes.world_size()}"
+        start = (
+            "python"
+            if processes.world_size() == 1
+            else f"torchrun --nproc_per_node {processes.world_size()}"
+        )
         self.script = script
         self.resume_command = f"{start} {script} --resume {shlex.quote(str(self.path))}"
         self._lock = None
 
     def __enter__(self):
-        here = self._here  # takes seconds on a GPU; a folder that is killed meanwhile has nothing to go on with
+        # takes seconds on a GPU; a folder that is killed meanwhile has nothing to go on with
+        here = self._here
         if self.is_resumed:
             record = read_record(self.path)
             if record.get("script", self.script) != self.script:
@@ -72,8 +81,11 @@ class RunFolder:
         try:
             if processes.is_main():
                 self._lock = lock(self.path)
-            self.record = (read_record(self.path) if self.is_resumed else
-                           {"script": self.script, "arguments": self.arguments, "environment": here})
+            self.record = (
+                read_record(self.path)
+                if self.is_resumed
+                else {"script": self.script, "arguments": self.arguments, "environment": here}
+            )
             if self.is_resumed and processes.is_main():
                 self._remove_leftovers()
             self.note()
@@ -84,8 +96,11 @@ class RunFolder:
 
     def _make(self) -> None:
         remedy = "choose another --out or remove it"
-        if (self.path / "run.json").is_file() and not is_finished(self.path) and (
-                read_record(self.path)["arguments"] == self.arguments):
+        if (
+            (self.path / "run.json").is_file()
+            and not is_finished(self.path)
+            and (read_record(self.path)["arguments"] == self.arguments)
+        ):
             remedy = f"go on with it: {self.resume_command}, or {remedy}"
         refuse_existing(self.path, remedy)
         self.path.mkdir(parents=True, exist_ok=True)  # of two at once the lock refuses one
@@ -93,8 +108,11 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         """Files that a killed process had begun, and its results, which are made again."""
-        for path in [*self.path.glob(".*.tmp"), *(self.path / "state").glob(".*.tmp"),
-                     *(self.path / name for name in RESULTS)]:
+        for path in [
+            *self.path.glob(".*.tmp"),
+            *(self.path / "state").glob(".*.tmp"),
+            *(self.path / name for name in RESULTS),
+        ]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -109,31 +127,43 @@ class RunFolder:
         self._lock.release()
         then = f"; go on with: {self.resume_command}" if kept and self.path.exists() else ""
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}); free some space{then}") from error
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}); free some space{then}"
+            ) from error
         if isinstance(error, UserError) and then:
             raise UserError(f"{error}{then}") from error
         if error is not None and then:
             print(then.removeprefix("; "), file=sys.stderr)
 
-    # ------------------------------------------------------------------------------------------------------ recorded
+    # ------------------------------------------------------------------------------------- recorded
 
     def check_inputs(self, **fingerprints: str) -> None:
-        """Record what the run reads or, of a run that goes on, compare. UserError naming what is no longer the same,
-        here or between the processes; other software or hardware is only pointed out."""
+        """Record what the run reads or, of a run that goes on, compare. UserError naming what is no
+        longer the same, here or between the processes; other software or hardware is only pointed
+        out."""
         known = self.record.get("fingerprints") or {}
-        changed = [f"{name} ({known[name]} there, {value} here)" for name, value in fingerprints.items()
-                   if known.get(name, value) != value]
+        changed = [
+            f"{name} ({known[name]} there, {value} here)"
+            for name, value in fingerprints.items()
+            if known.get(name, value) != value
+        ]
         if changed:
-            raise UserError(f"{self.path} was made from another {', '.join(changed)}: bring back what it read, or "
-                            "start a new run")
+            raise UserError(
+                f"{self.path} was made from another {', '.join(changed)}: bring back what it "
+                "read, or start a new run"
+            )
         if self.is_resumed:
             there = self.record.get("environment") or {}
             for name, value in self._here.items():
                 if there.get(name) != value:
-                    processes.log(f"note: {name} was {there.get(name)} and is {value}: the bits may differ")
+                    processes.log(
+                        f"note: {name} was {there.get(name)} and is {value}: the bits may differ"
+                    )
         fingerprints = {**known, **fingerprints}
-        processes.check_same(json.dumps([fingerprints, self.arguments, self._here], sort_keys=True),
-                             "model, mask, text, flags or versions")
+        processes.check_same(
+            json.dumps([fingerprints, self.arguments, self._here], sort_keys=True),
+            "model, mask, text, flags or versions",
+        )
         self.note(fingerprints=fingerprints)
 
     def newest_state(self) -> StateFile | None:
@@ -145,14 +175,19 @@ class RunFolder:
             if processes.is_main():
                 found = self.checkpoints.newest()
         step = processes.broadcast_float(found.scalars["progress"]["step"] if found else math.nan)
-        return found if processes.is_main() or math.isnan(step) else StateFile(self.checkpoints.path(int(step)))
+        return (
+            found
+            if processes.is_main() or math.isnan(step)
+            else StateFile(self.checkpoints.path(int(step)))
+        )
 
     def finish(self, summary: dict) -> None:
         """The last of a run's files, which says that all others are whole."""
         self.note(summary=summary)
 
     def note(self, **facts: object) -> None:
-        """Put these facts into the record, run.json, which the main process writes. Nothing else changes it."""
+        """Put these facts into the record, run.json, which the main process writes. Nothing else
+        changes it."""
         self.record |= facts
         if processes.is_main():
             write_json(self.path / "run.json", self.record)
@@ -161,7 +196,11 @@ class RunFolder:
     def _here(self) -> dict:
         """The environment, and what else decides the bits."""
         device = self.arguments.get("device")
-        return {**environment(device), "threads": torch.get_num_threads(), "processes": processes.world_size()}
+        return {
+            **environment(device),
+            "threads": torch.get_num_threads(),
+            "processes": processes.world_size(),
+        }
 
 
 def lock(folder: Path) -> FileLock:
@@ -170,7 +209,11 @@ def lock(folder: Path) -> FileLock:
     try:
         held.acquire()
     except Timeout:
-        raise UserError(f"{folder} is being written by another run; wait for its end or choose another --out")
+        raise UserError(
+            f"{folder} is being written by another run; wait for its end or choose another --out"
+        )
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); resume a copy of it that can be")
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}); resume a copy of it that can be"
+        )
     return held

@@ -1,13 +1,18 @@
-"""Signals that end a run: SIGTERM, SIGHUP and Ctrl-C end it after the step it is at; a second one ends it at once."""
+"""Signals that end a run: SIGTERM, SIGHUP and Ctrl-C end it after the step it is at; a second one
+ends it at once."""
+
 import signal
 import sys
 import threading
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class StopSignals:
-    """A context manager: inside, a signal ends the process at once or, while `deferred`, is kept in `received`."""
+    """A context manager: inside, a signal ends the process at once or, while `deferred`, is kept in
+    `received`."""
 
     def __init__(self):
         self.received, self.deferred = 0, False
@@ -15,7 +20,8 @@ class StopSignals:
 
     def __enter__(self):
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, or a shell's background
+            # nohup, or a shell's background
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._receive)
         return self
 

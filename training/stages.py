@@ -1,4 +1,5 @@
 """The stages of a long run, each done once: what each took is kept in the run's record."""
+
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from training.run_folder import RunFolder
 
 
 class Stages:
-    """Announces and times the stages of a run. A stage that is done is known to be when the run goes on."""
+    """Announces and times the stages of a run. A stage that is done is known to be when the run
+    goes on."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
@@ -17,8 +19,8 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, doing: str, earlier_s: float = 0.0) -> Iterator[None]:
-        """Inside is this stage; when it ends well it is recorded as done. It may have been done in part before, in
-        these `earlier_s` of it."""
+        """Inside is this stage; when it ends well it is recorded as done. It may have been done in
+        part before, in these `earlier_s` of it."""
         processes.log(f"[{name}] {doing}")
         reset_peak_memory()
         began = time.monotonic()

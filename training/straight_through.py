@@ -1,19 +1,22 @@
-"""Learning masks from gradients: straight-through, in MaskPro's linear space. This project's addition to the paper.
+"""Learning masks from gradients: straight-through, in MaskPro's linear space. This project's
+addition to the paper.
 
-The paper's estimator gets one scalar a step for all blocks. One backward pass at a masked weight gives, for every
-weight i, kept or pruned, its saliency G_i = w_i * df/d(m*w)_i: what keeping i adds to the loss, to first order. The
-loss expected under the masks' distribution then has, to first order around m, the gradient
+The paper's estimator gets one scalar a step for all blocks. One backward pass at a masked weight
+gives, for every weight i, kept or pruned, its saliency G_i = w_i * df/d(m*w)_i: what keeping i adds
+to the loss, to first order. The loss expected under the masks' distribution then has, to first
+order around m, the gradient
 
     d E[f] / d pi  ~  J^T G,    J = d mu / d pi,    mu_i = P(i is kept)
 
-a vector-Jacobian product. It is biased where f is not linear in the mask (exact where it is). m is the most probable
-mask, the one that will be delivered.
+a vector-Jacobian product. It is biased where f is not linear in the mask (exact where it is). m is
+the most probable mask, the one that will be delivered.
 
-No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's weight gradient to
-that layer's logits and frees it. All layers share the scratch buffer of `MaskedModel`, so a layer's masked weight is
-written again before its backward. Of a layer that FSDP shards, FSDP gathers the weight again and hands each process the
-mean gradient of its own rows.
+No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's
+weight gradient to that layer's logits and frees it. All layers share the scratch buffer of
+`MaskedModel`, so a layer's masked weight is written again before its backward. Of a layer that FSDP
+shards, FSDP gathers the weight again and hands each process the mean gradient of its own rows.
 """
+
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,10 +41,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 class MaskedProduct(torch.autograd.Function):
-    """x `[tokens, in]` -> x W^T + bias, W the masked weight; its backward moves the layer's logits, returning no dW."""
+    """x `[tokens, in]` -> x W^T + bias, W the masked weight; its backward moves the layer's logits,
+    returning no dW."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, anchor: Tensor, layer: MaskedLayer, learner: "StraightThrough") -> Tensor:
+    def forward(
+        ctx: object, x: Tensor, anchor: Tensor, layer: MaskedLayer, learner: "StraightThrough"
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer, ctx.learner = layer, learner
         return nn.functional.linear(x, layer.scratch, layer.dense.bias)
@@ -58,8 +64,8 @@ class MaskedProduct(torch.autograd.Function):
 
 
 def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
-    """df/dW `[out, in]` from df/dy `[tokens, out]` and the inputs `[tokens, in]`, in their dtype; of float16, which a
-    sum over tokens overflows, in float32."""
+    """df/dW `[out, in]` from df/dy `[tokens, out]` and the inputs `[tokens, in]`, in their dtype;
+    of float16, which a sum over tokens overflows, in float32."""
     if upstream.dtype != torch.float16:
         return upstream.T @ x
     if upstream.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8
@@ -68,7 +74,8 @@ def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
 
 
 class StraightThrough(Learner):
-    """Moves the logits of a MaskedModel by J^T G in each backward pass; the next mask is the most probable one.
+    """Moves the logits of a MaskedModel by J^T G in each backward pass; the next mask is the most
+    probable one.
 
     tokens: in a sequence. checkpointing: of activations.
     """
@@ -77,21 +84,32 @@ class StraightThrough(Learner):
         super().__init__(masked)
         self.keys, self.reducing = {}, None
         self._held, self._is_last = {}, True  # gradients of earlier microbatches
-        self.anchor = torch.zeros((), requires_grad=True)  # makes autograd follow layers whose input needs no gradient
+        # makes autograd follow layers whose input needs no gradient
+        self.anchor = torch.zeros((), requires_grad=True)
         layers = list(masked.layers.values())
         self.normalization = Normalization(masked)
         self._of_sequence = masked.kernels.fastest(sequence_loss)
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # long sums over tokens
+        # long sums over tokens
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        if (processes.world_size() > 1 and any("expert" in layer.name for layer in layers)
-                and not (masked.is_sharded and REDUCES_UNUSED)):
-            raise UserError("experts that one process's text does not reach would keep the other processes waiting: "
-                            "use --shard with torch 2.13, name other layers with --targets, or start one process")
+        if (
+            processes.world_size() > 1
+            and any("expert" in layer.name for layer in layers)
+            and not (masked.is_sharded and REDUCES_UNUSED)
+        ):
+            raise UserError(
+                "experts that one process's text does not reach would keep the other processes "
+                "waiting: use --shard with torch 2.13, name other layers with --targets, or start "
+                "one process"
+            )
         self._reached = set()  # names of sharded layers whose gradient this step has brought
         for layer in layers:
             if layer.sharded:
-                masked.undo.append(layer.module.weight.register_post_accumulate_grad_hook(
-                    partial(self._take_gradient, layer)).remove)
+                masked.undo.append(
+                    layer.module.weight.register_post_accumulate_grad_hook(
+                        partial(self._take_gradient, layer)
+                    ).remove
+                )
             else:
                 layer.module.with_gradients = self._product
         masked.undo.append(speed_up(masked.model, masked.kernels, tokens, masked.is_sharded))
@@ -99,12 +117,13 @@ class StraightThrough(Learner):
             masked.undo.append(enable_checkpointing(masked.model))
 
     def step(self, batch: Tensor, size: float, distill: Sequence[float] = ()) -> StepResult:
-        """Forward and backward of the masked model on this process's minibatch, int64 `[sequences, tokens]`. distill:
-        of each sequence's loss, the share, 0 to 1, that compares with the dense model's predictions; empty: none of
-        any.
+        """Forward and backward of the masked model on this process's minibatch, int64 `[sequences,
+        tokens]`. distill: of each sequence's loss, the share, 0 to 1, that compares with the dense
+        model's predictions; empty: none of any.
 
-        The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not finite moves nothing.
-        Of several microbatches the layers' gradients are summed, in the weights' dtype: as much memory as these take.
+        The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not
+        finite moves nothing. Of several microbatches the layers' gradients are summed, in the
+        weights' dtype: as much memory as these take.
         """
         sequences = batch.to(input_device(self.masked.model))
         self.keys, self._held, self._is_finite = self.masked.keys(), {}, True
@@ -113,48 +132,60 @@ class StraightThrough(Learner):
         total, parts = 0.0, sequences.split(self.masked.microbatch)
         for number, part in enumerate(parts, 1):
             self._is_last = number == len(parts)
-            total += self._backward(part, distill[:len(part)])
-            distill = distill[len(part):]
+            total += self._backward(part, distill[: len(part)])
+            distill = distill[len(part) :]
         if self._is_finite:
             for layer in self.masked.layers.values():
                 if layer.sharded and layer.name not in self._reached:
-                    raise RuntimeError(f"FSDP has brought no gradient of {layer.name}: does torch {torch.__version__} "
-                                       "call the hooks of its parameters?")
+                    raise RuntimeError(
+                        f"FSDP has brought no gradient of {layer.name}: does torch "
+                        f"{torch.__version__} call the hooks of its parameters?"
+                    )
             self._move_last()
             for name in list(self._held):  # experts that the last microbatch did not reach
                 self._move(self.masked.layers[name], self._held.pop(name))
             self.normalization.end_pass()
         self.masked.steps += 1
         loss = total / (batch.shape[0] * (batch.shape[1] - 1))
-        losses, not_finite = zip(*processes.all_gather([loss, float(self.normalization.not_finite)]))
-        return StepResult(fmean(losses), not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)))
+        losses, not_finite = zip(
+            *processes.all_gather([loss, float(self.normalization.not_finite)])
+        )
+        return StepResult(
+            fmean(losses),
+            not_finite=int(sum(not_finite) if self.masked.is_sharded else max(not_finite)),
+        )
 
     def _backward(self, sequences: Tensor, distill: Sequence[float]) -> float:
-        """Forward and backward of one microbatch; returns its loss, summed over tokens. No backward once a loss was not
-        finite."""
+        """Forward and backward of one microbatch; returns its loss, summed over tokens. No backward
+        once a loss was not finite."""
         teacher = None
         if any(distill):
             with torch.no_grad(), self.masked.use_dense():
                 teacher = self.masked.model(input_ids=sequences, use_cache=False).logits
         logits = self.masked.model(input_ids=sequences, use_cache=False).logits
-        loss, gradient = summed_loss(logits.detach(), sequences.to(logits.device), teacher, distill,
-                                     self._of_sequence)
+        loss, gradient = summed_loss(
+            logits.detach(), sequences.to(logits.device), teacher, distill, self._of_sequence
+        )
         del teacher  # as large as the logits
         self._is_finite = self._is_finite and math.isfinite(processes.mean([loss]))
         if self._is_finite:
             logits.backward(gradient)
         return loss
 
-    # ------------------------------------------------------------------------------------------- in the backward pass
+    # ------------------------------------------------------------------------- in the backward pass
 
     def _product(self, layer: MaskedLayer, x: Tensor) -> Tensor:
         """The layer's output, for its `MaskedLinear`."""
-        # flat: autograd forbids a model to change what a function of ours returns in place where that is a view
-        return MaskedProduct.apply(x.flatten(0, -2), self.anchor, layer, self).unflatten(0, x.shape[:-1])
+        # flat: autograd forbids a model to change what a function of ours returns in place where
+        # that is a view
+        return MaskedProduct.apply(x.flatten(0, -2), self.anchor, layer, self).unflatten(
+            0, x.shape[:-1]
+        )
 
     def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        """One layer's step, from df/dW `[out, in]`, whose scale does not matter: it is divided by that of earlier ones.
-        With several processes it is taken when the next layer's gradient is there: their mean is formed meanwhile."""
+        """One layer's step, from df/dW `[out, in]`, whose scale does not matter: it is divided by
+        that of earlier ones. With several processes it is taken when the next layer's gradient is
+        there: their mean is formed meanwhile."""
         gradient = self._summed(layer, gradient)
         if gradient is None:
             return
@@ -174,7 +205,8 @@ class StraightThrough(Learner):
         self._held[layer.name] = gradient
 
     def _take_gradient(self, layer: MaskedLayer, parameter: Tensor) -> None:
-        """FSDP has reduced a sharded layer's gradient: the mean over the processes, this one's rows of it."""
+        """FSDP has reduced a sharded layer's gradient: the mean over the processes, this one's rows
+        of it."""
         gradient, parameter.grad = parameter.grad.to_local(), None
         self._reached.add(layer.name)
         if (gradient := self._summed(layer, gradient)) is not None:
@@ -188,7 +220,7 @@ class StraightThrough(Learner):
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
         self.normalization.move(layer, gradient, self.keys[layer.name])
 
-    # ------------------------------------------------------------------------------------------------ saved, restored
+    # ------------------------------------------------------------------------------ saved, restored
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The running mean squares of J^T G."""
@@ -200,29 +232,35 @@ class StraightThrough(Learner):
 
 
 def decay(progress: float) -> float:
-    """What step sizes are multiplied by where this share of a run is done: linear decay, after a warm-up in the first
-    fiftieth."""
+    """What step sizes are multiplied by where this share of a run is done: linear decay, after a
+    warm-up in the first fiftieth."""
     return (1 - progress) * min(1.0, (progress + 1e-3) / 0.02)
 
 
 def step_size(lr: float, progress: float, steps: float) -> float:
-    """The distance of the next step, in logits, of a run of so many `steps` of which the share `progress` is done.
+    """The distance of the next step, in logits, of a run of so many `steps` of which the share
+    `progress` is done.
 
-    lr: the standard deviation, in logits, of the movement expected from pure-noise gradients over the whole run. Such a
-    random walk has the variance size^2 sum of (1 - t/T)^2 = size^2 T/3. A logit whose gradient is noise then moves as
-    far in a long run as in a short one, and one whose gradient is true moves further.
+    lr: the standard deviation, in logits, of the movement expected from pure-noise gradients over
+    the whole run. Such a random walk has the variance size^2 sum of (1 - t/T)^2 = size^2 T/3. A
+    logit whose gradient is noise then moves as far in a long run as in a short one, and one whose
+    gradient is true moves further.
     """
     return lr * decay(progress) * math.sqrt(3 / steps)
 
 
 def enable_checkpointing(model: nn.Module) -> Callable[[], None]:
-    """Keep only each decoder layer's input for backward and run the layer again there; the model stays in eval mode, in
-    which the libraries' own checkpointing does nothing. Returns a function that puts everything back."""
+    """Keep only each decoder layer's input for backward and run the layer again there; the model
+    stays in eval mode, in which the libraries' own checkpointing does nothing. Returns a function
+    that puts everything back."""
     layers = decoder_layers(model)
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
     def restore() -> None:
         for layer in layers:
             del layer.forward
+
     return restore

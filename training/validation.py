@@ -1,4 +1,5 @@
 """Which mask is delivered: what held-out text says."""
+
 import math
 from collections.abc import Callable
 
@@ -13,19 +14,22 @@ PATIENCE = 3  # worse ones in a row end the search
 
 
 def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Minibatches to learn from, and the last ones, held out. UserError where none is left to learn from."""
+    """Minibatches to learn from, and the last ones, held out. UserError where none is left to learn
+    from."""
     heldout = math.ceil(round(fraction * len(minibatches), 9))  # 0.07 * 100 is a little more than 7
     if heldout == len(minibatches):
-        raise UserError(f"--val_fraction {fraction} of {len(minibatches)} minibatches leaves none to learn from")
-    return minibatches[:len(minibatches) - heldout], minibatches[len(minibatches) - heldout:]
+        raise UserError(
+            f"--val_fraction {fraction} of {len(minibatches)} minibatches leaves none to learn from"
+        )
+    return minibatches[: len(minibatches) - heldout], minibatches[len(minibatches) - heldout :]
 
 
 class Validation:
-    """The mask, of those that a learner proposes, with the lowest loss on held-out minibatches; m0, evaluated first, is
-    one of them.
+    """The mask, of those that a learner proposes, with the lowest loss on held-out minibatches; m0,
+    evaluated first, is one of them.
 
-    heldout: int64 `[minibatches, sequences, tokens]`; may be empty: then only the processes are compared, and the last
-    mask is delivered.
+    heldout: int64 `[minibatches, sequences, tokens]`; may be empty: then only the processes are
+    compared, and the last mask is delivered.
     """
 
     def __init__(self, learner: Learner, heldout: Tensor):
@@ -34,22 +38,26 @@ class Validation:
         self.bits: dict[str, Tensor] | None = None  # of the best mask
         self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
         self.dense_loss = math.inf  # not known
-        self.prior: float | None = None  # the share of C * m0 left in the best mask's logits; None: not searched for
+        # the share of C * m0 left in the best mask's logits; None: not searched for
+        self.prior: float | None = None
 
     def evaluate(self, step: int) -> float | None:
-        """The held-out loss of the present mask, that after so many steps; None where it is not finite, or nothing is
-        held out. Raises UserError if processes disagree on the logits."""
+        """The held-out loss of the present mask, that after so many steps; None where it is not
+        finite, or nothing is held out. Raises UserError if processes disagree on the logits."""
         if processes.world_size() > 1:
             processes.check_same(self.masked.checksum(), "the logits")
         if not self.has_text:
             return None
-        bits = self.learner.proposal() if step else self.masked.bits()  # m0 itself, also with logits that are all 0
+        # m0 itself, also with logits that are all 0
+        bits = self.learner.proposal() if step else self.masked.bits()
         loss = self._try(bits, step)
         if step == 0:
             self.m0_loss = loss
             if not math.isfinite(loss):
-                raise UserError(f"the held-out loss of m0 is not finite; use --dtype bfloat16 if the model overflows "
-                                f"in {self.masked.model.dtype}")
+                raise UserError(
+                    "the held-out loss of m0 is not finite; use --dtype bfloat16 if the model "
+                    f"overflows in {self.masked.model.dtype}"
+                )
         return loss if math.isfinite(loss) else None
 
     def _try(self, bits: dict[str, Tensor], step: int, prior: float | None = None) -> float:
@@ -61,8 +69,9 @@ class Validation:
         return loss
 
     def weaken_prior(self, m0: dict[str, Tensor], magnitude: float, step: int) -> None:
-        """After the last step, take more and more of the prior C * m0 from the logits, for as long as the held-out loss
-        of their most probable mask falls. What was learned is delivered then even where it has not outgrown C.
+        """After the last step, take more and more of the prior C * m0 from the logits, for as long
+        as the held-out loss of their most probable mask falls. What was learned is delivered then
+        even where it has not outgrown C.
 
         m0: masks bool `[out, in]`; magnitude: C.
         """
@@ -72,20 +81,31 @@ class Validation:
         bits = {name: layer.bits_of(m0[name]) for name, layer in self.masked.layers.items()}
         for share in PRIORS:
             loss = self._try(self.masked.mode_bits(bits, magnitude * (1 - share)), step, share)
-            lowest, worse = min(lowest, loss), 0 if loss <= lowest else worse + 1  # the same mask is not a worse one
+            # the same mask is not a worse one
+            lowest, worse = min(lowest, loss), 0 if loss <= lowest else worse + 1
             if worse == PATIENCE:
                 return
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The best mask so far."""
         layers = self.masked.layers.items() if self.bits else ()
-        return ({"loss": self.loss, "step": self.step, "m0_loss": self.m0_loss, "dense_loss": self.dense_loss},
-                {name: layer.shard(self.bits[name]) for name, layer in layers})
+        return (
+            {
+                "loss": self.loss,
+                "step": self.step,
+                "m0_loss": self.m0_loss,
+                "dense_loss": self.dense_loss,
+            },
+            {name: layer.shard(self.bits[name]) for name, layer in layers},
+        )
 
     def restore(self, scalars: dict, read: Callable) -> None:
         """From `state`."""
         self.loss, self.step, self.m0_loss = scalars["loss"], scalars["step"], scalars["m0_loss"]
         self.dense_loss = scalars["dense_loss"]
         if self.step is not None:
-            self.bits = {name: read(name, layer.shard(layer.bits)).to(layer.bits.device, copy=True)
-                         for name, layer in self.masked.layers.items()}  # copies, or they would keep the file open
+            self.bits = {
+                name: read(name, layer.shard(layer.bits)).to(layer.bits.device, copy=True)
+                # copies, or they would keep the file open
+                for name, layer in self.masked.layers.items()
+            }

@@ -2,14 +2,16 @@
 
     python tests/faults/kill.py [--kills 24] [--seed 0]
 
-Every row is one way of learning on a model of two layers (tests/tiny.py, made on the spot). A run is killed by SIGKILL,
-SIGTERM or SIGINT inside a random module's forward pass, or by SIGKILL between two chunks of a state that is being
-written, or before a sync, a rename or a removal. After some of the kills the newest state is torn or a bit of it
-flipped, as a power failure may do. Then it is resumed, and maybe killed again, until it ends. `same` counts the runs
-whose masks, logits, metrics, layers and curve are those of the uninterrupted run, bit for bit (all but the seconds).
+Every row is one way of learning on a model of two layers (tests/tiny.py, made on the spot). A run
+is killed by SIGKILL, SIGTERM or SIGINT inside a random module's forward pass, or by SIGKILL between
+two chunks of a state that is being written, or before a sync, a rename or a removal. After some of
+the kills the newest state is torn or a bit of it flipped, as a power failure may do. Then it is
+resumed, and maybe killed again, until it ends. `same` counts the runs whose masks, logits, metrics,
+layers and curve are those of the uninterrupted run, bit for bit (all but the seconds).
 
 The killers are put into the process from here; the scripts know nothing of them.
 """
+
 import argparse
 import json
 import os
@@ -42,7 +44,10 @@ import tiny
 
 COMMON = "--dtype float32 --device cpu --seqlen 24 --batchsize 2 --checkpoint_every 2"
 PAPER = "--dataset_size 8 --logits 1 --max_step 8 --save"
-DEBIASED = "--lr 5 --debias_tracker --baseline online --logits_dtype float16 --val_fraction 0.25 --skip_checkpoint"
+DEBIASED = (
+    "--lr 5 --debias_tracker --baseline online --logits_dtype float16 --val_fraction 0.25 "
+    "--skip_checkpoint"
+)
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 RUNS = {  # name -> script, flags
     "maskpro": (train, f"{PAPER} --lr 5 --baseline online --skip_checkpoint"),
@@ -62,11 +67,14 @@ def workshop(folder: Path) -> None:
 
 
 class Killer:
-    """Counts moments of this process, and at the one that `kind` and `number` name sends it a signal."""
+    """Counts moments of this process, and at the one that `kind` and `number` name sends it a
+    signal."""
 
     def __init__(self, kind: str, number: int, sent: int):
         self.kind, self.number, self.sent, self.counts = kind, number, sent, Counter()
-        torch.nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: self.moment("forward"))
+        torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: self.moment("forward")
+        )
         for name in ("fsync", "replace", "unlink"):
             setattr(os, name, self.before(getattr(os, name), "file"))
         checkpoint.open = self.counting
@@ -80,6 +88,7 @@ class Killer:
         def called(*arguments, **names):
             self.moment(kind)
             return function(*arguments, **names)
+
         return called
 
     @contextmanager
@@ -89,9 +98,11 @@ class Killer:
             yield SimpleNamespace(write=self.before(file.write, "chunk"), flush=file.flush)
 
 
-def in_process(folder: Path, arguments: list[str], kind: str = "", number: int = 0, sent: int = 0,
-               script=train) -> tuple[int, str]:
-    """A script with a killer in a process of its own; its exit code (-9: SIGKILL), and what it said."""
+def in_process(
+    folder: Path, arguments: list[str], kind: str = "", number: int = 0, sent: int = 0, script=train
+) -> tuple[int, str]:
+    """A script with a killer in a process of its own; its exit code (-9: SIGKILL), and what it
+    said."""
     log = folder / "said.txt"
     child = os.fork()
     if child == 0:
@@ -119,13 +130,27 @@ def contents(run: Path) -> dict:
     """What a finished run made: everything but times and places."""
     record = json.loads((run / "run.json").read_text())
     assert not list(run.glob(".*")) and not (run / "state").exists() and not (run / "lock").exists()
-    found = {path.relative_to(run): path.read_bytes() for path in run.rglob("*")
-             if path.is_file() and path.suffix != ".safetensors" and path.name not in (
-                 "run.json", "report.json", "metrics.jsonl")}
+    found = {
+        path.relative_to(run): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file()
+        and path.suffix != ".safetensors"
+        and path.name not in ("run.json", "report.json", "metrics.jsonl")
+    }
     for path in run.rglob("*.safetensors"):  # whose metadata come in any order
-        found.update({f"{path.name} {name}": (tensor.dtype, tensor.shape, tensor.view(torch.uint8).numpy().tobytes())
-                      for name, tensor in load_file(path).items()})
-    found["metrics"] = [{**json.loads(line), "seconds": 0} for line in (run / "metrics.jsonl").open()]
+        found.update(
+            {
+                f"{path.name} {name}": (
+                    tensor.dtype,
+                    tensor.shape,
+                    tensor.view(torch.uint8).numpy().tobytes(),
+                )
+                for name, tensor in load_file(path).items()
+            }
+        )
+    found["metrics"] = [
+        {**json.loads(line), "seconds": 0} for line in (run / "metrics.jsonl").open()
+    ]
     varying = ("seconds", "seconds_saving", "peak_memory_bytes", "processes")
     found["summary"] = record["summary"] | dict.fromkeys(varying, 0)
     return found
@@ -143,21 +168,33 @@ def tear(file: Path, generator: random.Random) -> None:
 
 
 def campaign(folder: Path, script, flags: str, kills: int, generator: random.Random) -> dict:
-    """So many kills of one kind of run; counts of them, of torn states, of runs compared and of runs the same."""
-    arguments = f"--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl".split()
+    """So many kills of one kind of run; counts of them, of torn states, of runs compared and of
+    runs the same."""
+    arguments = (
+        f"--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl"
+    ).split()
     arguments += f"{COMMON} {flags}".split()
     shutil.rmtree(folder / "whole", ignore_errors=True)
     code, said = in_process(folder, [*arguments, "--out", f"{folder}/whole/run"], script=script)
     assert code == 0, said
-    expected, moments = contents(folder / "whole/run"), json.loads((folder / "counts.json").read_text())
+    expected, moments = (
+        contents(folder / "whole/run"),
+        json.loads((folder / "counts.json").read_text()),
+    )
     counts, run = dict.fromkeys(("kills", "torn", "runs", "same"), 0), folder / "killed/run"
     while counts["kills"] < kills or run.exists() or not counts["runs"]:
         kind = generator.choice(["forward", "chunk", "file"]) if counts["kills"] < kills else ""
         sent = generator.choice(SIGNALS) if kind == "forward" else signal.SIGKILL
         number = generator.randint(1, moments[kind]) if kind else 0
         going_on = (run / "run.json").exists()
-        code, said = in_process(folder, ["--resume", str(run)] if going_on else [*arguments, "--out", str(run)],
-                                kind, number, sent, script)
+        code, said = in_process(
+            folder,
+            ["--resume", str(run)] if going_on else [*arguments, "--out", str(run)],
+            kind,
+            number,
+            sent,
+            script,
+        )
         if code == 0:
             counts["runs"] += 1
             counts["same"] += contents(run) == expected
@@ -176,9 +213,13 @@ def campaign(folder: Path, script, flags: str, kills: int, generator: random.Ran
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=24, help="of each kind of run")
-    parser.add_argument("--seed", type=int, default=0, help="of when a run is killed, and of what is damaged")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of when a run is killed, and of what is damaged"
+    )
     return parser.parse_args(argv)
 
 
@@ -190,7 +231,9 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         workshop(Path(folder))
         for name, (script, flags) in utils.progress_bar(RUNS.items(), desc="kinds of run"):
-            rows.append({"run": name, **campaign(Path(folder), script, flags, args.kills, generator)})
+            rows.append(
+                {"run": name, **campaign(Path(folder), script, flags, args.kills, generator)}
+            )
     print(markdown_table(list(rows[0]), [list(map(str, row.values())) for row in rows]))
     return int(any(row["runs"] != row["same"] for row in rows))
 
