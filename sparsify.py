@@ -29,7 +29,6 @@ Finished stages are skipped on --resume.
 
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from files.records import GENERATED
@@ -53,79 +52,47 @@ from utils import (
     sequence_length,
 )
 
-PROMPT = 16  # tokens of held-out text that the models go on from, for the report
-SAMPLE = 30  # tokens that they write
-WINDOW = 512  # tokens in a window of --ppl, at most
-WINDOWS = 64  # of each text of --ppl
-
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser, model=None, dtype="auto")
-    parser.add_argument(
-        "--dataset",
-        nargs="+",
-        default=None,
-        help="text to learn from: hub ids, .json.gz, .jsonl, .parquet, .txt, folders; also "
-        "questions, as eval.py's --task_file; if it is too short, the model generates the rest",
-    )
-    parser.add_argument(
-        "--after",
-        metavar="PASSAGES",
-        default=None,
-        help="text of the kind that the model will meet: what it generates continues these",
-    )
-    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
-    parser.add_argument(
-        "--batchsize", type=positive_int, default=8, help="sequences in a step of each process"
-    )
-    parser.add_argument(
-        "--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most"
-    )
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--steps", type=positive_int, default=None, help=f"of learning (default: {STEPS})"
-    )
-    budget.add_argument(
-        "--minutes",
-        type=number(float, 0.01),
-        default=None,
-        help="for everything: an estimate, which becomes a number of steps at the start",
-    )
+    # fmt: off
+    budget.add_argument("--steps", type=positive_int, default=None,
+                        help=f"of learning (default: {STEPS})")
+    budget.add_argument("--minutes", type=number(float, 0.01), default=None,
+                        help="for everything: an estimate, which becomes a number of steps at the "
+                             "start")
+    parser.add_argument("--dataset", nargs="+", default=None,
+                        help="text to learn from: hub ids, .json.gz, .jsonl, .parquet, .txt, "
+                             "folders; also questions, as eval.py's --task_file; if it is too "
+                             "short, the model generates the rest")
+    parser.add_argument("--after", metavar="PASSAGES", default=None,
+                        help="text of the kind that the model will meet: what it generates "
+                             "continues these")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
+    parser.add_argument("--batchsize", type=positive_int, default=8,
+                        help="sequences in a step of each process")
+    parser.add_argument("--microbatch", type=positive_int, default=32,
+                        help="sequences in one forward pass, at most")
     add_mask_arguments(parser, mask_default=None)
-    parser.add_argument(
-        "--permute", action="store_true", help="first reorder channels, so that masks keep more"
-    )
-    parser.add_argument(
-        "--step_size",
-        "--lr",
-        type=number(float, 0),
-        default=STEP_SIZE,
-        help="total movement of a logit under pure-noise gradients (standard deviation, in logits)",
-    )
-    parser.add_argument(
-        "--logits", type=number(float, 0), default=LOGITS, help="C: scale of the first logits"
-    )
-    parser.add_argument(
-        "--distill",
-        type=number(float, 0, 1),
-        default=None,
-        help="share of the loss that compares with the dense model's predictions, not with the "
-        "text (default: 1 on text that it generates, 0.5 on --dataset)",
-    )
-    parser.add_argument(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="less memory, a third more time a step",
-    )
-    parser.add_argument(
-        "--ppl",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help=f"further texts for the table, the first {WINDOWS} windows of {WINDOW} tokens: "
-        "wikitext2, c4 or files",
-    )
+    parser.add_argument("--permute", action="store_true",
+                        help="first reorder channels, so that masks keep more")
+    parser.add_argument("--step_size", "--lr", type=number(float, 0), default=STEP_SIZE,
+                        help="total movement of a logit under pure-noise gradients (standard "
+                             "deviation, in logits)")
+    parser.add_argument("--logits", type=number(float, 0), default=LOGITS,
+                        help="C: scale of the first logits")
+    parser.add_argument("--distill", type=number(float, 0, 1), default=None,
+                        help="share of the loss that compares with the dense model's predictions, "
+                             "not with the text (default: 1 on text that it generates, 0.5 on "
+                             "--dataset)")
+    parser.add_argument("--gradient_checkpointing", action="store_true",
+                        help="less memory, a third more time per step")
+    parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
+                        help="further texts for the table, their first 64 windows of 512 tokens: "
+                             "wikitext2, c4 or files")
+    # fmt: on
     add_run_arguments(parser)
     args = parse(parser, argv)
     if args.shard and not args.resume and not (args.dataset and args.mask and args.steps):
@@ -149,15 +116,14 @@ if __name__ == "__main__":
     begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
 
 import data
-from evaluation.perplexity import evaluate_windows
 from files.documents import check_paths
 from files.mask_files import MaskFile, fingerprint
 from masking.layers import learned_layers, note_sparse, read_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
-from models import generation, processes
+from models import processes
 from models.layers import find_layers, layers_to_mask
-from models.loading import Tokenizer, check_length, load_model, model_fingerprint, positions
+from models.loading import Tokenizer, check_length, load_model, model_fingerprint
 from models.loss import check_tokens
 from models.machine import DTYPES, set_seed
 from models.sharded_files import load_sharded
@@ -172,6 +138,7 @@ from training.run_folder import ORDER, RunFolder
 from training.signals import StopSignals
 from training.stages import Stages
 from training.straight_through import StraightThrough, step_size
+from training.table import Table, read_windows
 from training.validation import Validation
 
 import torch
@@ -265,57 +232,43 @@ def read_text(
     return minibatches, distill
 
 
-def first_mask(
-    args: Namespace, model: nn.Module, folder: RunFolder, stages: Stages, sequences: Tensor
-) -> MaskFile:
+def first_mask(args: Namespace, model: nn.Module, stages: Stages, sequences: Tensor) -> MaskFile:
     """m0: Wanda's mask, measured on int64 `[sequences, tokens]`. With --permute the channels are
     reordered before."""
-    order = folder.path / ORDER
-    # not: its file is there, which another process may just have written
-    if args.permute and "order" in stages.done:
+    layers = args.model, args.targets, args.sparsity_type
+    order = stages.folder.path / ORDER
+    wanda = stages.folder.path / "initial_mask.safetensors"
+    if args.permute and "order" in stages.done:  # another process may just have written the file
         apply_permutation(model, order)
     elif args.permute:
         with stages.stage("order", "channels are reordered"):
-            preparation.reorder_channels(
-                order, model, args.model, args.targets, args.sparsity_type, sequences, args.seed
-            )
-    wanda = folder.path / "initial_mask.safetensors"
+            preparation.reorder_channels(order, model, *layers, sequences, args.seed)
     if not ("m0" in stages.done and processes.broadcast_float(float(wanda.exists()))):
         with stages.stage("m0", "Wanda's mask"):
-            preparation.wanda_mask(
-                wanda, model, args.model, args.targets, args.sparsity_type, sequences
-            )
+            preparation.wanda_mask(wanda, model, *layers, sequences)
     return read_masks(wanda, model, args.sparsity_type)
 
 
-def losses(
-    masked: MaskedModel, tokenizer: Tokenizer, unseen: Tensor, texts: dict[str, Tensor]
-) -> dict[str, float]:
-    """Text -> loss in nats of the mask in use: of held-out minibatches, and of the windows of
-    further texts."""
-    bos = data.added_bos(tokenizer)
-    behind = "" if bos is None else " after BOS"
-    found = {"held-out text": masked.mean_loss(unseen)}
-    for name, windows in texts.items():
-        found[f"{name}{behind}"] = evaluate_windows(masked.model, windows, bos)["nats"]
-    return found
+def masked_model(args: Namespace, model: nn.Module, m0: MaskFile) -> MaskedModel:
+    """The model under m0, its logits not set yet."""
+    learned = learned_layers(model, m0, args.targets)
+    # fmt: off
+    return MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits,
+                       DTYPES[args.logits_dtype], learned, args.seed, keep_dense=True,
+                       microbatch=args.microbatch)
+    # fmt: on
 
 
 def improve_m0(
-    args: Namespace,
-    folder: RunFolder,
-    validation: Validation,
-    batches: Tensor,
-    nats: Callable,
-    start: Callable,
+    args: Namespace, table: Table, validation: Validation, batches: Tensor, start: Callable
 ) -> None:
     """Evaluate the dense model and m0; then swaps improve m0, and the logits follow."""
-    masked, plan = validation.masked, folder.record["plan"]
+    masked, plan = validation.masked, table.folder.record["plan"]
     with masked.use_dense():
-        dense = nats()
+        table.add("dense", masked)
         validation.dense_loss = masked.mean_loss(validation.heldout)
     with masked.use_masks(masked.bits()):
-        folder.note(nats={"dense": dense, "m0": nats()})
+        table.add("m0", masked)
     validation.evaluate(0)
     sequences = preparation.read_by_swaps(batches.flatten(0, 1), plan["tokens"])
     start(masked, args.logits, sequences, plan["sweeps"])
@@ -337,55 +290,26 @@ def learn(
 
     # text -> minibatches; m0 -> the masked model
     model, tokenizer, mask = load(args, device)
-    window = min(WINDOW, positions(model))
-    texts = {
-        Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0]
-        for text in args.ppl
-    }
+    windows = read_windows(model, tokenizer, args.ppl)
     if "steps" not in folder.record.get("plan", {}):  # not there, or of an earlier version
         folder.note(plan=vars(planned(args, model, tokenizer)))
     minibatches, distill = read_text(args, model, tokenizer, folder, stages)
     batches, selecting, unseen = plans.split(minibatches)
-    m0 = mask or first_mask(args, model, folder, stages, batches.flatten(0, 1))
+    m0 = mask or first_mask(args, model, stages, batches.flatten(0, 1))
     folder.note(plan={**folder.record["plan"], "learned_tokens": minibatches.numel()})
-    folder.check_inputs(
-        model=model_fingerprint(model),
-        mask=fingerprint(m0.masks),
-        text=data.fingerprint(minibatches),
-    )
-    prompt = unseen[0, 0, :PROMPT]
-    if "sample" not in folder.record and not args.shard:
-        folder.note(
-            sample={
-                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                "dense": generation.continuation(model, tokenizer, prompt, SAMPLE),
-            }
-        )
-    masked = MaskedModel(
-        model,
-        m0.masks,
-        LinearSpace(m0.n, m0.m),
-        args.logits,
-        DTYPES[args.logits_dtype],
-        learned_layers(model, m0, args.targets),
-        args.seed,
-        keep_dense=True,
-        microbatch=args.microbatch,
-    )
+    text = data.fingerprint(minibatches)
+    folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=text)
+    table = Table(folder, tokenizer, unseen, windows)
+    if not args.shard:
+        table.write("dense", model)
+    masked = masked_model(args, model, m0)
     learner = learner_of(masked, args.seqlen, args.gradient_checkpointing)
     validation = Validation(learner, selecting)
-    nats = partial(losses, masked, tokenizer, unseen, texts)
-    run = Run(
-        folder,
-        signals,
-        validation,
-        len(batches),
-        folder.record["plan"]["steps"],
-        evaluations=EVALUATIONS,
-    )
+    steps = folder.record["plan"]["steps"]
+    run = Run(folder, signals, validation, len(batches), steps, evaluations=EVALUATIONS)
     if not run.restore(masked=masked, learner=learner, validation=validation):
         with stages.stage("swaps", "the dense model and m0 are evaluated; then swaps improve m0"):
-            improve_m0(args, folder, validation, batches, nats, start or initialize.from_swaps)
+            improve_m0(args, table, validation, batches, start or initialize.from_swaps)
             run.save()
 
     # the loop
@@ -396,19 +320,11 @@ def learn(
 
     with stages.stage("table", "the learned mask is evaluated and written"):
         with masked.use_masks(validation.bits):
-            folder.note(nats={**folder.record["nats"], "learned": nats()})
-        summary = results.deliver(
-            run,
-            m0,
-            tokenizer,
-            saves_logits=False,
-            skips_checkpoint=args.skip_checkpoint,
-            nats=folder.record["nats"],
-        )
+            table.add("learned", masked)
+        summary = results.deliver(run, m0, tokenizer, False, args.skip_checkpoint)
     if processes.is_main():  # the others have no summary
-        if "sample" in folder.record:
-            sparse = generation.continuation(model, tokenizer, prompt, SAMPLE)
-            folder.note(sample={**folder.record["sample"], "sparse": sparse})
+        if not args.shard:
+            table.write("sparse", model)
         print(report.write(folder.path, folder.record, summary))
     folder.finish(summary)
 

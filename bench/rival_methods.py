@@ -135,8 +135,9 @@ class Rival:
         )
 
     def _forward(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
-        weight = self.weight(name).to(x.dtype) if torch.is_grad_enabled() else layer.weight
-        return nn.functional.linear(x, weight, layer.bias)
+        if not torch.is_grad_enabled():
+            return type(layer).forward(layer, x)
+        return nn.functional.linear(x, self.weight(name).to(x.dtype), layer.bias)
 
     def largest(self, score: Tensor) -> Tensor:
         """The N largest of each block, bool as score `[out, in]`."""

@@ -4,6 +4,7 @@ import math
 
 from files import mask_files
 from files.atomic import atomic_write
+from files.mask_files import MaskFile
 from masking.layers import apply_mask
 from models import processes
 from models.loading import Tokenizer, read_model
@@ -18,69 +19,60 @@ from torch import nn
 
 
 def deliver(
-    run: Run,
-    initial: mask_files.MaskFile,
-    tokenizer: Tokenizer,
-    saves_logits: bool,
-    skips_checkpoint: bool,
-    nats: dict[str, dict[str, float]] | None = None,
+    run: Run, m0: MaskFile, tokenizer: Tokenizer, saves_logits: bool, skips_checkpoint: bool
 ) -> dict:
     """Write the best mask, or the last, and the model under it; returns the run's summary, which
-    `RunFolder.finish` takes. initial: m0, of which the layers that are not learned keep theirs;
-    nats: mask -> text -> loss, for the model card. All processes have to ask at once."""
-    masked, validation, folder = run.validation.masked, run.validation, run.folder.path
+    `RunFolder.finish` takes. Layers that are not learned keep m0. All processes have to ask at
+    once."""
+    masked, validation, folder = run.validation.masked, run.validation, run.folder
     logits = masked.whole_logits() if saves_logits else {}
-    final, base = masked.finish(validation.bits), initial.model or run.folder.arguments["model"]
+    final = masked.finish(validation.bits)
+    masks = {name: final.get(name, m0.masks[name]) for name in m0.masks}
+    base = m0.model or folder.arguments["model"]
     if processes.is_main():  # first what all the steps were for
-        masks = {
-            name: final[name] if name in final else initial.masks[name] for name in initial.masks
-        }
-        mask_files.save(
-            folder / "mask.safetensors",
-            masks,
-            initial.n,
-            initial.m,
-            base,
-            run.folder.record["fingerprints"]["model"],
-        )
+        file, fingerprint = folder.path / "mask.safetensors", folder.record["fingerprints"]["model"]
+        mask_files.save(file, masks, m0.n, m0.m, base, fingerprint)
     processes.wait_for_main()
     if not processes.is_main():
         return {}
     if not skips_checkpoint:
-        sparse = sparse_model(run.folder)
-        card = report.model_card(
-            base,
-            run.folder.arguments,
-            len(initial.masks),
-            f"{initial.n}:{initial.m}",
-            str(sparse.dtype),
-            nats,
-        )
-        with atomic_write(folder / "checkpoint") as tmp:
-            sparse.save_pretrained(tmp)
-            tokenizer.save_pretrained(tmp)
-            (tmp / "README.md").write_text(card, encoding="utf-8")
+        write_checkpoint(folder, tokenizer, base, len(masks))
     if logits:
-        with atomic_write(folder / "logits.safetensors") as tmp:
+        with atomic_write(folder.path / "logits.safetensors") as tmp:
             save_file(logits, tmp)
+    draw_curve(run, f"{mask_files.public_name(base)}, {m0.n}:{m0.m}")
+    changed = [mask != m0.masks[name] for name, mask in final.items()]
+    return {
+        **_summary(run),
+        "blocks": masked.blocks,
+        "blocks_changed": sum(int(one.reshape(-1, m0.m).any(1).sum()) for one in changed),
+        "mask_fingerprint": mask_files.fingerprint(masks),
+    }
+
+
+def write_checkpoint(folder: RunFolder, tokenizer: Tokenizer, base: str, layers: int) -> None:
+    """A plain Hugging Face folder of the sparse model, with a model card."""
+    model = sparse_model(folder)
+    nats = folder.record.get("nats")
+    pattern = "{}:{}".format(*folder.arguments["sparsity_type"])
+    card = report.model_card(base, folder.arguments, layers, pattern, str(model.dtype), nats)
+    with atomic_write(folder.path / "checkpoint") as tmp:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+        (tmp / "README.md").write_text(card, encoding="utf-8")
+
+
+def draw_curve(run: Run, title: str) -> None:
+    """The losses of the steps, with levels of the masks that were evaluated on the same text."""
+    validation = run.validation
     levels = {
         "dense model": validation.dense_loss,
         "m0": validation.m0_loss,
         f"delivered mask, of step {validation.step}": validation.loss,
     }
     levels = {name: loss for name, loss in levels.items() if math.isfinite(loss)}
-    title = f"{mask_files.public_name(base)}, {initial.n}:{initial.m}"
-    figures.learning_curve({"learned mask": run.log.lines}, folder / "curve.png", levels, title)
-    changed = sum(
-        int((mask != initial.masks[name]).reshape(-1, initial.m).any(1).sum())
-        for name, mask in final.items()
-    )
-    return {
-        **_summary(run),
-        "blocks": masked.blocks,
-        "blocks_changed": changed,
-        "mask_fingerprint": mask_files.fingerprint(masks),
-    }
+    curves = {"learned mask": run.log.lines}
+    figures.learning_curve(curves, run.folder.path / "curve.png", levels, title)
 
 
 def sparse_model(folder: RunFolder) -> nn.Module:

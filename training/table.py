@@ -1,0 +1,56 @@
+"""The table of a run of sparsify.py: losses of masks on texts, and what the models write."""
+
+from pathlib import Path
+
+import data
+from evaluation.perplexity import evaluate_windows
+from masking.masked_model import MaskedModel
+from models import generation
+from models.loading import Tokenizer, positions
+from training.run_folder import RunFolder
+
+from torch import Tensor, nn
+
+PROMPT = 16  # tokens of held-out text that the models go on from
+SAMPLE = 30  # tokens that they write
+WINDOW = 512  # tokens in a window of a further text, at most
+WINDOWS = 64  # of each further text
+
+
+def read_windows(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
+    """File or dataset name of each text -> its first WINDOWS windows, int64 `[windows, tokens]`."""
+    window = min(WINDOW, positions(model))
+    return {
+        Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0]
+        for text in texts
+    }
+
+
+class Table:
+    """Evaluates masks on held-out minibatches, int64 `[minibatches, sequences, tokens]`, and on
+    windows of further texts, and puts what it finds into the run's record."""
+
+    def __init__(
+        self, folder: RunFolder, tokenizer: Tokenizer, unseen: Tensor, windows: dict[str, Tensor]
+    ):
+        self.folder, self.tokenizer = folder, tokenizer
+        self.unseen, self.windows = unseen, windows
+        self.prompt = unseen[0, 0, :PROMPT]
+
+    def add(self, name: str, masked: MaskedModel) -> None:
+        """The row of the mask in use: text -> loss in nats."""
+        bos = data.added_bos(self.tokenizer)
+        behind = "" if bos is None else " after BOS"
+        row = {"held-out text": masked.mean_loss(self.unseen)}
+        for text, windows in self.windows.items():
+            row[f"{text}{behind}"] = evaluate_windows(masked.model, windows, bos)["nats"]
+        self.folder.note(nats={**self.folder.record.get("nats", {}), name: row})
+
+    def write(self, name: str, model: nn.Module) -> None:
+        """How the model goes on from the prompt, if it has not been asked before."""
+        sample = self.folder.record.get("sample", {})
+        if name in sample:
+            return
+        prompt = self.tokenizer.decode(self.prompt, skip_special_tokens=True)
+        text = generation.continuation(model, self.tokenizer, self.prompt, SAMPLE)
+        self.folder.note(sample={**sample, "prompt": prompt, name: text})
