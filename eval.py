@@ -51,65 +51,36 @@ from utils import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser, is_random=False)
-    parser.add_argument(
-        "--mask", default=None, help="mask file, RUN or folder of .pt masks to apply to --model"
-    )
-    parser.add_argument(
-        "--sparsity_type",
-        type=sparsity_type,
-        default=None,
-        help="N:M to verify (default: of --mask; 2:4 where its format does not say)",
-    )
-    parser.add_argument(
-        "--targets",
-        nargs="+",
-        default=None,
-        help="verify these layers: parts of their names, or regular expressions",
-    )
-    parser.add_argument(
-        "--ppl", default="wikitext2", help="held-out text: wikitext2, c4, a file, or none"
-    )
+    # fmt: off
+    parser.add_argument("--mask", default=None,
+                        help="mask file, RUN or folder of .pt masks to apply to --model")
+    parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
+                        help="N:M to verify (default: of --mask; 2:4 if its format does not say)")
+    parser.add_argument("--targets", nargs="+", default=None,
+                        help="verify these layers: parts of their names, or regular expressions")
+    parser.add_argument("--ppl", default="wikitext2",
+                        help="held-out text: wikitext2, c4, a file, or none")
     parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a window")
-    parser.add_argument(
-        "--nwindows", type=positive_int, default=None, help="windows, at most (default: all)"
-    )
-    parser.add_argument(
-        "--bos",
-        action="store_true",
-        help="put the beginning-of-text token, unscored, before windows",
-    )
-    parser.add_argument(
-        "--tasks",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        default=[],
-        help="tasks of lm-evaluation-harness, separated by commas",
-    )
-    parser.add_argument(
-        "--task_file",
-        nargs="+",
-        default=[],
-        help="multiple-choice items, see evaluation/zero_shot.py",
-    )
-    parser.add_argument(
-        "--task_limit",
-        type=positive_int,
-        default=None,
-        help="use only the first items of each task",
-    )
-    parser.add_argument(
-        "--tasks_batchsize", type=positive_int, default=16, help="choices in one forward pass"
-    )
-    parser.add_argument(
-        "--tasks_no_bos",
-        action="store_true",
-        help="task prompts without BOS, as older figures have",
-    )
-    parser.add_argument(
-        "--save", default=None, help="write the numbers to this JSON file (default: see above)"
-    )
-    parser.add_argument(
-        "--compare", nargs="+", metavar="PATH", help="only print a table of JSON files or folders"
-    )
+    parser.add_argument("--nwindows", type=positive_int, default=None,
+                        help="windows, at most (default: all)")
+    parser.add_argument("--bos", action="store_true",
+                        help="put the beginning-of-text token, unscored, before windows")
+    parser.add_argument("--tasks", default=[],
+                        type=lambda text: [name.strip() for name in text.split(",")],
+                        help="tasks of lm-evaluation-harness, separated by commas")
+    parser.add_argument("--task_file", nargs="+", default=[],
+                        help="multiple-choice items, see evaluation/zero_shot.py")
+    parser.add_argument("--task_limit", type=positive_int, default=None,
+                        help="use only the first items of each task")
+    parser.add_argument("--tasks_batchsize", type=positive_int, default=16,
+                        help="choices in one forward pass")
+    parser.add_argument("--tasks_no_bos", action="store_true",
+                        help="task prompts without BOS, as older figures have")
+    parser.add_argument("--save", default=None,
+                        help="write the numbers to this JSON file (default: see above)")
+    parser.add_argument("--compare", nargs="+", metavar="PATH",
+                        help="only print a table of JSON files or folders")
+    # fmt: on
     return parser.parse_args(argv)
 
 

@@ -175,32 +175,10 @@ def run_harness(
     UserError for what the harness cannot score, and for scores that are not finite.
     """
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
-    class Model(HFLM):
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **names
-        ) -> list[int]:
-            """Without an appended end-of-text token: the harness cuts tokens(context + choice) at
-            len(tokens(context)), which would count it and leave the choice's first token
-            unscored."""
-            tokens = super().tok_encode(string, add_special_tokens, **names)
-            return (
-                tokens
-                if add_special_tokens is False or not bos
-                else data.without_end(tokenizer, tokens)
-            )
-
-    lm = Model(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batchsize,
-        add_bos_token=None if bos else False,
-        softmax_dtype="float32",
-    )
     try:
         told = lm_eval.simple_evaluate(
-            model=lm,
+            model=_harness_model(model, tokenizer, batchsize, bos),
             tasks=list(tasks.values()),
             num_fewshot=0,
             limit=limit,
@@ -213,27 +191,55 @@ def run_harness(
         )
     results = {}
     for name, task in tasks.items():
-        scores = [
-            score for sample in told["samples"][name] for score, _ in sample["filtered_resps"]
-        ]
+        samples = told["samples"][name]
+        scores = [score for sample in samples for score, _ in sample["filtered_resps"]]
         if not all(map(math.isfinite, scores)):
             raise UserError(
                 f"a score is not finite; {model.dtype} may overflow: try --dtype bfloat16 or "
                 "float32"
             )
-        # "acc,none" -> acc
-        numbers = {key.partition(",")[0]: value for key, value in told["results"][name].items()}
-        results[name] = {
-            key: None if numbers[key] == "N/A" else float(numbers[key])
-            for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-            if key in numbers
-        }
         source = f"lm_eval {lm_eval.__version__}"
         if task.config.custom_dataset:
             content = json.dumps(list(task.dataset["test"])[:limit]).encode()
             source = f"file {hashlib.sha256(content).hexdigest()[:16]}"
-        results[name] |= {
+        results[name] = {
+            **_accuracies(told["results"][name]),
             "items": told["n-samples"][name]["effective"],
             "source": source if bos else f"{source}, no BOS",
         }
     return results
+
+
+def _harness_model(model: nn.Module, tokenizer: Tokenizer, batchsize: int, bos: bool) -> object:
+    """The model as the harness takes it."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **names
+        ) -> list[int]:
+            """Without an appended end-of-text token: the harness cuts tokens(context + choice) at
+            len(tokens(context)), which would count it and leave the choice's first token
+            unscored."""
+            tokens = super().tok_encode(string, add_special_tokens, **names)
+            if add_special_tokens is False or not bos:
+                return tokens
+            return data.without_end(tokenizer, tokens)
+
+    return Model(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batchsize,
+        add_bos_token=None if bos else False,
+        softmax_dtype="float32",
+    )
+
+
+def _accuracies(told: dict) -> dict[str, float | None]:
+    """The harness's "acc,none" as acc, and so on."""
+    numbers = {key.partition(",")[0]: value for key, value in told.items()}
+    return {
+        key: None if numbers[key] == "N/A" else float(numbers[key])
+        for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+        if key in numbers
+    }

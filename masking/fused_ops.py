@@ -56,72 +56,79 @@ def rates(logits: Planes, n: int) -> Planes:
 def score(w: Planes, kept: Planes, n: int) -> Planes:
     """d log p / d logits. `kept` are planes of 0. and 1.; equal to `pge.score` up to float32.
 
-    With r the weight of the rest, and for n = 2, S = {a, b}, Q_a = w_b + r, Z = w_a + Q_a (no
-        difference is taken): g_a = Q_a r (Z + r + w_a) / (Z Q_b (Q_a + Q_b)),   g_i = -(w_i / r)
-        (g_a + g_b) for i not in S.
-    For n > 2 the draws are followed over the subsets of S: reach[T] and then win[T], the
-    probability to get to the
-    drawn set T and from there to S; g_i = [i in S] - w_i sum_{T not holding i} reach[T] win[T] /
-    (rest[T] win[0]).
+    With r the weight of the rest, and for n = 2, S = {a, b}, Q_a = w_b + r, Z = w_a + Q_a:
+
+        g_a = Q_a r (Z + r + w_a) / (Z Q_b (Q_a + Q_b))       no difference is taken
+        g_i = -(w_i / r) (g_a + g_b)                           for i not in S
     """
-    m = len(w)
+    total = sum_of(w)
     if n == 1:
-        total = sum_of(w)
         return [k - x / total for k, x in zip(kept, w)]
     inside = [x * k for x, k in zip(w, kept)]
     # float32 exp ends at a gap of 87
     rest = sum_of([x - y for x, y in zip(w, inside)]).clamp(min=1e-30)
-    if n == 2:
-        total = sum_of(w)
-        double = sum_of(inside) + 2 * rest
-        common = rest / total / double
-        g = [
-            torch.where(k > 0, (partner + rest) / (x + rest) * (double + x) * common, 0.0)
-            for x, partner, k in zip(inside, others(inside), kept)
-        ]
-        share = sum_of(g) / rest
-        return [x - y * (1 - k) * share for x, y, k in zip(g, w, kept)]
-    # seat k: the (k+1)-th kept weight, so that subsets are static
-    rank, ranks, seats = torch.zeros_like(rest), [], []
+    if n > 2:
+        return score_by_subsets(w, kept, n, rest)
+    double = sum_of(inside) + 2 * rest
+    common = rest / total / double
+    g = [
+        torch.where(k > 0, (partner + rest) / (x + rest) * (double + x) * common, 0.0)
+        for x, partner, k in zip(inside, others(inside), kept)
+    ]
+    share = sum_of(g) / rest
+    return [x - y * (1 - k) * share for x, y, k in zip(g, w, kept)]
+
+
+def score_by_subsets(w: Planes, kept: Planes, n: int, rest: Tensor) -> Planes:
+    """`score` for n > 2: the draws are followed over the subsets T of S.
+
+    reach[T] and win[T] are the probabilities to get to the drawn set T, and from there to S:
+
+        g_i = [i in S] - w_i sum_{T not holding i} reach[T] win[T] / (rest[T] win[0])
+    """
+    # seat k is the (k+1)-th kept weight, so that subsets are static
+    rank = torch.zeros_like(rest)
+    ranks = []
     for k in kept:
         ranks.append(torch.where(k > 0, rank, -1.0))
         rank = rank + k
-    for seat in range(n):
-        seats.append(sum_of([torch.where(r == seat, x, 0.0) for r, x in zip(ranks, w)]))
-    full = 2**n - 1
-    inverse_rest = [None] * full
-    for drawn in range(full):
-        inverse_rest[drawn] = 1 / (
-            sum_of([s for j, s in enumerate(seats) if not drawn >> j & 1]) + rest
-        )
-    reach, win = [torch.ones_like(rest)] + [None] * full, [None] * full + [torch.ones_like(rest)]
-    for drawn in range(1, full):
-        reach[drawn] = sum_of(
-            [
-                reach[drawn ^ 1 << j] * inverse_rest[drawn ^ 1 << j] * s
-                for j, s in enumerate(seats)
-                if drawn >> j & 1
-            ]
-        )
-    for drawn in reversed(range(full)):
-        win[drawn] = (
-            sum_of([win[drawn | 1 << j] * s for j, s in enumerate(seats) if not drawn >> j & 1])
-            * inverse_rest[drawn]
-        )
-    visit = [reach[t] * win[t] * inverse_rest[t] for t in range(full)]
+    seats = [
+        sum_of([torch.where(r == seat, x, 0.0) for r, x in zip(ranks, w)]) for seat in range(n)
+    ]
+    reach, win, inverse_rest = walk(seats, rest)
+    visit = [a * b * c for a, b, c in zip(reach, win, inverse_rest)]
     probability = win[0].clamp(min=1e-37)  # less than that is never drawn
     always = sum_of(visit) / probability
     unseated = [
-        sum_of([visit[t] for t in range(full) if not t >> seat & 1]) / probability
+        sum_of([visit[t] for t in range(len(visit)) if not t >> seat & 1]) / probability
         for seat in range(n)
     ]
     g = []
-    for i in range(m):
+    for i in range(len(w)):
         contested = always
         for seat in range(n):
             contested = torch.where(ranks[i] == seat, unseated[seat], contested)
         g.append(kept[i] - w[i] * contested)
     return g
+
+
+def walk(seats: Planes, rest: Tensor) -> tuple[Planes, Planes, Planes]:
+    """For each proper subset T of the seats, the bits of an index: reach[T], win[T], and
+    1 / rest[T], the weight of all that T does not hold. See `score_by_subsets`."""
+    full = 2 ** len(seats) - 1
+    inverse_rest = []
+    for drawn in range(full):
+        left = sum_of([s for j, s in enumerate(seats) if not drawn >> j & 1])
+        inverse_rest.append(1 / (left + rest))
+    reach = [torch.ones_like(rest)]
+    for drawn in range(1, full):
+        last = [(drawn ^ 1 << j, s) for j, s in enumerate(seats) if drawn >> j & 1]
+        reach.append(sum_of([reach[t] * inverse_rest[t] * s for t, s in last]))
+    win = {full: torch.ones_like(rest)}
+    for drawn in reversed(range(full)):
+        following = [(drawn | 1 << j, s) for j, s in enumerate(seats) if not drawn >> j & 1]
+        win[drawn] = sum_of([win[t] * s for t, s in following]) * inverse_rest[drawn]
+    return reach, [win[t] for t in range(full)], inverse_rest
 
 
 def draw_by_table(w: Planes, n: int, u: Tensor) -> Tensor:

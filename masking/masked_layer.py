@@ -121,6 +121,11 @@ class MaskedLayer:
             for plane, column in zip(self.logits, logits_of(part).unbind(1)):
                 plane[part] = column
 
+    def set_logits_of_m0(self, magnitude: float) -> None:
+        """Set the logits to the paper's start, C = `magnitude`, of the present mask."""
+        space = self.kernels.space
+        self.set_logits(lambda part: space.init(bits_to_mask(self.bits[part], self.m), magnitude))
+
     def schedule(self, coefficient: Tensor, key: Tensor) -> None:
         """Have the update made when the next forward gets here; coefficient and key as
         `Kernels.update` takes them."""

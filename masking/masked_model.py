@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import fmean
 
-from masking.block_bits import bits_to_mask
 from masking.kernels import Kernels
 from masking.masked_layer import MaskedLayer, replace_modules, scratch_buffers
 from masking.random_bits import layer_keys
+from masking.sharded_passes import ShardedPasses, set_gathered
 from masking.spaces import Space
 from models import processes
 from models.layers import find_layers
@@ -55,49 +55,41 @@ class MaskedModel:
         microbatch: int = 32,
     ):
         self.model, self.space, self.microbatch = model, space, microbatch
-        self.seed, self.steps = seed, 0  # which draws are keyed by
+        self.seed = seed
+        self.steps = 0  # by which draws are keyed, with the seed
         self.kernels = Kernels(space, backend)
+        self.undo: list[Callable] = []  # for `finish`
         self._instead: Bits | None = None  # used, by `use_masks`, instead of the masks drawn
+        self._pruned: list[tuple[Tensor, Tensor]] = []  # weights of other layers; what m0 took
         modules = find_layers(model)
         learned = list(masks) if learned is None else learned
-        # weights of the other layers; what m0 has taken from them
-        self._pruned: list[tuple[Tensor, Tensor]] = []
-        for name in [name for name in masks if name not in learned]:
-            weight = own_weight(modules[name])
-            pruned = ~Rows.of(modules[name]).own(masks[name]).to(weight.device)
-            if keep_dense:
-                self._pruned.append((weight, weight.masked_fill(~pruned, 0.0)))
-            weight.masked_fill_(pruned, 0.0)
+        for name in masks:
+            if name not in learned:
+                self._prune(modules[name], masks[name], keep_dense)
         scratch = scratch_buffers({name: modules[name] for name in learned})
         self.layers: dict[str, MaskedLayer] = {}
-        self.undo: list[Callable] = []  # for `finish`
-        # of the model; layer name -> the pass that its rows were last written for
-        self._passes, self._written = 0, {}
         for name in learned:
             weight = modules[name].weight.data
+            buffer = scratch.get((weight.device, weight.dtype))
             layer = MaskedLayer(
-                name,
-                modules[name],
-                masks[name],
-                self.kernels,
-                logits_dtype,
-                scratch.get((weight.device, weight.dtype)),
-                self._fill,
+                name, modules[name], masks[name], self.kernels, logits_dtype, buffer, self._fill
             )
-            layer.set_logits(
-                lambda part, layer=layer: space.init(
-                    bits_to_mask(layer.bits[part], space.m), magnitude
-                )
-            )
+            layer.set_logits_of_m0(magnitude)
             self.layers[name] = layer
         replace_modules(model, {layer.dense: layer.module for layer in self.layers.values()})
         if self.is_sharded:
-            self.undo += [
-                model.register_forward_pre_hook(self._begin_pass, prepend=True).remove,
-                model.register_forward_hook(self._check_pass).remove,
-            ]
+            self.passes = ShardedPasses(model, self.layers)
+            self.undo.append(self.passes.remove)
             # FSDP wants its first pass to be of the whole model
             self.loss(torch.zeros(1, 2, dtype=torch.int64))
+
+    def _prune(self, module: nn.Module, mask: Tensor, keep_dense: bool) -> None:
+        """Mask the weight of a layer that is not learned."""
+        weight = own_weight(module)
+        pruned = ~Rows.of(module).own(mask).to(weight.device)
+        if keep_dense:
+            self._pruned.append((weight, weight.masked_fill(~pruned, 0.0)))
+        weight.masked_fill_(pruned, 0.0)
 
     @property
     def is_sharded(self) -> bool:
@@ -108,7 +100,8 @@ class MaskedModel:
         """A pass has reached this layer: have its masked weight in `out`, or the scratch buffer."""
         if not layer.sharded and layer.used is layer.weight:  # `use_dense`
             return
-        self._written[layer.name] = self._passes
+        if layer.sharded:
+            self.passes.note_written(layer)
         if layer.pending and self._instead is None:
             layer.flush(out)
         else:
@@ -132,29 +125,7 @@ class MaskedModel:
         own = torch.empty_like(layer.weight)
         if len(own):
             self.write(layer, own.view(-1))
-        layer.dense.weight.data.copy_(
-            layer.rows.whole(own.view(-1), layer.shape[1]).view(layer.shape)
-        )
-
-    def _begin_pass(self, *_: object) -> None:
-        if self._passes and hasattr(self.model, "reset_iter_state"):  # torch 2.13
-            # else FSDP prefetches by the order of earlier passes, in vain
-            self.model.reset_iter_state()
-        self._passes += 1
-
-    def _check_pass(self, *_: object) -> None:
-        """FSDP must have asked for all rows in this pass: what it keeps gathered has an old
-        mask."""
-        stale = [
-            layer.name
-            for layer in self.layers.values()
-            if len(layer.bits) and self._written.get(layer.name) != self._passes
-        ]
-        if stale:
-            raise RuntimeError(
-                f"{len(stale)} layers computed with an old mask, {stale[0]} among them: FSDP did "
-                "not gather them"
-            )
+        set_gathered(layer, own)
 
     def flush(self) -> None:
         """Carry out what `update` left due, where no forward pass did."""

@@ -209,14 +209,8 @@ def write_text(
     whose name has a hash of what decides the text; from there it goes on, to the same text.
     """
     path = Path(path)
-    decides = {
-        "model": model_fingerprint(model),
-        "dtype": str(model.dtype),
-        "length": length,
-        "batchsize": batchsize,
-        "passages": passages,
-        "seed": seed,
-    }
+    decides = dict(length=length, batchsize=batchsize, passages=passages, seed=seed)
+    decides = {"model": model_fingerprint(model), "dtype": str(model.dtype), **decides}
     part = path.with_name(f"part_of_{path.stem}_{short_hash(decides)}{path.suffix}")
     rows = read_lines(part) if part.exists() else []
     found, empty = sum(row["tokens"] for row in rows), 0
@@ -224,7 +218,7 @@ def write_text(
         processes.log(
             f"going on from the {len(rows)} documents of {part}; to begin anew, remove it"
         )
-    with progress_bar(total=tokens, initial=found, desc="generating", unit="token") as progress:
+    with progress_bar(total=tokens, initial=found, desc="generating", unit="token") as bar:
         while found < tokens:
             # what was empty is drawn anew
             set_seed((APART * (seed + 1000 * empty) + len(rows)) % 2**63)
@@ -246,7 +240,7 @@ def write_text(
             texts = tokenizer.batch_decode(written, clean_up_tokenization_spaces=False)
             rows += [{"text": text, "tokens": len(row)} for text, row in zip(texts, written)]
             found += sum(map(len, written))
-            progress.update(sum(map(len, written)))
+            bar.update(sum(map(len, written)))
             with atomic_write(part) as tmp:
                 tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     part.replace(path)

@@ -5,7 +5,7 @@ import subprocess
 import threading
 
 from masking.compiler import compiled, on_gpu
-from masking.kernels import FEW, one_block_a_thread
+from masking.slicing import FEW, one_block_a_thread
 from training.distillation import summed_loss
 from training.straight_through import weight_gradient
 from utils import UserError

@@ -4,10 +4,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import pge
-from masking import exact_kernels
-from masking import kernels as kernels_module
+from masking import exact_kernels, slicing
 from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits
-from masking.kernels import Kernels
+from masking.kernels import Kernels, fused_update
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace, PatternSpace
 
@@ -82,7 +81,7 @@ def test_a_step_writes_the_weight_under_the_mask_it_drew(n, m, dtype, monkeypatc
     for out in (whole[2], written):
         assert same_bits(out, torch.where(whole[1].flatten(), weight, torch.zeros_like(weight)))
     if n <= 4:
-        monkeypatch.setattr(kernels_module, "chunk_of", lambda _: 96)
+        monkeypatch.setattr(slicing, "chunk_of", lambda _: 96)
         parts = take(kernels.update, logits, pge.mode(logits, n), 0.1, dtype, weight)
         assert (
             torch.equal(whole[0], parts[0])
@@ -320,7 +319,7 @@ def test_the_compiled_step_is_the_eager_one(n, m, dtype, compiler, capsys):
     slow = take(eager_update, logits, mask, 0.3, **given)
     assert "torch.compile failed" not in capsys.readouterr().err
     # it was compiled
-    assert kernels._update is not kernels_module.sliced(kernels_module.fused_update)
+    assert kernels._update is not slicing.sliced(fused_update)
     assert torch.isclose(fast[0], slow[0], atol=1e-5, rtol=1e-5).all(1).float().mean() > 1 - 1e-3
     assert (fast[1] != slow[1]).any(1).float().mean() < 1e-4
     assert same_bits(

@@ -1,0 +1,76 @@
+"""A pass over some of a layer's blocks at a time: without a compiler so that temporaries stay
+small, and with one on a GPU if a thread has too few registers for more than one block."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from masking.compiler import compiled
+from masking.exact_kernels import chunk_of
+
+import torch
+from torch import Tensor
+
+FEW = 128  # blocks of a first call from which Inductor gives each thread one
+
+
+def blocks_of(given: object, part: slice, blocks: int) -> object:
+    """An argument of a pass with only these of its blocks: lists and tensors with an element per
+    block are sliced."""
+    if isinstance(given, (list, tuple)):
+        return type(given)(blocks_of(one, part, blocks) for one in given)
+    return (
+        given[part] if isinstance(given, Tensor) and given.dim() and len(given) == blocks else given
+    )
+
+
+@lru_cache
+def sliced(function: Callable) -> Callable:
+    """A pass without a compiler, a slice of the blocks at a time, so that temporaries stay small;
+    the same numbers. The only argument that is given by name is `start`."""
+
+    def run(logits: list[Tensor], *rest, **start: int) -> Tensor | None:
+        blocks, chunk, found = len(logits[0]), chunk_of(logits[0]), []
+        for begin in range(0, blocks, chunk):
+            part = blocks_of((logits, *rest), slice(begin, begin + chunk), blocks)
+            found.append(
+                function(*part, **{name: number + begin for name, number in start.items()})
+            )
+        return None if found[0] is None else torch.cat(found)
+
+    return run
+
+
+def copies(given: object) -> object:
+    """Tensors `[1, ...]` of one block become new ones of FEW such blocks; everything else stays."""
+    if isinstance(given, (list, tuple)):
+        return type(given)(copies(one) for one in given)
+    is_block = isinstance(given, Tensor) and given.dim() and len(given) == 1
+    return given.repeat(FEW, *[1] * (given.dim() - 1)) if is_block else given
+
+
+def one_block_a_thread(function: Callable, eager: Callable) -> Callable:
+    """A pass compiled once for all sizes, with one block per thread of a GPU.
+
+    Inductor chooses how many elements a thread computes by the size of the first arguments: 8 or 2
+    of many, one of FEW. The walk of 4:8 has hundreds of values at once: one block fills a thread's
+    255 registers, two spill kilobytes (bench/gpu_code.py counts them). So each combination of
+    dtypes is compiled with a few copies of the first block.
+    """
+    fast, prepared = compiled(function, eager, any_size=True), set()
+
+    def run(
+        logits: list[Tensor],
+        bits: Tensor,
+        saliency: list[Tensor],
+        dtype: torch.dtype,
+        *rest,
+        **start: int,
+    ) -> Tensor:
+        kind = logits[0].device, logits[0].dtype, dtype
+        if kind not in prepared:
+            prepared.add(kind)
+            few = blocks_of((logits, bits, saliency, dtype, *rest), slice(0, 1), len(bits))
+            fast(*copies(few), **start)
+        return fast(logits, bits, saliency, dtype, *rest, **start)
+
+    return run
