@@ -51,7 +51,8 @@ def minibatches(
             f"--batchsize {batchsize} does not divide --dataset_size {dataset_size}: change one "
             "of them"
         )
-    samples, read = [], 0
+    samples = []
+    read = 0
     with progress_bar(total=dataset_size, desc="reading documents", leave=False) as bar:
         for text in documents(dataset):
             read += 1
@@ -95,7 +96,8 @@ def token_sequences(
     minibatch = batchsize * (seqlen - begin)  # tokens of the text in one
     wanted = max(1, tokens // (batchsize * seqlen)) * minibatch
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    pieces, unread = [], {index: documents(dataset) for index, dataset in enumerate(datasets)}
+    pieces = []
+    unread = {index: documents(dataset) for index, dataset in enumerate(datasets)}
     found = dict.fromkeys(unread, 0)  # tokens of each
     with progress_bar(total=wanted, desc="reading tokens", leave=False) as bar:
         while unread and sum(found.values()) < wanted:
@@ -148,7 +150,9 @@ def calibration_samples(
     texts = list(itertools.islice(documents(dataset), MOST_DOCUMENTS))
     # of few, each is drawn often
     tokens_of = lru_cache(128)(lambda index: _tokens(tokenizer, texts[index]))
-    samples, short = [], set()  # short: indices of documents known to be too short
+    # short: indices of documents known to be too short
+    samples = []
+    short = set()
     with progress_bar(total=nsamples, desc="drawing documents", leave=False) as bar:
         while len(samples) < nsamples:
             if len(short) == len(texts):
@@ -179,11 +183,13 @@ def perplexity_windows(
     number of tokens that the whole text has, the remainder included.
 
     The text is tokenised in one call, cut into windows of seqlen tokens, the remainder dropped;
-    `limit` keeps the first
-    so many windows. Protocol of SparseGPT, Wanda and MaskLLM: wikitext2      the raw test split of
-        WikiText-2, its rows joined with two newlines c4             the first 1100 documents of the
-        first validation shard, joined with spaces, cut to 256 windows file.txt       the file as it
-        is others         the documents of the dataset joined with two newlines
+    `limit` keeps the first so many windows. Protocol of SparseGPT, Wanda and MaskLLM:
+
+        wikitext2      the raw test split of WikiText-2, its rows joined with two newlines
+        c4             the first 1100 documents of the first validation shard, joined with spaces,
+                       cut to 256 windows
+        file.txt       the file as it is
+        others         the documents of the dataset joined with two newlines
 
     Errors: UserError for a text shorter than one window, and those of `documents`.
     """

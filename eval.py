@@ -133,10 +133,12 @@ def apply_and_verify(
 ) -> dict:
     """Apply the mask to a loaded model, verify the N:M of its layers, and print and return their
     sparsity."""
-    layers, fingerprint = find_layers(loaded, targets), None
+    layers = find_layers(loaded, targets)
+    fingerprint = None
     if mask:
         found = read_masks(mask, loaded, sparsity_type)
-        sparsity_type, fingerprint = (found.n, found.m), mask_files.fingerprint(found.masks)
+        sparsity_type = (found.n, found.m)
+        fingerprint = mask_files.fingerprint(found.masks)
         apply_masks(find_layers(loaded), found.masks)
         layers = {name: module for name, module in layers.items() if name in found.masks}
         if not layers:

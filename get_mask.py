@@ -92,7 +92,8 @@ def extract(args: argparse.Namespace) -> mask_files.MaskFile:
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     layers = layers_to_mask(model, args.targets, m)
     check_sparsity(layers, (n, m))
-    masks, filled = {}, 0
+    masks = {}
+    filled = 0
     for name, module in layers.items():
         masks[name], short = nonzero_mask(weight_matrix(module), n, m)
         filled += short

@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     out = refuse_existing(args.save_model, remedy)
     file = Path(f"{out}.permutation.safetensors")
     check_paths([args.order], [] if args.order else [args.dataset])
-    started, summary = time.time(), {}
+    started = time.time()
+    summary = {}
     if not args.order:
         refuse_existing(file, remedy)
         orders, summary = search(args)

@@ -76,7 +76,8 @@ def log_prob(logits: Tensor, mask: Tensor, n: int | None = None) -> Tensor:
     exact = logits.double()
     log_w = exact.gather(1, kept_indices(mask, n)).T
     log_r = exact.masked_fill(mask, -torch.inf).logsumexp(1)
-    log_win, log_fail = torch.zeros_like(log_r)[None], torch.full_like(log_r, -torch.inf)[None]
+    log_win = torch.zeros_like(log_r)[None]
+    log_fail = torch.full_like(log_r, -torch.inf)[None]
     for size in range(1, len(log_w) + 1):
         members, without = _subsets(len(log_w), size, logits.device)
         first = log_w[members]  # log w_j of the j that arrives first, [subsets, size, blocks]
@@ -141,9 +142,12 @@ class Estimator:
     """
 
     def __init__(self, name: str = "maskpro", alpha: float = 0.99, debias: bool = False):
-        self.name, self.alpha, self.debias = name, alpha, debias
+        self.name = name
+        self.alpha = alpha
+        self.debias = debias
         self.needs_baseline = name != "vanilla"
-        self.delta, self.steps = (0.0 if name == "maskpro" else None), 0
+        self.delta = 0.0 if name == "maskpro" else None
+        self.steps = 0
 
     def advantage(self, loss: float, baseline: float | None) -> float:
         """The advantage A of a loss f_t, nats; baseline: f_0, None where not needed."""
@@ -163,4 +167,5 @@ class Estimator:
 
     def restore(self, scalars: dict, read: object = None) -> None:
         """From `state`; there are no tensors to read."""
-        self.delta, self.steps = scalars["delta"], scalars["steps"]
+        self.delta = scalars["delta"]
+        self.steps = scalars["steps"]

@@ -263,7 +263,8 @@ def improve_m0(
     args: Namespace, table: Table, validation: Validation, batches: Tensor, start: Callable
 ) -> None:
     """Evaluate the dense model and m0; then swaps improve m0, and the logits follow."""
-    masked, plan = validation.masked, table.folder.record["plan"]
+    masked = validation.masked
+    plan = table.folder.record["plan"]
     with masked.use_dense():
         table.add("dense", masked)
         validation.dense_loss = masked.mean_loss(validation.heldout)

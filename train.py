@@ -158,7 +158,9 @@ class PolicyGradient(Learner):
         estimator: pge.Estimator,
     ):
         super().__init__(masked)
-        self.batches, self.baseline, self.estimator = batches, baseline, estimator
+        self.batches = batches
+        self.baseline = baseline
+        self.estimator = estimator
 
     def step(self, index: int, lr: float) -> StepResult:
         """One step, of each process on its own minibatch, all with the same mask; lr: eta."""

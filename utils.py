@@ -27,9 +27,9 @@ class UserError(Exception):
 
 
 @contextmanager
-def as_user_error(what: str | Path, advice: str) -> Iterator[None]:
+def as_user_error(what: str | Path, advice: str, doubt: str = "") -> Iterator[None]:
     """Turn whatever reading raises into a UserError that begins with `what`: parsers share no class
-    of error."""
+    of error. doubt: goes on from `what` in errors that are none of ours."""
     try:
         yield
     except UserError as error:
@@ -42,7 +42,7 @@ def as_user_error(what: str | Path, advice: str) -> Iterator[None]:
             or f"{type(error).__name__}: {error.__cause__ or error}"
         )
         raise UserError(
-            f"{what} cannot be read ({' '.join(reason.split())[:300]}); {advice}"
+            f"{what}{doubt} cannot be read ({' '.join(reason.split())[:300]}); {advice}"
         ) from error
 
 
@@ -177,7 +177,8 @@ def number(kind: type, lowest: float, highest: float = 2**63 - 1) -> Callable[[s
 
 
 # a token, and one to predict from it, at least
-positive_int, sequence_length = number(int, 1), number(int, 2)
+positive_int = number(int, 1)
+sequence_length = number(int, 2)
 
 
 def add_model_arguments(

@@ -183,7 +183,8 @@ def queued_s(function: Callable[[], object], device: str, repeats: int = 20) -> 
     if not device.startswith("cuda"):
         return median_s(function, device, repeats)
     function()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(10**8)  # clock cycles
     begin.record()

@@ -50,8 +50,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8), (8, 16)]
 SHAPE = 4096, 11008  # of the layer
-TOKENS, VOCABULARY = 127, 32000  # of the loss
-SKIPPED, MOST = 64, 256  # bytes a thread
+# of the loss
+TOKENS = 127
+VOCABULARY = 32000
+# bytes a thread
+SKIPPED = 64
+MOST = 256
 KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", re.DOTALL)
 
 
@@ -129,7 +133,8 @@ class Generator:
 def generated(work: Callable[[], object], capability: int) -> list[str]:
     """The code of each function that `work` compiles, in the order in which they are called
     first."""
-    generator, compile_function = Generator(capability), torch.compile
+    generator = Generator(capability)
+    compile_function = torch.compile
 
     def with_generator(
         function: Callable, dynamic: bool, fullgraph: bool, options: dict
@@ -275,7 +280,9 @@ def main(argv: list[str] | None = None) -> None:
             "this torch is a CPU build, which has no Triton: install the CUDA build, for which no "
             "card is needed"
         )
-    works, rows, conditions = cases(), [], common.conditions_of(args)
+    works = cases()
+    rows = []
+    conditions = common.conditions_of(args)
     for name in common.chosen(works, args.rows):
         rows.append(row_of(name, works[name], args.capability))
         print(f"{name}: {rows[-1]['verdict']}", file=sys.stderr)

@@ -20,7 +20,9 @@ from torch.autograd import DeviceType
 
 GAPS = {(2, 4): [10, 0, 16], (1, 4): [10], (4, 8): [10]}  # N:M -> of the draws that are counted
 NOT_MEASURED = "not measured"
-MOST_BLOCKS_APART, MOST_ULPS, LEAST_P = 1e-4, 256, 1e-5
+MOST_BLOCKS_APART = 1e-4
+MOST_ULPS = 256
+LEAST_P = 1e-5
 # column -> cell; column -> (lowest, highest) that is right
 Rows: TypeAlias = Iterator[tuple[dict, dict]]
 
@@ -70,7 +72,8 @@ class Layer:
 
 def ulps_apart(a: Tensor, b: Tensor) -> float:
     """The most units in the last place that two tensors are apart."""
-    a, b = a.cpu(), b.cpu()
+    a = a.cpu()
+    b = b.cpu()
     unit = torch.finfo(a.dtype).eps * torch.maximum(a.abs(), b.abs()).float().clamp(min=1.0)
     return float(((a.float() - b.float()).abs() / unit).max())
 
@@ -91,24 +94,19 @@ def agreement(
                 ("cpu", "eager"),
             )
         ]
-        row, limits = (
-            {
-                "what": f"{n}:{m}, weights {weight_dtype}, logits {logits_dtype}".replace(
-                    "torch.", ""
-                )
-            },
-            {},
-        )
+        row = {
+            "what": f"{n}:{m}, weights {weight_dtype}, logits {logits_dtype}".replace("torch.", "")
+        }
+        limits = {}
         for name, other in zip(("eager", "the CPU"), found[1:]):
             same = found[0]["mask drawn"] == other["mask drawn"]
             for key, ours in found[0].items():
-                theirs, is_integer, is_weight = (
-                    other[key],
-                    not ours.is_floating_point(),
-                    key == "masked weight",
-                )
+                theirs = other[key]
+                is_integer = not ours.is_floating_point()
+                is_weight = key == "masked weight"
                 if is_weight:
-                    ours, theirs = ours[same], theirs[same]
+                    ours = ours[same]
+                    theirs = theirs[same]
                 column = f"{key}: apart from {name}" + (" (share)" if is_integer else " (ulp)")
                 row[column] = (
                     float((ours != theirs).float().mean())
@@ -172,8 +170,10 @@ def drawn_counts(one: Tensor, n: int, blocks: int, rounds: int, seed: int, devic
     logits = [torch.full((blocks,), value, device=device) for value in one.tolist()]
     bits = mask_to_bits(pge.patterns(n, m)[:1]).expand(blocks).contiguous().to(device)
     weight = torch.ones(blocks * m, device=device, dtype=torch.bfloat16)
-    out, nothing = torch.empty_like(weight), torch.zeros((), device=device)
-    kernels, counts = Kernels(LinearSpace(n, m)), torch.zeros(2**m, dtype=torch.long, device=device)
+    out = torch.empty_like(weight)
+    nothing = torch.zeros((), device=device)
+    kernels = Kernels(LinearSpace(n, m))
+    counts = torch.zeros(2**m, dtype=torch.long, device=device)
     for t in range(rounds):
         kernels.update(logits, bits, weight, out, nothing, layer_keys(seed, t, 1)[0].to(device))
         counts += torch.bincount(bits.int(), minlength=2**m)
@@ -186,8 +186,10 @@ def chi_square(seen: Tensor, expected: Tensor) -> tuple[float, int, float]:
     kept = expected >= 5
     seen = torch.cat([seen[kept], seen[~kept].sum()[None]])
     expected = torch.cat([expected[kept], expected[~kept].sum()[None]])
-    seen, expected = seen[expected >= 5], expected[expected >= 5]
-    found, freedom = float(((seen - expected) ** 2 / expected).sum()), len(seen) - 1
+    seen = seen[expected >= 5]
+    expected = expected[expected >= 5]
+    found = float(((seen - expected) ** 2 / expected).sum())
+    freedom = len(seen) - 1
     p = torch.special.gammaincc(
         torch.tensor(freedom / 2).double(), torch.tensor(found / 2).double()
     )

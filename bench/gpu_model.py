@@ -104,7 +104,9 @@ def deterministic(args: argparse.Namespace) -> Rows:
     batch = torch.randint(
         0, 256, (8, 64 if args.quick else 128), generator=torch.Generator().manual_seed(args.seed)
     )
-    masks, results, seconds = common.magnitude_masks(model), [], []
+    masks = common.magnitude_masks(model)
+    results = []
+    seconds = []
 
     def steps() -> None:
         masked = MaskedModel(model, masks, LinearSpace(2, 4), 1.0)
@@ -207,11 +209,13 @@ def step_row(
             model(input_ids=batch, use_cache=False)
 
     compile_s = common.median_s(lambda: learn(batch), args.device, repeats=1, warm_up=0)
-    forwards_s, steps_s = [], []
+    forwards_s = []
+    steps_s = []
     for _ in range(5):  # in turns, so that both see the same pace of the machine
         forwards_s.append(common.median_s(forward, args.device, repeats=1))
         steps_s.append(common.median_s(lambda: learn(batch), args.device, repeats=1))
-    forward_s, step_s = statistics.median(forwards_s), statistics.median(steps_s)
+    forward_s = statistics.median(forwards_s)
+    step_s = statistics.median(steps_s)
     row = {
         "what": f"{what}, {shape}, {batch.numel()} tokens",
         "first step, compiling (s)": compile_s,
@@ -305,7 +309,8 @@ def stages(args: argparse.Namespace) -> Rows:
         )
     del masked
     shape, model = a_model(args, "llama2-7b", torch.bfloat16)
-    held, samples = peak_memory_bytes(), torch.randint(0, 256, (4 if args.quick else 128, 128))
+    held = peak_memory_bytes()
+    samples = torch.randint(0, 256, (4 if args.quick else 128, 128))
     began = time.perf_counter()
     prune_model(model, find_layers(model), samples, OneShot("sparsegpt", (2, 4)))
     yield (

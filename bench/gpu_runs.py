@@ -148,7 +148,8 @@ def kill(command: list[str], out: Path, rank: int | None = None) -> bool:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    log, began = out / "metrics.jsonl", time.monotonic()
+    log = out / "metrics.jsonl"
+    began = time.monotonic()
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 2):
         if time.monotonic() - began > PATIENCE_S:
             process.kill()

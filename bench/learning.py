@@ -19,7 +19,8 @@ from training.straight_through import StraightThrough, step_size
 from small_model import HELDOUT, TEXT
 from torch import Tensor, nn
 
-N, M = 2, 4
+N = 2
+M = 4
 
 
 class Problem:
@@ -37,10 +38,8 @@ class Problem:
         self.masks = dict(one_shot_masks(self.model, layers, samples, OneShot("wanda", (N, M))))
         self.norms = input_norms(self.model, layers, samples)
         m0 = self.masked_model(self.masks)
-        self.dense_loss, self.m0_loss = (
-            batch_loss(self.model, self.heldout),
-            batch_loss(m0, self.heldout),
-        )
+        self.dense_loss = batch_loss(self.model, self.heldout)
+        self.m0_loss = batch_loss(m0, self.heldout)
         self.baselines = [batch_loss(m0, batch) for batch in self.fixed]
 
     def fresh_model(self) -> nn.Module:
@@ -69,7 +68,8 @@ class ForwardOnly:
     setting's function."""
 
     def __init__(self, problem: Problem, setting: dict, seed: int):
-        self.lr, self.estimator = setting["lr"], setting["estimator"]()
+        self.lr = setting["lr"]
+        self.estimator = setting["estimator"]()
         self.masked = MaskedModel(
             problem.fresh_model(),
             problem.masks,

@@ -163,7 +163,8 @@ def measure(
         reuse_freed_memory()
     with processes.joined(device) as device:
         Learning("tiny", way, logits_dtype, device, dtype, seed).take_steps()  # loads libraries
-        base, found = present_bytes(device), {}
+        base = present_bytes(device)
+        found = {}
 
         def learn() -> None:
             learning = Learning(shape, way, logits_dtype, device, dtype, seed)
@@ -214,10 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(1)  # as of the children; the record names these
     gpu = args.device.startswith("cuda")
-    dtype, shape = (
-        torch.float16 if gpu else torch.bfloat16,
-        args.shape or ("llama2-7b" if gpu else "smollm2-135m"),
-    )
+    dtype = torch.float16 if gpu else torch.bfloat16
+    shape = args.shape or ("llama2-7b" if gpu else "smollm2-135m")
     if args.child:
         way, logits_dtype, folder = args.child
         common.hand_back(folder, measure(shape, way, logits_dtype, args.device, dtype, args.seed))

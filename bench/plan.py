@@ -40,7 +40,9 @@ DEVICES = {
     "h100": dict(memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9),
     "h200": dict(memory=141e9, flops=989e12, bandwidth=4.8e12, link=450e9),
 }
-MATMUL, BANDWIDTH = 0.5, 0.8  # shares of the data sheet's rates: guesses
+# shares of the data sheet's rates: guesses
+MATMUL = 0.5
+BANDWIDTH = 0.8
 LAYOUTS = ("replicas", "sharded", "one after another")
 
 
@@ -119,12 +121,14 @@ def memory_bytes(
     sequences = min(settings.microbatch, settings.batchsize)
     tokens = sequences * settings.seqlen
     width = 1 if settings.m <= 8 else 4
-    wide, head = tokens * size.itemsize, tokens * size.vocabulary * size.itemsize
+    wide = tokens * size.itemsize
+    head = tokens * size.vocabulary * size.itemsize
     # the CPU's library copies the head's weight
     packed = size.vocabulary * size.hidden * size.itemsize
     sequence = settings.seqlen * size.vocabulary
     body = wide * (4 * size.hidden + 4 * size.inner)  # of one decoder layer
-    own, copies = size.learned / processes, size.weights - size.learned
+    own = size.learned / processes
+    copies = size.weights - size.learned
     found = {
         "weights": (copies + own) * size.itemsize,
         "logits": own * settings.logits_itemsize,
@@ -157,7 +161,8 @@ def layout_costs(
     gradients: bool,
 ) -> tuple[float, float, float]:
     """Bytes on a GPU, on the host, and on the wire in a step. parts: from `memory_bytes`."""
-    everything, weights = sum(parts.values()), size.learned * size.itemsize
+    everything = sum(parts.values())
+    weights = size.learned * size.itemsize
     others = (gpus - 1) / gpus
     host = packed_bytes(size) + size.weights * size.itemsize  # m0, and the model while it is loaded
     passes = forward_passes(gradients)

@@ -54,13 +54,18 @@ class Rival:
         distill: float = 0.0,
         weights: dict[str, Tensor] | None = None,
     ):
-        self.model, self.n, self.m, self.lr, self.distill = model, n, m, lr, distill
+        self.model = model
+        self.n = n
+        self.m = m
+        self.lr = lr
+        self.distill = distill
         self.layers = {name: layer for name, layer in find_layers(model).items() if name in masks}
         self.weights = weights or {name: layer.weight for name, layer in self.layers.items()}
         self.norms = norms
         self.device = model.get_input_embeddings().weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.penalty, self.progress = 0.0, 0.0
+        self.penalty = 0.0
+        self.progress = 0.0
         self.parameters = {
             name: self.start(name, masks[name]).requires_grad_() for name in self.layers
         }
@@ -90,7 +95,8 @@ class Rival:
     def learn(self, batch: Tensor, step: int, steps: int) -> float:
         """Step number `step` of `steps` on int64 `[sequences, tokens]`; returns the loss, nats a
         prediction."""
-        batch, teacher = batch.to(self.device), None
+        batch = batch.to(self.device)
+        teacher = None
         if self.distill:
             with torch.no_grad():
                 teacher = self.model(input_ids=batch, use_cache=False).logits
@@ -101,13 +107,15 @@ class Rival:
     ) -> float:
         """A step of Adam at this share of the run; teacher: the dense model's logits, distill: each
         sequence's share of the loss against them. Returns the loss, nats a prediction."""
-        self.progress, self.penalty = progress, 0.0
+        self.progress = progress
+        self.penalty = 0.0
         logits = self.model(input_ids=batch, use_cache=False).logits
         loss, gradient = summed_loss(logits.detach(), batch, teacher, distill)
         predictions = batch.shape[0] * (batch.shape[1] - 1)
         self.optimizer.param_groups[0]["lr"] = self.lr * self.multiplier()
         self.optimizer.zero_grad()
-        outputs, gradients = [logits], [gradient / predictions]
+        outputs = [logits]
+        gradients = [gradient / predictions]
         if isinstance(self.penalty, Tensor):
             outputs.append(self.penalty)
             gradients.append(torch.ones_like(self.penalty))
@@ -160,8 +168,11 @@ class MaskLLM(Rival):
     """
 
     betas = (0.9, 0.95)
-    noise, prior, norm_reward = 0.01, 3.0, 1e-5
-    temperatures, scales = (4.0, 0.05), (100.0, 500.0)
+    noise = 0.01
+    prior = 3.0
+    norm_reward = 1e-5
+    temperatures = (4.0, 0.05)
+    scales = (100.0, 500.0)
 
     def start(self, name: str, mask: Tensor) -> Tensor:
         self.patterns = pge.patterns(self.n, self.m).to(self.device)
@@ -261,7 +272,8 @@ class ProxSparse(Rival):
         return self.dense(name).clone()
 
     def weight(self, name: str) -> Tensor:
-        weight, dense = self.parameters[name], self.dense(name)
+        weight = self.parameters[name]
+        dense = self.dense(name)
         ratio = weight / torch.where(dense < 0, dense.clamp(max=-1e-6), dense.clamp(min=1e-6))
         self.penalty = self.penalty + self.stay * (ratio * (weight - dense)).square().sum()
         return weight
@@ -294,7 +306,8 @@ def proximal_step(y: Tensor, strength: float, sweeps: int = 12) -> Tensor:
     """
     sign, (size, order) = y.sign(), y.abs().sort(dim=1, descending=True)
     size = size.T.contiguous()  # [4, blocks]: sweeps go over whole rows
-    best, lowest = None, None
+    best = None
+    lowest = None
     for free in (2, 3, 4):
         z = size.clone()
         z[free:] = 0
@@ -304,10 +317,12 @@ def proximal_step(y: Tensor, strength: float, sweeps: int = 12) -> Tensor:
                 z[i] = (size[i] - strength * (a * b + b * c + c * a)).clamp(min=0)
         value = 0.5 * (z - size).square().sum(0) + strength * triples(z.T)
         if best is None:
-            best, lowest = z, value
+            best = z
+            lowest = value
         else:
             better = value < lowest
-            best, lowest = torch.where(better, z, best), torch.where(better, value, lowest)
+            best = torch.where(better, z, best)
+            lowest = torch.where(better, value, lowest)
     return torch.empty_like(y).scatter_(1, order, best.T) * sign
 
 

@@ -112,17 +112,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--budgets and --rates take numbers, separated by commas")
     args.windows = WINDOWS
     if args.quick:
-        args.budgets, args.seeds, args.windows = [12], 1, 32
+        args.budgets = [12]
+        args.seeds = 1
+        args.windows = 32
     return args
 
 
 def setting_of(row: dict, passes: int) -> dict:
     """A row's setting for a budget: with what is tuned for the largest budget of at most this one,
     or for the smallest."""
-    setting, tuned = (
-        {key: value for key, value in row.items() if key != "tuned"},
-        row.get("tuned", {}),
-    )
+    setting = {key: value for key, value in row.items() if key != "tuned"}
+    tuned = row.get("tuned", {})
     budgets = sorted(tuned)
     fitting = [budget for budget in budgets if budget <= passes] or budgets[:1]
     return {**setting, **(tuned[fitting[-1]] if fitting else {})}
@@ -170,16 +170,15 @@ def table_row(problem: Problem, name: str, row: dict, budgets: list[int], seeds:
     """The table's row of a method; each run is printed as it ends."""
     cells = {"method": name, "bytes a weight": f"{state_bytes(problem, setting_of(row, 0)):g}"}
     for passes in budgets:
-        losses, seconds = [], []
+        losses = []
+        seconds = []
         for seed in seeds:
             loss, took_s = learn(problem, setting_of(row, passes), passes, seed)
             print(f"{name}, {passes} passes, seed {seed}: {loss:.4f}, {took_s:.0f} s", flush=True)
             losses.append(loss)
             seconds.append(took_s)
-        mean, deviation = (
-            statistics.mean(losses),
-            statistics.stdev(losses) if len(losses) > 1 else 0,
-        )
+        mean = statistics.mean(losses)
+        deviation = statistics.stdev(losses) if len(losses) > 1 else 0
         share = (problem.m0_loss - mean) / (problem.m0_loss - problem.dense_loss)
         cells |= {
             f"{passes} passes": f"{mean:.4f} ± {deviation:.4f}",

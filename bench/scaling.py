@@ -33,7 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 WAYS = ("forward-only", "gradients")
-SEQUENCES, TOKENS = 12, 24  # in a step, in a sequence
+# in a step, in a sequence
+SEQUENCES = 12
+TOKENS = 24
 WORDS = (
     "the a cat dog horse bird watches follows hears avoids small old quiet river morning before "
     "after near"
@@ -115,7 +117,8 @@ def learn(inputs: Path, way: str, is_sharded: bool, steps: int, device: str) -> 
     masks = mask_files.load(inputs / "mask.safetensors", (2, 4)).masks
     masked = MaskedModel(model, masks, LinearSpace(2, 4), magnitude=1.0, backend="eager")
     learner = StraightThrough(masked) if way == "gradients" else None
-    generator, m0_loss = torch.Generator().manual_seed(0), None
+    generator = torch.Generator().manual_seed(0)
+    m0_loss = None
     with Collectives() as counted:
         for _ in range(steps):
             batch = processes.split(

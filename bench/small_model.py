@@ -31,7 +31,8 @@ from transformers import (
 )
 
 # what the model is trained, pruned, learned and evaluated on
-TEXT, HELDOUT = "demo/train.jsonl", "demo/heldout.txt"
+TEXT = "demo/train.jsonl"
+HELDOUT = "demo/heldout.txt"
 MODEL = "reproduce/small_model"
 
 
@@ -107,10 +108,8 @@ def train(tokens: Tensor, steps: int, seed: int, device: str) -> tuple[LlamaForC
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    steps, out = (
-        50 if args.quick else args.steps,
-        refuse_existing(args.out, "choose another --out or remove it"),
-    )
+    steps = 50 if args.quick else args.steps
+    out = refuse_existing(args.out, "choose another --out or remove it")
     tokenizer = byte_tokenizer()
     tokens, heldout = read_text(tokenizer)
     model, loss = train(tokens, steps, args.seed, args.device)

@@ -92,7 +92,8 @@ def callables(
 ) -> tuple[dict[str, Callable], Inputs]:
     """The functions to time and their inputs: the first Linear of each shape with `[tokens, in]`,
     and the whole model, by this name, with int64 `[1, tokens]`."""
-    functions, inputs = {}, {}
+    functions = {}
+    inputs = {}
     for module in find_layers(model).values():
         what = f"Linear {module.out_features}x{module.in_features}"
         if what not in functions:

@@ -168,7 +168,8 @@ def model_rows(
     layers, None for as many as the shape has. The training step is timed again `later` steps on."""
     model = common.random_llama(shape, device, dtype, seed, depth)
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (sequences, 128), device=device)
-    masks, layers = common.magnitude_masks(model), find_layers(model)
+    masks = common.magnitude_masks(model)
+    layers = find_layers(model)
     apply_masks(layers, masks)
 
     @torch.no_grad()
@@ -256,11 +257,9 @@ def sparsify_rows(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    gpu, repeats, dtype = (
-        args.device.startswith("cuda"),
-        3 if args.quick else 7,
-        fast_dtype(args.device),
-    )
+    gpu = args.device.startswith("cuda")
+    repeats = 3 if args.quick else 7
+    dtype = fast_dtype(args.device)
     dtypes = list(
         dict.fromkeys([(torch.float32,) * 2, (dtype, torch.float32), (dtype, torch.float16)])
     )

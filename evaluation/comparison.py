@@ -16,7 +16,9 @@ def percent(task: dict, metric: str) -> str:
 def cells(record: dict) -> dict[tuple[int, str, str], str]:
     """The numbers of a record: (group of columns, heading, fingerprint of the tokens or items) ->
     cell."""
-    row, tasks, dtype = {}, record.get("tasks", {}), record["dtype"]
+    row = {}
+    tasks = record.get("tasks", {})
+    dtype = record["dtype"]
     if "ppl" in record:
         heading = (
             f"perplexity, {Path(record['text']).name}, {record['windows']} windows of "

@@ -88,7 +88,8 @@ def _task_manager(with_tasks: bool):
 
 def load_file(path: str) -> object:
     """A task file as a task of the harness."""
-    items, _ = read_items(path), _task_manager(with_tasks=False)
+    items = read_items(path)
+    _ = _task_manager(with_tasks=False)
     from datasets import Dataset  # takes seconds, as the harness does
     from lm_eval.api.task import ConfigurableTask
 

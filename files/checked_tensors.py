@@ -25,7 +25,8 @@ def load(
     where it is another or damaged."""
     # it checks the header's offsets and shapes against the file's size
     with safe_open(path, framework="pt") as file:
-        metadata, names = file.metadata() or {}, file.keys()
+        metadata = file.metadata() or {}
+        names = file.keys()
         if metadata.get("format") != kind or metadata.get("version") not in versions:
             raise UserError(
                 f"is no {kind} of version {' or '.join(versions)}: give one that this version can "

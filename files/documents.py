@@ -163,7 +163,8 @@ def _texts(rows: Iterable[dict]) -> Iterator[str]:
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is not a JSON object")
         if _is_question(row):
-            choices, gold = row["choices"], row.get("gold")
+            choices = row["choices"]
+            gold = row.get("gold")
             if gold is not None and gold not in range(len(choices)):
                 raise ValueError(f"gold is {gold} where there are {len(choices)} choices")
             texts = [

@@ -28,7 +28,8 @@ def chunk_of(tensor: Tensor) -> int:
 def blocks_at_a_time(space: Space, device: torch.device) -> int:
     """How many blocks' scores are computed together. A block takes N 2^N numbers or, in the pattern
     space, one per pattern."""
-    most, numbers = CHUNK, CPU_NUMBERS
+    most = CHUNK
+    numbers = CPU_NUMBERS
     if device.type == "cuda":
         most = GPU_CHUNK
         numbers = int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory) // BYTES

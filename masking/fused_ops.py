@@ -26,7 +26,8 @@ def sum_of(planes: Planes) -> Tensor:
 
 def others(planes: Planes) -> Planes:
     """The sum of all but each, added up from both ends: no difference, so nothing cancels."""
-    before, after = [torch.zeros_like(planes[0])], [torch.zeros_like(planes[0])]
+    before = [torch.zeros_like(planes[0])]
+    after = [torch.zeros_like(planes[0])]
     for plane in planes[:-1]:
         before.append(before[-1] + plane)
     for plane in planes[:0:-1]:
@@ -241,8 +242,10 @@ def flows(w: Planes, n: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     ascending from 0 to N - 1: 1 / w(not in T), and P(the walk visits T) / w(not in T), which times
     w_i is the chance that i is drawn at T.
     """
-    m, sums = len(w), {1 << i: x for i, x in enumerate(w)}
-    inverse, flow = {}, {}
+    m = len(w)
+    sums = {1 << i: x for i, x in enumerate(w)}
+    inverse = {}
+    flow = {}
     for size in range(n):
         for places in combinations(range(m), size):
             drawn = sum(1 << i for i in places)
@@ -267,7 +270,8 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
     direction is off by less than 10 degrees in the median block; where few logits of a block are
     still contested, it may be off by far more.
     """
-    m, w = len(logits), rates(logits, n)
+    m = len(logits)
+    w = rates(logits, n)
     if not has_short_walk(n, m):
         tau = time_of(w, n)
         rate = [x * tau * torch.exp(-x * tau) for x in w]  # d inclusion / d log tau

@@ -1,7 +1,6 @@
 """One mask step in one pass: update the logits, draw the next mask, write the masked weight.
 
-    pi  <-  pi - coefficient * d log p(m | pi) / d pi        coefficient = eta * A, one scalar for
-        all blocks
+    pi  <-  pi - coefficient * d log p(m | pi) / d pi        coefficient = eta * A, for all blocks
     m   ~   p(. | pi)
     out <-  m * w
 
@@ -40,7 +39,8 @@ from torch import Tensor
 # transitions of a walk of which a thread's registers hold two blocks: 2:8 has 64, 3:8 232
 MOST_OF_TWO_BLOCKS = 100
 # beyond, the 2^N subsets make the fused score long: the exact routines run
-FUSED_MAX_N, FUSED_MAX_M = 4, 8
+FUSED_MAX_N = 4
+FUSED_MAX_M = 8
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,7 +59,8 @@ def _store(
 ) -> list[Tensor]:
     """Write float32 planes into the logits, rounded stochastically where these have 16 bits;
     returns what is stored."""
-    m, dtype = len(planes), logits[0].dtype
+    m = len(planes)
+    dtype = logits[0].dtype
     if dtype != torch.float32:
         # two planes share 32 bits
         pairs = [random_bits(counter + draws(n, m) + k, key) for k in range((m + 1) // 2)]
@@ -87,7 +88,8 @@ def fused_update(
     `[blocks]`, weight and out as words, or None where the mask is only drawn; coefficient float32
     `[]`, key int32 `[2]` or longer; `start` is the number of the first block in its layer. N <= 4,
     M <= 8."""
-    planes, counter = [plane.float() for plane in logits], _counter(bits, n, m, start)
+    planes = [plane.float() for plane in logits]
+    counter = _counter(bits, n, m, start)
     gradient = score(rates(planes, n), kept_planes(bits, m), n)
     planes = _store(
         logits, [plane - coefficient * g for plane, g in zip(planes, gradient)], counter, key, n
@@ -152,7 +154,8 @@ class Kernels:
     """
 
     def __init__(self, space: Space, backend: str = "compiled"):
-        self.space, self._compiled = space, backend == "compiled"
+        self.space = space
+        self._compiled = backend == "compiled"
         self._is_linear = isinstance(space, LinearSpace)
         self.is_fused = (
             self._is_linear
@@ -186,12 +189,10 @@ class Kernels:
     ) -> None:
         """pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w."""
         # viewed as integers out here: inside, a compiler would copy what might overlap
-        n, m, weight, out = (
-            self.space.n,
-            self.space.m,
-            as_words(weight, self.space.m),
-            as_words(out, self.space.m),
-        )
+        n = self.space.n
+        m = self.space.m
+        weight = as_words(weight, self.space.m)
+        out = as_words(out, self.space.m)
         if not self.is_fused:
             exact_kernels.update(logits, bits, weight, out, coefficient, key, self.space, start)
         elif weight.dim() == 1:
@@ -213,7 +214,8 @@ class Kernels:
     ) -> Tensor:
         """pi <- pi - step * J^T (weight * gradient), clipped, and m <- its most probable mask; see
         `fused_vjp`. weight and gradient `[out, in]`."""
-        space, dtype = self.space, weight.dtype
+        space = self.space
+        dtype = weight.dtype
         if fits_a_word(space.m, dtype):
             gradient = (
                 as_words(gradient.reshape(-1), space.m)
@@ -240,7 +242,9 @@ class Kernels:
     ) -> Tensor:
         """The most probable mask, bits `[blocks]`; where m0, such bits, is given, that of logits -
         magnitude * m0."""
-        blocks, chunk, found = len(logits[0]), chunk_of(logits[0]), []
+        blocks = len(logits[0])
+        chunk = chunk_of(logits[0])
+        found = []
         for begin in range(0, max(blocks, 1), chunk):
             part = slice(begin, begin + chunk)
             planes = [plane[part].float() for plane in logits]

@@ -107,11 +107,14 @@ def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int]:
 def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None) -> float:
     """The share of weights of these layers that are not zero. With pattern (N, M), UserError naming
     the layers where a block of M keeps more than N."""
-    broken, kept, total = [], 0, 0
+    broken = []
+    kept = 0
+    total = 0
     for name, module in layers.items():
         weight = weight_matrix(module)
         nonzero = weight != 0
-        kept, total = kept + int(nonzero.sum()), total + weight.numel()
+        kept = kept + int(nonzero.sum())
+        total = total + weight.numel()
         if pattern:
             crowded = int((nonzero.reshape(-1, pattern[1]).sum(1) > pattern[0]).sum())
             if crowded:

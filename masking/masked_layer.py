@@ -31,7 +31,8 @@ class MaskedLinear(nn.Linear):
     def __init__(self, layer: "MaskedLayer", fill: Callable[[], None]):
         nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.out_features, self.in_features = layer.shape
-        self.layer, self.fill = layer, fill
+        self.layer = layer
+        self.fill = fill
         self.with_gradients: Callable[[MaskedLayer, Tensor], Tensor] | None = None
         self.bias = layer.dense.bias
 
@@ -68,9 +69,13 @@ class MaskedLayer:
         scratch: Tensor | None,
         fill: Callable[..., None],
     ):
-        self.name, self.dense, self.rows = name, dense, Rows.of(dense)
-        self.kernels, self.m = kernels, kernels.space.m
-        self.shape, self.sharded = torch.Size(weight_matrix(dense).shape), scratch is None
+        self.name = name
+        self.dense = dense
+        self.rows = Rows.of(dense)
+        self.kernels = kernels
+        self.m = kernels.space.m
+        self.shape = torch.Size(weight_matrix(dense).shape)
+        self.sharded = scratch is None
         self.weight = own_weight(dense).contiguous()  # [rows, in], dense
         self.width = self.shape[1] // self.m  # blocks of a row
         self.bits = self.bits_of(mask)  # [blocks], m_t
@@ -129,12 +134,15 @@ class MaskedLayer:
     def schedule(self, coefficient: Tensor, key: Tensor) -> None:
         """Have the update made when the next forward gets here; coefficient and key as
         `Kernels.update` takes them."""
-        self.pending, self.coefficient, self.key = True, coefficient, key
+        self.pending = True
+        self.coefficient = coefficient
+        self.key = key
 
     def flush(self, out: Tensor | None = None) -> None:
         """Make the update that is pending, if one is. Its masked weight is in `out`, or the scratch
         buffer, then."""
-        pending, self.pending = self.pending, False
+        pending = self.pending
+        self.pending = False
         if pending and len(self.bits):
             if out is None:
                 out = (

@@ -54,7 +54,9 @@ class MaskedModel:
         keep_dense: bool = False,
         microbatch: int = 32,
     ):
-        self.model, self.space, self.microbatch = model, space, microbatch
+        self.model = model
+        self.space = space
+        self.microbatch = microbatch
         self.seed = seed
         self.steps = 0  # by which draws are keyed, with the seed
         self.kernels = Kernels(space, backend)
@@ -182,7 +184,8 @@ class MaskedModel:
     def use_masks(self, bits: Bits) -> Iterator[None]:
         """Inside, the model is masked by these `bits`, and none is drawn."""
         self.flush()
-        before, self._instead = self._instead, bits
+        before = self._instead
+        self._instead = bits
         try:
             yield
         finally:

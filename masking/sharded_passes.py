@@ -11,7 +11,8 @@ class ShardedPasses:
     for all rows: what it keeps gathered has an old mask."""
 
     def __init__(self, model: nn.Module, layers: dict[str, MaskedLayer]):
-        self.model, self.layers = model, layers
+        self.model = model
+        self.layers = layers
         self.count = 0
         self.written: dict[str, int] = {}  # layer name -> the pass that its rows were written for
         begin = model.register_forward_pre_hook(self._begin, prepend=True)

@@ -29,7 +29,9 @@ def sliced(function: Callable) -> Callable:
     the same numbers. The only argument that is given by name is `start`."""
 
     def run(logits: list[Tensor], *rest, **start: int) -> Tensor | None:
-        blocks, chunk, found = len(logits[0]), chunk_of(logits[0]), []
+        blocks = len(logits[0])
+        chunk = chunk_of(logits[0])
+        found = []
         for begin in range(0, blocks, chunk):
             part = blocks_of((logits, *rest), slice(begin, begin + chunk), blocks)
             found.append(
@@ -56,7 +58,8 @@ def one_block_a_thread(function: Callable, eager: Callable) -> Callable:
     255 registers, two spill kilobytes (bench/gpu_code.py counts them). So each combination of
     dtypes is compiled with a few copies of the first block.
     """
-    fast, prepared = compiled(function, eager, any_size=True), set()
+    fast = compiled(function, eager, any_size=True)
+    prepared = set()
 
     def run(
         logits: list[Tensor],

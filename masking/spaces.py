@@ -10,7 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 # of `logits_from_scores`: what a kept weight has ahead, and the most that scores say
-MARGIN, LIMIT = 1.0, 12.0
+MARGIN = 1.0
+LIMIT = 12.0
 
 
 def logits_from_scores(mask: Tensor, magnitude: float, score: Tensor) -> Tensor:
@@ -31,7 +32,9 @@ class LinearSpace:
     """MaskPro's space: M logits a block, N drawn without replacement."""
 
     def __init__(self, n: int, m: int):
-        self.n, self.m, self.width = n, m, m
+        self.n = n
+        self.m = m
+        self.width = m
 
     def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
         """Logits that prefer `mask`: magnitude C where it keeps, 0 elsewhere; float32 `[blocks,
@@ -56,7 +59,9 @@ class PatternSpace:
     """MaskLLM's space behind the same interface: C(M,N) logits a block, one pattern drawn."""
 
     def __init__(self, n: int, m: int):
-        self.n, self.m, self.width = n, m, comb(m, n)
+        self.n = n
+        self.m = m
+        self.width = comb(m, n)
 
     def _index(self, mask: Tensor) -> Tensor:
         # the most weights in common

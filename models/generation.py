@@ -111,7 +111,8 @@ def generate(
     """Token ids of so many documents, each of up to `length` tokens, without the first token and
     the end of text. With passages each document continues one of them, drawn at random, which is
     left out."""
-    start, own = start_of_text(tokenizer), model.generation_config.eos_token_id
+    start = start_of_text(tokenizer)
+    own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     pad = start if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     greedy = GenerationConfig(
@@ -213,7 +214,8 @@ def write_text(
     decides = {"model": model_fingerprint(model), "dtype": str(model.dtype), **decides}
     part = path.with_name(f"part_of_{path.stem}_{short_hash(decides)}{path.suffix}")
     rows = read_lines(part) if part.exists() else []
-    found, empty = sum(row["tokens"] for row in rows), 0
+    found = sum(row["tokens"] for row in rows)
+    empty = 0
     if rows:
         processes.log(
             f"going on from the {len(rows)} documents of {part}; to begin anew, remove it"

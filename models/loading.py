@@ -43,7 +43,8 @@ def load_model(
             f"{processes.started()} processes were started (WORLD_SIZE), of which each would do "
             "all of the work: start this script as one, with python"
         )
-    is_spread, device = device == "auto", checked_device(device)
+    is_spread = device == "auto"
+    device = checked_device(device)
     found, tokenizer = read_model(model, dtype, device, trust_remote_code, is_spread)
     if not is_spread:
         found.to(device)
@@ -58,7 +59,8 @@ def read_model(
 ) -> tuple[nn.Module, Tokenizer]:
     """As `load_model`, but on the CPU, unless it is spread over all GPUs. device: that it is meant
     for."""
-    source, dtype = local_folder(model), dtype_name(dtype, device)
+    source = local_folder(model)
+    dtype = dtype_name(dtype, device)
     torch_dtype = {"checkpoint": "auto", **DTYPES}[dtype]
     processes.log(f"loading {model} ({dtype}, {device})")
     if torch_dtype == torch.float16 and device.startswith("cpu"):
@@ -131,15 +133,15 @@ def as_model_error(model: str) -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     if not hidden:
         enable_progress_bars()
-    what, advice = f"--model {model}", "give the folder of a causal LM"
+    advice = "give the folder of a causal LM"
+    doubt = ""
     if not Path(model).expanduser().exists():
-        what += ": there is no such folder, and as a hub id it"
-        advice += (
-            " or a hub id (gated: first `hf auth login`)"
-            if hub.answers()
-            else ": the Hub does not answer"
-        )
-    with as_user_error(what, advice):
+        doubt = ": there is no such folder, and as a hub id it"
+        if hub.answers():
+            advice += " or a hub id (gated: first `hf auth login`)"
+        else:
+            advice += ": the Hub does not answer"
+    with as_user_error(f"--model {model}", advice, doubt):
         yield
 
 

@@ -24,7 +24,8 @@ def batch_loss(
     the first of each; and as many are read, since the last is only predicted.
     """
     check_tokens(model, batch if bos is None else nn.functional.pad(batch, (1, 0), value=bos))
-    total, count = 0.0, batch.shape[0] * (batch.shape[1] - 1)
+    total = 0.0
+    count = batch.shape[0] * (batch.shape[1] - 1)
     for sequences in batch.to(input_device(model)).split(microbatch):
         inputs = (
             sequences if bos is None else nn.functional.pad(sequences[:, :-1], (1, 0), value=bos)
@@ -52,7 +53,8 @@ def bos_hint(model: nn.Module, tokenizer: Tokenizer, sequences: Tensor, what: st
         or sequence.numel() < 2
     ):
         return None  # no such token, nothing without it, no embedding of it, nothing to predict
-    without, behind = batch_loss(model, sequence), batch_loss(model, sequence, bos=bos)
+    without = batch_loss(model, sequence)
+    behind = batch_loss(model, sequence, bos=bos)
     if not behind < (1 - BOS_MATTERS) * without:
         return None
     return (

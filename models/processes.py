@@ -1,7 +1,7 @@
 """Several processes that learn one mask: what they exchange, and that they stay the same.
 
-    torchrun --nproc_per_node 4 train.py ...         or, on GPUs, accelerate launch \\
-        --num_processes 4 train.py ...
+    torchrun --nproc_per_node 4 train.py ...
+    accelerate launch --num_processes 4 train.py ...     # on GPUs
 
 Forward-only learning needs a few numbers a process and step: its losses, its baseline, the time.
 From these every process computes the same advantages and moves its own copy of all logits alike, to
@@ -61,7 +61,8 @@ def joined(device: str | None) -> Iterator[str | None]:
 
 
 def _begin(on_cpu: bool) -> str:
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
     if not on_cpu and 1 < gpus < here:  # where one is seen, each may see its own
         raise UserError(
             f"{here} processes were started on a machine of {gpus} GPUs: start at most one for "

@@ -30,7 +30,8 @@ def load_sharded(
     time.
     """
     check_version()
-    source, loaded = local_folder(model), None
+    source = local_folder(model)
+    loaded = None
     with processes.main_process_first():  # the main one may have to fetch it
         if processes.is_main():
             loaded, _ = read_model(model, dtype, device, trust_remote_code)

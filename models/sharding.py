@@ -45,11 +45,10 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
             "--shard shares out rows of nn.Linear, and this model has Conv1D: leave --shard out"
         )
     model.requires_grad_(False)
-    projections, layers = find_layers(model).values(), decoder_layers(model)
-    weights, inside = (
-        {module.weight for module in projections},
-        {part for layer in layers for part in layer.modules()},
-    )
+    projections = find_layers(model).values()
+    layers = decoder_layers(model)
+    weights = {module.weight for module in projections}
+    inside = {part for layer in layers for part in layer.modules()}
     how = {
         "mesh": device_mesh.init_device_mesh(device.type, (processes,)),
         "reshard_after_forward": True,
@@ -83,7 +82,8 @@ def own_rows(tensor: Tensor) -> tuple[int, int]:
     count = tensor.shape[0]
     if not isinstance(tensor, DTensor):
         return 0, count
-    most, rank = most_rows(tensor), tensor.device_mesh.get_local_rank()
+    most = most_rows(tensor)
+    rank = tensor.device_mesh.get_local_rank()
     return min(count, most * rank), min(count, most * (rank + 1))
 
 
@@ -96,7 +96,8 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    part, mesh = tensor.to_local().detach(), tensor.device_mesh
+    part = tensor.to_local().detach()
+    mesh = tensor.device_mesh
     sent = part.new_zeros(most_rows(tensor), *part.shape[1:])
     sent[: len(part)] = part
     everyone = part.new_empty(mesh.size(), *sent.shape)

@@ -147,7 +147,8 @@ def find_orders(
     (N, M).
     """
     n, m = pattern
-    generator, orders = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    orders = {}
     # of the score: all, kept before, kept after
     sums = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
     places = {

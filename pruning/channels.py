@@ -159,7 +159,8 @@ def reorder(model: nn.Module, orders: Orders) -> None:
     The model's config keeps a digest of the orders, and so do the configs of models that are pruned
     from it. So models in different orders have different fingerprints. UserError for an order that
     is not one of this model's channels."""
-    sets, parameters = channel_sets(model), dict(model.named_parameters())
+    sets = channel_sets(model)
+    parameters = dict(model.named_parameters())
     for name, order in orders.items():
         if name not in sets or not torch.equal(
             order.sort().values.cpu(), torch.arange(sets[name].size).repeat(sets[name].groups, 1)

@@ -104,7 +104,8 @@ def prune_model(
         way.prune_method == "sparsegpt" or way.true_sequential or way.swaps
     ):
         # a layer needs its inputs on all samples at once
-        reached, everything = _prune_in_one_pass(model, layers, samples, way), len(layers)
+        reached = _prune_in_one_pass(model, layers, samples, way)
+        everything = len(layers)
         layers = {name: module for name, module in layers.items() if name not in reached}
         _note_unreached(list(layers), everything)
         samples = None  # the others by magnitude
@@ -118,7 +119,8 @@ def _prune_in_one_pass(
     """Compute each layer's sparse weight when the pass of all samples through the decoder gets
     there; write it at once with true_sequential, else once the layer has computed. Returns the
     names of the layers that the pass got to."""
-    reached, pending = set(), {}
+    reached = set()
+    pending = {}
     shared = lru_cache(1)(hessian_of)  # q, k and v read the same tensor
 
     def prune(name: str, inputs: Tensor) -> None:

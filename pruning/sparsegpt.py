@@ -59,7 +59,9 @@ def solve(
     for start in range(0, columns, blocksize):
         end = min(start + blocksize, columns)
         # views
-        run, kept, factor = weight[:, start:end], mask[:, start:end], upper[start:end, start:end]
+        run = weight[:, start:end]
+        kept = mask[:, start:end]
+        factor = upper[start:end, start:end]
         errors = torch.zeros_like(run)
         for i in range(end - start):
             if i % m == 0:

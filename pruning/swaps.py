@@ -41,7 +41,8 @@ def _alone(weight: Tensor, hessian: Tensor) -> Tensor:
 def _together(weight: Tensor, kept: Tensor, hessian: Tensor, m: int) -> Tensor:
     """The term of a pair in a swap's cost, -w_a w_b H_ab, inf where a is not kept or b is:
     `[blocks, M, M, out]`. weight and kept `[columns, out]`, hessian `[columns, columns]`."""
-    weight, kept = weight.unflatten(0, (-1, m)), kept.unflatten(0, (-1, m))
+    weight = weight.unflatten(0, (-1, m))
+    kept = kept.unflatten(0, (-1, m))
     blocks = len(weight)
     # of each block alone
     hessian = hessian.reshape(blocks, m, blocks, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -62,20 +63,26 @@ def refine_by_swaps(
 ) -> Tensor:
     """A mask of lower e(m), bool `[out, in]`, or the same mask if no swap improves it. weight and
     mask `[out, in]`, hessian float32 `[in, in]`, M divides `in`; sweeps: at most."""
-    columns, hessian = weight.shape[1], _shrunk(hessian)
+    columns = weight.shape[1]
+    hessian = _shrunk(hessian)
     # a block's columns lie together
-    weight, kept = weight.T.float().contiguous(), mask.T.contiguous().clone()
+    weight = weight.T.float().contiguous()
+    kept = mask.T.contiguous().clone()
     gradient = -(hessian @ weight.masked_fill(kept, 0.0))
-    alone, members = _alone(weight, hessian), _members(m, weight.device)
+    alone = _alone(weight, hessian)
+    members = _members(m, weight.device)
     run = max(m, RUN // m * m)
     for _ in range(sweeps):
         swapped = 0
         for start in range(0, columns, run):
             part = slice(start, min(start + run, columns))
-            near, nearby, flipped = gradient[part].clone(), hessian[part, part], kept[part]
+            near = gradient[part].clone()
+            nearby = hessian[part, part]
+            flipped = kept[part]
             # what flipping a weight adds to m*w
             signed = torch.where(flipped, -weight[part], weight[part])
-            together, change = _together(weight[part], flipped, nearby, m), torch.zeros_like(near)
+            together = _together(weight[part], flipped, nearby, m)
+            change = torch.zeros_like(near)
             for i, pairs in enumerate(together):
                 block = slice(i * m, i * m + m)
                 cost = alone[part][block] + signed[block] * near[block]
@@ -93,7 +100,8 @@ def refine_by_swaps(
 
 def _members(m: int, device: torch.device) -> Tensor:
     """Whether a place of a block is in the pair a * M + b, bool `[M, M * M]`."""
-    place, pair = torch.arange(m, device=device)[:, None], torch.arange(m * m, device=device)
+    place = torch.arange(m, device=device)[:, None]
+    pair = torch.arange(m * m, device=device)
     return (place == pair // m) | (place == pair % m)
 
 
@@ -106,17 +114,23 @@ def confidence(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
     1/2 log(1 + 2 cost / s_b^2). That is taken as the log ratio of the scores for any H, and the
     result is Wanda's score over that of the cheapest kept weight if H is diagonal.
     """
-    columns, hessian = weight.shape[1], _shrunk(hessian)
-    weight, kept = weight.T.float().contiguous(), mask.T.contiguous()
+    columns = weight.shape[1]
+    hessian = _shrunk(hessian)
+    weight = weight.T.float().contiguous()
+    kept = mask.T.contiguous()
     gradient = -(hessian @ weight.masked_fill(kept, 0.0))
-    found, run = torch.empty_like(weight), max(m, RUN // m * m)
+    found = torch.empty_like(weight)
+    run = max(m, RUN // m * m)
     for start in range(0, columns, run):
         part = slice(start, min(start + run, columns))
-        w, k, nearby = weight[part], kept[part], hessian[part, part]
+        w = weight[part]
+        k = kept[part]
+        nearby = hessian[part, part]
         cost = _costs(w, k, gradient[part], nearby, m).clamp(min=0)
         square = (2 * _alone(w, nearby)).clamp(min=1e-30).unflatten(0, (-1, 1, m))  # s_b^2
         ratio = 0.5 * torch.log1p(2 * cost / square)  # [blocks, a, b, out]
-        dropping, adding = ratio.amin(2), ratio.amin(1)
+        dropping = ratio.amin(2)
+        adding = ratio.amin(1)
         best = torch.where(
             k.unflatten(0, (-1, m)), dropping - dropping.amin(1, keepdim=True), -adding
         )

@@ -232,7 +232,8 @@ def run_both(args: argparse.Namespace, work: Path, recorded: Sequence[int]) -> t
     ]
     sizes = ["--dataset_size", args.dataset_size, "--batchsize", BATCHSIZE, "--sqlen", args.seqlen]
     settings = ["--lr", args.lr, "--logits", args.logits, "--epoch", args.epoch]
-    a, b = work / "theirs", work / "ours"
+    a = work / "theirs"
+    b = work / "ours"
     b.mkdir()
     ours(
         b,
@@ -304,7 +305,8 @@ def seeds_row(what: str, left: list[float], right: list[float]) -> list[str]:
     run."""
     # to which the same masks' losses agree
     spread = max(math.sqrt((stdev(left) ** 2 + stdev(right) ** 2) / 2), 1e-6)
-    apart, most = fmean(right) - fmean(left), CRITICAL_T[len(left)] * math.sqrt(2 / len(left))
+    apart = fmean(right) - fmean(left)
+    most = CRITICAL_T[len(left)] * math.sqrt(2 / len(left))
     cells = [f"{fmean(side):.4f} ± {stdev(side):.4f}" for side in (left, right)]
     return [
         what,
@@ -321,7 +323,8 @@ def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
     steps: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for step, logits, mask in torch.load(run / "steps.pt"):
         steps.setdefault(step, []).append((logits.view(-1, 4), mask.view(-1, 4)))
-    estimator, losses = Estimator(), losses_of_theirs(run)
+    estimator = Estimator()
+    losses = losses_of_theirs(run)
     advantages = [
         estimator.advantage(loss, baseline[step % len(baseline)])
         for step, loss in enumerate(losses)
@@ -362,7 +365,8 @@ def compare(
     m0, other = (
         mask_files.load(path).masks for path in (b / "initial_mask.safetensors", a / "initial_mask")
     )
-    baseline, cached = np.load(baseline_file(a)), np.load(baseline_file(b))["losses"]
+    baseline = np.load(baseline_file(a))
+    cached = np.load(baseline_file(b))["losses"]
     runs = range(args.seeds)
     logs = [read_lines(b / f"seed{seed}/metrics.jsonl") for seed in runs]
     curves = {
@@ -408,7 +412,8 @@ def compare(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    here, steps = environment("cpu"), args.epoch * args.dataset_size // BATCHSIZE
+    here = environment("cpu")
+    steps = args.epoch * args.dataset_size // BATCHSIZE
     starts = np.linspace(1, steps - 1, RECORDED).astype(int).tolist()
     with tempfile.TemporaryDirectory() as work:
         args.model = args.model or make_model(args.dataset, Path(work, "model"))

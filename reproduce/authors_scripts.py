@@ -56,10 +56,8 @@ def patch_datasets(dataset: str) -> None:
         return lambda self, *given, **named: method(self, *given, **named | {"num_proc": None})
 
     datasets.load_dataset = rows
-    datasets.Dataset.filter, datasets.Dataset.map = (
-        alone(datasets.Dataset.filter),
-        alone(datasets.Dataset.map),
-    )
+    datasets.Dataset.filter = alone(datasets.Dataset.filter)
+    datasets.Dataset.map = alone(datasets.Dataset.map)
 
 
 def patch_torch(seed: int) -> None:
@@ -73,10 +71,14 @@ def record_steps(steps: list[int]) -> list[tuple[int, torch.Tensor, torch.Tensor
     """A list that fills as train.py draws masks, a call a layer."""
     import wrapper  # of the authors
 
-    draw, found, calls, layers = wrapper.generate_mask, [], count(), len(os.listdir("initial_mask"))
+    draw = wrapper.generate_mask
+    found = []
+    calls = count()
+    layers = len(os.listdir("initial_mask"))
 
     def drawn(logits: torch.Tensor) -> torch.Tensor:
-        mask, step = draw(logits), next(calls) // layers + 1
+        mask = draw(logits)
+        step = next(calls) // layers + 1
         if step in steps:
             found.append((step, logits.clone(), mask.clone()))
         return mask

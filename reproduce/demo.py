@@ -65,7 +65,8 @@ def unpack_model(out: Path) -> None:
     for mark in ("quantization_config", "_pre_quantization_dtype"):  # it is not quantised any more
         if hasattr(model.config, mark):
             delattr(model.config, mark)
-    model.hf_quantizer, model.is_quantized = None, False
+    model.hf_quantizer = None
+    model.is_quantized = False
     model.config.tie_word_embeddings = True  # the file has no head of its own
     model.tie_weights()
     with atomic_write(out) as tmp:
@@ -109,8 +110,11 @@ def script(*arguments: object) -> None:
 def paper(text: object, heldout: object, quick: bool) -> list[list[str]]:
     """The paper's five scripts on the small model; the table's rows."""
     work = (RUN / "paper").relative_to(ROOT)
-    mask, losses, run = work / "initial_mask.safetensors", work / "baseline.npz", work / "learned"
-    base, pattern = ["--model", SMALL], ["--sparsity_type", "1:4"]
+    mask = work / "initial_mask.safetensors"
+    losses = work / "baseline.npz"
+    run = work / "learned"
+    base = ["--model", SMALL]
+    pattern = ["--sparsity_type", "1:4"]
     minibatches = ["--dataset", text, "--dataset_size", 16 if quick else 512, "--batchsize", 8]
     script(
         "prune.py",
@@ -272,7 +276,9 @@ def main(argv: list[str] | None = None) -> None:
     quick = parser.parse_args(argv).quick
     started = time.time()
     DEMO.mkdir(exist_ok=True)
-    model, train_text, heldout = DEMO / "model", DEMO / "train.jsonl", DEMO / "heldout.txt"
+    model = DEMO / "model"
+    train_text = DEMO / "train.jsonl"
+    heldout = DEMO / "heldout.txt"
     print(
         "about a minute" if quick else "about 7 minutes on 2 cores, twice that on slow ones",
         flush=True,

@@ -35,8 +35,11 @@ class KeptStates:
 
     def __init__(self, model: nn.Module, first: int):
         self.states: dict[bytes, Tensor] = {}  # token ids of a sequence -> `[tokens, hidden]`
-        self.rows, self.is_known, self.are_tuples = [], False, False
-        embeddings, layers = model.get_input_embeddings(), decoder_layers(model)
+        self.rows = []
+        self.is_known = False
+        self.are_tuples = False
+        embeddings = model.get_input_embeddings()
+        layers = decoder_layers(model)
         self.embed = embeddings.forward
         embeddings.forward = self.begin
         layers[first].register_forward_pre_hook(self.keep, with_kwargs=True)
@@ -91,7 +94,8 @@ class Masked(MaskedModel):
     @contextmanager
     def use_dense(self) -> Iterator[None]:
         """As MaskedModel's; what the dense layers make of a sequence is not kept."""
-        of_m0, self.kept.states = self.kept.states, {}
+        of_m0 = self.kept.states
+        self.kept.states = {}
         try:
             with super().use_dense():
                 yield

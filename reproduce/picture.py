@@ -117,7 +117,8 @@ def sampled_masks() -> None:
         for number, (label, (signals, run)) in enumerate(curves.items()):
             (row,) = record(signals)["rows"]
             steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
-            eta, colour = run["arguments"]["lr"], f"C{number}"
+            eta = run["arguments"]["lr"]
+            colour = f"C{number}"
             better = [-residual for residual in run["residuals"]]
             reached += better
             axes.plot(steps, better, color=colour, label=label)

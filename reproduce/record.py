@@ -67,11 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_run(folder: Path) -> dict:
     """What a record keeps of a run; the summary is empty where it has not ended."""
-    record, lines = read_record(folder), read_lines(folder / "metrics.jsonl")
+    record = read_record(folder)
+    lines = read_lines(folder / "metrics.jsonl")
     if not lines:
         raise UserError(f"{folder} has no step yet; wait for one")
     losses = [line["loss"] for line in lines]
-    loop_s, few = lines[-1]["seconds"], max(1, min(STEPS, len(losses) // 2))
+    loop_s = lines[-1]["seconds"]
+    few = max(1, min(STEPS, len(losses) // 2))
     seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values()) or loop_s
     run = {
         **{
@@ -102,7 +104,8 @@ def thinned(values: list[float]) -> list[float]:
 
 def make_record(folder: Path) -> dict:
     """The record of a folder: `rows`, name -> seeds, and the `sha256` of what they are of."""
-    rows, files = {}, set()
+    rows = {}
+    files = set()
     for file in [folder / "dense.json", *sorted(folder.glob("*of*/*.json"))]:
         with as_user_error(file, "make it with eval.py"):
             evaluation = json.loads(file.read_text(encoding="utf-8"))
@@ -198,14 +201,18 @@ def cell(values: list[float], digits: int) -> str:
 def recovered(rows: dict[str, list[dict]], name: str, nats: float) -> float:
     """Share of the gap in nats between the wanda of a row's pattern and dense that these nats
     close, in percent."""
-    dense, m0 = rows["dense"][0]["nats"], rows[f"{name.rpartition('/')[0]}/wanda"][0]["nats"]
+    dense = rows["dense"][0]["nats"]
+    m0 = rows[f"{name.rpartition('/')[0]}/wanda"][0]["nats"]
     return 100 * (m0 - nats) / (m0 - dense)
 
 
 def row_cells(rows: dict[str, list[dict]], name: str, seeds: int | None = None) -> list[str]:
     """The cells of a row after its name, of its first seeds; empty ones where there is no run."""
-    found, pattern = rows[name][:seeds], name.rpartition("/")[0]
-    nats, gap, of_run = [seed["nats"] for seed in found], "", [""] * 4
+    found = rows[name][:seeds]
+    pattern = name.rpartition("/")[0]
+    nats = [seed["nats"] for seed in found]
+    gap = ""
+    of_run = [""] * 4
     if f"{pattern}/wanda" in rows and not name.endswith("wanda"):
         gap = cell([recovered(rows, name, loss) for loss in nats], 1)
     if "run" in found[0]:
@@ -232,7 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         write_json(out, read_run(Path(args.folder)))
         return
-    record, out = make_record(Path(args.folder)), Path(args.out or Path(args.folder, "record.json"))
+    record = make_record(Path(args.folder))
+    out = Path(args.out or Path(args.folder, "record.json"))
     if args.out and out.exists():
         with as_user_error(out, "give another --out"):
             record = added(json.loads(out.read_text(encoding="utf-8")), record)

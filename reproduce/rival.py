@@ -47,7 +47,8 @@ class RivalLearner(Learner):
     masks, norms, n, m, weights)."""
 
     def __init__(self, make: Callable[..., Rival], steps: int):  # `of` has the masked model
-        self.make, self.steps = make, steps
+        self.make = make
+        self.steps = steps
 
     def of(self, masked: MaskedModel, tokens: int, *_: object) -> "RivalLearner":
         """In place of StraightThrough(masked, ...)."""
@@ -68,7 +69,8 @@ class RivalLearner(Learner):
 
     def begin(self, norms: dict[str, Tensor]) -> None:
         """From m0; norms: of the layers' inputs in the dense model."""
-        masked, space = self.masked, self.masked.space
+        masked = self.masked
+        space = self.masked.space
         self.rival = self.make(
             masked.model,
             masked.masks_of(masked.bits()),
@@ -86,7 +88,8 @@ class RivalLearner(Learner):
 
     def step(self, batch: Tensor, _size: float, distill: list[float]) -> StepResult:
         """As StraightThrough's; the size of the step is Adam's own."""
-        batch, teacher = batch.to(input_device(self.masked.model)), None
+        batch = batch.to(input_device(self.masked.model))
+        teacher = None
         progress = self.masked.steps / self.steps
         self.masked.steps += 1
         with self.masked.use_dense():  # the rival makes its weights itself
@@ -112,7 +115,8 @@ class RivalLearner(Learner):
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """Parameters, Adam's moments, the norms, the state of the random numbers."""
-        rival, tensors = self.rival, {"random": self.rival.generator.get_state()}
+        rival = self.rival
+        tensors = {"random": self.rival.generator.get_state()}
         for name, parameter in rival.parameters.items():
             of_adam = {
                 f"{key}.{name}": tensor for key, tensor in rival.optimizer.state[parameter].items()

@@ -40,7 +40,8 @@ def record(name: str) -> dict:
 
 def ablations() -> str:
     """The studies on the small model at 1:4."""
-    rows, lines = record("small_model")["rows"], []
+    rows = record("small_model")["rows"]
+    lines = []
     for varied, says, row, seeds in ABLATIONS:
         _, nats, gap, first, last, changed, _ = row_cells(rows, small(*row), seeds)
         lines.append([varied, says, nats, gap, f"{first}, {last}", changed])
@@ -59,7 +60,8 @@ def ablations() -> str:
 
 def patterns() -> str:
     """The small model at other patterns."""
-    rows, lines = record("small_model")["rows"], []
+    rows = record("small_model")["rows"]
+    lines = []
     for heading, learned in (
         ("1:4", small("maskpro", 512, 5, 5)),
         ("2:4", "2of4/maskpro-size512-lr5-logits5-steps2500"),
@@ -67,7 +69,8 @@ def patterns() -> str:
         ("2:4, 10,000 steps, η 10", "2of4/maskpro-size512-lr10-logits5-steps10000"),
         ("4:8", "4of8/maskpro-size512-lr5-logits5-steps2500"),
     ):
-        cells, folder = row_cells(rows, learned, 1), learned.partition("/")[0]
+        cells = row_cells(rows, learned, 1)
+        folder = learned.partition("/")[0]
         lines.append(
             [
                 heading,
@@ -181,11 +184,9 @@ def rivals() -> str:
 def scaling() -> str:
     """What bench/scaling.py has left by --json."""
     rows = record("scaling")
-    apart, same, sent = (
-        "logits apart from one process's, at most",
-        "the same mask",
-        "sent a process and step (bytes)",
-    )
+    apart = "logits apart from one process's, at most"
+    same = "the same mask"
+    sent = "sent a process and step (bytes)"
     lines = [
         [
             row["learning"],
@@ -204,7 +205,8 @@ def scaling() -> str:
 def example() -> str:
     """What one command of sparsify.py tells: report.json of a run, as it left it."""
     run = record("one_command")
-    given, here = run["arguments"], run["environment"]
+    given = run["arguments"]
+    here = run["environment"]
     stages = [
         [name, f"{stage['seconds'] / 60:.1f}", f"{stage['peak_memory_bytes'] / 2**30:.2f}"]
         for name, stage in run["stages"].items()
@@ -229,10 +231,8 @@ def printed() -> str:
 
 def step() -> str:
     """What bench/step.py has left by --json."""
-    rows, columns = (
-        record("step"),
-        ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"],
-    )
+    rows = record("step")
+    columns = ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
     lines = [
         [
             row["what"].replace("torch.", ""),
@@ -245,7 +245,8 @@ def step() -> str:
 
 def memory() -> str:
     """What bench/memory.py has left by --json."""
-    rows, numbers = record("memory"), ("kept (bytes a weight)", "predicted (MiB)", "used (MiB)")
+    rows = record("memory")
+    numbers = ("kept (bytes a weight)", "predicted (MiB)", "used (MiB)")
     lines = [
         [
             row["learning"],
@@ -301,7 +302,8 @@ def variance() -> str:
     lines = [[model, *signal.row(row)] for model, name in SIGNALS for row in record(name)["rows"]]
     machines = {}
     for model, name in SIGNALS:
-        draws, here = record(name)["arguments"]["samples"], record(name)["environment"]
+        draws = record(name)["arguments"]["samples"]
+        here = record(name)["environment"]
         machines.setdefault(here["hardware"], []).append(
             f"{model}, {draws} draws, commit {here['commit']}"
         )
@@ -317,7 +319,8 @@ def falls() -> str:
     lines = []
     for what, signals, name, row in FALLS:
         runs = [seed["run"] for seed in record(name)["rows"][row]] if row else [record(name)]
-        arguments, steps = runs[0]["arguments"], runs[0].get("steps") or runs[0]["summary"]["steps"]
+        arguments = runs[0]["arguments"]
+        steps = runs[0].get("steps") or runs[0]["summary"]["steps"]
         here = ["{}:{}".format(*arguments["sparsity_type"]), arguments["logits"]]
         (found,) = [
             found for found in record(signals)["rows"] if [found["pattern"], found["C"]] == here
@@ -398,7 +401,8 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="only compare")
-    args, stale = parser.parse_args(argv), []
+    args = parser.parse_args(argv)
+    stale = []
     for page in PAGES:
         before = (ROOT / page).read_text(encoding="utf-8")
         after = rendered(before)

@@ -113,7 +113,10 @@ class Collected:
     multiplied by."""
 
     def __init__(self, masked: MaskedModel):
-        self.masked, self.total, self.scale, self.not_finite = masked, None, 1.0, 0
+        self.masked = masked
+        self.total = None
+        self.scale = 1.0
+        self.not_finite = 0
         ends = (
             torch.tensor([layer.shape.numel() for layer in masked.layers.values()])
             .cumsum(0)
@@ -160,20 +163,24 @@ def away_from_m0(means: Tensor, m0: Iterator[Tensor]) -> float:
     means of Y, `[groups, logits]`, and m0's score. Half of the groups chooses the blocks, the
     others tell the product there; and vice versa.
     """
-    total, begin, half = 0.0, 0, GROUPS // 2
+    total = 0.0
+    begin = 0
+    half = GROUPS // 2
     for score in m0:
         part = means[:, begin : begin + score.numel()].view(GROUPS, *score.shape)
         begin += score.numel()
         for choosing, telling in ((part[:half], part[half:]), (part[half:], part[:half])):
             away = (choosing.mean(0) * score).sum(1) > 0
-            first, second = telling[::2].mean(0)[away], telling[1::2].mean(0)[away]
+            first = telling[::2].mean(0)[away]
+            second = telling[1::2].mean(0)[away]
             total += float((first * second).sum()) / 2
     return total
 
 
 def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
     """What a record has of these logits. batches: int64 `[minibatches, sequences, tokens]`."""
-    m0, baseline = masked.bits(), [masked.loss(batch) for batch in batches]
+    m0 = masked.bits()
+    baseline = [masked.loss(batch) for batch in batches]
     with masked.use_dense():
         dense = fmean(masked.loss(batch) for batch in batches)
     learner = StraightThrough(masked, batches.shape[2])
@@ -184,7 +191,8 @@ def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
     for number in range(max(8, samples // 8)):
         masked.update(0.0)
         first.append(masked.loss(batches[number % len(batches)]) - baseline[number % len(batches)])
-    delta, moments = fmean(first), {name: [] for name in ADVANTAGES}
+    delta = fmean(first)
+    moments = {name: [] for name in ADVANTAGES}
     count = sum(layer.shape.numel() for layer in masked.layers.values())
     sums = torch.zeros(GROUPS, count)
     for number in progress_bar(range(samples), desc="draws"):
@@ -241,7 +249,8 @@ def row(found: dict) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    rows, here = [], environment("cpu")
+    rows = []
+    here = environment("cpu")
     for n, m in args.patterns:
         model, tokenizer = load_model(args.model, "auto", "cpu")
         layers = find_layers(model)

@@ -18,8 +18,11 @@ FLOORS = [
 LEVEL = {room: level for level, rooms in enumerate([*FLOORS, SCRIPTS]) for room in rooms}
 ROOMS = {file.parent.name for file in ROOT.glob("*/__init__.py")}
 OPTIONAL = {"matplotlib", "lm_eval", "datasets", "scipy"}
-MOST_LINES, MOST_FUNCTION_LINES = 300, 60
-SHORT = {"train.py": 150}
+MOST_LINES = 320  # of a part of the product
+MOST_BENCH_LINES = 460
+MOST_FUNCTION_LINES = 60
+MOST_BENCH_FUNCTION_LINES = 75
+LINES = {"train.py": 260, "sparsify.py": 340}  # with their flags
 
 
 def modules() -> dict[str, Path]:
@@ -98,9 +101,12 @@ def test_imports_inside_functions_are_of_optional_packages(name):
 )
 def test_nothing_is_too_long(file):
     lines = file.read_text(encoding="utf-8").count("\n")
-    assert lines <= SHORT.get(file.name if file.parent == ROOT else "", MOST_LINES)
+    is_bench = file.parent.name in ("bench", "reproduce")
+    most = MOST_BENCH_LINES if is_bench else MOST_LINES
+    assert lines <= LINES.get(file.name if file.parent == ROOT else "", most)
+    longest = MOST_BENCH_FUNCTION_LINES if is_bench else MOST_FUNCTION_LINES
     for function in functions(file):
-        assert function.end_lineno - function.lineno < MOST_FUNCTION_LINES, function.name
+        assert function.end_lineno - function.lineno < longest, function.name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

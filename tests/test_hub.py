@@ -103,3 +103,16 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     with pytest.raises(UserError, match="give the folder of a causal LM: the Hub does not answer"):
         load_model("some/model", device="cpu")
     files_hub.answers.cache_clear()
+
+
+def test_what_is_wrong_with_a_model_of_the_hub_is_not_called_a_missing_folder(monkeypatch):
+    """Only the libraries' errors may mean that there is no such model."""
+
+    def quantised(*_: object) -> None:
+        raise UserError("its weights are quantised")
+
+    monkeypatch.setattr("models.loading.read_tokenizer", lambda *_: None)
+    monkeypatch.setattr("models.loading.read_config", quantised)
+    with pytest.raises(UserError) as told:
+        load_model("some/model")
+    assert str(told.value) == "--model some/model: its weights are quantised"

@@ -85,7 +85,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
             short_hash(vars(args)),
         )
         return args
-    run, record = str(Path(args.resume)), read_record(args.resume)
+    run = str(Path(args.resume))
+    record = read_record(args.resume)
     recorded = record["arguments"]
     if recorded.keys() | {"out", "resume"} != vars(args).keys():
         raise of_another_script(run, record, parser.prog)
@@ -116,7 +117,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
 def of_another_script(run: str | Path, record: dict, here: str) -> UserError:
     """What to do with a run that another script has begun, or another version of this one, which is
     `here`."""
-    script, place = record.get("script"), shlex.quote(str(run))
+    script = record.get("script")
+    place = shlex.quote(str(run))
     if script == here:
         return UserError(
             f"{run} is a run of another version of {script}: go on with it there, or start a new "

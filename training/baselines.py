@@ -29,7 +29,10 @@ class OnlineBaseline:
     """
 
     def __init__(self, masked: MaskedModel, batches: Tensor):
-        self.masked, self.batches, self.bits, self.losses = masked, batches, masked.bits(), {}
+        self.masked = masked
+        self.batches = batches
+        self.bits = masked.bits()
+        self.losses = {}
 
     def __getitem__(self, index: int) -> float:
         if index not in self.losses:
@@ -90,10 +93,8 @@ def load(path: str, wanted: dict[str, str]) -> list[float]:
         as_user_error(path, "make it anew with inference_loss.py"),
         np.load(path, allow_pickle=False) as arrays,
     ):
-        losses, found = (
-            arrays["losses"].astype(np.float64),
-            dict(json.loads(str(arrays["depends_on"]))),
-        )
+        losses = arrays["losses"].astype(np.float64)
+        found = dict(json.loads(str(arrays["depends_on"])))
     stale = [
         f"{key.replace('sqlen', 'seqlen')} {str(found.get(key))[:80]} there, {value} here"
         for key, value in wanted.items()

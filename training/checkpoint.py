@@ -78,7 +78,8 @@ class StateFile:
             raise UserError(
                 f"{path} is a {state['format']}, this version reads {FORMAT}: start a new run"
             )
-        self.scalars, self.tensors = state["scalars"], state["tensors"]
+        self.scalars = state["scalars"]
+        self.tensors = state["tensors"]
 
     def read(self, name: str, like: Tensor) -> Tensor:
         """The tensor of this name, 1-D, on the CPU; of a DTensor, this process's part of it.
@@ -106,7 +107,10 @@ class Checkpoints:
         self.folder = folder
         self.steps = None if every.endswith("m") else int(every)
         self.minutes = float(every[:-1]) if every.endswith("m") else None
-        self.step, self.saved_at, self.cost_s = None, 0.0, 0.0  # of the last one
+        # of the last one
+        self.step = None
+        self.saved_at = 0.0
+        self.cost_s = 0.0
 
     def due(self, step: int, seconds: float) -> bool:
         """Is it time to save, after so many steps and seconds of the run? With `every` in minutes
@@ -131,7 +135,9 @@ class Checkpoints:
         save(self.path(step), scalars, tensors)
         for path in self.paths()[:-KEPT]:
             path.unlink()
-        self.step, self.saved_at, self.cost_s = step, seconds, time.monotonic() - started
+        self.step = step
+        self.saved_at = seconds
+        self.cost_s = time.monotonic() - started
 
     def newest(self) -> StateFile | None:
         """The newest state whose checksums fit, None if there is none. Damaged ones are named and

@@ -37,7 +37,8 @@ def summed_loss(
     Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather
     than the mean, so that float16 gradients stay clear of its smallest numbers.
     """
-    gradient, losses = torch.empty_like(logits), []
+    gradient = torch.empty_like(logits)
+    losses = []
     for index, (tokens, share) in enumerate(
         zip(sequences, distill or [0.0] * len(sequences), strict=True)
     ):

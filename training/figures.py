@@ -7,7 +7,8 @@ from pathlib import Path
 from files.atomic import atomic_write
 
 WINDOW = 32  # steps of the running mean
-LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]
+LINES = ["-", "--", "-.", ":"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 TRAINING = "training loss (nats)"
 RESIDUAL = "loss of the sampled mask - loss of m0 (nats)"
 HELDOUT = "held-out loss (nats)"  # on the text that selects the mask
@@ -45,7 +46,8 @@ def _draw(axes: object, label: str, runs: dict[str, Points], levels: dict[str, f
     dots and their running mean. A legend below names the lines."""
     for i, (name, points) in enumerate(runs.items()):
         steps, values = zip(*points) if points else ((), ())
-        colour, every = f"C{i}", math.ceil(len(points) / 8) or 1
+        colour = f"C{i}"
+        every = math.ceil(len(points) / 8) or 1
         if label != HELDOUT:  # rasterized, so that an .svg does not hold thousands of shapes
             axes.plot(
                 steps,

@@ -17,7 +17,8 @@ class Log:
     """
 
     def __init__(self, folder: Path, size_bytes: int = 0):
-        path, self._file = folder / "metrics.jsonl", None
+        path = folder / "metrics.jsonl"
+        self._file = None
         self.lines: list[dict] = read_lines(path, size_bytes) if size_bytes else []
         if processes.is_main():
             self._file = open(path, "a", buffering=1)

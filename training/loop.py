@@ -72,15 +72,19 @@ class Run:
         epoch: float = math.inf,
         evaluations: int = EVALUATIONS,
     ):
-        self.folder, self.signals, self.validation = folder, signals, validation
-        self.checkpoints, self.epoch_minibatches = folder.checkpoints, minibatches
+        self.folder = folder
+        self.signals = signals
+        self.validation = validation
+        self.checkpoints = folder.checkpoints
+        self.epoch_minibatches = minibatches
         self.total_steps = max_step
         if epoch < math.inf:
             self.total_steps = min(
                 max_step, math.ceil(epoch * minibatches / processes.world_size())
             )
         self.evaluations = evaluations
-        self.progress, self.parts = Progress(), {}
+        self.progress = Progress()
+        self.parts = {}
         self.log: Log | None = None  # from `restore` on
         self._stopped_by = 0
 
@@ -141,7 +145,8 @@ class Run:
         are not logged, and BAD_LOSSES of them in a row raise UserError. All processes take the main
         one's time, and learn of a signal that any of them got."""
         found = processes.all_gather([self.elapsed_s(), float(self.signals.received)])
-        seconds, self._stopped_by = found[0][0], int(max(received for _, received in found))
+        seconds = found[0][0]
+        self._stopped_by = int(max(received for _, received in found))
         progress = self.progress
         progress.step += 1
         progress.minibatches += processes.world_size()
@@ -159,7 +164,8 @@ class Run:
         }
         if result.not_finite is not None:
             line["blocks_not_finite"] = result.not_finite
-        before, progress.evaluations = progress.evaluations, int(self.share_done * self.evaluations)
+        before = progress.evaluations
+        progress.evaluations = int(self.share_done * self.evaluations)
         if progress.evaluations > before:  # evenly spread over the run
             line["changed"] = self.validation.learner.changed()
             if (result.not_finite or 0) > MANY * self.validation.masked.blocks:
@@ -214,7 +220,8 @@ class Run:
                         lambda key, like, name=name: saved.read(f"{name}.{key}", like),
                     )
                 torch.set_rng_state(saved.read("random", torch.get_rng_state()))
-                self.checkpoints.step, self.checkpoints.saved_at = self.step, self.progress.seconds
+                self.checkpoints.step = self.step
+                self.checkpoints.saved_at = self.progress.seconds
             self.log = Log(self.folder.path, self.progress.log_bytes)
         if saved:
             processes.log(f"going on after step {self.step} of {self.folder.path}")

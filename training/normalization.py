@@ -77,7 +77,8 @@ class Normalization:
         """After a backward pass: the running mean squares, of all layers at once. One that
         overflows, or follows one that did, is left out, and so are layers that the pass did not
         reach."""
-        before, now = self.mean_squares, torch.full_like(self.mean_squares, torch.nan)
+        before = self.mean_squares
+        now = torch.full_like(self.mean_squares, torch.nan)
         reached = list(self._squares)
         if self._not_finite:
             self.not_finite = torch.stack(

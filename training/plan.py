@@ -18,18 +18,23 @@ import torch
 from torch import Tensor, nn
 
 # share of the minibatches, and how many at most, to select the mask; as many to report
-HELDOUT, MOST_HELDOUT = 0.02, 8
+HELDOUT = 0.02
+MOST_HELDOUT = 8
 PARTS = 2  # that are held out
 # tokens; beyond, another pass through the text does as well (docs/sparsify.md)
 MOST_GENERATED = 400_000
 FEWEST = 8  # minibatches of text, however short the time
 # of swaps over the blocks; three more bring a hundredth of what these do, for as much time again
 SWEEPS = 3
-TEXT_SHARE, SWAPS_SHARE = 0.3, 0.15  # of the minutes, at most
+# of the minutes, at most
+TEXT_SHARE = 0.3
+SWAPS_SHARE = 0.15
 # of a step beside forward and backward: teacher, weight gradients, the masks' update, evaluations
 STEP_FORWARDS = 2.6
 FIXED_S = 30  # for compiling
-DOCUMENTS, GENERATED = 128, 8  # at a time, and tokens of each, to measure generation by
+# at a time, and tokens of each, to measure generation by
+DOCUMENTS = 128
+GENERATED = 8
 SLOWER = 1.3  # times as long as these first tokens: the later ones
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 READ_BY_SWAPS = 0.4  # of the planned text, at most
 # of the text, questions at most; how often each is read to make it
-QUESTIONS_SHARE, READINGS = 0.25, 2
+QUESTIONS_SHARE = 0.25
+READINGS = 2
 SEQUENCES = 64  # of text that Wanda and the order are measured on
 
 

@@ -14,7 +14,9 @@ from huggingface_hub import ModelCardData
 
 FEW = 1e-4  # of the blocks
 ROWS = ("dense", "m0", "learned")
-CLOSE, USABLE = 1.3, 2.0  # times the dense perplexity, at most
+# times the dense perplexity, at most
+CLOSE = 1.3
+USABLE = 2.0
 FEW_STEPS = 10
 LITTLE = 0.2  # of the text that makes one pass
 
@@ -22,10 +24,12 @@ LITTLE = 0.2  # of the text that makes one pass
 def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
     """Row -> text -> loss in nats, as perplexities; the gap is that in loss between the dense model
     and m0."""
-    heading, lines = ["mask"], [[row] for row in ROWS]
+    heading = ["mask"]
+    lines = [[row] for row in ROWS]
     for text in nats["dense"]:
         heading += [f"perplexity, {text}", "gap closed (%)"]
-        dense, m0 = nats["dense"][text], nats["m0"][text]
+        dense = nats["dense"][text]
+        m0 = nats["m0"][text]
         for line, row in zip(lines, ROWS):
             closed = (
                 f"{100 * (m0 - nats[row][text]) / (m0 - dense):.1f}"

@@ -24,13 +24,16 @@ def deliver(
     """Write the best mask, or the last, and the model under it; returns the run's summary, which
     `RunFolder.finish` takes. Layers that are not learned keep m0. All processes have to ask at
     once."""
-    masked, validation, folder = run.validation.masked, run.validation, run.folder
+    masked = run.validation.masked
+    validation = run.validation
+    folder = run.folder
     logits = masked.whole_logits() if saves_logits else {}
     final = masked.finish(validation.bits)
     masks = {name: final.get(name, m0.masks[name]) for name in m0.masks}
     base = m0.model or folder.arguments["model"]
     if processes.is_main():  # first what all the steps were for
-        file, fingerprint = folder.path / "mask.safetensors", folder.record["fingerprints"]["model"]
+        file = folder.path / "mask.safetensors"
+        fingerprint = folder.record["fingerprints"]["model"]
         mask_files.save(file, masks, m0.n, m0.m, base, fingerprint)
     processes.wait_for_main()
     if not processes.is_main():
@@ -86,13 +89,12 @@ def sparse_model(folder: RunFolder) -> nn.Module:
 
 
 def _summary(run: Run) -> dict:
-    progress, validation = run.progress, run.validation
+    progress = run.progress
+    validation = run.validation
     # steps, each with a minibatch of every process
     epoch = math.ceil(run.epoch_minibatches / processes.world_size())
-    tail, stages = (
-        [line["loss"] for line in run.log.lines[-epoch:]],
-        run.folder.record.get("stages", {}),
-    )
+    tail = [line["loss"] for line in run.log.lines[-epoch:]]
+    stages = run.folder.record.get("stages", {})
     # counted anew
     peaks = [peak_memory_bytes(), *(stage["peak_memory_bytes"] for stage in stages.values())]
     summary = {

@@ -54,7 +54,8 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, arguments: dict, script: str, is_resumed: bool = False):
-        self.path, self.is_resumed = Path(path), is_resumed
+        self.path = Path(path)
+        self.is_resumed = is_resumed
         arguments = {
             name: value for name, value in arguments.items() if name not in ("out", "resume")
         }

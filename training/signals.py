@@ -15,7 +15,8 @@ class StopSignals:
     `received`."""
 
     def __init__(self):
-        self.received, self.deferred = 0, False
+        self.received = 0
+        self.deferred = False
         self._before = {}
 
     def __enter__(self):

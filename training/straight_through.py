@@ -49,7 +49,8 @@ class MaskedProduct(torch.autograd.Function):
         ctx: object, x: Tensor, anchor: Tensor, layer: MaskedLayer, learner: "StraightThrough"
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.learner = layer, learner
+        ctx.layer = layer
+        ctx.learner = learner
         return nn.functional.linear(x, layer.scratch, layer.dense.bias)
 
     @staticmethod
@@ -82,8 +83,11 @@ class StraightThrough(Learner):
 
     def __init__(self, masked: MaskedModel, tokens: int = SHORT, checkpointing: bool = False):
         super().__init__(masked)
-        self.keys, self.reducing = {}, None
-        self._held, self._is_last = {}, True  # gradients of earlier microbatches
+        self.keys = {}
+        self.reducing = None
+        # gradients of earlier microbatches
+        self._held = {}
+        self._is_last = True
         # makes autograd follow layers whose input needs no gradient
         self.anchor = torch.zeros((), requires_grad=True)
         layers = list(masked.layers.values())
@@ -126,10 +130,13 @@ class StraightThrough(Learner):
         weights' dtype: as much memory as these take.
         """
         sequences = batch.to(input_device(self.masked.model))
-        self.keys, self._held, self._is_finite = self.masked.keys(), {}, True
+        self.keys = self.masked.keys()
+        self._held = {}
+        self._is_finite = True
         self._reached.clear()
         self.normalization.begin_pass(size)
-        total, parts = 0.0, sequences.split(self.masked.microbatch)
+        total = 0.0
+        parts = sequences.split(self.masked.microbatch)
         for number, part in enumerate(parts, 1):
             self._is_last = number == len(parts)
             total += self._backward(part, distill[: len(part)])
@@ -207,7 +214,8 @@ class StraightThrough(Learner):
     def _take_gradient(self, layer: MaskedLayer, parameter: Tensor) -> None:
         """FSDP has reduced a sharded layer's gradient: the mean over the processes, this one's rows
         of it."""
-        gradient, parameter.grad = parameter.grad.to_local(), None
+        gradient = parameter.grad.to_local()
+        parameter.grad = None
         self._reached.add(layer.name)
         if (gradient := self._summed(layer, gradient)) is not None:
             self._move(layer, gradient)

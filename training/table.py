@@ -33,8 +33,10 @@ class Table:
     def __init__(
         self, folder: RunFolder, tokenizer: Tokenizer, unseen: Tensor, windows: dict[str, Tensor]
     ):
-        self.folder, self.tokenizer = folder, tokenizer
-        self.unseen, self.windows = unseen, windows
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.unseen = unseen
+        self.windows = windows
         self.prompt = unseen[0, 0, :PROMPT]
 
     def add(self, name: str, masked: MaskedModel) -> None:

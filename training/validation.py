@@ -33,8 +33,10 @@ class Validation:
     """
 
     def __init__(self, learner: Learner, heldout: Tensor):
-        self.learner, self.masked = learner, learner.masked
-        self.heldout, self.has_text = heldout, len(heldout) > 0
+        self.learner = learner
+        self.masked = learner.masked
+        self.heldout = heldout
+        self.has_text = len(heldout) > 0
         self.bits: dict[str, Tensor] | None = None  # of the best mask
         self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
         self.dense_loss = math.inf  # not known
@@ -65,7 +67,10 @@ class Validation:
         with self.masked.use_masks(bits):
             loss = self.masked.mean_loss(self.heldout)
         if loss < self.loss:
-            self.bits, self.loss, self.step, self.prior = bits, loss, step, prior
+            self.bits = bits
+            self.loss = loss
+            self.step = step
+            self.prior = prior
         return loss
 
     def weaken_prior(self, m0: dict[str, Tensor], magnitude: float, step: int) -> None:
@@ -77,7 +82,9 @@ class Validation:
         """
         if not self.has_text:
             return
-        self.prior, lowest, worse = 1.0, math.inf, 0
+        self.prior = 1.0
+        lowest = math.inf
+        worse = 0
         bits = {name: layer.bits_of(m0[name]) for name, layer in self.masked.layers.items()}
         for share in PRIORS:
             loss = self._try(self.masked.mode_bits(bits, magnitude * (1 - share)), step, share)
@@ -101,7 +108,9 @@ class Validation:
 
     def restore(self, scalars: dict, read: Callable) -> None:
         """From `state`."""
-        self.loss, self.step, self.m0_loss = scalars["loss"], scalars["step"], scalars["m0_loss"]
+        self.loss = scalars["loss"]
+        self.step = scalars["step"]
+        self.m0_loss = scalars["m0_loss"]
         self.dense_loss = scalars["dense_loss"]
         if self.step is not None:
             self.bits = {
