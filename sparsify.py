@@ -29,18 +29,12 @@ Finished stages are skipped on --resume.
 
 from argparse import Namespace
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 from files.records import GENERATED
+from training import defaults
 from training.arguments import add_mask_arguments, add_run_arguments, parse
-from training.defaults import (
-    EVALUATIONS,
-    GENERATED_SHARE,
-    GIVEN_SHARE,
-    LOGITS,
-    STEP_SIZE,
-    STEPS,
-)
 from utils import (
     UserError,
     add_model_arguments,
@@ -59,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     budget = parser.add_mutually_exclusive_group()
     # fmt: off
     budget.add_argument("--steps", type=positive_int, default=None,
-                        help=f"of learning (default: {STEPS})")
+                        help=f"of learning (default: {defaults.STEPS})")
     budget.add_argument("--minutes", type=number(float, 0.01), default=None,
                         help="for everything: an estimate, which becomes a number of steps at the "
                              "start")
@@ -78,10 +72,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true",
                         help="first reorder channels, so that masks keep more")
-    parser.add_argument("--step_size", "--lr", type=number(float, 0), default=STEP_SIZE,
+    parser.add_argument("--step_size", "--lr", type=number(float, 0), default=defaults.STEP_SIZE,
                         help="total movement of a logit under pure-noise gradients (standard "
                              "deviation, in logits)")
-    parser.add_argument("--logits", type=number(float, 0), default=LOGITS,
+    parser.add_argument("--logits", type=number(float, 0), default=defaults.LOGITS,
                         help="C: scale of the first logits")
     parser.add_argument("--distill", type=number(float, 0, 1), default=None,
                         help="share of the loss that compares with the dense model's predictions, "
@@ -90,8 +84,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true",
                         help="less memory, a third more time per step")
     parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
-                        help="further texts for the table, their first 64 windows of 512 tokens: "
-                             "wikitext2, c4 or files")
+                        help=f"further texts for the table, their first {defaults.WINDOWS} windows "
+                             f"of {defaults.WINDOW} tokens: wikitext2, c4 or files")
     # fmt: on
     add_run_arguments(parser)
     args = parse(parser, argv)
@@ -108,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             "out --mask"
         )
     if args.minutes is None and args.steps is None:
-        args.steps = STEPS
+        args.steps = defaults.STEPS
     return args
 
 
@@ -180,17 +174,18 @@ def given_texts(
     return preparation.given_texts(read, args.dataset or [], tokens, args.shard)
 
 
-def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer) -> plans.Plan:
-    """What the budget buys. Of minutes, text takes its share if --dataset does not suffice."""
+def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer, given: Callable) -> plans.Plan:
+    """What the budget buys. Of minutes, text takes its share if --dataset does not suffice. given:
+    `given_texts` of a number of tokens."""
     minibatch = args.batchsize * args.seqlen
     if args.steps:
         return plans.of_steps(args.steps, minibatch)
     processes.log("measuring this machine")
     seconds = plans.measured(model, args.sparsity_type, args.batchsize, args.seqlen)
     plan = plans.of_minutes(args.minutes, seconds, minibatch)
-    questions, others = given_texts(args, tokenizer, plan.tokens)
-    given = sum(text.numel() for text in questions + others)
-    if given < plan.tokens and not args.shard:
+    questions, others = given(plan.tokens)
+    has = sum(text.numel() for text in questions + others)
+    if has < plan.tokens and not args.shard:
         seconds["token"] = plans.token_s(model, tokenizer)
         plan = plans.of_minutes(args.minutes, seconds, minibatch)
     processes.log(plans.in_words(plan, seconds))
@@ -198,17 +193,17 @@ def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer) -> plans.Pl
 
 
 def read_text(
-    args: Namespace, model: nn.Module, tokenizer: Tokenizer, folder: RunFolder, stages: Stages
+    args: Namespace, model: nn.Module, tokenizer: Tokenizer, given: Callable, stages: Stages
 ) -> tuple[Tensor, Tensor]:
     """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, and their
     sequences' shares of distillation, `[minibatches, sequences]`. Text that is missing is
-    generated."""
+    generated. given: `given_texts` of a number of tokens."""
+    folder = stages.folder
     plan = folder.record["plan"]
-    given, generated = (
-        (GIVEN_SHARE, GENERATED_SHARE) if args.distill is None else (args.distill, args.distill)
-    )
-    questions, others = given_texts(args, tokenizer, plan["tokens"])
-    texts = [(text, given) for text in others]
+    given_share = defaults.GIVEN_SHARE if args.distill is None else args.distill
+    generated_share = defaults.GENERATED_SHARE if args.distill is None else args.distill
+    questions, others = given(plan["tokens"])
+    texts = [(text, given_share) for text in others]
     missing = plan["tokens"] - sum(text.numel() for text in questions + others)
     if missing and not args.shard:
         file = folder.path / GENERATED
@@ -222,11 +217,12 @@ def read_text(
         text = data.token_sequences(
             tokenizer, [str(file)], wanted, args.batchsize, args.seqlen, args.seed
         )
-        texts.append((text, generated))
+        texts.append((text, generated_share))
     elif args.after:
         processes.log("note: no text is generated, so that none continues --after's passages")
     rest = sum(text.numel() for text, _ in texts)
-    texts = [(preparation.at_most_a_quarter(text, rest), given) for text in questions] + texts
+    questions = [preparation.at_most_a_quarter(text, rest) for text in questions]
+    texts = [(text, given_share) for text in questions] + texts
     minibatches, distill = preparation.mixed(texts, args.seed)
     check_tokens(model, minibatches)
     return minibatches, distill
@@ -250,7 +246,7 @@ def first_mask(args: Namespace, model: nn.Module, stages: Stages, sequences: Ten
 
 
 def masked_model(args: Namespace, model: nn.Module, m0: MaskFile) -> MaskedModel:
-    """The model under m0, its logits not set yet."""
+    """The model under m0."""
     learned = learned_layers(model, m0, args.targets)
     # fmt: off
     return MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits,
@@ -292,14 +288,15 @@ def learn(
     # text -> minibatches; m0 -> the masked model
     model, tokenizer, mask = load(args, device)
     windows = read_windows(model, tokenizer, args.ppl)
+    given = lru_cache(1)(partial(given_texts, args, tokenizer))  # the plan may read it before
     if "steps" not in folder.record.get("plan", {}):  # not there, or of an earlier version
-        folder.note(plan=vars(planned(args, model, tokenizer)))
-    minibatches, distill = read_text(args, model, tokenizer, folder, stages)
+        folder.note(plan=vars(planned(args, model, tokenizer, given)))
+    minibatches, distill = read_text(args, model, tokenizer, given, stages)
     batches, selecting, unseen = plans.split(minibatches)
     m0 = mask or first_mask(args, model, stages, batches.flatten(0, 1))
-    folder.note(plan={**folder.record["plan"], "learned_tokens": minibatches.numel()})
     text = data.fingerprint(minibatches)
     folder.check_inputs(model=model_fingerprint(model), mask=fingerprint(m0.masks), text=text)
+    folder.note(plan={**folder.record["plan"], "learned_tokens": minibatches.numel()})
     table = Table(folder, tokenizer, unseen, windows)
     if not args.shard:
         table.write("dense", model)
@@ -307,7 +304,7 @@ def learn(
     learner = learner_of(masked, args.seqlen, args.gradient_checkpointing)
     validation = Validation(learner, selecting)
     steps = folder.record["plan"]["steps"]
-    run = Run(folder, signals, validation, len(batches), steps, evaluations=EVALUATIONS)
+    run = Run(folder, signals, validation, len(batches), steps, evaluations=defaults.EVALUATIONS)
     if not run.restore(masked=masked, learner=learner, validation=validation):
         with stages.stage("swaps", "the dense model and m0 are evaluated; then swaps improve m0"):
             improve_m0(args, table, validation, batches, start or initialize.from_swaps)

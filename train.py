@@ -193,10 +193,10 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     set_seed(args.seed, deterministic=True)
     check_paths([args.mask], [args.dataset])
     estimator = pge.Estimator(args.estimator, args.alpha, args.debias_tracker)
-    source = args.baseline if estimator.needs_baseline else None
     size = args.dataset_size, args.batchsize, args.seqlen
-    if source not in (None, "online"):
-        source = baselines.find(source, *size)
+    file = None
+    if estimator.needs_baseline and args.baseline != "online":
+        file = baselines.find(args.baseline, *size)
 
     # text -> minibatches; m0 -> the masked model and the baseline
     load = load_sharded if args.shard and processes.world_size() > 1 else load_model
@@ -208,16 +208,18 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     learned = learned_layers(model, m0, args.targets)
     minibatches = data.minibatches(tokenizer, args.dataset, *size)
     depends_on = baselines.conditions(model, m0.masks, minibatches)
-    names = {"model": "model", "mask": "mask", "text": "tokens"}
-    folder.check_inputs(**{name: depends_on[key] for name, key in names.items()})
-    cached = baselines.load(source, depends_on) if source not in (None, "online") else None
+    folder.check_inputs(
+        model=depends_on["model"], mask=depends_on["mask"], text=depends_on["tokens"]
+    )
+    baseline = baselines.load(file, depends_on) if file else None
     batches, heldout = hold_out(minibatches, args.val_fraction)
     # fmt: off
     masked = MaskedModel(model, m0.masks, space, args.logits, DTYPES[args.logits_dtype],
                          learned, args.seed, keep_dense=args.init == "scores",
                          microbatch=args.microbatch)
     # fmt: on
-    baseline = baselines.OnlineBaseline(masked, batches) if source == "online" else cached
+    if estimator.needs_baseline and baseline is None:
+        baseline = baselines.OnlineBaseline(masked, batches)
 
     learner = PolicyGradient(masked, batches, baseline, estimator)
     validation = Validation(learner, heldout)

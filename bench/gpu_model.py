@@ -100,27 +100,24 @@ def learning(args: argparse.Namespace) -> Rows:
 def deterministic(args: argparse.Namespace) -> Rows:
     """The step of train.py as it runs there, with deterministic algorithms: twice the same bits,
     and its time."""
-    shape, model = a_model(args, "llama3.2-1b", torch.float16 if is_gpu(args) else torch.float32)
+    dtype = torch.float16 if is_gpu(args) else torch.float32
     batch = torch.randint(
         0, 256, (8, 64 if args.quick else 128), generator=torch.Generator().manual_seed(args.seed)
     )
-    masks = common.magnitude_masks(model)
     results = []
     seconds = []
 
-    def steps() -> None:
-        masked = MaskedModel(model, masks, LinearSpace(2, 4), 1.0)
+    def steps() -> str:
+        shape, model = a_model(args, "llama3.2-1b", dtype)
+        masked = MaskedModel(model, common.magnitude_masks(model), LinearSpace(2, 4), 1.0)
         learn = common.forward_step(masked)
         losses = [learn(batch) for _ in range(3)]
         seconds.append(common.median_s(lambda: learn(batch), args.device))
         bits = torch.cat([bits.cpu() for bits in masked.bits().values()])
-        for undo in masked.undo:
-            undo()
-        for layer in masked.layers.values():
-            layer.use(layer.weight)
         results.append((losses, bits))
+        return shape
 
-    steps()  # without
+    shape = steps()  # without
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -204,16 +201,19 @@ def step_row(
         else common.gradient_step(masked, checkpointing=True, distill=1.0)
     )
 
+    @torch.no_grad()
     def forward() -> None:
-        with torch.no_grad(), masked.use_dense():
-            model(input_ids=batch, use_cache=False)
+        model(input_ids=batch, use_cache=False)
 
     compile_s = common.median_s(lambda: learn(batch), args.device, repeats=1, warm_up=0)
+    with masked.use_dense():
+        forward()  # warms up
     forwards_s = []
     steps_s = []
     for _ in range(5):  # in turns, so that both see the same pace of the machine
-        forwards_s.append(common.median_s(forward, args.device, repeats=1))
-        steps_s.append(common.median_s(lambda: learn(batch), args.device, repeats=1))
+        with masked.use_dense():
+            forwards_s.append(common.median_s(forward, args.device, repeats=1, warm_up=0))
+        steps_s.append(common.median_s(lambda: learn(batch), args.device, repeats=1, warm_up=0))
     forward_s = statistics.median(forwards_s)
     step_s = statistics.median(steps_s)
     row = {

@@ -48,9 +48,8 @@ def compiled(function: Callable, eager: Callable, any_size: bool = False) -> Cal
     """
     if "1" in (os.environ.get("TORCH_COMPILE_DISABLE"), os.environ.get("TORCHDYNAMO_DISABLE")):
         return eager
-    fast = torch.compile(
-        function, dynamic=any_size, fullgraph=True, options={"max_fusion_size": 10_000}
-    )  # one loop, no temporaries
+    options = {"max_fusion_size": 10_000}  # one loop, no temporaries
+    fast = torch.compile(function, dynamic=any_size, fullgraph=True, options=options)
     broken = []
 
     def run(*args, **names):

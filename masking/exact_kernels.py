@@ -13,8 +13,7 @@ from torch import Tensor
 CHUNK = 2**18  # blocks at a time on a CPU, so that temporaries stay small
 GPU_CHUNK = 2**22  # on a GPU: few launches, and 16 MiB per plane
 CPU_NUMBERS = 64 * CHUNK  # of a score at once: those of a chunk at 4:8
-# that a score takes for each of its numbers (measured: float64, and what autograd keeps)
-BYTES = 35
+BYTES = 35  # of memory per number of a score (measured: float64, and what autograd keeps)
 GPU_SHARE = 1 / 16  # of a GPU's memory that a score may take
 
 
@@ -72,7 +71,9 @@ def update(
         moved = before - coefficient * space.score(before, bits_to_mask(bits[part], space.m))
         _store_blocks(logits, moved, part, generator)
     generator = _generator(key, start, bits.device)
-    chunks = zip(*(plane.split(chunk if bits.is_cuda else CHUNK) for plane in logits))
+    # the numbers drawn depend on the chunk: on a CPU it is the same whatever a score takes
+    draw_chunk = chunk if bits.is_cuda else CHUNK
+    chunks = zip(*(plane.split(draw_chunk) for plane in logits))
     bits.copy_(
         torch.cat(
             [mask_to_bits(space.sample(torch.stack(part, 1).float(), generator)) for part in chunks]

@@ -191,8 +191,8 @@ class Kernels:
         # viewed as integers out here: inside, a compiler would copy what might overlap
         n = self.space.n
         m = self.space.m
-        weight = as_words(weight, self.space.m)
-        out = as_words(out, self.space.m)
+        weight = as_words(weight, m)
+        out = as_words(out, m)
         if not self.is_fused:
             exact_kernels.update(logits, bits, weight, out, coefficient, key, self.space, start)
         elif weight.dim() == 1:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from statistics import fmean
 
 from masking.kernels import Kernels
-from masking.masked_layer import MaskedLayer, replace_modules, scratch_buffers
+from masking.masked_layer import MaskedLayer, MaskedLinear, replace_modules, scratch_buffers
 from masking.random_bits import layer_keys
 from masking.sharded_passes import ShardedPasses, set_gathered
 from masking.spaces import Space
@@ -63,6 +63,8 @@ class MaskedModel:
         self.undo: list[Callable] = []  # for `finish`
         self._instead: Bits | None = None  # used, by `use_masks`, instead of the masks drawn
         self._pruned: list[tuple[Tensor, Tensor]] = []  # weights of other layers; what m0 took
+        if any(isinstance(module, MaskedLinear) for module in model.modules()):
+            raise RuntimeError("the model is under learned masks already: finish them first")
         modules = find_layers(model)
         learned = list(masks) if learned is None else learned
         for name in masks:
@@ -100,10 +102,10 @@ class MaskedModel:
 
     def _fill(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
         """A pass has reached this layer: have its masked weight in `out`, or the scratch buffer."""
-        if not layer.sharded and layer.used is layer.weight:  # `use_dense`
-            return
         if layer.sharded:
             self.passes.note_written(layer)
+        elif layer.used is layer.weight:  # `use_dense`
+            return
         if layer.pending and self._instead is None:
             layer.flush(out)
         else:

@@ -2,7 +2,6 @@
 
 from masking.masked_layer import MaskedLayer
 
-import torch
 from torch import Tensor, nn
 
 
@@ -50,6 +49,5 @@ class ShardedPasses:
 def set_gathered(layer: MaskedLayer, own: Tensor) -> None:
     """Make the weight that FSDP has gathered in this pass that of all processes' rows; `own`
     `[rows, in]` are those of this process."""
-    with torch.no_grad():
-        gathered = layer.rows.whole(own.view(-1), layer.shape[1])
-        layer.dense.weight.data.copy_(gathered.view(layer.shape))
+    gathered = layer.rows.whole(own.view(-1), layer.shape[1])
+    layer.dense.weight.data.copy_(gathered.view(layer.shape))

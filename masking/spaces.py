@@ -9,9 +9,9 @@ from pge import patterns
 import torch
 from torch import Generator, Tensor
 
-# of `logits_from_scores`: what a kept weight has ahead, and the most that scores say
-MARGIN = 1.0
-LIMIT = 12.0
+# of `logits_from_scores`
+MARGIN = 1.0  # what a kept weight has ahead
+LIMIT = 12.0  # the most that scores say
 
 
 def logits_from_scores(mask: Tensor, magnitude: float, score: Tensor) -> Tensor:

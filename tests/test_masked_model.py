@@ -52,6 +52,8 @@ def test_masked_layers_are_seen_in_the_model_until_they_are_finished(kind, load)
     # equal decoder layers are printed once
     assert 2 * str(model).count("MaskedLinear(") == len(masks)
     assert model.state_dict().keys() == load(kind).state_dict().keys()
+    with pytest.raises(RuntimeError, match="finish them first"):
+        make(model)
     masked.finish()
     assert (
         all(module is own[name] for name, module in model.named_modules()) and str(model) == kinds

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import data
@@ -158,7 +159,8 @@ def test_minutes_measure_generation_only_if_given_text_does_not_suffice(
         f"--model {workshop}/dense --dataset {tmp_path}/text.jsonl --minutes 2 --batchsize 2 "
         "--seqlen 24".split()
     )
-    planned = sparsify.planned(args, model, tokenizer)
+    given = partial(sparsify.given_texts, args, tokenizer)
+    planned = sparsify.planned(args, model, tokenizer, given)
     assert (planned.steps < 85) == generates
 
 

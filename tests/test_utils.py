@@ -61,6 +61,8 @@ def test_a_script_begins_before_torch_is_imported(file):
             return
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             module = node.names[0].name if isinstance(node, ast.Import) else node.module
+            if module == "training":  # from training import defaults
+                module = f"training.{node.names[0].name}"
             assert module.partition(".")[0] in (*sys.stdlib_module_names, "utils") or module in (
                 "training.arguments",
                 "training.defaults",

@@ -17,24 +17,21 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 
-# share of the minibatches, and how many at most, to select the mask; as many to report
-HELDOUT = 0.02
-MOST_HELDOUT = 8
+HELDOUT = 0.02  # share of the minibatches that select the mask; as many report
+MOST_HELDOUT = 8  # minibatches that select
 PARTS = 2  # that are held out
 # tokens; beyond, another pass through the text does as well (docs/sparsify.md)
 MOST_GENERATED = 400_000
 FEWEST = 8  # minibatches of text, however short the time
 # of swaps over the blocks; three more bring a hundredth of what these do, for as much time again
 SWEEPS = 3
-# of the minutes, at most
-TEXT_SHARE = 0.3
-SWAPS_SHARE = 0.15
+TEXT_SHARE = 0.3  # of the minutes, at most
+SWAPS_SHARE = 0.15  # of the minutes, at most
 # of a step beside forward and backward: teacher, weight gradients, the masks' update, evaluations
 STEP_FORWARDS = 2.6
 FIXED_S = 30  # for compiling
-# at a time, and tokens of each, to measure generation by
-DOCUMENTS = 128
-GENERATED = 8
+DOCUMENTS = 128  # at a time, to measure generation by
+GENERATED = 8  # tokens of each
 SLOWER = 1.3  # times as long as these first tokens: the later ones
 
 

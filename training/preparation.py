@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 READ_BY_SWAPS = 0.4  # of the planned text, at most
-# of the text, questions at most; how often each is read to make it
-QUESTIONS_SHARE = 0.25
-READINGS = 2
+QUESTIONS_SHARE = 0.25  # of the text, at most
+READINGS = 2  # of each question, to make that share
 SEQUENCES = 64  # of text that Wanda and the order are measured on
 
 
@@ -35,9 +34,8 @@ def mixed(texts: list[tuple[Tensor, float]], seed: int) -> tuple[Tensor, Tensor]
     if len(texts) == 1:  # it is in a random order already
         return minibatches, distill
     order = torch.randperm(distill.numel(), generator=torch.Generator().manual_seed(seed))
-    return minibatches.flatten(0, 1)[order].view_as(minibatches), distill.flatten()[order].view_as(
-        distill
-    )
+    mixed_minibatches = minibatches.flatten(0, 1)[order].view_as(minibatches)
+    return mixed_minibatches, distill.flatten()[order].view_as(distill)
 
 
 def given_texts(

@@ -7,14 +7,13 @@ from evaluation.perplexity import evaluate_windows
 from masking.masked_model import MaskedModel
 from models import generation
 from models.loading import Tokenizer, positions
+from training.defaults import WINDOW, WINDOWS
 from training.run_folder import RunFolder
 
 from torch import Tensor, nn
 
 PROMPT = 16  # tokens of held-out text that the models go on from
 SAMPLE = 30  # tokens that they write
-WINDOW = 512  # tokens in a window of a further text, at most
-WINDOWS = 64  # of each further text
 
 
 def read_windows(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
