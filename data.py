@@ -1,8 +1,8 @@
-"""Text into tokens: training minibatches, calibration samples and perplexity windows.
+"""Turn text into tokens: training minibatches, calibration samples and perplexity windows.
 
-Every function takes a Hugging Face tokenizer and a dataset: a file, a folder or a hub id, whose
-documents are what files/documents.py reads. What a user can mend is raised as UserError, a one-line
-message.
+Every function takes a Hugging Face tokenizer and a dataset (a file, a folder or a hub id), whose
+documents files/documents.py reads. Mistakes that the user can correct raise UserError with a
+one-line message.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ C4_VALIDATION = {
     "split": "validation",
 }
 WIKITEXT2_TEST = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}
-MOST_DOCUMENTS = 400_000  # kept in memory to draw from; C4's shard has 356,317
+MOST_DOCUMENTS = 400_000  # documents kept in memory to draw from; C4's shard has 356,317
 
 
 class TooShortError(UserError):
-    """A text that is shorter than one minibatch."""
+    """Raised for a text that is shorter than one minibatch."""
 
 
 def minibatches(
@@ -39,12 +39,12 @@ def minibatches(
     """The fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize, batchsize,
     seqlen].
 
-    The first dataset_size documents, in file order, with more than seqlen tokens (special tokens
-    included), cut to seqlen. Unshuffled and never padded; reading stops when enough were found.
-    Same samples as the authors' scripts.
+    They are the first dataset_size documents, in file order, with more than seqlen tokens (special
+    tokens included), cut to seqlen. They are not shuffled and never padded; reading stops when
+    there are enough. These are the samples of the authors' scripts.
 
-    Errors: UserError for sizes that do not fit together, too few documents long enough, and those
-    of `documents`.
+    Raises UserError if batchsize does not divide dataset_size or too few documents are long enough,
+    and the errors of `documents`.
     """
     if dataset_size % batchsize:
         raise UserError(
@@ -65,8 +65,8 @@ def minibatches(
     if len(samples) < dataset_size:
         raise UserError(
             f"only {len(samples)} of the {read} documents in {dataset} have more than {seqlen} "
-            f"tokens, --dataset_size asks for {dataset_size}: lower --dataset_size or --seqlen; "
-            "in a .txt blank lines separate documents"
+            f"tokens, but --dataset_size asks for {dataset_size}: lower --dataset_size or "
+            "--seqlen; in a .txt file, blank lines separate documents"
         )
     return torch.stack(samples).view(-1, batchsize, seqlen)
 
@@ -79,26 +79,25 @@ def token_sequences(
     seqlen: int,
     seed: int,
 ) -> torch.Tensor:
-    """Minibatches of about so many tokens of running text, shuffled: int64 [minibatches, batchsize,
+    """Shuffled minibatches of about `tokens` tokens of running text: int64 [minibatches, batchsize,
     seqlen].
 
-    Documents are read in the order of their files, of several datasets always one of that which has
-    given the fewest tokens, joined with the end-of-text token if there is one, and cut into
-    sequences across documents, so that of a text only the end that fills no minibatch is lost;
-    reading stops when there are enough tokens. Where the tokenizer puts a token before a text, a
-    sequence is that token and seqlen - 1 of the running text, which has it nowhere else: it stands
-    where it stands in use, in front.
+    Documents are read in file order, each time from the dataset that has given the fewest tokens so
+    far, until there are enough tokens. They are joined with the end-of-text token, if there is one,
+    and cut into sequences across documents, so only the end of the text that fills no minibatch is
+    lost. Each sequence starts with BOS if the tokenizer adds one; the remaining seqlen - 1 tokens
+    are running text, without BOS.
 
-    Errors: TooShortError for less than one minibatch, and those of `documents`.
+    Raises TooShortError if there is less than one minibatch, and the errors of `documents`.
     """
     bos = added_bos(tokenizer)
     begin = 0 if bos is None else 1
-    minibatch = batchsize * (seqlen - begin)  # tokens of the text in one
+    minibatch = batchsize * (seqlen - begin)  # tokens of running text per minibatch
     wanted = max(1, tokens // (batchsize * seqlen)) * minibatch
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = []
     unread = {index: documents(dataset) for index, dataset in enumerate(datasets)}
-    found = dict.fromkeys(unread, 0)  # tokens of each
+    found = dict.fromkeys(unread, 0)  # tokens read of each dataset
     with progress_bar(total=wanted, desc="reading tokens", leave=False) as bar:
         while unread and sum(found.values()) < wanted:
             index = min(unread, key=found.get)
@@ -106,7 +105,7 @@ def token_sequences(
             if text is None:
                 del unread[index]
                 continue
-            if not text.strip():  # a blank row is no document
+            if not text.strip():  # skip blank rows
                 continue
             pieces.append(
                 torch.tensor(encode(tokenizer, text)[begin:] + between, dtype=torch.int64)
@@ -118,7 +117,7 @@ def token_sequences(
     if not minibatches:
         raise TooShortError(
             f"{', '.join(datasets)} has only {found} tokens, fewer than one minibatch of "
-            f"{batchsize} x {seqlen}: lower --batchsize or --seqlen or use a longer text"
+            f"{batchsize} x {seqlen}: lower --batchsize or --seqlen, or use a longer text"
         )
     sequences = torch.cat(pieces)[: minibatches * minibatch].view(-1, seqlen - begin)
     sequences = torch.nn.functional.pad(sequences, (begin, 0), value=bos)
@@ -136,23 +135,23 @@ def calibration_samples(
 ) -> torch.Tensor:
     """Random crops of random documents to calibrate pruning on: int64 [nsamples, seqlen].
 
-    `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more than
-    seqlen tokens (special tokens included), then cropped at random. Draws the same samples as
-    theirs from the same seed, so only a crop from the first token on begins as the tokenizer begins
-    a text. Of a larger dataset the first MOST_DOCUMENTS documents are drawn from. With `bos` each
-    begins with that token, and ends a token earlier; this is not their protocol, not even for
-    Llama, and so never the default.
+    This is `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more
+    than seqlen tokens (special tokens included), which is then cropped at random. The same seed
+    gives the same samples as theirs, so a crop has BOS only if it starts at a document's first
+    token. Only the first MOST_DOCUMENTS documents of a dataset are drawn from.
 
-    Errors: UserError where no document is long enough, and those of `documents`.
+    bos: a token that each sample is to begin with, ending one token earlier. This is not their
+    protocol, not even for Llama, so it is never the default.
+
+    Raises UserError if no document is long enough, and the errors of `documents`.
     """
     # the stream of random.seed(seed), without touching the global one
     generator = random.Random(seed)
     texts = list(itertools.islice(documents(dataset), MOST_DOCUMENTS))
-    # of few, each is drawn often
+    # cached, as few documents are drawn often
     tokens_of = lru_cache(128)(lambda index: _tokens(tokenizer, texts[index]))
-    # short: indices of documents known to be too short
     samples = []
-    short = set()
+    short = set()  # indices of documents known to be too short
     with progress_bar(total=nsamples, desc="drawing documents", leave=False) as bar:
         while len(samples) < nsamples:
             if len(short) == len(texts):
@@ -180,10 +179,10 @@ def perplexity_windows(
     tokenizer: Tokenizer, dataset: str, seqlen: int, limit: int | None = None
 ) -> tuple[torch.Tensor, int]:
     """Disjoint windows of one long text to measure perplexity on, int64 [windows, seqlen], and the
-    number of tokens that the whole text has, the remainder included.
+    number of tokens in the whole text, the remainder included.
 
-    The text is tokenised in one call, cut into windows of seqlen tokens, the remainder dropped;
-    `limit` keeps the first so many windows. Protocol of SparseGPT, Wanda and MaskLLM:
+    The text is tokenised in one call and cut into windows of seqlen tokens; the remainder is
+    dropped. `limit` keeps the first windows only. Protocol of SparseGPT, Wanda and MaskLLM:
 
         wikitext2      the raw test split of WikiText-2, its rows joined with two newlines
         c4             the first 1100 documents of the first validation shard, joined with spaces,
@@ -191,7 +190,7 @@ def perplexity_windows(
         file.txt       the file as it is
         others         the documents of the dataset joined with two newlines
 
-    Errors: UserError for a text shorter than one window, and those of `documents`.
+    Raises UserError if the text is shorter than one window, and the errors of `documents`.
     """
     if dataset == "wikitext2":
         text = "\n\n".join(hub_texts(dataset, **WIKITEXT2_TEST))
@@ -214,28 +213,28 @@ def perplexity_windows(
 
 
 def added_bos(tokenizer: Tokenizer) -> int | None:
-    """The beginning-of-text token that this tokenizer puts before a text, or None. What it does
-    counts: some have such a token and put none."""
+    """The beginning-of-text token if this tokenizer puts it before a text, else None: some
+    tokenizers have such a token and do not add it."""
     first = tokenizer("a").input_ids[:1]
     return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text to go on from, of any length: without the end-of-text token that some
-    tokenizers put behind one."""
+    """The tokens of a text of any length, to be continued: without the end-of-text token that some
+    tokenizers append."""
     return without_end(tokenizer, tokenizer(text, verbose=False).input_ids)
 
 
 def without_end(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """These tokens of a text without the end-of-text token, if this tokenizer appends one to every
+    """Remove the end-of-text token from a text's tokens, if this tokenizer appends one to every
     text."""
     is_ended = tokens[-1:] == [tokenizer.eos_token_id] == tokenizer("a").input_ids[-1:]
     return tokens[:-1] if is_ended else tokens
 
 
 def wanted_bos(tokenizer: Tokenizer) -> int:
-    """For --bos: the beginning-of-text token, whether the tokenizer adds it or not. UserError where
-    there is none."""
+    """For --bos: the beginning-of-text token, whether or not the tokenizer adds it. Raises
+    UserError if there is none."""
     if tokenizer.bos_token_id is None:
         raise UserError(
             "--bos: the tokenizer of this model has no beginning-of-text token; leave out --bos"
@@ -244,13 +243,13 @@ def wanted_bos(tokenizer: Tokenizer) -> int:
 
 
 def fingerprint(batches: torch.Tensor) -> str:
-    """16 hex digits that change with any token or the shape: sha256 over shape and little-endian
+    """16 hex digits that identify tokens and shape: sha256 over the shape and the little-endian
     int64 tokens."""
     tokens = batches.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
     return hashlib.sha256(str(tuple(batches.shape)).encode() + tokens).hexdigest()[:16]
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """int64 [tokens], special tokens included, of any length: verbose=False drops the warning about
-    long inputs."""
+    """int64 [tokens] of a text of any length, special tokens included; verbose=False drops the
+    warning about long inputs."""
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)

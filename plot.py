@@ -1,4 +1,4 @@
-"""Plot the learning curves of runs: the training loss, or its residual against m0, and the held-out
+"""Plot learning curves of runs: the training loss, or its difference to m0's, and the held-out
 loss.
 
     # -> results/RUN/plot.png and plot.svg
@@ -6,9 +6,9 @@ loss.
     # two runs in one picture -> a_b.png and a_b.svg
     python plot.py results/A results/B --out a_b
 
-A dot is the loss of one step; the line is the mean of the last 32 steps. The residual is drawn
-where all runs have baselines. The script reads metrics.jsonl. The run may still be going on: an
-incomplete last line is left out.
+A dot is the loss of one step; the line is the mean of the last 32 steps. The difference is drawn if
+all runs have baselines. Reads metrics.jsonl, also of a run in progress: an incomplete last line is
+left out.
 """
 
 import argparse
@@ -25,8 +25,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--out",
         default=None,
         metavar="PREFIX",
-        help="path of the pictures without its ending (default: RUN/plot; of several runs, "
-        "comparison)",
+        help="path of the pictures without .png or .svg (default: RUN/plot, or comparison for "
+        "several runs)",
     )
     return parser.parse_args(argv)
 
@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> None:
         runs[run] = read_lines(Path(run) / "metrics.jsonl")
         if not runs[run]:
             raise UserError(
-                f"{run}/metrics.jsonl has no step yet; wait for the first, or give another run"
+                f"{run}/metrics.jsonl has no step yet; wait for the first one, or give another run"
             )
     prefix = args.out or (f"{args.runs[0]}/plot" if len(args.runs) == 1 else "comparison")
     paths = [
-        refuse_existing(f"{prefix}.{ending}", "choose another --out PREFIX or remove it")
+        refuse_existing(f"{prefix}.{ending}", "choose another --out PREFIX, or remove it")
         for ending in ("png", "svg")
     ]
     for path in paths:

@@ -1,27 +1,27 @@
-"""From a dense model to an N:M-sparse one, in one command.
+"""Make a dense model N:M sparse in one command.
 
-    # 300 steps; needs nothing else
+    # 300 steps; needs only the model
     python sparsify.py --model MODEL
-    # the text that it writes continues these
+    # about 30 minutes in all; the model generates text that continues these passages
     python sparsify.py --model MODEL --minutes 30 --after PASSAGES.jsonl
     python sparsify.py --model MODEL --dataset text.jsonl questions.jsonl --sparsity_type 4:8
-    # goes on with a run that was stopped
+    # resume a stopped run
     python sparsify.py --resume results/RUN
 
-    text      --dataset, of which questions make a quarter at most; the model generates what is
-              missing (models/generation.py), every document after one of the passages of --after
+    text      --dataset, of which questions make at most a quarter; the model generates what is
+              missing (models/generation.py), continuing the passages of --after, if given
     m0        --mask, or Wanda's mask on the same text; with --permute, channels are reordered
-              before
-    swaps     weights of a block change places while a layer's output comes closer to the dense one
+              first
+    swaps     weights of a block swap places if that brings a layer's output closer to the dense one
               (pruning/swaps.py)
-    learning  gradients of backward passes move the logits; the weights stay frozen
+    learning  backward passes give gradients that move the logits; the weights stay frozen
               (training/straight_through.py)
-    table     held-out perplexity of the dense model, m0 and the learned mask, on sequences that
-              taught and selected nothing, of given and generated text as they were learned from
-              (questions that are few may be in both)
+    table     perplexity of the dense model, m0 and the learned mask on held-out sequences, which
+              neither taught nor selected a mask; they mix given and generated text as the others
+              do (if there are few questions, one may be in both)
 
 The budget is a number of steps; --minutes measures this machine once and becomes steps
-(training/plan.py). So the same flags, or a run that is resumed, give the same mask, whatever else
+(training/plan.py). So the same flags give the same mask, also if a run is resumed, whatever else
 the machine does. Writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging
 Face folder with zeros), report.json, curve.png, metrics.jsonl (one line per step), run.json.
 Finished stages are skipped on --resume.
@@ -53,53 +53,53 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     budget = parser.add_mutually_exclusive_group()
     # fmt: off
     budget.add_argument("--steps", type=positive_int, default=None,
-                        help=f"of learning (default: {defaults.STEPS})")
+                        help=f"learning steps (default: {defaults.STEPS})")
     budget.add_argument("--minutes", type=number(float, 0.01), default=None,
-                        help="for everything: an estimate, which becomes a number of steps at the "
-                             "start")
+                        help="estimated minutes of the whole run; turned into a number of steps "
+                             "at the start")
     parser.add_argument("--dataset", nargs="+", default=None,
-                        help="text to learn from: hub ids, .json.gz, .jsonl, .parquet, .txt, "
-                             "folders; also questions, as eval.py's --task_file; if it is too "
-                             "short, the model generates the rest")
+                        help="text to learn from: hub ids, .json.gz, .jsonl, .parquet or .txt "
+                             "files, folders; also questions, as in eval.py's --task_file; the "
+                             "model generates what is missing, or all if this is left out")
     parser.add_argument("--after", metavar="PASSAGES", default=None,
-                        help="text of the kind that the model will meet: what it generates "
-                             "continues these")
-    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens in a sequence")
+                        help="text like that on which the model will be used: what it generates "
+                             "continues passages of this text")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens per sequence")
     parser.add_argument("--batchsize", type=positive_int, default=8,
-                        help="sequences in a step of each process")
+                        help="sequences per step and process")
     parser.add_argument("--microbatch", type=positive_int, default=32,
-                        help="sequences in one forward pass, at most")
+                        help="sequences per forward pass, at most")
     add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true",
-                        help="first reorder channels, so that masks keep more")
+                        help="reorder channels first, so that masks keep more of the weights' "
+                             "scores")
     parser.add_argument("--step_size", "--lr", type=number(float, 0), default=defaults.STEP_SIZE,
                         help="total movement of a logit under pure-noise gradients (standard "
                              "deviation, in logits)")
     parser.add_argument("--logits", type=number(float, 0), default=defaults.LOGITS,
-                        help="C: scale of the first logits")
+                        help="C: scale of the initial logits")
     parser.add_argument("--distill", type=number(float, 0, 1), default=None,
-                        help="share of the loss that compares with the dense model's predictions, "
-                             "not with the text (default: 1 on text that it generates, 0.5 on "
+                        help="share of the loss that compares with the dense model's predictions "
+                             "instead of the text (default: 1 on generated text, 0.5 on "
                              "--dataset)")
     parser.add_argument("--gradient_checkpointing", action="store_true",
-                        help="less memory, a third more time per step")
+                        help="use less memory, and a third more time per step")
     parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
-                        help=f"further texts for the table, their first {defaults.WINDOWS} windows "
-                             f"of {defaults.WINDOW} tokens: wikitext2, c4 or files")
+                        help=f"more texts for the table: wikitext2, c4 or files; the first "
+                             f"{defaults.WINDOWS} windows of {defaults.WINDOW} tokens are used")
     # fmt: on
     add_run_arguments(parser)
     args = parse(parser, argv)
     if args.shard and not args.resume and not (args.dataset and args.mask and args.steps):
         parser.error(
-            "--shard needs --dataset, --mask and --steps: text and m0 are made, and speed is "
-            "measured, in one process that has the whole model"
+            "--shard needs --dataset, --mask and --steps: only a process with the whole model can "
+            "generate text, make m0 and measure its speed"
         )
     if len({Path(text).name for text in args.ppl}) < len(args.ppl):
-        parser.error("--ppl: two texts have one name, which the table would show twice: rename one")
+        parser.error("--ppl: two texts have the same name in the table: rename one")
     if args.permute and args.mask:
         parser.error(
-            "--permute makes a mask of its own, for the order of channels that it finds: leave "
-            "out --mask"
+            "--permute makes its own m0, for the channel order that it finds: leave out --mask"
         )
     if args.minutes is None and args.steps is None:
         args.steps = defaults.STEPS
@@ -140,8 +140,8 @@ from torch import Tensor, nn
 
 
 def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, MaskFile | None]:
-    """The model, its tokenizer and the mask given, if one is; UserError where no mask can be
-    learned of it as the flags ask."""
+    """Load the model, its tokenizer and the mask of --mask (None if not given). Raises UserError if
+    the flags ask for a mask that cannot be learned on this model."""
     read = load_sharded if args.shard and processes.world_size() > 1 else load_model
     model, tokenizer = read(args.model, args.dtype, device, args.trust_remote_code)
     if args.shard and model.dtype == torch.float16:
@@ -163,8 +163,8 @@ def load(args: Namespace, device: str | None) -> tuple[nn.Module, Tokenizer, Mas
 def given_texts(
     args: Namespace, tokenizer: Tokenizer, tokens: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Minibatches of --dataset's questions and of its other text, up to so many tokens: lists of
-    none or one."""
+    """Read up to `tokens` tokens of --dataset. Returns the minibatches of its questions and those
+    of its other text, as lists of none or one."""
 
     def read(datasets: list[str], tokens: int) -> Tensor:
         return data.token_sequences(
@@ -175,8 +175,8 @@ def given_texts(
 
 
 def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer, given: Callable) -> plans.Plan:
-    """What the budget buys. Of minutes, text takes its share if --dataset does not suffice. given:
-    `given_texts` of a number of tokens."""
+    """The plan for the budget. With --minutes, time for generating text is set aside if --dataset
+    does not suffice. given: reads `given_texts` for a number of tokens."""
     minibatch = args.batchsize * args.seqlen
     if args.steps:
         return plans.of_steps(args.steps, minibatch)
@@ -195,9 +195,9 @@ def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer, given: Call
 def read_text(
     args: Namespace, model: nn.Module, tokenizer: Tokenizer, given: Callable, stages: Stages
 ) -> tuple[Tensor, Tensor]:
-    """What is learned from: minibatches, int64 `[minibatches, sequences, tokens]`, and their
-    sequences' shares of distillation, `[minibatches, sequences]`. Text that is missing is
-    generated. given: `given_texts` of a number of tokens."""
+    """The text to learn from: minibatches, int64 `[minibatches, sequences, tokens]`, and each
+    sequence's share of distillation, `[minibatches, sequences]`. The model generates what is
+    missing. given: reads `given_texts` for a number of tokens."""
     folder = stages.folder
     plan = folder.record["plan"]
     given_share = defaults.GIVEN_SHARE if args.distill is None else args.distill
@@ -210,7 +210,7 @@ def read_text(
         minibatch = args.batchsize * args.seqlen
         wanted = min(missing, plan["generated"]) // minibatch * minibatch
         if "text" not in stages.done:
-            with stages.stage("text", f"the model generates up to {wanted:,} tokens"):
+            with stages.stage("text", f"generating up to {wanted:,} tokens"):
                 preparation.generate_text(
                     file, model, tokenizer, wanted, args.seqlen, args.after, args.seed
                 )
@@ -219,7 +219,7 @@ def read_text(
         )
         texts.append((text, generated_share))
     elif args.after:
-        processes.log("note: no text is generated, so that none continues --after's passages")
+        processes.log("note: no text is generated, so --after is not used")
     rest = sum(text.numel() for text, _ in texts)
     questions = [preparation.at_most_a_quarter(text, rest) for text in questions]
     texts = [(text, given_share) for text in questions] + texts
@@ -229,15 +229,17 @@ def read_text(
 
 
 def first_mask(args: Namespace, model: nn.Module, stages: Stages, sequences: Tensor) -> MaskFile:
-    """m0: Wanda's mask, measured on int64 `[sequences, tokens]`. With --permute the channels are
-    reordered before."""
+    """m0: Wanda's mask, measured on int64 `[sequences, tokens]`. With --permute, channels are
+    reordered first."""
     layers = args.model, args.targets, args.sparsity_type
     order = stages.folder.path / ORDER
     wanda = stages.folder.path / "initial_mask.safetensors"
-    if args.permute and "order" in stages.done:  # another process may just have written the file
+    if (
+        args.permute and "order" in stages.done
+    ):  # not by the file: another process may just have written it
         apply_permutation(model, order)
     elif args.permute:
-        with stages.stage("order", "channels are reordered"):
+        with stages.stage("order", "reordering channels"):
             preparation.reorder_channels(order, model, *layers, sequences, args.seed)
     if not ("m0" in stages.done and processes.broadcast_float(float(wanda.exists()))):
         with stages.stage("m0", "Wanda's mask"):
@@ -246,7 +248,7 @@ def first_mask(args: Namespace, model: nn.Module, stages: Stages, sequences: Ten
 
 
 def masked_model(args: Namespace, model: nn.Module, m0: MaskFile) -> MaskedModel:
-    """The model under m0."""
+    """Put the model under m0."""
     learned = learned_layers(model, m0, args.targets)
     # fmt: off
     return MaskedModel(model, m0.masks, LinearSpace(m0.n, m0.m), args.logits,
@@ -258,7 +260,7 @@ def masked_model(args: Namespace, model: nn.Module, m0: MaskFile) -> MaskedModel
 def improve_m0(
     args: Namespace, table: Table, validation: Validation, batches: Tensor, start: Callable
 ) -> None:
-    """Evaluate the dense model and m0; then swaps improve m0, and the logits follow."""
+    """Evaluate the dense model and m0; then improve m0 by swaps and set the logits accordingly."""
     masked = validation.masked
     plan = table.folder.record["plan"]
     with masked.use_dense():
@@ -279,17 +281,19 @@ def learn(
     learner_of: Callable = StraightThrough,
     start: Callable | None = None,
 ) -> None:
-    """The run from its start, or from where it was stopped, to its results. Both functions are for
-    rivals."""
+    """Do the run, from its start or from where it was stopped, up to its results. learner_of makes
+    the learner and start sets the first logits; other methods pass their own."""
     set_seed(args.seed)
     check_paths([args.mask], [args.after, *(args.dataset or []), *args.ppl])
     stages = Stages(folder)
 
-    # text -> minibatches; m0 -> the masked model
+    # read the text and m0
     model, tokenizer, mask = load(args, device)
     windows = read_windows(model, tokenizer, args.ppl)
-    given = lru_cache(1)(partial(given_texts, args, tokenizer))  # the plan may read it before
-    if "steps" not in folder.record.get("plan", {}):  # not there, or of an earlier version
+    given = lru_cache(1)(
+        partial(given_texts, args, tokenizer)
+    )  # cached, as `planned` may read the same
+    if "steps" not in folder.record.get("plan", {}):  # none yet, or one of an earlier version
         folder.note(plan=vars(planned(args, model, tokenizer, given)))
     minibatches, distill = read_text(args, model, tokenizer, given, stages)
     batches, selecting, unseen = plans.split(minibatches)
@@ -306,7 +310,7 @@ def learn(
     steps = folder.record["plan"]["steps"]
     run = Run(folder, signals, validation, len(batches), steps, evaluations=defaults.EVALUATIONS)
     if not run.restore(masked=masked, learner=learner, validation=validation):
-        with stages.stage("swaps", "the dense model and m0 are evaluated; then swaps improve m0"):
+        with stages.stage("swaps", "evaluating the dense model and m0, then improving m0 by swaps"):
             improve_m0(args, table, validation, batches, start or initialize.from_swaps)
             run.save()
 
@@ -316,7 +320,7 @@ def learn(
             size = step_size(args.step_size, run.share_done, run.total_steps)
             run.advance(learner.step(batches[index], size, distill[index].tolist()))
 
-    with stages.stage("table", "the learned mask is evaluated and written"):
+    with stages.stage("table", "evaluating and writing the learned mask"):
         with masked.use_masks(validation.bits):
             table.add("learned", masked)
         summary = results.deliver(run, m0, tokenizer, False, args.skip_checkpoint)

@@ -1,7 +1,6 @@
-"""What every script shares: errors for people, flags, a progress bar, and how a script begins and
-ends.
+"""Shared by all scripts: user errors, flags, a progress bar, and how a script starts and ends.
 
-Nothing here imports torch, which takes seconds: a wrong flag is refused before.
+Nothing here imports torch, which takes seconds, so a wrong flag is refused at once.
 """
 
 import argparse
@@ -15,21 +14,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-VERSION = "0.9.0"  # as in CITATION.cff
-LINE_S = 30  # between two bars in a log
+VERSION = "0.9.0"  # the same as in CITATION.cff
+LINE_S = 30  # seconds between two progress lines in a log
 LLAMA2 = "meta-llama/Llama-2-7b-hf"  # the authors' defaults
 C4 = "allenai/c4"
 DTYPES = ("float16", "bfloat16", "float32")
 
 
 class UserError(Exception):
-    """A mistake the user can mend: printed as one line, exit code 2, no traceback."""
+    """A mistake that the user can correct: printed as one line, with exit code 2 and no
+    traceback."""
 
 
 @contextmanager
 def as_user_error(what: str | Path, advice: str, doubt: str = "") -> Iterator[None]:
-    """Turn whatever reading raises into a UserError that begins with `what`: parsers share no class
-    of error. doubt: goes on from `what` in errors that are none of ours."""
+    """Turn any exception of the block into a UserError that begins with `what`; parsers share no
+    class of error. doubt: follows `what` unless the exception is a UserError already."""
     try:
         yield
     except UserError as error:
@@ -47,8 +47,8 @@ def as_user_error(what: str | Path, advice: str, doubt: str = "") -> Iterator[No
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's memory is full or a CPU's. PyTorch has no class of error for the latter, nor
-    for what Triton and cuBLAS need on a GPU."""
+    """Whether a GPU's or a CPU's memory is full. PyTorch has no exception class for a full CPU
+    memory, nor for failed allocations of Triton and cuBLAS on a GPU."""
     said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return (
         isinstance(error, MemoryError)
@@ -58,22 +58,22 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def use_short_spins() -> None:
-    """Have OpenMP's threads spin only briefly while they wait, on cores that another process may
-    want. It costs nothing alone. Call it before torch is imported, which is when OpenMP reads
-    these."""
+    """Make OpenMP's threads spin only briefly while they wait, as another process may want the
+    cores. This costs nothing if there is none. Call it before torch is imported, when OpenMP reads
+    these variables."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")
 
 
 def note(message: str) -> None:
-    """Say something to stderr, once however many processes the launcher has started."""
+    """Print a message to stderr, once for all processes of a launcher."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
 
 
 def begin_script(parse_args: Callable[[], argparse.Namespace]) -> None:
-    """What a script does before it imports torch and transformers: it refuses a wrong command, and
-    says that it has begun. From here on Ctrl-C is a line, not a traceback."""
+    """Check the command line and announce the start, before torch and transformers are imported.
+    From here on Ctrl-C prints one line instead of a traceback."""
     sys.excepthook = lambda kind, *rest: (
         print("interrupted", file=sys.stderr)
         if kind is KeyboardInterrupt
@@ -85,7 +85,7 @@ def begin_script(parse_args: Callable[[], argparse.Namespace]) -> None:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call a script's `main`; a mistake or full memory becomes one line and exit code 2."""
+    """Call a script's `main`; a UserError or full memory becomes one line and exit code 2."""
     try:
         main()
     except UserError as error:
@@ -96,17 +96,17 @@ def run_script(main: Callable[[], object]) -> None:
             raise
         print(
             f"error: out of memory ({' '.join(str(error).split())[:120]}); use a 16-bit --dtype "
-            "or --logits_dtype, or --gradient_checkpointing, or lower --microbatch (which costs "
-            "memory in sparsify.py), --batchsize, --tasks_batchsize, --nsamples or --seqlen, "
-            "where the script has it",
+            "or --logits_dtype, or --gradient_checkpointing, or lower --batchsize, --seqlen, "
+            "--nsamples, --tasks_batchsize or --microbatch (which costs memory in sparsify.py), "
+            "if the script has the flag",
             file=sys.stderr,
         )
         sys.exit(2)
 
 
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
-    """tqdm's bar; where it is no terminal that reads it, one every LINE_S, so that logs stay
-    short."""
+    """tqdm's bar; if stderr is not a terminal, a line at most every LINE_S seconds, so that logs
+    stay short."""
     if not sys.stderr.isatty():
         names |= {
             "mininterval": LINE_S,
@@ -124,8 +124,8 @@ def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command, and which flag may be meant by one that does
-    not exist."""
+    """A parser that reports errors in one line, and suggests an existing flag for an unknown
+    one."""
 
     def error(self, message: str) -> None:
         unknown = re.search(r"unrecognized arguments: (--\w+)", message)
@@ -135,12 +135,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(
             2,
             f"error: {message}; "
-            f"{f'is {near[0]} meant?' if near else '--help explains the flags'}\n",
+            f"{f'did you mean {near[0]}?' if near else '--help explains the flags'}\n",
         )
 
 
 def script_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser that shows the script's docstring, its manual, and every flag's default."""
+    """A parser whose --help shows the script's docstring, as its manual, and every flag's
+    default."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str:
@@ -154,7 +155,7 @@ def script_parser(docstring: str) -> argparse.ArgumentParser:
 
 
 def sparsity_type(text: str) -> tuple[int, int]:
-    """'N:M' -> (N, M) with 1 <= N < M <= 16; for argparse, so a bad one is a usage error."""
+    """Parse 'N:M' into (N, M) with 1 <= N < M <= 16, for argparse."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match or not 1 <= int(match[1]) < int(match[2]) <= 16:
         raise argparse.ArgumentTypeError(f"'{text}' is not N:M with 1 <= N < M <= 16, such as 2:4")
@@ -162,7 +163,7 @@ def sparsity_type(text: str) -> tuple[int, int]:
 
 
 def number(kind: type, lowest: float, highest: float = 2**63 - 1) -> Callable[[str], float]:
-    """A type for argparse: int or float, of at least `lowest` and at most `highest`."""
+    """A type for argparse: an int or float from `lowest` to `highest`."""
 
     def parsed(text: str) -> float:
         with suppress(ValueError):
@@ -176,9 +177,8 @@ def number(kind: type, lowest: float, highest: float = 2**63 - 1) -> Callable[[s
     return parsed
 
 
-# a token, and one to predict from it, at least
 positive_int = number(int, 1)
-sequence_length = number(int, 2)
+sequence_length = number(int, 2)  # at least one token, and one to predict from it
 
 
 def add_model_arguments(
@@ -188,14 +188,16 @@ def add_model_arguments(
     device: str | None = None,
     is_random: bool = True,
 ) -> None:
-    """Which model, where, of what dtype: the parameters of `models.loading.load_model`, by default
-    these; and the seed of a script that draws."""
-    parser.add_argument("--model", default=model, help="Hugging Face causal LM: hub id or folder")
+    """Add the flags that `models.loading.load_model` takes (model, dtype, device), with these
+    defaults, and --seed if the script draws random numbers."""
+    parser.add_argument(
+        "--model", default=model, help="Hugging Face causal LM: a hub id or a folder"
+    )
     parser.add_argument(
         "--dtype",
         default=dtype,
         choices=["auto", "checkpoint", *DTYPES],
-        help="of the weights; auto: what the hardware is fast at; checkpoint: as they are stored"
+        help="dtype of the weights; auto: one that is fast on this hardware; checkpoint: as stored"
         + ("" if dtype else " (default: auto on a CPU, float16 on a GPU)"),
     )
     parser.add_argument(
@@ -205,29 +207,34 @@ def add_model_arguments(
         + ("" if device else " (default: cuda if there is one)"),
     )
     if is_random:
-        parser.add_argument("--seed", type=number(int, 0), default=0, help="of every random choice")
+        parser.add_argument(
+            "--seed", type=number(int, 0), default=0, help="seed of every random choice"
+        )
     parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that the model brings or names"
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
     )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The fixed list of minibatches that inference_loss.py and train.py must agree on, and how many
-    sequences go through the model at once."""
+    """Add the flags for the fixed list of minibatches, on which inference_loss.py and train.py must
+    agree, and for the number of sequences per forward pass."""
     parser.add_argument(
         "--dataset",
         default=C4,
-        help="training text: hub id, .json.gz, .jsonl, .parquet, .txt or a folder",
+        help="training text: a hub id, a .json.gz, .jsonl, .parquet or .txt file, or a folder",
     )
     parser.add_argument(
-        "--dataset_size", type=positive_int, default=512, help="training documents, a sequence each"
+        "--dataset_size",
+        type=positive_int,
+        default=512,
+        help="training documents, each cut to one sequence",
     )
     parser.add_argument(
-        "--batchsize", type=positive_int, default=32, help="sequences in a minibatch"
+        "--batchsize", type=positive_int, default=32, help="sequences per minibatch"
     )
     parser.add_argument(
-        "--seqlen", "--sqlen", type=sequence_length, default=128, help="tokens in a sequence"
+        "--seqlen", "--sqlen", type=sequence_length, default=128, help="tokens per sequence"
     )
     parser.add_argument(
-        "--microbatch", type=positive_int, default=32, help="sequences in one forward pass, at most"
+        "--microbatch", type=positive_int, default=32, help="sequences per forward pass, at most"
     )

@@ -227,7 +227,7 @@ TEXTS = [
     ),
     ("sparsify", "--ppl {w}/absent.txt", "absent.txt: no such file", "check the path"),
     ("alone", "--ppl {w}/short.txt", "fewer than one window of 256", "use a longer text"),
-    ("alone", "--ppl {w}/text.jsonl ./text.jsonl", "two texts have one name"),
+    ("alone", "--ppl {w}/text.jsonl ./text.jsonl", "two texts have the same name"),
     ("train", "--dataset {w}/few.jsonl", "only 3 of the 3 documents", "lower --dataset_size"),
     (
         ["train", "inference_loss"],
@@ -278,7 +278,7 @@ BASELINES = [
     (
         "train",
         "--baseline cached",
-        "inference_loss_8_bs4_sql32.npz: there is no such baseline",
+        "inference_loss_8_bs4_sql32.npz: no such baseline file",
         AGAIN,
     ),
     ("train", "--mask {w}/flipped.safetensors", "baseline.npz is stale: mask", AGAIN),
@@ -355,7 +355,7 @@ ARGUMENTS = [
     ],
     ("prune", "--prune_method sparsegpt --swaps 3", "--swaps improves a mask of unchanged weights"),
     ("prune", f"--seed {10**30}", "--seed"),
-    ("train", "--sparsty_type 2:4", "--sparsty_type", "is --sparsity_type meant?"),
+    ("train", "--sparsty_type 2:4", "--sparsty_type", "did you mean --sparsity_type?"),
     (list(COMMANDS), "--nonsense", "--nonsense"),
 ]
 RECORDS = [

@@ -207,7 +207,8 @@ def test_a_process_that_hangs_is_reported(w, tmp_path):
     os.kill(hanging, signal.SIGKILL)
     assert launched.wait() != 0
     assert (
-        f"go on with: torchrun --nproc_per_node 2 train.py --resume {tmp_path}/run" in launched.said
+        f"resume with: torchrun --nproc_per_node 2 train.py --resume {tmp_path}/run"
+        in launched.said
     )
 
 
@@ -218,7 +219,7 @@ def test_a_signal_ends_all_processes_after_the_same_step(w, tmp_path):
     launched.wait_until(lambda: len(steps_of(run)) > 3)
     launched.send_signal(signal.SIGTERM)
     assert launched.wait() != 0
-    assert f"stopped after step {len(steps_of(run))}, with its state saved" in launched.said
+    assert f"stopped after step {len(steps_of(run))}; its state is saved" in launched.said
     resumed = started(2, w, ["sparsify.py", "--resume", run])
     assert resumed.wait() == 0, resumed.said
     assert kill.contents(run) == kill.contents(learn(2, w, tmp_path / "whole/run", flags))

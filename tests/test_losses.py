@@ -22,7 +22,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(workshop, tmp_path, lo
     said = capsys.readouterr().out
     command = (
         f"python eval.py --model {workshop}/dense --mask {tmp_path}/run --ppl TEXT --seqlen 256   "
-        f"  # TEXT: of the kind of {workshop}/text.jsonl, but not learned from\n"
+        f"  # TEXT: of the same kind as {workshop}/text.jsonl, but not learned from\n"
     )
     assert "3 skipped" in said and said.endswith(command)
 
@@ -32,7 +32,7 @@ def test_three_in_a_row_stop_the_run_with_its_last_good_state(workshop, tmp_path
     run = tmp_path / "run"
     with pytest.raises(
         UserError,
-        match=r"the loss is inf at step 3 and at all up to step 5; start a new run "
+        match=r"the loss is inf at step 3 and at all steps up to 5; start a new run "
         r"with a smaller --lr.*--resume",
     ):
         train.main(arguments(workshop, run, VANILLA))

@@ -84,10 +84,10 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(workshop, tm
     code, said = kill.in_process(workshop, flags, "forward", 100, sent)
     assert code == 128 + sent
     assert (
-        f"go on with: python train.py --resume {tmp_path}/run" in said and "Traceback" not in said
+        f"resume with: python train.py --resume {tmp_path}/run" in said and "Traceback" not in said
     )
     done = steps_of(tmp_path / "run")[-1]
-    assert f"stopped after step {done}, with its state saved" in said
+    assert f"stopped after step {done}; its state is saved" in said
     assert states_of(tmp_path / "run") == [f"step{done:08d}.pt"]
 
 
@@ -99,7 +99,7 @@ def test_torn_states_are_passed_over(workshop, tmp_path, losses, capsys):
     newest.write_bytes(newest.read_bytes()[:-1])
     train.main(["--resume", str(tmp_path / "run")])
     said = capsys.readouterr().err
-    assert "step00000005.pt is torn or damaged" in said and "going on after step 4" in said
+    assert "step00000005.pt is truncated or damaged" in said and "resuming after step 4" in said
     assert_as_uninterrupted(workshop, tmp_path / "run", VANILLA)
 
 

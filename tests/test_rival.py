@@ -53,7 +53,8 @@ def test_a_rival_in_the_place_of_our_learner(ours, tmp_path, monkeypatch, method
         patch.setattr(sparsify, "load", raises(KeyboardInterrupt))
         rival.main([method, *like, f"{tmp_path}/run"])
     with pytest.raises(
-        UserError, match=f"`python reproduce/rival.py {method} --resume {tmp_path}/run` goes on"
+        UserError,
+        match=f"resume it with `python reproduce/rival.py {method} --resume {tmp_path}/run`",
     ):
         # before its first state nothing in it is a rival's
         sparsify.main(["--resume", f"{tmp_path}/run"])

@@ -16,7 +16,7 @@ from runs import VANILLA, arguments, raises, states_of
 def test_the_second_run_in_a_folder_is_refused(workshop, stopped):
     with pytest.raises(
         UserError,
-        match=r"exists already; go on with it: python train.py --resume .*or choose another",
+        match=r"exists already; resume it: python train.py --resume .*or choose another",
     ):
         train.main(arguments(workshop, stopped, VANILLA))
     # other settings
@@ -24,10 +24,10 @@ def test_the_second_run_in_a_folder_is_refused(workshop, stopped):
         train.main(arguments(workshop, stopped))
     with (
         run_folder.lock(stopped),
-        pytest.raises(UserError, match="is being written by another run; wait for its end"),
+        pytest.raises(UserError, match="is being written by another run; wait until it ends"),
     ):
         train.main(["--resume", str(stopped)])
-    with pytest.raises(UserError, match=rf"`python train.py --resume {stopped}` goes on with it"):
+    with pytest.raises(UserError, match=rf"resume it with `python train.py --resume {stopped}`"):
         sparsify.main(["--resume", str(stopped)])
     (stopped / "lock").write_text("of a process that is no more")
     train.main(["--resume", str(stopped)])
@@ -69,7 +69,7 @@ def test_a_disk_that_fills_up_costs_no_more_than_the_time_since_the_last_state(
             patch.setattr(log.Log, "write", failing_write)
         with pytest.raises(
             UserError,
-            match=r"cannot be written.*No space left.*go on with: python train.py --resume",
+            match=r"cannot be written.*No space left.*resume with: python train.py --resume",
         ):
             train.main(arguments(workshop, tmp_path / "run"))
     assert states_of(tmp_path / "run") == ["step00000001.pt", "step00000002.pt"]

@@ -293,7 +293,7 @@ def test_a_text_of_less_than_a_minibatch_is_generated(workshop, learned, tmp_pat
     run = learned(f"--steps 6 --dataset {tmp_path}/short.txt")
     assert (
         "short.txt has only" in (said := capsys.readouterr().err)
-        and "the model generates text in its place" in said
+        and "the model generates text instead" in said
     )
     assert (
         (run.folder / "generated.jsonl").exists() and len(run.metrics) == 6 and is_strict(run.masks)
@@ -528,9 +528,9 @@ def test_whether_a_model_is_good(dense, m0, learned, words):
 @pytest.mark.parametrize(
     "steps, tokens, words",
     [
-        (9, 900, "9 steps are hardly any"),
+        (9, 900, "9 steps are very few"),
         (10, 900, ""),
-        (10, 199, "only 199 tokens to learn from, where one pass"),
+        (10, 199, "only 199 tokens to learn from, and one pass"),
     ],
 )
 def test_a_run_without_steps_or_text_says_so_at_its_end(steps, tokens, words):
@@ -581,7 +581,7 @@ def test_a_mask_that_does_not_fit_is_refused_before_text_is_generated(
 
 
 def test_a_text_that_is_too_short(workshop, learned, tmp_path):
-    with pytest.raises(UserError, match="the text makes 2 minibatches and at least 3 are needed"):
+    with pytest.raises(UserError, match="the text makes 2 minibatches, but at least 3 are needed"):
         learned(
             f"--shard --mask {workshop}/mask.safetensors --dataset {workshop}/text.jsonl --steps "
             "5 --batchsize 150"

@@ -1,1 +1,1 @@
-"""What a run is made of: flags, inputs, learners, its folder, its results."""
+"""The parts of a run: flags, inputs, learners, run folder, results."""

@@ -1,8 +1,7 @@
-"""The baselines f(m0 * w, minibatch): cached in a file, which knows what decides them, or computed
-online.
+"""The baselines f(m0 * w, minibatch): read from a file or computed online.
 
-A baseline file is an .npz of the losses and of everything they depend on, so that a stale one is
-refused by name.
+A baseline file is an .npz of the losses and of everything they depend on, so that a stale file is
+refused with the reason.
 """
 
 import json
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 
 
 class OnlineBaseline:
-    """By a second forward pass where a minibatch comes first: minibatch number -> loss, nats, of
-    the model under the masks that it had when this was made, m0.
+    """Losses under m0 in nats by minibatch number, computed by a second forward pass when a
+    minibatch first comes.
 
-    batches: int64 `[minibatches, sequences, tokens]`. All processes come to such a minibatch in the
-    same steps.
+    m0 is the mask in use when this object is made. batches: int64 `[minibatches, sequences,
+    tokens]`. All processes make such a second pass in the same steps.
     """
 
     def __init__(self, masked: MaskedModel, batches: Tensor):
@@ -45,13 +44,13 @@ Baseline = Sequence[float] | OnlineBaseline | None  # minibatch number -> f(m0 *
 
 
 def default_path(dataset_size: int, batchsize: int, seqlen: int) -> str:
-    """The authors' naming, without the dataset's."""
+    """The authors' file name, without their dataset name."""
     return f"inference_loss_{dataset_size}_bs{batchsize}_sql{seqlen}.npz"
 
 
 def conditions(model: nn.Module, masks: dict[str, Tensor], batches: Tensor) -> dict[str, str]:
-    """Everything the losses of these minibatches depend on; call it while the model's weights are
-    still its own."""
+    """Everything that the losses of these minibatches depend on, by name. Call it while the model
+    still has its dense weights."""
     minibatches, batchsize, seqlen = batches.shape
     return {
         "model": model_fingerprint(model),
@@ -65,7 +64,7 @@ def conditions(model: nn.Module, masks: dict[str, Tensor], batches: Tensor) -> d
 
 
 def save(path: str | Path, losses: list[float], depends_on: dict[str, str]) -> None:
-    """Write a new file: losses float64 `[minibatches]`, and the conditions as JSON."""
+    """Write a new file with the losses, float64 `[minibatches]`, and the conditions as JSON."""
     refuse_existing(path, "choose another --save or remove it")
     with atomic_write(path) as tmp, open(tmp, "wb") as file:
         np.savez(
@@ -74,23 +73,23 @@ def save(path: str | Path, losses: list[float], depends_on: dict[str, str]) -> N
 
 
 def find(source: str, dataset_size: int, batchsize: int, seqlen: int) -> str:
-    """The file that --baseline names, that of the default name where it is "cached". UserError
-    where there is none."""
+    """The path of the file that --baseline names; for "cached", the one of the default name. Raises
+    UserError if there is none."""
     path = default_path(dataset_size, batchsize, seqlen) if source == "cached" else source
     if not Path(path).exists():
         raise UserError(
-            f"{path}: there is no such baseline; run inference_loss.py with the same --model, "
+            f"{path}: no such baseline file; run inference_loss.py with the same --model, "
             "--mask and data flags first, or train with --baseline online"
         )
     return path
 
 
 def load(path: str, wanted: dict[str, str]) -> list[float]:
-    """The losses of the minibatches from a file. UserError if it was computed under other
-    conditions than the wanted `conditions`, naming them."""
+    """Read the losses of the minibatches from a file. Raises UserError if the file's conditions
+    differ from `wanted` (see `conditions`), naming those that do."""
     minibatches = int(wanted["dataset_size"]) // int(wanted["batchsize"])
     with (
-        as_user_error(path, "make it anew with inference_loss.py"),
+        as_user_error(path, "make it again with inference_loss.py"),
         np.load(path, allow_pickle=False) as arrays,
     ):
         losses = arrays["losses"].astype(np.float64)
@@ -108,7 +107,7 @@ def load(path: str, wanted: dict[str, str]) -> list[float]:
         )
     if not np.isfinite(losses).all():
         raise UserError(
-            f"{path} holds a loss that is not finite; make it anew with inference_loss.py --dtype "
+            f"{path} holds a loss that is not finite; make it again with inference_loss.py --dtype "
             "bfloat16"
         )
     return losses.tolist()

@@ -1,14 +1,14 @@
 """A run's state on disk: everything that its next step depends on, so that a resumed run computes
 the same bits.
 
-    RUN/state/step00001250.pt     by torch.save: `tensors`, each 1-D (logits, the bits of the masks,
-                                  mean squares, torch's random state), and `scalars`, everything
-                                  else
+    RUN/state/step00001250.pt     written by torch.save: `tensors`, each 1-D (logits, the bits of
+                                  the masks, mean squares, torch's random state), and `scalars`,
+                                  everything else
 
-A state is written to a temporary file, synced and renamed. Only then is the oldest state removed.
-The checksums of the archive tell a truncated or damaged state, and the state before it is used.
-Random numbers are hashes of the step (masking/random_bits.py): the state has the step, and the
-random state of torch on the CPU for models that draw numbers.
+A state is written to a temporary file, synced and renamed; only then is the oldest state removed.
+The archive's checksums reveal a truncated or damaged state, and the state before it is used
+instead. Random numbers are hashes of the step (masking/random_bits.py), so the state needs only the
+step, and torch's CPU random state for models that draw numbers.
 """
 
 import sys
@@ -25,51 +25,51 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 FORMAT = "maskpro-state 7"
-KEPT = 2  # states of a run
-# of a run's time that saving may take before its end where --checkpoint_every is in minutes
+KEPT = 2  # states kept per run
+# largest share of a run's time spent on saving, if --checkpoint_every is in minutes
 MOST_SHARE = 0.02
 
 
 def give_shards(tensors: dict[str, Tensor]) -> None:
-    """Send this process's parts of the sharded tensors, which are DTensors, to the main process,
-    which saves them."""
+    """Send this process's parts of the sharded tensors (DTensors) to the main process, which saves
+    them."""
     for tensor in tensors.values():
-        if whole(tensor).is_cuda:  # no further ahead of the main process: nccl's patience ends
+        if whole(tensor).is_cuda:  # do not run ahead of the main process: nccl would time out
             torch.cuda.current_stream().synchronize()
 
 
 def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
-    """Write a state. torch.save takes tensors from a GPU one after another; sharded ones are
-    gathered on the host: all other processes have to call `give_shards`. UserError if the file
-    cannot be written; then nothing is left of it."""
+    """Write a state. Tensors on a GPU are copied one after another; sharded ones are gathered on
+    the host, so all other processes must call `give_shards`. Raises UserError if the file cannot be
+    written; nothing is left of it then."""
     tensors = {
         name: (whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
         for name, tensor in tensors.items()
     }
-    # torch reports a full disk as such to a file
+    # torch.save reports a full disk as such only if it is given an open file
     with atomic_write(path) as tmp, open(tmp, "wb") as file:
         try:
             torch.save({"format": FORMAT, "scalars": scalars, "tensors": tensors}, file)
-        except RuntimeError as error:  # torch's own, over that of the file
+        except RuntimeError as error:  # torch's error hides that of the file
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def is_whole(path: Path) -> bool:
-    """Do the checksums fit? A flipped bit that they do not cover changes nothing that is read."""
+    """Whether the archive's checksums match. A flipped bit outside the data that they cover changes
+    nothing that is read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None and bool(
                 torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             )
-    except Exception:  # of a damaged archive there are errors of every class
+    except Exception:  # a damaged archive raises errors of every class
         return False
 
 
 class StateFile:
-    """A state whose checksums fit, opened: its scalars are here, its tensors are read when they are
-    asked for."""
+    """An opened state whose checksums match. Scalars are loaded; tensors are read on demand."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -82,14 +82,14 @@ class StateFile:
         self.tensors = state["tensors"]
 
     def read(self, name: str, like: Tensor) -> Tensor:
-        """The tensor of this name, 1-D, on the CPU; of a DTensor, this process's part of it.
+        """The tensor `name`, 1-D, on the CPU; for a DTensor `like`, only this process's part of it.
 
-        UserError unless dtype and number of elements are those of `like`.
+        Raises UserError if its dtype or number of elements differ from those of `like`.
         """
         found = self.tensors.get(name)
         if found is None or (found.dtype, found.numel()) != (like.dtype, like.numel()):
             raise UserError(
-                f"{self.path} is the state of another run: its {name} is not of this model and "
+                f"{self.path} is the state of another run: its {name} does not fit this model and "
                 "these settings"
             )
         begin, end = own_rows(like)
@@ -98,22 +98,22 @@ class StateFile:
 
 
 class Checkpoints:
-    """The newest states of a run, and when the next is due.
+    """The newest states of a run, and when the next one is due.
 
-    every: '500' for steps, '10m' for minutes.
+    every: interval, '500' for steps or '10m' for minutes.
     """
 
     def __init__(self, folder: Path, every: str):
         self.folder = folder
         self.steps = None if every.endswith("m") else int(every)
         self.minutes = float(every[:-1]) if every.endswith("m") else None
-        # of the last one
+        # of the last saved state
         self.step = None
         self.saved_at = 0.0
         self.cost_s = 0.0
 
     def due(self, step: int, seconds: float) -> bool:
-        """Is it time to save, after so many steps and seconds of the run? With `every` in minutes
+        """Whether to save after `step` steps and `seconds` of the run. If `every` is in minutes,
         saving takes at most MOST_SHARE of the run's time."""
         if self.steps:
             return step % self.steps == 0
@@ -121,16 +121,16 @@ class Checkpoints:
         return waited * MOST_SHARE >= self.cost_s and waited >= 60 * self.minutes
 
     def path(self, step: int) -> Path:
-        """Where the state after so many steps is."""
+        """The path of the state after `step` steps."""
         return self.folder / f"step{step:08d}.pt"
 
     def paths(self) -> list[Path]:
-        """The states that are there, oldest first."""
+        """The existing states, oldest first."""
         return sorted(self.folder.glob("step*.pt"))
 
     def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor]) -> None:
-        """Save the state after so many steps and seconds of the run, then remove the oldest states
-        beyond KEPT."""
+        """Save the state after `step` steps and `seconds` of the run, then remove all but the
+        newest KEPT states."""
         started = time.monotonic()
         save(self.path(step), scalars, tensors)
         for path in self.paths()[:-KEPT]:
@@ -140,16 +140,16 @@ class Checkpoints:
         self.cost_s = time.monotonic() - started
 
     def newest(self) -> StateFile | None:
-        """The newest state whose checksums fit, None if there is none. Damaged ones are named and
+        """The newest state whose checksums match, or None. Damaged states are reported and
         renamed."""
         if earlier := sorted(self.folder.glob("step*.safetensors")):
             raise UserError(
-                f"{earlier[-1]} is of an earlier version: go on with it there, or start a new run"
+                f"{earlier[-1]} is of an earlier version: resume it there, or start a new run"
             )
         for path in reversed(self.paths()):
             if is_whole(path):
                 return StateFile(path)
-            print(f"{path} is torn or damaged and passed over", file=sys.stderr)
-            # a damaged one must not count as one of the newest
+            print(f"{path} is truncated or damaged, and skipped", file=sys.stderr)
+            # a damaged state must not count among the newest KEPT
             path.rename(path.with_suffix(".damaged"))
         return None

@@ -1,4 +1,4 @@
-"""The loss that is learned from by gradients, and its gradient in the model's predictions."""
+"""The loss for learning by gradients, and its gradient with respect to the logits."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,9 +9,9 @@ from torch import Tensor
 def sequence_loss(
     logits: Tensor, chosen: Tensor, teacher: Tensor | None, distill: float
 ) -> tuple[Tensor, Tensor]:
-    """`summed_loss` of one sequence, float32 `[]`, and its gradient. Compiled, it is a few loops
-    over the vocabulary, without a float32 copy of it. chosen: the tokens that follow, int64
-    `[tokens, 1]`."""
+    """`summed_loss` for one sequence: the loss, float32 `[]`, and its gradient. Compiled, it is a
+    few loops over the vocabulary and makes no float32 copy of the logits. chosen: the next tokens,
+    int64 `[tokens, 1]`."""
     log_probs = logits.float().log_softmax(-1)
     own = log_probs.exp()
     if distill < 1:
@@ -29,13 +29,16 @@ def summed_loss(
     distill: Sequence[float] | None = None,
     of_sequence: Callable = sequence_loss,
 ) -> tuple[float, Tensor]:
-    """Next-token cross entropy summed over tokens, nats, and a gradient in the logits. Logits,
-    teacher and gradient: `[sequences, tokens, vocabulary]`. The gradient of sequence i is that of
-    (1 - distill[i]) times the cross entropy with the text and distill[i] times that with the
-    teacher's predictions. of_sequence: `sequence_loss`, or that compiled.
+    """Next-token cross entropy summed over tokens, in nats, and a gradient with respect to the
+    logits.
 
-    Taken to float32 a sequence at a time, so that no such copy of all logits exists. The sum rather
-    than the mean, so that float16 gradients stay clear of its smallest numbers.
+    logits, teacher and gradient: `[sequences, tokens, vocabulary]`. The gradient of sequence i is
+    that of (1 - distill[i]) times the cross entropy with the text plus distill[i] times the cross
+    entropy with the teacher's predictions. of_sequence: `sequence_loss`, or its compiled version.
+
+    Sequences are converted to float32 one at a time, so that no float32 copy of all logits exists.
+    The loss is a sum, not a mean, so that float16 gradients stay clear of the smallest numbers of
+    float16.
     """
     gradient = torch.empty_like(logits)
     losses = []
@@ -48,4 +51,4 @@ def summed_loss(
         )
         losses.append(loss)
     gradient[:, -1] = 0
-    return sum(torch.stack(losses).tolist()), gradient  # the host waits once
+    return sum(torch.stack(losses).tolist()), gradient  # the host waits for the device once

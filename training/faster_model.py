@@ -1,14 +1,15 @@
-"""What of the model itself is made faster where gradients are taken, the function staying the same.
+"""Faster norms and attention of the model for backward passes; the function that it computes stays
+the same.
 
-    the norms          RMSNorm is ten passes over the hidden states and fifteen more backward;
-                       compiled, one and one
+    the norms          RMSNorm makes ten passes over the hidden states forward and fifteen
+                       backward; compiled, it makes one of each
     attention, on CPU  PyTorch's fused kernel for CPUs takes ten times as long backward as forward;
-                       for sequences of SHORT tokens and fewer, matrix products are faster and the
-                       probabilities no burden
+                       for sequences of at most SHORT tokens, matrix products are faster, and the
+                       memory of the attention probabilities does not matter
 
-Both round otherwise than the model as it is, so a perplexity of sparsify.py's table differs by
-rounding from that of eval.py on the same tokens: with --bos if the tokenizer adds BOS, and
-sparsify.py's windows.
+Both round differently from the unchanged model. So a perplexity in sparsify.py's table differs by
+rounding from that of eval.py on the same tokens (sparsify.py's windows, and --bos if the tokenizer
+adds BOS).
 """
 
 from collections.abc import Callable
@@ -25,9 +26,9 @@ SHORT = 256
 def speed_up(
     model: nn.Module, kernels: Kernels, tokens: int, is_sharded: bool = False
 ) -> Callable[[], None]:
-    """Speed up a model that learns from sequences of so many tokens; returns a function that puts
-    everything back. Norms whose weights FSDP gathers, or that are moved to a device and back when
-    used, stay as they are."""
+    """Speed up a model that learns from sequences of `tokens` tokens; return a function that undoes
+    it. Norms stay as they are if FSDP gathers their weights, or if hooks move them to a device when
+    used."""
     norms = [
         module
         for module in model.modules()

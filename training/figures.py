@@ -1,4 +1,4 @@
-"""Learning curves of runs. Runs differ by line style and marker as well as by colour, so that they
+"""Learning curves of runs. Runs differ in line style and marker as well as in colour, so that they
 can be told apart in grey."""
 
 import math
@@ -17,11 +17,11 @@ Points = list[tuple[int, float]]  # step, value
 
 
 def curves(runs: dict[str, list[dict]]) -> dict[str, dict[str, Points]]:
-    """Label with unit -> name of a run -> points (step, value). The first label is of the training,
-    the second HELDOUT.
+    """The curves to draw: axis label with unit -> run name -> points (step, value). The first label
+    is for the training loss, the second is HELDOUT.
 
-    runs: name -> the lines of metrics.jsonl. RESIDUAL where all lines have a baseline, the loss of
-    m0 on the same minibatch, else TRAINING.
+    runs: name -> the lines of metrics.jsonl. The first label is RESIDUAL if all lines have a
+    baseline (the loss of m0 on the same minibatch), else TRAINING.
     """
     lines = [line for metrics in runs.values() for line in metrics]
     residual = all(line.get("baseline") is not None for line in lines)
@@ -42,8 +42,8 @@ def curves(runs: dict[str, list[dict]]) -> dict[str, dict[str, Points]]:
 
 
 def _draw(axes: object, label: str, runs: dict[str, Points], levels: dict[str, float]) -> None:
-    """A panel: one line per run, one horizontal line per level. A training loss, which scatters, is
-    dots and their running mean. A legend below names the lines."""
+    """Draw a panel: one line per run, one horizontal line per level, and a legend below. A training
+    loss, which scatters, is drawn as dots and their running mean."""
     for i, (name, points) in enumerate(runs.items()):
         steps, values = zip(*points) if points else ((), ())
         colour = f"C{i}"
@@ -90,18 +90,18 @@ def learning_curve(
     levels: dict[str, float] | None = None,
     title: str | None = None,
 ) -> None:
-    """Draw the training loss over the steps and, if it is known, the held-out loss; one line per
+    """Draw the training loss and, if it is known, the held-out loss over the steps, one line per
     run.
 
-    runs: name -> the lines of metrics.jsonl; path: a .png or .svg; levels: label -> loss in nats on
-    the same held-out text, such as that of the dense model, drawn as horizontal lines beside the
-    held-out loss.
+    runs: name -> the lines of metrics.jsonl; path: a .png or .svg file; levels: label -> loss in
+    nats on the same held-out text, such as that of the dense model, drawn as horizontal lines in
+    the held-out panel.
     """
-    import matplotlib  # takes a second, which other scripts need not wait for
+    import matplotlib  # takes a second to import, which other scripts are spared
     from matplotlib.figure import Figure
 
     drawn = {label: points for label, points in curves(runs).items() if any(points.values())}
-    # In an .svg text stays text, and a $ in a run's name is a dollar.
+    # keep text as text in an .svg, and a $ in a run's name as a $
     with (
         matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}),
         atomic_write(path) as tmp,

@@ -1,5 +1,4 @@
-"""Where learning starts, if not from C * m0: logits at random, from the weights' scores, or from
-swaps."""
+"""Initial logits other than C * m0: random, from the weights' scores, or from swaps."""
 
 import math
 from functools import lru_cache
@@ -19,14 +18,14 @@ from pruning.one_shot import wanda
 import torch
 from torch import Tensor, nn
 
-MOST_LAYERS = 2**20  # between the random numbers of two seeds
-SEQUENCES = 64  # of text that scores measure the layers' inputs on
-TOKENS = 30_000  # of text, at most, that swaps measure them on
+MOST_LAYERS = 2**20  # more than a model has: layers of different seeds draw different numbers
+SEQUENCES = 64  # of text, at most, to measure the layers' inputs on for scores
+TOKENS = 30_000  # of text, at most, to measure them on for swaps
 
 
 def random_logits(number: int, weights: int, space: Space, magnitude: float, seed: int) -> Tensor:
-    """Where --init random starts: C times normal random numbers, float32 `[blocks, width]` on the
-    CPU, for the layer of this number, which has so many weights."""
+    """Initial logits for --init random: `magnitude` (C) times normal random numbers, float32
+    `[blocks, width]`, on the CPU, for layer `number`, which has `weights` weights."""
     generator = torch.Generator().manual_seed((seed * MOST_LAYERS + number) % 2**63)
     return magnitude * torch.randn(weights // space.m, space.width, generator=generator)
 
@@ -39,8 +38,8 @@ def random_mask(
     magnitude: float,
     seed: int,
 ) -> MaskFile:
-    """m0 of --init random: the most probable mask of random logits, of all layers or of those that
-    the targets name."""
+    """m0 for --init random: the most probable mask of random logits, for all layers or those that
+    `targets` name."""
     masks = {}
     for number, (layer, module) in enumerate(layers_to_mask(model, targets, space.m).items()):
         shape = weight_matrix(module).shape
@@ -51,7 +50,7 @@ def random_mask(
 
 
 def from_random(masked: MaskedModel, magnitude: float, seed: int) -> None:
-    """The logits that `random_mask` is the most probable mask of."""
+    """Set the logits whose most probable mask is that of `random_mask`."""
     for number, layer in enumerate(masked.layers.values()):
         logits = random_logits(number, layer.shape.numel(), masked.space, magnitude, seed)
         own = layer.rows.own(logits.view(layer.shape[0], -1)).reshape(-1, masked.space.width)
@@ -59,9 +58,9 @@ def from_random(masked: MaskedModel, magnitude: float, seed: int) -> None:
 
 
 def from_scores(masked: MaskedModel, magnitude: float, sequences: Tensor) -> None:
-    """Logits follow Wanda's scores |w| ||x||, the norms measured in the dense model on the first
-    SEQUENCES of int64 `[sequences, tokens]`: blocks whose scores are close are the least certain of
-    m0."""
+    """Set logits that follow Wanda's scores |w| ||x||, so that blocks with close scores are the
+    least certain of m0. The norms are measured in the dense model on the first SEQUENCES rows of
+    int64 `[sequences, tokens]`."""
     modules = {name: layer.module for name, layer in masked.layers.items()}
     with masked.use_dense():
         norms = input_norms(masked.model, modules, sequences[:SEQUENCES])
@@ -75,7 +74,7 @@ def from_scores(masked: MaskedModel, magnitude: float, sequences: Tensor) -> Non
 
 
 def _follow(masked: MaskedModel, layer: MaskedLayer, magnitude: float, score: Tensor) -> None:
-    """Logits of the layer's mask and of scores, `[out, in]`."""
+    """Set the logits of a layer from its mask and from scores, `[out, in]`."""
     score = score.view(-1, layer.m)
     layer.set_logits(
         lambda part: masked.space.init(
@@ -85,13 +84,13 @@ def _follow(masked: MaskedModel, layer: MaskedLayer, magnitude: float, score: Te
 
 
 def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, sweeps: int) -> None:
-    """Masks improved by swaps; a logit is the larger, the more the best swap of its weight would
-    cost (`swaps.confidence`).
+    """Improve the masks by swaps and set logits by the costs of swaps (`swaps.confidence`): the
+    more the best swap of a weight would cost, the surer its place in the mask.
 
-    One pass of the sequences, int64 `[sequences, tokens]`, the first TOKENS tokens of them, through
-    the decoder without its head; a layer is improved when the pass reaches it, so that it sees what
-    the improved masks before it make of its inputs. One Hessian is kept at a time. sweeps: over the
-    blocks, at most; of none, the logits follow Wanda's scores.
+    The first TOKENS tokens of the sequences, int64 `[sequences, tokens]`, make one pass through the
+    decoder without its head. A layer is improved when the pass reaches it, so it sees its inputs as
+    the improved earlier layers produce them. One Hessian is kept at a time. sweeps: most sweeps
+    over the blocks; with 0, the logits follow Wanda's scores.
     """
     sequences = sequences[: math.ceil(TOKENS / sequences.shape[1])]
     shared = lru_cache(1)(hessian_of)
@@ -116,4 +115,4 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, sweeps:
 
     modules = {name: layer.module for name, layer in masked.layers.items()}
     for_each_layer(masked.model, modules, sequences, improve, "swapping")
-    masked.broadcast_()  # GPUs may round these sums otherwise
+    masked.broadcast_()  # the processes' GPUs may have rounded these sums differently

@@ -1,4 +1,4 @@
-"""The start of a run of train.py or sparsify.py: processes, folder, signals."""
+"""Start a run of train.py or sparsify.py: processes, folder, signals."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from training.signals import StopSignals
 
 
 def launch(script: str, args: Namespace, work: Callable) -> None:
-    """Have a script do its run: `work(args, device, folder, signals)`, in its own folder, by all
-    processes of it."""
+    """Call `work(args, device, folder, signals)` in all processes of the run, in the run's own
+    folder."""
     if args.resume and is_finished(args.resume):
-        remove_state(args.resume)  # it may have been killed before it could
+        remove_state(args.resume)  # it may have been killed before it removed this
         print(f"{args.resume} is finished: its mask is in {args.resume}/mask.safetensors")
         return
     with processes.joined(args.device) as device:
-        # is recorded, and kept on another device
+        # the dtype is recorded, and kept if the run is resumed on another device
         args.dtype = dtype_name(args.dtype, checked_device(device))
         with (
             RunFolder(args.out, vars(args), script, bool(args.resume)) as folder,

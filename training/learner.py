@@ -1,5 +1,5 @@
-"""What every learner does: it moves a masked model's logits, and proposes the mask that is tried on
-held-out text."""
+"""What all learners share: a learner moves a masked model's logits and proposes the mask to be
+evaluated on held-out text."""
 
 from masking.masked_model import MaskedModel
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class Learner:
-    """A way to learn the masks of a MaskedModel. Its `step`, by which it learns, is its own."""
+    """Base class for learning the masks of a MaskedModel. Each subclass defines its own `step`."""
 
     def __init__(self, masked: MaskedModel):
         self.masked = masked
 
     def proposal(self) -> dict[str, Tensor]:
-        """The mask to be tried, as bits `[blocks]` of each layer: the most probable one."""
+        """The mask to be evaluated, as bits `[blocks]` per layer: the most probable one."""
         return self.masked.mode_bits()
 
     def changed(self) -> float:
-        """The share of blocks whose proposed mask is not m0's."""
+        """The share of blocks in which the proposed mask differs from m0."""
         return self.masked.changed()

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, a line a step."""
+"""The log of a run: metrics.jsonl, one line per step."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from models import processes
 
 
 class Log:
-    """A run's log, which the main process writes. A run that goes on has its lines up to where its
-    state was saved; lines after it are cut off.
+    """A run's log, written by the main process. A resumed run keeps the lines up to its saved
+    state; later lines are cut off.
 
-    size_bytes: of the file, that the state knows of; 0 for a new run.
+    size_bytes: size of the file when the state was saved; 0 for a new run.
     """
 
     def __init__(self, folder: Path, size_bytes: int = 0):
@@ -25,13 +25,13 @@ class Log:
             self._file.truncate(size_bytes)
 
     def write(self, line: dict) -> None:
-        """A step's line."""
+        """Append the line of a step."""
         self.lines.append(line)
         if self._file:
             self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> int:
-        """Have the disk hold the log; its size in bytes."""
+        """Flush the log to disk and return its size in bytes."""
         os.fsync(self._file.fileno())
         sync(Path(self._file.name).parent)
-        return os.fstat(self._file.fileno()).st_size  # `tell` is where it was before a truncation
+        return os.fstat(self._file.fileno()).st_size  # `tell` ignores the truncation

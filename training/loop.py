@@ -1,4 +1,4 @@
-"""The loop's frame: training-loop bookkeeping before and after each step, the same in all
+"""The frame of the training loop: bookkeeping before and after each step, the same in all
 processes."""
 
 import math
@@ -17,49 +17,50 @@ from utils import UserError, progress_bar
 
 import torch
 
-BAD_LOSSES = 3  # in a row end a run
-EVALUATIONS = 20  # of the share of blocks changed and of the held-out loss, in a run
-MANY = 0.01  # of the blocks without a finite gradient are worth a line
+BAD_LOSSES = 3  # losses in a row that are not finite and end a run
+EVALUATIONS = 20  # of the share of blocks changed and of the held-out loss, per run
+MANY = 0.01  # share of blocks without a finite gradient that is worth a message
 
 
 @dataclass
 class StepResult:
-    """What a learner's step came to, the same in all processes: the mean loss of their minibatches,
+    """Result of a learner's step, the same in all processes: the mean loss of their minibatches in
     nats, the mean baseline that it is compared with, and the advantage that moved the logits, if
-    one did."""
+    any."""
 
     loss: float
     baseline: float | None = None
     advantage: float | None = None
     delta: float | None = None
-    not_finite: int | None = None  # blocks whose gradient was not
+    not_finite: int | None = None  # blocks whose gradient was not finite
 
     @property
     def is_finite(self) -> bool:
-        """Whether anything can be learned from it."""
+        """Whether the step's loss and baseline are finite, so that something can be learned from
+        them."""
         return math.isfinite(self.loss + (self.baseline or 0))
 
 
 @dataclass
 class Progress:
-    """Where a run is. Saved with every state."""
+    """How far a run has come. Saved with every state."""
 
     step: int = 0  # steps done
-    minibatches: int = 0  # that the run has gone through
+    minibatches: int = 0  # minibatches used, by all processes
     evaluations: int = 0  # of the share of blocks changed and of the held-out loss
     skipped: int = 0  # steps whose loss was not finite
     skipped_in_a_row: int = 0
-    seconds: float = 0.0  # of the loop
-    seconds_saving: float = 0.0  # states
+    seconds: float = 0.0  # spent in the loop
+    seconds_saving: float = 0.0  # spent on saving states
     log_bytes: int = 0
 
 
 class Run:
-    """A run's steps: which minibatches come next, when the run ends, what is logged and saved.
+    """A run's steps: which minibatch comes next, when the run ends, what is logged and saved.
 
-    minibatches: how many there are, of which each process takes one a step; the run ends after
-    max_step steps or epoch passes through the minibatches, whichever comes first. validation:
-    evaluates the masks.
+    minibatches: how many there are; each process takes one per step. The run ends after max_step
+    steps or `epoch` passes through the minibatches, whichever comes first. validation: evaluates
+    the masks. evaluations: how many times, evenly spread over the run.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Run:
         self.evaluations = evaluations
         self.progress = Progress()
         self.parts = {}
-        self.log: Log | None = None  # from `restore` on
+        self.log: Log | None = None  # opened by `restore`
         self._stopped_by = 0
 
     @property
@@ -101,9 +102,11 @@ class Run:
     # ---------------------------------------------------------------------------------------- steps
 
     def steps(self) -> Iterator[int]:
-        """For each step there is still to do, yield the number of this process's minibatch. When it
-        is done the state is saved if that is due, if the step is the last, or if a signal came,
-        which then ends the process as it would have at once."""
+        """Yield the number of this process's minibatch for each remaining step.
+
+        After a step the state is saved if that is due, if the step is the last, or if a signal
+        came; the signal then ends the process. While steps run, signals are deferred.
+        """
         self.signals.deferred = True
         self._started = time.monotonic() - self.progress.seconds
         self._bar = progress_bar(
@@ -125,25 +128,28 @@ class Run:
                 if due or self.share_done == 1:
                     self.save()
         self.signals.deferred = False
-        # while the last state was saved
+        # a signal may have come while the last state was saved
         found = processes.all_gather([float(self.signals.received)])
         if received := int(max(received for (received,) in found)):
             self._stop(received)
 
     def _stop(self, signal: int) -> None:
-        processes.log("\nstopping: the state is being saved; a second signal loses it")
+        processes.log("\nstopping: saving the state; a second signal ends the run without it")
         self.save()
-        processes.log(f"stopped after step {self.step}, with its state saved")
+        processes.log(f"stopped after step {self.step}; its state is saved")
         sys.exit(128 + signal)
 
     def elapsed_s(self) -> float:
-        """Seconds of the loop, without those in which it was stopped."""
+        """Seconds spent in the loop, without the time for which the run was stopped."""
         return time.monotonic() - self._started
 
     def advance(self, result: StepResult) -> None:
-        """Count a step, evaluate the mask if that is due, and log it. Losses that are not finite
-        are not logged, and BAD_LOSSES of them in a row raise UserError. All processes take the main
-        one's time, and learn of a signal that any of them got."""
+        """Count a step, evaluate the mask if that is due, and log the step.
+
+        A loss that is not finite is not logged. Raises UserError if BAD_LOSSES of them come in a
+        row. All processes use the main process's time, and learn of a signal that any of them
+        received.
+        """
         found = processes.all_gather([self.elapsed_s(), float(self.signals.received)])
         seconds = found[0][0]
         self._stopped_by = int(max(received for _, received in found))
@@ -171,7 +177,7 @@ class Run:
             if (result.not_finite or 0) > MANY * self.validation.masked.blocks:
                 processes.log(
                     f"\nat step {self.step} the gradients of {result.not_finite:,} blocks are not "
-                    "finite and do not count: --dtype bfloat16 does not overflow"
+                    "finite and are left out: --dtype bfloat16 does not overflow"
                 )
             heldout = self.validation.evaluate(self.step)
             line |= {"heldout": heldout} if self.validation.has_text else {}
@@ -187,28 +193,29 @@ class Run:
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row < BAD_LOSSES and (self.log.lines or self.share_done < 1):
             processes.log(f"the loss is {loss} at step {self.step}: skipped")
-            if self.share_done == 1:  # the mask may still be the best; the log has no line for it
+            if self.share_done == 1:  # the last mask may still be the best, though not logged
                 self.validation.evaluate(self.step)
             return
         begin = self.step - progress.skipped_in_a_row + 1
-        progress.skipped_in_a_row = 0  # resumed, the run goes on after them
+        progress.skipped_in_a_row = 0  # a resumed run continues after them
         saved = ""
         if self.log.lines:
             self.save()
             saved = "; the state is saved"
         raise UserError(
-            f"the loss is {loss} at step {begin} and at all up to step {self.step}; start a new "
+            f"the loss is {loss} at step {begin} and at all steps up to {self.step}; start a new "
             "run with a smaller --lr or --step_size, or with --dtype bfloat16 if the model "
             f"overflows in its dtype{saved}"
         )
 
-    # --------------------------------------------------------------------------- saved and restored
+    # ----------------------------------------------------------------------------- save and restore
 
     def restore(self, **parts) -> bool:
-        """Put the run, these parts of it included, where its newest state is; False: there is none,
-        it starts.
+        """Restore the run and these parts of it from the newest state. Returns False if there is
+        none: the run starts.
 
-        parts: what has `state()`, (scalars, tensors), and `restore(scalars, read)`.
+        parts: objects with `state()`, which returns (scalars, tensors), and `restore(scalars,
+        read)`.
         """
         self.parts, saved = parts, self.folder.newest_state()
         with processes.main_process_first():
@@ -224,13 +231,13 @@ class Run:
                 self.checkpoints.saved_at = self.progress.seconds
             self.log = Log(self.folder.path, self.progress.log_bytes)
         if saved:
-            processes.log(f"going on after step {self.step} of {self.folder.path}")
+            processes.log(f"resuming after step {self.step} of {self.folder.path}")
         return bool(saved)
 
     def save(self) -> None:
-        """Save the state of this step, once; the other processes wait, since writing may take
-        longer than a process may take to answer. The logs are synced first: a state that is there
-        has its lines there."""
+        """Save the state of this step, unless that is done. The other processes wait for the main
+        one, as writing may exceed the timeout of an exchange. The log is synced first, so that a
+        saved state always has its log lines."""
         if self.checkpoints.step == self.step:
             return
         states = {name: part.state() for name, part in self.parts.items()}

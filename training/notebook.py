@@ -26,15 +26,15 @@ def sparsify(
     seqlen: int = 128,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Learn a mask of a loaded causal LM, in the model's own dtype and on its device, with the
-    defaults of sparsify.py. The model is frozen, and sparse when this returns.
+    """Learn a mask for a loaded causal LM, in its own dtype and on its device, with the defaults of
+    sparsify.py. Returns the masks; the model is then frozen and sparse.
 
         masks = sparsify(model, tokenizer, "text.jsonl")  # layer name -> bool [out, in], on the CPU
         files.mask_files.save("mask.safetensors", masks, 2, 4)
 
-    dataset: a file, a folder or a hub id of text, of which at most (steps + 4 %) * batchsize *
-    seqlen tokens are read. The command also generates text, resumes, uses several processes,
-    measures and writes a checkpoint; this does not. UserError if it cannot be learned.
+    dataset: text in a file, a folder or a hub id; at most (steps + 4 %) * batchsize * seqlen tokens
+    of it are read. Unlike the command, this generates no text, cannot resume, uses one process, and
+    writes no table and no checkpoint. Raises UserError if no mask can be learned.
     """
     check_length(model, seqlen)
     budget = plan.of_steps(steps, batchsize * seqlen)

@@ -1,5 +1,5 @@
-"""What a budget buys: steps, text and swaps. Minutes become steps here, once; no run looks at a
-clock afterwards."""
+"""Turn a budget into a plan: steps, text and swaps. Minutes become steps here, once; no run looks
+at a clock afterwards."""
 
 import math
 import time
@@ -17,28 +17,30 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 
-HELDOUT = 0.02  # share of the minibatches that select the mask; as many report
-MOST_HELDOUT = 8  # minibatches that select
-PARTS = 2  # that are held out
-# tokens; beyond, another pass through the text does as well (docs/sparsify.md)
+HELDOUT = 0.02  # share of the minibatches that select the mask; as many are for the table
+MOST_HELDOUT = 8  # minibatches that select the mask, at most
+PARTS = 2  # held-out parts: one selects the mask, one is for the table
+# tokens; with more, another pass through the text serves as well (docs/sparsify.md)
 MOST_GENERATED = 400_000
-FEWEST = 8  # minibatches of text, however short the time
-# of swaps over the blocks; three more bring a hundredth of what these do, for as much time again
+FEWEST = 8  # minibatches of text to generate, however short the time
+# over the blocks; three more sweeps gain a hundredth of what these do, in the same time
 SWEEPS = 3
-TEXT_SHARE = 0.3  # of the minutes, at most
-SWAPS_SHARE = 0.15  # of the minutes, at most
-# of a step beside forward and backward: teacher, weight gradients, the masks' update, evaluations
+TEXT_SHARE = 0.3  # of the minutes, at most, for generating text
+SWAPS_SHARE = 0.15  # of the minutes, at most, for swaps
+# time of a step beyond forward and backward, in forward passes: teacher, weight gradients, update
+# of the masks, evaluations
 STEP_FORWARDS = 2.6
 FIXED_S = 30  # for compiling
-DOCUMENTS = 128  # at a time, to measure generation by
-GENERATED = 8  # tokens of each
-SLOWER = 1.3  # times as long as these first tokens: the later ones
+DOCUMENTS = 128  # generated at a time to measure the speed
+GENERATED = 8  # tokens per such document
+SLOWER = 1.3  # time per token of a whole document, relative to these first tokens
 
 
 @dataclass
 class Plan:
-    """steps; tokens of text, one pass in so many steps, held-out parts included; of these the model
-    writes `generated` at most; sweeps of swaps over the blocks."""
+    """steps: of learning; tokens: of text, held-out parts included, enough for one pass in these
+    steps; generated: the most of these tokens that the model generates; sweeps: of swaps over the
+    blocks."""
 
     steps: int
     tokens: int
@@ -47,25 +49,25 @@ class Plan:
 
 
 def heldout_of(minibatches: int) -> int:
-    """How many of the minibatches select the mask."""
+    """The number of minibatches that select the mask."""
     return min(MOST_HELDOUT, math.ceil(HELDOUT * minibatches))
 
 
 def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Minibatches to learn from, those that select the mask, and those that only the final table
-    uses. UserError if there are fewer than three."""
+    """Split minibatches into those to learn from, those that select the mask, and those that only
+    the final table uses. Raises UserError if there are fewer than three."""
     heldout = heldout_of(len(minibatches))
     learned = len(minibatches) - PARTS * heldout
     if learned < 1:
         raise UserError(
-            f"the text makes {len(minibatches)} minibatches and at least {PARTS + 1} are needed: "
+            f"the text makes {len(minibatches)} minibatches, but at least {PARTS + 1} are needed: "
             "give more text, or lower --batchsize or --seqlen"
         )
     return minibatches.split([learned, heldout, heldout])
 
 
 def of_steps(steps: int, minibatch: int) -> Plan:
-    """The plan of so many steps on minibatches of so many tokens."""
+    """The plan for a number of steps with minibatches of `minibatch` tokens."""
     wanted = steps * processes.world_size()
     found = wanted
     while found - PARTS * heldout_of(found) < wanted:
@@ -74,12 +76,12 @@ def of_steps(steps: int, minibatch: int) -> Plan:
 
 
 def of_minutes(minutes: float, seconds: dict[str, float], minibatch: int) -> Plan:
-    """The plan of so many minutes, by the `seconds` that `measured` has found."""
+    """The plan for a number of minutes, given the `seconds` that `measured` returns."""
     left_s = 60 * minutes - FIXED_S
     sweeps = max(0, min(SWEEPS, int(SWAPS_SHARE * left_s / seconds["sweep"])))
     left_s -= sweeps * seconds["sweep"]
     most_text_s = min(TEXT_SHARE * left_s, MOST_GENERATED * seconds["token"])
-    text_s = minibatch * seconds["token"]  # of a step
+    text_s = minibatch * seconds["token"]  # seconds of text per step
     steps = max(left_s / (seconds["step"] + text_s), (left_s - most_text_s) / seconds["step"])
     plan = of_steps(max(1, int(steps)), minibatch)
     plan.sweeps = sweeps
@@ -90,7 +92,7 @@ def of_minutes(minutes: float, seconds: dict[str, float], minibatch: int) -> Pla
 
 
 def in_words(plan: Plan, seconds: dict[str, float]) -> str:
-    """How many minutes a plan takes, with its parts."""
+    """The minutes that a plan will take, in all and by part, as a sentence."""
     parts = [
         min(plan.tokens, plan.generated) * seconds["token"],
         plan.sweeps * seconds["sweep"],
@@ -107,8 +109,9 @@ def in_words(plan: Plan, seconds: dict[str, float]) -> str:
 def measured(
     model: nn.Module, pattern: tuple[int, int], batchsize: int, seqlen: int
 ) -> dict[str, float]:
-    """Seconds of a step and of a sweep of swaps over all blocks, measured on this model, and next
-    to none of a token of text; the same in all processes."""
+    """Measure the seconds of a learning step and of a sweep of swaps over all blocks on this model;
+    the same in all processes. The seconds per generated token are set to almost 0 (see
+    `token_s`)."""
     batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
     seconds = {
         "step": timed(lambda: forward_and_backward(model, batch))
@@ -120,13 +123,14 @@ def measured(
 
 
 def token_s(model: nn.Module, tokenizer: Tokenizer) -> float:
-    """Seconds of a token that the model generates."""
+    """Measure the seconds per token that the model generates."""
     found = timed(lambda: generation.generate(model, tokenizer, DOCUMENTS, GENERATED))
     return processes.broadcast_float(SLOWER * found / (DOCUMENTS * GENERATED))
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that this takes; the first time warms up, and another program may slow one down."""
+    """Seconds that a call takes: the shortest of three, as the first warms up and another program
+    may slow one down."""
     found = []
     for _ in range(3):
         began = time.perf_counter()
@@ -138,7 +142,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def forward_and_backward(model: nn.Module, batch: Tensor) -> None:
-    """Of the frozen model, down to its embeddings."""
+    """Run the frozen model forward and backward, down to its embeddings."""
     hook = model.get_input_embeddings().register_forward_hook(
         lambda _, __, output: output.requires_grad_()
     )
@@ -150,8 +154,8 @@ def forward_and_backward(model: nn.Module, batch: Tensor) -> None:
 
 
 def sweep_s(model: nn.Module, pattern: tuple[int, int]) -> float:
-    """Seconds of a sweep over all blocks, by that over the first layer: it takes as long as its
-    rows times in^2."""
+    """Seconds of a sweep over all blocks, extrapolated from the first layer: a layer's time grows
+    as its rows times in^2."""
     weights = [weight_matrix(module) for module in find_layers(model).values()]
     first = weights[0]
     mask = largest(first.float().abs(), *pattern)

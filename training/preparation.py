@@ -1,4 +1,4 @@
-"""What sparsify.py learns from: the text, the order of the channels, m0."""
+"""The inputs of sparsify.py: text, channel order, m0."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 READ_BY_SWAPS = 0.4  # of the planned text, at most
 QUESTIONS_SHARE = 0.25  # of the text, at most
-READINGS = 2  # of each question, to make that share
-SEQUENCES = 64  # of text that Wanda and the order are measured on
+READINGS = 2  # times that each question may occur, to reach that share
+SEQUENCES = 64  # of text, at most, to measure inputs on for Wanda's mask and the channel order
 
 
 def mixed(texts: list[tuple[Tensor, float]], seed: int) -> tuple[Tensor, Tensor]:
-    """Minibatches of all sequences in one random order, int64 `[minibatches, sequences, tokens]`,
-    and each sequence's share of distillation, `[minibatches, sequences]`; texts: the minibatches of
-    each text, and its share."""
+    """Shuffle the sequences of several texts into minibatches, int64 `[minibatches, sequences,
+    tokens]`, with each sequence's share of distillation, `[minibatches, sequences]`. texts: the
+    minibatches of each text, and its share."""
     minibatches = torch.cat([text for text, _ in texts])
     distill = torch.cat(
         [torch.full(text.shape[:2], share, dtype=torch.float64) for text, share in texts]
@@ -41,9 +41,13 @@ def mixed(texts: list[tuple[Tensor, float]], seed: int) -> tuple[Tensor, Tensor]
 def given_texts(
     read: Callable[[list[str], int], Tensor], datasets: list[str], tokens: int, is_all: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The minibatches of given questions, at most a quarter of so many tokens, and of other text up
-    to as many: lists of none or one. read: up to so many tokens of datasets, int64 `[minibatches,
-    sequences, tokens]`; is_all: no text will be generated in place of what is too short."""
+    """Read questions, at most a quarter of `tokens`, and other text, up to the rest. Returns the
+    minibatches of both, as lists of none or one.
+
+    read: reads up to so many tokens of datasets, int64 `[minibatches, sequences, tokens]`; is_all:
+    no text will be generated, so raise TooShortError for text of less than one minibatch instead of
+    leaving it out.
+    """
 
     def minibatches(datasets: list[str], tokens: int) -> list[Tensor]:
         try:
@@ -52,8 +56,8 @@ def given_texts(
             if is_all:
                 raise
             processes.log(
-                f"note: {error}; the model generates text in its place, and continues it if it is "
-                "--after"
+                f"note: {error}; the model generates text instead, which continues this text if "
+                "it is given as --after, too"
             )
             return []
 
@@ -67,14 +71,13 @@ def given_texts(
 
 
 def read_by_swaps(sequences: Tensor, tokens: int) -> Tensor:
-    """Those of the sequences, int64 `[sequences, tokens]`, that swaps read where so many tokens
-    were planned."""
+    """The part of int64 `[sequences, tokens]` that swaps read, if `tokens` tokens were planned."""
     return sequences[: max(1, int(READ_BY_SWAPS * tokens) // sequences.shape[1])]
 
 
 def at_most_a_quarter(questions: Tensor, others: float) -> Tensor:
-    """As many minibatches of questions as are QUESTIONS_SHARE of the text with so many other
-    tokens, at least one; all where there are no others."""
+    """The first minibatches of questions, at most QUESTIONS_SHARE of the text together with
+    `others` other tokens, but at least one; all if `others` is 0."""
     most = int(others * QUESTIONS_SHARE / (1 - QUESTIONS_SHARE)) // questions[0].numel()
     return questions[: max(1, most)] if others else questions
 
@@ -88,10 +91,10 @@ def generate_text(
     after: str | None,
     seed: int,
 ) -> None:
-    """Write so many tokens of generated documents, each of which continues one of the passages, if
-    there are some, into a file, unless it is there."""
+    """Generate about `tokens` tokens of documents into a file, unless it exists. Each document
+    continues one of the passages of `after`, if given."""
     passages = generation.read_passages(after, model, tokenizer, seqlen) if after else None
-    # a large batch takes hardly longer than a small one
+    # a large batch takes little longer than a small one
     batchsize = min(256, max(16, tokens // seqlen))
     with processes.main_process_first():
         if processes.is_main() and not file.exists():
@@ -107,8 +110,8 @@ def reorder_channels(
     sequences: Tensor,
     seed: int,
 ) -> None:
-    """Bring the model's channels into an order in which masks of this pattern keep more: that of a
-    file which, where it is not there yet, the main process writes."""
+    """Reorder the model's channels so that masks of this pattern keep more. The order is read from
+    a file; if it does not exist, the main process searches for an order and writes it."""
     with processes.main_process_first():
         if not processes.is_main() or file.exists():
             apply_permutation(model, file)
@@ -129,8 +132,8 @@ def wanda_mask(
     pattern: tuple[int, int],
     sequences: Tensor,
 ) -> None:
-    """Write Wanda's mask of these layers, measured on the first SEQUENCES sequences, int64
-    `[sequences, tokens]`, where it is not there yet."""
+    """Write Wanda's mask of the layers, unless the file exists. It is measured on the first
+    SEQUENCES rows of int64 `[sequences, tokens]`."""
     layers = find_layers(model, targets)
     with processes.main_process_first():
         if processes.is_main() and not file.exists():

@@ -1,4 +1,4 @@
-"""What runs tell at their end: a model card; of sparsify.py also whether its model is good, and
+"""Reports at the end of a run: a model card and, for sparsify.py, whether its model is good, and
 why."""
 
 import shlex
@@ -12,18 +12,18 @@ from utils import C4, VERSION
 
 from huggingface_hub import ModelCardData
 
-FEW = 1e-4  # of the blocks
+FEW = 1e-4  # share of changed blocks below which the mask counts as m0
 ROWS = ("dense", "m0", "learned")
-# times the dense perplexity, at most
+# highest perplexity, relative to the dense model's, for each verdict
 CLOSE = 1.3
 USABLE = 2.0
 FEW_STEPS = 10
-LITTLE = 0.2  # of the text that makes one pass
+LITTLE = 0.2  # of the text planned for one pass
 
 
 def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
-    """Row -> text -> loss in nats, as perplexities; the gap is that in loss between the dense model
-    and m0."""
+    """A Markdown table of perplexities. nats: row -> text -> loss in nats. The gap is the
+    difference in loss between m0 and the dense model."""
     heading = ["mask"]
     lines = [[row] for row in ROWS]
     for text in nats["dense"]:
@@ -48,8 +48,8 @@ def model_card(
     dtype: str,
     nats: dict[str, dict[str, float]] | None,
 ) -> str:
-    """The README.md of a sparse model's folder, as the Hub reads it. arguments: of the run; layers:
-    how many are masked; pattern: 'N:M'."""
+    """The model card (README.md) of a sparse model's folder. arguments: of the run; layers: number
+    of masked layers; pattern: 'N:M'."""
     method = (
         f"train.py, estimator {arguments['estimator']}"
         if "estimator" in arguments
@@ -79,33 +79,35 @@ def model_card(
 
 
 def note_unchanged(summary: dict) -> str:
-    """What to do where the mask is still m0; else nothing."""
+    """Advice if the mask is still almost m0; else an empty string."""
     if summary["blocks_changed"] >= FEW * summary["blocks"]:
         return ""
     hold_out = "" if "heldout_loss" in summary else "hold text out with --val_fraction, "
     return (
-        f"note: hardly a block differs from m0: {hold_out}take more or larger steps (--lr, "
+        f"note: almost no block differs from m0: {hold_out}take more or larger steps (--lr, "
         "--step_size), or lower --logits\n"
     )
 
 
 def in_words(summary: dict, folder: object, model: str, dataset: str, positions: float) -> str:
-    """A finished run in a line or two, and the command that evaluates its mask. positions: the most
-    tokens of a sequence."""
+    """Summary of a finished run in a few lines, with the command that evaluates its mask.
+    positions: longest sequence that the model takes, in tokens."""
     text = "wikitext2" if dataset == C4 else "TEXT"
-    kind = "" if dataset == C4 else f"     # TEXT: of the kind of {dataset}, but not learned from"
+    kind = (
+        "" if dataset == C4 else f"     # TEXT: of the same kind as {dataset}, but not learned from"
+    )
     seqlen = f" --seqlen {positions}" if positions < 2048 else ""  # the default of eval.py
     prior = f" with {summary['prior']:.1%} of the prior C * m0" if "prior" in summary else ""
     heldout = (
         ""
         if "heldout_loss" not in summary
         else (
-            f"held-out loss of the mask delivered, that of step {summary['mask_of_step']}{prior}, "
-            f"{summary['heldout_loss']:.4f} nats, of m0 {summary['heldout_loss_of_m0']:.4f}\n"
+            f"held-out loss of the delivered mask (step {summary['mask_of_step']}{prior}): "
+            f"{summary['heldout_loss']:.4f} nats; of m0: {summary['heldout_loss_of_m0']:.4f} nats\n"
         )
     )
     skipped = (
-        f", {summary['steps_skipped']} skipped for a loss that was not finite"
+        f", {summary['steps_skipped']} skipped because the loss was not finite"
         if summary["steps_skipped"]
         else ""
     )
@@ -134,38 +136,38 @@ def verdict(nats: dict[str, dict[str, float]]) -> str:
     elif times <= USABLE:
         said = "usable with care; more steps or real text bring it closer"
     else:
-        said = "not usable yet; take more steps, or give more real text by --dataset"
+        said = "not usable yet; take more steps, or give more real text with --dataset"
     lines = [f"{times:.2f} times the dense perplexity: {said}."]
     if any(loss <= of_dense for loss, of_dense in zip(m0, dense)):
         lines.append(
-            "A gap is blank if m0 is no worse than the dense model on that text: there is none to "
-            "close."
+            "A gap is blank if m0 is no worse than the dense model on that text: there is no gap "
+            "to close."
         )
     if any(
         of_dense > loss and start > of_dense for loss, start, of_dense in zip(learned, m0, dense)
     ):
         lines.append(
-            "More than 100 % of a gap is closed if the mask has learned the manner of that text, "
-            "too."
+            "More than 100 % of a gap is closed if the mask has also learned the style of that "
+            "text."
         )
     return "\n".join(lines)
 
 
 def shortage(plan: dict) -> str:
-    """A line if the run had hardly any steps or text to learn from; else nothing. plan: of the
-    run's record."""
+    """A line if the run had very few steps or little text to learn from; else an empty string.
+    plan: the plan in the run's record."""
     if plan["steps"] < FEW_STEPS:
-        return f"\n{plan['steps']} steps are hardly any: raise --steps, or --minutes."
+        return f"\n{plan['steps']} steps are very few: raise --steps or --minutes."
     if plan["learned_tokens"] < LITTLE * plan["tokens"]:
         return (
-            f"\nThere were only {plan['learned_tokens']:,} tokens to learn from, where one pass "
-            f"takes {plan['tokens']:,}: raise --minutes, or give more text by --dataset."
+            f"\nThere were only {plan['learned_tokens']:,} tokens to learn from, and one pass "
+            f"takes {plan['tokens']:,}: raise --minutes, or give more text with --dataset."
         )
     return ""
 
 
 def sparsified(record: dict, summary: dict) -> str:
-    """What sparsify.py has to say of a run: table, verdict, sample. record: its run.json."""
+    """Report of a run of sparsify.py: table, verdict, sample. record: its run.json."""
     sample = "".join(f"\n{name + ':':<9}{text}" for name, text in record.get("sample", {}).items())
     return (
         f"{perplexity_table(record['nats'])}\n\n{verdict(record['nats'])}\nThe mask of step "
@@ -175,7 +177,7 @@ def sparsified(record: dict, summary: dict) -> str:
 
 
 def write(folder: Path, record: dict, summary: dict) -> str:
-    """Write report.json, a run's record with its summary; returns what is to be printed."""
+    """Write report.json (the run's record and summary) and return the text to print."""
     write_json(folder / "report.json", {**record, "summary": summary})
     return (
         f"\n{sparsified(record, summary)}\n\n{note_unchanged(summary)}-> "

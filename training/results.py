@@ -1,4 +1,4 @@
-"""What a run delivers: mask, sparse model, logits, curve, summary."""
+"""Write the results of a run: mask, sparse model, logits, curve, summary."""
 
 import math
 
@@ -21,9 +21,9 @@ from torch import nn
 def deliver(
     run: Run, m0: MaskFile, tokenizer: Tokenizer, saves_logits: bool, skips_checkpoint: bool
 ) -> dict:
-    """Write the best mask, or the last, and the model under it; returns the run's summary, which
-    `RunFolder.finish` takes. Layers that are not learned keep m0. All processes have to ask at
-    once."""
+    """Write the best mask (or the last) and the model under it; return the run's summary for
+    `RunFolder.finish`. Layers that are not learned keep m0. All processes must call this
+    together."""
     masked = run.validation.masked
     validation = run.validation
     folder = run.folder
@@ -31,7 +31,7 @@ def deliver(
     final = masked.finish(validation.bits)
     masks = {name: final.get(name, m0.masks[name]) for name in m0.masks}
     base = m0.model or folder.arguments["model"]
-    if processes.is_main():  # first what all the steps were for
+    if processes.is_main():  # write the mask first: it is the result of all steps
         file = folder.path / "mask.safetensors"
         fingerprint = folder.record["fingerprints"]["model"]
         mask_files.save(file, masks, m0.n, m0.m, base, fingerprint)
@@ -54,7 +54,7 @@ def deliver(
 
 
 def write_checkpoint(folder: RunFolder, tokenizer: Tokenizer, base: str, layers: int) -> None:
-    """A plain Hugging Face folder of the sparse model, with a model card."""
+    """Write the sparse model as a plain Hugging Face folder, with a model card."""
     model = sparse_model(folder)
     nats = folder.record.get("nats")
     pattern = "{}:{}".format(*folder.arguments["sparsity_type"])
@@ -66,7 +66,8 @@ def write_checkpoint(folder: RunFolder, tokenizer: Tokenizer, base: str, layers:
 
 
 def draw_curve(run: Run, title: str) -> None:
-    """The losses of the steps, with levels of the masks that were evaluated on the same text."""
+    """Draw the losses of the steps, with horizontal lines for the masks evaluated on held-out
+    text."""
     validation = run.validation
     levels = {
         "dense model": validation.dense_loss,
@@ -79,8 +80,8 @@ def draw_curve(run: Run, title: str) -> None:
 
 
 def sparse_model(folder: RunFolder) -> nn.Module:
-    """The base model's stored weights under the run's mask, in the dtype that they are stored in:
-    the dtype that the run computed in is its own affair. On the CPU."""
+    """The base model under the run's mask, on the CPU, in the dtype that its weights are stored in,
+    which may differ from the dtype that the run computed in."""
     given = folder.arguments
     model, _ = read_model(given["model"], "checkpoint", "cpu", given["trust_remote_code"])
     if given.get("permute"):
@@ -91,15 +92,15 @@ def sparse_model(folder: RunFolder) -> nn.Module:
 def _summary(run: Run) -> dict:
     progress = run.progress
     validation = run.validation
-    # steps, each with a minibatch of every process
+    # in steps, each of which takes a minibatch per process
     epoch = math.ceil(run.epoch_minibatches / processes.world_size())
     tail = [line["loss"] for line in run.log.lines[-epoch:]]
     stages = run.folder.record.get("stages", {})
-    # counted anew
+    # each stage resets the peak
     peaks = [peak_memory_bytes(), *(stage["peak_memory_bytes"] for stage in stages.values())]
     summary = {
         "steps": progress.step,
-        "seconds": run.log.lines[-1]["seconds"],  # of the loop
+        "seconds": run.log.lines[-1]["seconds"],  # spent in the loop
         "seconds_saving": round(progress.seconds_saving, 2),
         "peak_memory_bytes": max(peaks),
         "processes": processes.world_size(),

@@ -1,13 +1,13 @@
-"""A run's folder, kept so that a run is hard to lose: claimed, locked, recorded.
+"""A run's folder: locked, recorded, and hard to lose.
 
-    run.json         script, arguments, fingerprints of what was read, environment; at the end the
+    run.json         script, arguments, fingerprints of the inputs, environment; at the end also the
                      summary
-    metrics.jsonl    one line a step (log.py)
+    metrics.jsonl    one line per step (log.py)
     state/           checkpoints, until the run is finished (checkpoint.py)
-    lock             held by the process that writes here; the system frees that of a dead one
+    lock             held by the process that writes here; the system releases a dead process's lock
 
-Of several processes (models/processes.py) the main one writes; the others read. A run that has made
-nothing yet, no step and no text, leaves nothing.
+If there are several processes (models/processes.py), the main one writes and the others read. A run
+that ends before it has produced any step or text leaves no folder.
 """
 
 import errno
@@ -31,26 +31,26 @@ import torch
 from filelock import FileLock, Timeout
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
-ORDER = "order.permutation.safetensors"  # of the channels, of a run with --permute
+ORDER = "order.permutation.safetensors"  # channel order of a run with --permute
 RESULTS = ("mask.safetensors", "logits.safetensors", "curve.png", "checkpoint", "report.json")
 
 
 def is_finished(run: str | Path) -> bool:
-    """Has this run delivered?"""
+    """Whether this run has delivered its results."""
     return "summary" in read_record(run)
 
 
 def remove_state(run: str | Path) -> None:
-    """What only a run that goes on needs."""
+    """Remove the files that only a resumed run needs."""
     shutil.rmtree(Path(run) / "state", ignore_errors=True)
     Path(run, "lock").unlink(missing_ok=True)
 
 
 class RunFolder:
-    """A run's folder, new or, `is_resumed`, one that a run has left. A context manager: inside, the
-    folder is this process's own, or that of the main one of several.
+    """A run's folder: a new one or, if `is_resumed`, that of a stopped run. As a context manager it
+    keeps the folder locked for this run.
 
-    arguments: of the run, as they are recorded; script: that goes on with it.
+    arguments: those of the run, to be recorded; script: the script that resumes it.
     """
 
     def __init__(self, path: str | Path, arguments: dict, script: str, is_resumed: bool = False):
@@ -59,7 +59,7 @@ class RunFolder:
         arguments = {
             name: value for name, value in arguments.items() if name not in ("out", "resume")
         }
-        self.arguments = json.loads(json.dumps(arguments))  # as JSON gives them back
+        self.arguments = json.loads(json.dumps(arguments))  # as they will be read from JSON
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"])
         start = (
             "python"
@@ -71,7 +71,7 @@ class RunFolder:
         self._lock = None
 
     def __enter__(self):
-        # takes seconds on a GPU; a folder that is killed meanwhile has nothing to go on with
+        # takes seconds on a GPU; a folder left by a run killed meanwhile could not be resumed
         here = self._here
         if self.is_resumed:
             record = read_record(self.path)
@@ -91,7 +91,7 @@ class RunFolder:
                 self._remove_leftovers()
             self.note()
         except BaseException:
-            self.__exit__(*sys.exc_info())  # which python calls for what is inside alone
+            self.__exit__(*sys.exc_info())  # Python calls it only for errors in the `with` block
             raise
         return self
 
@@ -102,13 +102,13 @@ class RunFolder:
             and not is_finished(self.path)
             and (read_record(self.path)["arguments"] == self.arguments)
         ):
-            remedy = f"go on with it: {self.resume_command}, or {remedy}"
+            remedy = f"resume it: {self.resume_command}, or {remedy}"
         refuse_existing(self.path, remedy)
-        self.path.mkdir(parents=True, exist_ok=True)  # of two at once the lock refuses one
+        self.path.mkdir(parents=True, exist_ok=True)  # if two runs get here, the lock refuses one
         sync(self.path.parent)
 
     def _remove_leftovers(self) -> None:
-        """Files that a killed process had begun, and its results, which are made again."""
+        """Remove temporary files of a killed process, and its results, which are made again."""
         for path in [
             *self.path.glob(".*.tmp"),
             *(self.path / "state").glob(".*.tmp"),
@@ -126,7 +126,7 @@ class RunFolder:
         elif error is None:
             remove_state(self.path)
         self._lock.release()
-        then = f"; go on with: {self.resume_command}" if kept and self.path.exists() else ""
+        then = f"; resume with: {self.resume_command}" if kept and self.path.exists() else ""
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}); free some space{then}"
@@ -136,12 +136,15 @@ class RunFolder:
         if error is not None and then:
             print(then.removeprefix("; "), file=sys.stderr)
 
-    # ------------------------------------------------------------------------------------- recorded
+    # ----------------------------------------------------------------------------------- the record
 
     def check_inputs(self, **fingerprints: str) -> None:
-        """Record what the run reads or, of a run that goes on, compare. UserError naming what is no
-        longer the same, here or between the processes; other software or hardware is only pointed
-        out."""
+        """Record the fingerprints of the run's inputs or, if it is resumed, compare them with the
+        recorded ones.
+
+        Raises UserError naming what has changed or differs between processes. Other software or
+        hardware is only reported.
+        """
         known = self.record.get("fingerprints") or {}
         changed = [
             f"{name} ({known[name]} there, {value} here)"
@@ -150,15 +153,16 @@ class RunFolder:
         ]
         if changed:
             raise UserError(
-                f"{self.path} was made from another {', '.join(changed)}: bring back what it "
-                "read, or start a new run"
+                f"{self.path} was made from another {', '.join(changed)}: restore the inputs "
+                "that it read, or start a new run"
             )
         if self.is_resumed:
             there = self.record.get("environment") or {}
             for name, value in self._here.items():
                 if there.get(name) != value:
                     processes.log(
-                        f"note: {name} was {there.get(name)} and is {value}: the bits may differ"
+                        f"note: {name} was {there.get(name)} and is now {value}: results may "
+                        "differ in bits"
                     )
         fingerprints = {**known, **fingerprints}
         processes.check_same(
@@ -168,11 +172,11 @@ class RunFolder:
         self.note(fingerprints=fingerprints)
 
     def newest_state(self) -> StateFile | None:
-        """The newest state that is whole, of a run that goes on; None: it starts."""
+        """The newest intact state of a resumed run; None if the run starts."""
         if not self.is_resumed:
             return None
         found = None
-        with processes.main_process_first():  # which alone reads it all, and decides
+        with processes.main_process_first():  # it alone checks the whole file
             if processes.is_main():
                 found = self.checkpoints.newest()
         step = processes.broadcast_float(found.scalars["progress"]["step"] if found else math.nan)
@@ -183,19 +187,19 @@ class RunFolder:
         )
 
     def finish(self, summary: dict) -> None:
-        """The last of a run's files, which says that all others are whole."""
+        """Record the summary. It is written last, so it marks all other files as complete."""
         self.note(summary=summary)
 
     def note(self, **facts: object) -> None:
-        """Put these facts into the record, run.json, which the main process writes. Nothing else
-        changes it."""
+        """Add facts to the record, run.json, which the main process writes. Nothing else changes
+        the record."""
         self.record |= facts
         if processes.is_main():
             write_json(self.path / "run.json", self.record)
 
     @cached_property
     def _here(self) -> dict:
-        """The environment, and what else decides the bits."""
+        """The environment and everything else that decides the bits."""
         device = self.arguments.get("device")
         return {
             **environment(device),
@@ -205,16 +209,16 @@ class RunFolder:
 
 
 def lock(folder: Path) -> FileLock:
-    """The folder's lock, held; UserError where a living process holds it."""
+    """Lock the folder and return the lock. Raises UserError if a living process holds it."""
     held = FileLock(folder / "lock", timeout=0)
     try:
         held.acquire()
     except Timeout:
         raise UserError(
-            f"{folder} is being written by another run; wait for its end or choose another --out"
+            f"{folder} is being written by another run; wait until it ends or choose another --out"
         )
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written ({error.strerror}); resume a copy of it that can be"
+            f"{folder} cannot be written ({error.strerror}); resume a writable copy of it"
         )
     return held

@@ -1,4 +1,4 @@
-"""Signals that end a run: SIGTERM, SIGHUP and Ctrl-C end it after the step it is at; a second one
+"""Signals that end a run: SIGTERM, SIGHUP and Ctrl-C end it after the current step; a second one
 ends it at once."""
 
 import signal
@@ -11,8 +11,8 @@ SIGNALS = [
 
 
 class StopSignals:
-    """A context manager: inside, a signal ends the process at once or, while `deferred`, is kept in
-    `received`."""
+    """A context manager that handles these signals. A signal ends the process at once or, while
+    `deferred` is set, is kept in `received`."""
 
     def __init__(self):
         self.received = 0
@@ -21,7 +21,7 @@ class StopSignals:
 
     def __enter__(self):
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-            # nohup, or a shell's background
+            # ignored under nohup or in a shell's background
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._receive)
         return self

@@ -1,4 +1,4 @@
-"""The stages of a long run, each done once: what each took is kept in the run's record."""
+"""The stages of a long run, each done once. The run's record keeps the time and memory of each."""
 
 import time
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from training.run_folder import RunFolder
 
 
 class Stages:
-    """Announces and times the stages of a run. A stage that is done is known to be when the run
-    goes on."""
+    """Announces and times the stages of a run. Finished stages are listed in `done`, so that a
+    resumed run can skip them."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
@@ -19,8 +19,8 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, doing: str, earlier_s: float = 0.0) -> Iterator[None]:
-        """Inside is this stage; when it ends well it is recorded as done. It may have been done in
-        part before, in these `earlier_s` of it."""
+        """Run the block as a stage, and record it as done if it raises nothing. earlier_s: seconds
+        that an earlier part of the stage took, if the run is resumed within it."""
         processes.log(f"[{name}] {doing}")
         reset_peak_memory()
         began = time.monotonic()

@@ -1,20 +1,21 @@
-"""Learning masks from gradients: straight-through, in MaskPro's linear space. This project's
-addition to the paper.
+"""Learn masks from gradients: straight-through, in MaskPro's linear space. This project's addition
+to the paper.
 
-The paper's estimator gets one scalar a step for all blocks. One backward pass at a masked weight
-gives, for every weight i, kept or pruned, its saliency G_i = w_i * df/d(m*w)_i: what keeping i adds
-to the loss, to first order. The loss expected under the masks' distribution then has, to first
-order around m, the gradient
+The paper's estimator gets one scalar per step for all blocks. One backward pass at a masked weight
+gives the saliency G_i = w_i * df/d(m*w)_i of every weight i, kept or pruned: the change in the
+loss, to first order, if i is kept. The expected loss under the distribution of masks then has, to
+first order around m, the gradient
 
     d E[f] / d pi  ~  J^T G,    J = d mu / d pi,    mu_i = P(i is kept)
 
-a vector-Jacobian product. It is biased where f is not linear in the mask (exact where it is). m is
-the most probable mask, the one that will be delivered.
+which is a vector-Jacobian product. It is exact if f is linear in the mask, and biased otherwise. m
+is the most probable mask, which is the one to be delivered.
 
-No gradient is stored and no optimizer has a state of the model's size: backward hands each layer's
-weight gradient to that layer's logits and frees it. All layers share the scratch buffer of
-`MaskedModel`, so a layer's masked weight is written again before its backward. Of a layer that FSDP
-shards, FSDP gathers the weight again and hands each process the mean gradient of its own rows.
+No gradient is stored, and no optimizer has a state of the model's size: the backward pass hands
+each layer's weight gradient to that layer's logits and frees it. All layers share the scratch
+buffer of `MaskedModel`, so a layer's masked weight is written again before its backward. If FSDP
+shards a layer, it gathers the weight again and gives each process the mean gradient of that
+process's rows.
 """
 
 import math
@@ -41,8 +42,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 class MaskedProduct(torch.autograd.Function):
-    """x `[tokens, in]` -> x W^T + bias, W the masked weight; its backward moves the layer's logits,
-    returning no dW."""
+    """x `[tokens, in]` -> x W^T + bias, where W is the masked weight. Its backward moves the
+    layer's logits and returns no dW."""
 
     @staticmethod
     def forward(
@@ -58,7 +59,7 @@ class MaskedProduct(torch.autograd.Function):
         layer, (x,) = ctx.layer, ctx.saved_tensors
         input_gradient = None
         if ctx.needs_input_grad[0]:
-            ctx.learner.masked.write(layer)  # other layers have used the buffer since
+            ctx.learner.masked.write(layer)  # other layers have used the buffer since forward
             input_gradient = upstream @ layer.scratch
         ctx.learner.consume(layer, weight_gradient(upstream, x))
         return input_gradient, None, None, None
@@ -66,7 +67,7 @@ class MaskedProduct(torch.autograd.Function):
 
 def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
     """df/dW `[out, in]` from df/dy `[tokens, out]` and the inputs `[tokens, in]`, in their dtype;
-    of float16, which a sum over tokens overflows, in float32."""
+    in float32 for float16, which a sum over tokens would overflow."""
     if upstream.dtype != torch.float16:
         return upstream.T @ x
     if upstream.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8
@@ -78,7 +79,7 @@ class StraightThrough(Learner):
     """Moves the logits of a MaskedModel by J^T G in each backward pass; the next mask is the most
     probable one.
 
-    tokens: in a sequence. checkpointing: of activations.
+    tokens: per sequence; checkpointing: whether activations are recomputed in the backward pass.
     """
 
     def __init__(self, masked: MaskedModel, tokens: int = SHORT, checkpointing: bool = False):
@@ -88,12 +89,12 @@ class StraightThrough(Learner):
         # gradients of earlier microbatches
         self._held = {}
         self._is_last = True
-        # makes autograd follow layers whose input needs no gradient
+        # an input that needs a gradient, so that autograd follows every layer
         self.anchor = torch.zeros((), requires_grad=True)
         layers = list(masked.layers.values())
         self.normalization = Normalization(masked)
         self._of_sequence = masked.kernels.fastest(sequence_loss)
-        # long sums over tokens
+        # sums over tokens are long
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if (
@@ -102,11 +103,11 @@ class StraightThrough(Learner):
             and not (masked.is_sharded and REDUCES_UNUSED)
         ):
             raise UserError(
-                "experts that one process's text does not reach would keep the other processes "
+                "an expert that one process's text does not reach would leave the other processes "
                 "waiting: use --shard with torch 2.13, name other layers with --targets, or start "
                 "one process"
             )
-        self._reached = set()  # names of sharded layers whose gradient this step has brought
+        self._reached = set()  # names of sharded layers whose gradient has come in this step
         for layer in layers:
             if layer.sharded:
                 masked.undo.append(
@@ -121,13 +122,13 @@ class StraightThrough(Learner):
             masked.undo.append(enable_checkpointing(masked.model))
 
     def step(self, batch: Tensor, size: float, distill: Sequence[float] = ()) -> StepResult:
-        """Forward and backward of the masked model on this process's minibatch, int64 `[sequences,
-        tokens]`. distill: of each sequence's loss, the share, 0 to 1, that compares with the dense
-        model's predictions; empty: none of any.
+        """Run the masked model forward and backward on this process's minibatch, int64 `[sequences,
+        tokens]`, and move the logits by `size` (`step_size`).
 
-        The logits have moved when it returns, by `size` in all (`step_size`). A loss that is not
-        finite moves nothing. Of several microbatches the layers' gradients are summed, in the
-        weights' dtype: as much memory as these take.
+        distill: for each sequence, the share of its loss, 0 to 1, that compares with the dense
+        model's predictions; empty: 0 for all. A loss that is not finite moves nothing. With several
+        microbatches, the layers' gradients are summed in the weights' dtype, which takes as much
+        memory as the gradients.
         """
         sequences = batch.to(input_device(self.masked.model))
         self.keys = self.masked.keys()
@@ -145,7 +146,7 @@ class StraightThrough(Learner):
             for layer in self.masked.layers.values():
                 if layer.sharded and layer.name not in self._reached:
                     raise RuntimeError(
-                        f"FSDP has brought no gradient of {layer.name}: does torch "
+                        f"FSDP has computed no gradient for {layer.name}: does torch "
                         f"{torch.__version__} call the hooks of its parameters?"
                     )
             self._move_last()
@@ -163,8 +164,8 @@ class StraightThrough(Learner):
         )
 
     def _backward(self, sequences: Tensor, distill: Sequence[float]) -> float:
-        """Forward and backward of one microbatch; returns its loss, summed over tokens. No backward
-        once a loss was not finite."""
+        """Run one microbatch forward and backward; return its loss, summed over tokens. Skips
+        backward once a loss was not finite."""
         teacher = None
         if any(distill):
             with torch.no_grad(), self.masked.use_dense():
@@ -173,7 +174,7 @@ class StraightThrough(Learner):
         loss, gradient = summed_loss(
             logits.detach(), sequences.to(logits.device), teacher, distill, self._of_sequence
         )
-        del teacher  # as large as the logits
+        del teacher  # it is as large as the logits
         self._is_finite = self._is_finite and math.isfinite(processes.mean([loss]))
         if self._is_finite:
             logits.backward(gradient)
@@ -183,16 +184,15 @@ class StraightThrough(Learner):
 
     def _product(self, layer: MaskedLayer, x: Tensor) -> Tensor:
         """The layer's output, for its `MaskedLinear`."""
-        # flat: autograd forbids a model to change what a function of ours returns in place where
-        # that is a view
+        # flat, as autograd forbids a model to change our function's output in place if it is a view
         return MaskedProduct.apply(x.flatten(0, -2), self.anchor, layer, self).unflatten(
             0, x.shape[:-1]
         )
 
     def consume(self, layer: MaskedLayer, gradient: Tensor) -> None:
-        """One layer's step, from df/dW `[out, in]`, whose scale does not matter: it is divided by
-        that of earlier ones. With several processes it is taken when the next layer's gradient is
-        there: their mean is formed meanwhile."""
+        """Move one layer's logits by df/dW `[out, in]`. The gradient's scale does not matter, as it
+        is divided by that of earlier ones. With several processes, a layer moves when the next
+        layer's gradient is there; meanwhile the mean over the processes is formed."""
         gradient = self._summed(layer, gradient)
         if gradient is None:
             return
@@ -204,7 +204,7 @@ class StraightThrough(Learner):
         self.reducing = reducing
 
     def _summed(self, layer: MaskedLayer, gradient: Tensor) -> Tensor | None:
-        """The sum of the microbatches' gradients; None before the last."""
+        """The sum of the microbatches' gradients; None before the last microbatch."""
         if layer.name in self._held:
             gradient += self._held.pop(layer.name)
         if self._is_last:
@@ -212,8 +212,8 @@ class StraightThrough(Learner):
         self._held[layer.name] = gradient
 
     def _take_gradient(self, layer: MaskedLayer, parameter: Tensor) -> None:
-        """FSDP has reduced a sharded layer's gradient: the mean over the processes, this one's rows
-        of it."""
+        """Hook for a sharded layer: FSDP has reduced its gradient to this process's rows of the
+        mean over processes."""
         gradient = parameter.grad.to_local()
         parameter.grad = None
         self._reached.add(layer.name)
@@ -228,39 +228,39 @@ class StraightThrough(Learner):
     def _move(self, layer: MaskedLayer, gradient: Tensor) -> None:
         self.normalization.move(layer, gradient, self.keys[layer.name])
 
-    # ------------------------------------------------------------------------------ saved, restored
+    # ----------------------------------------------------------------------------- save and restore
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
         """The running mean squares of J^T G."""
         return {}, self.normalization.state()
 
     def restore(self, scalars: dict, read: Callable) -> None:
-        """From `state`."""
+        """Restore from `state`."""
         self.normalization.restore(read)
 
 
 def decay(progress: float) -> float:
-    """What step sizes are multiplied by where this share of a run is done: linear decay, after a
+    """The factor on the step size when the share `progress` of a run is done: linear decay, after a
     warm-up in the first fiftieth."""
     return (1 - progress) * min(1.0, (progress + 1e-3) / 0.02)
 
 
 def step_size(lr: float, progress: float, steps: float) -> float:
-    """The distance of the next step, in logits, of a run of so many `steps` of which the share
-    `progress` is done.
+    """The size of the next step, in logits, in a run of `steps` steps of which the share `progress`
+    is done.
 
-    lr: the standard deviation, in logits, of the movement expected from pure-noise gradients over
-    the whole run. Such a random walk has the variance size^2 sum of (1 - t/T)^2 = size^2 T/3. A
-    logit whose gradient is noise then moves as far in a long run as in a short one, and one whose
-    gradient is true moves further.
+    lr: total movement of a logit over the whole run under pure-noise gradients (standard deviation,
+    in logits). Such a random walk has the variance size^2 sum of (1 - t/T)^2 = size^2 T/3. So a
+    logit whose gradient is noise moves as far in a long run as in a short one, and a logit whose
+    gradient is consistent moves further.
     """
     return lr * decay(progress) * math.sqrt(3 / steps)
 
 
 def enable_checkpointing(model: nn.Module) -> Callable[[], None]:
-    """Keep only each decoder layer's input for backward and run the layer again there; the model
-    stays in eval mode, in which the libraries' own checkpointing does nothing. Returns a function
-    that puts everything back."""
+    """Keep only each decoder layer's input for backward, and run the layer again there. Returns a
+    function that undoes this. The model stays in eval mode, in which the libraries' own
+    checkpointing does nothing."""
     layers = decoder_layers(model)
     for layer in layers:
         layer.forward = partial(

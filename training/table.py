@@ -1,4 +1,5 @@
-"""The table of a run of sparsify.py: losses of masks on texts, and what the models write."""
+"""The table of a run of sparsify.py: losses of masks on texts, and samples of what the models
+write."""
 
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from training.run_folder import RunFolder
 
 from torch import Tensor, nn
 
-PROMPT = 16  # tokens of held-out text that the models go on from
-SAMPLE = 30  # tokens that they write
+PROMPT = 16  # tokens of held-out text that the models continue
+SAMPLE = 30  # tokens that they write, at most
 
 
 def read_windows(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """File or dataset name of each text -> its first WINDOWS windows, int64 `[windows, tokens]`."""
+    """The first WINDOWS windows of each text, by file or dataset name, int64 `[windows,
+    tokens]`."""
     window = min(WINDOW, positions(model))
     return {
         Path(text).name: data.perplexity_windows(tokenizer, text, window, WINDOWS)[0]
@@ -27,7 +29,7 @@ def read_windows(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> di
 
 class Table:
     """Evaluates masks on held-out minibatches, int64 `[minibatches, sequences, tokens]`, and on
-    windows of further texts, and puts what it finds into the run's record."""
+    windows of further texts, and adds the losses to the run's record."""
 
     def __init__(
         self, folder: RunFolder, tokenizer: Tokenizer, unseen: Tensor, windows: dict[str, Tensor]
@@ -39,7 +41,7 @@ class Table:
         self.prompt = unseen[0, 0, :PROMPT]
 
     def add(self, name: str, masked: MaskedModel) -> None:
-        """The row of the mask in use: text -> loss in nats."""
+        """Record the row of the mask in use: text -> loss in nats."""
         bos = data.added_bos(self.tokenizer)
         behind = "" if bos is None else " after BOS"
         row = {"held-out text": masked.mean_loss(self.unseen)}
@@ -48,7 +50,7 @@ class Table:
         self.folder.note(nats={**self.folder.record.get("nats", {}), name: row})
 
     def write(self, name: str, model: nn.Module) -> None:
-        """How the model goes on from the prompt, if it has not been asked before."""
+        """Record how the model continues the prompt, unless the record has it."""
         sample = self.folder.record.get("sample", {})
         if name in sample:
             return

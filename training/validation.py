@@ -1,4 +1,4 @@
-"""Which mask is delivered: what held-out text says."""
+"""Select the mask to deliver by its loss on held-out text."""
 
 import math
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from utils import UserError
 from torch import Tensor
 
 PRIORS = [2 ** (-k / 2) for k in range(1, 21)]  # shares of C * m0: 0.7 to 0.001
-PATIENCE = 3  # worse ones in a row end the search
+PATIENCE = 3  # worse masks in a row that end the search
 
 
 def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Minibatches to learn from, and the last ones, held out. UserError where none is left to learn
-    from."""
-    heldout = math.ceil(round(fraction * len(minibatches), 9))  # 0.07 * 100 is a little more than 7
+    """Split minibatches into those to learn from and the last ones, which are held out. Raises
+    UserError if none is left to learn from."""
+    heldout = math.ceil(round(fraction * len(minibatches), 9))  # as 0.07 * 100 > 7 in floats
     if heldout == len(minibatches):
         raise UserError(
             f"--val_fraction {fraction} of {len(minibatches)} minibatches leaves none to learn from"
@@ -25,10 +25,10 @@ def hold_out(minibatches: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 class Validation:
-    """The mask, of those that a learner proposes, with the lowest loss on held-out minibatches; m0,
-    evaluated first, is one of them.
+    """Keeps the best of the masks that a learner proposes: the one with the lowest loss on held-out
+    minibatches. m0 is evaluated first and counts among them.
 
-    heldout: int64 `[minibatches, sequences, tokens]`; may be empty: then only the processes are
+    heldout: int64 `[minibatches, sequences, tokens]`. It may be empty; then the processes are only
     compared, and the last mask is delivered.
     """
 
@@ -39,18 +39,18 @@ class Validation:
         self.has_text = len(heldout) > 0
         self.bits: dict[str, Tensor] | None = None  # of the best mask
         self.loss, self.step, self.m0_loss = math.inf, None, math.inf  # of the best mask; of m0
-        self.dense_loss = math.inf  # not known
+        self.dense_loss = math.inf  # unknown
         # the share of C * m0 left in the best mask's logits; None: not searched for
         self.prior: float | None = None
 
     def evaluate(self, step: int) -> float | None:
-        """The held-out loss of the present mask, that after so many steps; None where it is not
-        finite, or nothing is held out. Raises UserError if processes disagree on the logits."""
+        """The held-out loss of the present mask, after `step` steps; None if it is not finite or
+        nothing is held out. Raises UserError if processes disagree on the logits."""
         if processes.world_size() > 1:
             processes.check_same(self.masked.checksum(), "the logits")
         if not self.has_text:
             return None
-        # m0 itself, also with logits that are all 0
+        # step 0: m0 itself, even if all logits are 0
         bits = self.learner.proposal() if step else self.masked.bits()
         loss = self._try(bits, step)
         if step == 0:
@@ -74,11 +74,11 @@ class Validation:
         return loss
 
     def weaken_prior(self, m0: dict[str, Tensor], magnitude: float, step: int) -> None:
-        """After the last step, take more and more of the prior C * m0 from the logits, for as long
-        as the held-out loss of their most probable mask falls. What was learned is delivered then
-        even where it has not outgrown C.
+        """After the last step, remove more and more of the prior C * m0 from the logits, for as
+        long as the held-out loss of their most probable mask falls. So what was learned can be
+        delivered even if it has not outgrown C.
 
-        m0: masks bool `[out, in]`; magnitude: C.
+        m0: masks, bool `[out, in]`; magnitude: C.
         """
         if not self.has_text:
             return
@@ -88,13 +88,13 @@ class Validation:
         bits = {name: layer.bits_of(m0[name]) for name, layer in self.masked.layers.items()}
         for share in PRIORS:
             loss = self._try(self.masked.mode_bits(bits, magnitude * (1 - share)), step, share)
-            # the same mask is not a worse one
+            # an equal loss, as of the same mask, is not worse
             lowest, worse = min(lowest, loss), 0 if loss <= lowest else worse + 1
             if worse == PATIENCE:
                 return
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """The best mask so far."""
+        """The best mask so far and its losses."""
         layers = self.masked.layers.items() if self.bits else ()
         return (
             {
@@ -107,7 +107,7 @@ class Validation:
         )
 
     def restore(self, scalars: dict, read: Callable) -> None:
-        """From `state`."""
+        """Restore from `state`."""
         self.loss = scalars["loss"]
         self.step = scalars["step"]
         self.m0_loss = scalars["m0_loss"]
@@ -115,6 +115,6 @@ class Validation:
         if self.step is not None:
             self.bits = {
                 name: read(name, layer.shard(layer.bits)).to(layer.bits.device, copy=True)
-                # copies, or they would keep the file open
+                # copied, as a mapped tensor would keep the file open
                 for name, layer in self.masked.layers.items()
             }
