@@ -36,8 +36,8 @@ class TooShortError(UserError):
 def minibatches(
     tokenizer: Tokenizer, dataset: str, dataset_size: int, batchsize: int, seqlen: int
 ) -> torch.Tensor:
-    """The fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize, batchsize,
-    seqlen].
+    """Return the fixed training minibatches ξ_b of MaskPro: int64 [dataset_size // batchsize,
+    batchsize, seqlen].
 
     They are the first dataset_size documents, in file order, with more than seqlen tokens (special
     tokens included), cut to seqlen. They are not shuffled and never padded; reading stops when
@@ -79,8 +79,8 @@ def token_sequences(
     seqlen: int,
     seed: int,
 ) -> torch.Tensor:
-    """Shuffled minibatches of about `tokens` tokens of running text: int64 [minibatches, batchsize,
-    seqlen].
+    """Return shuffled minibatches of about `tokens` tokens of running text: int64 [minibatches,
+    batchsize, seqlen].
 
     Documents are read in file order, each time from the dataset that has given the fewest tokens so
     far, until there are enough tokens. They are joined with the end-of-text token, if there is one,
@@ -91,16 +91,16 @@ def token_sequences(
     Raises TooShortError if there is less than one minibatch, and the errors of `documents`.
     """
     bos = added_bos(tokenizer)
-    begin = 0 if bos is None else 1
-    minibatch = batchsize * (seqlen - begin)  # tokens of running text per minibatch
+    bos_count = 0 if bos is None else 1
+    minibatch = batchsize * (seqlen - bos_count)  # tokens of running text per minibatch
     wanted = max(1, tokens // (batchsize * seqlen)) * minibatch
-    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = []
     unread = {index: documents(dataset) for index, dataset in enumerate(datasets)}
-    found = dict.fromkeys(unread, 0)  # tokens read of each dataset
+    tokens_read = dict.fromkeys(unread, 0)  # by dataset
     with progress_bar(total=wanted, desc="reading tokens", leave=False) as bar:
-        while unread and sum(found.values()) < wanted:
-            index = min(unread, key=found.get)
+        while unread and sum(tokens_read.values()) < wanted:
+            index = min(unread, key=tokens_read.get)
             text = next(unread[index], None)
             if text is None:
                 del unread[index]
@@ -108,19 +108,19 @@ def token_sequences(
             if not text.strip():  # skip blank rows
                 continue
             pieces.append(
-                torch.tensor(encode(tokenizer, text)[begin:] + between, dtype=torch.int64)
+                torch.tensor(encode(tokenizer, text)[bos_count:] + separator, dtype=torch.int64)
             )
-            found[index] += len(pieces[-1])
+            tokens_read[index] += len(pieces[-1])
             bar.update(len(pieces[-1]))
-    found = sum(found.values())
-    minibatches = min(wanted, found) // minibatch
+    total = sum(tokens_read.values())
+    minibatches = min(wanted, total) // minibatch
     if not minibatches:
         raise TooShortError(
-            f"{', '.join(datasets)} has only {found} tokens, fewer than one minibatch of "
+            f"{', '.join(datasets)} has only {total} tokens, fewer than one minibatch of "
             f"{batchsize} x {seqlen}: lower --batchsize or --seqlen, or use a longer text"
         )
-    sequences = torch.cat(pieces)[: minibatches * minibatch].view(-1, seqlen - begin)
-    sequences = torch.nn.functional.pad(sequences, (begin, 0), value=bos)
+    sequences = torch.cat(pieces)[: minibatches * minibatch].view(-1, seqlen - bos_count)
+    sequences = torch.nn.functional.pad(sequences, (bos_count, 0), value=bos)
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
     return sequences[order].view(minibatches, batchsize, seqlen)
 
@@ -133,7 +133,7 @@ def calibration_samples(
     seed: int,
     bos: int | None = None,
 ) -> torch.Tensor:
-    """Random crops of random documents to calibrate pruning on: int64 [nsamples, seqlen].
+    """Return random crops of random documents to calibrate pruning on: int64 [nsamples, seqlen].
 
     This is `get_c4` of SparseGPT and Wanda: documents are drawn with replacement until one has more
     than seqlen tokens (special tokens included), which is then cropped at random. The same seed
@@ -145,26 +145,26 @@ def calibration_samples(
 
     Raises UserError if no document is long enough, and the errors of `documents`.
     """
-    # the stream of random.seed(seed), without touching the global one
+    # the numbers of random.seed(seed), without touching the global generator
     generator = random.Random(seed)
     texts = list(itertools.islice(documents(dataset), MOST_DOCUMENTS))
-    # cached, as few documents are drawn often
+    # cached, as documents of a small dataset are drawn often
     tokens_of = lru_cache(128)(lambda index: _tokens(tokenizer, texts[index]))
     samples = []
-    short = set()  # indices of documents known to be too short
+    too_short = set()  # indices of documents known to be too short
     with progress_bar(total=nsamples, desc="drawing documents", leave=False) as bar:
         while len(samples) < nsamples:
-            if len(short) == len(texts):
+            if len(too_short) == len(texts):
                 raise UserError(
                     f"none of the {len(texts)} documents in {dataset} has more than {seqlen} "
                     "tokens: lower --seqlen or use a dataset of longer documents"
                 )
             index = generator.randint(0, len(texts) - 1)
-            if index in short:
+            if index in too_short:
                 continue
             tokens = tokens_of(index)
             if len(tokens) <= seqlen:
-                short.add(index)
+                too_short.add(index)
                 continue
             start = generator.randint(0, len(tokens) - seqlen - 1)
             crop = tokens[start : start + seqlen]
@@ -178,8 +178,8 @@ def calibration_samples(
 def perplexity_windows(
     tokenizer: Tokenizer, dataset: str, seqlen: int, limit: int | None = None
 ) -> tuple[torch.Tensor, int]:
-    """Disjoint windows of one long text to measure perplexity on, int64 [windows, seqlen], and the
-    number of tokens in the whole text, the remainder included.
+    """Return disjoint windows of one long text to measure perplexity on, int64 [windows, seqlen],
+    and the number of tokens in the whole text, the remainder included.
 
     The text is tokenised in one call and cut into windows of seqlen tokens; the remainder is
     dropped. `limit` keeps the first windows only. Protocol of SparseGPT, Wanda and MaskLLM:
@@ -213,15 +213,15 @@ def perplexity_windows(
 
 
 def added_bos(tokenizer: Tokenizer) -> int | None:
-    """The beginning-of-text token if this tokenizer puts it before a text, else None: some
+    """Return the beginning-of-text token if this tokenizer puts it before a text, else None: some
     tokenizers have such a token and do not add it."""
     first = tokenizer("a").input_ids[:1]
     return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text of any length, to be continued: without the end-of-text token that some
-    tokenizers append."""
+    """Return the tokens of a text of any length, to be continued: without the end-of-text token
+    that some tokenizers append."""
     return without_end(tokenizer, tokenizer(text, verbose=False).input_ids)
 
 
@@ -233,7 +233,7 @@ def without_end(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
 
 
 def wanted_bos(tokenizer: Tokenizer) -> int:
-    """For --bos: the beginning-of-text token, whether or not the tokenizer adds it. Raises
+    """Return the beginning-of-text token for --bos, whether or not the tokenizer adds it. Raises
     UserError if there is none."""
     if tokenizer.bos_token_id is None:
         raise UserError(
@@ -243,13 +243,13 @@ def wanted_bos(tokenizer: Tokenizer) -> int:
 
 
 def fingerprint(batches: torch.Tensor) -> str:
-    """16 hex digits that identify tokens and shape: sha256 over the shape and the little-endian
-    int64 tokens."""
+    """Return 16 hex digits that identify tokens and shape: sha256 over the shape and the
+    little-endian int64 tokens."""
     tokens = batches.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
     return hashlib.sha256(str(tuple(batches.shape)).encode() + tokens).hexdigest()[:16]
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """int64 [tokens] of a text of any length, special tokens included; verbose=False drops the
-    warning about long inputs."""
+    """Return int64 [tokens] of a text of any length, special tokens included; verbose=False drops
+    the warning about long inputs."""
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)

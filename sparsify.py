@@ -174,18 +174,20 @@ def given_texts(
     return preparation.given_texts(read, args.dataset or [], tokens, args.shard)
 
 
-def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer, given: Callable) -> plans.Plan:
-    """The plan for the budget. With --minutes, time for generating text is set aside if --dataset
-    does not suffice. given: reads `given_texts` for a number of tokens."""
+def planned(
+    args: Namespace, model: nn.Module, tokenizer: Tokenizer, read_given: Callable
+) -> plans.Plan:
+    """Return the plan for the budget. With --minutes, time for generating text is set aside if
+    --dataset does not suffice. read_given: reads `given_texts` for a number of tokens."""
     minibatch = args.batchsize * args.seqlen
     if args.steps:
         return plans.of_steps(args.steps, minibatch)
     processes.log("measuring this machine")
     seconds = plans.measured(model, args.sparsity_type, args.batchsize, args.seqlen)
     plan = plans.of_minutes(args.minutes, seconds, minibatch)
-    questions, others = given(plan.tokens)
-    has = sum(text.numel() for text in questions + others)
-    if has < plan.tokens and not args.shard:
+    questions, others = read_given(plan.tokens)
+    available = sum(text.numel() for text in questions + others)
+    if available < plan.tokens and not args.shard:
         seconds["token"] = plans.token_s(model, tokenizer)
         plan = plans.of_minutes(args.minutes, seconds, minibatch)
     processes.log(plans.in_words(plan, seconds))
@@ -193,16 +195,16 @@ def planned(args: Namespace, model: nn.Module, tokenizer: Tokenizer, given: Call
 
 
 def read_text(
-    args: Namespace, model: nn.Module, tokenizer: Tokenizer, given: Callable, stages: Stages
+    args: Namespace, model: nn.Module, tokenizer: Tokenizer, read_given: Callable, stages: Stages
 ) -> tuple[Tensor, Tensor]:
-    """The text to learn from: minibatches, int64 `[minibatches, sequences, tokens]`, and each
-    sequence's share of distillation, `[minibatches, sequences]`. The model generates what is
-    missing. given: reads `given_texts` for a number of tokens."""
+    """Return the text to learn from: minibatches, int64 `[minibatches, sequences, tokens]`, and
+    each sequence's share of distillation, `[minibatches, sequences]`. The model generates what is
+    missing. read_given: reads `given_texts` for a number of tokens."""
     folder = stages.folder
     plan = folder.record["plan"]
     given_share = defaults.GIVEN_SHARE if args.distill is None else args.distill
     generated_share = defaults.GENERATED_SHARE if args.distill is None else args.distill
-    questions, others = given(plan["tokens"])
+    questions, others = read_given(plan["tokens"])
     texts = [(text, given_share) for text in others]
     missing = plan["tokens"] - sum(text.numel() for text in questions + others)
     if missing and not args.shard:
@@ -220,8 +222,8 @@ def read_text(
         texts.append((text, generated_share))
     elif args.after:
         processes.log("note: no text is generated, so --after is not used")
-    rest = sum(text.numel() for text, _ in texts)
-    questions = [preparation.at_most_a_quarter(text, rest) for text in questions]
+    other_tokens = sum(text.numel() for text, _ in texts)
+    questions = [preparation.at_most_a_quarter(text, other_tokens) for text in questions]
     texts = [(text, given_share) for text in questions] + texts
     minibatches, distill = preparation.mixed(texts, args.seed)
     check_tokens(model, minibatches)
@@ -229,22 +231,20 @@ def read_text(
 
 
 def first_mask(args: Namespace, model: nn.Module, stages: Stages, sequences: Tensor) -> MaskFile:
-    """m0: Wanda's mask, measured on int64 `[sequences, tokens]`. With --permute, channels are
-    reordered first."""
+    """Return m0: Wanda's mask, measured on int64 `[sequences, tokens]`. With --permute, channels
+    are reordered first."""
     layers = args.model, args.targets, args.sparsity_type
-    order = stages.folder.path / ORDER
-    wanda = stages.folder.path / "initial_mask.safetensors"
-    if (
-        args.permute and "order" in stages.done
-    ):  # not by the file: another process may just have written it
-        apply_permutation(model, order)
+    order_file = stages.folder.path / ORDER
+    wanda_file = stages.folder.path / "initial_mask.safetensors"
+    if args.permute and "order" in stages.done:  # order_file.exists() may differ by process
+        apply_permutation(model, order_file)
     elif args.permute:
         with stages.stage("order", "reordering channels"):
-            preparation.reorder_channels(order, model, *layers, sequences, args.seed)
-    if not ("m0" in stages.done and processes.broadcast_float(float(wanda.exists()))):
+            preparation.reorder_channels(order_file, model, *layers, sequences, args.seed)
+    if not ("m0" in stages.done and processes.broadcast_float(float(wanda_file.exists()))):
         with stages.stage("m0", "Wanda's mask"):
-            preparation.wanda_mask(wanda, model, *layers, sequences)
-    return read_masks(wanda, model, args.sparsity_type)
+            preparation.wanda_mask(wanda_file, model, *layers, sequences)
+    return read_masks(wanda_file, model, args.sparsity_type)
 
 
 def masked_model(args: Namespace, model: nn.Module, m0: MaskFile) -> MaskedModel:
@@ -290,12 +290,11 @@ def learn(
     # read the text and m0
     model, tokenizer, mask = load(args, device)
     windows = read_windows(model, tokenizer, args.ppl)
-    given = lru_cache(1)(
-        partial(given_texts, args, tokenizer)
-    )  # cached, as `planned` may read the same
+    # cached, as `planned` may read the same text
+    read_given = lru_cache(1)(partial(given_texts, args, tokenizer))
     if "steps" not in folder.record.get("plan", {}):  # none yet, or one of an earlier version
-        folder.note(plan=vars(planned(args, model, tokenizer, given)))
-    minibatches, distill = read_text(args, model, tokenizer, given, stages)
+        folder.note(plan=vars(planned(args, model, tokenizer, read_given)))
+    minibatches, distill = read_text(args, model, tokenizer, read_given, stages)
     batches, selecting, unseen = plans.split(minibatches)
     m0 = mask or first_mask(args, model, stages, batches.flatten(0, 1))
     text = data.fingerprint(minibatches)

@@ -47,13 +47,13 @@ def as_user_error(what: str | Path, advice: str, doubt: str = "") -> Iterator[No
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's or a CPU's memory is full. PyTorch has no exception class for a full CPU
-    memory, nor for failed allocations of Triton and cuBLAS on a GPU."""
-    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    """Return whether a GPU's or a CPU's memory is full. PyTorch has no exception class for a full
+    CPU memory, nor for failed allocations of Triton and cuBLAS on a GPU."""
+    phrases = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(part in str(error) for part in said)
+        or any(phrase in str(error) for phrase in phrases)
     )
 
 
@@ -105,8 +105,8 @@ def run_script(main: Callable[[], object]) -> None:
 
 
 def progress_bar(iterable: Iterable | None = None, **names) -> tqdm:
-    """tqdm's bar; if stderr is not a terminal, a line at most every LINE_S seconds, so that logs
-    stay short."""
+    """Return tqdm's bar; if stderr is not a terminal, a line at most every LINE_S seconds, so that
+    logs stay short."""
     if not sys.stderr.isatty():
         names |= {
             "mininterval": LINE_S,
@@ -129,18 +129,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        near = (
+        matches = (
             difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         )
         self.exit(
             2,
             f"error: {message}; "
-            f"{f'did you mean {near[0]}?' if near else '--help explains the flags'}\n",
+            f"{f'did you mean {matches[0]}?' if matches else '--help explains the flags'}\n",
         )
 
 
 def script_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser whose --help shows the script's docstring, as its manual, and every flag's
+    """Return a parser whose --help shows the script's docstring, as its manual, and every flag's
     default."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -163,15 +163,15 @@ def sparsity_type(text: str) -> tuple[int, int]:
 
 
 def number(kind: type, lowest: float, highest: float = 2**63 - 1) -> Callable[[str], float]:
-    """A type for argparse: an int or float from `lowest` to `highest`."""
+    """Return a type for argparse: an int or float from `lowest` to `highest`."""
 
     def parsed(text: str) -> float:
         with suppress(ValueError):
             if lowest <= (value := kind(text)) <= highest and (kind is float or text.isdigit()):
                 return value
-        whole = "whole " if kind is int else ""
+        qualifier = "whole " if kind is int else ""
         raise argparse.ArgumentTypeError(
-            f"'{text}' is not a {whole}number of at least {lowest:g}, at most {highest:g}"
+            f"'{text}' is not a {qualifier}number of at least {lowest:g}, at most {highest:g}"
         )
 
     return parsed

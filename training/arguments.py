@@ -35,7 +35,8 @@ def add_mask_arguments(parser: argparse.ArgumentParser, mask_default: str | None
     parser.add_argument(
         "--mask",
         default=mask_default,
-        help="m0, the initial mask: a mask file or a folder of .pt masks",
+        help="m0, the initial mask: a mask file or a folder of .pt masks"
+        + ("" if mask_default else " (default: Wanda's mask)"),
     )
     parser.add_argument(
         "--targets",
@@ -130,16 +131,16 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
     return args
 
 
-def of_another_script(run: str | Path, record: dict, here: str) -> UserError:
-    """Return the UserError for resuming a run that another script, or another version of `here`,
-    started."""
+def of_another_script(run: str | Path, record: dict, this_script: str) -> UserError:
+    """Return the UserError for resuming a run that another script, or another version of
+    `this_script`, started."""
     script = record.get("script")
-    place = shlex.quote(str(run))
-    if script == here:
+    path = shlex.quote(str(run))
+    if script == this_script:
         return UserError(
             f"{run} is a run of another version of {script}: resume it there, or start a new run"
         )
-    then = f"resume it with `python {script} --resume {place}`" if script else "resume it there"
+    advice = f"resume it with `python {script} --resume {path}`" if script else "resume it there"
     return UserError(
-        f"{run} is a run of {script or 'another version or script'}: {then}, or start a new run"
+        f"{run} is a run of {script or 'another version or script'}: {advice}, or start a new run"
     )

@@ -44,13 +44,13 @@ Baseline = Sequence[float] | OnlineBaseline | None  # minibatch number -> f(m0 *
 
 
 def default_path(dataset_size: int, batchsize: int, seqlen: int) -> str:
-    """The authors' file name, without their dataset name."""
+    """Return the authors' file name, without their dataset name."""
     return f"inference_loss_{dataset_size}_bs{batchsize}_sql{seqlen}.npz"
 
 
 def conditions(model: nn.Module, masks: dict[str, Tensor], batches: Tensor) -> dict[str, str]:
-    """Everything that the losses of these minibatches depend on, by name. Call it while the model
-    still has its dense weights."""
+    """Return everything that the losses of these minibatches depend on, by name. Call it while the
+    model still has its dense weights."""
     minibatches, batchsize, seqlen = batches.shape
     return {
         "model": model_fingerprint(model),
@@ -73,8 +73,8 @@ def save(path: str | Path, losses: list[float], depends_on: dict[str, str]) -> N
 
 
 def find(source: str, dataset_size: int, batchsize: int, seqlen: int) -> str:
-    """The path of the file that --baseline names; for "cached", the one of the default name. Raises
-    UserError if there is none."""
+    """Return the path of the file that --baseline names; for "cached", the one of the default name.
+    Raises UserError if there is none."""
     path = default_path(dataset_size, batchsize, seqlen) if source == "cached" else source
     if not Path(path).exists():
         raise UserError(
@@ -93,11 +93,11 @@ def load(path: str, wanted: dict[str, str]) -> list[float]:
         np.load(path, allow_pickle=False) as arrays,
     ):
         losses = arrays["losses"].astype(np.float64)
-        found = dict(json.loads(str(arrays["depends_on"])))
+        recorded = dict(json.loads(str(arrays["depends_on"])))
     stale = [
-        f"{key.replace('sqlen', 'seqlen')} {str(found.get(key))[:80]} there, {value} here"
+        f"{key.replace('sqlen', 'seqlen')} {str(recorded.get(key))[:80]} there, {value} here"
         for key, value in wanted.items()
-        if found.get(key) != value
+        if recorded.get(key) != value
     ]
     if not stale and len(losses) != minibatches:
         stale = [f"{len(losses)} minibatches there, {minibatches} here"]

@@ -57,8 +57,8 @@ def save(path: Path, scalars: dict, tensors: dict[str, Tensor]) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the archive's checksums match. A flipped bit outside the data that they cover changes
-    nothing that is read."""
+    """Return whether the archive's checksums match. A flipped bit outside the data that they cover
+    changes nothing that is read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None and bool(
@@ -81,20 +81,20 @@ class StateFile:
         self.scalars = state["scalars"]
         self.tensors = state["tensors"]
 
-    def read(self, name: str, like: Tensor) -> Tensor:
-        """The tensor `name`, 1-D, on the CPU; for a DTensor `like`, only this process's part of it.
+    def read(self, name: str, expected: Tensor) -> Tensor:
+        """Return the tensor `name`, 1-D, on the CPU; for a DTensor, this process's part of it.
 
-        Raises UserError if its dtype or number of elements differ from those of `like`.
+        Raises UserError if its dtype or number of elements differ from those of `expected`.
         """
-        found = self.tensors.get(name)
-        if found is None or (found.dtype, found.numel()) != (like.dtype, like.numel()):
+        stored = self.tensors.get(name)
+        if stored is None or (stored.dtype, stored.numel()) != (expected.dtype, expected.numel()):
             raise UserError(
                 f"{self.path} is the state of another run: its {name} does not fit this model and "
                 "these settings"
             )
-        begin, end = own_rows(like)
-        width = like.shape[1:].numel()
-        return found[begin * width : end * width]
+        begin, end = own_rows(expected)
+        width = expected.shape[1:].numel()
+        return stored[begin * width : end * width]
 
 
 class Checkpoints:
@@ -113,19 +113,19 @@ class Checkpoints:
         self.cost_s = 0.0
 
     def due(self, step: int, seconds: float) -> bool:
-        """Whether to save after `step` steps and `seconds` of the run. If `every` is in minutes,
-        saving takes at most MOST_SHARE of the run's time."""
+        """Return whether to save after `step` steps and `seconds` of the run. If `every` is in
+        minutes, saving takes at most MOST_SHARE of the run's time."""
         if self.steps:
             return step % self.steps == 0
-        waited = seconds - self.saved_at
-        return waited * MOST_SHARE >= self.cost_s and waited >= 60 * self.minutes
+        since_save_s = seconds - self.saved_at
+        return since_save_s * MOST_SHARE >= self.cost_s and since_save_s >= 60 * self.minutes
 
     def path(self, step: int) -> Path:
-        """The path of the state after `step` steps."""
+        """Return the path of the state after `step` steps."""
         return self.folder / f"step{step:08d}.pt"
 
     def paths(self) -> list[Path]:
-        """The existing states, oldest first."""
+        """Return the existing states, oldest first."""
         return sorted(self.folder.glob("step*.pt"))
 
     def save(self, step: int, seconds: float, scalars: dict, tensors: dict[str, Tensor]) -> None:
@@ -140,7 +140,7 @@ class Checkpoints:
         self.cost_s = time.monotonic() - started
 
     def newest(self) -> StateFile | None:
-        """The newest state whose checksums match, or None. Damaged states are reported and
+        """Return the newest state whose checksums match, or None. Damaged states are reported and
         renamed."""
         if earlier := sorted(self.folder.glob("step*.safetensors")):
             raise UserError(

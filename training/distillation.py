@@ -9,17 +9,17 @@ from torch import Tensor
 def sequence_loss(
     logits: Tensor, chosen: Tensor, teacher: Tensor | None, distill: float
 ) -> tuple[Tensor, Tensor]:
-    """`summed_loss` for one sequence: the loss, float32 `[]`, and its gradient. Compiled, it is a
-    few loops over the vocabulary and makes no float32 copy of the logits. chosen: the next tokens,
-    int64 `[tokens, 1]`."""
+    """Compute `summed_loss` for one sequence: the loss, float32 `[]`, and its gradient. Compiled,
+    it is a few loops over the vocabulary and makes no float32 copy of the logits. chosen: the next
+    tokens, int64 `[tokens, 1]`."""
     log_probs = logits.float().log_softmax(-1)
-    own = log_probs.exp()
+    gradient = log_probs.exp()
     if distill < 1:
         vocabulary = torch.arange(logits.shape[-1], device=logits.device)
-        own = own + torch.where(vocabulary == chosen, distill - 1, 0.0)
+        gradient = gradient + torch.where(vocabulary == chosen, distill - 1, 0.0)
     if teacher is not None:
-        own = own - distill * teacher.float().softmax(-1)
-    return -log_probs.gather(1, chosen).sum(), own.to(logits.dtype)
+        gradient = gradient - distill * teacher.float().softmax(-1)
+    return -log_probs.gather(1, chosen).sum(), gradient.to(logits.dtype)
 
 
 def summed_loss(
@@ -27,14 +27,15 @@ def summed_loss(
     sequences: Tensor,
     teacher: Tensor | None = None,
     distill: Sequence[float] | None = None,
-    of_sequence: Callable = sequence_loss,
+    loss_of_sequence: Callable = sequence_loss,
 ) -> tuple[float, Tensor]:
-    """Next-token cross entropy summed over tokens, in nats, and a gradient with respect to the
-    logits.
+    """Compute the next-token cross entropy summed over tokens, in nats, and a gradient with respect
+    to the logits.
 
     logits, teacher and gradient: `[sequences, tokens, vocabulary]`. The gradient of sequence i is
     that of (1 - distill[i]) times the cross entropy with the text plus distill[i] times the cross
-    entropy with the teacher's predictions. of_sequence: `sequence_loss`, or its compiled version.
+    entropy with the teacher's predictions. loss_of_sequence: `sequence_loss`, or its compiled
+    version.
 
     Sequences are converted to float32 one at a time, so that no float32 copy of all logits exists.
     The loss is a sum, not a mean, so that float16 gradients stay clear of the smallest numbers of
@@ -45,9 +46,9 @@ def summed_loss(
     for index, (tokens, share) in enumerate(
         zip(sequences, distill or [0.0] * len(sequences), strict=True)
     ):
-        wanted = teacher[index, :-1] if share else None
-        loss, gradient[index, :-1] = of_sequence(
-            logits[index, :-1], tokens[1:, None], wanted, share
+        teacher_logits = teacher[index, :-1] if share else None
+        loss, gradient[index, :-1] = loss_of_sequence(
+            logits[index, :-1], tokens[1:, None], teacher_logits, share
         )
         losses.append(loss)
     gradient[:, -1] = 0

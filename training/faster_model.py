@@ -36,9 +36,11 @@ def speed_up(
     ]
     for norm in norms:
         norm.forward = partial(kernels.fastest(type(norm).forward), norm)
-    # transformers 4.56
-    own = attention_of(model.config) if hasattr(model, "set_attn_implementation") else {}
-    is_replaced = own.get("") == "sdpa" and tokens <= SHORT and input_device(model).type == "cpu"
+    # from transformers 4.56 on
+    original = attention_of(model.config) if hasattr(model, "set_attn_implementation") else {}
+    is_replaced = (
+        original.get("") == "sdpa" and tokens <= SHORT and input_device(model).type == "cpu"
+    )
     if is_replaced:
         model.set_attn_implementation("eager")
 
@@ -46,6 +48,6 @@ def speed_up(
         for norm in norms:
             del norm.forward
         if is_replaced:
-            model.set_attn_implementation(own)
+            model.set_attn_implementation(original)
 
     return restore

@@ -17,8 +17,8 @@ Points = list[tuple[int, float]]  # step, value
 
 
 def curves(runs: dict[str, list[dict]]) -> dict[str, dict[str, Points]]:
-    """The curves to draw: axis label with unit -> run name -> points (step, value). The first label
-    is for the training loss, the second is HELDOUT.
+    """Return the curves to draw: axis label with unit -> run name -> points (step, value). The
+    first label is for the training loss, the second is HELDOUT.
 
     runs: name -> the lines of metrics.jsonl. The first label is RESIDUAL if all lines have a
     baseline (the loss of m0 on the same minibatch), else TRAINING.
@@ -47,7 +47,7 @@ def _draw(axes: object, label: str, runs: dict[str, Points], levels: dict[str, f
     for i, (name, points) in enumerate(runs.items()):
         steps, values = zip(*points) if points else ((), ())
         colour = f"C{i}"
-        every = math.ceil(len(points) / 8) or 1
+        spacing = math.ceil(len(points) / 8) or 1
         if label != HELDOUT:  # rasterized, so that an .svg does not hold thousands of shapes
             axes.plot(
                 steps,
@@ -68,7 +68,7 @@ def _draw(axes: object, label: str, runs: dict[str, Points], levels: dict[str, f
             linestyle=LINES[i % len(LINES)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=4,
-            markevery=(i * every // len(runs), every),
+            markevery=(i * spacing // len(runs), spacing),
             label=name,
         )
     for i, (name, value) in enumerate(levels.items()):
@@ -110,6 +110,6 @@ def learning_curve(
         figure.suptitle(title)
         panels = figure.subplots(1, len(drawn), squeeze=False)[0]
         for axes, (label, points) in zip(panels, drawn.items()):
-            own = {RESIDUAL: {"m0": 0.0}, HELDOUT: levels or {}}
-            _draw(axes, label, points, own.get(label, {}))
+            levels_of = {RESIDUAL: {"m0": 0.0}, HELDOUT: levels or {}}
+            _draw(axes, label, points, levels_of.get(label, {}))
         figure.savefig(tmp, format=Path(path).suffix[1:], dpi=150)

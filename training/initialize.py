@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 MOST_LAYERS = 2**20  # more than a model has: layers of different seeds draw different numbers
-SEQUENCES = 64  # of text, at most, to measure the layers' inputs on for scores
-TOKENS = 30_000  # of text, at most, to measure them on for swaps
+SEQUENCES = 64  # sequences, at most, to measure the layers' inputs on for scores
+TOKENS = 30_000  # tokens, at most, to measure them on for swaps
 
 
 def random_logits(number: int, weights: int, space: Space, magnitude: float, seed: int) -> Tensor:
-    """Initial logits for --init random: `magnitude` (C) times normal random numbers, float32
+    """Return initial logits for --init random: `magnitude` (C) times normal random numbers, float32
     `[blocks, width]`, on the CPU, for layer `number`, which has `weights` weights."""
     generator = torch.Generator().manual_seed((seed * MOST_LAYERS + number) % 2**63)
     return magnitude * torch.randn(weights // space.m, space.width, generator=generator)
@@ -38,8 +38,8 @@ def random_mask(
     magnitude: float,
     seed: int,
 ) -> MaskFile:
-    """m0 for --init random: the most probable mask of random logits, for all layers or those that
-    `targets` name."""
+    """Return m0 for --init random: the most probable mask of random logits, for all layers or those
+    that `targets` name."""
     masks = {}
     for number, (layer, module) in enumerate(layers_to_mask(model, targets, space.m).items()):
         shape = weight_matrix(module).shape
@@ -53,8 +53,8 @@ def from_random(masked: MaskedModel, magnitude: float, seed: int) -> None:
     """Set the logits whose most probable mask is that of `random_mask`."""
     for number, layer in enumerate(masked.layers.values()):
         logits = random_logits(number, layer.shape.numel(), masked.space, magnitude, seed)
-        own = layer.rows.own(logits.view(layer.shape[0], -1)).reshape(-1, masked.space.width)
-        layer.set_logits(lambda part, own=own: own[part])
+        rows = layer.rows.own(logits.view(layer.shape[0], -1)).reshape(-1, masked.space.width)
+        layer.set_logits(lambda part, rows=rows: rows[part])
 
 
 def from_scores(masked: MaskedModel, magnitude: float, sequences: Tensor) -> None:
@@ -93,7 +93,7 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, sweeps:
     over the blocks; with 0, the logits follow Wanda's scores.
     """
     sequences = sequences[: math.ceil(TOKENS / sequences.shape[1])]
-    shared = lru_cache(1)(hessian_of)
+    cached_hessian = lru_cache(1)(hessian_of)
 
     def improve(name: str, inputs: Tensor) -> None:
         layer = masked.layers[name]
@@ -103,7 +103,7 @@ def from_swaps(masked: MaskedModel, magnitude: float, sequences: Tensor, sweeps:
                 masked, layer, magnitude, wanda(layer.weight.float(), norms.to(layer.weight.device))
             )
         elif len(layer.bits):
-            hessian = shared(inputs).to(layer.weight.device)
+            hessian = cached_hessian(inputs).to(layer.weight.device)
             mask = swaps.refine_by_swaps(
                 layer.weight, layer.mask_of(layer.bits), hessian, layer.m, sweeps
             )

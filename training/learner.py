@@ -13,9 +13,9 @@ class Learner:
         self.masked = masked
 
     def proposal(self) -> dict[str, Tensor]:
-        """The mask to be evaluated, as bits `[blocks]` per layer: the most probable one."""
+        """Return the mask to be evaluated, as bits `[blocks]` per layer: the most probable one."""
         return self.masked.mode_bits()
 
     def changed(self) -> float:
-        """The share of blocks in which the proposed mask differs from m0."""
+        """Return the share of blocks in which the proposed mask differs from m0."""
         return self.masked.changed()

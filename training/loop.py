@@ -129,8 +129,8 @@ class Run:
                     self.save()
         self.signals.deferred = False
         # a signal may have come while the last state was saved
-        found = processes.all_gather([float(self.signals.received)])
-        if received := int(max(received for (received,) in found)):
+        gathered = processes.all_gather([float(self.signals.received)])
+        if received := int(max(received for (received,) in gathered)):
             self._stop(received)
 
     def _stop(self, signal: int) -> None:
@@ -140,7 +140,7 @@ class Run:
         sys.exit(128 + signal)
 
     def elapsed_s(self) -> float:
-        """Seconds spent in the loop, without the time for which the run was stopped."""
+        """Return the seconds spent in the loop, without the time for which the run was stopped."""
         return time.monotonic() - self._started
 
     def advance(self, result: StepResult) -> None:
@@ -150,9 +150,9 @@ class Run:
         row. All processes use the main process's time, and learn of a signal that any of them
         received.
         """
-        found = processes.all_gather([self.elapsed_s(), float(self.signals.received)])
-        seconds = found[0][0]
-        self._stopped_by = int(max(received for _, received in found))
+        gathered = processes.all_gather([self.elapsed_s(), float(self.signals.received)])
+        seconds = gathered[0][0]
+        self._stopped_by = int(max(received for _, received in gathered))
         progress = self.progress
         progress.step += 1
         progress.minibatches += processes.world_size()
@@ -224,7 +224,7 @@ class Run:
                 for name, part in parts.items():
                     part.restore(
                         saved.scalars[name],
-                        lambda key, like, name=name: saved.read(f"{name}.{key}", like),
+                        lambda key, expected, name=name: saved.read(f"{name}.{key}", expected),
                     )
                 torch.set_rng_state(saved.read("random", torch.get_rng_state()))
                 self.checkpoints.step = self.step
@@ -243,8 +243,8 @@ class Run:
         states = {name: part.state() for name, part in self.parts.items()}
         tensors = {
             f"{name}.{key}": tensor
-            for name, (_, found) in states.items()
-            for key, tensor in found.items()
+            for name, (_, part_tensors) in states.items()
+            for key, tensor in part_tensors.items()
         }
         if processes.is_main():
             self.progress.log_bytes = self.log.sync()
@@ -252,7 +252,7 @@ class Run:
                 self.progress.seconds = self.elapsed_s()
             scalars = {
                 "progress": asdict(self.progress),
-                **{name: found for name, (found, _) in states.items()},
+                **{name: part_scalars for name, (part_scalars, _) in states.items()},
             }
             tensors["random"] = torch.get_rng_state()
             self.checkpoints.save(self.step, self.progress.seconds, scalars, tensors)

@@ -34,7 +34,7 @@ class Normalization:
         self.masked = masked
         layers = list(masked.layers.values())
         device = layers[0].weight.device
-        self.place = {layer.name: place for place, layer in enumerate(layers)}
+        self.index = {layer.name: index for index, layer in enumerate(layers)}
         # of J^T G per layer; NaN: not measured yet
         self.mean_squares = torch.full((len(layers),), torch.nan, device=device)
         self._sizes = torch.tensor([float(layer.shape.numel()) for layer in layers], device=device)
@@ -53,49 +53,52 @@ class Normalization:
     def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> None:
         """Move one layer's logits by df/dW `[rows, in]`. Raises UserError if this is the second
         time in the pass, as the model then uses the layer twice."""
-        place = self.place[layer.name]
-        if place in self._squares:
+        index = self.index[layer.name]
+        if index in self._squares:
             raise UserError(
                 f"the model uses {layer.name} twice in a pass, which backward passes cannot "
                 "learn: name other layers with --targets"
             )
         if not len(layer.bits):  # this process has no row of the layer
-            self._squares[place] = torch.zeros(())
+            self._squares[index] = torch.zeros(())
             return
         squares = self.masked.kernels.vjp(
             layer.logits,
             layer.bits,
             layer.weight,
             gradient,
-            self._scales[layer.weight.device][place],
+            self._scales[layer.weight.device][index],
             key,
             start=layer.start,
         )
-        self._squares[place] = squares.nansum()
+        self._squares[index] = squares.nansum()
         self._not_finite.append(squares.isnan().sum())
 
     def end_pass(self) -> None:
         """Update the running mean squares of all layers after a backward pass. A pass that
         overflows is left out of a layer's mean, as is a pass that does not reach the layer."""
-        before = self.mean_squares
-        now = torch.full_like(self.mean_squares, torch.nan)
+        previous = self.mean_squares
+        current = torch.full_like(self.mean_squares, torch.nan)
         reached = list(self._squares)
         if self._not_finite:
             self.not_finite = torch.stack(
-                [count.to(now.device) for count in self._not_finite]
+                [count.to(current.device) for count in self._not_finite]
             ).sum()
         if reached:
-            sums = torch.stack([self._squares[place].to(now.device) for place in reached])
+            sums = torch.stack([self._squares[index].to(current.device) for index in reached])
             if self.masked.is_sharded:  # sum over the rows of all processes
                 sums = processes.all_reduce_mean_async(sums)() * processes.world_size()
             # no process reached the layer, or no block of it was finite
             sums[sums == 0] = torch.nan
-            now[reached] = sums / self._sizes[reached]
-        mean = torch.where(before.isfinite(), DECAY * before + (1 - DECAY) * now, now)
-        self.mean_squares = torch.where(now.isfinite() | before.isnan(), mean, before)
+            current[reached] = sums / self._sizes[reached]
+        updated = torch.where(
+            previous.isfinite(), DECAY * previous + (1 - DECAY) * current, current
+        )
+        self.mean_squares = torch.where(current.isfinite() | previous.isnan(), updated, previous)
 
     def state(self) -> dict[str, Tensor]:
-        """The running mean squares, float32 `[layers]`, NaN for layers that have none yet."""
+        """Return the running mean squares, float32 `[layers]`, NaN for layers that have none
+        yet."""
         return {"mean_squares": self.mean_squares}
 
     def restore(self, read: Callable) -> None:

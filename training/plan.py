@@ -38,18 +38,16 @@ SLOWER = 1.3  # time per token of a whole document, relative to these first toke
 
 @dataclass
 class Plan:
-    """steps: of learning; tokens: of text, held-out parts included, enough for one pass in these
-    steps; generated: the most of these tokens that the model generates; sweeps: of swaps over the
-    blocks."""
+    """What a run does with its budget."""
 
-    steps: int
-    tokens: int
-    generated: int
-    sweeps: int = SWEEPS
+    steps: int  # of learning
+    tokens: int  # of text, held-out parts included: one pass in these steps
+    generated: int  # tokens of text that the model generates, at most
+    sweeps: int = SWEEPS  # of swaps over the blocks
 
 
 def heldout_of(minibatches: int) -> int:
-    """The number of minibatches that select the mask."""
+    """Return the number of minibatches that select the mask."""
     return min(MOST_HELDOUT, math.ceil(HELDOUT * minibatches))
 
 
@@ -67,22 +65,24 @@ def split(minibatches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def of_steps(steps: int, minibatch: int) -> Plan:
-    """The plan for a number of steps with minibatches of `minibatch` tokens."""
-    wanted = steps * processes.world_size()
-    found = wanted
-    while found - PARTS * heldout_of(found) < wanted:
-        found += 1
-    return Plan(steps, found * minibatch, max(MOST_GENERATED, FEWEST * minibatch))
+    """Return the plan for a number of steps with minibatches of `minibatch` tokens."""
+    learned = steps * processes.world_size()
+    minibatches = learned
+    while minibatches - PARTS * heldout_of(minibatches) < learned:
+        minibatches += 1
+    return Plan(steps, minibatches * minibatch, max(MOST_GENERATED, FEWEST * minibatch))
 
 
 def of_minutes(minutes: float, seconds: dict[str, float], minibatch: int) -> Plan:
-    """The plan for a number of minutes, given the `seconds` that `measured` returns."""
-    left_s = 60 * minutes - FIXED_S
-    sweeps = max(0, min(SWEEPS, int(SWAPS_SHARE * left_s / seconds["sweep"])))
-    left_s -= sweeps * seconds["sweep"]
-    most_text_s = min(TEXT_SHARE * left_s, MOST_GENERATED * seconds["token"])
+    """Return the plan for a number of minutes, given the `seconds` that `measured` returns."""
+    remaining_s = 60 * minutes - FIXED_S
+    sweeps = max(0, min(SWEEPS, int(SWAPS_SHARE * remaining_s / seconds["sweep"])))
+    remaining_s -= sweeps * seconds["sweep"]
+    most_text_s = min(TEXT_SHARE * remaining_s, MOST_GENERATED * seconds["token"])
     text_s = minibatch * seconds["token"]  # seconds of text per step
-    steps = max(left_s / (seconds["step"] + text_s), (left_s - most_text_s) / seconds["step"])
+    steps = max(
+        remaining_s / (seconds["step"] + text_s), (remaining_s - most_text_s) / seconds["step"]
+    )
     plan = of_steps(max(1, int(steps)), minibatch)
     plan.sweeps = sweeps
     plan.generated = max(
@@ -92,7 +92,7 @@ def of_minutes(minutes: float, seconds: dict[str, float], minibatch: int) -> Pla
 
 
 def in_words(plan: Plan, seconds: dict[str, float]) -> str:
-    """The minutes that a plan will take, in all and by part, as a sentence."""
+    """Say how many minutes a plan will take, in all and by part."""
     parts = [
         min(plan.tokens, plan.generated) * seconds["token"],
         plan.sweeps * seconds["sweep"],
@@ -124,21 +124,21 @@ def measured(
 
 def token_s(model: nn.Module, tokenizer: Tokenizer) -> float:
     """Measure the seconds per token that the model generates."""
-    found = timed(lambda: generation.generate(model, tokenizer, DOCUMENTS, GENERATED))
-    return processes.broadcast_float(SLOWER * found / (DOCUMENTS * GENERATED))
+    seconds = timed(lambda: generation.generate(model, tokenizer, DOCUMENTS, GENERATED))
+    return processes.broadcast_float(SLOWER * seconds / (DOCUMENTS * GENERATED))
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that a call takes: the shortest of three, as the first warms up and another program
-    may slow one down."""
-    found = []
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds that a call takes: the shortest of three, as the first warms up and
+    another program may slow one down."""
+    seconds = []
     for _ in range(3):
-        began = time.perf_counter()
-        work()
+        start = time.perf_counter()
+        call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def forward_and_backward(model: nn.Module, batch: Tensor) -> None:
@@ -154,8 +154,8 @@ def forward_and_backward(model: nn.Module, batch: Tensor) -> None:
 
 
 def sweep_s(model: nn.Module, pattern: tuple[int, int]) -> float:
-    """Seconds of a sweep over all blocks, extrapolated from the first layer: a layer's time grows
-    as its rows times in^2."""
+    """Return the seconds of a sweep over all blocks, extrapolated from the first layer: a layer's
+    time grows as its rows times in^2."""
     weights = [weight_matrix(module) for module in find_layers(model).values()]
     first = weights[0]
     mask = largest(first.float().abs(), *pattern)

@@ -17,10 +17,10 @@ from pruning.one_shot import OneShot, one_shot_masks
 import torch
 from torch import Tensor, nn
 
-READ_BY_SWAPS = 0.4  # of the planned text, at most
-QUESTIONS_SHARE = 0.25  # of the text, at most
+READ_BY_SWAPS = 0.4  # share of the planned text, at most, that swaps read
+QUESTIONS_SHARE = 0.25  # share of the text, at most, that is questions
 READINGS = 2  # times that each question may occur, to reach that share
-SEQUENCES = 64  # of text, at most, to measure inputs on for Wanda's mask and the channel order
+SEQUENCES = 64  # sequences, at most, to measure inputs on for Wanda's mask and the channel order
 
 
 def mixed(texts: list[tuple[Tensor, float]], seed: int) -> tuple[Tensor, Tensor]:
@@ -61,22 +61,24 @@ def given_texts(
             )
             return []
 
-    asking = [dataset for dataset in datasets if are_questions(dataset)]
+    with_questions = [dataset for dataset in datasets if are_questions(dataset)]
     questions = [
         at_most_a_quarter(text.repeat(READINGS, 1, 1), (1 - QUESTIONS_SHARE) * tokens)
-        for text in minibatches(asking, tokens)
+        for text in minibatches(with_questions, tokens)
     ]
-    left = tokens - sum(text.numel() for text in questions)
-    return questions, minibatches([dataset for dataset in datasets if dataset not in asking], left)
+    remaining = tokens - sum(text.numel() for text in questions)
+    others = [dataset for dataset in datasets if dataset not in with_questions]
+    return questions, minibatches(others, remaining)
 
 
 def read_by_swaps(sequences: Tensor, tokens: int) -> Tensor:
-    """The part of int64 `[sequences, tokens]` that swaps read, if `tokens` tokens were planned."""
+    """Return the part of int64 `[sequences, tokens]` that swaps read, if `tokens` tokens were
+    planned."""
     return sequences[: max(1, int(READ_BY_SWAPS * tokens) // sequences.shape[1])]
 
 
 def at_most_a_quarter(questions: Tensor, others: float) -> Tensor:
-    """The first minibatches of questions, at most QUESTIONS_SHARE of the text together with
+    """Return the first minibatches of questions, at most QUESTIONS_SHARE of the text together with
     `others` other tokens, but at least one; all if `others` is 0."""
     most = int(others * QUESTIONS_SHARE / (1 - QUESTIONS_SHARE)) // questions[0].numel()
     return questions[: max(1, most)] if others else questions

@@ -22,7 +22,7 @@ LITTLE = 0.2  # of the text planned for one pass
 
 
 def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
-    """A Markdown table of perplexities. nats: row -> text -> loss in nats. The gap is the
+    """Return a Markdown table of perplexities. nats: row -> text -> loss in nats. The gap is the
     difference in loss between m0 and the dense model."""
     heading = ["mask"]
     lines = [[row] for row in ROWS]
@@ -48,8 +48,8 @@ def model_card(
     dtype: str,
     nats: dict[str, dict[str, float]] | None,
 ) -> str:
-    """The model card (README.md) of a sparse model's folder. arguments: of the run; layers: number
-    of masked layers; pattern: 'N:M'."""
+    """Return the model card (README.md) of a sparse model's folder. arguments: of the run; layers:
+    number of masked layers; pattern: 'N:M'."""
     method = (
         f"train.py, estimator {arguments['estimator']}"
         if "estimator" in arguments
@@ -79,7 +79,7 @@ def model_card(
 
 
 def note_unchanged(summary: dict) -> str:
-    """Advice if the mask is still almost m0; else an empty string."""
+    """Return advice if the mask is still almost m0; else an empty string."""
     if summary["blocks_changed"] >= FEW * summary["blocks"]:
         return ""
     hold_out = "" if "heldout_loss" in summary else "hold text out with --val_fraction, "
@@ -90,10 +90,10 @@ def note_unchanged(summary: dict) -> str:
 
 
 def in_words(summary: dict, folder: object, model: str, dataset: str, positions: float) -> str:
-    """Summary of a finished run in a few lines, with the command that evaluates its mask.
+    """Return a summary of a finished run in a few lines, with the command that evaluates its mask.
     positions: longest sequence that the model takes, in tokens."""
-    text = "wikitext2" if dataset == C4 else "TEXT"
-    kind = (
+    ppl = "wikitext2" if dataset == C4 else "TEXT"
+    comment = (
         "" if dataset == C4 else f"     # TEXT: of the same kind as {dataset}, but not learned from"
     )
     seqlen = f" --seqlen {positions}" if positions < 2048 else ""  # the default of eval.py
@@ -117,27 +117,27 @@ def in_words(summary: dict, folder: object, model: str, dataset: str, positions:
         f"{summary['blocks_changed'] / summary['blocks']:.2%} of {summary['blocks']} blocks "
         f"changed, peak {summary['peak_memory_bytes'] / 2**30:.2f} GiB -> "
         f"{folder}\n{note_unchanged(summary)}python eval.py --model {shlex.quote(model)} --mask "
-        f"{shlex.quote(str(folder))} --ppl {text}{seqlen}{kind}"
+        f"{shlex.quote(str(folder))} --ppl {ppl}{seqlen}{comment}"
     )
 
 
 def verdict(nats: dict[str, dict[str, float]]) -> str:
-    """Whether the sparse model is good, by the first text of the table, and why a gap is blank or
-    above 100 %."""
+    """Say whether the sparse model is good, by the first text of the table, and why a gap is blank
+    or above 100 %."""
     dense, m0, learned = (nats[row].values() for row in ROWS)
-    times = perplexity(next(iter(learned)) - next(iter(dense)))
-    if times <= 1:
-        said = (
+    ratio = perplexity(next(iter(learned)) - next(iter(dense)))
+    if ratio <= 1:
+        assessment = (
             "no worse than the dense model on text of the kind that it learned from; try others "
             "with eval.py --ppl"
         )
-    elif times <= CLOSE:
-        said = "close to the dense model"
-    elif times <= USABLE:
-        said = "usable with care; more steps or real text bring it closer"
+    elif ratio <= CLOSE:
+        assessment = "close to the dense model"
+    elif ratio <= USABLE:
+        assessment = "usable with care; more steps or real text bring it closer"
     else:
-        said = "not usable yet; take more steps, or give more real text with --dataset"
-    lines = [f"{times:.2f} times the dense perplexity: {said}."]
+        assessment = "not usable yet; take more steps, or give more real text with --dataset"
+    lines = [f"{ratio:.2f} times the dense perplexity: {assessment}."]
     if any(loss <= of_dense for loss, of_dense in zip(m0, dense)):
         lines.append(
             "A gap is blank if m0 is no worse than the dense model on that text: there is no gap "
@@ -154,8 +154,8 @@ def verdict(nats: dict[str, dict[str, float]]) -> str:
 
 
 def shortage(plan: dict) -> str:
-    """A line if the run had very few steps or little text to learn from; else an empty string.
-    plan: the plan in the run's record."""
+    """Return a line if the run had very few steps or little text to learn from; else an empty
+    string. plan: the plan in the run's record."""
     if plan["steps"] < FEW_STEPS:
         return f"\n{plan['steps']} steps are very few: raise --steps or --minutes."
     if plan["learned_tokens"] < LITTLE * plan["tokens"]:
@@ -167,7 +167,7 @@ def shortage(plan: dict) -> str:
 
 
 def sparsified(record: dict, summary: dict) -> str:
-    """Report of a run of sparsify.py: table, verdict, sample. record: its run.json."""
+    """Return the report of a run of sparsify.py: table, verdict, sample. record: its run.json."""
     sample = "".join(f"\n{name + ':':<9}{text}" for name, text in record.get("sample", {}).items())
     return (
         f"{perplexity_table(record['nats'])}\n\n{verdict(record['nats'])}\nThe mask of step "

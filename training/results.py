@@ -44,11 +44,11 @@ def deliver(
         with atomic_write(folder.path / "logits.safetensors") as tmp:
             save_file(logits, tmp)
     draw_curve(run, f"{mask_files.public_name(base)}, {m0.n}:{m0.m}")
-    changed = [mask != m0.masks[name] for name, mask in final.items()]
+    changes = [mask != m0.masks[name] for name, mask in final.items()]
     return {
         **_summary(run),
         "blocks": masked.blocks,
-        "blocks_changed": sum(int(one.reshape(-1, m0.m).any(1).sum()) for one in changed),
+        "blocks_changed": sum(int(change.reshape(-1, m0.m).any(1).sum()) for change in changes),
         "mask_fingerprint": mask_files.fingerprint(masks),
     }
 
@@ -80,11 +80,11 @@ def draw_curve(run: Run, title: str) -> None:
 
 
 def sparse_model(folder: RunFolder) -> nn.Module:
-    """The base model under the run's mask, on the CPU, in the dtype that its weights are stored in,
-    which may differ from the dtype that the run computed in."""
-    given = folder.arguments
-    model, _ = read_model(given["model"], "checkpoint", "cpu", given["trust_remote_code"])
-    if given.get("permute"):
+    """Return the base model under the run's mask, on the CPU, in the dtype that its weights are
+    stored in, which may differ from the dtype that the run computed in."""
+    arguments = folder.arguments
+    model, _ = read_model(arguments["model"], "checkpoint", "cpu", arguments["trust_remote_code"])
+    if arguments.get("permute"):
         apply_permutation(model, folder.path / ORDER)
     return apply_mask(model, folder.path / "mask.safetensors")
 
@@ -94,7 +94,7 @@ def _summary(run: Run) -> dict:
     validation = run.validation
     # in steps, each of which takes a minibatch per process
     epoch = math.ceil(run.epoch_minibatches / processes.world_size())
-    tail = [line["loss"] for line in run.log.lines[-epoch:]]
+    last_epoch = [line["loss"] for line in run.log.lines[-epoch:]]
     stages = run.folder.record.get("stages", {})
     # each stage resets the peak
     peaks = [peak_memory_bytes(), *(stage["peak_memory_bytes"] for stage in stages.values())]
@@ -105,7 +105,7 @@ def _summary(run: Run) -> dict:
         "peak_memory_bytes": max(peaks),
         "processes": processes.world_size(),
         "mask_of_step": progress.step,
-        "mean_loss_last_epoch": sum(tail) / len(tail),
+        "mean_loss_last_epoch": sum(last_epoch) / len(last_epoch),
         "steps_skipped": progress.skipped,
     }
     if validation.bits:

@@ -36,7 +36,7 @@ RESULTS = ("mask.safetensors", "logits.safetensors", "curve.png", "checkpoint", 
 
 
 def is_finished(run: str | Path) -> bool:
-    """Whether this run has delivered its results."""
+    """Return whether this run has delivered its results."""
     return "summary" in read_record(run)
 
 
@@ -61,18 +61,18 @@ class RunFolder:
         }
         self.arguments = json.loads(json.dumps(arguments))  # as they will be read from JSON
         self.checkpoints = Checkpoints(self.path / "state", arguments["checkpoint_every"])
-        start = (
+        launcher = (
             "python"
             if processes.world_size() == 1
             else f"torchrun --nproc_per_node {processes.world_size()}"
         )
         self.script = script
-        self.resume_command = f"{start} {script} --resume {shlex.quote(str(self.path))}"
+        self.resume_command = f"{launcher} {script} --resume {shlex.quote(str(self.path))}"
         self._lock = None
 
     def __enter__(self):
         # takes seconds on a GPU; a folder left by a run killed meanwhile could not be resumed
-        here = self._here
+        environment_now = self._environment
         if self.is_resumed:
             record = read_record(self.path)
             if record.get("script", self.script) != self.script:
@@ -85,7 +85,11 @@ class RunFolder:
             self.record = (
                 read_record(self.path)
                 if self.is_resumed
-                else {"script": self.script, "arguments": self.arguments, "environment": here}
+                else {
+                    "script": self.script,
+                    "arguments": self.arguments,
+                    "environment": environment_now,
+                }
             )
             if self.is_resumed and processes.is_main():
                 self._remove_leftovers()
@@ -119,22 +123,25 @@ class RunFolder:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self._lock is None:
             return
-        made = [path for path in self.path.glob("[!.]*") if path.name not in ("run.json", "lock")]
-        kept = self.is_resumed or any(path.stat().st_size for path in made)  # text, a step, a mask
-        if not kept:
+        # text, log lines, a mask
+        outputs = [
+            file for file in self.path.glob("[!.]*") if file.name not in ("run.json", "lock")
+        ]
+        is_kept = self.is_resumed or any(file.stat().st_size for file in outputs)
+        if not is_kept:
             shutil.rmtree(self.path)
         elif error is None:
             remove_state(self.path)
         self._lock.release()
-        then = f"; resume with: {self.resume_command}" if kept and self.path.exists() else ""
+        advice = f"; resume with: {self.resume_command}" if is_kept and self.path.exists() else ""
         if isinstance(error, OSError) and error.errno in DISK_FAULTS:
             raise UserError(
-                f"{self.path} cannot be written ({error.strerror}); free some space{then}"
+                f"{self.path} cannot be written ({error.strerror}); free some space{advice}"
             ) from error
-        if isinstance(error, UserError) and then:
-            raise UserError(f"{error}{then}") from error
-        if error is not None and then:
-            print(then.removeprefix("; "), file=sys.stderr)
+        if isinstance(error, UserError) and advice:
+            raise UserError(f"{error}{advice}") from error
+        if error is not None and advice:
+            print(advice.removeprefix("; "), file=sys.stderr)
 
     # ----------------------------------------------------------------------------------- the record
 
@@ -145,11 +152,11 @@ class RunFolder:
         Raises UserError naming what has changed or differs between processes. Other software or
         hardware is only reported.
         """
-        known = self.record.get("fingerprints") or {}
+        recorded = self.record.get("fingerprints") or {}
         changed = [
-            f"{name} ({known[name]} there, {value} here)"
+            f"{name} ({recorded[name]} there, {value} here)"
             for name, value in fingerprints.items()
-            if known.get(name, value) != value
+            if recorded.get(name, value) != value
         ]
         if changed:
             raise UserError(
@@ -157,31 +164,31 @@ class RunFolder:
                 "that it read, or start a new run"
             )
         if self.is_resumed:
-            there = self.record.get("environment") or {}
-            for name, value in self._here.items():
-                if there.get(name) != value:
+            recorded_environment = self.record.get("environment") or {}
+            for name, value in self._environment.items():
+                if recorded_environment.get(name) != value:
                     processes.log(
-                        f"note: {name} was {there.get(name)} and is now {value}: results may "
-                        "differ in bits"
+                        f"note: {name} was {recorded_environment.get(name)} and is now {value}: "
+                        "results may differ in bits"
                     )
-        fingerprints = {**known, **fingerprints}
+        fingerprints = {**recorded, **fingerprints}
         processes.check_same(
-            json.dumps([fingerprints, self.arguments, self._here], sort_keys=True),
+            json.dumps([fingerprints, self.arguments, self._environment], sort_keys=True),
             "model, mask, text, flags or versions",
         )
         self.note(fingerprints=fingerprints)
 
     def newest_state(self) -> StateFile | None:
-        """The newest intact state of a resumed run; None if the run starts."""
+        """Return the newest intact state of a resumed run; None if the run starts."""
         if not self.is_resumed:
             return None
-        found = None
+        state = None
         with processes.main_process_first():  # it alone checks the whole file
             if processes.is_main():
-                found = self.checkpoints.newest()
-        step = processes.broadcast_float(found.scalars["progress"]["step"] if found else math.nan)
+                state = self.checkpoints.newest()
+        step = processes.broadcast_float(state.scalars["progress"]["step"] if state else math.nan)
         return (
-            found
+            state
             if processes.is_main() or math.isnan(step)
             else StateFile(self.checkpoints.path(int(step)))
         )
@@ -198,7 +205,7 @@ class RunFolder:
             write_json(self.path / "run.json", self.record)
 
     @cached_property
-    def _here(self) -> dict:
+    def _environment(self) -> dict:
         """The environment and everything else that decides the bits."""
         device = self.arguments.get("device")
         return {

@@ -17,17 +17,17 @@ class StopSignals:
     def __init__(self):
         self.received = 0
         self.deferred = False
-        self._before = {}
+        self._previous_handlers = {}
 
     def __enter__(self):
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             # ignored under nohup or in a shell's background
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._before[number] = signal.signal(number, self._receive)
+                self._previous_handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:

@@ -18,16 +18,16 @@ class Stages:
         self.done: dict[str, dict] = folder.record.get("stages", {})
 
     @contextmanager
-    def stage(self, name: str, doing: str, earlier_s: float = 0.0) -> Iterator[None]:
+    def stage(self, name: str, description: str, earlier_s: float = 0.0) -> Iterator[None]:
         """Run the block as a stage, and record it as done if it raises nothing. earlier_s: seconds
         that an earlier part of the stage took, if the run is resumed within it."""
-        processes.log(f"[{name}] {doing}")
+        processes.log(f"[{name}] {description}")
         reset_peak_memory()
-        began = time.monotonic()
+        start = time.monotonic()
         yield
-        before = self.done.get(name, {"seconds": 0.0, "peak_memory_bytes": 0})
-        seconds = max(before["seconds"], earlier_s) + time.monotonic() - began
-        peak = max(before["peak_memory_bytes"], peak_memory_bytes())
+        earlier = self.done.get(name, {"seconds": 0.0, "peak_memory_bytes": 0})
+        seconds = max(earlier["seconds"], earlier_s) + time.monotonic() - start
+        peak = max(earlier["peak_memory_bytes"], peak_memory_bytes())
         self.done[name] = {"seconds": round(seconds, 1), "peak_memory_bytes": peak}
         self.folder.note(stages=self.done)
         processes.log(f"[{name}] {seconds / 60:.1f} minutes, peak memory {peak / 2**30:.2f} GiB")

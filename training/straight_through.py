@@ -66,11 +66,11 @@ class MaskedProduct(torch.autograd.Function):
 
 
 def weight_gradient(upstream: Tensor, x: Tensor) -> Tensor:
-    """df/dW `[out, in]` from df/dy `[tokens, out]` and the inputs `[tokens, in]`, in their dtype;
-    in float32 for float16, which a sum over tokens would overflow."""
+    """Compute df/dW `[out, in]` from df/dy `[tokens, out]` and the inputs `[tokens, in]`, in their
+    dtype; in float32 for float16, which a sum over tokens would overflow."""
     if upstream.dtype != torch.float16:
         return upstream.T @ x
-    if upstream.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch 2.8
+    if upstream.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # from torch 2.8 on
         return torch.mm(upstream.T, x, out_dtype=torch.float32)
     return upstream.float().T @ x.float()
 
@@ -183,7 +183,7 @@ class StraightThrough(Learner):
     # ------------------------------------------------------------------------- in the backward pass
 
     def _product(self, layer: MaskedLayer, x: Tensor) -> Tensor:
-        """The layer's output, for its `MaskedLinear`."""
+        """Return the layer's output, for its `MaskedLinear`."""
         # flat, as autograd forbids a model to change our function's output in place if it is a view
         return MaskedProduct.apply(x.flatten(0, -2), self.anchor, layer, self).unflatten(
             0, x.shape[:-1]
@@ -204,7 +204,7 @@ class StraightThrough(Learner):
         self.reducing = reducing
 
     def _summed(self, layer: MaskedLayer, gradient: Tensor) -> Tensor | None:
-        """The sum of the microbatches' gradients; None before the last microbatch."""
+        """Return the sum of the microbatches' gradients; None before the last microbatch."""
         if layer.name in self._held:
             gradient += self._held.pop(layer.name)
         if self._is_last:
@@ -231,7 +231,7 @@ class StraightThrough(Learner):
     # ----------------------------------------------------------------------------- save and restore
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """The running mean squares of J^T G."""
+        """Return the running mean squares of J^T G."""
         return {}, self.normalization.state()
 
     def restore(self, scalars: dict, read: Callable) -> None:
@@ -240,14 +240,14 @@ class StraightThrough(Learner):
 
 
 def decay(progress: float) -> float:
-    """The factor on the step size when the share `progress` of a run is done: linear decay, after a
-    warm-up in the first fiftieth."""
+    """Return the factor on the step size when the share `progress` of a run is done: linear decay,
+    after a warm-up in the first fiftieth."""
     return (1 - progress) * min(1.0, (progress + 1e-3) / 0.02)
 
 
 def step_size(lr: float, progress: float, steps: float) -> float:
-    """The size of the next step, in logits, in a run of `steps` steps of which the share `progress`
-    is done.
+    """Return the size of the next step, in logits, in a run of `steps` steps of which the share
+    `progress` is done.
 
     lr: total movement of a logit over the whole run under pure-noise gradients (standard deviation,
     in logits). Such a random walk has the variance size^2 sum of (1 - t/T)^2 = size^2 T/3. So a

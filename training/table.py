@@ -18,7 +18,7 @@ SAMPLE = 30  # tokens that they write, at most
 
 
 def read_windows(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """The first WINDOWS windows of each text, by file or dataset name, int64 `[windows,
+    """Return the first WINDOWS windows of each text, by file or dataset name, int64 `[windows,
     tokens]`."""
     window = min(WINDOW, positions(model))
     return {
@@ -43,10 +43,10 @@ class Table:
     def add(self, name: str, masked: MaskedModel) -> None:
         """Record the row of the mask in use: text -> loss in nats."""
         bos = data.added_bos(self.tokenizer)
-        behind = "" if bos is None else " after BOS"
+        suffix = "" if bos is None else " after BOS"
         row = {"held-out text": masked.mean_loss(self.unseen)}
         for text, windows in self.windows.items():
-            row[f"{text}{behind}"] = evaluate_windows(masked.model, windows, bos)["nats"]
+            row[f"{text}{suffix}"] = evaluate_windows(masked.model, windows, bos)["nats"]
         self.folder.note(nats={**self.folder.record.get("nats", {}), name: row})
 
     def write(self, name: str, model: nn.Module) -> None:

@@ -44,8 +44,8 @@ class Validation:
         self.prior: float | None = None
 
     def evaluate(self, step: int) -> float | None:
-        """The held-out loss of the present mask, after `step` steps; None if it is not finite or
-        nothing is held out. Raises UserError if processes disagree on the logits."""
+        """Return the held-out loss of the present mask, after `step` steps; None if it is not
+        finite or nothing is held out. Raises UserError if processes disagree on the logits."""
         if processes.world_size() > 1:
             processes.check_same(self.masked.checksum(), "the logits")
         if not self.has_text:
@@ -63,7 +63,7 @@ class Validation:
         return loss if math.isfinite(loss) else None
 
     def _try(self, bits: dict[str, Tensor], step: int, prior: float | None = None) -> float:
-        """The held-out loss of a mask, which is kept if it is the best so far."""
+        """Return the held-out loss of a mask; keep the mask if it is the best so far."""
         with self.masked.use_masks(bits):
             loss = self.masked.mean_loss(self.heldout)
         if loss < self.loss:
@@ -94,7 +94,7 @@ class Validation:
                 return
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """The best mask so far and its losses."""
+        """Return the best mask so far and its losses."""
         layers = self.masked.layers.items() if self.bits else ()
         return (
             {
