@@ -205,7 +205,7 @@ def failures_of_fsdp_are_noticed(folder: Path) -> None:
     masked = pair(folder, "float32")[0]
     learner = StraightThrough(masked)
     masked.undo[-2]()
-    with pytest.raises(RuntimeError, match=r"no gradient of model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(RuntimeError, match=r"no gradient for model\.layers\.1\.mlp\.down_proj"):
         learner.step(TOKENS[:1], 0.1)
     masked.model.set_reshard_after_forward(False)
     masked.model.reset_iter_state = lambda: None  # which would drop them

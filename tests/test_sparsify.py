@@ -551,7 +551,7 @@ def test_the_gap_is_one_of_losses():
     "flags, words",
     [
         ("--shard --dataset text.jsonl --steps 2", "--shard needs --dataset, --mask and --steps"),
-        ("--shard --dataset text.jsonl --mask m0.safetensors", "speed is measured"),
+        ("--shard --dataset text.jsonl --mask m0.safetensors", "measure its speed"),
         ("--minutes 0", "at least 0.01"),
         ("--distill 1.5", "at most 1"),
         ("--minutes 5 --steps 5", "not allowed with argument"),
