@@ -71,8 +71,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                         help="sequences per forward pass, at most")
     add_mask_arguments(parser, mask_default=None)
     parser.add_argument("--permute", action="store_true",
-                        help="reorder channels first, so that masks keep more of the weights' "
-                             "scores")
+                        help="reorder channels first, so that masks can keep more of the "
+                             "important weights")
     parser.add_argument("--step_size", "--lr", type=number(float, 0), default=defaults.STEP_SIZE,
                         help="total movement of a logit under pure-noise gradients (standard "
                              "deviation, in logits)")
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                              "instead of the text (default: 1 on generated text, 0.5 on "
                              "--dataset)")
     parser.add_argument("--gradient_checkpointing", action="store_true",
-                        help="use less memory, and a third more time per step")
+                        help="use less memory, at a third more time per step")
     parser.add_argument("--ppl", nargs="+", default=[], metavar="TEXT",
                         help=f"more texts for the table: wikitext2, c4 or files; the first "
                              f"{defaults.WINDOWS} windows of {defaults.WINDOW} tokens are used")

@@ -211,7 +211,7 @@ def add_model_arguments(
             "--seed", type=number(int, 0), default=0, help="seed of every random choice"
         )
     parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
+        "--trust_remote_code", action="store_true", help="run code that the model contains or names"
     )
 
 
