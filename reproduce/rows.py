@@ -49,62 +49,28 @@ MASKPRO = {
     for steps, eta in ((2000, 0.6), (10000, 0.3))
 }
 LAYER = "2of4/maskpro-layer{}-size512-lr2-logits5-steps10000"
-RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the weights, the record's row
-    ("dense", "", "dense"),
+RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the record's row
+    ("dense", "dense"),
+    ("`sparsify.py`, 280 steps", "2of4/sparsify-allafter-both-steps280"),
     (
-        (
-            "`sparsify.py`, a quarter [questions](sparsify.md#accuracy), the rest [after "
-            "passages](sparsify.md#passages), 280 steps"
-        ),
-        "frozen",
-        "2of4/sparsify-allafter-both-steps280",
-    ),
-    (
-        (
-            "the same, [channels reordered](permutations.md), "
-            "[two hours](sparsify.md#a-runs-report), 459 steps"
-        ),
-        "frozen",
+        "`sparsify.py --permute`, 459 steps, two hours",
         "2of4/sparsify-permuted-allafter-both-minutes120",
     ),
+    ("`sparsify.py`, 99 steps, half an hour", "2of4/sparsify-allafter-both-minutes30"),
     (
-        "the first, [half an hour](sparsify.md#a-runs-report), 99 steps",
-        "frozen",
-        "2of4/sparsify-allafter-both-minutes30",
-    ),
-    (
-        "the same, channels reordered, 97 steps",
-        "frozen",
+        "`sparsify.py --permute`, 97 steps, half an hour",
         "2of4/sparsify-permuted-allafter-both-minutes30",
     ),
+    ("STE with Adam, 280 steps †", "2of4/rival-scores_ste-lr0.01-both-steps280"),
+    ("MaskLLM, 280 steps †", "2of4/rival-maskllm-lr0.001-both-steps280"),
+    ("SparseGPT (updates weights), true sequential", "2of4/sparsegpt"),
+    ("Wanda with [swaps](one_shot_masks.md#swaps), true sequential", "2of4/swaps-sequential"),
     (
-        "half an hour on a faster CPU†, half of the text after passages",
-        "frozen",
-        "2of4/sparsify-both-minutes30",
-    ),
-    ("the same, channels reordered", "frozen", "2of4/sparsify-permuted-both-minutes30"),
-    (
-        (
-            "STE with Adam, a quarter questions, two fifths (seed 0: half) after, 280 steps "
-            "([rivals](rivals.md))"
-        ),
-        "frozen",
-        "2of4/rival-scores_ste-lr0.01-both-steps280",
-    ),
-    ("MaskLLM, the same", "frozen", "2of4/rival-maskllm-lr0.001-both-steps280"),
-    ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
-    ("Wanda, [swaps](one_shot_masks.md#swaps), true sequential", "frozen", "2of4/swaps-sequential"),
-    (
-        "MaskPro from Wanda's scores, [less of the prior](steps.md#less-of-the-prior), 600 steps",
-        "frozen",
+        "MaskPro [from scores](steps.md#less-of-the-prior), 600 steps",
         "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600",
     ),
-    (
-        "MaskPro [from C·m0](steps.md#on-a-real-model), C 5, η 0.3, 10,000 steps",
-        "frozen",
-        MASKPRO[10000],
-    ),
-    ("Wanda, m0", "frozen", "2of4/wanda"),
+    ("MaskPro [from C·m0](steps.md#on-a-real-model), 10,000 steps", MASKPRO[10000]),
+    ("Wanda (m0)", "2of4/wanda"),
 ]
 SUMMARY = [  # of the README: what, learned by, bytes of state a weight, the record's row
     ("dense", "", "", "dense"),
@@ -122,44 +88,48 @@ SUMMARY = [  # of the README: what, learned by, bytes of state a weight, the rec
     ),
 ]
 ONE_SHOT = [  # as RESULTS
-    ("dense", "", "dense"),
-    ("magnitude", "frozen", "2of4/magnitude"),
-    ("Wanda", "frozen", "2of4/wanda"),
-    ("Wanda, swaps", "frozen", "2of4/swaps"),
-    ("Wanda, swaps, true sequential", "frozen", "2of4/swaps-sequential"),
-    ("Wanda, [channels reordered](permutations.md)", "frozen", "2of4/wanda-reordered"),
-    ("SparseGPT, true sequential", "updated", "2of4/sparsegpt"),
+    ("dense", "dense"),
+    ("magnitude", "2of4/magnitude"),
+    ("Wanda", "2of4/wanda"),
+    ("Wanda, swaps", "2of4/swaps"),
+    ("Wanda, swaps, true sequential", "2of4/swaps-sequential"),
+    ("Wanda, [channels reordered](permutations.md)", "2of4/wanda-reordered"),
+    ("SparseGPT (updates weights), true sequential", "2of4/sparsegpt"),
 ]
-RIVALS = [  # as RESULTS: method, bytes of state a weight
+RIVALS = [  # method, bytes of state per weight, the record's row
     ("ours", "4.25", "2of4/sparsify-both-steps280"),
-    ("STE on scores with Adam", "16", "2of4/rival-scores_ste-lr0.01-both-steps280"),
+    ("STE with Adam", "16", "2of4/rival-scores_ste-lr0.01-both-steps280"),
     ("MaskLLM", "24", "2of4/rival-maskllm-lr0.001-both-steps280"),
     ("SUSI", "16", "2of4/rival-susi-lr0.001-both-steps280"),
-    ("ours, all generated text after passages", "4.25", "2of4/sparsify-allafter-both-steps280"),
-    ("ProxSparse, the same", "16", "2of4/rival-proxsparse-lr0.0003-allafter-both-steps280"),
+    ("ours, more passages", "4.25", "2of4/sparsify-allafter-both-steps280"),
+    ("ProxSparse, more passages", "16", "2of4/rival-proxsparse-lr0.0003-allafter-both-steps280"),
     ("ours, channels reordered, 568 steps", "4.25", "2of4/sparsify-permuted-both-minutes120"),
-    ("the STE, the same", "16", "2of4/rival-scores_ste-lr0.01-permuted-both-steps568"),
+    (
+        "STE with Adam, channels reordered, 568 steps",
+        "16",
+        "2of4/rival-scores_ste-lr0.01-permuted-both-steps568",
+    ),
 ]
 SIGNALS = (
     ("small", "variance"),
     ("SmolLM2-135M", "variance_smollm2"),
-    ("the same, from scores", "variance_smollm2_scores"),
-    ("its decoder layer 29", "variance_layer29"),
-    ("its decoder layer 28", "variance_layer28"),
+    ("SmolLM2-135M, from scores", "variance_smollm2_scores"),
+    ("SmolLM2-135M, layer 29", "variance_layer29"),
+    ("SmolLM2-135M, layer 28", "variance_layer28"),
 )
 # a run, the record of its signal, its own record and the row there; None: a record of one run
 FALLS = (
     ("small, 1:4", "variance", "small_model", "1of4/maskpro-size512-lr5-logits5-steps2500"),
     ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),
-    ("SmolLM2-135M, 2:4", "variance_smollm2", "maskpro_lr0.03", None),
-    ("the same", "variance_smollm2", "smollm2_float32", MASKPRO[10000]),
-    ("the same", "variance_smollm2", "smollm2", MASKPRO[2000]),
+    ("SmolLM2-135M", "variance_smollm2", "maskpro_lr0.03", None),
+    ("SmolLM2-135M", "variance_smollm2", "smollm2_float32", MASKPRO[10000]),
+    ("SmolLM2-135M", "variance_smollm2", "smollm2", MASKPRO[2000]),
     (
-        "the same, from scores",
+        "SmolLM2-135M, from scores",
         "variance_smollm2_scores",
         "smollm2",
         "2of4/maskpro-scores-size512-lr1.2-logits4-steps600",
     ),
-    ("its decoder layer 29, 2:4", "variance_layer29", "smollm2", LAYER.format(29)),
-    ("its decoder layer 28, 2:4", "variance_layer28", "smollm2_float32", LAYER.format(28)),
+    ("SmolLM2-135M, layer 29", "variance_layer29", "smollm2", LAYER.format(29)),
+    ("SmolLM2-135M, layer 28", "variance_layer28", "smollm2_float32", LAYER.format(28)),
 )

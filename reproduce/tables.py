@@ -28,7 +28,7 @@ from utils import run_script
 import numpy as np
 
 PAGES = ("README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
-GAPS = ["perplexity", "of the gap (%)", "accuracy (%)", "of the gap (%)"]
+GAPS = ["perplexity", "gap closed (%)", "accuracy (%)", "gap closed (%)"]
 BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."  # what a bench's table is of
 
 
@@ -143,14 +143,14 @@ def gaps(name: str) -> list[str]:
     ]
 
 
-def of_the_real_model(heading: str, rows: list[tuple[str, str, str]]) -> str:
+def of_the_real_model(rows: list[tuple[str, str]]) -> str:
     """SmolLM2-135M, those of these rows that were run."""
-    lines = [[what, weights, *gaps(name)] for what, weights, name in rows if smollm2(name)]
-    return markdown_table([heading, "weights", *GAPS], lines)
+    lines = [[what, *gaps(name)] for what, name in rows if smollm2(name)]
+    return markdown_table(["method", *GAPS], lines)
 
 
 def results() -> str:
-    return of_the_real_model("", RESULTS)
+    return of_the_real_model(RESULTS)
 
 
 def summary() -> str:
@@ -161,24 +161,17 @@ def summary() -> str:
 
 
 def one_shot() -> str:
-    return of_the_real_model("method", ONE_SHOT)
-
-
-def rate_of(arguments: dict) -> float:
-    """The rate of a rival's Adam; earlier versions recorded it under another name."""
-    return arguments.get("lr", arguments.get("step_size"))
+    return of_the_real_model(ONE_SHOT)
 
 
 def rivals() -> str:
     """Methods that learn by backward passes on the same model."""
     lines = []
     for method, state_bytes, name in RIVALS:
-        runs = smollm2(name)[name]
-        seeds = ", ".join(str(seed["seed"]) for seed in runs)
-        lines.append(
-            [method, state_bytes, f"{rate_of(runs[0]['run']['arguments']):g}", seeds, *gaps(name)]
-        )
-    return markdown_table(["method", "state, bytes a weight", "rate", "seeds", *GAPS], lines)
+        seeds = ", ".join(str(seed["seed"]) for seed in smollm2(name)[name])
+        lines.append([method, state_bytes, seeds, *gaps(name)])
+    columns = ["method", "state (bytes per weight)", "seeds", *GAPS]
+    return markdown_table(columns, lines)
 
 
 def scaling() -> str:
@@ -303,10 +296,8 @@ def variance() -> str:
     machines = {}
     for model, name in SIGNALS:
         draws = record(name)["arguments"]["samples"]
-        here = record(name)["environment"]
-        machines.setdefault(here["hardware"], []).append(
-            f"{model}, {draws} draws, commit {here['commit']}"
-        )
+        hardware = record(name)["environment"]["hardware"]
+        machines.setdefault(hardware, []).append(f"{model} ({draws} draws)")
     return (
         markdown_table(["model", *signal.HEADING], lines)
         + "\n\n"
@@ -333,15 +324,11 @@ def falls() -> str:
             [
                 what,
                 f"{arguments['lr']:g}",
-                f"{len(runs)}",
-                f"{steps * points // POINTS:,}",
                 f"{arguments['lr'] * found['signal']:.1e}",
                 f"{-fit[0]:.1e} ± {covariance[0, 0] ** 0.5:.0e}",
             ]
         )
-    return markdown_table(
-        ["run", "η", "seeds", "first steps", "predicted fall a step, η‖g‖²", "seen"], lines
-    )
+    return markdown_table(["run", "η", "predicted fall per step, η‖g‖²", "measured"], lines)
 
 
 def over_minutes() -> list[tuple[str, int, float, float]]:
