@@ -223,6 +223,10 @@ def test_its_table_recomputed(workshop, learned, capsys):
     metadata = ModelCard(card).data  # a local folder is no base that others have
     assert "2:4" in metadata.tags and metadata.base_model is None and str(workshop) not in card
     assert f"{len(m0)} of its layers keep 2:4 weights" in card
+    results = {result.dataset_name: result.metric_value for result in metadata.eval_results}
+    assert results == {
+        text: round(math.exp(nats), 3) for text, nats in report["nats"]["learned"].items()
+    }
     assert perplexity_table(report["nats"]) in card and perplexity_table(report["nats"]) in said
     few, some = (
         {**report["summary"], "blocks": 10**6, "blocks_changed": changed} for changed in (99, 100)

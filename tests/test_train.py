@@ -18,7 +18,7 @@ from models.loss import batch_loss
 from pruning.swaps import confidence, refine_by_swaps
 from training.initialize import from_swaps
 from training.plan import SWEEPS
-from training.report import model_card
+from training.report import licence_of, model_card
 from utils import UserError
 
 import pytest
@@ -59,11 +59,21 @@ def test_weights_are_delivered_as_they_were_stored(learn, load, models, tmp_path
 
 def test_a_card_names_a_base_that_others_have():
     """Whatever characters the name of a folder has, the card's head is YAML."""
+    arguments = {"estimator": "maskpro", "sparsity_type": (2, 4), "model": "no/such", "lr": 5.0}
     cards = [
-        ModelCard(model_card(base, {"estimator": "maskpro"}, 14, "2:4", "torch.float16", None)).data
+        ModelCard(model_card(base, arguments, 14, "2:4", "torch.float16", None))
         for base in ("some/llama", "#y: z")
     ]
-    assert [card.base_model for card in cards] == ["some/llama", None]
+    assert [card.data.base_model for card in cards] == ["some/llama", None]
+    command = "python train.py --sparsity_type 2:4 --estimator maskpro --lr 5.0\n"
+    assert command in cards[0].text
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: mit\n---\n", "no head", "---\n: [\n---\n", None])
+def test_a_card_has_the_licence_of_the_base_if_it_names_one(tmp_path, card):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert licence_of(str(tmp_path)) == ("mit" if card and "mit" in card else None)
 
 
 # ---------------------------------------------------------------------------------- where it starts

@@ -2,6 +2,7 @@
 why."""
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from evaluation.comparison import markdown_table
@@ -10,7 +11,7 @@ from files import mask_files
 from files.records import write_json
 from utils import C4, VERSION
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 FEW = 1e-4  # share of changed blocks below which the mask counts as m0
 ROWS = ("dense", "m0", "learned")
@@ -40,6 +41,40 @@ def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
     return markdown_table(heading, lines)
 
 
+def command(arguments: dict) -> str:
+    """Return the command of a run with its numbers, but without its paths, which a published card
+    must not tell."""
+    method = f"--estimator {arguments['estimator']} " if "estimator" in arguments else ""
+    script = "train.py" if method else "sparsify.py"
+    pattern = "{}:{}".format(*arguments["sparsity_type"])
+    numbers = [
+        f"--{name} {value}" for name, value in arguments.items() if type(value) in (int, float)
+    ]
+    return f"python {script} --sparsity_type {pattern} {method}{' '.join(numbers)}"
+
+
+def licence_of(model: str) -> str | None:
+    """Return the licence in the card of a model's folder or hub id; None if there is no such card,
+    or no network."""
+    folder = Path(model).expanduser()
+    with suppress(Exception):  # cards are written by hand, so anything may be wrong with one
+        return ModelCard.load(folder / "README.md" if folder.is_dir() else model).data.license
+
+
+def evaluations(nats: dict[str, float]) -> list[EvalResult]:
+    """Return a mask's losses, text -> nats, as the Hub's index of models reads them."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=text,  # results of one type are merged
+            dataset_name=text,
+            metric_type="perplexity",
+            metric_value=round(perplexity(loss), 3),
+        )
+        for text, loss in nats.items()
+    ]
+
+
 def model_card(
     base: str,
     arguments: dict,
@@ -50,28 +85,28 @@ def model_card(
 ) -> str:
     """Return the model card (README.md) of a sparse model's folder. arguments: of the run; layers:
     number of masked layers; pattern: 'N:M'."""
-    method = (
-        f"train.py, estimator {arguments['estimator']}"
-        if "estimator" in arguments
-        else "sparsify.py"
-    )
     table = f"Perplexity by token:\n\n{perplexity_table(nats)}" if nats else ""
     card = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     # a link to a local folder would be dead
     is_hub_id = "/" in base and not Path(base).expanduser().exists()
+    name = mask_files.public_name(base)
+    results = evaluations((nats or {}).get("learned", {}))
     metadata = ModelCardData(
+        model_name=f"{name}, {pattern} sparse" if results else None,
+        eval_results=results or None,
         base_model=base if is_hub_id else None,
+        license=licence_of(arguments["model"]),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["maskpro", "sparse", pattern],
     )
     return card.format(
         metadata=metadata.to_yaml(),
-        base=mask_files.public_name(base),
+        base=name,
         layers=layers,
         pattern=pattern,
         version=VERSION,
-        method=method,
+        command=command(arguments),
         dtype=dtype.removeprefix("torch."),
         table=table,
         order=", but for the order of the channels" if arguments.get("permute") else "",
