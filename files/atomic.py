@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, synced and renamed."""
+"""Atomic writes: a file is written under a temporary name, synced and renamed."""
 
 import errno
 import os
@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 
 def refuse_existing(path: str | Path, remedy: str) -> Path:
-    """The path, where nothing is there yet and its folder can be written to; UserError with the
-    remedy else."""
+    """Return the path. Raises UserError, which ends with `remedy`, if it exists already or its
+    folder cannot be written to."""
     path = Path(path)
     if os.path.lexists(path):
         raise UserError(f"{path} exists already; {remedy}")
@@ -28,12 +28,12 @@ def refuse_existing(path: str | Path, remedy: str) -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A path to write a file or folder at; only when the block ends well is it synced and takes its
-    real name.
+    """Yield a temporary path to write a file or folder to. When the block ends without an error, it
+    is synced and renamed to `path`.
 
-    Whatever interrupts, `path` is either as it was or whole. What a killed process left beside it
-    is removed first, so that there may be one writer of a path at a time. UserError where the disk
-    is full or cannot be written to.
+    Whatever interrupts, `path` is either as before or complete. The temporary path is removed
+    first, in case a killed process left it, so only one process may write a path at a time. Raises
+    UserError if the disk is full or cannot be written to.
     """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp")
@@ -44,8 +44,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         for written in [*tmp.rglob("*"), tmp]:
-            if written.is_file():  # safetensors writes files that only their owner can read
-                with suppress(OSError):  # some mounts have no permissions
+            if written.is_file():  # safetensors writes files that only the owner can read
+                with suppress(OSError):  # some mounts do not support permissions
                     written.chmod(0o666 & ~umask)
             sync(written)
         os.replace(tmp, path)
@@ -59,12 +59,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or a folder's list of names, before anything else is done."""
+    """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a mount that has no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the mount has no fsync
             raise
     finally:
         os.close(handle)

@@ -1,9 +1,9 @@
-"""Text that a model generates itself, to learn its mask from: what it was trained on, as far as it
-remembers it.
+"""Text that a model generates itself, to learn its mask from. It stands in for the training text,
+as far as the model remembers it.
 
-Documents begin as the tokenizer begins a text, follow the model's own probabilities, neither
-sharpened nor cut, and end where the model ends them or after so many tokens. With passages each
-goes on from one of them, which is left out.
+A document begins with the tokenizer's first token and is sampled from the model's probabilities at
+temperature 1, without top-k or top-p. It ends at an end-of-text token or at the maximum length. If
+passages are given, each document continues one of them; the passage itself is left out.
 """
 
 import json
@@ -28,35 +28,35 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 MOST_PASSAGES = 1000
-APART = 1_000_003  # between the seeds of two texts: more documents than a text has
-MOST_EMPTY = 64  # documents in a row, before a model is said to write none
+APART = 1_000_003  # distance between the seeds of two texts; a text has fewer documents
+MOST_EMPTY = 64  # empty documents in a row before generation gives up
 
 
 def start_of_text(tokenizer: Tokenizer) -> int:
-    """The token that a document of this tokenizer begins with or, where it has none, the one that
-    ends the last."""
+    """Return the token that documents begin with: the tokenizer's own, or else its end-of-text
+    token, which ends the document before. Raises UserError if it has neither."""
     first = tokenizer("").input_ids[:1]
-    if first and first == tokenizer("a").input_ids[:1]:  # else it is put behind a text
+    if first and first == tokenizer("a").input_ids[:1]:  # otherwise the token ends texts
         return first[0]
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
     raise UserError(
-        "this tokenizer has no token that begins or ends a text, so the model cannot begin one: "
-        "give sparsify.py text by --dataset"
+        "this tokenizer has no token that begins or ends a text, so the model cannot start one: "
+        "give sparsify.py text with --dataset"
     )
 
 
 def read_passages(
     dataset: str, model: nn.Module, tokenizer: Tokenizer, length: int
 ) -> list[list[int]]:
-    """Token ids of the first MOST_PASSAGES documents of a dataset, each of up to `length` tokens,
-    without special ones. UserError where there are none, where model has no positions for a
-    document behind one, and those of `documents`."""
+    """Return the token ids of a dataset's first MOST_PASSAGES documents, each cut to `length`
+    tokens, without special tokens. Raises UserError if there are none or if a passage and its
+    document exceed the model's positions, and the errors of `documents`."""
     texts = [text for text in islice(documents(dataset), MOST_PASSAGES) if text.strip()]
     if not texts:
         raise UserError(
-            f"--after {dataset} holds no passages: give a text of each kind that is wanted"
+            f"--after {dataset} holds no passages: give texts of the kinds that you want"
         )
     passages = tokenizer(
         texts, add_special_tokens=False, truncation=True, max_length=length
@@ -66,15 +66,18 @@ def read_passages(
     if len(lengths) > 1 and any(isinstance(module, nn.Conv1d) for module in model.modules()):
         raise UserError(
             "the padding before shorter passages leaks through this model's convolutions (Mamba): "
-            f"give --after passages of at least {length} tokens each, which are cut to that length"
+            f"give --after passages of at least {length} tokens each; they are cut to that length"
         )
     return passages
 
 
 class Draw(LogitsProcessor):
-    """Draws the next token and leaves no other: one uniform number a document, where generate's own
-    sampling makes one for each word of the vocabulary, which takes a CPU half of the time.
-    UserError for predictions that are not finite, of which it would draw the last word."""
+    """Draws the next token and rules out all others, so that greedy search picks it.
+
+    It takes one uniform number per document. The sampling of `generate` takes one per vocabulary
+    entry, which is half of the time on a CPU. Raises UserError if predictions are not finite; it
+    would otherwise draw the last vocabulary entry.
+    """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         reached = scores.float().softmax(-1).cumsum(-1)
@@ -90,8 +93,8 @@ class Draw(LogitsProcessor):
 
 @contextmanager
 def plain_settings(model: nn.Module) -> Iterator[None]:
-    """Inside, of the model's own settings of generation only its ends of a text count: others may
-    sample, or penalise what repeats."""
+    """Keep only the end-of-text tokens of the model's generation settings inside the block. Its
+    other settings may turn on sampling or penalise repetition."""
     settings = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id)
     try:
@@ -108,9 +111,9 @@ def generate(
     length: int,
     passages: list[list[int]] | None = None,
 ) -> list[list[int]]:
-    """Token ids of so many documents, each of up to `length` tokens, without the first token and
-    the end of text. With passages each document continues one of them, drawn at random, which is
-    left out."""
+    """Return the token ids of `count` documents, each of up to `length` tokens, without the first
+    token and the end-of-text token. With passages, each document continues one drawn at random,
+    which is left out."""
     start = start_of_text(tokenizer)
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
@@ -123,12 +126,12 @@ def generate(
         return_inverse=True
     )
     begun = [torch.tensor([start, *begun[number]]) for number in used]
-    # so all go on at one place
+    # left padding, so that all documents continue at the same position
     in_front = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
     tokens = in_front(begun, padding_value=pad).to(input_device(model))
     is_text = in_front([torch.ones_like(row) for row in begun]).to(tokens.device)
-    # of the slice that the last tokens of passages are, PyTorch's product would copy the head's
-    # weight for each
+    # the head's input is a slice, the last token of each passage; unless it is contiguous, PyTorch
+    # copies the head's weight for each
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _, inputs: (inputs[0].contiguous(),)
     )
@@ -152,9 +155,9 @@ def generate(
 def _read(
     model: nn.Module, tokens: Tensor, is_text: Tensor, pad: int, chosen: Tensor
 ) -> dict[str, object]:
-    """The keys and values of these tokens, `[passages, length]`, as generate takes them, of the
-    `chosen` row for each document: a passage is read once, however many documents go on from it.
-    Empty for a model with a cache of its own.
+    """Return the keys and values of the passages `tokens`, `[passages, length]`, as keyword
+    arguments of `generate`, with row `chosen[i]` for document i. So each passage is read once,
+    however many documents continue it. Returns {} if the model has its own kind of cache.
     """
     once = GenerationConfig(
         do_sample=False,
@@ -174,8 +177,8 @@ def _read(
 
 @torch.no_grad()
 def continuation(model: nn.Module, tokenizer: Tokenizer, prompt: Tensor, length: int) -> str:
-    """What the model finds most likely to follow, on one line, of up to `length` tokens, as far as
-    it has positions. prompt: int64 `[tokens]`."""
+    """Return the model's greedy continuation of a prompt, on one line: up to `length` tokens, fewer
+    if its positions run out. prompt: int64 `[tokens]`."""
     length = int(min(length, positions(model) - len(prompt)))
     if length < 1:
         return ""
@@ -183,7 +186,7 @@ def continuation(model: nn.Module, tokenizer: Tokenizer, prompt: Tensor, length:
         do_sample=False,
         max_new_tokens=length,
         eos_token_id=tokenizer.eos_token_id,
-        # of one text nothing is padded
+        # unused: a single text needs no padding
         pad_token_id=tokenizer.eos_token_id or 0,
     )
     tokens = prompt[None].to(input_device(model))
@@ -204,10 +207,12 @@ def write_text(
     passages: list[list[int]] | None = None,
     seed: int = 0,
 ) -> tuple[int, int]:
-    """Generate documents until there are so many tokens, into a new .jsonl file, {"text": ...,
-    "tokens": ...} a line. Returns the numbers of documents and of tokens. batchsize: documents at a
-    time, fewer where a GPU's memory is full. After each of these all are in a file part_of_...,
-    whose name has a hash of what decides the text; from there it goes on, to the same text.
+    """Generate documents of at least `tokens` tokens in all into a new .jsonl file, one
+    {"text": ..., "tokens": ...} per line. Return the numbers of documents and tokens.
+
+    batchsize: documents generated at once, halved when memory is full. Every batch is saved to a
+    file part_of_..., whose name has a hash of all that decides the text. A call after an
+    interruption resumes from this file and writes the same text.
     """
     path = Path(path)
     decides = dict(length=length, batchsize=batchsize, passages=passages, seed=seed)
@@ -218,27 +223,27 @@ def write_text(
     empty = 0
     if rows:
         processes.log(
-            f"going on from the {len(rows)} documents of {part}; to begin anew, remove it"
+            f"resuming from the {len(rows)} documents of {part}; remove it to start again"
         )
     with progress_bar(total=tokens, initial=found, desc="generating", unit="token") as bar:
         while found < tokens:
-            # what was empty is drawn anew
+            # a batch of empty documents is drawn again with another seed
             set_seed((APART * (seed + 1000 * empty) + len(rows)) % 2**63)
             count = max(1, min(batchsize, math.ceil((tokens - found) / (length - 1))))
             try:
                 written = generate(model, tokenizer, count, length - 1, passages)
             except Exception as error:
-                # of keys and values of so many documents
+                # memory may be full of the keys and values of so many documents
                 if count == 1 or not is_out_of_memory(error):
                     raise
                 batchsize = count // 2
                 continue
-            torch.cuda.empty_cache()  # keys and values of every length were in it
+            torch.cuda.empty_cache()  # it holds keys and values of every length
             written = [row for row in written if row]
             empty = 0 if written else empty + count
             if empty >= MOST_EMPTY:
-                raise UserError("the model ends every text at once, so it writes none")
-            # as they were written
+                raise UserError("the model ends every text at once, so it generates none")
+            # spaces are kept as generated
             texts = tokenizer.batch_decode(written, clean_up_tokenization_spaces=False)
             rows += [{"text": text, "tokens": len(row)} for text, row in zip(texts, written)]
             found += sum(map(len, written))
