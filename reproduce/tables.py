@@ -271,9 +271,8 @@ def gpu_code() -> str:
     lines = []
     for row in rows:
         if "write" not in row["what"]:
-            blocks = (
-                row["elements a thread"] if ":" in row["what"] else ""
-            )  # the loss has no blocks
+            # the loss has no blocks
+            blocks = row["elements a thread"] if ":" in row["what"] else ""
             lines.append(
                 [
                     row["what"],
