@@ -110,8 +110,8 @@ def output_file(args: argparse.Namespace) -> Path:
         return Path(args.save)
     mask = of_run(args.mask, "mask.safetensors") if args.mask else ""
     # --tasks may name YAML files
-    given = of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *args.tasks
-    local = [Path(path) for path in given if path]
+    inputs = of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *args.tasks
+    local = [Path(path) for path in inputs if path]
     files = [file for path in local for file in [path, *sorted(path.glob("*"))] if file.is_file()]
     device = checked_device(args.device)
     hashed = {
@@ -120,31 +120,31 @@ def output_file(args: argparse.Namespace) -> Path:
         "fast_dtype": str(fast_dtype(device)),
         "files": [(str(file), file.stat().st_mtime_ns) for file in files],
     }
-    named = Path(args.mask or args.model)
-    parts = named.relative_to(named.anchor).parts[-2:]
+    source = Path(args.mask or args.model)
+    parts = source.relative_to(source.anchor).parts[-2:]
     return Path("results/evaluations") / f"{'_'.join(parts)}_{short_hash(hashed)}.json"
 
 
 def apply_and_verify(
-    loaded: nn.Module,
+    model: nn.Module,
     mask: str | None,
     sparsity_type: tuple[int, int] | None,
     targets: list[str] | None,
 ) -> dict:
     """Apply the mask, if there is one, to a loaded model, verify the N:M of its layers, and print
     and return their sparsity."""
-    layers = find_layers(loaded, targets)
+    layers = find_layers(model, targets)
     fingerprint = None
     if mask:
-        found = read_masks(mask, loaded, sparsity_type)
-        sparsity_type = (found.n, found.m)
-        fingerprint = mask_files.fingerprint(found.masks)
-        apply_masks(find_layers(loaded), found.masks)
-        layers = {name: module for name, module in layers.items() if name in found.masks}
+        mask_file = read_masks(mask, model, sparsity_type)
+        sparsity_type = (mask_file.n, mask_file.m)
+        fingerprint = mask_files.fingerprint(mask_file.masks)
+        apply_masks(find_layers(model), mask_file.masks)
+        layers = {name: module for name, module in layers.items() if name in mask_file.masks}
         if not layers:
             raise UserError(f"{mask} has no mask for the layers that --targets name")
     elif sparsity_type:
-        layers = layers_to_mask(loaded, targets, sparsity_type[1])
+        layers = layers_to_mask(model, targets, sparsity_type[1])
     density = check_sparsity(layers, sparsity_type)
     pattern = "{}:{}".format(*sparsity_type) if sparsity_type else None
     print(f"density {density:.6f}" + (f", {pattern} in every masked layer" if pattern else ""))

@@ -111,8 +111,8 @@ def convert(args: argparse.Namespace) -> mask_files.MaskFile:
     if not args.model:
         return mask_files.load(args.convert, args.sparsity_type)
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    found = read_masks(args.convert, model, args.sparsity_type)
-    return replace(found, model=base_model(args.model), fingerprint=model_fingerprint(model))
+    mask_file = read_masks(args.convert, model, args.sparsity_type)
+    return replace(mask_file, model=base_model(args.model), fingerprint=model_fingerprint(model))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,16 +123,16 @@ def main(argv: list[str] | None = None) -> None:
             f"--save {out} must end in .safetensors, in .npz, or have no suffix, for a folder of "
             ".pt"
         )
-    found = convert(args) if args.convert else extract(args)
-    found.model = args.base_model or found.model
-    mask_files.save(out, **vars(found))
-    if out.suffix == ".safetensors" and not found.fingerprint:
+    mask_file = convert(args) if args.convert else extract(args)
+    mask_file.model = args.base_model or mask_file.model
+    mask_files.save(out, **vars(mask_file))
+    if out.suffix == ".safetensors" and not mask_file.fingerprint:
         print(
             f"warning: {out} has no fingerprint, so it cannot be checked against a model later; "
             "give --model to store one",
             file=sys.stderr,
         )
-    print(f"{found.n}:{found.m} mask of {len(found.masks)} layers -> {out}")
+    print(f"{mask_file.n}:{mask_file.m} mask of {len(mask_file.masks)} layers -> {out}")
 
 
 if __name__ == "__main__":

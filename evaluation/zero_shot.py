@@ -128,7 +128,7 @@ def load_harness(names: list[str]) -> dict:
     name is unknown, data cannot be loaded, a task has no acc or has the model write its answers, or
     lm_eval is missing.
     """
-    found = {}
+    tasks = {}
     if names:
         hub.answers()
     for name in names:
@@ -140,8 +140,8 @@ def load_harness(names: list[str]) -> dict:
             )
         advice = "check the network, since its data come from the Hub, or use --task_file"
         with as_user_error(f"--tasks {name}", advice):
-            found |= manager.load([name])["tasks"]
-    for name, task in found.items():
+            tasks |= manager.load([name])["tasks"]
+    for name, task in tasks.items():
         if "acc" not in task.aggregation():
             raise UserError(
                 f"--tasks {name} has no acc, only {', '.join(task.aggregation())}; leave it out"
@@ -151,7 +151,7 @@ def load_harness(names: list[str]) -> dict:
                 f"--tasks {name} has the model write its answers, which eval.py does not score; "
                 "leave it out"
             )
-    return found
+    return tasks
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -183,7 +183,7 @@ def run_harness(
     import lm_eval
 
     try:
-        told = lm_eval.simple_evaluate(
+        output = lm_eval.simple_evaluate(
             model=_harness_model(model, tokenizer, batchsize, bos),
             tasks=list(tasks.values()),
             num_fewshot=0,
@@ -197,7 +197,7 @@ def run_harness(
         )
     results = {}
     for name, task in tasks.items():
-        samples = told["samples"][name]
+        samples = output["samples"][name]
         scores = [score for sample in samples for score, _ in sample["filtered_resps"]]
         if not all(map(math.isfinite, scores)):
             raise UserError(
@@ -209,8 +209,8 @@ def run_harness(
             content = json.dumps(list(task.dataset["test"])[:limit]).encode()
             source = f"file {hashlib.sha256(content).hexdigest()[:16]}"
         results[name] = {
-            **_accuracies(told["results"][name]),
-            "items": told["n-samples"][name]["effective"],
+            **_accuracies(output["results"][name]),
+            "items": output["n-samples"][name]["effective"],
             "source": source if bos else f"{source}, no BOS",
         }
     return results
@@ -222,12 +222,12 @@ def _harness_model(model: nn.Module, tokenizer: Tokenizer, batchsize: int, bos: 
 
     class Model(HFLM):
         def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **names
+            self, string: str, add_special_tokens: bool | None = None, **kwargs
         ) -> list[int]:
             """Encode a text without an appended end-of-text token. The harness cuts
             tokens(context + choice) at len(tokens(context)); an end-of-text token there would leave
             the choice's first token unscored."""
-            tokens = super().tok_encode(string, add_special_tokens, **names)
+            tokens = super().tok_encode(string, add_special_tokens, **kwargs)
             if add_special_tokens is False or not bos:
                 return tokens
             return data.without_end(tokenizer, tokens)
@@ -241,9 +241,9 @@ def _harness_model(model: nn.Module, tokenizer: Tokenizer, batchsize: int, bos: 
     )
 
 
-def _accuracies(told: dict) -> dict[str, float | None]:
+def _accuracies(metrics: dict) -> dict[str, float | None]:
     """Return the harness's "acc,none" as acc, and so on for the other metrics."""
-    numbers = {key.partition(",")[0]: value for key, value in told.items()}
+    numbers = {key.partition(",")[0]: value for key, value in metrics.items()}
     return {
         key: None if numbers[key] == "N/A" else float(numbers[key])
         for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")

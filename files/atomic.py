@@ -18,10 +18,10 @@ def refuse_existing(path: str | Path, remedy: str) -> Path:
     path = Path(path)
     if os.path.lexists(path):
         raise UserError(f"{path} exists already; {remedy}")
-    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(
-            f"{path} cannot be written: {above} is not a folder that can be written to; {remedy}"
+            f"{path} cannot be written: {nearest} is not a folder that can be written to; {remedy}"
         )
     return path
 
@@ -43,11 +43,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield tmp
         umask = os.umask(0)
         os.umask(umask)
-        for written in [*tmp.rglob("*"), tmp]:
-            if written.is_file():  # safetensors writes files that only the owner can read
+        for entry in [*tmp.rglob("*"), tmp]:
+            if entry.is_file():  # safetensors writes files that only the owner can read
                 with suppress(OSError):  # some mounts do not support permissions
-                    written.chmod(0o666 & ~umask)
-            sync(written)
+                    entry.chmod(0o666 & ~umask)
+            sync(entry)
         os.replace(tmp, path)
         sync(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
@@ -60,14 +60,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the mount has no fsync
             raise
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

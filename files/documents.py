@@ -138,11 +138,11 @@ def _rows(file: Path) -> Iterator[dict]:
                 yield from batch.to_pylist()
     else:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-            first = lines.readline()
-            if first.lstrip().startswith(b"["):  # the file is one array of rows
-                yield from json.loads(first + lines.read())
+            first_line = lines.readline()
+            if first_line.lstrip().startswith(b"["):  # the file is one array of rows
+                yield from json.loads(first_line + lines.read())
                 return
-            for number, line in enumerate(itertools.chain([first], lines), 1):
+            for number, line in enumerate(itertools.chain([first_line], lines), 1):
                 if line.strip():
                     yield _parsed(line, number)
 

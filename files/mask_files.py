@@ -165,28 +165,28 @@ def load(
         if (path / "run.json").is_file():
             raise UserError("the run has no mask yet: let it finish, or continue it with --resume")
         if path.is_dir():
-            found = MaskFile(_read_folder(path), n, m)
+            mask_file = MaskFile(_read_folder(path), n, m)
         elif path.is_file() and path.suffix == ".npz":
-            found = MaskFile(_read_npz(path, shapes), n, m)
+            mask_file = MaskFile(_read_npz(path, shapes), n, m)
         elif path.is_file() and path.suffix == ".safetensors":
-            found = _read_safetensors(path)
+            mask_file = _read_safetensors(path)
         else:
             raise UserError(
                 "no such mask (.safetensors, .npz or a folder of .pt files); get_mask.py makes one"
             )
-        if not found.masks:
+        if not mask_file.masks:
             raise UserError("it holds no masks")
-        if pattern and pattern != (found.n, found.m):
+        if pattern and pattern != (mask_file.n, mask_file.m):
             raise UserError(
-                f"its masks are {found.n}:{found.m}, not {pattern[0]}:{pattern[1]} as asked: "
-                "change one of them"
+                f"its masks are {mask_file.n}:{mask_file.m}, not {pattern[0]}:{pattern[1]} as "
+                "asked: change one of them"
             )
-        if fault := _fault(found.masks, found.n, found.m):
+        if fault := _fault(mask_file.masks, mask_file.n, mask_file.m):
             raise UserError(
                 f"{fault}; if the masks have another N:M, give --sparsity_type, or first convert "
                 "them with get_mask.py --convert"
             )
-        return found
+        return mask_file
 
 
 def _read_safetensors(path: Path) -> MaskFile:
@@ -203,10 +203,10 @@ def _read_folder(path: Path) -> Masks:
     for file in sorted(path.glob("*.pt")):
         with as_user_error(file.name, ANEW):
             with zipfile.ZipFile(file) as archive:
-                flaw = archive.testzip()  # torch.load does not check the CRC-32
-            mask = None if flaw else torch.load(file, map_location="cpu", weights_only=True)
+                damaged = archive.testzip()  # torch.load does not check the CRC-32
+            mask = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(mask, Tensor):
-                raise ValueError(f"{flaw} is damaged" if flaw else "it is not a tensor")
+                raise ValueError(f"{damaged} is damaged" if damaged else "it is not a tensor")
         masks[file.stem] = mask
     return masks
 

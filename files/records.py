@@ -52,7 +52,7 @@ def read_lines(path: Path, size_bytes: int | None = None) -> list[dict]:
     """Read the objects of a .jsonl file, except a last line that is still being written, or only
     those in its first `size_bytes` bytes. Raises UserError if it is damaged or shorter."""
     with as_user_error(path, "give run folders, or restore it as the run left it"):
-        found = path.read_bytes()
-        if size_bytes and len(found) < size_bytes:
+        content = path.read_bytes()
+        if size_bytes and len(content) < size_bytes:
             raise ValueError("lines are missing")
-        return [json.loads(line) for line in found[:size_bytes].split(b"\n")[:-1]]
+        return [json.loads(line) for line in content[:size_bytes].split(b"\n")[:-1]]

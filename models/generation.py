@@ -80,15 +80,16 @@ class Draw(LogitsProcessor):
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        reached = scores.float().softmax(-1).cumsum(-1)
-        if not reached[:, -1].isfinite().all():
+        cumulative = scores.float().softmax(-1).cumsum(-1)
+        if not cumulative[:, -1].isfinite().all():
             raise UserError(
                 "the model's predictions are not finite; its dtype may overflow: try --dtype "
                 "bfloat16 or float32"
             )
-        wanted = torch.rand(len(scores), 1, device=scores.device) * reached[:, -1:]
-        chosen = torch.searchsorted(reached, wanted, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
+        thresholds = torch.rand(len(scores), 1, device=scores.device) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, thresholds, right=True)
+        drawn = drawn.clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
 
 
 @contextmanager
@@ -114,22 +115,22 @@ def generate(
     """Return the token ids of `count` documents, each of up to `length` tokens, without the first
     token and the end-of-text token. With passages, each document continues one drawn at random,
     which is left out."""
-    start = start_of_text(tokenizer)
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    pad = start if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    first_token = start_of_text(tokenizer)
+    eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    pad = first_token if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=length, eos_token_id=sorted(ends) or None, pad_token_id=pad
     )
-    begun = passages or [[]]
-    used, chosen = torch.tensor(random.choices(range(len(begun)), k=count)).unique(
+    prompts = passages or [[]]
+    distinct, chosen = torch.tensor(random.choices(range(len(prompts)), k=count)).unique(
         return_inverse=True
     )
-    begun = [torch.tensor([start, *begun[number]]) for number in used]
+    prompts = [torch.tensor([first_token, *prompts[number]]) for number in distinct]
     # left padding, so that all documents continue at the same position
-    in_front = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    tokens = in_front(begun, padding_value=pad).to(input_device(model))
-    is_text = in_front([torch.ones_like(row) for row in begun]).to(tokens.device)
+    pad_left = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    tokens = pad_left(prompts, padding_value=pad).to(input_device(model))
+    is_text = pad_left([torch.ones_like(row) for row in prompts]).to(tokens.device)
     # the head's input is a slice, the last token of each passage; unless it is contiguous, PyTorch
     # copies the head's weight for each
     hook = model.get_output_embeddings().register_forward_pre_hook(
@@ -138,7 +139,7 @@ def generate(
     try:
         with plain_settings(model):
             cache = _read(model, tokens[:, :-1], is_text[:, :-1], pad, chosen) if passages else {}
-            written = model.generate(
+            generated = model.generate(
                 tokens[chosen],
                 attention_mask=is_text[chosen],
                 generation_config=greedy,
@@ -148,7 +149,8 @@ def generate(
     finally:
         hook.remove()
     return [
-        row[: next((i for i, token in enumerate(row) if token in ends), length)] for row in written
+        row[: next((i for i, token in enumerate(row) if token in ends), length)]
+        for row in generated
     ]
 
 
@@ -159,16 +161,16 @@ def _read(
     arguments of `generate`, with row `chosen[i]` for document i. So each passage is read once,
     however many documents continue it. Returns {} if the model has its own kind of cache.
     """
-    once = GenerationConfig(
+    prefill = GenerationConfig(
         do_sample=False,
         max_new_tokens=1,
         pad_token_id=pad,
         return_dict_in_generate=True,
         return_legacy_cache=False,
     )
-    found = model.generate(tokens, attention_mask=is_text, generation_config=once)
-    name = "cache" if hasattr(found, "cache") else "past_key_values"  # older transformers
-    cache = getattr(found, name)
+    output = model.generate(tokens, attention_mask=is_text, generation_config=prefill)
+    name = "cache" if hasattr(output, "cache") else "past_key_values"  # older transformers
+    cache = getattr(output, name)
     if not isinstance(cache, DynamicCache):
         return {}
     cache.reorder_cache(chosen.to(tokens.device))
@@ -191,10 +193,10 @@ def continuation(model: nn.Module, tokenizer: Tokenizer, prompt: Tensor, length:
     )
     tokens = prompt[None].to(input_device(model))
     with plain_settings(model):
-        written = model.generate(
+        generated = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy
         )
-    return " ".join(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True).split())
+    return " ".join(tokenizer.decode(generated[0, len(prompt) :], skip_special_tokens=True).split())
 
 
 def write_text(
@@ -215,23 +217,23 @@ def write_text(
     interruption resumes from this file and writes the same text.
     """
     path = Path(path)
-    decides = dict(length=length, batchsize=batchsize, passages=passages, seed=seed)
-    decides = {"model": model_fingerprint(model), "dtype": str(model.dtype), **decides}
-    part = path.with_name(f"part_of_{path.stem}_{short_hash(decides)}{path.suffix}")
+    settings = dict(length=length, batchsize=batchsize, passages=passages, seed=seed)
+    settings = {"model": model_fingerprint(model), "dtype": str(model.dtype), **settings}
+    part = path.with_name(f"part_of_{path.stem}_{short_hash(settings)}{path.suffix}")
     rows = read_lines(part) if part.exists() else []
-    found = sum(row["tokens"] for row in rows)
-    empty = 0
+    tokens_done = sum(row["tokens"] for row in rows)
+    empty_documents = 0
     if rows:
         processes.log(
             f"resuming from the {len(rows)} documents of {part}; remove it to start again"
         )
-    with progress_bar(total=tokens, initial=found, desc="generating", unit="token") as bar:
-        while found < tokens:
+    with progress_bar(total=tokens, initial=tokens_done, desc="generating", unit="token") as bar:
+        while tokens_done < tokens:
             # a batch of empty documents is drawn again with another seed
-            set_seed((APART * (seed + 1000 * empty) + len(rows)) % 2**63)
-            count = max(1, min(batchsize, math.ceil((tokens - found) / (length - 1))))
+            set_seed((APART * (seed + 1000 * empty_documents) + len(rows)) % 2**63)
+            count = max(1, min(batchsize, math.ceil((tokens - tokens_done) / (length - 1))))
             try:
-                written = generate(model, tokenizer, count, length - 1, passages)
+                generated = generate(model, tokenizer, count, length - 1, passages)
             except Exception as error:
                 # memory may be full of the keys and values of so many documents
                 if count == 1 or not is_out_of_memory(error):
@@ -239,17 +241,17 @@ def write_text(
                 batchsize = count // 2
                 continue
             torch.cuda.empty_cache()  # it holds keys and values of every length
-            written = [row for row in written if row]
-            empty = 0 if written else empty + count
-            if empty >= MOST_EMPTY:
+            generated = [row for row in generated if row]
+            empty_documents = 0 if generated else empty_documents + count
+            if empty_documents >= MOST_EMPTY:
                 raise UserError("the model ends every text at once, so it generates none")
             # spaces are kept as generated
-            texts = tokenizer.batch_decode(written, clean_up_tokenization_spaces=False)
-            rows += [{"text": text, "tokens": len(row)} for text, row in zip(texts, written)]
-            found += sum(map(len, written))
-            bar.update(sum(map(len, written)))
+            texts = tokenizer.batch_decode(generated, clean_up_tokenization_spaces=False)
+            rows += [{"text": text, "tokens": len(row)} for text, row in zip(texts, generated)]
+            tokens_done += sum(map(len, generated))
+            bar.update(sum(map(len, generated)))
             with atomic_write(part) as tmp:
                 tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     part.replace(path)
     sync(path.parent)
-    return len(rows), found
+    return len(rows), tokens_done

@@ -52,16 +52,16 @@ def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str,
         return layers
     chosen = set()
     for target in targets:
-        found = [name for name in layers if target in name]
-        if not found:
+        matches = [name for name in layers if target in name]
+        if not matches:
             with suppress(re.error):
-                found = [name for name in layers if re.search(target, name)]
-        if not found:
+                matches = [name for name in layers if re.search(target, name)]
+        if not matches:
             raise UserError(
                 f"--targets {target} matches no layer; names look like "
                 f"{', '.join(list(layers)[:3])}"
             )
-        chosen.update(found)
+        chosen.update(matches)
     return {name: module for name, module in layers.items() if name in chosen}
 
 

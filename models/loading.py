@@ -45,13 +45,13 @@ def load_model(
         )
     is_spread = device == "auto"
     device = checked_device(device)
-    found, tokenizer = read_model(model, dtype, device, trust_remote_code, is_spread)
+    loaded, tokenizer = read_model(model, dtype, device, trust_remote_code, is_spread)
     if not is_spread:
-        found.to(device)
+        loaded.to(device)
     if device.startswith("cpu"):
         reuse_freed_memory()
     processes.wait_for_all()  # one of them may have downloaded it
-    return found, tokenizer
+    return loaded, tokenizer
 
 
 def read_model(
@@ -70,7 +70,7 @@ def read_model(
     with as_model_error(model):
         tokenizer = read_tokenizer(source, trust_remote_code)
         read_config(source, trust_remote_code)
-        found, report = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             trust_remote_code=trust_remote_code,
             low_cpu_mem_usage=True,
@@ -78,7 +78,7 @@ def read_model(
             **{DTYPE: torch_dtype},
             **({"device_map": "auto"} if is_spread else {}),
         )
-    empty = [name for name, parameter in found.named_parameters() if parameter.is_meta]
+    empty = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
     missing = sorted({*report["missing_keys"], *([] if is_spread else empty)})
     if missing:  # transformers would continue with random numbers, or with none
         raise UserError(
@@ -91,14 +91,14 @@ def read_model(
             "several processes with --shard"
         )
     # with it, older Llamas use weights without calling their modules
-    if getattr(found.config, "pretraining_tp", 1) > 1:
-        found.config.pretraining_tp = 1
-    settings = getattr(found, "generation_config", None)
+    if getattr(loaded.config, "pretraining_tp", 1) > 1:
+        loaded.config.pretraining_tp = 1
+    settings = getattr(loaded, "generation_config", None)
     # without sampling these have no effect, and older transformers refuse to save them
     if settings and not settings.do_sample:
         for name in SAMPLING & settings.to_diff_dict().keys():
             setattr(settings, name, getattr(transformers.GenerationConfig(), name))
-    return found.requires_grad_(False).eval(), tokenizer
+    return loaded.requires_grad_(False).eval(), tokenizer
 
 
 def local_folder(model: str) -> str | Path:
@@ -162,10 +162,10 @@ def attention_of(config: transformers.PretrainedConfig) -> dict[str, str]:
     form that `set_attn_implementation` takes. Parts are listed one by one because some, such as
     audio encoders, support only one implementation."""
     parts = {name: getattr(config, name) for name in getattr(config, "sub_configs", {})}
-    found = {
+    implementations = {
         name: part._attn_implementation for name, part in {"": config, **parts}.items() if part
     }
-    return {name: implementation for name, implementation in found.items() if implementation}
+    return {name: value for name, value in implementations.items() if value}
 
 
 def read_config(source: str | Path, trusted: bool) -> transformers.PretrainedConfig:
@@ -224,8 +224,9 @@ def positions(model: nn.Module) -> float:
 def check_length(model: nn.Module, tokens: int, before: int = 0) -> None:
     """Raise UserError if a sequence of `tokens` tokens after a passage of `before` tokens exceeds
     the model's positions."""
-    if before + tokens > (longest := positions(model)):
-        behind = f", after a passage of {before} tokens," if before else ""
+    if before + tokens > (limit := positions(model)):
+        after_passage = f", after a passage of {before} tokens," if before else ""
         raise UserError(
-            f"--seqlen {tokens}{behind} exceeds the model's {longest} positions; lower --seqlen"
+            f"--seqlen {tokens}{after_passage} exceeds the model's {limit} positions; lower "
+            "--seqlen"
         )

@@ -33,9 +33,9 @@ def batch_loss(
         logits = model(input_ids=inputs, use_cache=False).logits
         logits = logits[:, :-1] if bos is None else logits[:, 1:]
         targets = sequences.to(logits.device)
-        for some, tokens in zip(logits.split(4), targets.split(4)):
+        for chunk, tokens in zip(logits.split(4), targets.split(4)):
             total += nn.functional.cross_entropy(
-                some.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
+                chunk.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
             )
     return float(total) / count
 
@@ -56,13 +56,13 @@ def bos_hint(model: nn.Module, tokenizer: Tokenizer, sequences: Tensor, what: st
         or sequence.numel() < 2
     ):
         return None  # no BOS, no sequence without it, no embedding for it, or nothing to predict
-    without = batch_loss(model, sequence)
-    behind = batch_loss(model, sequence, bos=bos)
-    if not behind < (1 - BOS_MATTERS) * without:
+    plain_loss = batch_loss(model, sequence)
+    bos_loss = batch_loss(model, sequence, bos=bos)
+    if not bos_loss < (1 - BOS_MATTERS) * plain_loss:
         return None
     return (
         "use --bos for this model: a beginning-of-text token lowers the loss of the first "
-        f"{what} without one from {without:.3f} to {behind:.3f} nats"
+        f"{what} without one from {plain_loss:.3f} to {bos_loss:.3f} nats"
     )
 
 

@@ -103,15 +103,15 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
 def commit() -> str:
     """Return the commit of this code, with "-dirty" if it was changed since, or "unknown"."""
     try:
-        found = subprocess.run(
+        description = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
             capture_output=True,
             text=True,
             check=False,
         ).stdout.strip()
     except OSError:  # git is not installed
-        found = ""
-    return found or "unknown"
+        description = ""
+    return description or "unknown"
 
 
 def environment(device: str | torch.device | None = None) -> dict:
@@ -158,8 +158,8 @@ def peak_memory_bytes() -> int:
     """
     if allocated := sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))):
         return allocated
-    found = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text() if STATUS.exists() else "")
-    return 1024 * int(found[1]) if found else 0
+    match = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text() if STATUS.exists() else "")
+    return 1024 * int(match[1]) if match else 0
 
 
 def reset_peak_memory() -> None:

@@ -62,12 +62,12 @@ def joined(device: str | None) -> Iterator[str | None]:
 
 
 def _begin(on_cpu: bool) -> str:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = torch.cuda.device_count()
-    if not on_cpu and 1 < gpus < here:  # if gpus is 1, each process may see its own
+    if not on_cpu and 1 < gpus < local_processes:  # if gpus is 1, each process may see its own
         raise UserError(
-            f"{here} processes were started on a machine with {gpus} GPUs: start at most one per "
-            "GPU"
+            f"{local_processes} processes were started on a machine with {gpus} GPUs: start at "
+            "most one per GPU"
         )
     state = PartialState(
         cpu=on_cpu, timeout=TIMEOUT, **({} if on_cpu else {"backend": "cpu:gloo,cuda:nccl"})
@@ -84,10 +84,10 @@ def _reported() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
-        said = str(error).strip().splitlines()  # nccl gives the reason in the last
+        lines = str(error).strip().splitlines()  # nccl gives the reason in the last
         raise UserError(
             f"process {rank()} lost another process, which has ended, hangs or uses the same GPU "
-            f"({'; '.join(line[:160] for line in dict.fromkeys((said[0], said[-1])))})"
+            f"({'; '.join(line[:160] for line in dict.fromkeys((lines[0], lines[-1])))})"
         ) from error
 
 
@@ -160,10 +160,10 @@ def all_gather(values: list[float]) -> list[list[float]]:
     equally many."""
     if world_size() == 1:
         return [values]
-    mine = torch.tensor(values, dtype=torch.float64)
-    everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    distributed.all_gather(everyone, mine)
-    return [numbers.tolist() for numbers in everyone]
+    own_values = torch.tensor(values, dtype=torch.float64)
+    gathered = [torch.empty_like(own_values) for _ in range(world_size())]
+    distributed.all_gather(gathered, own_values)
+    return [numbers.tolist() for numbers in gathered]
 
 
 def broadcast_float(value: float) -> float:
@@ -175,19 +175,19 @@ def mean(values: list[float]) -> float:
     """Return the mean of the values of all processes, which may give different numbers of values.
     The mean is rounded once, so it does not depend on which process gives which value."""
     counts = [int(count) for (count,) in all_gather([len(values)])]
-    found = all_gather([*values, *[0.0] * (max(counts) - len(values))])
-    return fmean([value for numbers, count in zip(found, counts) for value in numbers[:count]])
+    gathered = all_gather([*values, *[0.0] * (max(counts) - len(values))])
+    return fmean([value for numbers, count in zip(gathered, counts) for value in numbers[:count]])
 
 
 def check_same(text: str, what: str) -> None:
     """Raise UserError unless this text is the same in all processes. what: its name in the
     message."""
     digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # 48 bits are exact in float64
-    found = all_gather([float(digest)])
-    odd = [str(number) for number, values in enumerate(found) if values != found[0]]
-    if odd:
+    digests = all_gather([float(digest)])
+    differing = [str(number) for number, values in enumerate(digests) if values != digests[0]]
+    if differing:
         raise UserError(
-            f"{what} of process {', '.join(odd)} differ from those of process 0; start all "
+            f"{what} of process {', '.join(differing)} differ from those of process 0; start all "
             "processes with the same files, flags, library versions and kind of device"
         )
 

@@ -30,25 +30,25 @@ def load_sharded(
     """
     check_version()
     source = local_folder(model)
-    loaded = None
+    whole_model = None
     with processes.main_process_first():  # which may have to download the model
         if processes.is_main():
-            loaded, _ = read_model(model, dtype, device, trust_remote_code)
+            whole_model, _ = read_model(model, dtype, device, trust_remote_code)
         with as_model_error(model):
             tokenizer = read_tokenizer(source, trust_remote_code)
             config = read_config(source, trust_remote_code)
-    dtypes = [loaded and loaded.dtype]
+    dtypes = [whole_model and whole_model.dtype]
     distributed.broadcast_object_list(dtypes)
     # buffers get values here: the files do not store rotary frequencies
     with as_model_error(model), init_empty_weights(include_buffers=False):
-        found = transformers.AutoModelForCausalLM.from_config(
+        sharded = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, **{DTYPE: dtypes[0]}
         )
-    found.tie_weights()
-    shard(found, torch.device(device), processes.world_size())
+    sharded.tie_weights()
+    shard(sharded, torch.device(device), processes.world_size())
     set_model_state_dict(
-        found,
-        loaded.state_dict() if loaded else {},
+        sharded,
+        whole_model.state_dict() if whole_model else {},
         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
     )
-    return found.eval(), tokenizer
+    return sharded.eval(), tokenizer

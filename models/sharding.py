@@ -50,7 +50,7 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     layers = decoder_layers(model)
     weights = {module.weight for module in projections}
     inside = {part for layer in layers for part in layer.modules()}
-    how = {
+    options = {
         "mesh": device_mesh.init_device_mesh(device.type, (processes,)),
         "reshard_after_forward": True,
         "ignored_params": {
@@ -60,7 +60,7 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     # projections outside of the decoder's layers are sharded one by one, because swaps call only
     # parts of the model
     for module in [*layers, *(module for module in projections if module not in inside), model]:
-        fsdp.fully_shard(module, **how)
+        fsdp.fully_shard(module, **options)
         if REDUCES_UNUSED:
             module.set_reduce_scatter_unused_params(True)
     model._apply(
@@ -83,9 +83,9 @@ def own_rows(tensor: Tensor) -> tuple[int, int]:
     count = tensor.shape[0]
     if not isinstance(tensor, DTensor):
         return 0, count
-    most = most_rows(tensor)
+    rows_per_process = most_rows(tensor)
     rank = tensor.device_mesh.get_local_rank()
-    return min(count, most * rank), min(count, most * (rank + 1))
+    return min(count, rows_per_process * rank), min(count, rows_per_process * (rank + 1))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     part = tensor.to_local().detach()
     mesh = tensor.device_mesh
-    sent = part.new_zeros(most_rows(tensor), *part.shape[1:])
-    sent[: len(part)] = part
-    everyone = part.new_empty(mesh.size(), *sent.shape)
-    distributed.all_gather(list(everyone), sent, group=mesh.get_group())
-    return everyone.flatten(0, 1)[: tensor.shape[0]]
+    padded = part.new_zeros(most_rows(tensor), *part.shape[1:])
+    padded[: len(part)] = part
+    gathered = part.new_empty(mesh.size(), *padded.shape)
+    distributed.all_gather(list(gathered), padded, group=mesh.get_group())
+    return gathered.flatten(0, 1)[: tensor.shape[0]]
 
 
 @dataclass
