@@ -14,8 +14,8 @@ sparse.
 
 Perplexity follows SparseGPT, Wanda and MaskLLM: one tokenizer call for the text, disjoint windows
 of --seqlen tokens, the remainder dropped, cross entropy in float32, exp of the mean over windows.
-It is perplexity by token; the harness's task wikitext is by word, and is refused. Mean acc is the
-mean over the tasks of acc, not of acc_norm.
+It is perplexity per token; the harness's task wikitext computes it per word and is refused. Mean
+acc is the mean of acc, not of acc_norm, over the tasks.
 
 --tasks takes names, tags, groups and YAML files of lm-evaluation-harness. A tag or a group stands
 for its tasks.
@@ -24,11 +24,11 @@ With --mask or --sparsity_type, a layer that breaks the pattern is an error.
 
 --bos puts the beginning-of-text token before each window that does not begin with it. The same
 tokens are scored as without it: all but the first of each window. Gemma and some other models need
-it. The script says so where the token lowers the loss of a window by more than a tenth. Published
-perplexities of Llama are without it.
+it: the script recommends it if the token lowers the loss of a window by more than a tenth.
+Published perplexities of Llama do not use it.
 
-The numbers are written to a file in results/evaluations/, which is named by the model or mask and a
-hash of what decides them; --save names another. An evaluation that is there already is shown, not
+The numbers are written to a file in results/evaluations/, named by the model or mask and a hash of
+all that decides them; --save names another file. An evaluation that exists already is shown, not
 repeated.
 """
 
@@ -53,33 +53,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser, is_random=False)
     # fmt: off
     parser.add_argument("--mask", default=None,
-                        help="mask file, RUN or folder of .pt masks to apply to --model")
+                        help="mask file, RUN or folder of .pt masks, applied to --model")
     parser.add_argument("--sparsity_type", type=sparsity_type, default=None,
-                        help="N:M to verify (default: of --mask; 2:4 if its format does not say)")
+                        help="N:M to verify (default: that of --mask, or 2:4 if it has none)")
     parser.add_argument("--targets", nargs="+", default=None,
-                        help="verify these layers: parts of their names, or regular expressions")
+                        help="layers to verify: parts of their names, or regular expressions")
     parser.add_argument("--ppl", default="wikitext2",
                         help="held-out text: wikitext2, c4, a file, or none")
-    parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens in a window")
+    parser.add_argument("--seqlen", type=sequence_length, default=2048, help="tokens per window")
     parser.add_argument("--nwindows", type=positive_int, default=None,
-                        help="windows, at most (default: all)")
+                        help="maximum number of windows (default: all)")
     parser.add_argument("--bos", action="store_true",
-                        help="put the beginning-of-text token, unscored, before windows")
+                        help="put the beginning-of-text token, unscored, before each window")
     parser.add_argument("--tasks", default=[],
                         type=lambda text: [name.strip() for name in text.split(",")],
                         help="tasks of lm-evaluation-harness, separated by commas")
     parser.add_argument("--task_file", nargs="+", default=[],
                         help="multiple-choice items, see evaluation/zero_shot.py")
     parser.add_argument("--task_limit", type=positive_int, default=None,
-                        help="use only the first items of each task")
+                        help="number of items per task, the first ones (default: all)")
     parser.add_argument("--tasks_batchsize", type=positive_int, default=16,
-                        help="choices in one forward pass")
+                        help="choices per forward pass")
     parser.add_argument("--tasks_no_bos", action="store_true",
-                        help="task prompts without BOS, as older figures have")
+                        help="leave BOS out of task prompts, as for figures of older harnesses")
     parser.add_argument("--save", default=None,
-                        help="write the numbers to this JSON file (default: see above)")
+                        help="JSON file to write the numbers to (default: see above)")
     parser.add_argument("--compare", nargs="+", metavar="PATH",
-                        help="only print a table of JSON files or folders")
+                        help="only print a table of these JSON files, or folders of them")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -104,14 +104,14 @@ from torch import nn
 
 
 def output_file(args: argparse.Namespace) -> Path:
-    """Where the numbers go: results/evaluations/NAME_HASH.json, unless --save says otherwise. A
-    file of the model, mask or text that was written again makes it another evaluation."""
+    """Return the file for the numbers: --save, or results/evaluations/NAME_HASH.json. The hash
+    changes if a file of the model, mask, text or tasks has been written since."""
     if args.save:
         return Path(args.save)
     mask = of_run(args.mask, "mask.safetensors") if args.mask else ""
-    # some tasks are YAML files
-    given = of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *args.tasks
-    local = [Path(path) for path in given if path]
+    # --tasks may name YAML files
+    inputs = of_run(args.model, "checkpoint"), mask, args.ppl, *args.task_file, *args.tasks
+    local = [Path(path) for path in inputs if path]
     files = [file for path in local for file in [path, *sorted(path.glob("*"))] if file.is_file()]
     device = checked_device(args.device)
     hashed = {
@@ -120,31 +120,31 @@ def output_file(args: argparse.Namespace) -> Path:
         "fast_dtype": str(fast_dtype(device)),
         "files": [(str(file), file.stat().st_mtime_ns) for file in files],
     }
-    named = Path(args.mask or args.model)
-    parts = named.relative_to(named.anchor).parts[-2:]
+    source = Path(args.mask or args.model)
+    parts = source.relative_to(source.anchor).parts[-2:]
     return Path("results/evaluations") / f"{'_'.join(parts)}_{short_hash(hashed)}.json"
 
 
 def apply_and_verify(
-    loaded: nn.Module,
+    model: nn.Module,
     mask: str | None,
     sparsity_type: tuple[int, int] | None,
     targets: list[str] | None,
 ) -> dict:
-    """Apply the mask to a loaded model, verify the N:M of its layers, and print and return their
-    sparsity."""
-    layers = find_layers(loaded, targets)
+    """Apply the mask, if there is one, to a loaded model, verify the N:M of its layers, and print
+    and return their sparsity."""
+    layers = find_layers(model, targets)
     fingerprint = None
     if mask:
-        found = read_masks(mask, loaded, sparsity_type)
-        sparsity_type = (found.n, found.m)
-        fingerprint = mask_files.fingerprint(found.masks)
-        apply_masks(find_layers(loaded), found.masks)
-        layers = {name: module for name, module in layers.items() if name in found.masks}
+        mask_file = read_masks(mask, model, sparsity_type)
+        sparsity_type = (mask_file.n, mask_file.m)
+        fingerprint = mask_files.fingerprint(mask_file.masks)
+        apply_masks(find_layers(model), mask_file.masks)
+        layers = {name: module for name, module in layers.items() if name in mask_file.masks}
         if not layers:
             raise UserError(f"{mask} has no mask for the layers that --targets name")
     elif sparsity_type:
-        layers = layers_to_mask(loaded, targets, sparsity_type[1])
+        layers = layers_to_mask(model, targets, sparsity_type[1])
     density = check_sparsity(layers, sparsity_type)
     pattern = "{}:{}".format(*sparsity_type) if sparsity_type else None
     print(f"density {density:.6f}" + (f", {pattern} in every masked layer" if pattern else ""))
@@ -154,7 +154,8 @@ def apply_and_verify(
 def evaluate_text(
     model: nn.Module, tokenizer: Tokenizer, ppl: str, seqlen: int, nwindows: int | None, bos: bool
 ) -> dict:
-    """The perplexity on a text, printed, and the fields of the record that describe it."""
+    """Compute and print the perplexity on a text; return it with the fields of the record that
+    describe it."""
     check_length(model, seqlen)
     token = data.wanted_bos(tokenizer) if bos else None
     windows, text_tokens = data.perplexity_windows(tokenizer, ppl, seqlen, nwindows)
@@ -185,7 +186,7 @@ def evaluate_tasks(
     bos: bool,
     limit: int | None,
 ) -> dict:
-    """The results, printed, of these tasks (name -> lm_eval's task), and mean acc."""
+    """Run these tasks (name -> lm_eval's task); print and return their results and mean acc."""
     results = run_harness(model, tokenizer, tasks, batchsize, limit, bos)
     for name, task in results.items():
         metrics = [
@@ -209,16 +210,16 @@ def main(argv: list[str] | None = None) -> None:
         ]
         if not files:
             raise UserError(
-                f"--compare {' '.join(args.compare)}: there is no evaluation; give JSON files of "
-                "eval.py"
+                f"--compare {' '.join(args.compare)}: there are no evaluations; give JSON files "
+                "of eval.py"
             )
         print(comparison([read_evaluation(file) for file in files]))
         return
     out = output_file(args)
     if out.is_file() and not args.save:
         print(
-            f"{comparison([read_evaluation(out)])}\nas measured before; remove {out} to measure "
-            "anew"
+            f"{comparison([read_evaluation(out)])}\nmeasured earlier; remove {out} to measure it "
+            "again"
         )
         return
     refuse_existing(out, "remove it, or choose another --save")
@@ -226,10 +227,10 @@ def main(argv: list[str] | None = None) -> None:
     tasks = load_harness(args.tasks)
     files = {Path(path).stem: load_file(path) for path in args.task_file}
     if len(files) < len(args.task_file) or files.keys() & tasks.keys():
-        raise UserError("two tasks have one name; rename a file of --task_file, or name it once")
+        raise UserError("two tasks have one name; rename a file of --task_file, or give it once")
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     if tasks or files:
-        check_tokenizer(tokenizer)  # before perplexity takes its time
+        check_tokenizer(tokenizer)  # before the perplexity, which takes long
     result = {
         "model": args.model,
         "mask": args.mask,

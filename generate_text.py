@@ -1,13 +1,15 @@
-"""Have a model generate the text to learn its mask from (models/generation.py); sparsify.py does so
-by itself.
+"""Have a model generate the text to learn its mask from (models/generation.py). sparsify.py does
+this by itself.
 
     python generate_text.py --model MODEL --tokens 100000 --out generated.jsonl
     python generate_text.py --model MODEL --tokens 100000 --after PASSAGES --out alike.jsonl
 
-No data is needed. Only --after needs some: a few passages of the kind of text that the model will
-meet. Each document then continues one of them. Writes one JSON object a line, {"text": ...,
-"tokens": ...}, for --dataset: of sparsify.py, which does not know who wrote it (give it --distill
-1), and with a lower --seqlen than here of the other scripts. Stopped, the same command goes on.
+No data is needed, except for --after: a few passages of the kind of text that the model will be
+used on. Each document then continues one of them.
+
+The output has one JSON object per line, {"text": ..., "tokens": ...}, for --dataset of the other
+scripts. sparsify.py cannot tell that a model wrote it: give it --distill 1. The others need a lower
+--seqlen than given here. After an interruption, the same command resumes.
 """
 
 import argparse
@@ -27,19 +29,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument(
-        "--tokens", type=positive_int, default=100_000, help="to generate, at least"
+        "--tokens", type=positive_int, default=100_000, help="minimum number of tokens to generate"
     )
     parser.add_argument(
-        "--seqlen", type=sequence_length, default=128, help="tokens in a document, at most"
+        "--seqlen", type=sequence_length, default=128, help="maximum tokens per document"
     )
     parser.add_argument(
-        "--batchsize", type=positive_int, default=256, help="documents generated at a time"
+        "--batchsize", type=positive_int, default=256, help="documents generated at once"
     )
     parser.add_argument(
         "--after",
         metavar="DATASET",
-        help="passages, as for train.py --dataset: each document continues the first --seqlen "
-        "tokens of one of them, which are left out",
+        help="passages, in the forms of train.py --dataset: each document continues the first "
+        "--seqlen tokens of one of them, which are left out",
     )
     parser.add_argument("--out", default="generated_text.jsonl", help="file to write, must be new")
     return parser.parse_args(argv)
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     out = refuse_existing(args.out, "choose another --out or remove it")
     if out.suffix != ".jsonl":
         raise UserError(
-            f"--out {out} must end in .jsonl: --dataset tells by it how a file is to be read"
+            f"--out {out} must end in .jsonl: --dataset tells by the suffix how to read a file"
         )
     check_paths([], [args.after])
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)

@@ -1,4 +1,4 @@
-"""Extract the initial mask (which weights are not zero) from a sparse model, or convert a mask
+"""Extract the initial mask (True where a weight is not zero) from a sparse model, or convert a mask
 file.
 
     # folder `out`, 2:4 -> initial_mask.safetensors
@@ -13,16 +13,17 @@ file.
     # to publish
     python get_mask.py --convert mask.safetensors --base_model HUB_ID --save named.safetensors
 
-Checks every layer: a block of M that keeps more than N weights is an error that names its layer. A
-block that keeps fewer (a kept weight was zero itself) is filled up from its lowest free positions,
-and counted.
+Every layer is checked: a block of M with more than N nonzero weights is an error that names the
+layer. A block with fewer, because a kept weight happened to be zero, is filled up at its lowest
+free positions and counted.
 
-The name given to --save decides the format: .safetensors (packed, with the model's name and
-fingerprint), .npz (MaskLLM's) or no suffix (the MaskPro authors' folder of .pt). --convert reads
-all three. Only a .safetensors knows its N:M; the others are 2:4 unless --sparsity_type says
-otherwise. With --model it holds the mask against that model; an .npz, which has no shapes, cannot
-be read without, and only with it does a .safetensors made from a foreign format get the fingerprint
-by which a mask of another model is refused later.
+The suffix of --save decides the format: .safetensors (packed, with the model's name and
+fingerprint), .npz (MaskLLM's) or none (the MaskPro authors' folder of .pt). --convert reads all
+three. Only a .safetensors stores its N:M; the others count as 2:4 unless --sparsity_type is given.
+
+With --convert, --model is optional, and the mask is checked against it. An .npz needs it, since it
+stores no shapes. A .safetensors made from a foreign format gets a fingerprint, by which other
+models refuse the mask later, only if --model is given.
 """
 
 import argparse
@@ -49,27 +50,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--sparsity_type",
         type=sparsity_type,
         default="2:4",
-        help="N:M the model must have; with --convert, the mask (then default: its own, or 2:4)",
+        help="N:M the model must have or, with --convert, the mask (default then: its own, or 2:4)",
     )
     parser.add_argument(
         "--targets",
         nargs="+",
         default=None,
-        help="take these layers: parts of their names, or regular expressions",
+        help="layers to take: parts of their names, or regular expressions",
     )
     parser.add_argument(
-        "--base_model", default=None, help="hub id to name as the base, of masks to be published"
+        "--base_model", default=None, help="hub id to store as the base model, to publish a mask"
     )
     parser.add_argument(
         "--save", default="initial_mask.safetensors", help="mask file to write, must be new"
     )
     args = parser.parse_args(argv)
-    if args.convert:  # what was not said is not asked for
+    if args.convert:  # flags that were not given have other defaults
         parser.set_defaults(model=None, sparsity_type=None)
         args = parser.parse_args(argv)
         if args.targets:
             parser.error(
-                "--targets does not go with --convert, which converts every layer of the mask"
+                "--targets cannot be used with --convert, which converts every layer of the mask"
             )
     return args
 
@@ -87,7 +88,7 @@ from models.loading import load_model, model_fingerprint
 
 
 def extract(args: argparse.Namespace) -> mask_files.MaskFile:
-    """The mask of the weights of --model that are not zero."""
+    """Return the mask of the nonzero weights of --model."""
     n, m = args.sparsity_type
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     layers = layers_to_mask(model, args.targets, m)
@@ -98,20 +99,20 @@ def extract(args: argparse.Namespace) -> mask_files.MaskFile:
         masks[name], short = nonzero_mask(weight_matrix(module), n, m)
         filled += short
     if filled:
-        print(f"{filled} blocks had fewer than {n} weights that are not zero and were filled up")
-    base = base_model(args.model)  # of a sparse model that prune.py did not make, it is not known
+        print(f"{filled} blocks had fewer than {n} nonzero weights and were filled up")
+    base = base_model(args.model)  # the model itself if prune.py did not make it: base unknown
     return mask_files.MaskFile(
         masks, n, m, "" if base == args.model else base, model_fingerprint(model)
     )
 
 
 def convert(args: argparse.Namespace) -> mask_files.MaskFile:
-    """The mask in --convert, checked against --model if there is one."""
+    """Return the mask in --convert, checked against --model if that is given."""
     if not args.model:
         return mask_files.load(args.convert, args.sparsity_type)
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    found = read_masks(args.convert, model, args.sparsity_type)
-    return replace(found, model=base_model(args.model), fingerprint=model_fingerprint(model))
+    mask_file = read_masks(args.convert, model, args.sparsity_type)
+    return replace(mask_file, model=base_model(args.model), fingerprint=model_fingerprint(model))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,16 +123,16 @@ def main(argv: list[str] | None = None) -> None:
             f"--save {out} must end in .safetensors, in .npz, or have no suffix, for a folder of "
             ".pt"
         )
-    found = convert(args) if args.convert else extract(args)
-    found.model = args.base_model or found.model
-    mask_files.save(out, **vars(found))
-    if out.suffix == ".safetensors" and not found.fingerprint:
+    mask_file = convert(args) if args.convert else extract(args)
+    mask_file.model = args.base_model or mask_file.model
+    mask_files.save(out, **vars(mask_file))
+    if out.suffix == ".safetensors" and not mask_file.fingerprint:
         print(
-            f"warning: {out} can be checked against no model later, it has no fingerprint; give "
-            "--model for one",
+            f"warning: {out} has no fingerprint, so it cannot be checked against a model later; "
+            "give --model to store one",
             file=sys.stderr,
         )
-    print(f"{found.n}:{found.m} mask of {len(found.masks)} layers -> {out}")
+    print(f"{mask_file.n}:{mask_file.m} mask of {len(mask_file.masks)} layers -> {out}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python inference_loss.py --dataset_size 512 --batchsize 32
     python inference_loss.py --model MODEL --mask initial_mask.safetensors --dataset text.jsonl
-    # of a model as it is
+    # a model without a mask
     python inference_loss.py --model SPARSE_FOLDER --mask none --save dense.npz
 
-One pass over each minibatch. Use the same --model, --mask and data flags for train.py; the file
-remembers them.
+It makes one pass over each minibatch. Use the same --model, --mask and data flags for train.py,
+which compares them with those in the file.
 """
 
 import argparse
@@ -31,18 +31,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mask",
         default="initial_mask.safetensors",
-        help="m0: mask file or folder of .pt masks; none: the model as it is",
+        help="m0: mask file or folder of .pt masks; none: the model without a mask",
     )
     parser.add_argument(
         "--sparsity_type",
         type=sparsity_type,
         default=None,
-        help="N:M the mask must have (default: its own, or 2:4 where its format knows none)",
+        help="N:M the mask must have (default: its own, or 2:4 if its format stores none)",
     )
     parser.add_argument(
         "--save",
         default=None,
-        help="baseline file to write, must be new (default: named by the data)",
+        help="baseline file to write, must be new (default: named after the data flags)",
     )
     return parser.parse_args(argv)
 

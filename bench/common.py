@@ -1,8 +1,7 @@
-"""What the benches share: flags, timing, models by shape, masks, child processes, and one Markdown
-table out.
+"""Shared parts of the benches: flags, timing, models by shape, masks, child processes, and the
+Markdown table that each bench prints.
 
-What most benches use of learning is here, too: a step of each kind, and the defaults of
-sparsify.py.
+It also has a learning step of each kind, and the defaults of sparsify.py.
 """
 
 import argparse
@@ -37,10 +36,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-COMMIT = commit()  # of the code that is measured: files may change while a bench runs
-# of sparsify.py, on text that it generates
+COMMIT = commit()  # read at the start, since files may change while a bench runs
+# the defaults of sparsify.py for text that it generates
 DEFAULTS = dict(lr=0.8, logits=4.0, distill=1.0, batchsize=8)
-SHAPES = {  # Llama configurations, weights random: enough for time and memory
+SHAPES = {  # Llama configurations; random weights suffice to measure time and memory
     "tiny": dict(
         hidden_size=64,
         intermediate_size=128,
@@ -108,29 +107,31 @@ SHAPES = {  # Llama configurations, weights random: enough for time and memory
 
 
 def parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser with the flags of every bench, its docstring as the manual."""
+    """Return a parser with the flags that every bench has, and the bench's docstring as its
+    description."""
     parser = argparse.ArgumentParser(
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a smaller measurement, to try it out")
     parser.add_argument(
-        "--json", default=None, help="write the rows of the table to this file, too"
+        "--json", default=None, help="also write the rows of the table to this file"
     )
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
         default=default_device(),
-        help="CUDA_VISIBLE_DEVICES names another card than the first",
+        help="CUDA_VISIBLE_DEVICES selects another card than the first",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     return parser
 
 
 def chosen(names: Iterable[str], parts: str) -> list[str]:
-    """The names that contain one of the parts, which commas separate; all names if there is no
-    part. A part that is a whole name selects that name only. UserError if no name is selected."""
+    """Return the names that contain one of the comma-separated parts, or all names if `parts` is
+    empty. A part that is a complete name selects only that name. Raises UserError if no name is
+    selected."""
     names = list(names)
-    # a name may have commas, too
+    # a name may also contain commas
     wanted = [parts] if parts in names else [part for part in parts.split(",") if part]
     found = [
         name
@@ -146,8 +147,9 @@ def chosen(names: Iterable[str], parts: str) -> list[str]:
 def random_llama(
     shape: str, device: str, dtype: torch.dtype, seed: int = 0, layers: int | None = None, **config
 ) -> LlamaForCausalLM:
-    """A frozen Llama of a named shape with random weights, made in its dtype on its device. layers:
-    how many decoder layers, if not the shape's; config: further fields of its LlamaConfig."""
+    """Return a frozen Llama of a named shape with random weights, created directly in its dtype on
+    its device. layers: number of decoder layers, None for the shape's; config: further fields of
+    LlamaConfig."""
     config = {"max_position_embeddings": 4096, **SHAPES[shape], **config}
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     torch.manual_seed(seed)
@@ -164,7 +166,7 @@ def random_llama(
 def median_s(
     function: Callable[[], object], device: str, repeats: int = 5, warm_up: int = 1
 ) -> float:
-    """Median seconds of a call, the device waited for."""
+    """Return the median seconds of a call, including the wait for the device."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     times = []
     for turn in range(warm_up + repeats):
@@ -178,8 +180,8 @@ def median_s(
 
 
 def queued_s(function: Callable[[], object], device: str, repeats: int = 20) -> float:
-    """Seconds of one call in a queue of calls, which a GPU begins with when all are in it: the time
-    to launch them is left out. On a CPU this is `median_s`."""
+    """Return the seconds of one call in a queue of calls. A GPU starts only when all are queued, so
+    launch times do not count. On a CPU this is `median_s`."""
     if not device.startswith("cuda"):
         return median_s(function, device, repeats)
     function()
@@ -196,15 +198,15 @@ def queued_s(function: Callable[[], object], device: str, repeats: int = 20) -> 
 
 
 def free_memory(device: str) -> None:
-    """Give back what models that are gone have held."""
-    gc.collect()  # a model goes with its cycles
+    """Free the memory of models that are no longer referenced."""
+    gc.collect()  # models have reference cycles
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
 
 
 def magnitude_masks(model: nn.Module, n: int = 2, m: int = 4) -> dict[str, Tensor]:
-    """N:M masks of all its layers by weight magnitude: layer name -> bool `[out, in]`, on the
-    CPU."""
+    """Return N:M masks of all layers of a model by weight magnitude: layer name -> bool
+    `[out, in]`, on the CPU."""
     way = OneShot("magnitude", (n, m))
     return {
         name: way.mask(weight_matrix(module).float(), None).cpu()
@@ -213,8 +215,8 @@ def magnitude_masks(model: nn.Module, n: int = 2, m: int = 4) -> dict[str, Tenso
 
 
 def forward_step(masked: MaskedModel) -> Callable[[Tensor], float]:
-    """A function that learns from forward passes: one small step on int64 `[sequences, tokens]`;
-    returns the loss, nats."""
+    """Return a function that takes one small step from forward passes on a batch, int64
+    `[sequences, tokens]`, and returns the loss in nats."""
 
     def step(batch: Tensor) -> float:
         loss = masked.loss(batch)
@@ -227,16 +229,16 @@ def forward_step(masked: MaskedModel) -> Callable[[Tensor], float]:
 def gradient_step(
     masked: MaskedModel, checkpointing: bool = False, distill: float = 0.0
 ) -> Callable[[Tensor], float]:
-    """A function that learns from gradients: one small step on int64 `[sequences, tokens]`; returns
-    the loss, nats."""
+    """Return a function that takes one small step from gradients on a batch, int64
+    `[sequences, tokens]`, and returns the loss in nats."""
     learner = StraightThrough(masked, checkpointing=checkpointing)
     return lambda batch: learner.step(batch, 0.01, distill=[distill] * len(batch)).loss
 
 
 def run_child(bench: str, flags: list[str], processes: int = 1) -> list:
-    """Run a bench as a process of its own, or by torchrun as several, with one thread each, and
-    read what each process hands back with `hand_back`. The flags end with the folder for these
-    results. UserError if the bench fails."""
+    """Run a bench in a separate process, or in several by torchrun, with one thread each. Return
+    the results that the processes write with `hand_back`; the folder for these is appended to the
+    flags. Raises UserError if the bench fails."""
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -259,13 +261,13 @@ def run_child(bench: str, flags: list[str], processes: int = 1) -> list:
 
 
 def hand_back(folder: str, result: object) -> None:
-    """In a process of `run_child`: write a result to its folder, in a file of this process. One
-    stdout would mix the lines of several processes."""
+    """Write the result of a process of `run_child` to the folder, in a file per process, because
+    one stdout would mix the lines of several processes."""
     Path(folder, os.environ.get("RANK", "0")).write_text(json.dumps(result))
 
 
 def print_table(rows: list[dict]) -> None:
-    """Rows, column -> cell, as a Markdown table."""
+    """Print rows, each column -> cell, as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [[row.get(column, "") for column in columns] for row in rows]
     print(
@@ -281,7 +283,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def conditions_of(args: argparse.Namespace) -> dict:
-    """What a record says beside its numbers."""
+    """Return the conditions that a record stores with its numbers."""
     return {
         **environment(args.device),
         "commit": COMMIT,
@@ -295,7 +297,7 @@ def conditions_of(args: argparse.Namespace) -> dict:
 
 def report(rows: list[dict], args: argparse.Namespace, note: str = "") -> None:
     """Print a line of conditions, the rows (column -> cell) as a Markdown table, and a note. With
-    --json also write the rows, each with the conditions."""
+    --json, also write the rows, each with the conditions."""
     conditions = conditions_of(args)
     print(
         f"\n{conditions['command']}  ({conditions['hardware']}, torch {conditions['torch']}, "

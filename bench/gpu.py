@@ -1,44 +1,44 @@
-"""What this code does on a GPU: whether it is right there, how fast it is, how much memory it
-takes.
+"""Checks and times this code on a GPU: correctness, speed and memory.
 
     # in a call of ten minutes
     python bench/gpu.py --json gpu.json --budget_s 560
-    # the same measurements, small, without a card
+    # the same measurements, smaller, without a card
     python bench/gpu.py --device cpu --quick
-    # only those whose names contain this
+    # only measurements whose names contain "draws"
     python bench/gpu.py --rows draws
 
-The order is that of importance: what decides whether learning is right, then time and memory, then
-other patterns.
+The most important measurements come first: those that decide whether learning is correct, then time
+and memory, then other patterns.
 
-    agreement      compiled kernels on the device against eager ones there and on the CPU. Share: of
-                   the blocks. ulp: units in the last place, at most. Weights must be the same to
-                   the bit in blocks whose masks are.
-    draws          the compiled step's draws against the exact probabilities of the patterns, by
-                   chi-square. Rare flips are the whole learning signal, so the tails must be right:
-                   N logits are at `gap`, the others at 0.
-    learning       a few steps of a small model, with all that sparsify.py can add, compiled on the
-                   device, against eager ones on the CPU in float32.
-    runs           whole runs of both scripts: the same seed twice, and once killed and resumed. The
-                   same mask? (On a GPU this is judged of train.py alone: backward passes may round
-                   otherwise.)
-    deterministic  train.py's step with deterministic algorithms: the same bits twice; which
-                   operations have none.
-    float16        a weight's gradient whose sum over tokens overflows float16, which is to be taken
-                   in float32.
+    agreement      compares compiled kernels on the device with eager ones there and on the CPU.
+                   share: share of the blocks that differ. ulp: largest difference, in units in the
+                   last place. If a block's masks agree, its weights must be equal to the bit.
+    draws          compares the compiled step's draws with the exact probabilities of the patterns,
+                   by chi-square. Rare flips are the whole learning signal, so the tails must be
+                   right: N logits are at `gap`, the others at 0.
+    learning       compares a few compiled steps of a small model on the device, with all options of
+                   sparsify.py, with eager ones on the CPU in float32.
+    runs           whole runs of both scripts: the same seed twice, and once killed and resumed. Is
+                   the mask the same? (On a GPU only train.py is judged: backward passes may round
+                   differently.)
+    deterministic  train.py's step with deterministic algorithms: does it give the same bits twice,
+                   and which operations have no such algorithm?
+    float16        a weight's gradient whose sum over tokens overflows float16, so it has to be
+                   computed in float32.
     step           whole model, 2:4: a step from forward passes on 32 x 128 tokens, and steps from
                    gradients with checkpointing and distillation on 8 x 128 and 32 x 128.
-    profile        the kernels and copies that one layer's pass launches, counted by torch's
+    profile        the number of kernels and copies that one layer's pass launches, by torch's
                    profiler.
-    kernels        time of each pass beside that of a copy of the bytes that it reads and writes.
-    stages         a sweep of swaps, generation, a state, SparseGPT.
-    processes      two processes, on two GPUs: copies and --shard against one process
-                   (bench/scaling.py), and one of two killed: the run ends, and goes on to the same
+    kernels        time of each pass, compared with a copy of the bytes that it reads and writes.
+    stages         time of a sweep of swaps, generation, saving a state, and SparseGPT.
+    processes      two processes on two GPUs: replicas and --shard compared with one process
+                   (bench/scaling.py); and one of two killed: the run ends, and resumes to the same
                    mask. Needs two GPUs, or --device cpu.
 
-A row that has limits has a verdict: what is out of them (step: on a GPU, without --quick). Every
-row goes to --json at once, and the budget is asked before each, so a time limit loses at most one.
-After a failure the next measurement starts; the exit code is then 1.
+Each row with limits gets a verdict, which lists the values outside of them (for step only on a GPU
+and without --quick). Every row is written to --json at once, and the budget is checked before each
+row, so a time limit loses at most one row. After a failure, the next measurement starts and the
+exit code is 1.
 """
 
 import argparse
@@ -56,11 +56,12 @@ from gpu_model import deterministic, float16_gradient, learning, stages, step
 from gpu_runs import processes, runs
 
 ALL = ["float32", "float16", "bfloat16"]
-OTHERS = [(1, 4), (2, 8), (4, 8)]  # 4:8 last: it compiles longest
+OTHERS = [(1, 4), (2, 8), (4, 8)]  # 4:8 is last because it compiles longest
 
 
 def measurements(quick: bool) -> dict[str, Callable]:
-    """What is measured, in this order: name -> function of the flags that yields (row, limits)."""
+    """Return the measurements in their order: name -> function of the flags that yields (row,
+    limits)."""
     found = {
         "agreement 2:4": partial(
             agreement, n=2, m=4, weights=["bfloat16", "float16"], logits=["float32"]
@@ -92,16 +93,22 @@ def measurements(quick: bool) -> dict[str, Callable]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument(
-        "--rows", default="", help="only measurements whose names contain one of these, by commas"
+        "--rows",
+        default="",
+        help="run only measurements whose names contain one of these, separated by commas",
     )
     parser.add_argument(
-        "--budget_s", type=float, default=float("inf"), help="begin no row after so many seconds"
+        "--budget_s",
+        type=float,
+        default=float("inf"),
+        help="start no row after this many seconds",
     )
     return parser.parse_args(argv)
 
 
 def verdict(row: dict, limits: dict) -> str:
-    """What of a row is out of its limits, column -> (lowest, highest)."""
+    """Return a row's verdict: which of its values are outside of their limits, column -> (lowest,
+    highest); "" if it has no limits."""
     wrong = [
         f"{column} is {row[column]:.4g}, not {low:g} to {high:g}"
         for column, (low, high) in limits.items()
@@ -115,15 +122,15 @@ def verdict(row: dict, limits: dict) -> str:
 def rows_of(
     name: str, measured: Iterator[tuple[dict, dict]], is_judged: bool, end: float
 ) -> Iterator[dict]:
-    """The rows of a measurement with their verdicts, until the time `end`. A failure is a row, too,
-    the last."""
+    """Yield the rows of a measurement with their verdicts, until the time `end`. A failure becomes
+    the last row."""
     while True:
         if time.monotonic() > end:
             yield {"what": "the rest", "verdict": "no time left"}
             return
         try:
             found = next(measured, None)
-        except Exception as error:  # the other measurements are worth having all the same
+        except Exception as error:  # the other measurements are still worth running
             said = " ".join(f"WRONG: {type(error).__name__}: {error}".split())
             yield {"what": name, "verdict": said[:500]}
             return
@@ -137,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     end = time.monotonic() + args.budget_s
     conditions = common.conditions_of(args)
-    has_limits = args.device.startswith("cuda") and not args.quick  # those of time and memory
+    has_limits = args.device.startswith("cuda") and not args.quick  # limits of time and memory
     everything: list[dict] = []
     works = measurements(args.quick)
     for name in common.chosen(works, args.rows):
@@ -147,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             everything.append({"table": name, **row, **conditions})
             if args.json:
                 write_json(args.json, everything)
-        common.free_memory(args.device)  # for the child processes of what comes next
+        common.free_memory(args.device)  # for the child processes of the next measurement
         print(f"\n{name}", flush=True)
         common.print_table(rows)
     failed = [
@@ -155,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         for row in everything
         if row["verdict"].startswith("WRONG")
     ]
-    failed += [f"not compiled: {name}" for name in compiler.failures]  # which then run eagerly
+    failed += [f"not compiled: {name}" for name in compiler.failures]  # these ran eagerly
     print(f"failed: {', '.join(failed) or 'nothing'}")
     raise SystemExit(bool(failed))
 

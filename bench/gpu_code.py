@@ -1,18 +1,18 @@
-"""The code that torch.compile makes for a GPU, without one: kernels, registers, bytes spilled, time
-to compile.
+"""Inspects the code that torch.compile generates for a GPU, without a GPU: kernels, registers,
+spilled bytes, compile time.
 
     python bench/gpu_code.py --json gpu_code.json       # as for an H100
     python bench/gpu_code.py --capability 80 --rows 2:4,loss
 
-Needs the CUDA build of torch, which brings Triton, but no card: the passes of the scripts run on
-fake tensors, which have shapes and no numbers, and each kernel that they would launch is assembled
+It needs the CUDA build of torch, which brings Triton, but no card: the passes of the scripts run on
+fake tensors, which have shapes but no values, and each kernel that they would launch is assembled
 for the given compute capability.
 
-A thread has 255 registers at most, and spills what does not fit to memory, which is slow: a
-thousand spilled bytes a thread cost more than all the rest of a pass. Inductor tries several
-configurations of a kernel on the card and passes over those that spill more than SKIPPED bytes,
-unless all do. `spilled` is the most of those that may run. A row is WRONG if it is more than MOST,
-or if a pass at 2:4 in 16 bits takes more than one kernel.
+A thread has at most 255 registers and spills the rest to memory, which is slow: a thousand spilled
+bytes per thread cost more than all the rest of a pass. Inductor tries several configurations of a
+kernel on the card, without those that spill more than SKIPPED bytes, unless all do. `spilled` is
+the maximum over the configurations that may run. A row is WRONG if it exceeds MOST, or if a pass at
+2:4 in 16 bits takes more than one kernel.
 """
 
 import argparse
@@ -50,17 +50,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8), (8, 16)]
 SHAPE = 4096, 11008  # of the layer
-# of the loss
+# shape of the loss's logits
 TOKENS = 127
 VOCABULARY = 32000
-# bytes a thread
+# bytes per thread
 SKIPPED = 64
 MOST = 256
 KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", re.DOTALL)
 
 
 class Configuration(NamedTuple):
-    """One way to launch a kernel: per thread, elements, registers and bytes spilled."""
+    """A configuration of a kernel: elements, registers and spilled bytes per thread."""
 
     elements: float
     registers: int
@@ -68,8 +68,8 @@ class Configuration(NamedTuple):
 
 
 def card(capability: int) -> SimpleNamespace:
-    """What Inductor asks about a card: an H100's numbers, at this compute capability (90 is
-    9.0)."""
+    """Return the properties that Inductor reads from a card: an H100's, with this compute
+    capability (90 is 9.0)."""
     return SimpleNamespace(
         major=capability // 10,
         minor=capability % 10,
@@ -83,7 +83,7 @@ def card(capability: int) -> SimpleNamespace:
 
 @contextmanager
 def pretended(capability: int) -> Iterator[None]:
-    """Inside, Inductor and Triton generate code as if there were such a card."""
+    """Have Inductor and Triton generate code as if there were such a card, inside the block."""
     properties = card(capability)
     answers = [
         (torch.cuda, "is_available", lambda: True),
@@ -104,8 +104,8 @@ def pretended(capability: int) -> Iterator[None]:
 
 
 class Generator:
-    """A backend of torch.compile that generates a GPU's code, keeps it in `codes`, and runs the
-    graph as it is."""
+    """A backend of torch.compile that generates code for a GPU, stores it in `codes`, and runs the
+    graph uncompiled."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -131,8 +131,7 @@ class Generator:
 
 
 def generated(work: Callable[[], object], capability: int) -> list[str]:
-    """The code of each function that `work` compiles, in the order in which they are called
-    first."""
+    """Return the code of each function that `work` compiles, in the order of their first calls."""
     generator = Generator(capability)
     compile_function = torch.compile
 
@@ -142,7 +141,7 @@ def generated(work: Callable[[], object], capability: int) -> list[str]:
         inner = compile_function(function, backend=generator, dynamic=dynamic, fullgraph=fullgraph)
 
         def run(*args: object, **names: object) -> object:
-            # which computes on the device
+            # folding constants would compute on the device
             with config.patch(**options, joint_graph_constant_folding=False):
                 return inner(*args, **names)
 
@@ -156,7 +155,7 @@ def generated(work: Callable[[], object], capability: int) -> list[str]:
 
 
 def assembled(code: str, capability: int) -> list[list[Configuration]]:
-    """The configurations of each kernel of a generated function."""
+    """Assemble the kernels of a generated function; return the configurations of each."""
     kernels = []
     for name, source in KERNEL.findall(code):
         with pretended(capability), config.patch(use_static_triton_launcher=False):
@@ -174,13 +173,13 @@ def assembled(code: str, capability: int) -> list[list[Configuration]]:
 
 
 def elements_a_thread(choice: object) -> float:
-    """How many elements each thread computes at a time."""
+    """Return how many elements each thread computes at a time."""
     blocks = [size for name, size in choice.kwargs.items() if name.endswith("BLOCK")]
     return math.prod(blocks) / (32 * choice.num_warps)
 
 
 def resources(binary: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack per thread of an assembled kernel."""
+    """Return the registers and the bytes of stack per thread of an assembled kernel."""
     from triton.backends import nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -197,14 +196,15 @@ def resources(binary: bytes) -> tuple[int, int]:
 
 
 def that_may_run(configurations: list[Configuration]) -> list[Configuration]:
-    """Those among which Inductor chooses by time; where all spill too much it takes any."""
+    """Return the configurations among which Inductor chooses by time: those that do not spill too
+    much, or all if every one does."""
     return [one for one in configurations if one.spilled <= SKIPPED] or configurations
 
 
 def passes(
     n: int, m: int, weights: torch.dtype, logits: torch.dtype
 ) -> dict[str, Callable[[], None]]:
-    """What the scripts do to a layer, by name; to be called on fake tensors."""
+    """Return the passes of the scripts over a layer, by name; call them on fake tensors."""
 
     def layer() -> Layer:
         return Layer(SHAPE, n, m, weights, logits, "cuda")
@@ -215,19 +215,19 @@ def passes(
 
     found = {"update": lambda: layer().update(), "vjp": lambda: layer().vjp(), "write": write}
     if not Kernels(LinearSpace(n, m)).is_fused:
-        del found["update"]  # which runs eagerly
+        del found["update"]  # it runs eagerly
     return found
 
 
 def loss() -> None:
-    """The loss of a sequence with a teacher."""
+    """Compute the loss of a sequence with a teacher."""
     logits = torch.empty(TOKENS, VOCABULARY, dtype=torch.bfloat16, device="cuda")
     tokens = torch.empty(TOKENS, 1, dtype=torch.int64, device="cuda")
     compiled(sequence_loss, sequence_loss)(logits, tokens, logits.clone(), 0.5)
 
 
 def cases() -> dict[str, Callable[[], None]]:
-    """What is compiled, by the name of its row."""
+    """Return the functions that are compiled, by the names of their rows."""
     found = {}
     dtypes = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)]
     for n, m in PATTERNS:
@@ -239,7 +239,7 @@ def cases() -> dict[str, Callable[[], None]]:
 
 
 def row_of(name: str, work: Callable[[], None], capability: int) -> dict:
-    """Generate and assemble: column -> cell."""
+    """Generate and assemble the code of `work`; return its row, column -> cell."""
     began = time.perf_counter()
     codes = generated(work, capability)
     generated_s = time.perf_counter() - began
@@ -268,7 +268,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="compute capability times ten: 80 is an A100, 90 an H100",
     )
     parser.add_argument(
-        "--rows", default="", help="only rows whose names contain one of these, by commas"
+        "--rows", default="", help="only rows whose names contain one of these, comma-separated"
     )
     return parser.parse_args(argv)
 

@@ -1,5 +1,5 @@
-"""The kernels of one layer on a device: right, few, fast. bench/gpu.py has the command and the
-tables."""
+"""Checks the kernels of one layer on a device: their results, number and speed. bench/gpu.py has
+the command and the tables."""
 
 import argparse
 import math
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-GAPS = {(2, 4): [10, 0, 16], (1, 4): [10], (4, 8): [10]}  # N:M -> of the draws that are counted
+GAPS = {(2, 4): [10, 0, 16], (1, 4): [10], (4, 8): [10]}  # N:M -> gaps of the logits of `draws`
 NOT_MEASURED = "not measured"
 MOST_BLOCKS_APART = 1e-4
 MOST_ULPS = 256
 LEAST_P = 1e-5
-# column -> cell; column -> (lowest, highest) that is right
+# (row: column -> cell, limits: column -> (lowest, highest))
 Rows: TypeAlias = Iterator[tuple[dict, dict]]
 
 
 class Layer:
-    """Logits, bits, weight and gradient of one layer, the same on every device; a method for each
-    kernel of a step."""
+    """Logits, bits, weight and gradient of one layer, the same on every device, with a method for
+    each kernel of a step."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Layer:
         self.bits = mask_to_bits(mask).to(device)
         self.weight = torch.randn(shape, generator=generator).to(device, weight_dtype)
         self.gradient = torch.randn(shape, generator=generator).to(device, weight_dtype)
-        # a block that is not to move
+        # the first block has a gradient that is not finite, so it must not move
         self.gradient.view(-1)[:2] = torch.tensor([torch.nan, torch.inf])
         self.out = torch.empty_like(self.weight).view(-1)
         self.key = layer_keys(0, 7, 1)[0].to(device)
@@ -66,12 +66,12 @@ class Layer:
         self.kernels.vjp(self.logits, self.bits, self.weight, self.gradient, self.scale, self.key)
 
     def passes(self) -> dict[str, Callable[[], None]]:
-        """Each kernel of a step, by its name."""
+        """Return each kernel of a step, by its name."""
         return {"update": self.update, "vjp": self.vjp}
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> float:
-    """The most units in the last place that two tensors are apart."""
+    """Return the largest difference of two tensors, in units in the last place."""
     a = a.cpu()
     b = b.cpu()
     unit = torch.finfo(a.dtype).eps * torch.maximum(a.abs(), b.abs()).float().clamp(min=1.0)
@@ -81,8 +81,8 @@ def ulps_apart(a: Tensor, b: Tensor) -> float:
 def agreement(
     args: argparse.Namespace, n: int, m: int, weights: list[str], logits: list[str]
 ) -> Rows:
-    """Compiled kernels on the device against eager ones there and on the CPU, after one pass each;
-    of weights and logits of these dtypes."""
+    """Compare compiled kernels on the device with eager ones there and on the CPU, after one pass
+    each, for weights and logits of these dtypes."""
     shape = (256, 512) if args.quick else (2048, 5632)
     cases = [(DTYPES[weight], DTYPES[logit]) for weight in weights for logit in logits]
     for weight_dtype, logits_dtype in cases[:1] if args.quick else cases:
@@ -121,7 +121,7 @@ def agreement(
 
 
 def passes(layer: Layer) -> dict[str, Tensor]:
-    """What each kernel of a step leaves, on the CPU."""
+    """Return the results of each kernel of a step, on the CPU."""
     found = {}
     layer.update()
     found |= {
@@ -137,10 +137,10 @@ def passes(layer: Layer) -> dict[str, Tensor]:
 
 
 def draws(args: argparse.Namespace, n: int, m: int) -> Rows:
-    """The compiled step's draws against the exact probabilities of the patterns."""
+    """Compare the compiled step's draws with the exact probabilities of the patterns."""
     count, blocks = (4 * 10**6, 2**20) if args.quick else (10**9, 2**22)
     for gap in GAPS[n, m][:1] if args.quick else GAPS[n, m]:
-        # all patterns differ
+        # the slope gives every pattern its own probability
         one = torch.tensor([float(gap)] * n + [0.0] * (m - n)) + torch.linspace(0, 0.5, m)
         rounds = math.ceil(count / blocks)
         seen = drawn_counts(one, n, blocks, rounds, args.seed, args.device)
@@ -164,8 +164,8 @@ def draws(args: argparse.Namespace, n: int, m: int) -> Rows:
 
 
 def drawn_counts(one: Tensor, n: int, blocks: int, rounds: int, seed: int, device: str) -> Tensor:
-    """How often each pattern is drawn, int64 `[2^M]` by the pattern's bits, on the CPU. Each round
-    draws for so many blocks that all have the logits `one` `[M]`."""
+    """Return how often each pattern is drawn, int64 `[2^M]` indexed by the pattern's bits, on the
+    CPU. Each round draws for `blocks` blocks that all have the logits `one`, `[M]`."""
     m = len(one)
     logits = [torch.full((blocks,), value, device=device) for value in one.tolist()]
     bits = mask_to_bits(pge.patterns(n, m)[:1]).expand(blocks).contiguous().to(device)
@@ -181,8 +181,8 @@ def drawn_counts(one: Tensor, n: int, blocks: int, rounds: int, seed: int, devic
 
 
 def chi_square(seen: Tensor, expected: Tensor) -> tuple[float, int, float]:
-    """Chi-square of counts `[patterns]`, its degrees of freedom, and the probability of a larger
-    one. Patterns with fewer than 5 expected counts are pooled."""
+    """Return the chi-square of counts `[patterns]`, its degrees of freedom, and the probability of
+    a larger one. Patterns with fewer than 5 expected counts are pooled."""
     kept = expected >= 5
     seen = torch.cat([seen[kept], seen[~kept].sum()[None]])
     expected = torch.cat([expected[kept], expected[~kept].sum()[None]])
@@ -197,7 +197,8 @@ def chi_square(seen: Tensor, expected: Tensor) -> tuple[float, int, float]:
 
 
 def profile(args: argparse.Namespace, n: int, m: int) -> Rows:
-    """The kernels and copies that one layer's pass launches; at 2:4 in 16 bits one and none."""
+    """Count the kernels and copies that one layer's pass launches: at 2:4 in 16 bits one kernel and
+    no copy."""
     if not args.device.startswith("cuda"):
         yield (
             {"what": f"update and vjp, {n}:{m}", "kernels": NOT_MEASURED, "copies": NOT_MEASURED},
@@ -231,7 +232,7 @@ def profile(args: argparse.Namespace, n: int, m: int) -> Rows:
 
 
 def kernels(args: argparse.Namespace, n: int, m: int) -> Rows:
-    """Time of each pass beside that of a copy of the bytes that it reads and writes."""
+    """Time each pass, and compare it with a copy of the bytes that it reads and writes."""
     shape, repeats = ((512, 512), 3) if args.quick else ((4096, 11008), 20)
     layer = Layer(shape, n, m, torch.bfloat16, torch.float16, args.device)
     copies = [(tensor, tensor.clone()) for tensor in (*layer.logits, layer.bits, layer.weight)]

@@ -1,5 +1,5 @@
-"""Whole models on a device, in this process: right against the CPU, the time of a step and of the
-stages around it.
+"""Checks whole models on a device, in this process: results compared with the CPU, and the time of
+a step and of the stages around it.
 
 bench/gpu.py has the command and the tables.
 """
@@ -40,24 +40,25 @@ CASES = [  # name, dtype, settings of StraightThrough
 
 
 def is_gpu(args: argparse.Namespace) -> bool:
-    """Whether the device is a GPU."""
+    """Return whether the device is a GPU."""
     return args.device.startswith("cuda")
 
 
 def a_model(args: argparse.Namespace, gpu_shape: str, dtype: torch.dtype) -> tuple[str, nn.Module]:
-    """A shape's name and a model of it; smaller ones without a GPU and with --quick."""
-    common.free_memory(args.device)  # of the model of the row before
+    """Return a shape's name and a model of it; the shape is smaller without a GPU and with
+    --quick."""
+    common.free_memory(args.device)  # frees the model of the row before
     reset_peak_memory()
     shape = "tiny" if args.quick else gpu_shape if is_gpu(args) else "smollm2-135m"
     return shape, common.random_llama(shape, args.device, dtype, args.seed)
 
 
 # --------------------------------------------------------------------------------------------------
-# right
+# correctness
 
 
 def learning(args: argparse.Namespace) -> Rows:
-    """A few steps of a small model, compiled on the device, against eager ones on the CPU in
+    """Compare a few compiled steps of a small model on the device with eager ones on the CPU in
     float32."""
     common.free_memory(args.device)
     batches = torch.randint(0, 256, (4, 8, 64), generator=torch.Generator().manual_seed(args.seed))
@@ -98,8 +99,8 @@ def learning(args: argparse.Namespace) -> Rows:
 
 
 def deterministic(args: argparse.Namespace) -> Rows:
-    """The step of train.py as it runs there, with deterministic algorithms: twice the same bits,
-    and its time."""
+    """Run the step of train.py with deterministic algorithms, as it runs there, twice: compare the
+    bits, and time it."""
     dtype = torch.float16 if is_gpu(args) else torch.float32
     batch = torch.randint(
         0, 256, (8, 64 if args.quick else 128), generator=torch.Generator().manual_seed(args.seed)
@@ -117,7 +118,7 @@ def deterministic(args: argparse.Namespace) -> Rows:
         results.append((losses, bits))
         return shape
 
-    shape = steps()  # without
+    shape = steps()  # without deterministic algorithms
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -146,7 +147,7 @@ def deterministic(args: argparse.Namespace) -> Rows:
 
 
 def float16_gradient(args: argparse.Namespace) -> Rows:
-    """A weight's gradient of float16 tensors whose sum over tokens overflows float16, against
+    """Compare a weight's gradient, of float16 tensors whose sum over tokens overflows float16, with
     float64."""
     generator = torch.Generator().manual_seed(args.seed)
     tokens, outputs, inputs = (256, 64, 32) if args.quick else (4096, 1024, 512)
@@ -165,12 +166,12 @@ def float16_gradient(args: argparse.Namespace) -> Rows:
 
 
 # --------------------------------------------------------------------------------------------------
-# fast
+# speed
 
 
 def step(args: argparse.Namespace) -> Rows:
-    """A step from forward passes on 32 x 128 tokens, and steps from gradients with checkpointing
-    and distillation on 8 x 128 and 32 x 128."""
+    """Measure a step from forward passes on 32 x 128 tokens, and steps from gradients with
+    checkpointing and distillation on 8 x 128 and 32 x 128."""
     yield (
         step_row(args, "forward-only", 32, torch.float16),
         {"of a forward": (1, 1.6), "step (s)": (0, 0.25), "allocated (GiB)": (0, 30)},
@@ -185,8 +186,8 @@ def step(args: argparse.Namespace) -> Rows:
 def step_row(
     args: argparse.Namespace, what: str, sequences: int, logits_dtype: torch.dtype
 ) -> dict:
-    """The row of a way to learn, on so many sequences of 128 tokens, a quarter of them with
-    --quick."""
+    """Return the row of a way to learn (`what`) on `sequences` sequences of 128 tokens, a quarter
+    of them with --quick."""
     dtype = torch.float16 if is_gpu(args) and what == "forward-only" else torch.bfloat16
     shape, model = a_model(args, "llama2-7b", dtype)
     batch = torch.randint(
@@ -210,7 +211,7 @@ def step_row(
         forward()  # warms up
     forwards_s = []
     steps_s = []
-    for _ in range(5):  # in turns, so that both see the same pace of the machine
+    for _ in range(5):  # in turns, so that changes of the machine's speed affect both
         with masked.use_dense():
             forwards_s.append(common.median_s(forward, args.device, repeats=1, warm_up=0))
         steps_s.append(common.median_s(lambda: learn(batch), args.device, repeats=1, warm_up=0))
@@ -240,7 +241,8 @@ def step_row(
 
 
 def busy_s(work: Callable[[], object]) -> float:
-    """Seconds that a GPU computes and copies in a call; it waits for the host in the others."""
+    """Return the seconds of a call in which a GPU computes or copies; the rest of the time it waits
+    for the host."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize()
@@ -255,8 +257,8 @@ def busy_s(work: Callable[[], object]) -> float:
 
 
 def most_spilled_bytes() -> int:
-    """The most that a thread spills of any generated kernel which has run, in the configuration
-    that was chosen."""
+    """Return the largest number of bytes that a thread spills, over the generated kernels that have
+    run, in their chosen configurations."""
     kernels = [
         one
         for module in PyCodeCache.modules
@@ -270,7 +272,7 @@ def most_spilled_bytes() -> int:
 
 
 def stages(args: argparse.Namespace) -> Rows:
-    """What stands around the steps: a sweep of swaps, generation, a state saved and read,
+    """Time the stages around the steps: a sweep of swaps, generation, saving and reading a state,
     SparseGPT's mask."""
     shape, model = a_model(args, "llama3.2-1b", torch.bfloat16)
     weights = sum(layer.weight.numel() for layer in find_layers(model).values())

@@ -1,5 +1,5 @@
-"""Whole runs of both scripts on a device: repeated, killed, resumed, in two processes. bench/gpu.py
-has the command."""
+"""Checks whole runs of both scripts on a device: repeated, killed and resumed, and in two
+processes. bench/gpu.py has the command."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ import torch
 from gpu_layer import NOT_MEASURED, Rows
 from scaling import WAYS, compare, make_inputs
 
-PATIENCE_S = 300  # for three small steps, the start and compiling included
+PATIENCE_S = 300  # for three small steps, including the start and compilation
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 COMMON = (
     "--model {folder}/dense --mask {folder}/mask.safetensors --dataset {folder}/text.jsonl "
@@ -30,8 +30,8 @@ SCRIPTS = {
 
 
 def runs(args: argparse.Namespace) -> Rows:
-    """Whole runs of both scripts: the same seed twice, and once killed and resumed. The same
-    mask?"""
+    """Run both scripts with the same seed twice, and once killed and resumed, and compare the
+    masks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, args.seed)
@@ -72,7 +72,8 @@ def runs(args: argparse.Namespace) -> Rows:
 
 
 def processes(args: argparse.Namespace) -> Rows:
-    """Two processes against one, and one of two killed."""
+    """Compare two processes with one, and a run of which one process was killed with one that was
+    not."""
     if args.device.startswith("cuda") and torch.cuda.device_count() < 2:
         yield {"what": "two GPUs", "the same mask": NOT_MEASURED}, {}
         return
@@ -81,7 +82,7 @@ def processes(args: argparse.Namespace) -> Rows:
         for way in WAYS:
             for row in compare(Path(folder), way, (2,), 4, args.device):
                 limits = {"logits apart from one process's, at most": (0, 2e-3)}
-                if args.device == "cpu":  # a GPU's products of fewer sequences may round otherwise
+                if args.device == "cpu":  # a GPU may round differently with fewer sequences
                     limits["the same mask"] = (1, 1)
                 yield {"what": row.pop("learning"), **row}, limits
         for script, flags in SCRIPTS.items():
@@ -119,19 +120,20 @@ def processes(args: argparse.Namespace) -> Rows:
 
 
 def same_bits(args: argparse.Namespace, what: str, *columns: str) -> dict:
-    """The limits of columns that say whether masks are the same: none where a GPU's backward
-    passes, which may round otherwise, have made them."""
+    """Return limits that require the same masks in these columns, or none if the masks come from a
+    GPU's backward passes, which may round differently."""
     is_exact = args.device == "cpu" or what != "sparsify.py"
     return dict.fromkeys(columns, (1, 1)) if is_exact else {}
 
 
 def filled(flags: str, folder: str | Path, steps: int) -> list[str]:
-    """The flags of a script of SCRIPTS, one by one: the folder's path may have spaces."""
+    """Return the flags of a script of SCRIPTS as a list, filled in after the split because the
+    folder's path may have spaces."""
     return [flag.format(folder=folder, steps=steps) for flag in flags.split()]
 
 
 def run(command: list[str]) -> None:
-    """Run a script. RuntimeError with the end of its messages if it fails."""
+    """Run a script. Raises RuntimeError with the end of its messages if it fails."""
     done = subprocess.run(
         [sys.executable, *command], cwd=common.ROOT, capture_output=True, text=True
     )
@@ -140,8 +142,8 @@ def run(command: list[str]) -> None:
 
 
 def kill(command: list[str], out: Path, rank: int | None = None) -> bool:
-    """Start a run and kill it, or this one of its launcher's processes, after its third step; False
-    if it has ended before."""
+    """Start a run and kill it after its third step, or only its launcher's process number `rank`.
+    Return False if the run ended before that."""
     process = subprocess.Popen(
         [sys.executable, *command, "--checkpoint_every", "1"],
         cwd=common.ROOT,
@@ -163,4 +165,4 @@ def kill(command: list[str], out: Path, rank: int | None = None) -> bool:
             ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
         ).stdout.split()
         os.kill(int(children[rank]), signal.SIGKILL)
-    return process.wait() != 0  # the launcher's code
+    return process.wait() != 0  # exit code of the launcher

@@ -1,4 +1,5 @@
-"""What bench/rivals.py compares on: the problem, and this project's ways to learn its mask."""
+"""The problem that bench/rivals.py compares methods on, and this project's ways to learn its
+mask."""
 
 import copy
 from collections.abc import Callable
@@ -24,8 +25,8 @@ M = 4
 
 
 class Problem:
-    """A dense model, its text, and Wanda's 2:4 mask m0. windows: how many windows of 128 tokens of
-    held-out text the loss is measured on, after the first `skip`."""
+    """A dense model, its text, and Wanda's 2:4 mask m0. windows: the number of windows of 128
+    tokens of held-out text, after the first `skip`, that the loss is measured on."""
 
     def __init__(self, model: str, windows: int, device: str, skip: int = 0):
         self.model, self.tokenizer = load_model(model, "auto", device)
@@ -43,19 +44,19 @@ class Problem:
         self.baselines = [batch_loss(m0, batch) for batch in self.fixed]
 
     def fresh_model(self) -> nn.Module:
-        """A copy of the dense model."""
+        """Return a copy of the dense model."""
         return copy.deepcopy(self.model)
 
     def masked_model(self, masks: dict[str, Tensor]) -> nn.Module:
-        """A copy of the dense model with these masks applied."""
+        """Return a copy of the dense model with these masks applied."""
         model = self.fresh_model()
         apply_masks(find_layers(model), masks)
         return model
 
     def batches(self, setting: dict, passes: int, seed: int) -> Tensor:
-        """The minibatches of a run, int64 `[minibatches, sequences, tokens]`. Of `fresh` text no
-        sequence is repeated while there is text; otherwise these are the fixed ones, in an order of
-        the seed's."""
+        """Return the minibatches of a run, int64 `[minibatches, sequences, tokens]`. With `fresh`
+        text no sequence is repeated while text lasts; otherwise they are the fixed minibatches,
+        rotated by the seed."""
         if setting.get("fresh"):
             return data.token_sequences(
                 self.tokenizer, [TEXT], passes * 32 * 128, setting["batchsize"], 128, seed
@@ -64,8 +65,8 @@ class Problem:
 
 
 class ForwardOnly:
-    """The paper's way: policy gradient, one forward pass a step. `estimator` is made by the
-    setting's function."""
+    """The paper's method: policy gradient, one forward pass per step. The setting's `estimator`
+    makes the estimator."""
 
     def __init__(self, problem: Problem, setting: dict, seed: int):
         self.lr = setting["lr"]
@@ -82,17 +83,17 @@ class ForwardOnly:
         self.baselines = problem.baselines[start:] + problem.baselines[:start]
 
     def learn(self, batch: Tensor, step: int, steps: int) -> None:
-        """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
+        """Take step number `step` of `steps` on a batch, int64 `[sequences, tokens]`."""
         index = step % len(self.baselines)
         loss = self.masked.loss(batch)
         self.masked.update(self.lr * self.estimator.advantage(loss, self.baselines[index]))
 
     def masks(self) -> dict[str, Tensor]:
-        """The most probable masks."""
+        """Return the most probable masks."""
         return self.masked.masks_of(self.masked.mode_bits())
 
     def kept(self) -> list[Tensor]:
-        """The tensors that are kept beside the model."""
+        """Return the tensors that are kept in addition to the model."""
         return [
             tensor
             for layer in self.masked.layers.values()
@@ -100,13 +101,13 @@ class ForwardOnly:
         ]
 
     def state_bytes(self) -> float:
-        """Bytes a weight that are kept beside the model."""
+        """Return the bytes per weight that are kept in addition to the model."""
         weights = sum(layer.weight.numel() for layer in self.masked.layers.values())
         return sum(tensor.nbytes for tensor in self.kept()) / weights
 
 
 class Gradients(ForwardOnly):
-    """This project's way: straight-through gradients, as sparsify.py learns."""
+    """This project's method: straight-through gradients, as in sparsify.py."""
 
     def __init__(self, problem: Problem, setting: dict, seed: int):
         super().__init__(problem, {"estimator": lambda: pge.Estimator("vanilla"), **setting}, seed)
@@ -114,19 +115,19 @@ class Gradients(ForwardOnly):
         self.learner = StraightThrough(self.masked)
 
     def learn(self, batch: Tensor, step: int, steps: int) -> None:
-        """Step number `step` of `steps` on int64 `[sequences, tokens]`."""
+        """Take step number `step` of `steps` on a batch, int64 `[sequences, tokens]`."""
         self.learner.step(
             batch, step_size(self.lr, step / steps, steps), [self.distill] * len(batch)
         )
 
     def kept(self) -> list[Tensor]:
-        """The tensors that are kept beside the model."""
+        """Return the tensors that are kept in addition to the model."""
         return super().kept() + list(self.learner.normalization.state().values())
 
 
 def passes_a_step(setting: dict) -> float:
-    """The cost of a step in forward passes of 32 sequences: a backward pass counts as two, the
-    teacher's forward of distillation as one."""
+    """Return the cost of a step in forward passes of 32 sequences. A backward pass counts as two,
+    the teacher's forward pass of distillation as one."""
     if setting["learner"] == "forward_only":
         return 1
     return (4 if setting.get("distill") else 3) * setting["batchsize"] / 32

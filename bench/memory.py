@@ -1,12 +1,12 @@
-"""The memory that learning takes, measured, beside what bench/plan.py predicts.
+"""Measures the memory that learning takes, and compares it with the prediction of bench/plan.py.
 
     python bench/memory.py [--quick] [--json FILE] [--device cuda] [--shape llama2-7b]
 
-Each way to learn runs three steps of 8 x 128 tokens in a process of its own; on a CPU also in two
-processes that share each layer's rows (--shard). Kept: bytes a masked weight that stay between two
-steps (weight, logits, mask), counted. Used: the most memory at any time from the loaded model on,
-m0 included, libraries left out. On a CPU this is resident memory with eager kernels, on a GPU
-allocated memory with compiled ones.
+Each way to learn runs three steps of 8 x 128 tokens in a separate process; on a CPU also in two
+processes that split each layer's rows (--shard). Kept: bytes per masked weight that stay between
+two steps (weight, logits, mask), counted. Used: peak memory, including the model and m0 but not the
+libraries. It is resident memory with eager kernels on a CPU, and allocated memory with compiled
+kernels on a GPU.
 """
 
 import argparse
@@ -41,7 +41,7 @@ WAYS = {  # name -> settings of `common.gradient_step`; None: forward passes onl
     "gradients, distillation": dict(distill=1.0),
     "gradients, checkpointing, distillation, from swaps": dict(checkpointing=True, distill=1.0),
 }
-PREDICTED = list(WAYS)[:2]  # what bench/plan.py knows
+PREDICTED = list(WAYS)[:2]  # the ways that bench/plan.py predicts
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def present_bytes(device: str) -> int:
-    """The memory in use now."""
+    """Return the memory in use now."""
     gc.collect()
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated()
@@ -71,7 +71,7 @@ def present_bytes(device: str) -> int:
 
 
 def most_bytes(function: Callable[[], object]) -> int:
-    """The most memory in use at any time during a call."""
+    """Return the peak memory in use during a call."""
     gc.collect()
     reset_peak_memory()
     function()
@@ -83,8 +83,8 @@ def most_bytes(function: Callable[[], object]) -> int:
 
 
 def first_half_masks(model: nn.Module) -> mask_files.PackedMasks:
-    """2:4 masks that keep the first two weights of each block: layer name -> bool `[out, in]`, on
-    the CPU."""
+    """Return 2:4 masks that keep the first two weights of each block: layer name -> bool
+    `[out, in]`, on the CPU."""
     shapes = {
         name: tuple(weight_matrix(module).shape) for name, module in find_layers(model).items()
     }
@@ -96,7 +96,7 @@ def first_half_masks(model: nn.Module) -> mask_files.PackedMasks:
 
 
 def sharded_llama(shape: str, device: str, dtype: torch.dtype, seed: int) -> nn.Module:
-    """A Llama of random weights of which each process has a part of each layer's rows."""
+    """Return a Llama with random weights, of which each process has a part of each layer's rows."""
     with init_empty_weights(include_buffers=False):
         model = common.random_llama(shape, device, dtype, seed)
     shard(model, torch.device(device), processes.world_size())
@@ -110,7 +110,7 @@ def sharded_llama(shape: str, device: str, dtype: torch.dtype, seed: int) -> nn.
 
 
 class Learning:
-    """A model of random weights and a way to learn its mask."""
+    """A model with random weights and a way to learn its mask."""
 
     def __init__(
         self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int
@@ -140,12 +140,12 @@ class Learning:
         )
 
     def take_steps(self) -> None:
-        """Three steps."""
+        """Take three steps."""
         for _ in range(3):
             self.learn(torch.randint(0, 256, (8, 128)))
 
     def kept_bytes(self) -> float:
-        """Bytes a masked weight that stay between two steps in this process."""
+        """Return the bytes per masked weight that stay between two steps in this process."""
         layers = list(self.masked.layers.values())
         kept = sum(
             tensor.nbytes
@@ -158,7 +158,8 @@ class Learning:
 def measure(
     shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int
 ) -> dict[str, float]:
-    """Bytes that a way to learn uses in this process, and that it keeps for each masked weight."""
+    """Return the bytes that a way to learn uses in this process (`used`), and that it keeps per
+    masked weight (`kept`)."""
     if device == "cpu":
         reuse_freed_memory()
     with processes.joined(device) as device:
@@ -179,7 +180,7 @@ def measure(
 
 
 def table_row(shape: str, way: str, logits_dtype: str, number: int, device: str, seed: int) -> dict:
-    """A row of the table, measured in so many processes; the one that uses most counts."""
+    """Return a row of the table, measured in `number` processes; the one that uses most counts."""
     flags = [
         "--shape",
         shape,
@@ -213,7 +214,7 @@ def table_row(shape: str, way: str, logits_dtype: str, number: int, device: str,
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.set_num_threads(1)  # as of the children; the record names these
+    torch.set_num_threads(1)  # as in the child processes, since the record states the threads
     gpu = args.device.startswith("cuda")
     dtype = torch.float16 if gpu else torch.bfloat16
     shape = args.shape or ("llama2-7b" if gpu else "smollm2-135m")

@@ -1,21 +1,20 @@
-"""What learning a model's mask needs, before a GPU is rented: memory of each GPU, bytes on the
-wire, time of a step.
+"""Estimates what learning a model's mask needs, before a GPU is rented: memory per GPU, traffic
+between GPUs, time of a step.
 
     python bench/plan.py --model llama2-70b --gpus 8 --gpu h100 --logits_dtype float16
     python bench/plan.py --model FOLDER --gpu rtx4090
 
---model is the name of a shape (common.SHAPES) or a folder with a config.json. The ways to use
-several GPUs are:
+--model is the name of a shape (common.SHAPES) or a folder with a config.json. Several GPUs can be
+used in these ways:
 
-    replicas             each GPU has the whole model and all logits, and takes a minibatch of its
-                         own
+    replicas             each GPU has the whole model and all logits, and takes its own minibatch
     sharded              --shard: each GPU has a part of each layer's rows; a decoder layer is
                          gathered to compute
     one after another    --device auto: one process; the layers are spread over the GPUs
 
 Memory is a sum of tensors; bench/memory.py compares it with measured memory. Time is arithmetic and
-not measured: matrix products at MATMUL of the data sheet's rate, the mask step at BANDWIDTH of the
-memory's rate, the wire at the link's rate, one after another.
+not measured: matrix products at MATMUL times the data sheet's rate, the mask step at BANDWIDTH
+times the memory's rate, and traffic at the link's rate, without overlap.
 """
 
 import argparse
@@ -33,14 +32,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 GIB = 2**30
-# data sheets: bytes of memory; dense 16-bit FLOP/s; bytes/s of memory, of the link to GPUs
+# from data sheets: memory in bytes, dense 16-bit FLOP/s, bytes/s of memory and of the link to GPUs
 DEVICES = {
     "rtx4090": dict(memory=24e9, flops=165e12, bandwidth=1.01e12, link=32e9),
     "a100": dict(memory=80e9, flops=312e12, bandwidth=2.04e12, link=300e9),
     "h100": dict(memory=80e9, flops=989e12, bandwidth=3.35e12, link=450e9),
     "h200": dict(memory=141e9, flops=989e12, bandwidth=4.8e12, link=450e9),
 }
-# shares of the data sheet's rates: guesses
+# guessed shares of the data sheet's rates
 MATMUL = 0.5
 BANDWIDTH = 0.8
 LAYOUTS = ("replicas", "sharded", "one after another")
@@ -63,8 +62,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class ModelSize:
-    """Numbers of weights: all, with a mask, in the largest masked layer. Numbers of decoder layers,
-    residual channels, tokens in the vocabulary, MLP channels. Bytes of a weight."""
+    """A model's numbers of weights (all, with a mask, in the largest masked layer), decoder layers,
+    residual channels, tokens in the vocabulary and MLP channels, and the bytes per weight."""
 
     weights: int
     learned: int
@@ -77,7 +76,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSize":
-        """Of a model, which may be on the meta device."""
+        """Return the size of a model, which may be on the meta device."""
         learned = [weight_matrix(module).numel() for module in find_layers(model).values()]
         config = model.config.get_text_config()
         return cls(
@@ -93,8 +92,8 @@ class ModelSize:
 
 @dataclass
 class Settings:
-    """Of a run: sequences in a minibatch and in a forward pass, tokens in a sequence, M of N:M,
-    dtype of the logits."""
+    """A run's settings: sequences per minibatch and per forward pass, tokens per sequence, M of
+    N:M, dtype of the logits."""
 
     batchsize: int
     microbatch: int
@@ -104,29 +103,30 @@ class Settings:
 
     @property
     def tokens(self) -> int:
-        """Of a minibatch."""
+        """Tokens per minibatch."""
         return self.batchsize * self.seqlen
 
     @property
     def logits_itemsize(self) -> int:
-        """Bytes of a logit."""
+        """Bytes per logit."""
         return DTYPES[self.logits_dtype].itemsize
 
 
 def memory_bytes(
     size: ModelSize, settings: Settings, gradients: bool, processes: int = 1
 ) -> dict[str, float]:
-    """Bytes of the tensors of one process, by their purpose. gradients: learning with checkpointing
-    and distillation, not by forward passes only. processes: how many share each layer's rows."""
+    """Return the bytes of the tensors of one process, by their purpose. gradients: True to learn
+    with gradients, checkpointing and distillation, False from forward passes only. processes: how
+    many processes split each layer's rows."""
     sequences = min(settings.microbatch, settings.batchsize)
     tokens = sequences * settings.seqlen
     width = 1 if settings.m <= 8 else 4
     wide = tokens * size.itemsize
     head = tokens * size.vocabulary * size.itemsize
-    # the CPU's library copies the head's weight
+    # the CPU's matrix library copies the head's weight
     packed = size.vocabulary * size.hidden * size.itemsize
     sequence = settings.seqlen * size.vocabulary
-    body = wide * (4 * size.hidden + 4 * size.inner)  # of one decoder layer
+    body = wide * (4 * size.hidden + 4 * size.inner)  # activations of one decoder layer
     own = size.learned / processes
     copies = size.weights - size.learned
     found = {
@@ -135,13 +135,13 @@ def memory_bytes(
         "masks": own / settings.m * width,
         "scratch": 0 if processes > 1 else size.largest * size.itemsize,
     }
-    # a sharded decoder layer: the rows sent, two buffers gathered, the layer; in backward its
-    # gradient, twice. In the head's turn the last layer's gathered buffer is still there.
+    # a sharded decoder layer: the rows sent, two gathered buffers, the layer; in backward its
+    # gradient, twice. While the head computes, the last layer's gathered buffer is still held.
     gathered = size.learned / size.layers * size.itemsize if processes > 1 else 0
     at_work = gathered * ((5 if gradients else 3) + 1 / processes)
-    if gradients:  # inputs of the layers; predictions of student and teacher, and the gradient
+    if gradients:  # inputs of the layers; predictions of student and teacher, their gradient
         kept = size.layers * wide * size.hidden
-        # a layer recomputed, and the gradient of its weight
+        # one recomputed layer, and the gradient of its weight
         once = 3 * body + size.largest * (size.itemsize + 8)
         activations = (
             kept + 3 * head + max(once + at_work, max(sequence * 16, head + packed) + gathered)
@@ -160,16 +160,16 @@ def layout_costs(
     gpus: int,
     gradients: bool,
 ) -> tuple[float, float, float]:
-    """Bytes on a GPU, on the host, and on the wire in a step. parts: from `memory_bytes`."""
+    """Return the bytes on each GPU, on the host, and sent per step. parts: from `memory_bytes`."""
     everything = sum(parts.values())
     weights = size.learned * size.itemsize
     others = (gpus - 1) / gpus
-    host = packed_bytes(size) + size.weights * size.itemsize  # m0, and the model while it is loaded
+    host = packed_bytes(size) + size.weights * size.itemsize  # m0, and the model during loading
     passes = forward_passes(gradients)
     if layout == "replicas":
         wire = (2 * others * weights if gradients else 40.0) * (gpus > 1)
         return everything, host * gpus, wire
-    # gathered in each pass but the recomputed one; gradients go to the rows' owners
+    # every pass but the recomputed one gathers the layers; gradients go to the rows' owners
     if layout == "sharded":
         host += packed_bytes(size) * (gpus - 1)  # one process loads the model
         return everything, host, (4 if gradients else 1) * others * weights
@@ -179,13 +179,13 @@ def layout_costs(
 
 
 def packed_bytes(size: ModelSize) -> float:
-    """Bytes of the packed 2:4 mask m0, which stays in the host's memory."""
+    """Return the bytes of the packed 2:4 mask m0, which stays in the host's memory."""
     return size.learned / 4 * math.log2(6) / 8
 
 
 def forward_passes(gradients: bool) -> int:
-    """The work of a step in forward passes. With gradients: teacher, forward, recomputed forward,
-    backward (two)."""
+    """Return the work of a step in forward passes. With gradients it is: teacher, forward,
+    recomputed forward, backward (two)."""
     return 5 if gradients else 1
 
 
@@ -197,7 +197,7 @@ def layout_row(
     gpus: int,
     gradients: bool,
 ) -> dict:
-    """The table's row of a layout and a way of learning."""
+    """Return the table's row for a layout and a way to learn."""
     parts = memory_bytes(size, settings, gradients, gpus if layout == "sharded" else 1)
     here, host, wire = layout_costs(layout, size, settings, parts, gpus, gradients)
     compute = (
@@ -207,7 +207,7 @@ def layout_row(
     parallel = gpus if layout == "sharded" else 1
     step = step_bytes / (BANDWIDTH * rates["bandwidth"]) * (1.5 if gradients else 1) / parallel
     seconds = compute + step + wire / rates["link"]
-    processes = gpus if layout in ("replicas", "sharded") else 1  # each with a minibatch of its own
+    processes = gpus if layout in ("replicas", "sharded") else 1  # each has its own minibatch
     return {
         "learning": "backward passes" if gradients else "forward-only",
         "layout": layout,
@@ -223,7 +223,8 @@ def layout_row(
 
 
 def plan(size: ModelSize, settings: Settings, rates: dict[str, float], gpus: int) -> list[dict]:
-    """The table's rows: each way to learn in each layout that it has."""
+    """Return the table's rows: each way to learn in each layout; a single GPU has only
+    "replicas"."""
     rows = []
     for gradients in (False, True):
         for layout in LAYOUTS:
@@ -233,7 +234,7 @@ def plan(size: ModelSize, settings: Settings, rates: dict[str, float], gpus: int
 
 
 def in_units(size: float) -> str:
-    """Bytes in the largest fitting unit."""
+    """Format bytes in the largest fitting unit."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"
@@ -242,7 +243,7 @@ def in_units(size: float) -> str:
 
 
 def described(name: str) -> nn.Module:
-    """A model without weights, of a shape's name or a folder with a config.json."""
+    """Return a model without weights, from a shape's name or a folder with a config.json."""
     if name in common.SHAPES:
         return common.random_llama(name, "meta", torch.bfloat16)
     if not Path(name, "config.json").is_file():

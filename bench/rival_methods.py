@@ -1,16 +1,16 @@
-"""Other methods that learn an N:M mask from gradients, written for comparison: bench/rivals.py,
-reproduce/rival.py.
+"""Other methods that learn an N:M mask from gradients, implemented for comparison by
+bench/rivals.py and reproduce/rival.py.
 
-    MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits a block, a soft mask from Gumbel noise
-                in the forward
-    SUSI        arXiv 2608.23048, from its abstract: M logits a block, a soft mask from sampling
+    MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits per block; the forward pass uses a soft
+                mask from Gumbel noise
+    SUSI        arXiv 2608.23048, from its abstract: M logits per block; a soft mask from sampling
                 without replacement
-    ScoresSTE   the plain straight-through estimator: a real score a weight, the N largest kept,
-                gradient passed through
+    ScoresSTE   the plain straight-through estimator: a real score per weight; the N largest are
+                kept, and the gradient passes through
     ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step
                 bring to 2:4
 
-All move their parameters with Adam. Their result is a mask, which is evaluated on the frozen
+All update their parameters with Adam. Their result is a mask, which is evaluated on the frozen
 weights. `distill`, the loss against the dense model's predictions, is not in the papers of MaskLLM
 and ProxSparse.
 """
@@ -30,14 +30,14 @@ from torch import Tensor, nn
 
 
 class Rival:
-    """A model whose masked layers compute with a weight made of learned parameters, one float32
-    tensor a layer.
+    """A model whose masked layers compute with a weight made from learned parameters, one float32
+    tensor per layer.
 
-    model: frozen, its layers plain nn.Linear; masks: m0, bool `[out, in]` by name; norms: ||x_j||
-    of their inputs, `[in]`; lr: Adam's; distill: 0 or 1, of `learn`; weights: the dense ones by
-    name, where the layers have others. A subclass defines the parameters at the start, the weight
-    that they make, and their mask. Where no gradient is asked for, layers compute with the weights
-    that they have.
+    model: frozen, with plain nn.Linear layers. masks: m0, bool `[out, in]` by layer name. norms:
+    ||x_j|| of the layers' inputs, `[in]`. lr: Adam's learning rate. distill: the share of the loss
+    against the dense model in `learn`, 0 or 1. weights: the dense weights by name, if the layers
+    hold others. A subclass defines the initial parameters, the weight made from them, and their
+    mask. Without gradients (torch.no_grad), layers compute with the weights that they hold.
     """
 
     betas = (0.9, 0.999)
@@ -74,27 +74,28 @@ class Rival:
             layer.forward = partial(self._forward, name, layer)
 
     def start(self, name: str, mask: Tensor) -> Tensor:
-        """A layer's parameters at the start, float32."""
+        """Return a layer's initial parameters, float32."""
         raise NotImplementedError
 
     def weight(self, name: str) -> Tensor:
-        """The weight that a layer computes with, float32 `[out, in]`; may add to `self.penalty`."""
+        """Return the weight that a layer computes with, float32 `[out, in]`. It may add to
+        `self.penalty`."""
         raise NotImplementedError
 
     def mask(self, name: str) -> Tensor:
-        """The mask of a layer's parameters, bool `[out, in]`."""
+        """Return the mask of a layer's parameters, bool `[out, in]`."""
         raise NotImplementedError
 
     def masks(self) -> dict[str, Tensor]:
-        """The masks of all layers, by name."""
+        """Return the masks of all layers, by name."""
         return {name: self.mask(name) for name in self.layers}
 
     def after_step(self) -> None:
-        """Called after each step of Adam."""
+        """Is called after each step of Adam."""
 
     def learn(self, batch: Tensor, step: int, steps: int) -> float:
-        """Step number `step` of `steps` on int64 `[sequences, tokens]`; returns the loss, nats a
-        prediction."""
+        """Take step number `step` of `steps` on a batch, int64 `[sequences, tokens]`; return the
+        loss, in nats per prediction."""
         batch = batch.to(self.device)
         teacher = None
         if self.distill:
@@ -105,8 +106,9 @@ class Rival:
     def move(
         self, batch: Tensor, teacher: Tensor | None, distill: Sequence[float], progress: float
     ) -> float:
-        """A step of Adam at this share of the run; teacher: the dense model's logits, distill: each
-        sequence's share of the loss against them. Returns the loss, nats a prediction."""
+        """Take a step of Adam at this share of the run; return the loss, in nats per prediction.
+        teacher: the dense model's logits; distill: each sequence's share of the loss against
+        them."""
         self.progress = progress
         self.penalty = 0.0
         logits = self.model(input_ids=batch, use_cache=False).logits
@@ -125,13 +127,13 @@ class Rival:
         return loss / predictions
 
     def multiplier(self) -> float:
-        """What the learning rate is multiplied by at this point of the run, as in this project's
-        runs."""
+        """Return the factor of the learning rate at this point of the run: the decay of this
+        project's runs."""
         return decay(self.progress)
 
     def state_bytes(self) -> float:
-        """Bytes a weight that are kept beside the model after a step: parameters, gradients,
-        moments."""
+        """Return the bytes per weight that are kept in addition to the model after a step:
+        parameters, gradients and moments."""
         tensors = [
             tensor
             for parameter in self.parameters.values()
@@ -148,23 +150,24 @@ class Rival:
         return nn.functional.linear(x, self.weight(name).to(x.dtype), layer.bias)
 
     def largest(self, score: Tensor) -> Tensor:
-        """The N largest of each block, bool as score `[out, in]`."""
+        """Return the mask of the N largest scores of each block, bool `[out, in]`."""
         return pge.mode(score.detach().reshape(-1, self.m), self.n).view_as(score)
 
     def dense(self, name: str) -> Tensor:
-        """A layer's own weight, float32 `[out, in]`."""
+        """Return a layer's dense weight, float32 `[out, in]`."""
         return self.weights[name].detach().float()
 
 
 class MaskLLM(Rival):
-    """softmax((kappa pi + Gumbel noise) / tau) over the block's patterns; the forward pass uses the
-    mean pattern.
+    """Weights a block's patterns by softmax((kappa pi + Gumbel noise) / tau); the forward pass uses
+    their weighted mean.
 
-    tau falls from 4 to 0.05 and kappa grows from 100 to 500, linearly. pi starts as noise of
-    deviation 0.01, plus 0.03 (`noise` times `prior`) for each weight that a pattern shares with m0
-    beyond the mean over patterns. The loss has the term -`norm_reward` * ||masked weights||^2. The
-    rate decays by a cosine to a tenth. Logits are kept `[patterns, blocks]`: a CPU takes a softmax
-    over the first dimension ten times as fast as over a short last one.
+    tau falls from 4 to 0.05 and kappa grows from 100 to 500, linearly. pi starts as noise with
+    standard deviation 0.01, plus 0.03 (`noise` times `prior`) for each weight that a pattern shares
+    with m0 beyond the mean over patterns. The loss includes -`norm_reward` * ||masked weights||^2.
+    The learning rate decays to a tenth along a cosine. Logits are stored as `[patterns, blocks]`,
+    because a softmax over the first dimension is ten times as fast on a CPU as over a short last
+    one.
     """
 
     betas = (0.9, 0.95)
@@ -195,7 +198,7 @@ class MaskLLM(Rival):
         return weight
 
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
-        """How much of each weight counts, `[M, blocks]`, by logits with noise."""
+        """Return the share of each weight that is kept, `[M, blocks]`, from logits with noise."""
         return self.patterns.float().T @ torch.softmax(keys / temperature, 0)
 
     def mask(self, name: str) -> Tensor:
@@ -206,10 +209,10 @@ class MaskLLM(Rival):
 
 
 class SUSI(MaskLLM):
-    """M logits a block, which with Gumbel noise are the keys of a weighted reservoir: the N largest
-    are a draw without replacement. The forward pass uses a relaxation, what N draws without
-    replacement with softmax(keys / tau) keep on average. It and all that is MaskLLM's,
-    temperatures, scales, prior, reward, may not be the authors'."""
+    """Learns M logits per block. With Gumbel noise they are the keys of a weighted reservoir: the N
+    largest are a draw without replacement. The forward pass uses a relaxation: the expected mask of
+    N draws without replacement with softmax(keys / tau). The relaxation, and the temperatures,
+    scales, prior and reward, which are MaskLLM's, may differ from the authors'."""
 
     def start(self, name: str, mask: Tensor) -> Tensor:
         blocks = mask.to(self.device).view(-1, self.m).float().T
@@ -218,7 +221,7 @@ class SUSI(MaskLLM):
 
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
         w = rates((keys / temperature).unbind(), self.n)
-        flow = flows(w, self.n)[1]  # times w_i: the chance that i is drawn at this set
+        flow = flows(w, self.n)[1]  # times w_i: the probability that i is drawn after this set
         return torch.stack(
             [
                 x * sum_of([flow[drawn] for drawn in flow if not drawn >> i & 1])
@@ -231,9 +234,9 @@ class SUSI(MaskLLM):
 
 
 class ScoresSTE(Rival):
-    """m * w with m the N largest scores of each block; d loss / d score = w * d loss / d(m * w) for
-    kept and pruned weights alike. Scores start at log(|w| ||x||), Wanda's score, so that their mask
-    is m0."""
+    """Computes with m * w, where m keeps the N largest scores of each block. d loss / d score = w *
+    d loss / d(m * w), for kept and pruned weights alike. Scores start at log(|w| ||x||), the log of
+    Wanda's score, so that their mask is m0."""
 
     def start(self, name: str, mask: Tensor) -> Tensor:
         return (self.dense(name).abs() * self.norms[name]).clamp(min=1e-30).log()
@@ -247,14 +250,14 @@ class ScoresSTE(Rival):
 
 
 class ProxSparse(Rival):
-    """Dense weights W, trained towards 2:4. Each step is Adam's on the loss plus `stay` ||W / w *
-    (W - w)||^2, then in each block the proximal step of lambda * (sum of the products of three
-    |W|).
+    """Trains dense weights W towards 2:4. Each step is one of Adam on the loss plus `stay`
+    ||W / w * (W - w)||^2, followed in each block by the proximal step of lambda * (sum of the
+    products of three |W|).
 
-    `strength` is about twice the sum of lambda over the run. The mask keeps the largest |W| ||x||
-    at the end. As published, the products are of bare weights; here weights are multiplied by the
-    norms of their inputs (mean square 1 in a layer), so that the method starts from m0's order, as
-    the others do. 2:4 only.
+    `strength` is about twice the sum of lambda over the run. The final mask keeps the largest
+    |W| ||x||. The published method multiplies bare weights; here they are first scaled by the norms
+    of their inputs (mean square 1 in a layer), so that the method starts from m0's order, as the
+    others do. 2:4 only.
     """
 
     stay = 0.25
@@ -264,7 +267,7 @@ class ProxSparse(Rival):
         super().__init__(*args, **kwargs)
 
     def scale(self, name: str) -> Tensor:
-        """What each column is multiplied by, `[in]`."""
+        """Return the factor of each column, `[in]`."""
         norms = self.norms[name].clamp(min=1e-12)
         return norms / norms.square().mean().sqrt()
 
@@ -290,19 +293,19 @@ class ProxSparse(Rival):
 
 
 def triples(z: Tensor) -> Tensor:
-    """The sum of the products of three of four numbers, `[..., 4]` -> `[...]`: 0 where two or fewer
-    are not 0."""
+    """Return the sum of the products of three of four numbers, `[..., 4]` -> `[...]`. It is 0 if at
+    most two are nonzero."""
     a, b, c, d = z.unbind(-1)
     return a * b * (c + d) + (a + b) * c * d
 
 
 def proximal_step(y: Tensor, strength: float, sweeps: int = 12) -> Tensor:
-    """argmin_z 1/2 ||z - y||^2 + strength * (sum of the products of three |z|), of each block
-    `[blocks, 4]`.
+    """Return argmin_z 1/2 ||z - y||^2 + strength * (sum of the products of three |z|), for each
+    block, `[blocks, 4]`.
 
     z has the signs of y. The problem is not convex. It is solved three times by exact coordinate
-    descent from y, with only the two, three or four largest numbers free and the others 0; the
-    lowest of the three minima is taken.
+    descent from y, with the two, three or four largest numbers free and the others 0. The lowest of
+    the three minima is returned.
     """
     sign, (size, order) = y.sign(), y.abs().sort(dim=1, descending=True)
     size = size.T.contiguous()  # [4, blocks]: sweeps go over whole rows

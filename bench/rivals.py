@@ -1,4 +1,4 @@
-"""Ways to learn an N:M mask, compared on reproduce/small_model: this project's, other methods', and
+"""Compares ways to learn an N:M mask on reproduce/small_model: this project's, other methods, and
 the paper's.
 
     python bench/rivals.py [--quick] [--json FILE] [--budgets 160,640,2500] [--seeds 3]
@@ -6,17 +6,17 @@ the paper's.
     # tune a learning rate
     python bench/rivals.py --rows MaskLLM --rates 0.001,0.002 --seeds 1
 
-Is a mask from this project as good as one from a rival, for the same work? All start from the same
-Wanda mask, or have it as their prior, and learn from the same text, which `make demo
+Is a mask from this project as good as one from a rival, for the same work? All methods start from
+the same Wanda mask, or have it as their prior, and learn from the same text, which `make demo
 DEMO_FLAGS=--quick` leaves in demo/. A budget is a number of forward passes of 32 x 128 tokens. A
-backward pass counts as two, the teacher's forward of distillation (KD) as one, and swaps as one
-pass of their text.
+backward pass counts as two, the teacher's forward pass of distillation (KD) as one, and swaps as
+one pass over their text.
 
-The table has, for each method and budget: the held-out loss of the mask on the frozen weights, mean
-± deviation over seeds; the share of the gap from m0 to dense that it closes; the processor's
-seconds, median. Bytes a weight: what learning keeps beside the model. --rates makes a row of each
-method and rate, on other held-out windows than those of the table. The rivals are in
-rival_methods.py, this project's and the paper's ways in learning.py.
+The table shows, for each method and budget: the held-out loss of the mask on the frozen weights,
+mean ± standard deviation over seeds; the share of the gap from m0 to dense that it closes; and the
+median processor time in seconds. Bytes a weight: the state that learning keeps in addition to the
+model. --rates makes a row for each method and rate, on held-out windows that the table does not
+use. The rivals are in rival_methods.py; this project's and the paper's methods are in learning.py.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from learning import DEFAULTS, OURS, ForwardOnly, Problem, passes_a_step
 from rival_methods import RIVALS, Rival
 from small_model import MODEL
 
-WINDOWS = 256  # of 128 tokens: the first for the table, the next for --rates
+WINDOWS = 256  # windows of 128 tokens: the first 256 for the table, the next 256 for --rates
 
-# Settings: `learner`, a key of OURS or RIVALS; lr, its rate; distill, the weight of KD in the loss,
-# the rest is the text's; batchsize sequences of fresh text; `tuned`, what differs from the named
-# budget on. docs/lab_notebook.md says which rates were tried; the others are first guesses.
+# Settings. learner: a key of OURS or RIVALS; lr: its learning rate; distill: the share of KD in the
+# loss, the rest is the text's; batchsize: sequences of fresh text; tuned: the settings that differ
+# from a budget on. docs/lab_notebook.md lists the rates that were tried; others are first guesses.
 TEXT = dict(batchsize=8, fresh=True)
 TUNED = {
     160: dict(lr=1.2),
@@ -92,17 +92,17 @@ ROWS = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.set_defaults(device="cpu")  # seconds are the processor's
+    parser.set_defaults(device="cpu")  # the table shows processor time
     parser.add_argument("--model", default=MODEL, help="folder that bench/small_model.py wrote")
     parser.add_argument(
-        "--budgets", default="160,640,2500", help="forward passes of a run, by commas"
+        "--budgets", default="160,640,2500", help="forward passes per run, comma-separated"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method and budget")
     parser.add_argument(
-        "--rows", default="", help="only rows whose names contain one of these, by commas"
+        "--rows", default="", help="only rows whose names contain one of these, comma-separated"
     )
     parser.add_argument(
-        "--rates", default="", help="learning rates to try instead of the rows' own, by commas"
+        "--rates", default="", help="learning rates to try in place of the rows', comma-separated"
     )
     args = parser.parse_args(argv)
     try:
@@ -119,8 +119,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def setting_of(row: dict, passes: int) -> dict:
-    """A row's setting for a budget: with what is tuned for the largest budget of at most this one,
-    or for the smallest."""
+    """Return a row's setting for a budget, with the values tuned for the largest budget up to this
+    one, or else for the smallest."""
     setting = {key: value for key, value in row.items() if key != "tuned"}
     tuned = row.get("tuned", {})
     budgets = sorted(tuned)
@@ -129,22 +129,22 @@ def setting_of(row: dict, passes: int) -> dict:
 
 
 def make_method(problem: Problem, setting: dict, seed: int, steps: int) -> Rival | ForwardOnly:
-    """The method of a setting, on a copy of the model."""
+    """Return the method of a setting, on a copy of the model."""
     if setting["learner"] in OURS:
         return OURS[setting["learner"]](problem, setting, seed)
     further = {"distill": setting["distill"]} if "distill" in setting else {}
     if setting["learner"] == "proxsparse":
         further["steps"] = steps
     model = problem.fresh_model()
-    speed_up(model, Kernels(LinearSpace(2, 4), "eager"), 128)  # as ours
+    speed_up(model, Kernels(LinearSpace(2, 4), "eager"), 128)  # as for this project's methods
     return RIVALS[setting["learner"]](
         model, problem.masks, problem.norms, 2, 4, lr=setting["lr"], seed=seed, **further
     )
 
 
 def learn(problem: Problem, setting: dict, passes: int, seed: int) -> tuple[float, float]:
-    """One run of about so many forward passes: the held-out loss of its mask, and the processor's
-    seconds."""
+    """Run a method for about `passes` forward passes; return the held-out loss of its mask, and the
+    processor time in seconds."""
     batches = problem.batches(setting, passes, seed)
     samples = batches.flatten(0, 1)[: TOKENS // 128] if setting.get("swaps") else []
     spent = min(len(samples) / 32, passes - 1)
@@ -160,14 +160,14 @@ def learn(problem: Problem, setting: dict, passes: int, seed: int) -> tuple[floa
 
 
 def state_bytes(problem: Problem, setting: dict) -> float:
-    """Bytes a weight that a method keeps beside the model, measured after one step."""
+    """Return the bytes per weight that a method keeps in addition to the model, after one step."""
     method = make_method(problem, setting, 0, 1)
     method.learn(problem.fixed[0, :1], 0, 1)
     return method.state_bytes()
 
 
 def table_row(problem: Problem, name: str, row: dict, budgets: list[int], seeds: range) -> dict:
-    """The table's row of a method; each run is printed as it ends."""
+    """Return the table's row of a method; each run is printed as it ends."""
     cells = {"method": name, "bytes a weight": f"{state_bytes(problem, setting_of(row, 0)):g}"}
     for passes in budgets:
         losses = []
@@ -221,6 +221,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
+    # MaskLLM's soft masks become denormal numbers, which are slow on a CPU
     torch.set_flush_denormal(True)
     run_script(main)

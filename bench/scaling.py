@@ -1,14 +1,13 @@
-"""One mask learned by 1, 2, 3 and 4 processes: whether the result is the same, and what goes over
-the wire.
+"""Learns one mask with 1, 2, 3 and 4 processes: is the result the same, and how much is sent?
 
     python bench/scaling.py [--quick] [--json FILE]
 
-A model of two layers is made here. The processes communicate by gloo, have one thread each, and
-share the cores of this machine, so this says nothing about speed. A step has 12 sequences, split
-over the processes; with --shard each process has a part of each layer's rows. The wire: bytes that
-a process hands to torch.distributed in a step; a ring sends up to twice as many. Collectives: in a
-step, of tensors and of numbers, as torch counts them; two decoder layers have twice the gathers of
-one.
+The model has two layers and is made here. The processes communicate by gloo, have one thread each,
+and share the cores of this machine, so this says nothing about speed. A step has 12 sequences,
+split over the processes; with --shard, each process has a part of each layer's rows. Sent: bytes
+that a process passes to torch.distributed per step; a ring sends up to twice as many. Collectives:
+their number per step, of tensors and of numbers, as torch counts them; two decoder layers take
+twice the gathers of one.
 """
 
 import argparse
@@ -33,9 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 WAYS = ("forward-only", "gradients")
-# in a step, in a sequence
-SEQUENCES = 12
-TOKENS = 24
+SEQUENCES = 12  # per step
+TOKENS = 24  # per sequence
 WORDS = (
     "the a cat dog horse bird watches follows hears avoids small old quiet river morning before "
     "after near"
@@ -44,7 +42,7 @@ WORDS = (
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.set_defaults(device="cpu")  # the processes share one machine's cores
+    parser.set_defaults(device="cpu")  # because the processes share one machine's cores
     parser.add_argument(
         "--child",
         nargs=6,
@@ -56,9 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_inputs(folder: Path, seed: int) -> None:
-    """Write to a folder: `dense`, a byte-level model whose random weights vary so much that a mask
-    moves the loss; text.jsonl, twelve documents; and mask.safetensors, the 2:4 mask by
-    magnitude."""
+    """Write three inputs to a folder: `dense`, a byte-level model whose random weights are so large
+    that a mask changes the loss; text.jsonl, with twelve documents; and mask.safetensors, the 2:4
+    mask by magnitude."""
     model = common.random_llama(
         "tiny",
         "cpu",
@@ -88,7 +86,7 @@ def make_inputs(folder: Path, seed: int) -> None:
 
 
 class Collectives(TorchDispatchMode):
-    """A context that counts the collectives started inside, and the bytes that this process gives
+    """Counts the collectives started inside its context, and the bytes that this process passes to
     them."""
 
     def __init__(self):
@@ -99,7 +97,7 @@ class Collectives(TorchDispatchMode):
         self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
     ):
         if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
-            # else results stand first
+            # the other collectives of c10d have their results as the first argument
             gives_first = function.namespace != "c10d" or "allreduce" in str(function)
             given = tree_leaves(args[0] if gives_first else args[1])
             self.number += 1
@@ -110,8 +108,8 @@ class Collectives(TorchDispatchMode):
 
 
 def learn(inputs: Path, way: str, is_sharded: bool, steps: int, device: str) -> dict:
-    """A run in this process of several: the logits of all layers, in the main process, and what a
-    step sent."""
+    """Learn in this process, one of several. Return the logits of all layers, the mask's
+    fingerprint in the main process, and the bytes sent and collectives per step."""
     load = load_sharded if is_sharded else load_model
     model, _ = load(str(inputs / "dense"), "float32", device)
     masks = mask_files.load(inputs / "mask.safetensors", (2, 4)).masks
@@ -144,8 +142,9 @@ def learn(inputs: Path, way: str, is_sharded: bool, steps: int, device: str) -> 
 def compare(
     inputs: Path, way: str, counts: tuple[int, ...], steps: int, device: str = "cpu"
 ) -> list[dict]:
-    """The table's rows of one way to learn: one process, then these numbers of processes, without
-    and with --shard, and on GPUs one process with its layers spread over all."""
+    """Return the table's rows for one way to learn, each compared with one process: these numbers
+    of processes, without and with --shard, and on GPUs one process with its layers spread over
+    all."""
 
     def run(number: int, is_sharded: bool, where: str = device) -> tuple[dict, torch.Tensor]:
         flags = ["--child", str(inputs), way, str(int(is_sharded)), str(steps), where]
@@ -174,7 +173,7 @@ def compare(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.set_num_threads(1)  # as of the children; the record names these
+    torch.set_num_threads(1)  # as in the child processes, since the record states the threads
     if args.child:
         inputs, way, is_sharded, steps, device, folder = args.child
         with processes.joined(device) as own:
@@ -182,11 +181,11 @@ def main(argv: list[str] | None = None) -> None:
                 folder, learn(Path(inputs), way, bool(int(is_sharded)), int(steps), own)
             )
         return
-    # in long runs a last bit changes a draw, and then everything after it
+    # in long runs a difference in the last bit changes a draw, and then all that follows
     steps = 4 if args.quick else 12
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), args.seed)
-        most = torch.cuda.device_count() if args.device == "cuda" else 4  # a GPU for each process
+        most = torch.cuda.device_count() if args.device == "cuda" else 4  # one GPU per process
         counts = tuple(count for count in ((2,) if args.quick else (2, 3, 4)) if count <= most)
         rows = [
             row for way in WAYS for row in compare(Path(folder), way, counts, steps, args.device)

@@ -1,13 +1,13 @@
-"""Make the small model of the benches: a byte-level Llama of 0.87 M weights, trained here on the
+"""Trains the small model of the benches: a byte-level Llama with 0.87 M weights, trained on the
 demo's text.
 
     python bench/small_model.py [--quick] [--out demo/small]
 
-The repository has it already, in reproduce/small_model, so that results of several machines are of
-the same weights. This script says how it was made. Rounding differs between machines and numbers of
-threads, and so do the weights. Needs the demo's text, which `make demo DEMO_FLAGS=--quick` leaves
-in demo/. Saves bfloat16, and beside it made.json, with the command and the losses. It takes a few
-minutes on 2 cores.
+The repository has it already, in reproduce/small_model, so that all machines use the same weights;
+this script documents how it was made. Rounding differs between machines and numbers of threads, and
+so do the weights. It needs the demo's text, which `make demo DEMO_FLAGS=--quick` leaves in demo/.
+It saves bfloat16 weights, and made.json with the command and the losses next to them. It takes a
+few minutes on 2 cores.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# what the model is trained, pruned, learned and evaluated on
+# the text for training, pruning and learning masks, and the text for evaluation
 TEXT = "demo/train.jsonl"
 HELDOUT = "demo/heldout.txt"
 MODEL = "reproduce/small_model"
@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, 256 in all; no special tokens."""
+    """Return a tokenizer with one token per byte, 256 in all, and no special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
@@ -55,8 +55,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def read_text(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """The demo's text in tokens, int64 `[tokens]`: to train on, and 300 thousand characters held
-    out."""
+    """Return the tokens of the demo's text, int64 `[tokens]`: the training text, and 300,000
+    characters of held-out text."""
     if not Path(TEXT).exists():
         raise UserError(f"{TEXT} is missing; run `make demo DEMO_FLAGS=--quick` first")
 
@@ -70,8 +70,8 @@ def read_text(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
 
 
 def train(tokens: Tensor, steps: int, seed: int, device: str) -> tuple[LlamaForCausalLM, float]:
-    """A model trained on windows of these tokens, int64 `[tokens]`, and the last minibatch's loss,
-    nats a byte."""
+    """Train a model on windows of these tokens, int64 `[tokens]`; return it and the last
+    minibatch's loss, in nats per byte."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -113,14 +113,14 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = byte_tokenizer()
     tokens, heldout = read_text(tokenizer)
     model, loss = train(tokens, steps, args.seed, args.device)
-    for parameter in model.parameters():  # to what is saved; the loss is still computed in float32
+    for parameter in model.parameters():  # round as saved, but compute the loss in float32
         parameter.data = parameter.bfloat16().float()
-    windows = heldout[: 512 * 128].view(-1, 128)  # no longer than it was trained on
+    windows = heldout[: 512 * 128].view(-1, 128)  # as long as in training
     heldout_loss = sum(batch_loss(model, window[None]) for window in windows) / len(windows)
     with atomic_write(out) as tmp:
         model.to(torch.bfloat16).save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
-        # transformers 4 knows the class by its old name only, 5 by both
+        # transformers 4 knows only the class's old name, 5 knows both
         config = tmp / "tokenizer_config.json"
         config.write_text(
             config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")

@@ -1,17 +1,18 @@
-"""Dense against 2:4 inference on sparse tensor cores: where a 2:4 mask saves time, and how much.
+"""Times dense and 2:4 inference on sparse tensor cores: when does a 2:4 mask save time, and how
+much?
 
     python bench/sparse_inference.py [--quick] [--json FILE] [--backend cutlass]
     python bench/sparse_inference.py --shape smollm2-135m --dtypes bfloat16
 
-Needs an NVIDIA GPU of the Ampere generation or newer. A Llama of random weights is pruned to 2:4 by
-magnitude and timed with its zeros. Then torch.sparse.to_sparse_semi_structured compresses every
-weight but the head's, and it is timed again: one Linear of each shape, and the whole model on one
-sequence of 1 to 4096 tokens (1: a step of decoding without a cache). Both outputs are equal up to
-rounding; the last column is their largest difference, as a share of the largest output.
+It needs an NVIDIA GPU of the Ampere generation or newer. A Llama with random weights is pruned to
+2:4 by magnitude and timed with its zeros. Then torch.sparse.to_sparse_semi_structured compresses
+every weight but the head's, and it is timed again: one Linear of each shape, and the whole model on
+one sequence of 1 to 4096 tokens (1: a step of decoding without a cache). Both outputs are equal up
+to rounding; the last column is their largest difference, as a share of the largest output.
 
 Calls from Python are queued one after the other. With few tokens, the dispatch of the sparse tensor
 in Python may take longer than the product. torch pads the tokens to a multiple of 8. The cuSPARSELt
-backend runs with its default algorithm; CUTLASS runs on compute capability 8.x only.
+backend runs with its default algorithm; CUTLASS runs only on compute capability 8.x.
 """
 
 import argparse
@@ -28,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
-CALLS = 10  # queued before the GPU is waited for
-Inputs = dict[tuple[str, int], Tensor]  # (what is called, tokens) -> its input
+CALLS = 10  # queued before each wait for the GPU
+Inputs = dict[tuple[str, int], Tensor]  # (function's name, tokens) -> its input
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,14 +62,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def sparse_parameter(weight: Tensor) -> nn.Parameter:
-    """A 2:4 weight `[out, in]` compressed to half its values and 2 bits for each; out and in
-    multiples of 64."""
+    """Return a 2:4 weight `[out, in]` compressed to half its values and 2 bits for each. out and in
+    must be multiples of 64."""
     return nn.Parameter(to_sparse_semi_structured(weight.contiguous()), requires_grad=False)
 
 
 @torch.inference_mode()
 def check_support(device: str, dtypes: list[str], backend: str) -> None:
-    """UserError unless a small 2:4 Linear runs on the device."""
+    """Raise UserError unless a small 2:4 Linear runs on the device."""
     needs = (
         "2:4 products need an NVIDIA GPU with sparse tensor cores (Ampere or newer) and torch "
         "built for CUDA"
@@ -90,8 +91,8 @@ def check_support(device: str, dtypes: list[str], backend: str) -> None:
 def callables(
     model: nn.Module, name: str, tokens: list[int], device: str
 ) -> tuple[dict[str, Callable], Inputs]:
-    """The functions to time and their inputs: the first Linear of each shape with `[tokens, in]`,
-    and the whole model, by this name, with int64 `[1, tokens]`."""
+    """Return the functions to time and their inputs: the first Linear of each shape with
+    `[tokens, in]`, and the whole model, named `name`, with int64 `[1, tokens]`."""
     functions = {}
     inputs = {}
     for module in find_layers(model).values():
@@ -113,7 +114,7 @@ def callables(
 def measure(
     functions: dict[str, Callable], inputs: Inputs, device: str, repeats: int
 ) -> dict[tuple[str, int], tuple[float, Tensor]]:
-    """(what, tokens) -> median seconds of a call, and its output."""
+    """Return (function's name, tokens) -> (median seconds of a call, its output)."""
 
     def calls(function: Callable, given: Tensor) -> None:
         for _ in range(CALLS):
@@ -138,8 +139,9 @@ def compare(
     depth: int | None,
     repeats: int,
 ) -> list[dict]:
-    """The table's rows of one dtype; depth: decoder layers, if not the shape's."""
-    common.free_memory(device)  # of the model of the dtype before
+    """Return the table's rows of one dtype. depth: number of decoder layers, None for the
+    shape's."""
+    common.free_memory(device)  # frees the model of the dtype before
     model = common.random_llama(shape, device, dtype, seed, depth)
     found = find_layers(model)
     apply_masks(found, common.magnitude_masks(model))

@@ -1,15 +1,15 @@
-"""The fused mask step against the naive one, on one layer and in a whole model: is the mask step
-cheap?
+"""Compares the fused mask step with the naive one, on one layer and in a whole model: is the mask
+step cheap?
 
     python bench/step.py [--quick] [--json FILE] [--device cuda]
     python bench/step.py --shape llama2-7b --device cuda        # the paper's model, random weights
 
 The paper names mask sampling as its bottleneck. One layer: update, resample and apply, naive and
-fused, and a copy of the same bytes, which is the least possible time: every logit, mask integer and
-weight is read and written once (bench/gpu.py has other patterns). Whole model: a forward pass of
-the sparse model, a training step (the forward pass with the fused mask step inside), and the naive
+fused, and a copy of the same bytes. The copy is a lower bound: every logit, mask integer and weight
+is read and written once (bench/gpu.py has other patterns). Whole model: a forward pass of the
+sparse model, a training step (the forward pass with the fused mask step inside), and the naive
 step. Last, the step of sparsify.py, which learns from gradients with distillation, on 8 x 128
-tokens; forward pass and step take turns there, so that both see the same pace of the machine.
+tokens. There, forward pass and step take turns, so that changes of the machine's speed affect both.
 """
 
 import argparse
@@ -36,26 +36,26 @@ Shape = tuple[int, int]  # [out, in]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument(
-        "--shape", choices=list(common.SHAPES), default=None, help="of the whole model"
+        "--shape", choices=list(common.SHAPES), default=None, help="shape of the whole model"
     )
     parser.add_argument(
         "--layer",
         type=int,
         nargs=2,
-        help="shape of the one layer: out in (default: 2048 5632, on a GPU 4096 11008, which no "
-        "cache holds)",
+        help="shape of the one layer: out in (default: 2048 5632, or on a GPU 4096 11008, which "
+        "exceeds its caches)",
     )
     return parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------------------
-# the naive mask step, the yardstick: each formula in PyTorch's own operations, logits and masks
-# `[blocks, 4]`
+# the naive mask step, for comparison: each formula in plain PyTorch operations, with logits and
+# masks `[blocks, 4]`
 
 
 def score(logits: Tensor, mask: Tensor) -> Tensor:
-    """d log p(mask) / d logits at 2:4, float32 `[blocks, 4]`; mask bool. In closed form, without
-    the 1e-8 terms of the authors' code.
+    """Return d log p(mask) / d logits at 2:4, float32 `[blocks, 4]`, in closed form, without the
+    1e-8 terms of the authors' code. mask: bool.
 
     u_i = [i in S] (1 + R p_i / q_i^2), q_i = sum_{j != i} p_j, R = 1 / (1/q_a + 1/q_b);  g = u - p
     sum(u).
@@ -68,18 +68,18 @@ def score(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def update(logits: Tensor, mask: Tensor, coefficient: float) -> None:
-    """pi <- pi - coefficient * score, in place."""
+    """Set pi <- pi - coefficient * score, in place."""
     logits -= coefficient * score(logits, mask)
 
 
 def resample(logits: Tensor, mask: Tensor) -> None:
-    """mask ~ p(pi), in place."""
+    """Draw mask ~ p(pi), in place."""
     kept = torch.multinomial(torch.softmax(logits, 1), 2)
     mask.zero_().scatter_(1, kept, True)
 
 
 def naive_s(shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> float:
-    """Seconds of the naive step on one layer whose float32 logits start at C = 10."""
+    """Return the seconds of the naive step on one layer whose float32 logits start at C = 10."""
     weight = torch.randn(shape, device=device, dtype=dtype)
     masked = torch.empty_like(weight)
     logits = torch.tensor([10.0, 10, 0, 0], device=device).repeat(weight.numel() // 4, 1)
@@ -105,7 +105,8 @@ def fused_times(
     device: str,
     repeats: int,
 ) -> tuple[float, float]:
-    """Median seconds of the compiled step on one layer, and of a copy of the same bytes."""
+    """Return the median seconds of the compiled step on one layer, and of a copy of the same
+    bytes."""
     blocks = shape[0] * shape[1] // m
     weight = torch.randn(shape[0] * shape[1], device=device, dtype=weight_dtype)
     out = torch.empty_like(weight)
@@ -130,7 +131,7 @@ def fused_times(
 def layer_rows(
     shape: Shape, dtypes: list[tuple[torch.dtype, torch.dtype]], device: str, repeats: int
 ) -> list[dict]:
-    """The table's rows of one layer, for each (dtype of the weights, of the logits)."""
+    """Return the table's rows of one layer, for each (weight dtype, logits dtype)."""
     rows = []
     for weight_dtype, logits_dtype in dtypes:
         ours_s, copy_s = fused_times(shape, 2, 4, weight_dtype, logits_dtype, device, repeats)
@@ -164,8 +165,9 @@ def model_rows(
     repeats: int,
     later: int,
 ) -> list[dict]:
-    """The table's rows of forward-only learning on so many sequences of 128 tokens. depth: decoder
-    layers, None for as many as the shape has. The training step is timed again `later` steps on."""
+    """Return the table's rows of forward-only learning on `sequences` sequences of 128 tokens.
+    depth: number of decoder layers, None for the shape's. The training step is timed again after
+    `later` steps."""
     model = common.random_llama(shape, device, dtype, seed, depth)
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (sequences, 128), device=device)
     masks = common.magnitude_masks(model)
@@ -192,7 +194,7 @@ def model_rows(
         training_step()
     late_s = common.median_s(training_step, device, repeats)
     with masked.use_dense():
-        # the machine may have changed its pace
+        # timed again, since the machine's speed may have changed
         forward_s = min(forward_s, common.median_s(forward, device, repeats))
     return [
         {
@@ -223,8 +225,8 @@ def model_rows(
 def sparsify_rows(
     shape: str, depth: int | None, dtype: torch.dtype, device: str, seed: int, repeats: int
 ) -> list[dict]:
-    """The rows of the step of sparsify.py, medians of steps; the forward pass is one of the dense
-    model."""
+    """Return the rows of the step of sparsify.py, with medians over steps. The forward pass is of
+    the dense model."""
     dense, model = (common.random_llama(shape, device, dtype, seed, depth) for _ in range(2))
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (8, 128), device=device)
     masked = MaskedModel(

@@ -1,5 +1,5 @@
-"""The methods of bench/rival_methods.py against formulas and brute force on a toy model; and the
-bench itself, tiny."""
+"""Tests the methods of bench/rival_methods.py against formulas and brute force on a toy model, and
+runs the bench itself on a tiny model."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ NORMS = {"inner": torch.tensor([1.0, 2.0, 0.5, 1.5])}
 
 class Toy(nn.Module):
     """Tokens -> 4 features -> one masked layer `[2, 4]`, tanh -> 4 predictions. The loss is far
-    from linear in it."""
+    from linear in the masked layer's weight."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,8 @@ class Toy(nn.Module):
 
 
 def gradient_at(weight):
-    """d loss / d weight of the toy's masked layer, by autograd through a model written out here."""
+    """Return d loss / d weight of the toy's masked layer, by autograd through a model written out
+    here."""
     model, weight = Toy(), weight.clone().requires_grad_()
     logits = model.head(torch.tanh(model.embed(BATCH) @ weight.T))[:, :-1]
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), BATCH[:, 1:].flatten())
@@ -56,7 +57,7 @@ def gradient_at(weight):
 
 
 def learned(kind, **further):
-    """A rival on the toy after one step that moves nothing."""
+    """Return a rival on the toy after one step with learning rate 0, and its parameters."""
     rival = kind(Toy(), MASKS, NORMS, 2, 4, lr=0.0, **further)
     rival.learn(BATCH, 0, 1)
     return rival, rival.parameters["inner"]
@@ -74,7 +75,7 @@ def test_a_score_moves_as_if_its_weight_were_kept():
 
 
 def test_distillation_has_the_dense_model_as_its_target():
-    """At the dense weights the gradient of the cross entropy with the model's own predictions is
+    """At the dense weights, the gradient of the cross entropy with the model's own predictions is
     0."""
     weight = learned(ProxSparse, strength=0.0, steps=1, distill=1.0)[1]
     assert weight.grad.abs().max() < 1e-6
@@ -86,7 +87,7 @@ def test_maskllm_starts_from_its_prior():
     model.inner = nn.Linear(4, 20000, bias=False)
     mask = torch.tensor([[True, False, True, False]]).expand(20000, 4)
     rival = MaskLLM(model, {"inner": mask}, {}, 2, 4, lr=0.1)
-    shared = (pge.patterns(2, 4) & mask[0]).sum(1)  # 2 of itself, 0 of its complement, else 1
+    shared = (pge.patterns(2, 4) & mask[0]).sum(1)  # 2 with itself, 0 with its complement, else 1
     logits = rival.parameters["inner"].detach()
     assert torch.allclose(logits.mean(1), 0.03 * (shared - 1), atol=4e-4)
     assert torch.allclose(logits.std(1), torch.full((6,), 0.01), atol=3e-4)
@@ -125,14 +126,14 @@ def test_masks_are_drawn_in_the_end_and_mixed_at_first(kind, logits, most_are_dr
 
 
 def inclusion(logits: torch.Tensor) -> torch.Tensor:
-    """P(i is one of two kept) of `[blocks, 4]` logits."""
+    """Return P(i is one of the two kept) for logits `[blocks, 4]`."""
     table = pge.patterns(2, 4)
     probs = pge.log_prob(logits.repeat_interleave(6, 0), table.repeat(len(logits), 1)).exp()
     return probs.view(-1, 6) @ table.float()
 
 
 def test_what_draws_without_replacement_keep():
-    """Also where logits are far apart: no weight counts twice."""
+    """No weight counts twice, even if logits are far apart."""
     rival = SUSI(Toy(), MASKS, NORMS, 2, 4, lr=0.1)
     keys = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(
         -1, 2, 1000

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, zero-shot accuracy, and a table of several models' records."""
+"""Evaluation: perplexity, zero-shot accuracy, and a table that compares several models."""

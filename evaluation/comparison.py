@@ -1,5 +1,5 @@
-"""Several models' records as one Markdown table. All numbers of a column were measured on the same
-tokens or items."""
+"""Renders several models' records as one Markdown table. All numbers in a column were measured on
+the same tokens or items."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,15 @@ from utils import as_user_error
 
 
 def percent(task: dict, metric: str) -> str:
-    """'56.40 ± 0.31', or '56.40' where a single item has no standard error."""
+    """Return a metric in percent: '56.40 ± 0.31', or '56.40' if there is no standard error, as for
+    a single item."""
     stderr = task[f"{metric}_stderr"]
     return f"{100 * task[metric]:.2f}" + (f" ± {100 * stderr:.2f}" if stderr is not None else "")
 
 
 def cells(record: dict) -> dict[tuple[int, str, str], str]:
-    """The numbers of a record: (group of columns, heading, fingerprint of the tokens or items) ->
-    cell."""
+    """Return the numbers of a record as (group of columns, heading, fingerprint of the tokens or
+    items) -> cell."""
     row = {}
     tasks = record.get("tasks", {})
     dtype = record["dtype"]
@@ -46,7 +47,8 @@ def cells(record: dict) -> dict[tuple[int, str, str], str]:
 
 
 def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, a line a row. A | or a line break inside a cell becomes / or a space."""
+    """Return a Markdown table, one line per row. Inside cells, | becomes / and line breaks become
+    spaces."""
     lines = [
         [" ".join(cell.replace("|", "/").split()) for cell in line]
         for line in (heading, ["---"] * len(heading), *rows)
@@ -55,11 +57,12 @@ def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
 
 
 def comparison(records: list[tuple[str, dict]]) -> str:
-    """A Markdown table with a row for each (name, record). A number has a column of its own unless
-    it was measured on the same tokens or items as another record's.
+    """Return a Markdown table with a row for each (name, record). Numbers share a column only if
+    they were measured on the same tokens or items.
 
-    A record has `sparsity_type` ("2:4" or None) and `density`; if there is a perplexity, those of
-    `eval.evaluate_text`; if there are tasks, `tasks` (name -> `run_harness`) and `mean_acc`.
+    A record has `sparsity_type` ("2:4" or None) and `density`. With a perplexity, it also has the
+    fields of `eval.evaluate_text`; with tasks, `tasks` (name -> a result of `run_harness`) and
+    `mean_acc`.
     """
     rows = [cells(record) for _, record in records]
     columns = sorted({key: None for row in rows for key in row}, key=lambda key: key[0])
@@ -76,15 +79,16 @@ def comparison(records: list[tuple[str, dict]]) -> str:
         ],
     )
     note = (
-        "\n\nCompare numbers within a column only: others are of other tokens, items or versions "
-        "of the harness."
+        "\n\nCompare numbers within a column only: different columns use different tokens, items "
+        "or versions of the harness."
     )
     return table if all(len(row) == len(columns) for row in rows) else table + note
 
 
 def read_evaluation(file: Path) -> tuple[str, dict]:
-    """Name and record of a JSON file of eval.py; UserError where it is none."""
+    """Return the name and the record of a JSON file of eval.py. Raises UserError if it is not
+    one."""
     with as_user_error(file, "give a record of eval.py"):
         record = json.loads(file.read_text(encoding="utf-8"))
-        comparison([("", record)])  # what it lacks shows here
+        comparison([("", record)])  # raises if a field is missing
     return str(file.with_suffix("")), record

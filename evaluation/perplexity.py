@@ -7,18 +7,18 @@ from utils import UserError, progress_bar
 
 from torch import Tensor, nn
 
-LARGEST = 700  # nats of a loss whose exp a float holds
+LARGEST = 700  # largest loss, in nats, whose exp fits a float
 
 
 def perplexity(nats: float) -> float:
-    """exp of a mean loss; inf where no float holds it."""
+    """Return exp(nats), of a mean loss in nats; inf if it exceeds the range of a float."""
     return math.exp(nats) if nats < LARGEST else math.inf
 
 
 def evaluate_windows(model: nn.Module, windows: Tensor, bos: int | None = None) -> dict[str, float]:
-    """`ppl`, the perplexity, and `nats`, the mean loss, over int64 `[windows, tokens]`.
+    """Return `ppl`, the perplexity, and `nats`, the mean loss, over int64 `[windows, tokens]`.
 
-    bos: a token to put before each window that does not begin with it. UserError where the
+    bos: a token to put before each window that does not begin with it. Raises UserError if the
     perplexity is not finite.
     """
     losses = [

@@ -1,17 +1,17 @@
-"""Zero-shot multiple choice by lm-evaluation-harness: which choice does the model find most likely
-after the context?
+"""Zero-shot multiple choice with lm-evaluation-harness: which choice does the model find most
+likely after the context?
 
 A task is one of the harness, given by name or as a YAML file, or a file with one JSON object per
 line:
 
     {"context": "Question: What do bees make?\nAnswer:", "choices": [" honey", " wool"], "gold": 0}
 
-A choice is appended to its context as it is, so it includes its leading space. Its score is the sum
-of the log probabilities of its tokens, each given all tokens before it, in float32:
+A choice is appended to its context unchanged, so it includes its leading space. Its score is the
+sum of the log probabilities of its tokens, each given all tokens before it, in float32:
 
     acc         the share of items whose gold choice has the highest score
-    acc_norm    the same with each score divided by the characters of its choice, without the
-                leading space if all choices of the file have one
+    acc_norm    the same with each score divided by the number of characters of its choice, without
+                the leading space if all choices of the file have one
     *_stderr    the sample standard deviation over the items / sqrt(items)
 """
 
@@ -31,23 +31,23 @@ from torch import nn
 
 
 def read_items(path: str) -> list[dict]:
-    """The items of a task file. UserError names the first wrong line."""
-    with as_user_error(f"--task_file {path}", "give a file of one JSON object a line"):
+    """Read the items of a task file. Raises UserError that names the first wrong line."""
+    with as_user_error(f"--task_file {path}", "give a file with one JSON object per line"):
         # splitlines() would split inside JSON strings
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         items = [
             _checked(line, number) for number, line in enumerate(lines, start=1) if line.strip()
         ]
         if not items:
-            raise UserError("it has no items; give a file of one JSON object a line")
+            raise UserError("it has no items; give a file with one JSON object per line")
     return items
 
 
 def _checked(line: str, number: int) -> dict:
-    """The item of a line; UserError where it is none."""
+    """Return the item of a line. Raises UserError if it is not one."""
     try:
         item = json.loads(line)
-        json.dumps(item, ensure_ascii=False).encode()  # half a surrogate pair is no character
+        json.dumps(item, ensure_ascii=False).encode()  # raises for lone surrogates
         choices = item["choices"]
         is_item = (
             isinstance(item["context"], str)
@@ -61,9 +61,9 @@ def _checked(line: str, number: int) -> dict:
         is_item = False
     if not is_item:
         raise UserError(
-            f"line {number} is no item: it needs a context, two or more choices that are not "
-            'blank, and as gold the index of one, such as {"context": "The sky is", "choices": '
-            '[" blue", " green"], "gold": 0}'
+            f"line {number} is not an item: it needs a context, two or more choices that are not "
+            'blank, and the index of the right one as gold, such as {"context": "The sky is", '
+            '"choices": [" blue", " green"], "gold": 0}'
         )
     return item
 
@@ -74,10 +74,10 @@ def _checked(line: str, number: int) -> dict:
 
 @functools.cache
 def _task_manager(with_tasks: bool):
-    """The harness's list of tasks: those that it comes with, of which it reads thousands of YAML
-    files for seconds, or none. UserError where lm_eval is missing."""
+    """Return the harness's task manager, with its own tasks, for which it reads thousands of YAML
+    files for seconds, or without. Raises UserError if lm_eval is missing or too old."""
     try:
-        from lm_eval.tasks.manager import TaskManager  # where it is since 0.4.12
+        from lm_eval.tasks.manager import TaskManager  # its place since 0.4.12
     except ImportError:
         raise UserError(
             "tasks need lm-evaluation-harness 0.4.12 or later: pip install 'lm_eval>=0.4.12,<0.5'"
@@ -87,14 +87,14 @@ def _task_manager(with_tasks: bool):
 
 
 def load_file(path: str) -> object:
-    """A task file as a task of the harness."""
+    """Return a task file as a task of the harness."""
     items = read_items(path)
     _ = _task_manager(with_tasks=False)
     from datasets import Dataset  # takes seconds, as the harness does
     from lm_eval.api.task import ConfigurableTask
 
     are_spaced = all(choice[0] == " " for item in items for choice in item["choices"])
-    # of spaces alone it has no token
+    # the harness cannot take a context of only spaces: it has no token
     rows = [
         {
             "context": item["context"] if item["context"].strip() else "",
@@ -122,10 +122,13 @@ def load_file(path: str) -> object:
 
 
 def load_harness(names: list[str]) -> dict:
-    """Task name -> lm_eval's task object with its data. names: tasks, tags or groups of tasks, or
-    YAML files, which may run code. UserError for an unknown name, data that cannot be loaded, a
-    task without acc or whose answers the model has to write, and where lm_eval is missing."""
-    found = {}
+    """Load tasks of the harness with their data; return task name -> lm_eval's task object.
+
+    names: tasks, tags or groups of tasks, or YAML files, which may run code. Raises UserError if a
+    name is unknown, data cannot be loaded, a task has no acc or has the model write its answers, or
+    lm_eval is missing.
+    """
+    tasks = {}
     if names:
         hub.answers()
     for name in names:
@@ -137,26 +140,26 @@ def load_harness(names: list[str]) -> dict:
             )
         advice = "check the network, since its data come from the Hub, or use --task_file"
         with as_user_error(f"--tasks {name}", advice):
-            found |= manager.load([name])["tasks"]
-    for name, task in found.items():
+            tasks |= manager.load([name])["tasks"]
+    for name, task in tasks.items():
         if "acc" not in task.aggregation():
             raise UserError(
-                f"--tasks {name} has no acc but {', '.join(task.aggregation())}; leave it out"
+                f"--tasks {name} has no acc, only {', '.join(task.aggregation())}; leave it out"
             )
         if task.OUTPUT_TYPE == "generate_until":
             raise UserError(
                 f"--tasks {name} has the model write its answers, which eval.py does not score; "
                 "leave it out"
             )
-    return found
+    return tasks
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """UserError for one that the harness cannot use."""
+    """Raise UserError if the harness cannot use the tokenizer: it has neither BOS nor EOS."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(
-            "the tokenizer has no token that begins or ends a text, one of which the harness "
-            "needs: leave out --tasks and --task_file"
+            "the tokenizer has no token that begins or ends a text, and the harness needs one: "
+            "leave out --tasks and --task_file"
         )
 
 
@@ -168,17 +171,19 @@ def run_harness(
     limit: int | None = None,
     bos: bool = True,
 ) -> dict[str, dict]:
-    """Task name -> acc, acc_norm where the task has it, their standard errors (None for a single
-    item), `items` (how many), and `source` (the harness's version, or the fingerprint of a file).
+    """Run tasks, zero-shot, and return task name -> acc, acc_norm if the task has it, their
+    standard errors (None for a single item), `items` (their number), and `source` (the harness's
+    version, or the fingerprint of a file).
 
-    tasks: name -> task of `load_harness` or `load_file`. bos False: prompts without BOS, lm_eval's
-    default before 0.4.9.2. A text longer than the model's positions loses its first tokens.
-    UserError for what the harness cannot score, and for scores that are not finite.
+    tasks: name -> task of `load_harness` or `load_file`. limit: the number of first items to use
+    per task; None means all. bos: False leaves BOS out of prompts, lm_eval's default before
+    0.4.9.2. A text longer than the model's positions loses its first tokens. Raises UserError if
+    the harness cannot score an item, or if a score is not finite.
     """
     import lm_eval
 
     try:
-        told = lm_eval.simple_evaluate(
+        output = lm_eval.simple_evaluate(
             model=_harness_model(model, tokenizer, batchsize, bos),
             tasks=list(tasks.values()),
             num_fewshot=0,
@@ -187,12 +192,12 @@ def run_harness(
         )
     except AssertionError as error:
         raise UserError(
-            f"{', '.join(tasks)}: a choice has no token of its own, or more than the model's "
-            f"positions ({error})"
+            f"{', '.join(tasks)}: a choice has no token of its own, or more tokens than the model "
+            f"has positions ({error})"
         )
     results = {}
     for name, task in tasks.items():
-        samples = told["samples"][name]
+        samples = output["samples"][name]
         scores = [score for sample in samples for score, _ in sample["filtered_resps"]]
         if not all(map(math.isfinite, scores)):
             raise UserError(
@@ -204,25 +209,25 @@ def run_harness(
             content = json.dumps(list(task.dataset["test"])[:limit]).encode()
             source = f"file {hashlib.sha256(content).hexdigest()[:16]}"
         results[name] = {
-            **_accuracies(told["results"][name]),
-            "items": told["n-samples"][name]["effective"],
+            **_accuracies(output["results"][name]),
+            "items": output["n-samples"][name]["effective"],
             "source": source if bos else f"{source}, no BOS",
         }
     return results
 
 
 def _harness_model(model: nn.Module, tokenizer: Tokenizer, batchsize: int, bos: bool) -> object:
-    """The model as the harness takes it."""
+    """Return the model wrapped for the harness."""
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
         def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **names
+            self, string: str, add_special_tokens: bool | None = None, **kwargs
         ) -> list[int]:
-            """Without an appended end-of-text token: the harness cuts tokens(context + choice) at
-            len(tokens(context)), which would count it and leave the choice's first token
-            unscored."""
-            tokens = super().tok_encode(string, add_special_tokens, **names)
+            """Encode a text without an appended end-of-text token. The harness cuts
+            tokens(context + choice) at len(tokens(context)); an end-of-text token there would leave
+            the choice's first token unscored."""
+            tokens = super().tok_encode(string, add_special_tokens, **kwargs)
             if add_special_tokens is False or not bos:
                 return tokens
             return data.without_end(tokenizer, tokens)
@@ -236,9 +241,9 @@ def _harness_model(model: nn.Module, tokenizer: Tokenizer, batchsize: int, bos: 
     )
 
 
-def _accuracies(told: dict) -> dict[str, float | None]:
-    """The harness's "acc,none" as acc, and so on."""
-    numbers = {key.partition(",")[0]: value for key, value in told.items()}
+def _accuracies(metrics: dict) -> dict[str, float | None]:
+    """Return the harness's "acc,none" as acc, and so on for the other metrics."""
+    numbers = {key.partition(",")[0]: value for key, value in metrics.items()}
     return {
         key: None if numbers[key] == "N/A" else float(numbers[key])
         for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")

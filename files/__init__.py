@@ -1,1 +1,1 @@
-"""Bytes on disk: written whole or not at all, checked when read."""
+"""Files on disk: written completely or not at all, and checked when read."""

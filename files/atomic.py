@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, synced and renamed."""
+"""Atomic writes: a file is written under a temporary name, synced and renamed."""
 
 import errno
 import os
@@ -13,27 +13,27 @@ from safetensors import SafetensorError
 
 
 def refuse_existing(path: str | Path, remedy: str) -> Path:
-    """The path, where nothing is there yet and its folder can be written to; UserError with the
-    remedy else."""
+    """Return the path. Raises UserError, which ends with `remedy`, if it exists already or its
+    folder cannot be written to."""
     path = Path(path)
     if os.path.lexists(path):
         raise UserError(f"{path} exists already; {remedy}")
-    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(
-            f"{path} cannot be written: {above} is not a folder that can be written to; {remedy}"
+            f"{path} cannot be written: {nearest} is not a folder that can be written to; {remedy}"
         )
     return path
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A path to write a file or folder at; only when the block ends well is it synced and takes its
-    real name.
+    """Yield a temporary path to write a file or folder to. When the block ends without an error, it
+    is synced and renamed to `path`.
 
-    Whatever interrupts, `path` is either as it was or whole. What a killed process left beside it
-    is removed first, so that there may be one writer of a path at a time. UserError where the disk
-    is full or cannot be written to.
+    Whatever interrupts, `path` is either as before or complete. The temporary path is removed
+    first, in case a killed process left it, so only one process may write a path at a time. Raises
+    UserError if the disk is full or cannot be written to.
     """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp")
@@ -43,11 +43,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield tmp
         umask = os.umask(0)
         os.umask(umask)
-        for written in [*tmp.rglob("*"), tmp]:
-            if written.is_file():  # safetensors writes files that only their owner can read
-                with suppress(OSError):  # some mounts have no permissions
-                    written.chmod(0o666 & ~umask)
-            sync(written)
+        for entry in [*tmp.rglob("*"), tmp]:
+            if entry.is_file():  # safetensors writes files that only the owner can read
+                with suppress(OSError):  # some mounts do not support permissions
+                    entry.chmod(0o666 & ~umask)
+            sync(entry)
         os.replace(tmp, path)
         sync(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
@@ -59,15 +59,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or a folder's list of names, before anything else is done."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a mount that has no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the mount has no fsync
             raise
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Tensors in a .safetensors file whose metadata have a format, a version and a checksum of all the
-rest."""
+"""Tensors in a .safetensors file whose metadata hold a format, a version and a checksum of all
+else."""
 
 import hashlib
 import json
@@ -14,23 +14,23 @@ from torch import Tensor
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write them to a temporary path, such as `atomic_write` gives."""
+    """Write tensors and metadata to a temporary path, such as one of `atomic_write`."""
     save_file(tensors, path, metadata | {"checksum": _digest(metadata, tensors)})
 
 
 def load(
     path: Path, kind: str, versions: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file of this format, in one of these versions; raises an error
-    where it is another or damaged."""
-    # it checks the header's offsets and shapes against the file's size
+    """Read tensors and metadata from a file of format `kind` in one of these versions. Raises
+    UserError for another format or version, other errors if the file is damaged."""
+    # safe_open checks the header's offsets and shapes against the file's size
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         names = file.keys()
         if metadata.get("format") != kind or metadata.get("version") not in versions:
             raise UserError(
-                f"is no {kind} of version {' or '.join(versions)}: give one that this version can "
-                "read"
+                f"is not a {kind} file of version {' or '.join(versions)}: give one that this "
+                "version of MaskPro can read"
             )
         tensors = {name: file.get_tensor(name) for name in names}
     if metadata.pop("checksum") != _digest(metadata, tensors):

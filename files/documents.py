@@ -1,18 +1,18 @@
 """The documents of a dataset, one string each. A dataset is one of
 
-    allenai/c4                   its first training shard, en/c4-train.00000-of-01024.json.gz, as
+    allenai/c4                   its first training shard, en/c4-train.00000-of-01024.json.gz, which
                                  the paper uses
     name or name:config          any other hub id, split train
-    file.jsonl                   or .json, .jsonl.gz, .json.gz, .parquet: one document a row
+    file.jsonl                   or .json, .jsonl.gz, .json.gz, .parquet: one document per row
     file.txt                     documents are paragraphs, separated by blank lines
-    folder/                      what datasets' save_to_disk wrote, or such files, read in sorted
+    folder/                      output of save_to_disk of datasets, or such files, read in sorted
                                  order
 
-A document is the string in column `text`, or else in the only column of strings. Of a question, as
-in eval.py's --task_file, {"context": ..., "choices": [...], "gold": 0}, the right choice makes a
-document, put behind the context as evaluation puts it; where none is said to be right, every choice
-does. Hub ids are streamed, not kept: they need the network every time. What a user can mend is
-raised as UserError, a one-line message.
+A document is the string in column `text`, or in the only column of strings. A row may also be a
+question, as in eval.py's --task_file: {"context": ..., "choices": [...], "gold": 0}. Its document
+is the context followed by the right choice, joined as evaluation joins them; without "gold", every
+choice makes a document. Hub ids are streamed, not stored: they need the network every time. Errors
+that a user can mend are raised as UserError, with a message of one line.
 """
 
 import gzip
@@ -27,7 +27,7 @@ from utils import UserError, as_user_error, note
 from pyarrow import parquet
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
-SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in its folder
+SAVED = ("state.json", "dataset_dict.json")  # files by which a folder of save_to_disk is known
 C4_TRAIN = {
     "path": "allenai/c4",
     "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
@@ -38,11 +38,10 @@ ACCESS = "check its spelling, your access to it and the network, or give a local
 
 
 def documents(dataset: str) -> Iterator[str]:
-    """Yield the documents of a dataset (see the top of this file) in file order, reading only as
-    far as asked.
+    """Yield the documents of a dataset (see the top of this file) in file order, reading lazily.
 
-    Errors, once reading starts: UserError for no such path or hub id, no network, no text column, a
-    malformed file.
+    Raises UserError, once reading starts, if there is no such path or hub id, no network or no text
+    column, or if a file is malformed.
     """
     if not _is_local(dataset):
         yield from hub_texts(dataset, **_hub_arguments(dataset))
@@ -53,7 +52,7 @@ def documents(dataset: str) -> Iterator[str]:
 
 
 def are_questions(dataset: str) -> bool:
-    """Whether the first row of a dataset is a question. Errors as those of `documents`."""
+    """Return whether the first row of a dataset is a question. Raises the errors of `documents`."""
     is_local = _is_local(dataset)
     source, advice = (_files(Path(dataset))[0], INTACT) if is_local else (dataset, ACCESS)
     with as_user_error(f"dataset {source}", advice):
@@ -62,24 +61,24 @@ def are_questions(dataset: str) -> bool:
 
 
 def hub_texts(dataset: str, **arguments) -> Iterator[str]:
-    """The texts of what datasets.load_dataset gives for these arguments, as they are read; dataset:
-    its name in messages."""
+    """Yield the documents that datasets.load_dataset streams for these arguments. dataset: the name
+    in messages."""
     with as_user_error(f"dataset {dataset}", ACCESS):
         yield from _texts(_hub_rows(**arguments))
 
 
 def _hub_rows(**arguments) -> Iterable[dict]:
     hub.answers()
-    import datasets  # takes a second, which a local file need not wait for
+    import datasets  # takes a second, which local files are spared
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises anyway
-    # one shard is not all that a card lists
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also raises what it logs
+    # a single shard fails the checks against the dataset's card
     return datasets.load_dataset(**arguments, verification_mode="no_checks", streaming=True)
 
 
 def check_paths(files: Iterable[str | None], texts: Iterable[str | None] = ()) -> None:
-    """UserError naming all of these files that are not there, before anything is loaded; texts may
-    be hub ids."""
+    """Raise UserError with the names of all files that do not exist, before anything is loaded.
+    texts may also be hub ids."""
     missing = [name for name in files if name and not Path(name).expanduser().exists()]
     missing += [name for name in texts if name and _is_local(name) and not Path(name).exists()]
     if missing:
@@ -104,8 +103,8 @@ def _hub_arguments(dataset: str) -> dict:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or those of a folder that can be read, sorted by name; what save_to_disk
-    wrote counts as one."""
+    """Return the path itself or, for a folder, its files of known types, sorted by name. A folder
+    of save_to_disk counts as one file."""
     if not path.exists():
         raise UserError(f"dataset {path}: no such file or folder, check the path")
     if any((path / mark).is_file() for mark in SAVED):
@@ -123,7 +122,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _rows(file: Path) -> Iterator[dict]:
-    """The rows of a file; a paragraph of a .txt is one."""
+    """Yield the rows of a file; in a .txt, a row is a paragraph."""
     if file.is_dir():
         import datasets
 
@@ -139,11 +138,11 @@ def _rows(file: Path) -> Iterator[dict]:
                 yield from batch.to_pylist()
     else:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-            first = lines.readline()
-            if first.lstrip().startswith(b"["):  # one array of them
-                yield from json.loads(first + lines.read())
+            first_line = lines.readline()
+            if first_line.lstrip().startswith(b"["):  # the file is one array of rows
+                yield from json.loads(first_line + lines.read())
                 return
-            for number, line in enumerate(itertools.chain([first], lines), 1):
+            for number, line in enumerate(itertools.chain([first_line], lines), 1):
                 if line.strip():
                     yield _parsed(line, number)
 
@@ -156,8 +155,8 @@ def _parsed(line: bytes, number: int) -> dict:
 
 
 def _texts(rows: Iterable[dict]) -> Iterator[str]:
-    """The text of each row, where a missing one counts as empty; of a question, its context with a
-    choice."""
+    """Yield the documents of the rows. A missing text counts as empty; a question gives its context
+    with a choice."""
     column = None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -166,7 +165,7 @@ def _texts(rows: Iterable[dict]) -> Iterator[str]:
             choices = row["choices"]
             gold = row.get("gold")
             if gold is not None and gold not in range(len(choices)):
-                raise ValueError(f"gold is {gold} where there are {len(choices)} choices")
+                raise ValueError(f"gold is {gold}, but there are {len(choices)} choices")
             texts = [
                 row["context"] + choice for choice in (choices if gold is None else [choices[gold]])
             ]
@@ -182,7 +181,7 @@ def _texts(rows: Iterable[dict]) -> Iterator[str]:
         for text in texts:
             if not isinstance(text, str):
                 raise ValueError(f"row {number} has no string where its document should be")
-            text.encode()  # half a surrogate pair, which JSON can spell, no tokenizer takes
+            text.encode()  # raises for lone surrogates, which JSON can hold but no tokenizer takes
             yield text
 
 

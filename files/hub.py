@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, asked once whether it is there: its libraries retry each file for half a
+"""Checks once whether the Hugging Face Hub answers: its libraries would retry each file for half a
 minute."""
 
 from functools import lru_cache
@@ -11,13 +11,13 @@ PATIENCE_S = 5
 
 @lru_cache
 def answers() -> bool:
-    """Whether the Hub answers; True if it is not to be asked. If it does not, its libraries use
-    their cache alone from here on, as with HF_HUB_OFFLINE=1."""
+    """Return whether the Hub answers; True, without asking, if HF_HUB_OFFLINE=1. If it does not
+    answer, its libraries use only their cache from here on, as with HF_HUB_OFFLINE=1."""
     if constants.HF_HUB_OFFLINE:
         return True
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE_S)
-    except Exception:  # of requests, httpx or whatever the library uses
+    except Exception:  # from requests, httpx or another library
         constants.HF_HUB_OFFLINE = True
         return False
     return True

@@ -1,12 +1,12 @@
-"""Mask files: three formats, strictly verified whenever they are read.
+"""Mask files: three formats, strictly verified on every read.
 
-    NAME.safetensors   ours, packed; its metadata hold N:M, model, fingerprint, shapes and a
-                       checksum
+    NAME.safetensors   this project's: packed; the metadata hold N:M, model, fingerprint, shapes and
+                       a checksum
     NAME               the MaskPro authors': a folder of `<module>.pt`, one bool tensor each
     NAME.npz           MaskLLM's: `<module>.weight.mask`, np.packbits of the flattened mask
 
-A file that is damaged or of another kind raises UserError with its name and what is wrong. No
-pickle runs.
+A file that is damaged or of another kind raises UserError with its name and the reason. No pickled
+code is run.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
 
 class PackedMasks(UserDict):
-    """Masks that take a bit a weight or less: each is unpacked, a byte a weight, when it is asked
-    for."""
+    """Masks stored in at most one bit per weight. Looking one up unpacks it, to one byte per
+    weight."""
 
     def __init__(self, packed: dict[str, Tensor], shapes: Shapes, n: int, m: int):
         self.data = {name: (packed[name], shape, n, m) for name, shape in shapes.items()}
@@ -46,7 +46,7 @@ class PackedMasks(UserDict):
 
 
 def shapes_of(masks: Masks) -> Shapes:
-    """The shape of each mask; a packed one is not unpacked for it."""
+    """Return the shape of each mask, without unpacking packed ones."""
     if isinstance(masks, PackedMasks):
         return {name: shape for name, (_, shape, _, _) in masks.data.items()}
     return {name: tuple(mask.shape) for name, mask in masks.items()}
@@ -54,8 +54,8 @@ def shapes_of(masks: Masks) -> Shapes:
 
 @dataclass
 class MaskFile:
-    """Masks (name -> bool [out, in]) with their N:M and the model that they are of, '' where that
-    is not known."""
+    """Masks (name -> bool [out, in]) with their N:M and their model's name and fingerprint, each ''
+    if unknown."""
 
     masks: Masks
     n: int
@@ -65,13 +65,13 @@ class MaskFile:
 
 
 def public_name(model: str) -> str:
-    """A hub id as it is; of a local folder its name."""
+    """Return a hub id unchanged and, for a local folder, only the folder's name."""
     path = Path(model).expanduser()
     return path.resolve().name if model and (path.exists() or path.is_absolute()) else model
 
 
 def fingerprint(masks: Masks) -> str:
-    """16 hex digits that change with any bit, name or shape of the masks."""
+    """Return 16 hex digits that change with any bit, name or shape of the masks."""
     digest = hashlib.sha256()
     for name in sorted(masks):
         mask = masks[name]
@@ -81,7 +81,7 @@ def fingerprint(masks: Masks) -> str:
 
 
 def _fault(masks: Masks, n: int, m: int) -> str | None:
-    """What is wrong with the first layer that is no strict N:M mask; None where all are."""
+    """Return what is wrong with the first mask that is not strictly N:M, or None if all are."""
     for name, mask in masks.items():
         if "/" in name or mask.dtype != torch.bool or mask.dim() != 2:
             return (
@@ -102,11 +102,12 @@ def _fault(masks: Masks, n: int, m: int) -> str | None:
 def save(
     path: str | Path, masks: Masks, n: int, m: int, model: str = "", fingerprint: str = ""
 ) -> None:
-    """Write masks (name -> bool [out, in], strictly N:M) to `path`, in the format that its name
-    asks for (see above).
+    """Write masks (name -> bool [out, in], strictly N:M) to `path`, in the format that its suffix
+    stands for (see above).
 
-    model, fingerprint: kept in a .safetensors only; of a model's folder its name alone. UserError:
-    `path` exists or cannot be written, or a layer (named) is not N:M.
+    model, fingerprint: stored in a .safetensors only; if model is a local folder, only its name is
+    stored. Raises UserError if `path` exists or cannot be written, or if a mask is not N:M (names
+    the layer).
     """
     path = refuse_existing(path, "choose another name or remove it")
     masks = {name: mask.cpu() for name, mask in masks.items()}
@@ -136,8 +137,8 @@ def save(
         else:
             tmp.mkdir()
             for name, mask in masks.items():
-                buffer = io.BytesIO()  # torch.save itself would report a full disk as RuntimeError
-                # not a view's storage
+                buffer = io.BytesIO()  # torch.save to a file reports a full disk as RuntimeError
+                # a clone, because the storage of a view may be larger
                 torch.save(mask.clone(memory_format=torch.contiguous_format), buffer)
                 (tmp / f"{name}.pt").write_bytes(buffer.getbuffer())
 
@@ -149,42 +150,43 @@ def save(
 def load(
     path: str | Path, pattern: tuple[int, int] | None = None, shapes: Shapes | None = None
 ) -> MaskFile:
-    """Read a mask file of any of the three formats, or a run's, into a `MaskFile`, every block
-    verified to keep exactly N of M.
+    """Read a mask file of any of the three formats, or the mask of a run's folder, and verify that
+    every block keeps exactly N of M.
 
-    pattern: the wanted (N, M); None: the file's own (.safetensors) or 2:4, for the other formats do
-    not say theirs. shapes: name -> (out, in) of the model's layers, for .npz, which holds none.
-    That the layers are those of a model is for the caller to check. UserError: no such file,
-    damaged, not strictly N:M (names the layer), another N:M.
+    pattern: the expected (N, M); None means the file's own for a .safetensors, and 2:4 for the
+    other formats, which do not store theirs. shapes: name -> (out, in) of the model's layers,
+    needed for .npz, which stores none. The caller has to check that the layers are those of a
+    model. Raises UserError if the file is missing, damaged, not strictly N:M (names the layer) or
+    of another N:M.
     """
     path = of_run(path, "mask.safetensors")
     n, m = pattern or (2, 4)
     with as_user_error(path, ANEW):
         if (path / "run.json").is_file():
-            raise UserError("the run has no mask yet: let it finish, or go on with it by --resume")
+            raise UserError("the run has no mask yet: let it finish, or continue it with --resume")
         if path.is_dir():
-            found = MaskFile(_read_folder(path), n, m)
+            mask_file = MaskFile(_read_folder(path), n, m)
         elif path.is_file() and path.suffix == ".npz":
-            found = MaskFile(_read_npz(path, shapes), n, m)
+            mask_file = MaskFile(_read_npz(path, shapes), n, m)
         elif path.is_file() and path.suffix == ".safetensors":
-            found = _read_safetensors(path)
+            mask_file = _read_safetensors(path)
         else:
             raise UserError(
                 "no such mask (.safetensors, .npz or a folder of .pt files); get_mask.py makes one"
             )
-        if not found.masks:
-            raise UserError("holds no masks")
-        if pattern and pattern != (found.n, found.m):
+        if not mask_file.masks:
+            raise UserError("it holds no masks")
+        if pattern and pattern != (mask_file.n, mask_file.m):
             raise UserError(
-                f"its masks are {found.n}:{found.m}, not {pattern[0]}:{pattern[1]} as asked: "
-                "change one of them"
+                f"its masks are {mask_file.n}:{mask_file.m}, not {pattern[0]}:{pattern[1]} as "
+                "asked: change one of them"
             )
-        if fault := _fault(found.masks, found.n, found.m):
+        if fault := _fault(mask_file.masks, mask_file.n, mask_file.m):
             raise UserError(
-                f"{fault}; if the masks are of another N:M, give --sparsity_type, or convert them "
-                "first, with get_mask.py --convert"
+                f"{fault}; if the masks have another N:M, give --sparsity_type, or first convert "
+                "them with get_mask.py --convert"
             )
-        return found
+        return mask_file
 
 
 def _read_safetensors(path: Path) -> MaskFile:
@@ -201,17 +203,17 @@ def _read_folder(path: Path) -> Masks:
     for file in sorted(path.glob("*.pt")):
         with as_user_error(file.name, ANEW):
             with zipfile.ZipFile(file) as archive:
-                flaw = archive.testzip()  # torch.load does not check the CRC-32
-            mask = None if flaw else torch.load(file, map_location="cpu", weights_only=True)
+                damaged = archive.testzip()  # torch.load does not check the CRC-32
+            mask = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(mask, Tensor):
-                raise ValueError(f"{flaw} is damaged" if flaw else "it is no tensor")
+                raise ValueError(f"{damaged} is damaged" if damaged else "it is not a tensor")
         masks[file.stem] = mask
     return masks
 
 
 def _read_npz(path: Path, shapes: Shapes | None) -> Masks:
     if shapes is None:
-        raise UserError("an .npz does not hold the shapes of its masks: give its --model as well")
+        raise UserError("an .npz does not store the shapes of its masks: give its --model as well")
     masks = {}
     with np.load(path, allow_pickle=False) as archive:
         for key, bits in archive.items():
@@ -220,7 +222,7 @@ def _read_npz(path: Path, shapes: Shapes | None) -> Masks:
                 raise UserError(f"layer {name!r} is not one of the model's")
             weights = prod(shapes[name])
             if bits.dtype != np.uint8 or bits.shape != (-(-weights // 8),):
-                raise UserError(f"layer {name} is not the bits of a mask {[*shapes[name]]}")
+                raise UserError(f"layer {name} does not hold the bits of a mask {[*shapes[name]]}")
             masks[name] = torch.from_numpy(np.unpackbits(bits, count=weights).view(bool)).view(
                 *shapes[name]
             )

@@ -1,8 +1,9 @@
-"""Permutation files: the order into which a model's channels were brought, one small .safetensors.
+"""Permutation files: the new order of a model's channels, in a small .safetensors.
 
-The tensors are the orders, set of channels -> int32 `[groups, size]`: which channel of its group
-comes to each place. The metadata hold these names, which the checksum is of as well, the model's
-name (of a folder its name alone), and its fingerprint before it was reordered.
+The tensors are the orders, set of channels -> int32 `[groups, size]`: for each position, the
+channel of its group that moves there. The metadata hold the names of the sets, the model's name
+(only the last part of a folder's path) and its fingerprint before reordering. The checksum covers
+them too.
 """
 
 import json
@@ -19,8 +20,8 @@ KIND = "maskpro-permutation"
 
 
 def save(path: str | Path, orders: dict[str, Tensor], model: str, model_fingerprint: str) -> None:
-    """Write the orders, integers `[groups, size]`, of a model to a temporary path, such as
-    `atomic_write` gives."""
+    """Write a model's orders, integers `[groups, size]`, to a temporary path, such as one of
+    `atomic_write`."""
     packed = {name: order.cpu().to(torch.int32).contiguous() for name, order in orders.items()}
     checked_tensors.save(
         path,
@@ -36,8 +37,8 @@ def save(path: str | Path, orders: dict[str, Tensor], model: str, model_fingerpr
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], str, str]:
-    """Orders, int64 `[groups, size]`, model and model_fingerprint of a file whose checksum is
-    right. UserError if it is missing, damaged or of another format."""
+    """Read (orders, model, model_fingerprint) from a file and verify its checksum; orders are int64
+    `[groups, size]`. Raises UserError if it is missing, damaged or of another format."""
     with as_user_error(
         path, "give the NAME.permutation.safetensors that permute.py wrote, or restore it"
     ):

@@ -1,2 +1,2 @@
-"""A causal language model as it is used: loaded, looked into, run, and spread over devices and
+"""Causal language models: loading, finding layers, running, and spreading over devices and
 processes."""

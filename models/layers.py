@@ -1,8 +1,8 @@
 """A model's maskable layers.
 
-Blocks run along the input dimension. nn.Linear keeps its weight as `[out, in]`; GPT-2's Conv1D
-keeps `[in, out]` and is seen transposed. Only whole-model forwards are used, so any decoder works
-whose projections are such modules.
+Blocks run along the input dimension. nn.Linear stores its weight as `[out, in]`; GPT-2's Conv1D
+stores `[in, out]` and is viewed transposed. Masks need only whole-model forwards, so any decoder
+works if its projections are such modules.
 """
 
 import re
@@ -12,9 +12,9 @@ from utils import UserError
 
 from torch import Tensor, nn
 
-# names of what stays dense: the output head, routers of experts, which are nn.Linear before
-# transformers 5, Mamba's dt_proj, whose weight is used without calling the module, and parts that
-# read images and sound, which no text reaches
+# names of layers that stay dense: the output head; routers of experts, which are nn.Linear before
+# transformers 5; Mamba's dt_proj, whose weight is used without calling the module; encoders of
+# images and sound, which text does not reach
 DENSE = re.compile(
     r"lm_head|(^|\.)(gate|router|shared_expert_gate|dt_proj)(\.|$)"
     r"|(^|\.)(embed_)?(vision|image|audio|multi_modal)"
@@ -22,22 +22,22 @@ DENSE = re.compile(
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is kept as `[in, out]`."""
+    """Return whether the weight is stored as `[in, out]`."""
     return type(module).__name__ == "Conv1D"
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight as `[out, in]`, a view."""
+    """Return a view of the weight as `[out, in]`."""
     weight = module.weight.data
     return weight.T if is_transposed(module) else weight
 
 
 def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Module]:
-    """Name -> module of every nn.Linear and Conv1D that does not stay dense (DENSE, heads), in
-    model order.
+    """Return name -> module of every nn.Linear and Conv1D, in model order, except those that stay
+    dense: names that match DENSE, the output head, and a weight shared with the input embedding.
 
-    `targets` keep the layers whose name contains one of them; a target that no name contains is a
-    regular expression. UserError for a target that matches nothing.
+    With `targets`, only layers whose name contains one of them are returned; a target that no name
+    contains is searched as a regular expression. Raises UserError if a target matches nothing.
     """
     head = model.get_output_embeddings()
     layers = {
@@ -52,23 +52,26 @@ def find_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str,
         return layers
     chosen = set()
     for target in targets:
-        found = [name for name in layers if target in name]
-        if not found:
+        matches = [name for name in layers if target in name]
+        if not matches:
             with suppress(re.error):
-                found = [name for name in layers if re.search(target, name)]
-        if not found:
+                matches = [name for name in layers if re.search(target, name)]
+        if not matches:
             raise UserError(
                 f"--targets {target} matches no layer; names look like "
                 f"{', '.join(list(layers)[:3])}"
             )
-        chosen.update(found)
+        chosen.update(matches)
     return {name: module for name, module in layers.items() if name in chosen}
 
 
 def layers_to_mask(model: nn.Module, targets: list[str] | None, m: int) -> dict[str, nn.Module]:
-    """`find_layers`, each of which can be masked in blocks of M. UserError for one that cannot, for
-    two that share a weight, and where there are no targets for fused experts, which would be left
-    out in silence."""
+    """Return the layers of `find_layers`, checked that all can be masked in blocks of M.
+
+    Raises UserError if M does not divide a layer's inputs, if two layers share a weight, if there
+    are no layers, and if the model has fused experts but no targets are given: the experts would
+    silently stay dense.
+    """
     layers = find_layers(model, targets)
     experts = [
         (name, tuple(p.shape))
@@ -101,7 +104,7 @@ def layers_to_mask(model: nn.Module, targets: list[str] | None, m: int) -> dict[
 
 
 def check_divisible(layers: dict[str, nn.Module], m: int) -> None:
-    """UserError unless M divides the in_features of every layer."""
+    """Raise UserError unless M divides the in_features of every layer."""
     for name, module in layers.items():
         width = weight_matrix(module).shape[1]
         if width % m:
@@ -112,7 +115,7 @@ def check_divisible(layers: dict[str, nn.Module], m: int) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The members of the outermost lists of modules."""
+    """Return the modules of the outermost nn.ModuleLists, such as a decoder's layers, in order."""
     lists = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     }

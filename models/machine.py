@@ -1,5 +1,5 @@
-"""The machine that a script runs on: its devices, what dtype they are fast at, memory, seeds, and
-what records say."""
+"""The machine that a script runs on: devices, their fast dtypes, memory, seeds, and the environment
+that run records store."""
 
 import ctypes
 import os
@@ -20,17 +20,18 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def default_device() -> str:
-    """A GPU if there is one; of several processes each takes its own."""
+    """Return a GPU if there is one, otherwise "cpu". Each of several processes gets its own GPU."""
     if not torch.cuda.is_available():
         return "cpu"
     if "LOCAL_RANK" not in os.environ:
         return "cuda"
-    # each may see its own GPU alone
+    # a process may see only its own GPU
     return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
 def checked_device(device: str | None = None) -> str:
-    """The device itself, or the default one; UserError where it cannot be used."""
+    """Return the device, or the default one for None and "auto". Raises UserError if it cannot be
+    used."""
     device = default_device() if device in (None, "auto") else device
     try:
         torch.empty(0, device=device)
@@ -43,15 +44,16 @@ def checked_device(device: str | None = None) -> str:
 
 
 def dtype_name(dtype: str | None, device: str) -> str:
-    """What a --dtype stands for on a device: a name of DTYPES, or checkpoint. None: auto on a CPU,
-    float16 on a GPU."""
+    """Return the dtype that a --dtype means on a device: a name of DTYPES, or "checkpoint". None
+    means auto on a CPU, float16 on a GPU."""
     if dtype is None and not device.startswith("cpu"):
         return "float16"
     return str(fast_dtype(device)).removeprefix("torch.") if dtype in (None, "auto") else dtype
 
 
 def fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the hardware is fast at it; elsewhere float32 on a CPU, float16 on a GPU."""
+    """Return bfloat16 if the hardware is fast at it, otherwise float32 on a CPU and float16 on a
+    GPU."""
     if device.startswith("cuda"):
         with torch.cuda.device(device):
             return (
@@ -69,9 +71,11 @@ def fast_dtype(device: str) -> torch.dtype:
 
 
 def reuse_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors: to give it back after each large one costs a CPU
-    run two fifths of its time, in page faults. Takes some more memory; does nothing where there is
-    no glibc."""
+    """Have glibc keep the memory of freed tensors instead of returning it to the system.
+
+    Returning it after each large tensor costs a CPU run two fifths of its time, in page faults.
+    Keeping it takes some more memory. Does nothing without glibc.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -82,33 +86,36 @@ def reuse_freed_memory() -> None:
 
 
 def set_seed(seed: int, deterministic: bool = False) -> None:
-    """Of Python's and torch's generators. deterministic: have a GPU use algorithms that give the
-    same bits every time, where it has them, from here on; to be called before it is used."""
+    """Seed Python's and torch's random generators.
+
+    deterministic: from here on, have a GPU use algorithms that give the same bits every time, if it
+    has them. Call this before the GPU is used.
+    """
     random.seed(seed)
     torch.manual_seed(seed)
     if deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # which costs time and changes no result
+        # filling costs time and changes no result
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def commit() -> str:
-    """Of this code as it is now, or unknown."""
+    """Return the commit of this code, with "-dirty" if it was changed since, or "unknown"."""
     try:
-        found = subprocess.run(
+        description = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
             capture_output=True,
             text=True,
             check=False,
         ).stdout.strip()
-    except OSError:  # there is no git
-        found = ""
-    return found or "unknown"
+    except OSError:  # git is not installed
+        description = ""
+    return description or "unknown"
 
 
 def environment(device: str | torch.device | None = None) -> dict:
-    """Versions, commit and the hardware of a device, for run records and benches."""
+    """Return versions, commit and a device's hardware, for run records and benches."""
     return {
         "version": VERSION,
         "commit": commit(),
@@ -120,7 +127,7 @@ def environment(device: str | torch.device | None = None) -> dict:
 
 
 def hardware(device: str | torch.device | None = None) -> str:
-    """One line: the card, or the processor and the threads used."""
+    """Return the name of the GPU, or of the processor with the number of threads, in one line."""
     device = torch.device(checked_device(device))
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -144,16 +151,19 @@ def hardware(device: str | torch.device | None = None) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has used since its start or `reset_peak_memory`: allocated on
-    its GPUs or, where it uses none, resident (0: not known)."""
+    """Return the peak memory of this process, in bytes, since its start or `reset_peak_memory`.
+
+    It is the memory allocated on all its GPUs or, if it uses none, its resident memory; 0 if
+    unknown.
+    """
     if allocated := sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))):
         return allocated
-    found = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text() if STATUS.exists() else "")
-    return 1024 * int(found[1]) if found else 0
+    match = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text() if STATUS.exists() else "")
+    return 1024 * int(match[1]) if match else 0
 
 
 def reset_peak_memory() -> None:
-    """Count the peaks from here on, where the system can."""
+    """Restart the measurement of peak memory, if the system supports it."""
     for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         torch.cuda.reset_peak_memory_stats(gpu)
     with suppress(OSError):

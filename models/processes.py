@@ -1,18 +1,17 @@
-"""Several processes that learn one mask: what they exchange, and that they stay the same.
+"""Several processes that learn one mask: what they exchange and how they stay identical.
 
     torchrun --nproc_per_node 4 train.py ...
     accelerate launch --num_processes 4 train.py ...     # on GPUs
 
-Forward-only learning needs a few numbers a process and step: its losses, its baseline, the time.
-From these every process computes the same advantages and moves its own copy of all logits alike, to
-the bit: masks are drawn by numbers that any process can compute again. sparsify.py averages each
-layer's gradient over the processes while backward goes on. With --shard a process has its part of
-each layer's rows only (sharding.py).
+Forward-only learning exchanges a few numbers per process and step: losses, baseline, time. From
+these every process computes the same advantages and updates its own copy of all logits, identical
+to the bit: any process can recompute the random numbers that draw the masks. sparsify.py averages
+each layer's gradient over the processes while backward continues. With --shard, a process has only
+its part of each layer's rows (sharding.py).
 
-torchrun or accelerate starts the processes; they talk through torch.distributed, whose state this
-module is a view of: without a launcher a process is alone, number 0 of 1. Numbers go by gloo, which
-notices a process that has gone and says so, where nccl would abort this one; tensors on GPUs go by
-nccl.
+torchrun or accelerate starts the processes. This module reads its state from torch.distributed;
+without a launcher, a process is rank 0 of 1. Numbers are sent by gloo, which reports a process that
+has ended, whereas nccl would abort the others. Tensors on GPUs are sent by nccl.
 """
 
 import atexit
@@ -30,20 +29,22 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
-# a process that does not answer for so long has gone; some compile for many minutes
+# a process that does not answer for this long counts as lost; some compile for many minutes
 TIMEOUT = timedelta(minutes=30)
-# for the main process to fetch a model, generate text or write a state
+# the main process may take this long to download a model, generate text or write a state
 FETCHING = timedelta(hours=12)
 
-# patient: of all processes, with FETCHING as its timeout
+# patient: the group of all processes with FETCHING as its timeout
 _groups: dict[str, distributed.ProcessGroup] = {}
 
 
 @contextmanager
 def joined(device: str | None) -> Iterator[str | None]:
-    """Inside, this process is one of those that the launcher has started, if one did. Yields the
-    device it is to use: `device` itself where it is alone. A process that has gone or hangs is
-    reported by one line."""
+    """Join the processes of the launcher, if there is one, for the duration of the block.
+
+    Yields the device that this process has to use: `device` itself if it is alone. Raises UserError
+    for device "auto" with several processes, and if another process is lost or hangs.
+    """
     if started() == 1:
         yield device
         return
@@ -53,26 +54,26 @@ def joined(device: str | None) -> Iterator[str | None]:
         )
     with _reported():
         yield _begin(on_cpu=not torch.cuda.is_available() or str(device).startswith("cpu"))
-    wait_for_main()  # no process is the last that writes
+    wait_for_main()  # the main process may still be writing
     distributed.destroy_process_group()
-    # torch's threads abort one process in twenty while C++ is torn down, and the launcher would
-    # call the run failed
+    # torch's threads abort one process in twenty during C++ teardown, and the launcher would report
+    # the run as failed
     atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(0)))
 
 
 def _begin(on_cpu: bool) -> str:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = torch.cuda.device_count()
-    if not on_cpu and 1 < gpus < here:  # where one is seen, each may see its own
+    if not on_cpu and 1 < gpus < local_processes:  # if gpus is 1, each process may see its own
         raise UserError(
-            f"{here} processes were started on a machine of {gpus} GPUs: start at most one for "
-            "each GPU"
+            f"{local_processes} processes were started on a machine with {gpus} GPUs: start at "
+            "most one per GPU"
         )
     state = PartialState(
         cpu=on_cpu, timeout=TIMEOUT, **({} if on_cpu else {"backend": "cpu:gloo,cuda:nccl"})
     )
     _groups["patient"] = distributed.new_group(timeout=FETCHING, backend="gloo")
-    # cpu:0 would be another device than cpu, to which everything is copied
+    # everything is copied to "cpu", and "cpu:0" would count as a different device
     return "cpu" if state.device.type == "cpu" else str(state.device)
 
 
@@ -83,35 +84,35 @@ def _reported() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
-        said = str(error).strip().splitlines()  # of nccl the last line has the reason
+        lines = str(error).strip().splitlines()  # nccl gives the reason in the last
         raise UserError(
-            f"process {rank()} has lost another, which has ended, hangs or uses the same GPU "
-            f"({'; '.join(line[:160] for line in dict.fromkeys((said[0], said[-1])))})"
+            f"process {rank()} lost another process, which has ended, hangs or uses the same GPU "
+            f"({'; '.join(line[:160] for line in dict.fromkeys((lines[0], lines[-1])))})"
         ) from error
 
 
 def started() -> int:
-    """How many processes the launcher has started, joined or not; 1 without one."""
+    """Return how many processes the launcher started, joined or not; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return the number of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes that have joined; 1 without a launcher."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Return whether this is the main process, which writes files and messages."""
     return rank() == 0
 
 
 def log(message: str) -> None:
-    """To stderr, once however many processes there are."""
+    """Print a message to stderr, once for all processes."""
     note(message)
 
 
@@ -121,7 +122,8 @@ def log(message: str) -> None:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Inside, the main process goes first, as long as it takes; all leave together."""
+    """Let the main process run the block first, however long it takes, then the others; all leave
+    it together."""
     if not is_main():
         wait_for_main()
     yield
@@ -131,14 +133,14 @@ def main_process_first() -> Iterator[None]:
 
 
 def wait_for_main() -> None:
-    """The others wait for the main process, however long it is writing; it waits TIMEOUT for them,
-    as they have nothing else to do."""
+    """Have the other processes wait for the main one, up to FETCHING, for instance while it writes.
+    The main process waits only TIMEOUT for them, since they do nothing else."""
     if world_size() > 1:
         distributed.monitored_barrier(_groups["patient"], TIMEOUT if is_main() else FETCHING)
 
 
 def wait_for_all() -> None:
-    """Wait for all processes, however long each takes."""
+    """Wait until all processes arrive, each up to FETCHING."""
     if world_size() > 1:
         distributed.barrier(_groups["patient"])
 
@@ -148,55 +150,57 @@ def wait_for_all() -> None:
 
 
 def split(items: Sequence | Tensor) -> Sequence | Tensor:
-    """This process's part of a sequence that all of them have: the parts follow one another in
-    their order."""
+    """Return this process's part of a sequence that all processes have. The parts are contiguous,
+    in the order of the processes."""
     return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
 
 
 def all_gather(values: list[float]) -> list[list[float]]:
-    """The numbers of all processes, in their order; each gives as many, float64."""
+    """Return the values of all processes, in their order, as float64. Every process has to give
+    equally many."""
     if world_size() == 1:
         return [values]
-    mine = torch.tensor(values, dtype=torch.float64)
-    everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    distributed.all_gather(everyone, mine)
-    return [numbers.tolist() for numbers in everyone]
+    own_values = torch.tensor(values, dtype=torch.float64)
+    gathered = [torch.empty_like(own_values) for _ in range(world_size())]
+    distributed.all_gather(gathered, own_values)
+    return [numbers.tolist() for numbers in gathered]
 
 
 def broadcast_float(value: float) -> float:
-    """The main process's value, such as a time, in all processes."""
+    """Return the main process's value, such as a time, in all processes."""
     return all_gather([value])[0][0]
 
 
 def mean(values: list[float]) -> float:
-    """The mean of all numbers of all processes, which may give different numbers of them. It is
-    rounded once, so that it does not depend on who gives which."""
+    """Return the mean of the values of all processes, which may give different numbers of values.
+    The mean is rounded once, so it does not depend on which process gives which value."""
     counts = [int(count) for (count,) in all_gather([len(values)])]
-    found = all_gather([*values, *[0.0] * (max(counts) - len(values))])
-    return fmean([value for numbers, count in zip(found, counts) for value in numbers[:count]])
+    gathered = all_gather([*values, *[0.0] * (max(counts) - len(values))])
+    return fmean([value for numbers, count in zip(gathered, counts) for value in numbers[:count]])
 
 
 def check_same(text: str, what: str) -> None:
-    """UserError unless this text is the same in all processes."""
+    """Raise UserError unless this text is the same in all processes. what: its name in the
+    message."""
     digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # 48 bits are exact in float64
-    found = all_gather([float(digest)])
-    odd = [str(number) for number, values in enumerate(found) if values != found[0]]
-    if odd:
+    digests = all_gather([float(digest)])
+    differing = [str(number) for number, values in enumerate(digests) if values != digests[0]]
+    if differing:
         raise UserError(
-            f"{what} of process {', '.join(odd)} differ from those of process 0; start all "
+            f"{what} of process {', '.join(differing)} differ from those of process 0; start all "
             "processes with the same files, flags, library versions and kind of device"
         )
 
 
 def broadcast_(tensor: Tensor) -> None:
-    """Make a contiguous tensor the main process's in all processes, in place."""
+    """Copy the main process's values of a contiguous tensor to all processes, in place."""
     if world_size() > 1:
         distributed.broadcast(tensor.view(torch.uint8), 0)
 
 
 def all_reduce_mean_async(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to form a tensor's mean over the processes, in place; call what is returned to wait for
-    it and have it."""
+    """Start to average a tensor over the processes, in place. Return a function that waits for the
+    result and returns it."""
     tensor /= world_size()
     work = distributed.all_reduce(tensor, async_op=True)
 

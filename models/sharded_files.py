@@ -1,5 +1,5 @@
-"""A sharded model, loaded. transformers reads the files, in the main process, which alone has the
-whole model."""
+"""Loads a sharded model: transformers reads the files in the main process, the only one that holds
+the whole model."""
 
 from models import processes
 from models.loading import (
@@ -23,33 +23,32 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 def load_sharded(
     model: str, dtype: str | None, device: str, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Tokenizer]:
-    """The frozen causal LM of this folder or hub id, in eval mode, its projections shared out to
-    all processes, and its tokenizer. UserError if it cannot be had so.
+    """Load a causal LM, frozen and in eval mode, with its projections sharded over all processes,
+    and its tokenizer from a folder or hub id. Raises UserError if it cannot be loaded or sharded.
 
-    The main process holds the whole model in its host memory meanwhile, and sends a tensor at a
-    time.
+    The main process holds the whole model in host memory meanwhile, and sends one tensor at a time.
     """
     check_version()
     source = local_folder(model)
-    loaded = None
-    with processes.main_process_first():  # the main one may have to fetch it
+    whole_model = None
+    with processes.main_process_first():  # which may have to download the model
         if processes.is_main():
-            loaded, _ = read_model(model, dtype, device, trust_remote_code)
+            whole_model, _ = read_model(model, dtype, device, trust_remote_code)
         with as_model_error(model):
             tokenizer = read_tokenizer(source, trust_remote_code)
             config = read_config(source, trust_remote_code)
-    dtypes = [loaded and loaded.dtype]
+    dtypes = [whole_model and whole_model.dtype]
     distributed.broadcast_object_list(dtypes)
-    # no file has rotary frequencies
+    # buffers get values here: the files do not store rotary frequencies
     with as_model_error(model), init_empty_weights(include_buffers=False):
-        found = transformers.AutoModelForCausalLM.from_config(
+        sharded = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, **{DTYPE: dtypes[0]}
         )
-    found.tie_weights()
-    shard(found, torch.device(device), processes.world_size())
+    sharded.tie_weights()
+    shard(sharded, torch.device(device), processes.world_size())
     set_model_state_dict(
-        found,
-        loaded.state_dict() if loaded else {},
+        sharded,
+        whole_model.state_dict() if whole_model else {},
         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
     )
-    return found.eval(), tokenizer
+    return sharded.eval(), tokenizer

@@ -1,11 +1,11 @@
-"""A model's layers sharded over all processes by PyTorch's FSDP2
+"""Shards a model's layers over all processes with PyTorch's FSDP2
 (torch.distributed.fsdp.fully_shard).
 
-Each process keeps a chunk of the rows of every projection. FSDP gathers a decoder layer when a pass
-reaches it, and drops it afterwards. FSDP asks a tensor subclass what to send: `MaskedRows` computes
-the masked rows of its own chunk at that moment. So only masked weights are sent, and only the
-process that owns a row needs its logits. Every process has all embeddings, norms, biases and the
-head.
+Each process stores a chunk of the rows of every projection. FSDP gathers a decoder layer when a
+pass reaches it, and frees it afterwards. FSDP asks a tensor subclass what to send: `MaskedRows`
+computes the masked rows of its own chunk at that moment. So only masked weights are sent, and only
+the process that owns a row needs its logits. Every process has all embeddings, norms, biases and
+the head.
 """
 
 import inspect
@@ -20,17 +20,17 @@ from torch import Tensor, distributed, nn
 from torch.distributed import device_mesh, fsdp
 from torch.distributed.tensor import DTensor, Shard
 
-# torch 2.13; before it, gradients of experts that some processes' text does not reach would be
-# mixed with others
+# since torch 2.13; in earlier versions, if the text of some processes does not reach an expert, its
+# gradients are mixed with others
 REDUCES_UNUSED = hasattr(fsdp.FSDPModule, "set_reduce_scatter_unused_params")
 
 
 def check_version() -> None:
-    """UserError where torch's FSDP is too old."""
+    """Raise UserError if torch's FSDP is too old."""
     if "ignored_params" not in inspect.signature(fsdp.fully_shard).parameters:
         raise UserError(
-            f"--shard needs torch 2.8 or newer, this is {torch.__version__}: install it, or leave "
-            "--shard out"
+            f"--shard needs torch 2.8 or newer and this is {torch.__version__}: install a newer "
+            "one, or leave --shard out"
         )
 
 
@@ -38,27 +38,29 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     """Shard the projections of a model on the meta device over all processes, and allocate its
     tensors on `device`.
 
-    Parameters have no values yet. UserError for GPT-2, whose layers have outputs as columns.
+    The parameters have no values yet. Raises UserError for layers of type Conv1D (GPT-2), whose
+    outputs are columns.
     """
     if any(map(is_transposed, model.modules())):
         raise UserError(
-            "--shard shares out rows of nn.Linear, and this model has Conv1D: leave --shard out"
+            "--shard splits nn.Linear by rows, and this model has Conv1D: leave --shard out"
         )
     model.requires_grad_(False)
     projections = find_layers(model).values()
     layers = decoder_layers(model)
     weights = {module.weight for module in projections}
     inside = {part for layer in layers for part in layer.modules()}
-    how = {
+    options = {
         "mesh": device_mesh.init_device_mesh(device.type, (processes,)),
         "reshard_after_forward": True,
         "ignored_params": {
             parameter for parameter in model.parameters() if parameter not in weights
         },
     }
-    # what is outside of the decoder's layers by itself: swaps call a part of the model
+    # projections outside of the decoder's layers are sharded one by one, because swaps call only
+    # parts of the model
     for module in [*layers, *(module for module in projections if module not in inside), model]:
-        fsdp.fully_shard(module, **how)
+        fsdp.fully_shard(module, **options)
         if REDUCES_UNUSED:
             module.set_reduce_scatter_unused_params(True)
     model._apply(
@@ -70,45 +72,44 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
 
 
 def most_rows(tensor: DTensor) -> int:
-    """How many rows of a tensor a process has: FSDP shares them out by torch.chunk, the last may
-    have fewer, or none.
-    """
+    """Return the largest number of rows of a tensor that a process has. FSDP splits rows as
+    torch.chunk does, so the last processes may have fewer, or none."""
     return -(-tensor.shape[0] // tensor.device_mesh.size())
 
 
 def own_rows(tensor: Tensor) -> tuple[int, int]:
-    """The rows of a tensor that this process has, from `begin` to `end`; all of them, unless it is
-    a DTensor."""
+    """Return the range of rows, (begin, end), that this process has of a tensor: all of them unless
+    it is a DTensor."""
     count = tensor.shape[0]
     if not isinstance(tensor, DTensor):
         return 0, count
-    most = most_rows(tensor)
+    rows_per_process = most_rows(tensor)
     rank = tensor.device_mesh.get_local_rank()
-    return min(count, most * rank), min(count, most * (rank + 1))
+    return min(count, rows_per_process * rank), min(count, rows_per_process * (rank + 1))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself. A DTensor is gathered from all processes, which have to call this at the
-    same time.
+    """Return the whole tensor: a DTensor is gathered from all processes, which have to call this at
+    the same time; any other tensor is returned as it is.
 
-    Without DTensor.full_tensor, whose asynchronous collectives have crashed a process under gloo
+    DTensor.full_tensor is not used: its asynchronous collectives have crashed a process under gloo
     (torch 2.13).
     """
     if not isinstance(tensor, DTensor):
         return tensor
     part = tensor.to_local().detach()
     mesh = tensor.device_mesh
-    sent = part.new_zeros(most_rows(tensor), *part.shape[1:])
-    sent[: len(part)] = part
-    everyone = part.new_empty(mesh.size(), *sent.shape)
-    distributed.all_gather(list(everyone), sent, group=mesh.get_group())
-    return everyone.flatten(0, 1)[: tensor.shape[0]]
+    padded = part.new_zeros(most_rows(tensor), *part.shape[1:])
+    padded[: len(part)] = part
+    gathered = part.new_empty(mesh.size(), *padded.shape)
+    distributed.all_gather(list(gathered), padded, group=mesh.get_group())
+    return gathered.flatten(0, 1)[: tensor.shape[0]]
 
 
 @dataclass
 class Rows:
-    """Which rows of a layer's weight this process has: from `begin` to `end` of `count`, all where
-    `mesh` is None."""
+    """The rows of a layer's weight that this process has: `begin` to `end` of `count`. It has all
+    rows if `mesh` is None."""
 
     count: int
     begin: int
@@ -117,7 +118,7 @@ class Rows:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Rows":
-        """Those of a layer's weight."""
+        """Return the rows that this process has of a layer's weight."""
         weight = weight_matrix(module)
         return cls(
             weight.shape[0],
@@ -126,12 +127,12 @@ class Rows:
         )
 
     def own(self, matrix: Tensor) -> Tensor:
-        """This process's part of a tensor of all rows `[count, ...]`."""
+        """Return this process's part of a tensor with all rows, `[count, ...]`."""
         return matrix[self.begin : self.end]
 
     def shard(self, part: Tensor, width: int) -> Tensor:
-        """This process's part of a tensor, 1-D with `width` elements a row, as a DTensor `[count,
-        width]`; the part itself where the layer is not sharded."""
+        """Return this process's part of a tensor, 1-D with `width` elements per row, as a DTensor
+        `[count, width]`, or unchanged if the layer is not sharded."""
         if self.mesh is None:
             return part
         return DTensor.from_local(
@@ -144,22 +145,21 @@ class Rows:
         )
 
     def whole(self, part: Tensor, width: int) -> Tensor:
-        """All rows, 1-D, from the parts of all processes, which have to call this at the same
-        time."""
+        """Return all rows, 1-D, gathered from the parts of all processes, which have to call this
+        at the same time."""
         return whole(self.shard(part, width)).view(-1)
 
 
 def own_weight(module: nn.Module) -> Tensor:
-    """This process's rows of a layer's weight, `[rows, in]`, as they are kept."""
+    """Return this process's rows of a layer's weight, `[rows, in]`, without a copy."""
     weight = weight_matrix(module)
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class MaskedRows(Tensor):
-    """A process's rows of a weight, `[rows, in]`. FSDP gathers what `fill` writes instead of these
-    rows.
+    """A process's rows of a weight, `[rows, in]`, for which FSDP gathers the output of `fill`.
 
-    fill(out): writes the masked rows to a 1-D buffer of rows * in elements; called before each
+    fill(out) writes the masked rows to a 1-D buffer of rows * in elements. It is called before each
     gathering.
     """
 
@@ -167,15 +167,15 @@ class MaskedRows(Tensor):
 
     @classmethod
     def attach(cls, module: nn.Module, fill: Callable[[Tensor], None]) -> None:
-        """Make the layer's own rows a MaskedRows of the same memory; before the model's first
-        pass."""
+        """Replace this process's rows of the layer by a MaskedRows on the same memory. Call this
+        before the model's first pass."""
         weight = module.weight
         rows = Tensor._make_subclass(cls, weight.to_local())
         rows.fill = fill
         rows.most = most_rows(weight)
-        # no public way: DTensor.from_local takes a view, which is a plain tensor
+        # there is no public way: DTensor.from_local makes a view, which is a plain tensor
         weight._local_tensor = rows
-        weight.requires_grad_()  # FSDP decides in the first pass which gradients it reduces
+        weight.requires_grad_()  # the first pass decides which gradients FSDP reduces
 
     def fsdp_pre_all_gather(
         self,
@@ -185,7 +185,7 @@ class MaskedRows(Tensor):
         module: nn.Module,
         mp_policy: object,
     ) -> tuple:
-        """What is sent: the masked rows, padded to as many as the first process has."""
+        """Return what FSDP sends: the masked rows, padded to as many as the first process has."""
         out = torch.empty(self.most, self.shape[1], dtype=self.dtype, device=self.device)
         out[len(self) :] = 0
         if len(self):
@@ -200,5 +200,5 @@ class MaskedRows(Tensor):
         *,
         out: Tensor | None = None,
     ) -> tuple | None:
-        """The weight that the pass uses: the rows of all processes, one after another."""
+        """Return the weight that the pass uses: the rows of all processes, one after another."""
         return None if out is not None else (outputs[0], ())

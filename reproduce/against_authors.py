@@ -1,37 +1,38 @@
-"""Compare this project with the authors' scripts: the same model, mask and text, and a Markdown
-table of what differs.
+"""Compares this project with the authors' scripts on the same model, mask and text, and prints a
+Markdown table of the differences.
 
     git clone https://github.com/woodenchild95/Maskpro authors
     # the commit of the record
     git -C authors checkout 51255269ae3a5a0518d20b1dd897549e065d47b5
-    # leaves the text, demo/train.jsonl
+    # writes the text, demo/train.jsonl
     make demo DEMO_FLAGS=--quick
-    # as on record: 12 minutes on 2 cores
+    # the command of the record: 12 minutes on 2 cores
     python reproduce/against_authors.py --authors authors --seqlen 64
 
-The authors' get_mask.py, inference_loss.py and train.py run from the clone as they are, each in a
-process of its own. Only what they import is patched there, since they are bound to a GPU, a hub and
-an older transformers: the model and text that are loaded, float32 on the CPU, one worker, AdamW
-(imported, never used), and the seed. Ours run beside them:
+The authors' get_mask.py, inference_loss.py and train.py run unchanged from the clone, each in a
+separate process. Only their imports are patched, since they need a GPU, a hub and an older
+transformers: the loaded model and text, float32 on the CPU, one worker, AdamW (imported, never
+used), and the seed. Our scripts run next to them. The rows compare:
 
-    mask       of the sparse model that prune.py makes (Wanda, 2:4): the same weights are kept
-    baseline   f(m0 * w, minibatch) of each minibatch: the same to 1e-6 nats
-    score      of masks that the authors' train.py has drawn, from how it then moved the logits:
-               (logits before - after) / (lr * A), against pge.score; A: pge.Estimator of the losses
-               on record
-    loss       of the sampled masks, in each quarter of the run: the difference of the means over
-               seeds, in units of the standard deviation that seeds give; the limit is a t-test's,
-               1% for these rows together. The quarters are not independent, and three seeds are too
-               few to know the deviation by: six are run
-    changed    blocks that the final mask has otherwise than m0, compared in the same way
+    mask       the mask of the sparse model that prune.py makes (Wanda, 2:4): the same weights must
+               be kept
+    baseline   f(m0 * w, minibatch) of each minibatch: equal to 1e-6 nats
+    score      the score of masks that the authors' train.py draws, computed from its update of the
+               logits, (logits before - after) / (lr * A), with pge.score. A is computed from the
+               recorded losses by pge.Estimator.
+    loss       the loss of the sampled masks in each quarter of the run: the difference of the means
+               over seeds, in units of the standard deviation over seeds. The limit is that of a
+               t-test, 1% for these rows together. The quarters are not independent, and three seeds
+               are too few to estimate the deviation: six are run.
+    changed    the share of blocks in which the final mask differs from m0, compared in the same way
 
-The score is judged where no weight of a block has more than 0.9 of the probability. Saturated
-blocks have a row of their own, not judged: the authors add 1e-8 to denominators, which biases their
-score there; pge.score is exact.
+The score is judged only in blocks where no weight has more than 0.9 of the probability. Saturated
+blocks have a separate row, which is not judged: the authors add 1e-8 to denominators, which biases
+their score there; pge.score is exact.
 
-Without --model a byte-level Llama of 0.13 M weights is trained on the text first, for a minute or
-two. Minibatches have 32 sequences: with fewer the authors' scripts divide by zero, with more they
-pair losses with the wrong baselines. Exit code 1 where a row differs that should not.
+Without --model, a byte-level Llama with 0.13 M weights is first trained on the text, for a minute
+or two. Minibatches have 32 sequences: with fewer, the authors' scripts divide by zero; with more,
+they pair losses with the wrong baselines. The exit code is 1 if a row differs that should not.
 """
 
 import argparse
@@ -69,13 +70,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-BATCHSIZE = 32  # the only one that the authors' scripts take
-STEPS = 400  # that a model is trained for, where none is given
+BATCHSIZE = 32  # the only batch size that the authors' scripts support
+STEPS = 400  # training steps of the model, if none is given
 RECORDED = 8  # steps of the authors' run whose logits and masks are kept
-SATURATED = 0.9  # of a block's probability on one item
-# runs a side -> |t|, two-sided, 1% in 5 rows
+SATURATED = 0.9  # probability of one weight above which its block counts as saturated
+# runs per side -> limit of |t|, two-sided, 1% for 5 rows together
 CRITICAL_T = {2: 22.33, 3: 7.17, 4: 5.21, 5: 4.50, 6: 4.14, 8: 3.79}
-POINTS = 60  # of a curve in the record
+POINTS = 60  # of each curve in the record
 HEADING = ["what", "theirs", "ours", "difference", "wanted", "verdict"]
 
 
@@ -88,20 +89,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--model", default=None, help="folder of a small causal LM (default: one is trained)"
     )
     parser.add_argument(
-        "--dataset", default="demo/train.jsonl", help='text, a line {"text": ...} a document'
+        "--dataset", default="demo/train.jsonl", help='text, one {"text": ...} per line'
     )
     parser.add_argument(
-        "--dataset_size", type=positive_int, default=512, help="documents: a multiple of 32"
+        "--dataset_size", type=positive_int, default=512, help="documents, a multiple of 32"
     )
-    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens of each")
+    parser.add_argument("--seqlen", type=sequence_length, default=128, help="tokens per document")
     parser.add_argument(
-        "--epoch", type=positive_int, default=63, help="passes through the minibatches"
+        "--epoch", type=positive_int, default=63, help="passes over the minibatches"
     )
-    parser.add_argument("--lr", type=float, default=10.0, help="eta")
-    parser.add_argument("--logits", type=float, default=5.0, help="C")
-    parser.add_argument(
-        "--seeds", type=int, choices=CRITICAL_T, default=6, help="runs on each side"
-    )
+    parser.add_argument("--lr", type=float, default=10.0, help="learning rate eta")
+    parser.add_argument("--logits", type=float, default=5.0, help="initial logits C")
+    parser.add_argument("--seeds", type=int, choices=CRITICAL_T, default=6, help="runs per side")
     parser.add_argument(
         "--record", help="JSON file to write, such as reproduce/records/against_authors.json"
     )
@@ -131,7 +130,8 @@ def authors_git(folder: str, *command: str) -> str:
 
 
 def make_model(dataset: str, out: Path) -> Path:
-    """A byte-level Llama, trained on the text for STEPS minibatches of 32 x 128 bytes."""
+    """Train a byte-level Llama on STEPS minibatches of 32 x 128 bytes of the text; save it to
+    `out` and return `out`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
@@ -172,7 +172,7 @@ def make_model(dataset: str, out: Path) -> Path:
 
 
 def run(name: str, command: list, folder: Path) -> None:
-    """Run a script from a folder and wait for it; UserError with its last line if it fails."""
+    """Run a script in a folder and wait for it. Raises UserError with its last line if it fails."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=folder,
@@ -187,7 +187,7 @@ def run(name: str, command: list, folder: Path) -> None:
 
 
 def ours(folder: Path, *script: object) -> None:
-    """One of our scripts."""
+    """Run one of our scripts."""
     run(script[0], [ROOT / script[0], *script[1:]], folder)
 
 
@@ -198,7 +198,7 @@ def theirs(
     seed: int = 0,
     recorded: Sequence[int] = (),
 ) -> None:
-    """One of the authors' scripts."""
+    """Run one of the authors' scripts. recorded: the steps whose logits and masks are kept."""
     for name in ("initial_mask", "learned_mask", "results"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     told = {
@@ -217,8 +217,8 @@ def theirs(
 
 
 def run_both(args: argparse.Namespace, work: Path, recorded: Sequence[int]) -> tuple[Path, Path]:
-    """Everything that is compared, in two folders, of theirs and of ours: masks, baselines, and a
-    run a seed."""
+    """Run all that is compared: masks, baselines, and one run per seed on each side. Return the
+    folders of the authors' results and of ours."""
     where = ["--model", Path(args.model).resolve(), "--dtype", "float32", "--device", "cpu"]
     data = [
         "--dataset",
@@ -291,7 +291,7 @@ def losses_of_theirs(run: Path) -> np.ndarray:
 def exact_row(
     what: str, left: object, right: object, difference: float, most: float | None
 ) -> list[str]:
-    """A row of numbers that should agree to `most`, None: that are only shown."""
+    """Return a row of numbers that should agree to `most`, or are only shown if `most` is None."""
     wanted, verdict = (
         ("", "shown")
         if most is None
@@ -301,9 +301,9 @@ def exact_row(
 
 
 def seeds_row(what: str, left: list[float], right: list[float]) -> list[str]:
-    """A row of one number a seed on each side: a t-test, in units of the standard deviation of a
-    run."""
-    # to which the same masks' losses agree
+    """Return a row that compares one number per seed on each side by a t-test, in units of the
+    standard deviation of a run."""
+    # at least 1e-6, to which the losses of equal masks agree
     spread = max(math.sqrt((stdev(left) ** 2 + stdev(right) ** 2) / 2), 1e-6)
     apart = fmean(right) - fmean(left)
     most = CRITICAL_T[len(left)] * math.sqrt(2 / len(left))
@@ -318,8 +318,8 @@ def seeds_row(what: str, left: list[float], right: list[float]) -> list[str]:
 
 
 def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
-    """The authors' score at the recorded steps, each of which follows on one that is recorded
-    too."""
+    """Return the rows that compare the authors' score, at recorded steps whose next step is
+    recorded too."""
     steps: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for step, logits, mask in torch.load(run / "steps.pt"):
         steps.setdefault(step, []).append((logits.view(-1, 4), mask.view(-1, 4)))
@@ -333,10 +333,10 @@ def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
     pairs = sorted(
         (step for step in steps if step + 1 in steps), key=lambda step: abs(advantages[step])
     )
-    pairs = pairs[len(pairs) // 2 :]  # those that moved the logits most, which float32 rounds
+    pairs = pairs[len(pairs) // 2 :]  # the largest moves, which suffer least from float32 rounding
     for step in pairs:
         for (before, mask), (after, _) in zip(steps[step], steps[step + 1]):
-            # that of step + 1, counted from 1
+            # steps count from 1 and advantages from 0, so this is the advantage of step + 1
             found = (before.double() - after.double()) / (lr * advantages[step])
             exact = score(before.double(), mask)
             saturated = before.double().softmax(1).amax(1) > SATURATED
@@ -361,7 +361,7 @@ def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
 def compare(
     args: argparse.Namespace, a: Path, b: Path
 ) -> tuple[list[list[str]], dict[str, np.ndarray], str]:
-    """The rows, the losses `[seeds, steps]` of both sides, and the mask's fingerprint."""
+    """Return the rows, the losses `[seeds, steps]` of both sides, and the fingerprint of m0."""
     m0, other = (
         mask_files.load(path).masks for path in (b / "initial_mask.safetensors", a / "initial_mask")
     )

@@ -1,12 +1,12 @@
-"""Run one of the authors' scripts as it is, with the libraries that it imports patched: for
-against_authors.py.
+"""Runs one of the authors' scripts unchanged, with the libraries that it imports patched. It is
+called by against_authors.py.
 
     python reproduce/authors_scripts.py '{"authors": FOLDER, "model": FOLDER,
         "script": ["train.py", "--lr", "10"], "dataset": "text.jsonl", "seed": 0,
         "recorded": [1, 2]}'
 
-Runs in the working folder, where the scripts read and write. Of train.py's steps that are recorded
-it leaves steps.pt: a list of step, a layer's logits after it, and the mask drawn from them.
+The scripts read and write in the working folder. For the recorded steps of train.py, this script
+writes steps.pt: a list of (step, a layer's logits after it, the mask drawn from them).
 """
 
 import json
@@ -21,19 +21,19 @@ import datasets
 import torch
 import transformers
 
-# whatever the scripts load by this name is the model that is given
+# the model that the scripts load by this name is replaced by the given one
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
 
 
 def patch_transformers(model: str) -> None:
-    """The model and its tokenizer from a folder, float32 on the CPU; AdamW, which is imported and
-    never used."""
+    """Load the model and its tokenizer from a folder, float32 on the CPU. Define AdamW, which is
+    imported but never used."""
     load_model = transformers.AutoModelForCausalLM.from_pretrained
     load_tokenizer = transformers.AutoTokenizer.from_pretrained
 
     def tokenizer_of(name: str, **_: object) -> transformers.PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(model if name == LLAMA2 else name)
-        # they pad with it, though no document is short enough to be padded
+        # the scripts pad with EOS, though no document is short enough to need it
         if tokenizer.eos_token is None:
             tokenizer.add_special_tokens({"eos_token": "<|none|>"})
         return tokenizer
@@ -46,7 +46,7 @@ def patch_transformers(model: str) -> None:
 
 
 def patch_datasets(dataset: str) -> None:
-    """The text from a file, by one process."""
+    """Load the text from a file, in one process."""
 
     def rows(*_: object, **__: object) -> datasets.Dataset:
         with open(dataset, encoding="utf-8") as file:
@@ -61,15 +61,16 @@ def patch_datasets(dataset: str) -> None:
 
 
 def patch_torch(seed: int) -> None:
-    """No GPU, and another seed than 0."""
+    """Hide any GPU, and replace every manual seed by this one."""
     seeded = torch.manual_seed
     torch.cuda.is_available = lambda: False
     torch.manual_seed = lambda _: seeded(seed)
 
 
 def record_steps(steps: list[int]) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """A list that fills as train.py draws masks, a call a layer."""
-    import wrapper  # of the authors
+    """Return a list that is filled with the recorded steps as train.py draws masks, one call per
+    layer."""
+    import wrapper  # the authors' module
 
     draw = wrapper.generate_mask
     found = []
@@ -90,7 +91,7 @@ def record_steps(steps: list[int]) -> list[tuple[int, torch.Tensor, torch.Tensor
 def main(
     authors: str, script: list[str], model: str, dataset: str, seed: int, recorded: list[int]
 ) -> None:
-    sys.dont_write_bytecode = True  # nothing is left in the clone
+    sys.dont_write_bytecode = True  # leave no files in the clone
     sys.path.insert(0, authors)
     patch_transformers(model)
     patch_datasets(dataset)

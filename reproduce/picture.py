@@ -1,5 +1,5 @@
-"""Draw the pictures of README and docs from the records: docs/results.png, minutes.png,
-sampled_masks.png.
+"""Draws the pictures of README and docs from the records: docs/results.png, docs/minutes.png,
+docs/sampled_masks.png.
 
     python reproduce/picture.py
 """
@@ -34,8 +34,8 @@ def main() -> None:
 
 
 def results() -> None:
-    """Shares recovered of what Wanda lost on SmolLM2-135M, in the logarithm of perplexity and in
-    accuracy."""
+    """Draw the shares recovered of Wanda's losses on SmolLM2-135M, in the logarithm of perplexity
+    and in accuracy."""
     bars = {label: name for label, name in BARS.items() if smollm2(name)}
     figure = Figure(figsize=(7, 0.5 + 0.42 * len(bars)), layout="constrained")
     axes = figure.subplots()
@@ -63,7 +63,7 @@ def results() -> None:
 
 
 def minutes() -> None:
-    """Share of the loss recovered over minutes, on the small model."""
+    """Draw the share of the loss recovered over minutes, on the small model."""
     rows = record("small_model")["rows"]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -94,8 +94,8 @@ def minutes() -> None:
 
 
 def sampled_masks() -> None:
-    """How much better than m0 the sampled masks of MaskPro's runs are over their steps, in all
-    layers and in one."""
+    """Draw how much better than m0 the sampled masks of MaskPro's runs are over their steps, for
+    runs on all layers and on one."""
 
     def run_of(name: str) -> dict:
         return smollm2(name)[name][0]["run"]

@@ -1,29 +1,36 @@
-"""The record of what the scripts with SMALL=1 have made so far, and its table.
+"""Writes the record of the results that the scripts with SMALL=1 have made so far, and prints its
+table.
 
-    # as those scripts call it
+    # as the scripts call it
     python reproduce/record.py results/reproduce-small
-    # to be kept
+    # to keep the record
     python reproduce/record.py results/reproduce-small --out reproduce/records/small_model.json
-    # of one run, also of one that has not ended
+    # of one run, which may be unfinished
     python reproduce/record.py results/RUN --out record.json
 
-Reads the evaluations that eval.py left, FOLDER/dense.json and FOLDER/NofM/ROW.json, and the run of
-each beside it, the folder FOLDER/NofM/ROW. Rows that differ by their -seedN alone are one row of
-several seeds. The record has, of each seed, the evaluation (nats, perplexity, windows, dtype,
-fingerprint of the tokens) and of a run its arguments, environment (commit, hardware, versions),
-fingerprints of model, mask and text, summary, seconds (of sparsify.py all stages; loop_s are of the
-steps alone) and curve, the mean losses of POINTS stretches of its steps; `residuals` is the same of
-loss less baseline. With it go the sha256 of model and texts. A record that is there is added to:
-its other rows and seeds stay, where they are of the same files and evaluated on the same tokens.
+It reads the evaluations of eval.py, FOLDER/dense.json and FOLDER/NofM/ROW.json, and for each the
+run in the folder FOLDER/NofM/ROW, if there is one. Rows that differ only by -seedN become one row
+with several seeds. For each seed the record has the evaluation (nats, perplexity, windows, dtype,
+fingerprint of the tokens). For a run it also has:
+
+    arguments, summary      as the run wrote them
+    environment             commit, hardware, versions
+    fingerprints            of model, mask and text
+    seconds, loop_s         of all stages of sparsify.py; of the steps alone
+    curve                   mean losses over POINTS equal parts of its steps
+    residuals               the same for loss minus baseline
+
+The record also has the sha256 of model and texts. An existing record is extended: its other rows
+and seeds stay, provided they are of the same files and were evaluated on the same tokens.
 reproduce/tables.py makes the tables of the docs from it. Columns of the table:
 
-    nats                    by token, of the held-out text, mean and standard deviation over the
-                            seeds
-    of the gap (%)          share of the gap in nats between the wanda.json of the same folder and
-                            dense that is closed
+    nats                    loss per token on the held-out text, mean and standard deviation over
+                            the seeds
+    of the gap (%)          share of the gap in nats, between the wanda.json of the same folder and
+                            dense, that is closed
     first, last steps       loss of the sampled masks in the first and in the last STEPS steps, at
-                            most half a run, on the training text
-    blocks changed (%)      in the final mask
+                            most half a run each, on the training text
+    blocks changed (%)      share of blocks that differ from m0 in the final mask
 """
 
 import argparse
@@ -42,8 +49,8 @@ from utils import UserError, as_user_error, run_script
 
 import numpy as np
 
-STEPS = 512  # that a mean of the sampled masks' losses goes over, at most
-POINTS = 40  # of a curve
+STEPS = 512  # maximum number of steps in a mean of the sampled masks' losses
+POINTS = 40  # of each curve
 HEADING = [
     "mask",
     "seeds",
@@ -60,13 +67,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="OUT of the scripts, or a run")
+    parser.add_argument("folder", help="OUT folder of the scripts, or a run's folder")
     parser.add_argument("--out", default=None, help="record to write (default: FOLDER/record.json)")
     return parser.parse_args(argv)
 
 
 def read_run(folder: Path) -> dict:
-    """What a record keeps of a run; the summary is empty where it has not ended."""
+    """Return the part of a run that a record keeps. The summary is empty if the run is unfinished.
+    Raises UserError if the run has no step yet."""
     record = read_record(folder)
     lines = read_lines(folder / "metrics.jsonl")
     if not lines:
@@ -95,7 +103,7 @@ def read_run(folder: Path) -> dict:
 
 
 def thinned(values: list[float]) -> list[float]:
-    """The means of POINTS stretches."""
+    """Return the means of POINTS equal parts of the values, or all values if they are fewer."""
     return [
         round(float(part.mean()), 5)
         for part in np.array_split(np.array(values), min(POINTS, len(values)))
@@ -103,7 +111,8 @@ def thinned(values: list[float]) -> list[float]:
 
 
 def make_record(folder: Path) -> dict:
-    """The record of a folder: `rows`, name -> seeds, and the `sha256` of what they are of."""
+    """Return the record of a folder: `rows`, name -> seeds, and the `sha256` of models and texts.
+    Raises UserError if the evaluations are not of the same tokens, items and dtype."""
     rows = {}
     files = set()
     for file in [folder / "dense.json", *sorted(folder.glob("*of*/*.json"))]:
@@ -160,8 +169,8 @@ def make_record(folder: Path) -> dict:
 
 
 def same_items(seed: dict, other: dict) -> bool:
-    """Were both evaluated in the same dtype, on the same tokens and, where both know their items,
-    on these?"""
+    """Return whether both were evaluated in the same dtype, on the same tokens and, if both have
+    tasks, on the same items."""
     return all(
         seed[key] == other[key]
         for key in ("dtype", "fingerprint", "tasks")
@@ -170,8 +179,8 @@ def same_items(seed: dict, other: dict) -> bool:
 
 
 def added(old: dict, new: dict) -> dict:
-    """A record and what was made since. UserError where they are of other files, or evaluated on
-    others."""
+    """Return a record extended by a newer one. Raises UserError if they are of different files, or
+    were evaluated on different tokens or items."""
     for name, digest in new["sha256"].items():
         if old["sha256"].get(name, digest) != digest and not name.endswith(GENERATED):
             raise UserError(f"{name} is not the one of that record: give another --out")
@@ -193,21 +202,22 @@ def added(old: dict, new: dict) -> dict:
 
 
 def cell(values: list[float], digits: int) -> str:
-    """'1.2345', or '1.2345 ± 0.0012' of several."""
+    """Format the mean of the values: '1.2345', or '1.2345 ± 0.0012' for several."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}{spread}"  # 0, not -0
 
 
 def recovered(rows: dict[str, list[dict]], name: str, nats: float) -> float:
-    """Share of the gap in nats between the wanda of a row's pattern and dense that these nats
-    close, in percent."""
+    """Return the share of the gap, in percent, that a loss of `nats` closes. The gap is between
+    Wanda at the row's pattern and dense, in nats."""
     dense = rows["dense"][0]["nats"]
     m0 = rows[f"{name.rpartition('/')[0]}/wanda"][0]["nats"]
     return 100 * (m0 - nats) / (m0 - dense)
 
 
 def row_cells(rows: dict[str, list[dict]], name: str, seeds: int | None = None) -> list[str]:
-    """The cells of a row after its name, of its first seeds; empty ones where there is no run."""
+    """Return the cells of a row after its name, over its first `seeds` seeds (None: all). The cells
+    of a run are empty if there is none."""
     found = rows[name][:seeds]
     pattern = name.rpartition("/")[0]
     nats = [seed["nats"] for seed in found]

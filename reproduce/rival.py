@@ -1,11 +1,12 @@
-"""A rival's learner, of bench/rival_methods.py, in the place of sparsify.py's: all else is as in a
-run of sparsify.py.
+"""Runs sparsify.py with the learner of a rival method from bench/rival_methods.py in place of its
+own; all else is as in sparsify.py.
 
     python reproduce/rival.py scores_ste --like results/RUN --lr 0.01 --out results/RIVAL
     python reproduce/rival.py scores_ste --resume results/RIVAL
 
-RUN lends its arguments and, as soon as it has them, its text, its order of the channels and its m0.
---lr is Adam's rate. No swaps improve a rival's m0. In one process, all layers, nn.Linear only.
+The rival takes over RUN's arguments, text, order of the channels and m0; RUN need not be finished,
+but must have its text and m0. --lr is Adam's learning rate. Rivals start from m0 without swaps.
+They run in one process, learn all layers, and support only nn.Linear.
 """
 
 import shutil
@@ -43,32 +44,32 @@ from torch import Tensor
 
 
 class RivalLearner(Learner):
-    """A rival as sparsify.py's learner in a run of so many steps; make: the rival, from (model,
-    masks, norms, n, m, weights)."""
+    """Adapts a rival to be sparsify.py's learner in a run of `steps` steps. make: makes the rival
+    from (model, masks, norms, n, m, weights)."""
 
-    def __init__(self, make: Callable[..., Rival], steps: int):  # `of` has the masked model
+    def __init__(self, make: Callable[..., Rival], steps: int):  # `of` sets the masked model
         self.make = make
         self.steps = steps
 
     def of(self, masked: MaskedModel, tokens: int, *_: object) -> "RivalLearner":
-        """In place of StraightThrough(masked, ...)."""
+        """Stand in for StraightThrough(masked, ...): set the masked model and return self."""
         if any(is_transposed(layer.dense) for layer in masked.layers.values()):
             raise UserError("rivals are written for nn.Linear, and this model has Conv1D layers")
         super().__init__(masked)
         masked.undo.append(self.remove)
-        self.undo = speed_up(masked.model, masked.kernels, tokens)  # as ours
+        self.undo = speed_up(masked.model, masked.kernels, tokens)  # as for our learner
         return self
 
     def start(
         self, _masked: MaskedModel, _magnitude: float, sequences: Tensor, _sweeps: int
     ) -> None:
-        """In place of swaps: from m0."""
+        """Stand in for swaps: start the rival from m0."""
         modules = {name: layer.module for name, layer in self.masked.layers.items()}
         with self.masked.use_dense():
             self.begin(input_norms(self.masked.model, modules, sequences[:SEQUENCES]))
 
     def begin(self, norms: dict[str, Tensor]) -> None:
-        """From m0; norms: of the layers' inputs in the dense model."""
+        """Make the rival from m0. norms: those of the layers' inputs in the dense model."""
         masked = self.masked
         space = self.masked.space
         self.rival = self.make(
@@ -87,34 +88,35 @@ class RivalLearner(Learner):
             }
 
     def step(self, batch: Tensor, _size: float, distill: list[float]) -> StepResult:
-        """As StraightThrough's; the size of the step is Adam's own."""
+        """Take a step, as StraightThrough does; Adam decides its size."""
         batch = batch.to(input_device(self.masked.model))
         teacher = None
         progress = self.masked.steps / self.steps
         self.masked.steps += 1
-        with self.masked.use_dense():  # the rival makes its weights itself
+        with self.masked.use_dense():  # the rival makes its own masked weights
             if any(distill):
                 with torch.no_grad():
                     teacher = self.masked.model(input_ids=batch, use_cache=False).logits
             return StepResult(self.rival.move(batch, teacher, distill, progress))
 
     def proposal(self) -> dict[str, Tensor]:
-        """The rival's mask."""
+        """Return the rival's mask."""
         return {
             name: self.masked.layers[name].bits_of(mask)
             for name, mask in self.rival.masks().items()
         }
 
     def changed(self) -> float:
-        """The share of blocks whose mask is not m0's."""
-        m0 = self.masked.bits()  # no logits of its own move
+        """Return the share of blocks whose mask differs from m0."""
+        m0 = self.masked.bits()  # m0 still, as the masked model itself does not learn
         return (
             sum(int((bits != m0[name]).sum()) for name, bits in self.proposal().items())
             / self.masked.blocks
         )
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """Parameters, Adam's moments, the norms, the state of the random numbers."""
+        """Return the rival's parameters, Adam's moments, the norms, and the state of the random
+        generator."""
         rival = self.rival
         tensors = {"random": self.rival.generator.get_state()}
         for name, parameter in rival.parameters.items():
@@ -129,7 +131,7 @@ class RivalLearner(Learner):
         return {}, tensors
 
     def restore(self, _scalars: dict, read: Callable) -> None:
-        """From `state`."""
+        """Restore what `state` returned."""
         self.begin(
             {
                 name: read(f"norms.{name}", torch.empty(layer.shape[1])).to(layer.weight.device)
@@ -143,7 +145,7 @@ class RivalLearner(Learner):
                 tensor.copy_(read(f"{key}.{name}", tensor.view(-1)).view_as(tensor))
 
     def remove(self) -> None:
-        """Give the modules their own forward back."""
+        """Restore the modules' own forward."""
         for module in self.rival.layers.values():
             del module.forward
         self.undo()
@@ -152,12 +154,10 @@ class RivalLearner(Learner):
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("method", choices=RIVALS)
-    parser.add_argument("--like", metavar="RUN", help="of sparsify.py")
-    parser.add_argument("--lr", type=number(float, 0), help="of Adam")
+    parser.add_argument("--like", metavar="RUN", help="run of sparsify.py to take over")
+    parser.add_argument("--lr", type=number(float, 0), help="Adam's learning rate")
     parser.add_argument("--out", help="run folder, must be new")
-    parser.add_argument(
-        "--resume", metavar="RIVAL", help="go on with a rival's run that was stopped"
-    )
+    parser.add_argument("--resume", metavar="RIVAL", help="resume a rival's run that was stopped")
     args = parser.parse_args(argv)
     if [args.like, args.lr, args.out].count(None) != (3 if args.resume else 0):
         parser.error("give --like, --lr and --out, or --resume alone")
@@ -165,8 +165,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
 
 
 def settings_of(given: Namespace) -> Namespace:
-    """The arguments of the rival's run; UserError for a run of sparsify.py that it cannot be
-    like."""
+    """Return the arguments of the rival's run. Raises UserError if the run of sparsify.py lacks its
+    text and m0, or has --targets."""
     args = sparsify.parse_args(["--resume", given.resume or given.like])
     if given.resume:
         return args
@@ -174,7 +174,7 @@ def settings_of(given: Namespace) -> Namespace:
         raise UserError(
             f"{given.like} must have its text and m0, without --targets: a rival learns all layers"
         )
-    skips = not args.permute  # a mask of reordered channels is none of the model as it is
+    skips = not args.permute  # a mask of reordered channels does not fit the original model
     return Namespace(
         **{
             **vars(args),
@@ -194,7 +194,7 @@ def compete(
     folder: RunFolder,
     signals: StopSignals,
 ) -> None:
-    """The run, as `sparsify.learn`."""
+    """Run the rival, as `sparsify.learn` does."""
     if processes.world_size() > 1:
         raise UserError("rivals learn in one process")
     if like:
@@ -202,7 +202,8 @@ def compete(
         for name in (GENERATED, "order.permutation.safetensors", "initial_mask.safetensors"):
             if Path(like, name).exists():
                 shutil.copy(Path(like, name), folder.path)
-        # a run that is stopped from here on goes on; another version's shares of text stop it
+        # from here on a stopped run can resume; the fingerprints stop it if this version would read
+        # other text than RUN's version did
         folder.note(rival=method, fingerprints=lent["fingerprints"], plan=lent["plan"])
     steps = folder.record["plan"]["steps"]
     further = {"steps": steps} if method == "proxsparse" else {}
@@ -222,6 +223,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # MaskLLM's soft masks end in denormal numbers, which are slow on a CPU
+    # MaskLLM's soft masks become denormal numbers, which are slow on a CPU
     torch.set_flush_denormal(True)
     run_script(main)

@@ -1,15 +1,16 @@
-"""Which rows of the records in reproduce/records/ the tables and pictures show, and what they are
-called there."""
+"""The rows of the records in reproduce/records/ that tables and pictures show, with their labels
+there."""
 
 
 def small(
     method: str, size: int, lr: float, logits: float, further: str = "", steps: int = 2500
 ) -> str:
-    """A row of SMALL=1 at 1:4, as reproduce/common.sh names it."""
+    """Return the name of a row of SMALL=1 at 1:4, as in reproduce/common.sh."""
     return f"1of4/{method}-size{size}-lr{lr}-logits{logits}-steps{steps}{further}"
 
 
-# what is varied, what the paper says, the record's row as `small` names it, how many of its seeds
+# what is varied, what the paper says, arguments of `small` for the record's row, number of seeds
+# (None: all)
 ABLATIONS = [
     (
         "maskpro, η 5, C 5, 512 sequences, cached baseline",
@@ -49,7 +50,7 @@ MASKPRO = {
     for steps, eta in ((2000, 0.6), (10000, 0.3))
 }
 LAYER = "2of4/maskpro-layer{}-size512-lr2-logits5-steps10000"
-RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the record's row
+RESULTS = [  # rows of smollm2.sh that were run: what was done, the record's row
     ("dense", "dense"),
     ("`sparsify.py`, 280 steps", "2of4/sparsify-allafter-both-steps280"),
     (
@@ -72,7 +73,7 @@ RESULTS = [  # rows of smollm2.sh, those that were run: what was done, the recor
     ("MaskPro [from C·m0](steps.md#on-a-real-model), 10,000 steps", MASKPRO[10000]),
     ("Wanda (m0)", "2of4/wanda"),
 ]
-SUMMARY = [  # of the README: what, learned by, bytes of state a weight, the record's row
+SUMMARY = [  # for the README: method, learns by, bytes of state per weight, the record's row
     ("dense", "", "", "dense"),
     ("Wanda", "one shot", "", "2of4/wanda"),
     ("SparseGPT", "one shot, changes weights", "", "2of4/sparsegpt"),
@@ -117,7 +118,7 @@ SIGNALS = (
     ("SmolLM2-135M, layer 29", "variance_layer29"),
     ("SmolLM2-135M, layer 28", "variance_layer28"),
 )
-# a run, the record of its signal, its own record and the row there; None: a record of one run
+# a run, the record of its signal, the run's record and its row there (None: a record of one run)
 FALLS = (
     ("small, 1:4", "variance", "small_model", "1of4/maskpro-size512-lr5-logits5-steps2500"),
     ("small, 2:4", "variance", "small_model", "2of4/maskpro-size512-lr5-logits5-steps10000"),

@@ -1,10 +1,11 @@
-"""Render the tables of the docs from the records in reproduce/records/.
+"""Renders the tables of the docs from the records in reproduce/records/.
 
     python reproduce/tables.py
-    python reproduce/tables.py --check      # exit code 1 where a table says what no record says
+    python reproduce/tables.py --check      # exit code 1 if a table differs from the records
 
-The first rewrites what stands between <!-- NAME --> and <!-- end NAME --> in the docs, the second
-is a test. A new table is a function here, which returns Markdown, and two such lines in a page.
+The first command rewrites the text between <!-- NAME --> and <!-- end NAME --> in the docs; the
+second serves as a test. A new table needs a function here that returns Markdown, and two such lines
+in a page.
 """
 
 import argparse
@@ -29,17 +30,18 @@ import numpy as np
 
 PAGES = ("README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
 GAPS = ["perplexity", "gap closed (%)", "accuracy (%)", "gap closed (%)"]
-BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."  # what a bench's table is of
+# the conditions below a bench's table
+BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."
 
 
 @cache
 def record(name: str) -> dict:
-    """A file of reproduce/records/."""
+    """Read a file of reproduce/records/."""
     return json.loads((ROOT / f"reproduce/records/{name}.json").read_text(encoding="utf-8"))
 
 
 def ablations() -> str:
-    """The studies on the small model at 1:4."""
+    """Return the table of ablations on the small model at 1:4."""
     rows = record("small_model")["rows"]
     lines = []
     for varied, says, row, seeds in ABLATIONS:
@@ -59,7 +61,7 @@ def ablations() -> str:
 
 
 def patterns() -> str:
-    """The small model at other patterns."""
+    """Return the table of the small model at several patterns."""
     rows = record("small_model")["rows"]
     lines = []
     for heading, learned in (
@@ -96,7 +98,7 @@ def patterns() -> str:
 
 
 def conditions() -> str:
-    """What the small model's tables are of."""
+    """Return the conditions of the small model's tables."""
     rows = record("small_model")["rows"]
     runs = [seed["run"] for seeds in rows.values() for seed in seeds if "run" in seed]
     known = {
@@ -113,15 +115,15 @@ def conditions() -> str:
 
 
 def smollm2(name: str) -> dict[str, list[dict]]:
-    """The rows of the record that has this row of SmolLM2-135M; that of float32 has its own dense
-    and Wanda. Empty if neither has it."""
+    """Return the rows of the record of SmolLM2-135M that has this row, or {} if none has it. The
+    record of float32 has its own rows dense and Wanda."""
     found = [record(file)["rows"] for file in ("smollm2", "smollm2_float32")]
     return next((rows for rows in found if name in rows), {})
 
 
 def of_accuracy(name: str) -> list[float]:
-    """Of the seeds of a row on SmolLM2-135M that have an accuracy: the share in percent of what
-    Wanda lost."""
+    """Return the share of Wanda's loss in accuracy that a row on SmolLM2-135M recovers, in percent,
+    for each seed with an accuracy."""
     rows = smollm2(name)
     dense, m0 = (rows[name][0].get("mean_acc", math.nan) for name in ("dense", "2of4/wanda"))
     return [
@@ -130,8 +132,8 @@ def of_accuracy(name: str) -> list[float]:
 
 
 def gaps(name: str) -> list[str]:
-    """Of a row on SmolLM2-135M: WikiText-2 and accuracy, and the shares of the gaps that Wanda
-    leaves."""
+    """Return the cells of a row on SmolLM2-135M: perplexity on WikiText-2 and accuracy, each with
+    the share of Wanda's gap to dense that is closed."""
     rows = smollm2(name)
     accuracies = [100 * seed["mean_acc"] for seed in rows[name] if "mean_acc" in seed]
     shares = [] if name in ("dense", "2of4/wanda") else of_accuracy(name)
@@ -144,7 +146,7 @@ def gaps(name: str) -> list[str]:
 
 
 def of_the_real_model(rows: list[tuple[str, str]]) -> str:
-    """SmolLM2-135M, those of these rows that were run."""
+    """Return a table of SmolLM2-135M with those of these rows that were run."""
     lines = [[what, *gaps(name)] for what, name in rows if smollm2(name)]
     return markdown_table(["method", *GAPS], lines)
 
@@ -165,7 +167,7 @@ def one_shot() -> str:
 
 
 def rivals() -> str:
-    """Methods that learn by backward passes on the same model."""
+    """Return the table of methods that learn from backward passes on the same model."""
     lines = []
     for method, state_bytes, name in RIVALS:
         seeds = ", ".join(str(seed["seed"]) for seed in smollm2(name)[name])
@@ -175,7 +177,7 @@ def rivals() -> str:
 
 
 def scaling() -> str:
-    """What bench/scaling.py has left by --json."""
+    """Return the table of the record that bench/scaling.py --json wrote."""
     rows = record("scaling")
     apart = "logits apart from one process's, at most"
     same = "the same mask"
@@ -196,7 +198,7 @@ def scaling() -> str:
 
 
 def example() -> str:
-    """What one command of sparsify.py tells: report.json of a run, as it left it."""
+    """Return the tables of one run of sparsify.py, from its report.json."""
     run = record("one_command")
     given = run["arguments"]
     here = run["environment"]
@@ -212,7 +214,8 @@ def example() -> str:
 
 
 def printed() -> str:
-    """What the README's command prints of record twenty_steps, the report.json of a run."""
+    """Return the output of the README's command, from the record twenty_steps, which is the
+    report.json of a run."""
     run = record("twenty_steps")
     said = sparsified(run, run["summary"])
     minutes = sum(stage["seconds"] for stage in run["stages"].values()) / 60
@@ -223,7 +226,7 @@ def printed() -> str:
 
 
 def step() -> str:
-    """What bench/step.py has left by --json."""
+    """Return the table of the record that bench/step.py --json wrote."""
     rows = record("step")
     columns = ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
     lines = [
@@ -237,7 +240,7 @@ def step() -> str:
 
 
 def memory() -> str:
-    """What bench/memory.py has left by --json."""
+    """Return the table of the record that bench/memory.py --json wrote."""
     rows = record("memory")
     numbers = ("kept (bytes a weight)", "predicted (MiB)", "used (MiB)")
     lines = [
@@ -255,12 +258,13 @@ def memory() -> str:
 
 
 def gpu_code() -> str:
-    """What bench/gpu_code.py has left by --json."""
+    """Return the table of the record that bench/gpu_code.py --json wrote."""
     rows = record("gpu_code")
     lines = []
     for row in rows:
         if "write" not in row["what"]:
-            blocks = row["elements a thread"] if ":" in row["what"] else ""  # the loss has none
+            # the loss has no blocks
+            blocks = row["elements a thread"] if ":" in row["what"] else ""
             lines.append(
                 [
                     row["what"],
@@ -285,13 +289,13 @@ def gpu_code() -> str:
 
 
 def authors() -> str:
-    """The authors' scripts beside ours."""
+    """Return the table that compares the authors' scripts with ours."""
     table = record("against_authors")["table"]
     return markdown_table(list(table[0]), [list(row.values()) for row in table])
 
 
 def variance() -> str:
-    """Signal and noise of the estimators."""
+    """Return the table of the estimators' signal and noise."""
     lines = [[model, *signal.row(row)] for model, name in SIGNALS for row in record(name)["rows"]]
     machines = {}
     for model, name in SIGNALS:
@@ -306,7 +310,8 @@ def variance() -> str:
 
 
 def falls() -> str:
-    """What the signal predicts of runs, and what they did in their first quarter."""
+    """Return the table that compares the fall of the loss predicted from the signal with that of
+    runs in their first quarter."""
     lines = []
     for what, signals, name, row in FALLS:
         runs = [seed["run"] for seed in record(name)["rows"][row]] if row else [record(name)]
@@ -316,7 +321,7 @@ def falls() -> str:
         (found,) = [
             found for found in record(signals)["rows"] if [found["pattern"], found["C"]] == here
         ]
-        # of a quarter
+        # points of the curve in the first quarter of the planned steps
         points = POINTS * (steps if runs[0]["summary"] else arguments["max_step"]) // (4 * steps)
         curve = np.mean([run.get("residuals", run["curve"])[:points] for run in runs], 0)
         fit, covariance = np.polyfit(np.arange(points) * steps / POINTS, curve, 1, cov=True)
@@ -332,7 +337,8 @@ def falls() -> str:
 
 
 def over_minutes() -> list[tuple[str, int, float, float]]:
-    """Method, steps, minutes and share in percent of the rows of minutes.sh, those that learn."""
+    """Return (method, steps, minutes, recovered share in percent) for the rows of minutes.sh that
+    learn."""
     rows = record("small_model")["rows"]
     names = [
         ("MaskPro: train.py", n, small("maskpro", 512, 5, 5, steps=n))
@@ -371,7 +377,7 @@ TABLES = (
 
 
 def rendered(page: str) -> str:
-    """A page's text with its tables made anew."""
+    """Return a page's text with its tables rendered again."""
     for table in TABLES:
         name = table.__name__
         page = re.sub(
@@ -387,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--check", action="store_true", help="only compare, write nothing")
     args = parser.parse_args(argv)
     stale = []
     for page in PAGES:

@@ -1,4 +1,4 @@
-"""Signal and noise of the paper's estimators, measured, and the steps that follow from them.
+"""Measures signal and noise of the paper's estimators, and computes the steps that they imply.
 
     # the small model, 1:4 and 2:4
     python reproduce/variance.py --record reproduce/records/variance.json
@@ -8,31 +8,31 @@
     python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --logits 4 \\
         --init scores
 
-A step moves the logits by -eta X, X = A score(m), m ~ p(pi), of which the mean is the gradient g of
-the expected loss. Masks are drawn again and again from logits that stay as they are, C * m0, m0 of
-Wanda, on minibatches of 8 x 128 tokens. Noise is the second moment E |X|^2 for each advantage A:
+A step moves the logits by -eta X with X = A score(m), m ~ p(pi). The mean of X is the gradient g of
+the expected loss. Masks are drawn repeatedly from fixed logits C * m0, with m0 of Wanda, on
+minibatches of 8 x 128 tokens. Noise is the second moment E |X|^2 for each advantage A:
 
     vanilla     f(m * w)
-    residual    f(m * w) - f(m0 * w)                    of the same minibatch
+    residual    f(m * w) - f(m0 * w)                    on the same minibatch
     maskpro     f(m * w) - f(m0 * w) - delta            delta: the mean residual, to which the
-                tracker goes
+                tracker converges
 
-Signal is |g|^2. A backward pass at a drawn mask gives Y = J^T G (docs/sparsify.md), whose mean is g
-where f is linear in a single block, the others drawn: so it is, nearly, among many blocks. |g|^2 is
-the mean product of the means of Y over any two of GROUPS groups of draws, which has no noise
-squared in it; its standard error is given. Most of it only makes m0 more probable, where leaving it
-costs much. What can end in another mask is the part away from m0: that of the blocks where a step
-makes m0 less probable.
+Signal is |g|^2. A backward pass at a drawn mask gives Y = J^T G (docs/sparsify.md). Its mean is g
+if f is linear in each single block with the others drawn, which is nearly so with many blocks.
+|g|^2 is estimated as the mean product of the means of Y over two different groups of draws, out of
+GROUPS groups, which contains no squared noise; its standard error is given. Most of the signal only
+makes m0 more probable, in blocks where leaving m0 is costly. Only the part away from m0 can lead to
+another mask: the part in blocks where a step makes m0 less probable.
 
-After T steps noise has moved each of the d logits by eta sqrt(T E|X|^2 / d), and the expected loss
-has fallen, in those blocks, by T eta |g_away|^2, to first order. With eta such that the noise is
-half a nat, a fall by L takes
+After T steps, noise has moved each of the d logits by eta sqrt(T E|X|^2 / d), and the expected loss
+has fallen, in those blocks, by T eta |g_away|^2, to first order. If eta is chosen so that the noise
+is half a nat, a fall by L takes
 
     T = (2 L / |g_away|^2)^2 E|X|^2 / d        steps
 
-of maskpro at the pace of the first: the last column, for L a tenth of f(m0 * w) - f(w), the gap on
-the minibatches. The column before it has the eta of half a nat in STEPS steps, to begin a search
-with. Needs the demo's text.
+of maskpro at the rate of the first step. The last column is T for L = a tenth of the gap
+f(m0 * w) - f(w) on the minibatches. The column before it is the eta that gives half a nat of noise
+in STEPS steps, as a start for a search. It needs the demo's text.
 """
 
 import argparse
@@ -70,8 +70,8 @@ from torch import Tensor
 ADVANTAGES = ("vanilla", "residual", "maskpro")
 GROUPS = 8  # of draws, each with its own mean
 NOISE = 0.5  # nats that noise may move a logit
-SHARE = 0.1  # of the gap
-STEPS = 10_000  # the paper's
+SHARE = 0.1  # share of the gap to close
+STEPS = 10_000  # as in the paper
 HEADING = [
     "N:M",
     "C",
@@ -94,11 +94,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--targets",
         nargs="+",
         default=None,
-        help="the layers whose masks are drawn; others keep m0",
+        help="layers whose masks are drawn; others keep m0",
     )
-    parser.add_argument("--logits", nargs="+", type=float, default=[5.0, 10.0], help="C")
-    parser.add_argument("--init", choices=["mask", "scores"], default="mask", help="as train.py's")
-    parser.add_argument("--samples", type=positive_int, default=512, help="masks drawn")
+    parser.add_argument(
+        "--logits", nargs="+", type=float, default=[5.0, 10.0], help="initial logits C"
+    )
+    parser.add_argument("--init", choices=["mask", "scores"], default="mask", help="as in train.py")
+    parser.add_argument("--samples", type=positive_int, default=512, help="number of masks drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", default=None, help="JSON file to write")
     args = parser.parse_args(argv)
@@ -108,9 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Collected:
-    """In place of a learner's normalization: takes J^T G of each layer, and moves nothing. total:
-    flat, float32 `[logits]`, to which it is added; scale: what the gradient of the summed loss is
-    multiplied by."""
+    """Stands in for a learner's normalization: sums up J^T G of each layer, and moves nothing.
+    total: the flat sum, float32 `[logits]`; scale: the factor of the gradient of the summed
+    loss."""
 
     def __init__(self, masked: MaskedModel):
         self.masked = masked
@@ -125,20 +127,20 @@ class Collected:
         self.parts = dict(zip(masked.layers, map(slice, [0, *ends[:-1]], ends)))
 
     def begin_pass(self, size: float) -> None:
-        """Nothing to prepare."""
+        """Do nothing: there is nothing to prepare."""
 
     def end_pass(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: nothing is left to do."""
 
     def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> None:
-        """As `Normalization.move`."""
+        """Add J^T G of a layer to `total`, in place of `Normalization.move`."""
         saliency = (layer.weight * gradient).view(-1, layer.m) * self.scale
         planes = fused_ops.vjp(layer.logits, list(saliency.unbind(1)), self.masked.space.n)
         self.total[self.parts[layer.name]] += torch.stack(planes, 1).flatten()
 
 
 def scores(masked: MaskedModel, bits: dict[str, Tensor]) -> Iterator[Tensor]:
-    """The score of these masks, a layer after the other, float32 `[blocks, M]`."""
+    """Yield the score of these masks layer by layer, float32 `[blocks, M]`."""
     for layer in masked.layers.values():
         yield torch.stack(
             fused_ops.score(
@@ -151,18 +153,17 @@ def scores(masked: MaskedModel, bits: dict[str, Tensor]) -> Iterator[Tensor]:
 
 
 def mean_product(means: Tensor) -> tuple[float, float]:
-    """The mean product of any two of these `[groups, logits]`, and its standard error, by the
-    jackknife: each is in several products."""
+    """Return the mean product of two different rows of `[groups, logits]`, and its standard error
+    by the jackknife, since each row is in several products."""
     products = (means @ means.T).double()
     pairs = products[~torch.eye(GROUPS, dtype=torch.bool)].view(GROUPS, -1).mean(1).tolist()
     return fmean(pairs), 2 * (GROUPS - 1) / (GROUPS - 2) * stdev(pairs) / GROUPS**0.5
 
 
 def away_from_m0(means: Tensor, m0: Iterator[Tensor]) -> float:
-    """The part of |g|^2 in blocks where a step along -g makes m0 less probable, from the groups'
-    means of Y, `[groups, logits]`, and m0's score. Half of the groups chooses the blocks, the
-    others tell the product there; and vice versa.
-    """
+    """Return the part of |g|^2 in blocks where a step along -g makes m0 less probable, from the
+    groups' means of Y, `[groups, logits]`, and m0's score. One half of the groups chooses the
+    blocks and the other half gives the product there, and vice versa."""
     total = 0.0
     begin = 0
     half = GROUPS // 2
@@ -178,7 +179,8 @@ def away_from_m0(means: Tensor, m0: Iterator[Tensor]) -> float:
 
 
 def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
-    """What a record has of these logits. batches: int64 `[minibatches, sequences, tokens]`."""
+    """Return the measurements of a record for these logits. batches: int64
+    `[minibatches, sequences, tokens]`."""
     m0 = masked.bits()
     baseline = [masked.loss(batch) for batch in batches]
     with masked.use_dense():
@@ -219,12 +221,12 @@ def measure(masked: MaskedModel, batches: Tensor, samples: int) -> dict:
 
 
 def noise_lr(found: dict, steps: int = STEPS) -> float:
-    """The eta with which noise moves a logit by NOISE in so many steps of maskpro."""
+    """Return the eta with which noise moves a logit by NOISE in `steps` steps of maskpro."""
     return NOISE / (steps * found["second_moment"]["maskpro"] / found["logits"]) ** 0.5
 
 
 def steps_to_share(found: dict, share: float = SHARE) -> float:
-    """The steps of maskpro to this share of the gap, by the docstring's T."""
+    """Return the steps of maskpro to close this share of the gap: T of the module's docstring."""
     fall = share * (found["m0"] - found["dense"])
     return (
         (fall / NOISE / found["signal_away"]) ** 2
@@ -234,7 +236,8 @@ def steps_to_share(found: dict, share: float = SHARE) -> float:
 
 
 def row(found: dict) -> list[str]:
-    """A line of the table; no steps where the signal is within two of its errors from 0."""
+    """Return a row of the table; "not seen" in place of the steps if the signal is within two
+    standard errors of 0."""
     is_seen = found["signal"] > 2 * found["signal_error"] and found["signal_away"] > 0
     return [
         found["pattern"],

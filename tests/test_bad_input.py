@@ -64,7 +64,7 @@ MODELS = [
         "model.gguf is a file: give the folder of a causal LM",
         "gguf_file",
     ),
-    ("prune", "--model {w}/bert", "it is no causal language model but BertForMaskedLM"),
+    ("prune", "--model {w}/bert", "it is BertForMaskedLM, not a causal language model"),
     ("eval", "--device gpu", "--device gpu cannot be used here", "is cuda meant?"),
     ("get_mask", "--model {w}/absent", "--model", "absent", "no such folder"),
     (
@@ -94,7 +94,7 @@ MODELS = [
         "prune",
         "--model {w}/quantised",
         "quantised",
-        "its weights are quantised; give the model that it was made from",
+        "its weights are quantised; give the original model",
     ),
     (
         "eval",
@@ -105,7 +105,7 @@ MODELS = [
     (
         "prune",
         "--model {w}/kernel",
-        "config.json names a/b of the Hub",
+        "run code from the Hub, the kernel a/b",
         "--trust_remote_code if you trust",
     ),
     (
@@ -114,11 +114,11 @@ MODELS = [
         "remote cannot be read",
         ("contains custom code", "execute the configuration"),
     ),
-    ("prune", "--model {w}/few_rows", "the tokenizer makes token", "32 embeddings", "its own"),
+    ("prune", "--model {w}/few_rows", "the tokenizer produces token", "32 embeddings", "its own"),
     (
         "alone",
         "--model {w}/few_rows --dataset {w}/text.jsonl",
-        "the tokenizer makes token",
+        "the tokenizer produces token",
         "32 embeddings",
         "its own",
     ),
@@ -167,7 +167,7 @@ MASKS = [
     (
         "eval",
         "--mask {w}/begun",
-        "begun: the run has no mask yet: let it finish, or go on with it by --resume",
+        "begun: the run has no mask yet: let it finish, or continue it with --resume",
     ),
     (
         "eval",
@@ -186,7 +186,7 @@ MASKS = [
         "eval",
         "--mask {w}/llama/model.safetensors",
         "model.safetensors",
-        "is no maskpro-mask of version",
+        "is not a maskpro-mask file of version",
         "give one",
     ),
     ("train", "--mask {w}/mask8.safetensors", "mask8", "4:8, not 2:4"),
@@ -232,7 +232,7 @@ TEXTS = [
     (
         ["train", "inference_loss"],
         "--dataset {w}/long.jsonl --seqlen 300",
-        "--seqlen 300 is more than the 256",
+        "--seqlen 300 exceeds the model's 256",
     ),
     (
         "inference_loss",
@@ -370,7 +370,7 @@ RECORDS = [
         )
         for name in ("absent.json", "torn.json")
     ],
-    ("compare", "--compare {w}/nothing", "there is no evaluation; give JSON files of eval.py"),
+    ("compare", "--compare {w}/nothing", "there are no evaluations; give JSON files of eval.py"),
     ("plot", "{w}/absent", "metrics.jsonl cannot be read", "give run folders"),
 ]
 
@@ -383,7 +383,7 @@ def test_mistakes(refused, script, flags, words):
 @pytest.mark.parametrize("script", ["prune", "inference_loss", "eval"])
 def test_several_processes_for_the_work_of_one(refused, monkeypatch, script):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(script, "", "2 processes were started", "start this script as one, with python")
+    refused(script, "", "2 processes were started", "start this script as a single process")
 
 
 @pytest.mark.parametrize(

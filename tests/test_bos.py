@@ -24,7 +24,7 @@ import torch
 import transformers
 
 PLACE = "--dtype float32 --device cpu"
-HINT = "--bos is for this model: with the beginning-of-text token in front, the loss of the first "
+HINT = "use --bos for this model: a beginning-of-text token lowers the loss of the first "
 
 
 def needs_its_first_token(folder) -> str:
@@ -129,9 +129,7 @@ def test_judging(folder, tmp_path, model, tokenizer, capsys):
     ]
     # of the first that has none
     losses = batch_loss(model, windows[1:2]), nats_behind(model, 1, windows[1:2])
-    assert (
-        f"{HINT}window that has none falls from {losses[0]:.3f} to {losses[1]:.3f} nats\n" in said
-    )
+    assert f"{HINT}window without one from {losses[0]:.3f} to {losses[1]:.3f} nats\n" in said
     assert HINT not in said_behind and "6 windows of 48 tokens after BOS" in said_behind
 
 
@@ -158,7 +156,7 @@ def test_when_there_is_nothing_to_try(model, tokenizer):
         is None
     )
     assert bos_hint(model, SimpleNamespace(bos_token_id=352), sequences, "window") is None
-    with pytest.raises(UserError, match="token 352 and the model has 352 embeddings"):
+    with pytest.raises(UserError, match="token 352 but the model has only 352 embeddings"):
         batch_loss(model, sequences, bos=352)
 
 
@@ -187,8 +185,7 @@ def test_calibrating(folder, tmp_path, tokenizer, capsys):
             folder, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name), tokenizer
         )
     assert (
-        f"{HINT}calibration sequence that has none falls from " in said["plain"]
-        and HINT not in said["bos"]
+        f"{HINT}calibration sequence without one from " in said["plain"] and HINT not in said["bos"]
     )
     assert found["bos"] < found["plain"] - 1
 

@@ -128,8 +128,7 @@ def test_an_evaluation_is_shown_and_not_repeated(
     capsys.readouterr()
     run("--model model --ppl none")
     assert (
-        "1.000000 |\nas measured before; remove results/evaluations/model_"
-        in capsys.readouterr().out
+        "1.000000 |\nmeasured earlier; remove results/evaluations/model_" in capsys.readouterr().out
     )
     with pytest.raises(
         UserError, match=r"jsonx exists already; remove it, or choose another --save"

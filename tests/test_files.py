@@ -115,7 +115,7 @@ def test_the_model_that_a_folder_was_pruned_from(tmp_path):
     for damaged in ("[]", '{"arguments": []}', "{}"):
         (tmp_path / "run.json").write_text(damaged)
         with pytest.raises(
-            UserError, match=r"run\.json cannot be read \(ValueError: it names no arguments\)"
+            UserError, match=r"run\.json cannot be read \(ValueError: it has no arguments\)"
         ):
             records.read_record(tmp_path)
     records.write_json(tmp_path / "prune.json", {"arguments": {"model": "some/model"}})
@@ -130,7 +130,7 @@ def test_lines_are_read_up_to_a_torn_one_and_cut_to_what_a_state_knows(tmp_path)
     cut = log.Log(tmp_path, 12)
     assert cut.lines == [{"step": 1}] and path.read_text() == '{"step": 1}\n' and cut.sync() == 12
     with pytest.raises(
-        UserError, match=r"metrics.jsonl cannot be read .*lines are missing.*; .* bring it back"
+        UserError, match=r"metrics.jsonl cannot be read .*lines are missing.*; .* restore it"
     ):
         records.read_lines(path, 24)
     path.write_text('{"step": 1}\n[\n{"step": 2}\n')

@@ -171,9 +171,9 @@ def test_where_memory_is_full_fewer_documents_are_written_at_a_time(llama, tmp_p
 @pytest.mark.parametrize(
     "further, words",
     [
-        ("--seqlen 300", "--seqlen 300 is more than the 256"),
+        ("--seqlen 300", "--seqlen 300 exceeds the model's 256"),
         ("--out text.txt", "text.txt must end in .jsonl"),
-        ("--seqlen 200 --after passages.txt", "--seqlen 200, behind a passage of 200 tokens, is"),
+        ("--seqlen 200 --after passages.txt", "--seqlen 200, after a passage of 200 tokens, ex"),
         ("--model absent --after gone.txt", "gone.txt: no such file"),
     ],
 )

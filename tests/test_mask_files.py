@@ -125,9 +125,9 @@ def test_an_npz_of_another_model(tmp_path, layers):
     first = next(iter(SHAPES))
     with pytest.raises(UserError, match="not one of the model's"):
         mask_files.load(path, shapes={first: SHAPES[first]})
-    with pytest.raises(UserError, match="not the bits of a mask"):
+    with pytest.raises(UserError, match="does not hold the bits of a mask"):
         mask_files.load(path, shapes=SHAPES | {first: (6, 80)})
-    with pytest.raises(UserError, match="does not hold the shapes"):
+    with pytest.raises(UserError, match="does not store the shapes"):
         mask_files.load(path)
 
 

@@ -196,7 +196,7 @@ def test_blocks_with_fewer_weights_are_filled_up(llama, tmp_path, capsys):
         lambda tensors: tensors[f"{name}.weight"].view(-1, 4)[0].zero_(),
     )
     get_mask.main(f"--model {tmp_path}/fewer --save {tmp_path}/m0.safetensors".split())
-    assert "1 blocks had fewer than 2 weights" in capsys.readouterr().out
+    assert "1 blocks had fewer than 2 nonzero weights" in capsys.readouterr().out
     found, before = (
         dict(mask_files.load(file).masks)
         for file in (f"{tmp_path}/m0.safetensors", "initial_mask.safetensors")

@@ -95,7 +95,7 @@ def test_an_appended_end_of_text_token_is_not_scored(folder, tokenizers, tmp_pat
 @pytest.mark.parametrize(
     "scale, choices, words",
     [
-        (1, [" d", ""], "no item"),
+        (1, [" d", ""], "is not an item"),
         (1, [" bird" * 400, " fox"], "quiz: a choice has no token of its own, or more"),
         (math.nan, [" bird", " fox"], "not finite.*--dtype"),
     ],
@@ -146,7 +146,8 @@ GOOD = '{"context": "The sky is", "choices": [" blue", " green"], "gold": 0}'
 def test_bad_lines(tmp_path, line):
     (tmp_path / "quiz.jsonl").write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(
-        UserError, match=r"quiz.jsonl: line 3 is no item: it needs a context, two or more choices"
+        UserError,
+        match=r"quiz.jsonl: line 3 is not an item: it needs a context, two or more choices",
     ):
         zero_shot.read_items(str(tmp_path / "quiz.jsonl"))
 
