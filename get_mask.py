@@ -4,7 +4,7 @@ file.
     # folder `out`, 2:4 -> initial_mask.safetensors
     python get_mask.py
     python get_mask.py --model SPARSE_FOLDER --sparsity_type 4:8 --save my_mask.safetensors
-    # from MaskLLM's format
+    # from MaskLLM's or PATCH's format
     python get_mask.py --convert mask.npz --model BASE_MODEL --save mask.safetensors
     # from the authors' folder
     python get_mask.py --convert folder --sparsity_type 4:8 --save mask.safetensors
@@ -21,12 +21,13 @@ The suffix of --save decides the format: .safetensors (packed, with the model's 
 fingerprint), .npz (MaskLLM's) or none (the MaskPro authors' folder of .pt). --convert reads all
 three. Only a .safetensors stores its N:M; the others count as 2:4 unless --sparsity_type is given.
 
-With --convert, --model is optional, and the mask is checked against it. An .npz needs it, since it
-stores no shapes. A .safetensors made from a foreign format gets a fingerprint, by which other
+With --convert, --model is optional, and the mask is checked against it. MaskLLM's .npz needs it,
+since it stores no shapes. A .safetensors made from a foreign format gets a fingerprint, by which other
 models refuse the mask later, only if --model is given.
 """
 
 import argparse
+import re
 import sys
 
 from files.records import base_model
@@ -83,7 +84,7 @@ from dataclasses import replace
 from files import mask_files
 from files.atomic import refuse_existing
 from masking.layers import check_sparsity, nonzero_mask, read_masks
-from models.layers import layers_to_mask, weight_matrix
+from models.layers import find_layers, layers_to_mask, weight_matrix
 from models.loading import load_model, model_fingerprint
 
 
@@ -112,6 +113,10 @@ def convert(args: argparse.Namespace) -> mask_files.MaskFile:
         return mask_files.load(args.convert, args.sparsity_type)
     model, _ = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     mask_file = read_masks(args.convert, model, args.sparsity_type)
+    unmasked = [name for name in find_layers(model) if name not in mask_file.masks]
+    if unmasked:
+        kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in unmasked})
+        print(f"{args.convert} has no mask for {', '.join(kinds)}")
     return replace(mask_file, model=base_model(args.model), fingerprint=model_fingerprint(model))
 
 

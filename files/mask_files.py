@@ -3,7 +3,9 @@
     NAME.safetensors   this project's: packed; the metadata hold N:M, model, fingerprint, shapes and
                        a checksum
     NAME               the MaskPro authors': a folder of `<module>.pt`, one bool tensor each
-    NAME.npz           MaskLLM's: `<module>.weight.mask`, np.packbits of the flattened mask
+    NAME.npz           MaskLLM's: `<module>.weight.mask`, np.packbits of the flattened mask; or
+                       PATCH's: the same as `<module>.weight`, with `<module>.weight.__shape__` and
+                       `__meta__`, a JSON text of pattern and base model; only read
 
 A file that is damaged or of another kind raises UserError with its name and the reason. No pickled
 code is run.
@@ -12,23 +14,24 @@ code is run.
 import hashlib
 import io
 import json
+import math
 import zipfile
 from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from files import checked_tensors
 from files.atomic import atomic_write, refuse_existing
 from files.packing import pack, unpack
 from files.records import of_run
-from utils import UserError, as_user_error
+from utils import UserError, as_user_error, note
 
 import numpy as np
 import torch
 from torch import Tensor
 
+SHAPE = ".__shape__"  # ends the name of a shape in PATCH's files
 ANEW = "restore it or make it anew"
 Masks = Mapping[str, Tensor]  # layer name -> bool [out, in]
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
@@ -78,6 +81,18 @@ def fingerprint(masks: Masks) -> str:
         digest.update(f"{name} {tuple(mask.shape)}".encode())
         digest.update(np.packbits(mask.cpu().numpy().reshape(-1)).tobytes())
     return digest.hexdigest()[:16]
+
+
+def fill(mask: Tensor, n: int, m: int) -> tuple[Tensor, int]:
+    """Return a mask, bool `[out, in]`, whose blocks keep at least N weights, and the number of
+    blocks that kept fewer: these also keep their lowest free positions. `mask` is overwritten."""
+    blocks = mask.view(-1, m)
+    counts = blocks.sum(1)
+    short = counts < n
+    missing = (n - counts[short])[:, None]
+    free = ~blocks[short]
+    blocks[short] |= free & (free.cumsum(1) <= missing)
+    return mask, int(short.sum())
 
 
 def _fault(masks: Masks, n: int, m: int) -> str | None:
@@ -167,7 +182,7 @@ def load(
         if path.is_dir():
             mask_file = MaskFile(_read_folder(path), n, m)
         elif path.is_file() and path.suffix == ".npz":
-            mask_file = MaskFile(_read_npz(path, shapes), n, m)
+            mask_file = _read_npz(path, shapes, n, m)
         elif path.is_file() and path.suffix == ".safetensors":
             mask_file = _read_safetensors(path)
         else:
@@ -211,19 +226,39 @@ def _read_folder(path: Path) -> Masks:
     return masks
 
 
-def _read_npz(path: Path, shapes: Shapes | None) -> Masks:
-    if shapes is None:
-        raise UserError("an .npz does not store the shapes of its masks: give its --model as well")
+def _read_npz(path: Path, shapes: Shapes | None, n: int, m: int) -> MaskFile:
+    """Read MaskLLM's masks, which need the model's `shapes`, or PATCH's, which store shapes,
+    pattern and base model. PATCH takes its masks from weights that are not zero, so blocks may keep
+    fewer than N: these are filled up."""
     masks = {}
+    filled = 0
     with np.load(path, allow_pickle=False) as archive:
+        description = json.loads(str(archive["__meta__"])) if "__meta__" in archive else {}
         for key, bits in archive.items():
+            if key == "__meta__" or key.endswith(SHAPE):
+                continue
             name = key.removesuffix(".mask").removesuffix(".weight")
-            if name not in shapes:
+            if key + SHAPE in archive:
+                shape = tuple(map(int, archive[key + SHAPE]))
+            elif shapes is None:
+                raise UserError(
+                    "this .npz does not store the shapes of its masks: give its --model as well"
+                )
+            elif name in shapes:
+                shape = shapes[name]
+            else:
                 raise UserError(f"layer {name!r} is not one of the model's")
-            weights = prod(shapes[name])
-            if bits.dtype != np.uint8 or bits.shape != (-(-weights // 8),):
-                raise UserError(f"layer {name} does not hold the bits of a mask {[*shapes[name]]}")
-            masks[name] = torch.from_numpy(np.unpackbits(bits, count=weights).view(bool)).view(
-                *shapes[name]
-            )
-    return masks
+            weights = math.prod(shape)
+            if bits.dtype != np.uint8 or bits.shape != (math.ceil(weights / 8),):
+                raise UserError(f"layer {name} does not hold the bits of a mask {[*shape]}")
+            mask = torch.from_numpy(np.unpackbits(bits, count=weights).view(bool)).view(shape)
+            if description and not weights % m:
+                mask, short = fill(mask, n, m)
+                filled += short
+            masks[name] = mask
+    pattern = description.get("pattern", f"{n}:{m}")
+    if pattern != f"{n}:{m}" and (fault := _fault(masks, n, m)):
+        raise UserError(f"its pattern is {pattern}, not {n}:{m}: {fault}")
+    if filled:
+        note(f"note: {filled} blocks of {path} kept fewer than {n} weights and were filled up")
+    return MaskFile(masks, n, m, description.get("base_model", ""))

@@ -13,6 +13,7 @@ from masking.layers import apply_mask
 from models.loading import model_fingerprint
 from utils import UserError
 
+import numpy as np
 import pytest
 import torch
 from masked import same
@@ -110,6 +111,60 @@ def test_refusals(w, tmp_path, arguments, words):
     with pytest.raises(UserError, match=words):
         get_mask.main(f"--save {tmp_path}/new {arguments}".format(w=w, t=tmp_path).split())
     assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------- PATCH
+
+
+def patch_file(path, state, pattern="2:4"):
+    """A mask.npz as github.com/Paramathic/patch makes it of a sparse model's weights."""
+    arrays = {"__meta__": np.array(json.dumps({"pattern": pattern, "base_model": "some/llama"}))}
+    for name, weight in state.items():
+        if ".layers." in name and weight.dim() == 2:
+            arrays[name] = np.packbits((weight != 0).reshape(-1).numpy())
+            arrays[f"{name}.__shape__"] = np.array(weight.shape, dtype=np.int64)
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def sparse_weights(w):
+    model = AutoModelForCausalLM.from_pretrained(w / "sparse_llama")
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def test_a_mask_of_patch_is_read_to_the_bit(w, tmp_path, sparse_weights):
+    file = patch_file(tmp_path / "mask.npz", sparse_weights)
+    wanted = mask_files.load(w / "llama.safetensors")
+    alone = mask_files.load(convert(file, tmp_path / "alone.safetensors"))
+    assert same(alone.masks, wanted.masks) and alone.model == "some/llama"
+    held = mask_files.load(convert(file, tmp_path / "held.safetensors", "--model", w / "llama"))
+    assert same(held.masks, wanted.masks) and held.fingerprint == wanted.fingerprint
+
+
+def test_a_block_of_patch_whose_kept_weight_was_zero_is_filled_up(tmp_path, sparse_weights, capsys):
+    name = "model.layers.0.mlp.up_proj"
+    weight = sparse_weights[f"{name}.weight"]
+    weight[0, :4] = torch.tensor([0.0, 0.0, 0.0, 5.0])
+    got = mask_files.load(patch_file(tmp_path / "mask.npz", sparse_weights))
+    assert got.masks[name][0, :4].tolist() == [True, False, False, True]
+    assert torch.equal(got.masks[name][0, 4:], weight[0, 4:] != 0)
+    assert "1 blocks of" in capsys.readouterr().err
+
+
+def test_dense_tiles_of_patch_are_refused_by_name(tmp_path, sparse_weights):
+    sparse_weights["model.layers.1.mlp.up_proj.weight"].fill_(1.0)
+    file = patch_file(tmp_path / "mask.npz", sparse_weights, "Dense/2:4 tiles")
+    with pytest.raises(UserError, match=r"pattern is Dense/2:4 tiles, .*layers.1.mlp.up_proj"):
+        mask_files.load(file)
+
+
+def test_a_mask_of_some_layers_says_of_which_there_is_none(w, tmp_path, sparse_weights, capsys):
+    some = {name: weight for name, weight in sparse_weights.items() if "self_attn" in name}
+    file = patch_file(tmp_path / "mask.npz", some)
+    convert(file, tmp_path / "mask.safetensors", "--model", w / "llama")
+    said = capsys.readouterr().out
+    assert "no mask for model.layers.*.mlp.down_proj, model.layers.*.mlp.gate_proj, model." in said
 
 
 # --------------------------------------------------------------------------------------- apply_mask
