@@ -12,10 +12,12 @@ to rounding; the last column is their largest difference, as a share of the larg
 
 Calls from Python are queued one after the other. With few tokens, the dispatch of the sparse tensor
 in Python may take longer than the product. torch pads the tokens to a multiple of 8. The cuSPARSELt
-backend runs with its default algorithm; CUTLASS runs only on compute capability 8.x.
+backend runs with its default algorithm, and again with the one that it finds fastest for each shape
+and number of tokens. CUTLASS has no such search, and runs only on compute capability 8.x.
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -129,6 +131,26 @@ def measure(
     }
 
 
+def use_fastest_algorithms(layers: dict[str, nn.Module], tokens: int) -> None:
+    """Have each 2:4 layer use the algorithm of cuSPARSELt that is fastest for `[tokens, in]`."""
+    found = {}
+    padded = 8 * math.ceil(tokens / 8)  # as torch pads
+    for module in layers.values():
+        weight = module.weight
+        if weight.shape not in found:
+            x = torch.randn(padded, weight.shape[1], device=weight.device, dtype=weight.dtype)
+            found[weight.shape] = torch._cslt_sparse_mm_search(
+                weight.packed, x.T, transpose_result=True
+            )
+        weight.alg_id_cusparselt = found[weight.shape]
+
+
+def fastest(times_s: dict[str, float | None]) -> str:
+    """Return the name of the shortest time; None is a time that was not measured."""
+    measured = {name: time_s for name, time_s in times_s.items() if time_s is not None}
+    return min(measured, key=measured.get)
+
+
 @torch.inference_mode()
 def compare(
     shape: str,
@@ -138,23 +160,30 @@ def compare(
     seed: int,
     depth: int | None,
     repeats: int,
+    searches: bool,
 ) -> list[dict]:
-    """Return the table's rows of one dtype. depth: number of decoder layers, None for the
-    shape's."""
+    """Return the table's rows of one dtype. depth: number of decoder layers, None for the shape's;
+    searches: whether the fastest algorithm is looked for, too."""
     common.free_memory(device)  # frees the model of the dtype before
     model = common.random_llama(shape, device, dtype, seed, depth)
-    found = find_layers(model)
-    apply_masks(found, common.magnitude_masks(model))
+    layers = find_layers(model)
+    apply_masks(layers, common.magnitude_masks(model))
     functions, inputs = callables(
         model, f"{shape}, {model.config.num_hidden_layers} layers", tokens, device
     )
     dense = measure(functions, inputs, device, repeats)
-    for module in found.values():
+    for module in layers.values():
         module.weight = sparse_parameter(module.weight.data)
     sparse = measure(functions, inputs, device, repeats)
+    searched = {}
+    for count in tokens if searches else []:
+        use_fastest_algorithms(layers, count)
+        of_count = {key: given for key, given in inputs.items() if key[1] == count}
+        searched |= measure(functions, of_count, device, repeats)
     rows = []
     for (what, count), (dense_s, expected) in dense.items():
         sparse_s, output = sparse[what, count]
+        searched_s = searched[what, count][0] if searches else None
         difference = (output.float() - expected.float()).abs().max() / expected.float().abs().max()
         rows.append(
             {
@@ -163,7 +192,9 @@ def compare(
                 "tokens": count,
                 "dense (ms)": 1000 * dense_s,
                 "2:4 (ms)": 1000 * sparse_s,
-                "dense / 2:4": dense_s / sparse_s,
+                "2:4, algorithm searched (ms)": 1000 * searched_s if searches else "",
+                "fastest": fastest({"dense": dense_s, "2:4": sparse_s, "searched": searched_s}),
+                "dense / 2:4": dense_s / min(sparse_s, searched_s or sparse_s),
                 "max difference / max output": float(difference),
             }
         )
@@ -180,7 +211,14 @@ def main(argv: list[str] | None = None) -> None:
         row
         for dtype in dtypes
         for row in compare(
-            args.shape, DTYPES[dtype], tokens, args.device, args.seed, depth, repeats
+            args.shape,
+            DTYPES[dtype],
+            tokens,
+            args.device,
+            args.seed,
+            depth,
+            repeats,
+            searches=args.backend == "cusparselt",
         )
     ]
     common.report(
