@@ -9,41 +9,24 @@ def small(
     return f"1of4/{method}-size{size}-lr{lr}-logits{logits}-steps{steps}{further}"
 
 
-# what is varied, what the paper says, arguments of `small` for the record's row, number of seeds
-# (None: all)
+# the setting, the record's row as `small` names it, how many of its seeds
 ABLATIONS = [
-    (
-        "maskpro, η 5, C 5, 512 sequences, cached baseline",
-        "learns, steadily",
-        ("maskpro", 512, 5, 5),
-        None,
-    ),
-    ("residual", "learns, unsteadily", ("residual", 512, 5, 5), None),
-    ("vanilla", "does not learn", ("vanilla", 512, 5, 5), None),
-    ("vanilla, η 0.05, seed 0", "", ("vanilla", 512, 0.05, 5), 1),
-    ("1 sequence", "enough to learn from", ("maskpro", 1, 5, 5), 1),
-    ("32 sequences", "", ("maskpro", 32, 5, 5), 1),
-    ("η 2", "", ("maskpro", 512, 2, 5), 1),
-    ("η 10", "", ("maskpro", 512, 10, 5), 1),
-    ("C 2", "too small a C fails", ("maskpro", 512, 5, 2), 1),
-    ("C 10", "its setting", ("maskpro", 512, 5, 10), 1),
-    (
-        "[less of the prior](steps.md#less-of-the-prior), η 5, C 5",
-        "",
-        ("maskpro-prior", 512, 5, 5),
-        1,
-    ),
-    ("the same, η 2", "", ("maskpro-prior", 512, 2, 5), 1),
-    ("the same, C 10", "", ("maskpro-prior", 512, 5, 10), 1),
-    ("online baseline: the mask of the cached one", "", ("maskpro", 512, 5, 5, "-online"), 1),
-    (
-        "[random logits](#random-logits), C 5",
-        "feasible, takes longer",
-        ("maskpro-random", 512, 5, 5, "-online"),
-        None,
-    ),
-    ("the same, 10,000 steps", "", ("maskpro-random", 512, 5, 5, "-online", 10000), 1),
-    ("from m0, 10,000 steps", "", ("maskpro", 512, 5, 5, "", 10000), 1),
+    ("maskpro, η 5, C 5, 512 sequences, cached baseline", ("maskpro", 512, 5, 5), None),
+    ("residual", ("residual", 512, 5, 5), None),
+    ("vanilla", ("vanilla", 512, 5, 5), None),
+    ("vanilla, η 0.05", ("vanilla", 512, 0.05, 5), 1),
+    ("1 sequence", ("maskpro", 1, 5, 5), 1),
+    ("32 sequences", ("maskpro", 32, 5, 5), 1),
+    ("η 2", ("maskpro", 512, 2, 5), 1),
+    ("η 10", ("maskpro", 512, 10, 5), 1),
+    ("C 2", ("maskpro", 512, 5, 2), 1),
+    ("C 10", ("maskpro", 512, 5, 10), 1),
+    ("10,000 steps", ("maskpro", 512, 5, 5, "", 10000), 1),
+    ("[less of the prior](steps.md#less-of-the-prior)", ("maskpro-prior", 512, 5, 5), 1),
+    ("the same, η 2", ("maskpro-prior", 512, 2, 5), 1),
+    ("the same, C 10", ("maskpro-prior", 512, 5, 10), 1),
+    ("[random logits](#random-logits)", ("maskpro-random", 512, 5, 5, "-online"), None),
+    ("the same, 10,000 steps", ("maskpro-random", 512, 5, 5, "-online", 10000), 1),
 ]
 MASKPRO = {
     steps: f"2of4/maskpro-size512-lr{eta}-logits5-steps{steps}"

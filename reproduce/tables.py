@@ -44,20 +44,10 @@ def ablations() -> str:
     """Return the table of ablations on the small model at 1:4."""
     rows = record("small_model")["rows"]
     lines = []
-    for varied, says, row, seeds in ABLATIONS:
-        _, nats, gap, first, last, changed, _ = row_cells(rows, small(*row), seeds)
-        lines.append([varied, says, nats, gap, f"{first}, {last}", changed])
-    return markdown_table(
-        [
-            "varied",
-            "the paper says",
-            "held-out",
-            "of the gap (%)",
-            "sampled masks: first, last steps",
-            "blocks changed (%)",
-        ],
-        lines,
-    )
+    for setting, row, seeds in ABLATIONS:
+        _, nats, gap, *_ = row_cells(rows, small(*row), seeds)
+        lines.append([setting, nats, gap])
+    return markdown_table(["setting", "held-out loss", "gap recovered (%)"], lines)
 
 
 def patterns() -> str:
@@ -68,10 +58,8 @@ def patterns() -> str:
         ("1:4", small("maskpro", 512, 5, 5)),
         ("2:4", "2of4/maskpro-size512-lr5-logits5-steps2500"),
         ("2:4, 10,000 steps", "2of4/maskpro-size512-lr5-logits5-steps10000"),
-        ("2:4, 10,000 steps, η 10", "2of4/maskpro-size512-lr10-logits5-steps10000"),
         ("4:8", "4of8/maskpro-size512-lr5-logits5-steps2500"),
     ):
-        cells = row_cells(rows, learned, 1)
         folder = learned.partition("/")[0]
         lines.append(
             [
@@ -80,21 +68,11 @@ def patterns() -> str:
                     row_cells(rows, f"{folder}/{method}")[1]
                     for method in ("magnitude", "wanda", "sparsegpt")
                 ),
-                cells[1],
-                f"{cells[3]}, {cells[4]}",
+                row_cells(rows, learned, 1)[1],
             ]
         )
-    return markdown_table(
-        [
-            "N:M, held-out",
-            "magnitude",
-            "Wanda, m0",
-            "SparseGPT (updates weights)",
-            "maskpro",
-            "sampled masks: first, last steps",
-        ],
-        lines,
-    )
+    heading = ["N:M", "magnitude", "Wanda, m0", "SparseGPT (updates weights)", "maskpro"]
+    return markdown_table(heading, lines)
 
 
 def conditions() -> str:
@@ -107,10 +85,11 @@ def conditions() -> str:
     }
     dtypes = sorted({seed["dtype"] for seeds in rows.values() for seed in seeds})
     seconds = sorted(run["seconds"] for run in runs)
+    hardware = "; ".join(known["hardware"]).replace("1 threads", "1 thread")
     return (
-        f"Dense {rows['dense'][0]['nats']:.4f}. {', '.join(known['hardware'])}, "
-        f"{', '.join(dtypes)}, torch {', '.join(known['torch'])}, commit "
-        f"{', '.join(known['commit'])}; a run took {seconds[0]:.0f} to {seconds[-1]:.0f} s."
+        f"The dense loss is {rows['dense'][0]['nats']:.4f}. Each run took {seconds[0]:.0f} to "
+        f"{seconds[-1]:.0f} s ({hardware}; {', '.join(dtypes)}, torch "
+        f"{', '.join(known['torch'])}, commits {', '.join(known['commit'])})."
     )
 
 
@@ -177,24 +156,19 @@ def rivals() -> str:
 
 
 def scaling() -> str:
-    """Return the table of the record that bench/scaling.py --json wrote."""
+    """Return the table of the record of bench/scaling.py: a row per way to learn, with 2 and with 4
+    processes."""
     rows = record("scaling")
-    apart = "logits apart from one process's, at most"
-    same = "the same mask"
     sent = "sent a process and step (bytes)"
-    lines = [
-        [
-            row["learning"],
-            str(row["processes"]),
-            f"{row[apart]:.1e}",
-            "yes" if row[same] else "no",
-            f"{row[sent]:,}",
-        ]
-        for row in rows
-    ]
-    return markdown_table(["learning", "processes", apart, same, sent], lines) + BENCH.format(
-        **rows[0]
-    )
+    ways = {}
+    for row in rows:
+        ways.setdefault(row["learning"], {})[row["processes"]] = row
+    lines = []
+    for way, found in ways.items():
+        apart = max(row["logits apart from one process's, at most"] for row in found.values())
+        lines.append([way, f"{found[2][sent]:,}", f"{found[4][sent]:,}", f"{apart:.1e}"])
+    heading = ["learning", "2 processes", "4 processes", "largest difference"]
+    return markdown_table(heading, lines) + BENCH.format(**rows[0])
 
 
 def example() -> str:
@@ -228,15 +202,22 @@ def printed() -> str:
 def step() -> str:
     """Return the table of the record that bench/step.py --json wrote."""
     rows = record("step")
-    columns = ["naive (s)", "ours (s)", "copy of the same bytes (s)", "of a forward"]
+    columns = ["naive (s)", "ours (s)", "of a forward"]
+    names = {
+        "a forward of as many": "forward of 1024 tokens",
+        "the step of sparsify.py, smollm2-135m, 1024 tokens": "step of sparsify.py, 1024 tokens",
+        "training step, float16 logits": "forward + our step, float16 logits",
+    }
     lines = [
         [
-            row["what"].replace("torch.", ""),
+            names.get(row["what"], row["what"].replace("torch.", "")),
             *(f"{row[key]:.3g}" if key in row else "" for key in columns),
         ]
         for row in rows
+        if "later" not in row["what"]
     ]
-    return markdown_table(["", *columns], lines) + BENCH.format(**rows[0])
+    heading = ["", *columns[:-1], "forward passes"]
+    return markdown_table(heading, lines) + BENCH.format(**rows[0])
 
 
 def memory() -> str:
@@ -251,47 +232,24 @@ def memory() -> str:
             *(f"{row[key]:,.4g}" if key in row else "" for key in numbers),
         ]
         for row in rows
+        if row["learning"] != "gradients, checkpointing"
     ]
-    return markdown_table(["learning", "logits", "processes", *numbers], lines) + BENCH.format(
-        **rows[0]
-    )
-
-
-def gpu_code() -> str:
-    """Return the table of the record that bench/gpu_code.py --json wrote."""
-    rows = record("gpu_code")
-    lines = []
-    for row in rows:
-        if "write" not in row["what"]:
-            # the loss has no blocks
-            blocks = row["elements a thread"] if ":" in row["what"] else ""
-            lines.append(
-                [
-                    row["what"],
-                    str(row["kernels"]),
-                    blocks,
-                    str(row["registers"]),
-                    str(row["spilled (bytes)"]),
-                    f"{row['Inductor (s)']:.0f}",
-                    f"{row['Triton and ptxas (s)']:.0f}",
-                ]
-            )
-    columns = [
-        "pass",
-        "kernels",
-        "blocks a thread",
-        "registers",
-        "spilled (bytes)",
-        "Inductor (s)",
-        "Triton, ptxas (s)",
-    ]
-    return markdown_table(columns, lines) + BENCH.format(**rows[0])
+    heading = ["learning", "logits", "processes", "kept (bytes per weight)", *numbers[1:]]
+    return markdown_table(heading, lines) + BENCH.format(**rows[0])
 
 
 def authors() -> str:
-    """Return the table that compares the authors' scripts with ours."""
-    table = record("against_authors")["table"]
-    return markdown_table(list(table[0]), [list(row.values()) for row in table])
+    """Return the table that compares the authors' scripts with ours: the quantities that have a
+    limit and, of the losses, the one that differs most."""
+    judged = [row for row in record("against_authors")["table"] if row["wanted"]]
+    losses = [row for row in judged if row["what"].startswith("loss")]
+    apart = max(losses, key=lambda row: float(row["difference"].split()[1]))
+    lines = [
+        [row["what"].replace("other", "unsaturated"), *list(row.values())[1:5]]
+        for row in judged
+        if row is apart or row not in losses
+    ]
+    return markdown_table(["quantity", "theirs", "ours", "difference", "limit"], lines)
 
 
 def variance() -> str:
@@ -366,7 +324,6 @@ TABLES = (
     scaling,
     step,
     memory,
-    gpu_code,
     ablations,
     patterns,
     conditions,
