@@ -49,7 +49,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8), (8, 16)]
-SHAPE = 4096, 11008  # of the layer
+SHAPE = 4096, 11008  # shape of the layer
 # shape of the loss's logits
 TOKENS = 127
 VOCABULARY = 32000

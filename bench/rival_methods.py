@@ -91,7 +91,7 @@ class Rival:
         return {name: self.mask(name) for name in self.layers}
 
     def after_step(self) -> None:
-        """Is called after each step of Adam."""
+        """Do what has to follow each step of Adam; by default nothing."""
 
     def learn(self, batch: Tensor, step: int, steps: int) -> float:
         """Take step number `step` of `steps` on a batch, int64 `[sequences, tokens]`; return the

@@ -38,27 +38,27 @@ Inputs = dict[tuple[str, int], Tensor]  # (function's name, tokens) -> its input
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument(
-        "--shape", choices=list(common.SHAPES), default="llama2-7b", help="of the model"
+        "--shape", choices=list(common.SHAPES), default="llama2-7b", help="shape of the model"
     )
     parser.add_argument(
         "--dtypes",
         nargs="+",
         choices=["float16", "bfloat16"],
         default=["float16", "bfloat16"],
-        help="of weights and inputs",
+        help="dtypes of weights and inputs",
     )
     parser.add_argument(
         "--tokens",
         nargs="+",
         type=positive_int,
         default=[1, 16, 64, 256, 1024, 4096],
-        help="in a call",
+        help="tokens per call",
     )
     parser.add_argument(
         "--backend",
         choices=["cusparselt", "cutlass"],
         default="cusparselt",
-        help="of the 2:4 products",
+        help="backend of the 2:4 products",
     )
     return parser.parse_args(argv)
 

@@ -4,7 +4,7 @@ A mask is a bool tensor `[out, in]`. A block, M consecutive elements of a row, k
 is one of K = C(M, N) patterns, numbered from 0 in the order of `pge.patterns`.
 
 2:4        three blocks per byte, a + 6 b + 36 c for patterns number a, b, c: 0.667 bits per weight;
-           the entropy is log2(6)/4 = 0.646
+           the least possible is log2(6)/4 = 0.646
 other N:M  one bit per weight, then deflated by zlib: 0.51 (1:4), 0.77 (4:8), 0.99 (8:16) bits
 """
 

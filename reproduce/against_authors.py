@@ -76,7 +76,7 @@ RECORDED = 8  # steps of the authors' run whose logits and masks are kept
 SATURATED = 0.9  # probability of one weight above which its block counts as saturated
 # runs per side -> limit of |t|, two-sided, 1% for 5 rows together
 CRITICAL_T = {2: 22.33, 3: 7.17, 4: 5.21, 5: 4.50, 6: 4.14, 8: 3.79}
-POINTS = 60  # of each curve in the record
+POINTS = 60  # points of each curve in the record
 HEADING = ["what", "theirs", "ours", "difference", "wanted", "verdict"]
 
 

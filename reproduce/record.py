@@ -50,7 +50,7 @@ from utils import UserError, as_user_error, run_script
 import numpy as np
 
 STEPS = 512  # maximum number of steps in a mean of the sampled masks' losses
-POINTS = 40  # of each curve
+POINTS = 40  # points of each curve
 HEADING = [
     "mask",
     "seeds",

@@ -68,7 +68,7 @@ import torch
 from torch import Tensor
 
 ADVANTAGES = ("vanilla", "residual", "maskpro")
-GROUPS = 8  # of draws, each with its own mean
+GROUPS = 8  # groups of draws, each with its own mean
 NOISE = 0.5  # nats that noise may move a logit
 SHARE = 0.1  # share of the gap to close
 STEPS = 10_000  # as in the paper
