@@ -22,8 +22,8 @@ fingerprint), .npz (MaskLLM's) or none (the MaskPro authors' folder of .pt). --c
 three. Only a .safetensors stores its N:M; the others count as 2:4 unless --sparsity_type is given.
 
 With --convert, --model is optional, and the mask is checked against it. MaskLLM's .npz needs it,
-since it stores no shapes. A .safetensors made from a foreign format gets a fingerprint, by which other
-models refuse the mask later, only if --model is given.
+since it stores no shapes. A .safetensors made from a foreign format gets a fingerprint, by which
+other models refuse the mask later, only if --model is given.
 """
 
 import argparse
