@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    begin_script(parse_args)  # refuses a wrong flag before torch is imported, which takes seconds
+    begin_script(parse_args, "matplotlib")
 
 from files.atomic import refuse_existing
 from training import figures

@@ -71,9 +71,11 @@ def note(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def begin_script(parse_args: Callable[[], argparse.Namespace]) -> None:
-    """Check the command line and announce the start, before torch and transformers are imported.
-    From here on Ctrl-C prints one line instead of a traceback."""
+def begin_script(
+    parse_args: Callable[[], argparse.Namespace], imports: str = "torch and transformers"
+) -> None:
+    """Check the command line and announce the imports, before they take seconds. From here on
+    Ctrl-C prints one line instead of a traceback."""
     sys.excepthook = lambda kind, *rest: (
         print("interrupted", file=sys.stderr)
         if kind is KeyboardInterrupt
@@ -81,7 +83,7 @@ def begin_script(parse_args: Callable[[], argparse.Namespace]) -> None:
     )
     use_short_spins()
     run_script(parse_args)
-    note("importing torch and transformers")
+    note(f"importing {imports}")
 
 
 def run_script(main: Callable[[], object]) -> None:

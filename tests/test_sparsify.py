@@ -17,6 +17,7 @@ from models.layers import find_layers
 from models.loading import load_model
 from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, plan, preparation, results, straight_through
+from training.loop import StepResult
 from training.report import note_unchanged, perplexity_table, shortage, verdict
 from training.straight_through import StraightThrough
 from utils import UserError
@@ -258,6 +259,15 @@ def test_in_a_notebook_the_mask_is_the_commands(workshop, learned):
     assert same(masks, dict(run.masks)) and run.record["summary"]["blocks_changed"] > 0
     sparse = load_file(run.folder / "checkpoint/model.safetensors")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in sparse.items())
+
+
+def test_in_a_notebook_losses_that_stay_nan_end_the_run(workshop, monkeypatch):
+    monkeypatch.setattr(StraightThrough, "step", lambda *_: StepResult(math.nan))
+    model, tokenizer = load_model(f"{workshop}/dense", "float32", "cpu")
+    with pytest.raises(UserError, match="3 losses in a row are nan"):
+        sparsify.sparsify(
+            model, tokenizer, f"{workshop}/text.jsonl", steps=6, batchsize=2, seqlen=24
+        )
 
 
 def test_a_lost_m0_is_made_again(learned, monkeypatch):

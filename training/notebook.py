@@ -9,9 +9,10 @@ from models.loss import check_tokens
 from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, plan, preparation
 from training.defaults import EVALUATIONS, GIVEN_SHARE, LOGITS, STEP_SIZE, STEPS
+from training.loop import BAD_LOSSES
 from training.straight_through import StraightThrough, step_size
 from training.validation import Validation
-from utils import progress_bar
+from utils import UserError, progress_bar
 
 from torch import Tensor, nn
 
@@ -52,9 +53,13 @@ def sparsify(
     validation.evaluate(0)
     read_by_swaps = preparation.read_by_swaps(sequences, budget.tokens)
     initialize.from_swaps(masked, LOGITS, read_by_swaps, budget.sweeps)
+    skipped_in_a_row = 0
     for step in progress_bar(range(steps), desc="learning", unit="step"):
         size = step_size(STEP_SIZE, step / steps, steps)
-        learner.step(batches[step % len(batches)], size, [GIVEN_SHARE] * batchsize)
+        result = learner.step(batches[step % len(batches)], size, [GIVEN_SHARE] * batchsize)
+        skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
+        if skipped_in_a_row == BAD_LOSSES:
+            raise UserError(f"{BAD_LOSSES} losses in a row are {result.loss}: load it as bfloat16")
         if EVALUATIONS * (step + 1) // steps > EVALUATIONS * step // steps:
             validation.evaluate(step + 1)
     return masked.finish(validation.bits)
