@@ -1,5 +1,7 @@
 """Tiny models under masks: made, run, and looked into."""
 
+import json
+
 import pge
 from masking.block_bits import mask_to_bits
 from masking.masked_model import MaskedModel
@@ -7,6 +9,7 @@ from masking.spaces import SPACES
 from models.layers import find_layers, weight_matrix
 from training.straight_through import StraightThrough
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,3 +158,14 @@ class Launches(TorchDispatchMode):
         self.operations += 1
         self.waits += operation in (aten._local_scalar_dense.default, aten.nonzero.default)
         return operation(*args, **kwargs or {})
+
+
+def patch_file(path, state, pattern="2:4"):
+    """A mask.npz as github.com/Paramathic/patch makes it of a sparse model's weights."""
+    arrays = {"__meta__": np.array(json.dumps({"pattern": pattern, "base_model": "some/llama"}))}
+    for name, weight in state.items():
+        if ".layers." in name and weight.dim() == 2:
+            arrays[name] = np.packbits((weight != 0).reshape(-1).numpy())
+            arrays[f"{name}.__shape__"] = np.array(weight.shape, dtype=np.int64)
+    np.savez_compressed(path, **arrays)
+    return path

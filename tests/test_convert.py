@@ -13,10 +13,9 @@ from masking.layers import apply_mask
 from models.loading import model_fingerprint
 from utils import UserError
 
-import numpy as np
 import pytest
 import torch
-from masked import same
+from masked import patch_file, same
 from mistakes import edited
 from tiny import write_corpus
 from transformers import AutoModelForCausalLM
@@ -114,17 +113,6 @@ def test_refusals(w, tmp_path, arguments, words):
 
 
 # -------------------------------------------------------------------------------------------- PATCH
-
-
-def patch_file(path, state, pattern="2:4"):
-    """A mask.npz as github.com/Paramathic/patch makes it of a sparse model's weights."""
-    arrays = {"__meta__": np.array(json.dumps({"pattern": pattern, "base_model": "some/llama"}))}
-    for name, weight in state.items():
-        if ".layers." in name and weight.dim() == 2:
-            arrays[name] = np.packbits((weight != 0).reshape(-1).numpy())
-            arrays[f"{name}.__shape__"] = np.array(weight.shape, dtype=np.int64)
-    np.savez_compressed(path, **arrays)
-    return path
 
 
 @pytest.fixture

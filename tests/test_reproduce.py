@@ -28,7 +28,7 @@ from utils import UserError
 import pytest
 import torch
 from exact import exact_vjp
-from masked import drawn_masks, logits_of, make, seeded
+from masked import drawn_masks, logits_of, make, patch_file, seeded
 from runs import ROOT, SCRIPTS, column
 from tiny import write_corpus
 
@@ -154,6 +154,7 @@ def test_the_scripts_take_the_commands(script, mode, rows, tmp_path):
             "OUT": str(tmp_path / "out"),
             "MODEL": str(tmp_path),
             **(further if script == "smollm2" else {}),
+            "PUBLIC": __file__,  # there is such a file
         },
         folder=tmp_path,
     )
@@ -198,6 +199,25 @@ def test_the_papers_settings(tmp_path):
     assert {(args.ppl, args.seqlen, len(args.tasks)) for args in evaluated} == {
         ("wikitext2", 4096, 7)
     }
+
+
+def test_a_public_mask_is_fetched_and_stands_beside_ours(finished, tmp_path):
+    settings = {**finished.settings, "OUT": str(tmp_path / "out"), "VALUES": "2 3"}
+    fetched = planned("public_mask", {**settings, "PUBLIC": "some/repository"})
+    hub = ["-m", "huggingface_hub.cli.hf", "download", "some/repository", "mask.npz"]
+    assert [command for command in fetched if command[0] == "-m"] == [
+        [*hub, "--local-dir", f"{tmp_path}/out/public"]
+    ]
+    wanda = load_model(str(finished.out / "2of4/wanda"), "float32", "cpu")[0]
+    public = patch_file(tmp_path / "mask.npz", wanda.state_dict())
+    for name, *flags in planned("public_mask", {**settings, "PUBLIC": str(public)}):
+        COMMANDS[name].main(flags)
+    records = {
+        name: json.loads((tmp_path / f"out/{name}.json").read_text())
+        for name in ("dense", "2of4/wanda", "2of4/public", "2of4/sparsify-steps3")
+    }
+    assert records["2of4/public"]["ppl"] == records["2of4/wanda"]["ppl"]
+    assert len({record["ppl"] for record in records.values()}) == 3
 
 
 def test_a_record_and_its_table_are_over_seeds(tmp_path, monkeypatch, capsys):
