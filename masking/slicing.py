@@ -1,5 +1,5 @@
-"""A pass over some of a layer's blocks at a time: without a compiler so that temporaries stay
-small, and with one on a GPU if a thread has too few registers for more than one block."""
+"""Passes over a few of a layer's blocks at a time: slices without a compiler, so that temporaries
+stay small; one block per thread on a GPU, if a thread has too few registers for more."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,12 +10,12 @@ from masking.exact_kernels import chunk_of
 import torch
 from torch import Tensor
 
-FEW = 128  # blocks of a first call from which Inductor gives each thread one
+FEW = 128  # blocks in a first call, few enough for Inductor to give each thread one
 
 
 def blocks_of(given: object, part: slice, blocks: int) -> object:
-    """An argument of a pass with only these of its blocks: lists and tensors with an element per
-    block are sliced."""
+    """Return an argument of a pass for a part of the blocks: tensors with one element per block are
+    sliced, within lists and tuples, too."""
     if isinstance(given, (list, tuple)):
         return type(given)(blocks_of(one, part, blocks) for one in given)
     return (
@@ -25,8 +25,8 @@ def blocks_of(given: object, part: slice, blocks: int) -> object:
 
 @lru_cache
 def sliced(function: Callable) -> Callable:
-    """A pass without a compiler, a slice of the blocks at a time, so that temporaries stay small;
-    the same numbers. The only argument that is given by name is `start`."""
+    """Return a pass that calls `function` on a slice of the blocks at a time, so that temporaries
+    stay small. The results are the same. Its only keyword argument is `start`."""
 
     def run(logits: list[Tensor], *rest, **start: int) -> Tensor | None:
         blocks = len(logits[0])
@@ -43,7 +43,7 @@ def sliced(function: Callable) -> Callable:
 
 
 def copies(given: object) -> object:
-    """Tensors `[1, ...]` of one block become new ones of FEW such blocks; everything else stays."""
+    """Return new tensors of FEW equal blocks for tensors `[1, ...]`, and anything else as it is."""
     if isinstance(given, (list, tuple)):
         return type(given)(copies(one) for one in given)
     is_block = isinstance(given, Tensor) and given.dim() and len(given) == 1
@@ -51,12 +51,12 @@ def copies(given: object) -> object:
 
 
 def one_block_a_thread(function: Callable, eager: Callable) -> Callable:
-    """A pass compiled once for all sizes, with one block per thread of a GPU.
+    """Return a pass that is compiled once for all sizes, with one block per GPU thread.
 
     Inductor chooses how many elements a thread computes by the size of the first arguments: 8 or 2
-    of many, one of FEW. The walk of 4:8 has hundreds of values at once: one block fills a thread's
-    255 registers, two spill kilobytes (bench/gpu_code.py counts them). So each combination of
-    dtypes is compiled with a few copies of the first block.
+    if there are many, one if there are FEW. The walk of 4:8 has hundreds of live values: one block
+    fills a thread's 255 registers, and two blocks spill kilobytes (bench/gpu_code.py counts them).
+    So the first call for each device and dtypes is made with a few copies of the first block.
     """
     fast = compiled(function, eager, any_size=True)
     prepared = set()

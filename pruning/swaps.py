@@ -6,7 +6,7 @@ weights. With inputs X and Hessian H = X X^T, the error of a row is
 
     e(m) = 1/2 ||(m*w - w) X||^2 = 1/2 (m*w - w)^T H (m*w - w)
 
-and keeping b instead of a changes it, with g = H (m*w - w), by
+Keeping b instead of a changes it, with g = H (m*w - w), by
 
     cost(a, b) = -w_a g_a + 1/2 w_a^2 H_aa  +  w_b g_b + 1/2 w_b^2 H_bb  -  w_a w_b H_ab
 
@@ -14,19 +14,19 @@ This is the 1-swap of SparseSwaps (Zimmer et al., arXiv 2512.10922), within N:M 
 with --true_sequential each layer is improved on the inputs that the improved earlier layers give
 it, and the costs of swaps set the initial logits (`confidence`).
 
-H is estimated from few tokens, its off-diagonal less precisely than its diagonal: the off-diagonal
-is multiplied by 1 - SHRINK.
+H is estimated from few tokens, its off-diagonal less precisely than its diagonal. So the
+off-diagonal is multiplied by 1 - SHRINK.
 
 `refine_by_swaps` is coordinate descent: it visits the blocks and makes in each the swap that lowers
-the error most. It ends when no swap does, or after the given number of sweeps. Rows are
+the error most. It ends when no swap lowers it, or after the given number of sweeps. Rows are
 independent. The mask stays N:M; weights stay unchanged.
 """
 
 import torch
 from torch import Tensor
 
-RUN = 64  # columns, at least, after which the gradient of all columns is updated
-SHRINK = 0.3  # of H's off-diagonal
+RUN = 64  # columns, about, after which the gradient of all columns is updated
+SHRINK = 0.3  # share that H's off-diagonal loses
 
 
 def _shrunk(hessian: Tensor) -> Tensor:
@@ -34,25 +34,25 @@ def _shrunk(hessian: Tensor) -> Tensor:
 
 
 def _alone(weight: Tensor, hessian: Tensor) -> Tensor:
-    """The term of one weight in a swap's cost, 1/2 w^2 H_ii; weight `[in, out]`."""
+    """Return the term of one weight in a swap's cost, 1/2 w^2 H_ii; weight `[in, out]`."""
     return 0.5 * weight.square() * hessian.diagonal()[:, None]
 
 
 def _together(weight: Tensor, kept: Tensor, hessian: Tensor, m: int) -> Tensor:
-    """The term of a pair in a swap's cost, -w_a w_b H_ab, inf where a is not kept or b is:
-    `[blocks, M, M, out]`. weight and kept `[columns, out]`, hessian `[columns, columns]`."""
+    """Return the term of a pair in a swap's cost, -w_a w_b H_ab, `[blocks, M, M, out]`; inf if a is
+    not kept or b is. weight and kept `[columns, out]`, hessian `[columns, columns]`."""
     weight = weight.unflatten(0, (-1, m))
     kept = kept.unflatten(0, (-1, m))
     blocks = len(weight)
-    # of each block alone
+    # only pairs within a block
     hessian = hessian.reshape(blocks, m, blocks, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     costs = -(weight[:, :, None] * weight[:, None] * hessian[..., None])
     return costs.masked_fill_(~kept[:, :, None] | kept[:, None], torch.inf)
 
 
 def _costs(weight: Tensor, kept: Tensor, gradient: Tensor, hessian: Tensor, m: int) -> Tensor:
-    """cost(a, b) `[blocks, M, M, out]` of each swap within blocks, inf where a is not kept or b is.
-    weight, kept and gradient (g) `[columns, out]`, hessian `[columns, columns]`."""
+    """Return cost(a, b) of each swap within blocks, `[blocks, M, M, out]`; inf if a is not kept or
+    b is. weight, kept and gradient (g) `[columns, out]`, hessian `[columns, columns]`."""
     own = _alone(weight, hessian) + torch.where(kept, -weight, weight) * gradient
     own = own.unflatten(0, (-1, m))
     return own[:, :, None] + own[:, None] + _together(weight, kept, hessian, m)
@@ -61,8 +61,9 @@ def _costs(weight: Tensor, kept: Tensor, gradient: Tensor, hessian: Tensor, m: i
 def refine_by_swaps(
     weight: Tensor, mask: Tensor, hessian: Tensor, m: int, sweeps: int = 6
 ) -> Tensor:
-    """A mask of lower e(m), bool `[out, in]`, or the same mask if no swap improves it. weight and
-    mask `[out, in]`, hessian float32 `[in, in]`, M divides `in`; sweeps: at most."""
+    """Return a mask of lower e(m), bool `[out, in]`, or the same mask if no swap improves it.
+    weight and mask `[out, in]`; hessian: float32 `[in, in]`; M divides `in`; sweeps: most sweeps.
+    """
     columns = weight.shape[1]
     hessian = _shrunk(hessian)
     # a block's columns lie together
@@ -99,20 +100,20 @@ def refine_by_swaps(
 
 
 def _members(m: int, device: torch.device) -> Tensor:
-    """Whether a place of a block is in the pair a * M + b, bool `[M, M * M]`."""
+    """Return whether each position in a block is in the pair a * M + b, bool `[M, M * M]`."""
     place = torch.arange(m, device=device)[:, None]
     pair = torch.arange(m * m, device=device)
     return (place == pair // m) | (place == pair % m)
 
 
 def confidence(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
-    """Scores that rank the weights of a block by the costs of swaps, float32 `[out, in]`, to
-    initialise logits with: 1 for the kept weight that is cheapest to swap, more for the other kept
-    ones, less for the pruned.
+    """Return scores that rank the weights of a block by the costs of swaps, float32 `[out, in]`,
+    for initializing logits: 1 for the kept weight that is cheapest to swap, more for the other kept
+    ones, less for the pruned ones.
 
     If H is diagonal, cost(a, b) = (s_a^2 - s_b^2) / 2 with Wanda's scores s, so log(s_a / s_b) =
-    1/2 log(1 + 2 cost / s_b^2). That is taken as the log ratio of the scores for any H, and the
-    result is Wanda's score over that of the cheapest kept weight if H is diagonal.
+    1/2 log(1 + 2 cost / s_b^2). The right-hand side is taken as the log ratio of the scores for any
+    H. If H is diagonal, the result is Wanda's score over that of the cheapest kept weight.
     """
     columns = weight.shape[1]
     hessian = _shrunk(hessian)
