@@ -125,16 +125,16 @@ def main(argv: list[str] | None = None) -> None:
         apply_permutation(model, args.order)
     else:
         reorder(model, orders)
-    order = nullcontext() if args.order else atomic_write(file)
-    with order as beside_order, atomic_write(out) as tmp:
+    order_file = nullcontext() if args.order else atomic_write(file)
+    with order_file as tmp_order, atomic_write(out) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
         write_json(
             tmp / "permute.json",
             {"arguments": vars(args), "environment": environment(args.device), "summary": summary},
         )
-        if beside_order:
-            permutation_files.save(beside_order, orders, args.model, fingerprint)
+        if tmp_order:
+            permutation_files.save(tmp_order, orders, args.model, fingerprint)
     print(
         f"reordered model -> {out}, order {'from' if args.order else '->'} {args.order or file} "
         f"({time.time() - started:.0f} s)"

@@ -126,11 +126,11 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     started = time.time()
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    way = OneShot(args.prune_method, args.sparsity_type, args.true_sequential, args.swaps)
+    settings = OneShot(args.prune_method, args.sparsity_type, args.true_sequential, args.swaps)
     layers = layers_to_mask(model, args.targets, args.sparsity_type[1])
     note_sparse(layers)
     samples = None
-    if way.needs_text:
+    if settings.needs_text:
         check_length(model, args.seqlen)
         bos = data.wanted_bos(tokenizer) if args.bos else None
         samples = data.calibration_samples(
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         check_tokens(model, samples)
         if not args.bos and (hint := bos_hint(model, tokenizer, samples, "calibration sequence")):
             print(hint)
-    prune_model(model, layers, samples, way)
+    prune_model(model, layers, samples, settings)
     with atomic_write(out) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)

@@ -50,15 +50,15 @@ def compiled(function: Callable, eager: Callable, any_size: bool = False) -> Cal
         return eager
     options = {"max_fusion_size": 10_000}  # one loop, no temporaries
     fast = torch.compile(function, dynamic=any_size, fullgraph=True, options=options)
-    broken = []
+    errors = []
 
-    def run(*args, **names):
-        if not (broken or eagerly.is_set()):
+    def run(*args, **kwargs):
+        if not (errors or eagerly.is_set()):
             _allow_shapes()
-            began = time.monotonic()
+            start = time.monotonic()
             try:
-                result = fast(*args, **names)
-                seconds = time.monotonic() - began
+                result = fast(*args, **kwargs)
+                seconds = time.monotonic() - start
                 if seconds > SLOW_S:
                     others = "" if any_size else "; other shapes take as long"
                     processes.log(f"{function.__qualname__}: {seconds:.0f} s to compile{others}")
@@ -69,7 +69,7 @@ def compiled(function: Callable, eager: Callable, any_size: bool = False) -> Cal
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                broken.append(error)
+                errors.append(error)
                 failures.append(function.__qualname__)
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
                 if on_gpu(args) and not any(
@@ -85,16 +85,16 @@ def compiled(function: Callable, eager: Callable, any_size: bool = False) -> Cal
                     "eagerly, several times slower; this is expected only without a C++ compiler",
                     file=sys.stderr,
                 )
-        return eager(*args, **names)
+        return eager(*args, **kwargs)
 
     return run
 
 
-def on_gpu(given: object) -> bool:
-    """Return whether this is a tensor on a GPU, or a list or tuple that contains one."""
-    if isinstance(given, (list, tuple)):
-        return any(on_gpu(one) for one in given)
-    return isinstance(given, Tensor) and given.is_cuda
+def on_gpu(argument: object) -> bool:
+    """Return whether an argument is a tensor on a GPU, or a list or tuple that contains one."""
+    if isinstance(argument, (list, tuple)):
+        return any(on_gpu(item) for item in argument)
+    return isinstance(argument, Tensor) and argument.is_cuda
 
 
 def agree(device: str | None) -> None:

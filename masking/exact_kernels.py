@@ -29,12 +29,13 @@ def chunk_of(tensor: Tensor) -> int:
 def blocks_at_a_time(space: Space, device: torch.device) -> int:
     """Return how many blocks' scores are computed together. A block takes N 2^N numbers, or one per
     logit if that is more."""
-    most = CHUNK
-    numbers = CPU_NUMBERS
+    most_blocks = CHUNK
+    most_numbers = CPU_NUMBERS
     if device.type == "cuda":
-        most = GPU_CHUNK
-        numbers = int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory) // BYTES
-    return max(1, min(most, numbers // max(space.width, space.n << space.n)))
+        most_blocks = GPU_CHUNK
+        memory = torch.cuda.get_device_properties(device).total_memory
+        most_numbers = int(GPU_SHARE * memory) // BYTES
+    return max(1, min(most_blocks, most_numbers // max(space.width, space.n << space.n)))
 
 
 def _generator(key: Tensor, start: int, device: torch.device) -> torch.Generator:

@@ -51,8 +51,8 @@ def rates(logits: Planes, n: int) -> Planes:
     """Return the rates of the race that draws a mask: exp(logit - n-th largest logit), at most
     e^24. Weights that compete for the last place have rates near 1. Logits far above are kept in
     any case; the limit keeps them from overflowing and from drowning the others."""
-    last = nth_largest(logits, n)
-    return [torch.exp((plane - last).clamp(max=24.0)) for plane in logits]
+    threshold = nth_largest(logits, n)
+    return [torch.exp((plane - threshold).clamp(max=24.0)) for plane in logits]
 
 
 def score(w: Planes, kept: Planes, n: int) -> Planes:
@@ -126,8 +126,8 @@ def walk(seats: Planes, rest: Tensor) -> tuple[Planes, Planes, Planes]:
         inverse_rest.append(1 / (left + rest))
     reach = [torch.ones_like(rest)]
     for drawn in range(1, full):
-        last = [(drawn ^ 1 << j, s) for j, s in enumerate(seats) if drawn >> j & 1]
-        reach.append(sum_of([reach[t] * inverse_rest[t] * s for t, s in last]))
+        previous = [(drawn ^ 1 << j, s) for j, s in enumerate(seats) if drawn >> j & 1]
+        reach.append(sum_of([reach[t] * inverse_rest[t] * s for t, s in previous]))
     win = {full: torch.ones_like(rest)}
     for drawn in reversed(range(full)):
         following = [(drawn | 1 << j, s) for j, s in enumerate(seats) if not drawn >> j & 1]
@@ -287,7 +287,7 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
         mean = sum_of([x * y for x, y in zip(rate, saliency)]) / sum_of(rate).clamp(min=1e-30)
         return [x * (y - mean) for x, y in zip(rate, saliency)]
     (inverse, flow), expected = flows(w, n), {}
-    at_once = {1 << i: x * y for i, (x, y) in enumerate(zip(w, saliency))}
+    immediate = {1 << i: x * y for i, (x, y) in enumerate(zip(w, saliency))}
     for drawn in reversed(flow):
         left = (1 << m) - 1 - drawn
         later = [
@@ -295,7 +295,7 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
             for i in range(m)
             if left >> i & 1 and drawn | 1 << i in flow
         ]
-        expected[drawn] = sum_of([sum_over(left, at_once), *later]) * inverse[drawn]
+        expected[drawn] = sum_of([sum_over(left, immediate), *later]) * inverse[drawn]
     gradient = []
     for i in range(m):
         without = [drawn for drawn in flow if not drawn >> i & 1]

@@ -250,16 +250,16 @@ class Kernels:
         most probable mask of logits - magnitude * m0."""
         blocks = len(logits[0])
         chunk = chunk_of(logits[0])
-        found = []
+        bits = []
         for begin in range(0, max(blocks, 1), chunk):
             part = slice(begin, begin + chunk)
             planes = [plane[part].float() for plane in logits]
             if m0 is not None:
                 prior = self.space.init(bits_to_mask(m0[part], self.space.m), magnitude)
                 planes = [plane - column for plane, column in zip(planes, prior.unbind(1))]
-            found.append(
+            bits.append(
                 most_probable(planes, self.space.n).to(bits_dtype(self.space.m))
                 if self._is_linear
                 else mask_to_bits(self.space.mode(torch.stack(planes, 1)))
             )
-        return torch.cat(found)
+        return torch.cat(bits)

@@ -17,11 +17,11 @@ SPARSE = 0.1  # share of zeros above which a layer counts as pruned
 def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
     """Raise UserError unless each mask has a layer of its shape."""
     for name, shape in mask_files.shapes_of(masks).items():
-        here = [*weight_matrix(layers[name]).shape] if name in layers else "missing"
-        if [*shape] != here:
+        layer_shape = [*weight_matrix(layers[name]).shape] if name in layers else "missing"
+        if [*shape] != layer_shape:
             raise UserError(
-                f"the mask is of another model: {name} is {[*shape]} in the mask and {here} in the "
-                "model; give the --mask that get_mask.py made from this --model"
+                f"the mask is of another model: {name} is {[*shape]} in the mask and {layer_shape} "
+                "in the model; give the --mask that get_mask.py made from this --model"
             )
 
 
@@ -36,25 +36,25 @@ def read_masks(
     """
     layers = find_layers(model)
     shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
-    found = mask_files.load(path, pattern, shapes)
-    match_masks(layers, found.masks)
-    if found.fingerprint and found.fingerprint != model_fingerprint(model):
+    mask_file = mask_files.load(path, pattern, shapes)
+    match_masks(layers, mask_file.masks)
+    if mask_file.fingerprint and mask_file.fingerprint != model_fingerprint(model):
         raise UserError(
             f"{path} is of another model: it was made from "
-            f"{found.model or 'one that it does not name'}, and the order of the channels or the "
-            "input embeddings differ; give the --mask that get_mask.py made from this --model, or "
-            "apply the permutation that the mask was made for"
+            f"{mask_file.model or 'one that it does not name'}, and the order of the channels or "
+            "the input embeddings differ; give the --mask that get_mask.py made from this --model, "
+            "or apply the permutation that the mask was made for"
         )
-    return found
+    return mask_file
 
 
 def learned_layers(
-    model: nn.Module, found: mask_files.MaskFile, targets: list[str] | None
+    model: nn.Module, mask_file: mask_files.MaskFile, targets: list[str] | None
 ) -> list[str]:
     """Return the names of the layers whose masks are learned: those with a mask that the targets
     name. Raises UserError if there are none."""
     layers = find_layers(model, targets)
-    learned = [name for name in found.masks if name in layers]
+    learned = [name for name in mask_file.masks if name in layers]
     if not learned:
         raise UserError(
             "the mask has none of the layers that --targets name; give the --mask of a model in "

@@ -23,8 +23,8 @@ class MaskedLinear(nn.Linear):
         (q_proj): MaskedLinear(576, 576, 2:4)
 
     Its weight is a view of a buffer that layers share. `fill` writes the masked weight there before
-    each forward. If gradients are enabled, `with_gradients(layer, x)` computes the output, if set
-    (training/straight_through.py).
+    each forward. If `with_gradients` is set and gradients are enabled, `with_gradients(layer, x)`
+    computes the output (training/straight_through.py).
     """
 
     def __init__(self, layer: "MaskedLayer", fill: Callable[[], None]):
@@ -137,7 +137,7 @@ class MaskedLayer:
 
     def flush(self, out: Tensor | None = None) -> None:
         """Make the pending update, if there is one, and write the masked weight to `out` (default:
-        the scratch buffer)."""
+        the scratch buffer, or nowhere if the layer is sharded)."""
         pending = self.pending
         self.pending = False
         if pending and len(self.bits):

@@ -61,7 +61,7 @@ class MaskedModel:
         self.steps = 0  # key of the draws, together with the seed
         self.kernels = Kernels(space, backend)
         self.undo: list[Callable] = []  # called by `finish`
-        self._instead: Bits | None = None  # set by `use_masks`, replaces the masks drawn
+        self._override: Bits | None = None  # set by `use_masks`, replaces the masks drawn
         self._pruned: list[tuple[Tensor, Tensor]] = []  # other layers: weight, what m0 pruned
         if any(isinstance(module, MaskedLinear) for module in model.modules()):
             raise RuntimeError("the model has learned masks already: call `finish` first")
@@ -107,7 +107,7 @@ class MaskedModel:
             self.passes.note_written(layer)
         elif layer.used is layer.weight:  # `use_dense`
             return
-        if layer.pending and self._instead is None:
+        if layer.pending and self._override is None:
             layer.flush(out)
         else:
             self.write(layer, out)
@@ -115,7 +115,7 @@ class MaskedModel:
     def write(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
         """Write the weight that the layer uses now to `out`, `[rows * in]` (default: the scratch
         buffer)."""
-        bits = layer.bits if self._instead is None else self._instead[layer.name]
+        bits = layer.bits if self._override is None else self._override[layer.name]
         out = layer.scratch.view(-1) if out is None else out
         if bits is None:
             out.copy_(layer.weight.view(-1))
@@ -127,10 +127,10 @@ class MaskedModel:
         layer needs it, as FSDP has gathered its weight by then."""
         if not layer.sharded:
             return
-        own = torch.empty_like(layer.weight)
-        if len(own):
-            self.write(layer, own.view(-1))
-        set_gathered(layer, own)
+        masked_rows = torch.empty_like(layer.weight)
+        if len(masked_rows):
+            self.write(layer, masked_rows.view(-1))
+        set_gathered(layer, masked_rows)
 
     def flush(self) -> None:
         """Carry out the pending updates that no forward pass has reached."""
@@ -187,27 +187,27 @@ class MaskedModel:
     def use_masks(self, bits: Bits) -> Iterator[None]:
         """Mask the model by these `bits` within the context. No masks are drawn there."""
         self.flush()
-        before = self._instead
-        self._instead = bits
+        previous = self._override
+        self._override = bits
         try:
             yield
         finally:
-            self._instead = before
+            self._override = previous
 
     @contextmanager
     def use_dense(self) -> Iterator[None]:
         """Use the dense weights within the context: those of the learned layers, without a copy,
         and with `keep_dense` those of the other layers."""
-        own = [layer for layer in self.layers.values() if not layer.sharded]
+        unsharded = [layer for layer in self.layers.values() if not layer.sharded]
         with self.use_masks(dict.fromkeys(self.layers)):
-            for layer in own:
+            for layer in unsharded:
                 layer.use(layer.weight)
             for weight, pruned in self._pruned:
                 weight.add_(pruned)
             try:
                 yield
             finally:
-                for layer in own:
+                for layer in unsharded:
                     layer.use(layer.scratch)
                 for weight, pruned in self._pruned:
                     weight.sub_(pruned)
@@ -288,12 +288,12 @@ class MaskedModel:
     def _collected(self, tensor_of: Callable[[MaskedLayer], Tensor]) -> dict[str, Tensor]:
         """Return layer name -> tensor_of(layer), on the CPU. All processes have to call this; only
         the main one gets the tensors, so no other needs room for them."""
-        found = {}
+        collected = {}
         for name, layer in self.layers.items():
             tensor = tensor_of(layer)
             if processes.is_main():
-                found[name] = tensor.cpu()
-        return found
+                collected[name] = tensor.cpu()
+        return collected
 
     def masks_of(self, bits: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return masks bool `[out, in]` by layer name, in the main process only."""

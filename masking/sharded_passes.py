@@ -46,8 +46,8 @@ class ShardedPasses:
             )
 
 
-def set_gathered(layer: MaskedLayer, own: Tensor) -> None:
+def set_gathered(layer: MaskedLayer, masked_rows: Tensor) -> None:
     """Overwrite the weight that FSDP has gathered in this pass with the rows of all processes.
-    own: this process's rows, `[rows, in]`."""
-    gathered = layer.rows.whole(own.view(-1), layer.shape[1])
+    masked_rows: those of this process, `[rows, in]`."""
+    gathered = layer.rows.whole(masked_rows.view(-1), layer.shape[1])
     layer.dense.weight.data.copy_(gathered.view(layer.shape))

@@ -13,14 +13,13 @@ from torch import Tensor
 FEW = 128  # blocks in a first call, few enough for Inductor to give each thread one
 
 
-def blocks_of(given: object, part: slice, blocks: int) -> object:
+def blocks_of(argument: object, part: slice, blocks: int) -> object:
     """Return an argument of a pass for a part of the blocks: tensors with one element per block are
     sliced, within lists and tuples, too."""
-    if isinstance(given, (list, tuple)):
-        return type(given)(blocks_of(one, part, blocks) for one in given)
-    return (
-        given[part] if isinstance(given, Tensor) and given.dim() and len(given) == blocks else given
-    )
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(blocks_of(item, part, blocks) for item in argument)
+    has_blocks = isinstance(argument, Tensor) and argument.dim() and len(argument) == blocks
+    return argument[part] if has_blocks else argument
 
 
 @lru_cache
@@ -28,26 +27,25 @@ def sliced(function: Callable) -> Callable:
     """Return a pass that calls `function` on a slice of the blocks at a time, so that temporaries
     stay small. The results are the same. Its only keyword argument is `start`."""
 
-    def run(logits: list[Tensor], *rest, **start: int) -> Tensor | None:
+    def run(logits: list[Tensor], *args, **kwargs: int) -> Tensor | None:
         blocks = len(logits[0])
         chunk = chunk_of(logits[0])
-        found = []
+        results = []
         for begin in range(0, blocks, chunk):
-            part = blocks_of((logits, *rest), slice(begin, begin + chunk), blocks)
-            found.append(
-                function(*part, **{name: number + begin for name, number in start.items()})
-            )
-        return None if found[0] is None else torch.cat(found)
+            part = blocks_of((logits, *args), slice(begin, begin + chunk), blocks)
+            shifted = {name: start + begin for name, start in kwargs.items()}
+            results.append(function(*part, **shifted))
+        return None if results[0] is None else torch.cat(results)
 
     return run
 
 
-def copies(given: object) -> object:
+def copies(argument: object) -> object:
     """Return new tensors of FEW equal blocks for tensors `[1, ...]`, and anything else as it is."""
-    if isinstance(given, (list, tuple)):
-        return type(given)(copies(one) for one in given)
-    is_block = isinstance(given, Tensor) and given.dim() and len(given) == 1
-    return given.repeat(FEW, *[1] * (given.dim() - 1)) if is_block else given
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(copies(item) for item in argument)
+    is_block = isinstance(argument, Tensor) and argument.dim() and len(argument) == 1
+    return argument.repeat(FEW, *[1] * (argument.dim() - 1)) if is_block else argument
 
 
 def one_block_a_thread(function: Callable, eager: Callable) -> Callable:
@@ -66,14 +64,14 @@ def one_block_a_thread(function: Callable, eager: Callable) -> Callable:
         bits: Tensor,
         saliency: list[Tensor],
         dtype: torch.dtype,
-        *rest,
-        **start: int,
+        *args,
+        **kwargs: int,
     ) -> Tensor:
-        kind = logits[0].device, logits[0].dtype, dtype
-        if kind not in prepared:
-            prepared.add(kind)
-            few = blocks_of((logits, bits, saliency, dtype, *rest), slice(0, 1), len(bits))
-            fast(*copies(few), **start)
-        return fast(logits, bits, saliency, dtype, *rest, **start)
+        key = logits[0].device, logits[0].dtype, dtype
+        if key not in prepared:
+            prepared.add(key)
+            first_block = blocks_of((logits, bits, saliency, dtype, *args), slice(0, 1), len(bits))
+            fast(*copies(first_block), **kwargs)
+        return fast(logits, bits, saliency, dtype, *args, **kwargs)
 
     return run

@@ -64,10 +64,10 @@ def for_each_layer(
     layers: dict[str, nn.Module],
     samples: Tensor,
     visit: Callable[[str, Tensor], None],
-    doing: str,
+    label: str,
 ) -> None:
     """Run all samples, int64 `[sequences, tokens]`, through the decoder without its head, in one
-    pass. `visit(name, inputs)` is called once for each layer, before it computes. doing: label of
+    pass. `visit(name, inputs)` is called once for each layer, before it computes. label: text of
     the progress bar. Raises UserError if inputs are not finite."""
     visited = set()
 
@@ -79,7 +79,7 @@ def for_each_layer(
             progress.update()
 
     with (
-        progress_bar(total=len(layers), desc=doing, unit="layer") as progress,
+        progress_bar(total=len(layers), desc=label, unit="layer") as progress,
         watching(layers, visit_once),
     ):
         model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)

@@ -71,38 +71,38 @@ def best_order(score: Tensor, n: int, m: int, rounds: int, generator: torch.Gene
     that comes to each position.
     """
     columns = score.T.contiguous()  # a channel's scores lie together
-    given = torch.arange(len(columns), device=score.device).view(-1, m)
+    present = torch.arange(len(columns), device=score.device).view(-1, m)
     blocks = max(
-        (given, _striped(columns, m)), key=lambda order: kept(score[:, order.flatten()], n, m)
+        (present, _striped(columns, m)), key=lambda order: kept(score[:, order.flatten()], n, m)
     ).clone()
     for _ in range(rounds):
-        for some in torch.randperm(len(blocks), generator=generator).split(TOGETHER):
-            _exchange(columns, blocks, some.to(score.device), n, generator)
+        for chosen in torch.randperm(len(blocks), generator=generator).split(TOGETHER):
+            _exchange(columns, blocks, chosen.to(score.device), n, generator)
     return blocks.flatten()
 
 
 def _exchange(
-    columns: Tensor, blocks: Tensor, some: Tensor, n: int, generator: torch.Generator
+    columns: Tensor, blocks: Tensor, chosen: Tensor, n: int, generator: torch.Generator
 ) -> None:
-    """Take a channel out of each of some blocks and give the channels back in the best way, in
-    place. columns `[size, rows]`; blocks: int64 `[blocks, M]`; some: int64 indices of blocks."""
+    """Take a channel out of each chosen block and give the channels back in the best way, in place.
+    columns `[size, rows]`; blocks: int64 `[blocks, M]`; chosen: int64 indices of blocks."""
     m = blocks.shape[1]
-    hole = torch.randint(m, (len(some), 1), generator=generator).to(some.device)
-    taken = blocks[some].gather(1, hole).squeeze(1)
-    left = blocks[some].gather(1, (hole + torch.arange(1, m, device=some.device)) % m)
+    hole = torch.randint(m, (len(chosen), 1), generator=generator).to(chosen.device)
+    taken = blocks[chosen].gather(1, hole).squeeze(1)
+    left = blocks[chosen].gather(1, (hole + torch.arange(1, m, device=chosen.device)) % m)
     value = torch.cdist(nth_largest(columns[left].unbind(1), n), columns[taken], p=1)
-    blocks[some, hole.squeeze(1)] = taken[assignment(value).to(some.device)]
+    blocks[chosen, hole.squeeze(1)] = taken[assignment(value).to(chosen.device)]
 
 
 def readers(channels: ChannelSet, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Return layer name -> positions of these channels among its inputs, int64 `[groups, copies,
     size]`, for the layers that read them."""
-    found = {}
+    reader_places = {}
     for parameter, (dim, places) in channels.places.items():
         name = parameter.removesuffix(".weight")
         if name in layers and dim == (0 if is_transposed(layers[name]) else 1):
-            found[name] = places
-    return found
+            reader_places[name] = places
+    return reader_places
 
 
 def scores(
@@ -117,7 +117,7 @@ def scores(
     than `most_rows` rows, that many are drawn, the same share from each layer."""
     rows = sum(weight_matrix(layers[name]).shape[0] for name in places)
     parts = []
-    for name, along in places.items():
+    for name, positions in places.items():
         weight = weight_matrix(layers[name])
         if rows > most_rows:
             drawn = torch.randperm(len(weight), generator=generator)[
@@ -126,7 +126,7 @@ def scores(
             weight = weight[drawn.to(weight.device)]
         score = (weight.float() * norms[name]).square()
         score /= score.mean().clamp(min=1e-30)  # the mean is 0 in a layer that never fires
-        parts.append(score[:, along.to(score.device)].permute(1, 2, 0, 3).flatten(1, 2))
+        parts.append(score[:, positions.to(score.device)].permute(1, 2, 0, 3).flatten(1, 2))
     return torch.cat([part.to(parts[0].device) for part in parts], 1)
 
 
@@ -169,7 +169,7 @@ def find_orders(
                 kept(after.flatten(0, 1), n, m),
             ]
         )
-    return orders, {kind: tuple((part[1:] / part[0]).tolist()) for kind, part in sums.items()}
+    return orders, {kind: tuple((total[1:] / total[0]).tolist()) for kind, total in sums.items()}
 
 
 def check_reorderable(model: nn.Module) -> None:

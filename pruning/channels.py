@@ -111,8 +111,8 @@ def channel_sets(model: nn.Module) -> dict[str, ChannelSet]:
             if axis != "-":
                 places = _places(model.config, axis, parameter.shape[dim])
                 key = KINDS[axis] if axis == "r" else f"{LAYER.match(name)[1]}.{KINDS[axis]}"
-                found = sets.setdefault(key, ChannelSet(places.shape[0], places.shape[2]))
-                found.places[name] = dim, places
+                channels = sets.setdefault(key, ChannelSet(places.shape[0], places.shape[2]))
+                channels.places[name] = dim, places
     return sets
 
 
@@ -122,8 +122,8 @@ def _axes(model: nn.Module, name: str, parameter: nn.Parameter) -> list[str]:
     axes = next(
         (
             axes
-            for axes, ends in AXES.items()
-            if any(f".{module}".endswith(f".{end}") for end in ends.split())
+            for axes, suffixes in AXES.items()
+            if any(f".{module}".endswith(f".{suffix}") for suffix in suffixes.split())
         ),
         "",
     ).split()
@@ -145,15 +145,15 @@ def _places(config: object, axis: str, length: int) -> Tensor:
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    along = torch.arange(length)
+    positions = torch.arange(length)
     return {
-        "r": lambda: along.view(1, 1, -1),
-        "h": lambda: along.view(1, 1, -1),
-        "hh": lambda: along.view(1, 2, -1),
-        "v": lambda: along.view(groups, 1, head),
-        "o": lambda: along.view(groups, heads // groups, head),
-        "qkv": lambda: along.view(heads + 2 * groups, head)[-groups:, None],
-        "q3": lambda: along.view(heads, 3, head)[:, 2:],
+        "r": lambda: positions.view(1, 1, -1),
+        "h": lambda: positions.view(1, 1, -1),
+        "hh": lambda: positions.view(1, 2, -1),
+        "v": lambda: positions.view(groups, 1, head),
+        "o": lambda: positions.view(groups, heads // groups, head),
+        "qkv": lambda: positions.view(heads + 2 * groups, head)[-groups:, None],
+        "q3": lambda: positions.view(heads, 3, head)[:, 2:],
     }[axis]()
 
 

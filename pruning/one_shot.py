@@ -74,54 +74,54 @@ class OneShot:
 
 @torch.no_grad()
 def one_shot_masks(
-    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot
+    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, settings: OneShot
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, mask bool `[out, in]`) of these layers by a score, one at a time; no weight
-    changes. samples: int64 `[sequences, tokens]`, None for magnitude; way: only prune_method and
-    sparsity_type are used. Layers that the samples do not reach, such as experts, get masks by
+    changes. samples: int64 `[sequences, tokens]`, None for magnitude; settings: only prune_method
+    and sparsity_type are used. Layers that the samples do not reach, such as experts, get masks by
     magnitude, which is logged."""
     norms = {} if samples is None else input_norms(model, layers, samples)
     _note_unreached([name for name, norm in norms.items() if not norm.any()], len(layers))
     for name in progress_bar(layers, desc="pruning", unit="layer", disable=not layers):
-        yield name, way.mask(weight_matrix(layers[name]).float(), norms.get(name))
+        yield name, settings.mask(weight_matrix(layers[name]).float(), norms.get(name))
 
 
-def _note_unreached(names: list[str], layers: int) -> None:
+def _note_unreached(names: list[str], total: int) -> None:
     if names:
         processes.log(
-            f"note: the text does not reach {len(names)} of {layers} layers, {names[0]} among "
+            f"note: the text does not reach {len(names)} of {total} layers, {names[0]} among "
             "them; these are pruned by magnitude"
         )
 
 
 @torch.no_grad()
 def prune_model(
-    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, way: OneShot
+    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor | None, settings: OneShot
 ) -> None:
     """Prune these layers in place. samples: int64 `[sequences, tokens]`, None for magnitude. Layers
     that the samples do not reach, such as experts, are pruned by magnitude, which is logged."""
     if samples is not None and (
-        way.prune_method == "sparsegpt" or way.true_sequential or way.swaps
+        settings.prune_method == "sparsegpt" or settings.true_sequential or settings.swaps
     ):
         # a layer needs its inputs on all samples at once
-        reached = _prune_in_one_pass(model, layers, samples, way)
-        everything = len(layers)
+        reached = _prune_in_one_pass(model, layers, samples, settings)
+        total = len(layers)
         layers = {name: module for name, module in layers.items() if name not in reached}
-        _note_unreached(list(layers), everything)
+        _note_unreached(list(layers), total)
         samples = None  # so that the others are pruned by magnitude
-    for name, mask in one_shot_masks(model, layers, samples, way):
+    for name, mask in one_shot_masks(model, layers, samples, settings):
         apply_masks(layers, {name: mask})
 
 
 def _prune_in_one_pass(
-    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, way: OneShot
+    model: nn.Module, layers: dict[str, nn.Module], samples: Tensor, settings: OneShot
 ) -> set[str]:
     """Send all samples through the decoder in one pass, and compute each layer's sparse weight when
     the pass reaches it. With true_sequential it is written at once, else after the layer has
     computed. Returns the names of the layers that the pass has reached."""
     reached = set()
     pending = {}
-    shared = lru_cache(1)(hessian_of)  # q, k and v read the same tensor
+    cached_hessian = lru_cache(1)(hessian_of)  # q, k and v read the same tensor
 
     def prune(name: str, inputs: Tensor) -> None:
         write_pending()  # the layer before has computed
@@ -129,8 +129,9 @@ def _prune_in_one_pass(
             return
         weight = weight_matrix(layers[name])
         reached.add(name)
-        pending[name] = way.pruned_weight(weight.to(inputs.device), inputs, shared).to(weight)
-        if way.true_sequential:
+        pruned = settings.pruned_weight(weight.to(inputs.device), inputs, cached_hessian)
+        pending[name] = pruned.to(weight)
+        if settings.true_sequential:
             write_pending()
 
     def write_pending() -> None:

@@ -53,9 +53,9 @@ def _together(weight: Tensor, kept: Tensor, hessian: Tensor, m: int) -> Tensor:
 def _costs(weight: Tensor, kept: Tensor, gradient: Tensor, hessian: Tensor, m: int) -> Tensor:
     """Return cost(a, b) of each swap within blocks, `[blocks, M, M, out]`; inf if a is not kept or
     b is. weight, kept and gradient (g) `[columns, out]`, hessian `[columns, columns]`."""
-    own = _alone(weight, hessian) + torch.where(kept, -weight, weight) * gradient
-    own = own.unflatten(0, (-1, m))
-    return own[:, :, None] + own[:, None] + _together(weight, kept, hessian, m)
+    single = _alone(weight, hessian) + torch.where(kept, -weight, weight) * gradient
+    single = single.unflatten(0, (-1, m))
+    return single[:, :, None] + single[:, None] + _together(weight, kept, hessian, m)
 
 
 def refine_by_swaps(
@@ -77,21 +77,21 @@ def refine_by_swaps(
         swapped = 0
         for start in range(0, columns, run):
             part = slice(start, min(start + run, columns))
-            near = gradient[part].clone()
-            nearby = hessian[part, part]
-            flipped = kept[part]
+            part_gradient = gradient[part].clone()
+            part_hessian = hessian[part, part]
+            part_kept = kept[part]
             # what flipping a weight adds to m*w
-            signed = torch.where(flipped, -weight[part], weight[part])
-            together = _together(weight[part], flipped, nearby, m)
-            change = torch.zeros_like(near)
+            signed = torch.where(part_kept, -weight[part], weight[part])
+            together = _together(weight[part], part_kept, part_hessian, m)
+            change = torch.zeros_like(part_gradient)
             for i, pairs in enumerate(together):
                 block = slice(i * m, i * m + m)
-                cost = alone[part][block] + signed[block] * near[block]
+                cost = alone[part][block] + signed[block] * part_gradient[block]
                 cost, pair = (cost[:, None] + cost + pairs).flatten(0, 1).min(0)
                 swap = members[:, pair] & (cost < 0)
                 torch.mul(signed[block], swap, out=change[block])
-                flipped[block].logical_xor_(swap)
-                near.addmm_(nearby[:, block], change[block])
+                part_kept[block].logical_xor_(swap)
+                part_gradient.addmm_(part_hessian[:, block], change[block])
             gradient.addmm_(hessian[:, part], change)
             swapped += change.count_nonzero()
         if not swapped:
@@ -120,20 +120,20 @@ def confidence(weight: Tensor, mask: Tensor, hessian: Tensor, m: int) -> Tensor:
     weight = weight.T.float().contiguous()
     kept = mask.T.contiguous()
     gradient = -(hessian @ weight.masked_fill(kept, 0.0))
-    found = torch.empty_like(weight)
+    scores = torch.empty_like(weight)
     run = max(m, RUN // m * m)
     for start in range(0, columns, run):
         part = slice(start, min(start + run, columns))
         w = weight[part]
         k = kept[part]
-        nearby = hessian[part, part]
-        cost = _costs(w, k, gradient[part], nearby, m).clamp(min=0)
-        square = (2 * _alone(w, nearby)).clamp(min=1e-30).unflatten(0, (-1, 1, m))  # s_b^2
+        part_hessian = hessian[part, part]
+        cost = _costs(w, k, gradient[part], part_hessian, m).clamp(min=0)
+        square = (2 * _alone(w, part_hessian)).clamp(min=1e-30).unflatten(0, (-1, 1, m))  # s_b^2
         ratio = 0.5 * torch.log1p(2 * cost / square)  # [blocks, a, b, out]
         dropping = ratio.amin(2)
         adding = ratio.amin(1)
-        best = torch.where(
+        log_score = torch.where(
             k.unflatten(0, (-1, m)), dropping - dropping.amin(1, keepdim=True), -adding
         )
-        found[part] = best.flatten(0, 1).exp()
-    return found.T.contiguous()
+        scores[part] = log_score.flatten(0, 1).exp()
+    return scores.T.contiguous()
