@@ -2,7 +2,7 @@
 function.
 
     python permute.py --model MODEL --dataset text.jsonl --seqlen 512 --save_model permuted
-    # and on, as with any model
+    # then as with any model
     python prune.py --model permuted --dataset text.jsonl --seqlen 512
     python permute.py --model MODEL --order permuted.permutation.safetensors --save_model reordered
 
@@ -14,13 +14,13 @@ keeps the most of the weights' scores
     (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the
                                                   calibration tokens
 
-that is, of the layers' outputs (pruning/channel_order.py). Calibration is that of prune.py without
---bos.
+which is how much the weights add to the layers' outputs (pruning/channel_order.py). Calibration is
+that of prune.py without --bos.
 
-Writes a plain Hugging Face folder: the weights as they are stored, in another order, with
-permute.json beside them. The order is written next to it, to NAME.permutation.safetensors for the
-folder NAME. To publish a mask of the reordered model, publish that file with it: --order reorders
-the original model again. A model in another order refuses the mask.
+The script writes a plain Hugging Face folder, with the stored weights in another order and
+permute.json beside them. The order is written next to the folder NAME, as
+NAME.permutation.safetensors. To publish a mask of the reordered model, publish that file with it:
+--order reorders the original model again. The mask is refused for a model in another order.
 """
 
 import argparse
@@ -44,20 +44,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add_model_arguments(parser)
     parser.add_argument(
-        "--order", default=None, help="permutation file to apply, instead of a search"
+        "--order", default=None, help="permutation file to apply instead of searching"
     )
     parser.add_argument(
-        "--sparsity_type", type=sparsity_type, default="2:4", help="N:M of the masks to come"
+        "--sparsity_type", type=sparsity_type, default="2:4", help="N:M of the later masks"
     )
     parser.add_argument(
         "--dataset", default="allenai/c4", help="calibration text: hub id, file or folder"
     )
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
     parser.add_argument(
-        "--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence"
+        "--seqlen", type=sequence_length, default=2048, help="tokens per calibration sequence"
     )
     parser.add_argument(
-        "--rounds", type=positive_int, default=20, help="of the search, in each set of channels"
+        "--rounds", type=positive_int, default=20, help="rounds of the search, per set of channels"
     )
     parser.add_argument(
         "--save_model", default="permuted", help="folder of the reordered model, must be new"
@@ -81,7 +81,7 @@ from pruning.channels import Orders, apply_permutation, reorder
 
 
 def search(args: argparse.Namespace) -> tuple[Orders, dict]:
-    """Orders of the channels, and what the search says of them and of itself."""
+    """Return the orders of the channels, and a summary of the search."""
     started = time.time()
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
     check_reorderable(model)
@@ -97,7 +97,7 @@ def search(args: argparse.Namespace) -> tuple[Orders, dict]:
     for kind, (before, after) in shares.items():
         print(
             "{}: a {}:{} mask keeps".format(kind, *args.sparsity_type),
-            f"{before:.4f} of the score in the model's order, {after:.4f} in the new one",
+            f"{before:.4f} of the score in the model's order, and {after:.4f} in the new one",
         )
     return orders, {
         "seconds": round(time.time() - started, 1),
@@ -125,16 +125,16 @@ def main(argv: list[str] | None = None) -> None:
         apply_permutation(model, args.order)
     else:
         reorder(model, orders)
-    order = nullcontext() if args.order else atomic_write(file)
-    with order as beside_order, atomic_write(out) as tmp:
+    order_file = nullcontext() if args.order else atomic_write(file)
+    with order_file as tmp_order, atomic_write(out) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
         write_json(
             tmp / "permute.json",
             {"arguments": vars(args), "environment": environment(args.device), "summary": summary},
         )
-        if beside_order:
-            permutation_files.save(beside_order, orders, args.model, fingerprint)
+        if tmp_order:
+            permutation_files.save(tmp_order, orders, args.model, fingerprint)
     print(
         f"reordered model -> {out}, order {'from' if args.order else '->'} {args.order or file} "
         f"({time.time() - started:.0f} s)"

@@ -1,19 +1,19 @@
 """The mathematics of MaskPro: distributions over (N:M) masks, their scores, and policy-gradient
 estimators.
 
-A block is M consecutive weights, of which a mask S keeps N. Linear space (MaskPro, arXiv
-2506.12876, section 4) gives a block M logits; S is the unordered outcome of drawing N of M items
-without replacement with p = softmax(logits):
+A block is M consecutive weights, of which a mask S keeps N. The linear space (MaskPro, arXiv
+2506.12876, section 4) gives a block M logits. S is the unordered outcome of drawing N of M items
+without replacement, with p = softmax(logits):
 
     p(S) = sum over orderings s of S of  prod_k  p[s_k] / (1 - p[s_1] - ... - p[s_k-1])
 
-The equation is `log_prob`, its gradient `score`, the sampler `sample`, the advantage `Estimator`;
-the update that joins them is `PolicyGradient.step` in train.py.
+`log_prob` is this equation, `score` its gradient, `sample` the sampler, and `Estimator` the
+advantage. `PolicyGradient.step` in train.py is the update that joins them.
 
-Everything here takes logits `[blocks, M]` and bool masks `[blocks, M]`, and is exact and plain: the
-arithmetic is done in float64 on recursions whose every term is positive, so that nothing cancels
-however saturated a block is. The training loop runs the same mathematics fused, in float32
-(masking/fused_ops.py); the tests hold the two together.
+All functions take logits `[blocks, M]` and bool masks `[blocks, M]`, and are exact and plain. The
+arithmetic is float64, on recursions whose every term is positive, so nothing cancels however
+saturated a block is. The training loop runs the same mathematics fused, in float32
+(masking/fused_ops.py); the tests compare the two.
 """
 
 from functools import lru_cache
@@ -25,8 +25,8 @@ from torch import Tensor
 
 @lru_cache
 def patterns(n: int, m: int) -> Tensor:
-    """All C(m, n) masks of a block, bool `[C(m, n), m]`, in lexicographic order of the kept indices
-    (shared: not to be modified). ValueError unless 1 <= n < m <= 16."""
+    """Return all C(m, n) masks of a block, bool `[C(m, n), m]`, in lexicographic order of the kept
+    indices. The tensor is shared: do not modify it. Raises ValueError unless 1 <= n < m <= 16."""
     if not 1 <= n < m <= 16:
         raise ValueError(f"N:M must satisfy 1 <= N < M <= 16, not {n}:{m}")
     kept = torch.tensor(list(combinations(range(m), n)))
@@ -34,10 +34,10 @@ def patterns(n: int, m: int) -> Tensor:
 
 
 def kept_indices(mask: Tensor, n: int | None = None) -> Tensor:
-    """Each block's kept positions, ascending: bool `[blocks, M]` -> int64 `[blocks, N]`.
+    """Return each block's kept positions, ascending: bool `[blocks, M]` -> int64 `[blocks, N]`.
 
-    n: how many each block keeps; None: counted, for which a GPU is waited for, and ValueError if N
-    varies.
+    n: how many weights each block keeps. If None, they are counted, which waits for a GPU and
+    raises ValueError if N varies.
     """
     if n is None:
         counts = mask.sum(-1)
@@ -49,8 +49,8 @@ def kept_indices(mask: Tensor, n: int | None = None) -> Tensor:
 
 @lru_cache
 def _subsets(n: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The subsets R of `size` of N seats, int64 `[subsets, size]`: their members j, and for each
-    the number of R - j among the subsets that are smaller by one."""
+    """Return the subsets R of `size` out of N seats: their members j, and for each j the index of
+    R - j among the subsets that are smaller by one. Both are int64 `[subsets, size]`."""
     subsets = list(combinations(range(n), size))
     number = {smaller: row for row, smaller in enumerate(combinations(range(n), size - 1))}
     without = [[number[subset[:k] + subset[k + 1 :]] for k in range(size)] for subset in subsets]
@@ -58,20 +58,20 @@ def _subsets(n: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def log_prob(logits: Tensor, mask: Tensor, n: int | None = None) -> Tensor:
-    """log p(S | logits), `[blocks]`, in the dtype of the logits; differentiable. n: see
-    `kept_indices`.
+    """Return log p(S | logits), `[blocks]`, in the dtype of the logits. It is differentiable. n:
+    see `kept_indices`.
 
     Drawing without replacement (Plackett-Luce, Gumbel top-k) is a race with rates w = exp(logits):
-    S wins if all of it arrives before any of the rest, whose joint rate is r. For a subset R of S
-    that is still to arrive,
+    S wins if all its members arrive before any of the rest, whose joint rate is r. For a subset R
+    of S that has not arrived yet,
 
         total(R) = sum_{j in R} w_j + r
         win(R)   = sum_{j in R} w_j win(R - j) / total(R)            win({}) = 1
         fail(R)  = (r + sum_{j in R} w_j fail(R - j)) / total(R)     fail({}) = 0;  fail = 1 - win
 
-    p = win(S), and log p = -log(1 + fail / win) keeps its relative accuracy when p is next to 1.
-    All subsets of one size are computed at once, `[subsets, blocks]`; together they take O(2^N N)
-    numbers per block.
+    p = win(S), and log p = -log(1 + fail / win) stays accurate, relative to log p, when p is close
+    to 1. All subsets of one size are computed at once, `[subsets, blocks]`; together they take
+    O(2^N N) numbers per block.
     """
     exact = logits.double()
     log_w = exact.gather(1, kept_indices(mask, n)).T
@@ -89,8 +89,8 @@ def log_prob(logits: Tensor, mask: Tensor, n: int | None = None) -> Tensor:
 
 
 def score(logits: Tensor, mask: Tensor, n: int | None = None) -> Tensor:
-    """The score function d log p(S | logits) / d logits, `[blocks, M]`, in the dtype of the logits,
-    by autograd. n: see `kept_indices`.
+    """Return the score function d log p(S | logits) / d logits, `[blocks, M]`, in the dtype of the
+    logits, by autograd. n: see `kept_indices`.
 
     For N = 2, S = {a, b} and p = softmax(logits), with q_i = 1 - p_i and R = 1 / (1 / q_a + 1 /
     q_b), it is
@@ -103,12 +103,12 @@ def score(logits: Tensor, mask: Tensor, n: int | None = None) -> Tensor:
 
 
 def sample(logits: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one mask a block, bool `[blocks, M]`: the exponential race, keep the n smallest E_i /
-    w_i, E_i ~ Exp(1).
+    """Draw one mask per block, bool `[blocks, M]`, by an exponential race: keep the n smallest
+    E_i / w_i, E_i ~ Exp(1).
 
-    The same distribution as `torch.multinomial(softmax(logits), n, replacement=False)` and as
-    Gumbel top-n. E is drawn in float64: rare flips are the learning signal, and 24-bit uniform
-    numbers have none below 6e-8.
+    The distribution is that of `torch.multinomial(softmax(logits), n, replacement=False)` and of
+    Gumbel top-n. E is drawn in float64, because rare flips are the learning signal, and 24-bit
+    uniform numbers have none below 6e-8.
     """
     arrival = torch.empty(logits.shape, dtype=torch.float64, device=logits.device).exponential_(
         generator=generator
@@ -118,7 +118,8 @@ def sample(logits: Tensor, n: int, generator: torch.Generator | None = None) -> 
 
 
 def mode(logits: Tensor, n: int) -> Tensor:
-    """The most probable mask, bool `[blocks, M]`: the n largest logits, ties to the lower index."""
+    """Return the most probable mask, bool `[blocks, M]`: the n largest logits, ties to the lower
+    index."""
     best = logits.sort(dim=1, descending=True, stable=True).indices[:, :n]
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, best, True)
 
@@ -128,17 +129,17 @@ def mode(logits: Tensor, n: int) -> Tensor:
 
 
 class Estimator:
-    """Turns a step's loss f_t into its advantage A (section 4 of the paper); f_0 is f(m0 * w) of
-    the same minibatch:
+    """Turns a step's loss f_t into its advantage A (section 4 of the paper). f_0 is f(m0 * w) on
+    the same minibatch.
 
         vanilla     A = f_t                  plain policy gradient
-        residual    A = f_t - f_0            takes the minibatch's own difficulty out
-        maskpro     A = f_t - f_0 - delta    less a moving average: delta <- alpha delta + (1 -
-                    alpha) (f_t - f_0)
+        residual    A = f_t - f_0            removes the minibatch's own difficulty
+        maskpro     A = f_t - f_0 - delta    removes a moving average, too:
+                                             delta <- alpha delta + (1 - alpha) (f_t - f_0)
 
-    The authors update delta first and then use it, which scales the gradient by alpha; this order
-    is kept. From delta = 0 the first advantages all carry the sign of the mean residual; `debias`
-    divides delta by 1 - alpha^t.
+    The authors update delta first and then use it, which scales the gradient by alpha. This order
+    is kept. As delta starts at 0, the first advantages all have the sign of the mean residual.
+    `debias` divides delta by 1 - alpha^t.
     """
 
     def __init__(self, name: str = "maskpro", alpha: float = 0.99, debias: bool = False):
@@ -150,7 +151,7 @@ class Estimator:
         self.steps = 0
 
     def advantage(self, loss: float, baseline: float | None) -> float:
-        """The advantage A of a loss f_t, nats; baseline: f_0, None where not needed."""
+        """Return the advantage A of a loss f_t, in nats. baseline: f_0, or None if not needed."""
         if self.name == "vanilla":
             return loss
         residual = loss - baseline
@@ -162,10 +163,10 @@ class Estimator:
         return residual - self.delta / correction
 
     def state(self) -> tuple[dict, dict]:
-        """For a checkpoint: numbers by name, and no tensors."""
+        """Return the state for a checkpoint: numbers by name, and no tensors."""
         return {"delta": self.delta, "steps": self.steps}, {}
 
     def restore(self, scalars: dict, read: object = None) -> None:
-        """From `state`; there are no tensors to read."""
+        """Restore what `state` returned; there are no tensors to read."""
         self.delta = scalars["delta"]
         self.steps = scalars["steps"]

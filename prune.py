@@ -10,7 +10,7 @@
     python prune.py --model MODEL --prune_method wanda --swaps 6 --true_sequential \\
         --dataset text.jsonl --seqlen 512
 
-Of every M consecutive weights of a row the N with the largest scores stay, unchanged
+Of every M consecutive weights of a row, the N with the largest scores stay, unchanged
 (pruning/one_shot.py):
 
     magnitude   |w_ij|
@@ -18,24 +18,24 @@ Of every M consecutive weights of a row the N with the largest scores stay, unch
                 (arXiv 2306.11695)
 
 sparsegpt (pruning/sparsegpt.py) also updates the weights that stay, to make up for the pruned ones.
-get_mask.py takes only the mask from its model; it is then used with the original weights.
+get_mask.py takes only the mask from the sparse model, to be used with the original weights.
 
 --swaps improves the score's mask: within a block, a pruned and a kept weight change places if that
 lowers the error of the layer's output (pruning/swaps.py). The weights stay unchanged. It helps most
 with --true_sequential.
 
-Calibration is `get_c4` of Wanda and SparseGPT: --nsamples random crops of --seqlen tokens. The
-scores need one pass of each sequence through the dense model. sparsegpt, --swaps and
+The calibration text is that of `get_c4` in Wanda and SparseGPT: --nsamples random crops of --seqlen
+tokens. The scores need one pass of each sequence through the dense model. sparsegpt, --swaps and
 --true_sequential send all sequences through the decoder together, and prune a layer when the pass
-gets to it. So only one Hessian is in memory at a time, and with --true_sequential the later layers
-see the pruned earlier ones. If that pass needs too much memory, lower --nsamples or --seqlen.
+reaches it. So only one Hessian is in memory at a time, and with --true_sequential the later layers
+see the earlier ones pruned. If that pass needs too much memory, lower --nsamples or --seqlen.
 
 Crops begin anywhere, as in `get_c4`. With --bos the beginning-of-text token is put before each
 crop, which then ends a token earlier. Gemma models need that token. If it lowers the loss of the
-first crop by more than a tenth, a line recommends --bos.
+first crop by more than a tenth, the script recommends --bos.
 
-Writes a plain Hugging Face folder with zeros in it, and prune.json beside the weights. Next:
-`python get_mask.py`.
+The script writes a plain Hugging Face folder with zeros in it, and prune.json beside the weights.
+Next: `python get_mask.py`.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--nsamples", type=positive_int, default=128, help="calibration sequences")
     parser.add_argument(
-        "--seqlen", type=sequence_length, default=2048, help="tokens in a calibration sequence"
+        "--seqlen", type=sequence_length, default=2048, help="tokens per calibration sequence"
     )
     parser.add_argument(
         "--bos",
@@ -78,20 +78,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="begin each calibration sequence with the beginning-of-text token",
     )
     parser.add_argument(
-        "--true_sequential", action="store_true", help="later layers see the earlier ones pruned"
+        "--true_sequential", action="store_true", help="let later layers see earlier ones pruned"
     )
     parser.add_argument(
         "--swaps",
         type=positive_int,
         default=0,
         metavar="SWEEPS",
-        help="improve the score's mask by swaps within blocks, in at most so many sweeps",
+        help="improve the score's mask by swaps within blocks, in at most SWEEPS sweeps",
     )
     parser.add_argument(
         "--targets",
         nargs="+",
         default=None,
-        help="prune these layers: parts of their names, or regular expressions",
+        help="prune only these layers: parts of their names, or regular expressions",
     )
     parser.add_argument(
         "--save_model", default="out", help="folder of the sparse model, must be new"
@@ -126,11 +126,11 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     started = time.time()
     model, tokenizer = load_model(args.model, args.dtype, args.device, args.trust_remote_code)
-    way = OneShot(args.prune_method, args.sparsity_type, args.true_sequential, args.swaps)
+    settings = OneShot(args.prune_method, args.sparsity_type, args.true_sequential, args.swaps)
     layers = layers_to_mask(model, args.targets, args.sparsity_type[1])
     note_sparse(layers)
     samples = None
-    if way.needs_text:
+    if settings.needs_text:
         check_length(model, args.seqlen)
         bos = data.wanted_bos(tokenizer) if args.bos else None
         samples = data.calibration_samples(
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         check_tokens(model, samples)
         if not args.bos and (hint := bos_hint(model, tokenizer, samples, "calibration sequence")):
             print(hint)
-    prune_model(model, layers, samples, way)
+    prune_model(model, layers, samples, settings)
     with atomic_write(out) as tmp:
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)

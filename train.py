@@ -2,24 +2,26 @@
 2506.12876).
 
     python train.py --dataset_size 512 --batchsize 32 --lr 50 --logits 10 --epoch 625
-    # where 10 * m0 is slow
+    # if a start at 10 * m0 learns slowly
     python train.py --model MODEL --dataset text.jsonl --init scores --logits 4 --lr 1
     # without inference_loss.py
     python train.py --model MODEL --dataset text.jsonl --baseline online
     # without any sparse model
     python train.py --model MODEL --dataset text.jsonl --init random --baseline online
-    # goes on with a run that was stopped
+    # continue a run that was stopped
     python train.py --resume results/RUN
-    # R processes, each with a minibatch of its own under the same mask
+    # R processes, each with its own minibatch under the same mask
     torchrun --nproc_per_node R train.py ...
 
-Needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses (inference_loss.py).
-With --init random m0 is the most probable mask of random logits, and neither file is needed. Writes
-a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain Hugging Face folder with zeros),
-metrics.jsonl (one line a step), curve.png, run.json. The first mask is m0 itself; the final one
-keeps the N largest logits of each block. With --val_fraction it does best on held-out text, on
-which masks with less of the prior C * m0 in the logits are tried, too. A run that was stopped goes
-on to the same bits with --resume.
+A run needs the initial mask m0 (get_mask.py) and, with --baseline cached, its losses
+(inference_loss.py). With --init random, m0 is the most probable mask of random logits, and neither
+file is needed. A run writes a new folder results/<run>/: mask.safetensors, checkpoint/ (a plain
+Hugging Face folder with zeros), metrics.jsonl (one line per step), curve.png, run.json.
+
+The first mask is m0 itself; the final mask keeps the N largest logits of each block. With
+--val_fraction, the final mask is the one that does best on held-out text. Masks with less of the
+prior C * m0 in the logits are tried there, too. With --resume, a run that was stopped continues to
+the same bits.
 """
 
 from argparse import Namespace
@@ -38,8 +40,8 @@ from utils import (
     script_parser,
 )
 
-MOST_KEPT = 8  # N: the exact score sums over 2^N subsets of a block
-MOST_LOGITS = 128  # of a block with --space pattern; 4:8 has 70 patterns
+MOST_KEPT = 8  # largest N: the exact score sums over 2^N subsets of a block
+MOST_LOGITS = 128  # per block with --space pattern; 4:8 has 70 patterns
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -48,29 +50,29 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_data_arguments(parser)
     # fmt: off
     parser.add_argument("--lr", type=number(float, 0), default=50.0,
-                        help="eta, in logits per nat of advantage")
+                        help="learning rate eta, in logits per nat of advantage")
     parser.add_argument("--logits", type=number(float, 0), default=10.0,
-                        help="C: initial logit of a kept weight (pruned: 0)")
+                        help="C, the initial logit of kept weights; that of pruned ones is 0")
     parser.add_argument("--epoch", type=positive_int, default=10000,
-                        help="passes through the minibatches, at most")
+                        help="most passes through the minibatches")
     parser.add_argument("--max_step", type=positive_int, default=10000,
-                        help="steps in all, at most")
+                        help="most steps in all")
     parser.add_argument("--estimator", choices=["vanilla", "residual", "maskpro"],
                         default="maskpro",
                         help="the advantage: loss; loss - baseline; loss - baseline - delta")
     parser.add_argument("--baseline", default="cached", metavar="{cached,online,FILE}",
-                        help="f(m0 * w): from inference_loss.py's file, of its default name or "
-                             "this one; online: by a second forward pass per step of the first "
-                             "epoch")
+                        help="f(m0 * w): from inference_loss.py's file of the default name "
+                             "(cached), from such a FILE, or by a second forward pass in each step "
+                             "of the first epoch (online)")
     parser.add_argument("--alpha", type=number(float, 0, 0.99999), default=0.99,
                         help="decay of delta per step")
     parser.add_argument("--debias_tracker", action="store_true",
                         help="divide delta by 1 - alpha^t")
     parser.add_argument("--init", choices=["mask", "scores", "random"], default="mask",
                         help="mask: logits start at C * m0; scores: they follow Wanda's scores "
-                             "|w| ||x||, so that close scores give close logits; random: C times "
-                             "normal random numbers, whose most probable mask is m0 (needs no "
-                             "--mask, but more steps)")
+                             "|w| ||x||, so that close scores give close logits; random: they are "
+                             "C times normal random numbers, and m0 is their most probable mask "
+                             "(needs no --mask, but more steps)")
     parser.add_argument("--space", choices=["linear", "pattern"], default="linear",
                         help="linear: M logits per block (MaskPro); pattern: C(M,N) logits per "
                              "block (MaskLLM)")
@@ -78,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                         help="fraction of the minibatches held out to select the final mask, and "
                              "how much of the prior C * m0 its logits keep (default: 0, which "
                              "takes the last mask)")
-    parser.add_argument("--save", action="store_true", help="save the logits too")
+    parser.add_argument("--save", action="store_true", help="also save the logits")
     # fmt: on
     add_mask_arguments(parser, "initial_mask.safetensors")
     add_run_arguments(parser)
@@ -86,21 +88,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def checked(args: Namespace, default_mask: str) -> Namespace:
-    """The arguments of a run. UserError if they do not go together."""
+    """Return the arguments of a run. Raises UserError if they do not go together."""
     if args.init == "random":
         if args.mask not in (None, default_mask):
-            raise UserError("--init random draws an m0 of its own: leave out --mask")
+            raise UserError("--init random draws its own m0: leave out --mask")
         if args.baseline != "online" and args.estimator != "vanilla":
             raise UserError(
-                "--init random draws m0 when it starts, so no file has its losses: add --baseline "
-                "online"
+                "--init random draws m0 when the run starts, so no file has its losses: add "
+                "--baseline online"
             )
         args.mask = None
     n, m = args.sparsity_type
     if args.space == "linear" and n > MOST_KEPT:
         raise UserError(
-            f"the score of {n}:{m} is a sum over 2^{n} subsets of each block; N is at most "
-            f"{MOST_KEPT} here, and any in sparsify.py"
+            f"the score of {n}:{m} is a sum over 2^{n} subsets of each block: N is at most "
+            f"{MOST_KEPT} in train.py; sparsify.py has no such limit"
         )
     if args.space == "pattern" and comb(m, n) > MOST_LOGITS:
         raise UserError(
@@ -137,17 +139,17 @@ from torch import Tensor, nn
 
 
 class PolicyGradient(Learner):
-    """MaskPro (section 4 of the paper): the loss residual against m0, less its moving average,
-    moves the logits.
+    """MaskPro (section 4 of the paper): the logits move by the loss residual against m0, less its
+    moving average.
 
         A  = f(m_t * w, batch) - f(m0 * w, batch) - delta         the tracker delta: `pge.Estimator`
         pi <- pi - lr * A * grad log p(m_t | pi)                  the score: `pge.score`
         m_{t+1} ~ p(pi)                                           N draws without replacement:
                                                                   `pge.sample`
 
-    These three are the mathematics; what runs is the same in one pass, `fused_update` of
-    masking/kernels.py. batches: int64 `[minibatches, sequences, tokens]`; baseline: minibatch
-    number -> f(m0 * w, batch), None: not needed.
+    These references are the plain mathematics; `fused_update` of masking/kernels.py does the same
+    in one pass. batches: int64 `[minibatches, sequences, tokens]`; baseline: minibatch number ->
+    f(m0 * w, batch), or None if the estimator needs none.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class PolicyGradient(Learner):
         self.estimator = estimator
 
     def step(self, index: int, lr: float) -> StepResult:
-        """One step, of each process on its own minibatch, all with the same mask; lr: eta."""
+        """Do one step: each process takes its own minibatch, and all use the same mask. lr: eta."""
         losses = [self.masked.loss(self.batches[index])]  # f_t = f(m_t * w, batch)
         if self.baseline:
             losses.append(self.baseline[index])  # f(m0 * w, batch)
@@ -180,7 +182,8 @@ class PolicyGradient(Learner):
 
 
 def first_mask(args: Namespace, model: nn.Module, space: Space) -> MaskFile:
-    """m0: the mask of --mask, or with --init random the most probable one of random logits."""
+    """Return m0: the mask of --mask, or with --init random the most probable one of random
+    logits."""
     if args.init == "random":
         return initialize.random_mask(
             model, args.model, args.targets, space, args.logits, args.seed
@@ -189,7 +192,7 @@ def first_mask(args: Namespace, model: nn.Module, space: Space) -> MaskFile:
 
 
 def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopSignals) -> None:
-    """The run from its start, or from where it was stopped, to its results."""
+    """Do a run from its start, or from where it was stopped, to its results."""
     set_seed(args.seed, deterministic=True)
     check_paths([args.mask], [args.dataset])
     estimator = pge.Estimator(args.estimator, args.alpha, args.debias_tracker)
@@ -234,7 +237,7 @@ def learn(args: Namespace, device: str | None, folder: RunFolder, signals: StopS
     # the loop
     for index in run.steps():
         run.advance(learner.step(index, args.lr))
-    if args.init != "random":  # its logits hold no prior for m0
+    if args.init != "random":  # random logits hold no prior for m0
         validation.weaken_prior(m0.masks, args.logits, run.step)
 
     summary = results.deliver(run, m0, tokenizer, args.save, args.skip_checkpoint)

@@ -1,1 +1,1 @@
-"""A model under learnable masks: its layers, their logits, the masks drawn from them."""
+"""Learnable masks on a model: its masked layers, their logits, and the masks drawn from them."""

@@ -1,10 +1,10 @@
 """The mathematics of pge.py on planes: float32, element-wise over blocks, made to be fused.
 
-Logits are a list of M planes `[blocks]`, one for each place in a block, and so is everything
-computed from them; a mask is the bits of an integer plane (bit i set: weight i is kept). No
-function here gathers, sorts or indexes, so that `torch.compile` turns a step made of them into a
-single loop over blocks. `kernels.py` has those steps; the tests hold each function against its
-exact float64 twin.
+Logits are a list of M planes `[blocks]`, one for each position in a block, and so is everything
+computed from them. A mask is one integer plane, whose bit i is set if weight i is kept. No function
+here gathers, sorts or indexes, so `torch.compile` turns a step made of them into a single loop over
+blocks. `kernels.py` has those steps. The tests compare each function with its exact float64
+counterpart.
 """
 
 from itertools import combinations
@@ -17,7 +17,7 @@ Planes = list[Tensor]  # M tensors [blocks], float32
 
 
 def sum_of(planes: Planes) -> Tensor:
-    """Their sum, left to right."""
+    """Return the sum of the planes, added from left to right."""
     total = planes[0]
     for plane in planes[1:]:
         total = total + plane
@@ -25,7 +25,8 @@ def sum_of(planes: Planes) -> Tensor:
 
 
 def others(planes: Planes) -> Planes:
-    """The sum of all but each, added up from both ends: no difference, so nothing cancels."""
+    """Return for each plane the sum of all others, added up from both ends. No difference is taken,
+    so nothing cancels."""
     before = [torch.zeros_like(planes[0])]
     after = [torch.zeros_like(planes[0])]
     for plane in planes[:-1]:
@@ -36,7 +37,7 @@ def others(planes: Planes) -> Planes:
 
 
 def nth_largest(planes: Planes, n: int) -> Tensor:
-    """The n-th largest of each place's numbers, of which there are at least n."""
+    """Return the n-th largest of the planes' values, element-wise. There are at least n planes."""
     largest = []
     for plane in planes:
         for k in range(len(largest)):
@@ -47,17 +48,19 @@ def nth_largest(planes: Planes, n: int) -> Tensor:
 
 
 def rates(logits: Planes, n: int) -> Planes:
-    """Rates of the race that a draw is: exp(logits - the n-th largest), cut off at e^24. The last
-    place is contested at scale 1, and logits far above it, which are kept whatever they are,
-    neither overflow nor drown the others."""
-    last = nth_largest(logits, n)
-    return [torch.exp((plane - last).clamp(max=24.0)) for plane in logits]
+    """Return the rates of the race that draws a mask: exp(logit - n-th largest logit), at most
+    e^24. Weights that compete for the last place have rates near 1. Logits far above are kept in
+    any case; the limit keeps them from overflowing and from drowning the others."""
+    threshold = nth_largest(logits, n)
+    return [torch.exp((plane - threshold).clamp(max=24.0)) for plane in logits]
 
 
 def score(w: Planes, kept: Planes, n: int) -> Planes:
-    """d log p / d logits. `kept` are planes of 0. and 1.; equal to `pge.score` up to float32.
+    """Return d log p / d logits, which equals `pge.score` up to float32. `w`: rates; `kept`: planes
+    of 0. and 1.
 
-    With r the weight of the rest, and for n = 2, S = {a, b}, Q_a = w_b + r, Z = w_a + Q_a:
+    Let r be the sum of the pruned weights' rates. For n = 2, S = {a, b}, Q_a = w_b + r and
+    Z = w_a + Q_a:
 
         g_a = Q_a r (Z + r + w_a) / (Z Q_b (Q_a + Q_b))       no difference is taken
         g_i = -(w_i / r) (g_a + g_b)                           for i not in S
@@ -66,7 +69,7 @@ def score(w: Planes, kept: Planes, n: int) -> Planes:
     if n == 1:
         return [k - x / total for k, x in zip(kept, w)]
     inside = [x * k for x, k in zip(w, kept)]
-    # float32 exp ends at a gap of 87
+    # exp underflows in float32 at a gap of 87
     rest = sum_of([x - y for x, y in zip(w, inside)]).clamp(min=1e-30)
     if n > 2:
         return score_by_subsets(w, kept, n, rest)
@@ -81,11 +84,11 @@ def score(w: Planes, kept: Planes, n: int) -> Planes:
 
 
 def score_by_subsets(w: Planes, kept: Planes, n: int, rest: Tensor) -> Planes:
-    """`score` for n > 2: the draws are followed over the subsets T of S.
+    """Return `score` for n > 2, by following the draws over the subsets T of S.
 
-    reach[T] and win[T] are the probabilities to get to the drawn set T, and from there to S:
+    reach[T] is the probability of getting to the drawn set T, and win[T] of getting from T to S:
 
-        g_i = [i in S] - w_i sum_{T not holding i} reach[T] win[T] / (rest[T] win[0])
+        g_i = [i in S] - w_i sum_{T without i} reach[T] win[T] / (rest[T] win[0])
     """
     # seat k is the (k+1)-th kept weight, so that subsets are static
     rank = torch.zeros_like(rest)
@@ -98,7 +101,7 @@ def score_by_subsets(w: Planes, kept: Planes, n: int, rest: Tensor) -> Planes:
     ]
     reach, win, inverse_rest = walk(seats, rest)
     visit = [a * b * c for a, b, c in zip(reach, win, inverse_rest)]
-    probability = win[0].clamp(min=1e-37)  # less than that is never drawn
+    probability = win[0].clamp(min=1e-37)  # less probable masks are never drawn
     always = sum_of(visit) / probability
     unseated = [
         sum_of([visit[t] for t in range(len(visit)) if not t >> seat & 1]) / probability
@@ -114,8 +117,8 @@ def score_by_subsets(w: Planes, kept: Planes, n: int, rest: Tensor) -> Planes:
 
 
 def walk(seats: Planes, rest: Tensor) -> tuple[Planes, Planes, Planes]:
-    """For each proper subset T of the seats, the bits of an index: reach[T], win[T], and
-    1 / rest[T], the weight of all that T does not hold. See `score_by_subsets`."""
+    """Return reach[T], win[T] and 1 / rest[T] for each proper subset T of the seats, the bits of an
+    index. rest[T] is the sum of the rates outside T. See `score_by_subsets`."""
     full = 2 ** len(seats) - 1
     inverse_rest = []
     for drawn in range(full):
@@ -123,8 +126,8 @@ def walk(seats: Planes, rest: Tensor) -> tuple[Planes, Planes, Planes]:
         inverse_rest.append(1 / (left + rest))
     reach = [torch.ones_like(rest)]
     for drawn in range(1, full):
-        last = [(drawn ^ 1 << j, s) for j, s in enumerate(seats) if drawn >> j & 1]
-        reach.append(sum_of([reach[t] * inverse_rest[t] * s for t, s in last]))
+        previous = [(drawn ^ 1 << j, s) for j, s in enumerate(seats) if drawn >> j & 1]
+        reach.append(sum_of([reach[t] * inverse_rest[t] * s for t, s in previous]))
     win = {full: torch.ones_like(rest)}
     for drawn in reversed(range(full)):
         following = [(drawn | 1 << j, s) for j, s in enumerate(seats) if not drawn >> j & 1]
@@ -133,11 +136,11 @@ def walk(seats: Planes, rest: Tensor) -> tuple[Planes, Planes, Planes]:
 
 
 def draw_by_table(w: Planes, n: int, u: Tensor) -> Tensor:
-    """One uniform number and the cumulative sum over the patterns, the most probable put last.
+    """Draw masks by one uniform number u and the cumulative sum over the patterns, in which the
+    most probable pattern comes last.
 
-    So the rare patterns share the small u, whose resolution is 2^-32, instead of the large, whose
-    it is 2^-24. n = 1: p(i) ~ w_i; n = 2: p(a, b) ~ w_a w_b (1/Q_a + 1/Q_b), Q_a = sum of all but
-    w_a.
+    So rare patterns get small u, with a resolution of 2^-32, rather than large u, with 2^-24.
+    n = 1: p(i) ~ w_i; n = 2: p(a, b) ~ w_a w_b (1/Q_a + 1/Q_b), Q_a = sum of all but w_a.
     """
     m = len(w)
     if n == 1:
@@ -163,13 +166,13 @@ def draw_by_table(w: Planes, n: int, u: Tensor) -> Tensor:
 
 
 def draw_by_race(w: Planes, n: int, u: Planes) -> Tensor:
-    """Keep the n smallest E_i / w_i, E = -log(1 - u)."""
+    """Draw masks by keeping the n smallest E_i / w_i, E_i = -log(1 - u_i)."""
     return earliest([-torch.log1p(-x) / y for x, y in zip(u, w)], n)
 
 
 def earliest(arrival: Planes, n: int) -> Tensor:
-    """Bits `[blocks]` int32 of the n smallest arrivals: a rank by M(M-1)/2 comparisons, a tie to
-    the lower index."""
+    """Return bits int32 `[blocks]` of the n smallest arrivals, ties to the lower index. M(M-1)/2
+    comparisons rank them."""
     m = len(arrival)
     earlier = [torch.zeros_like(arrival[0], dtype=torch.int32) for _ in range(m)]
     for i in range(m):
@@ -184,41 +187,44 @@ def earliest(arrival: Planes, n: int) -> Tensor:
 
 
 def draw(w: Planes, n: int, u: Planes) -> Tensor:
-    """Bits `[blocks]` int32 of a mask drawn by `draws(n, M)` uniform numbers a block."""
+    """Draw masks, bits int32 `[blocks]`, by `draws(n, M)` uniform numbers per block."""
     return draw_by_table(w, n, u[0]) if len(u) == 1 else draw_by_race(w, n, u)
 
 
 def draws(n: int, m: int) -> int:
-    """Uniform numbers that `draw` takes: one to look up in a table where that is short, else one a
-    weight to race."""
+    """Return how many uniform numbers per block `draw` takes: one to look up in a table if that is
+    short, else one per weight for the race."""
     return 1 if n == 1 or (n == 2 and m <= 4) else m
 
 
 def most_probable(logits: Planes, n: int) -> Tensor:
-    """Bits `[blocks]` int32 of the n largest logits, ties to the lower index."""
+    """Return bits int32 `[blocks]` of the n largest logits, ties to the lower index."""
     return earliest([-plane for plane in logits], n)
 
 
 # --------------------------------------------------------------------------------------------------
-# the inclusion probabilities, and what a gradient in them says about the logits
+# from a gradient in the inclusion probabilities to one in the logits
 
-MOST_TRANSITIONS = 600  # of a short walk: 4:8 has 512, which compile for a minute
+MOST_TRANSITIONS = 600  # in a short walk; 4:8 has 512, which take a minute to compile
 
 
 def transitions(n: int, m: int) -> int:
-    """How many steps T -> T + i, T a set of fewer than N places, drawing may make."""
+    """Return the number of transitions T -> T + i that drawing may make; T is a set of fewer than N
+    positions."""
     return sum(comb(m, size) * (m - size) for size in range(n))
 
 
 def has_short_walk(n: int, m: int) -> bool:
-    """Whether all sets that drawing goes through are followed; beyond, `time_of` stands in."""
+    """Return whether `vjp` follows all sets that drawing may go through, instead of using
+    `time_of`."""
     return transitions(n, m) <= MOST_TRANSITIONS
 
 
 def time_of(w: Planes, n: int) -> Tensor:
-    """The one time at which the race is stopped, `[blocks]`: tau with sum_i P(i has come) = N."""
+    """Return the time tau `[blocks]` at which the race is stopped:
+    sum_i P(i has arrived by tau) = N."""
     m = len(w)
-    # below the root, from where Newton's steps only grow
+    # starts below the root, from where Newton's steps only increase tau
     tau = torch.full_like(w[0], -log(1 - 1 / (m - n + 1)))
     for _ in range(16):
         late = [torch.exp(-x * tau) for x in w]
@@ -229,8 +235,8 @@ def time_of(w: Planes, n: int) -> Tensor:
 
 
 def sum_over(chosen: int, sums: dict[int, Tensor]) -> Tensor:
-    """The sum over a set, the bits of an integer. `sums`: those of the sets of one, to which it
-    adds others."""
+    """Return the sum over a set, given as the bits of an integer. `sums` has the sums over sets of
+    one element; those of larger sets are added to it."""
     if chosen not in sums:
         last = 1 << chosen.bit_length() - 1
         sums[chosen] = sum_over(chosen - last, sums) + sums[last]
@@ -238,9 +244,11 @@ def sum_over(chosen: int, sums: dict[int, Tensor]) -> Tensor:
 
 
 def flows(w: Planes, n: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Drawing is a walk through the sets T drawn so far, the bits of an integer. Returns, for sizes
-    ascending from 0 to N - 1: 1 / w(not in T), and P(the walk visits T) / w(not in T), which times
-    w_i is the chance that i is drawn at T.
+    """Return 1 / w(not in T) and P(the walk visits T) / w(not in T) for each set T of 0 to N - 1
+    elements, by ascending size.
+
+    Drawing is a walk through the sets T drawn so far, each given as the bits of an integer. The
+    second value times w_i is the probability that i is drawn at T.
     """
     m = len(w)
     sums = {1 << i: x for i, x in enumerate(w)}
@@ -256,19 +264,20 @@ def flows(w: Planes, n: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
 
 
 def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
-    """J^T saliency, J = d inclusion / d logits: the gradient of sum_i saliency_i P(i is kept) in
-    the logits, a vector-Jacobian product; planes in and out.
+    """Return the vector-Jacobian product J^T saliency, J = d inclusion / d logits: the gradient of
+    sum_i saliency_i P(i is kept) in the logits. Takes and returns planes.
 
-    Exact where the walk is short: N <= 4 and M <= 8, N <= 2, and a few more. Drawing is a walk
-    through the sets drawn so far, T -> T + i with chance w_i / w(not in T), that collects
-    saliency_i (s_i); with V(T) what is still to be expected at T, the policy gradient theorem says
+    It is exact if the walk is short: N <= 4 and M <= 8, N <= 2, and a few more. Drawing is a walk
+    through the sets drawn so far. It goes from T to T + i with probability w_i / w(not in T), and
+    collects saliency_i (s_i). Let V(T) be the expected sum still to be collected at T. The policy
+    gradient theorem says
 
-        gradient_i = sum_{T not holding i} P(walk visits T) P(i | T) (s_i + V(T + i) - V(T))
+        gradient_i = sum_{T without i} P(walk visits T) P(i | T) (s_i + V(T + i) - V(T))
 
-    Elsewhere the race is stopped at one time for all (`time_of`): inclusion_i = 1 - exp(-w_i tau),
-    the limit of large blocks (Hajek 1964). It is within 0.1 of the exact probabilities. Its
-    direction is off by less than 10 degrees in the median block; where few logits of a block are
-    still contested, it may be off by far more.
+    Otherwise the race is stopped at one time for all (`time_of`): inclusion_i = 1 - exp(-w_i tau),
+    the limit of large blocks (Hajek 1964). This is within 0.1 of the exact probabilities. The
+    direction of the gradient is off by less than 10 degrees in the median block; it may be off by
+    far more in a block with few contested logits.
     """
     m = len(logits)
     w = rates(logits, n)
@@ -278,7 +287,7 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
         mean = sum_of([x * y for x, y in zip(rate, saliency)]) / sum_of(rate).clamp(min=1e-30)
         return [x * (y - mean) for x, y in zip(rate, saliency)]
     (inverse, flow), expected = flows(w, n), {}
-    at_once = {1 << i: x * y for i, (x, y) in enumerate(zip(w, saliency))}
+    immediate = {1 << i: x * y for i, (x, y) in enumerate(zip(w, saliency))}
     for drawn in reversed(flow):
         left = (1 << m) - 1 - drawn
         later = [
@@ -286,7 +295,7 @@ def vjp(logits: Planes, saliency: Planes, n: int) -> Planes:
             for i in range(m)
             if left >> i & 1 and drawn | 1 << i in flow
         ]
-        expected[drawn] = sum_of([sum_over(left, at_once), *later]) * inverse[drawn]
+        expected[drawn] = sum_of([sum_over(left, immediate), *later]) * inverse[drawn]
     gradient = []
     for i in range(m):
         without = [drawn for drawn in flow if not drawn >> i & 1]

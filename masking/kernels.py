@@ -4,13 +4,14 @@
     m   ~   p(. | pi)
     out <-  m * w
 
-It is plain PyTorch, element-wise over blocks: logits are kept as M planes `[blocks]` and a mask as
-the bits of one integer a block (bit i set: weight i is kept), so `torch.compile` turns it into a
-single loop, C++ on a CPU and Triton on a GPU, that touches every byte once. Without a compiler the
-same functions run eagerly. Where a block of weights is not 8 bytes (in 16 bits at M = 4 it is), the
-mask is drawn in one loop and the weight written in another: one loop would need temporaries.
+The step is plain PyTorch, element-wise over blocks. Logits are kept as M planes `[blocks]`, and a
+mask as the bits of one integer per block (bit i is set if weight i is kept). So `torch.compile`
+turns the step into a single loop, in C++ on a CPU and Triton on a GPU, that touches every byte
+once. Without a compiler the same functions run eagerly. If a block of weights does not take 8 bytes
+(it does in 16 bits at M = 4), the mask is drawn in one loop and the weight is written in another,
+as a single loop would need temporaries.
 
-`Kernels` has the passes of one space and N:M: update, vjp, write, and mode.
+`Kernels` has the passes of one space and N:M: update, vjp, write and mode.
 """
 
 from collections.abc import Callable
@@ -36,9 +37,9 @@ from masking.spaces import LinearSpace, Space
 import torch
 from torch import Tensor
 
-# transitions of a walk of which a thread's registers hold two blocks: 2:8 has 64, 3:8 232
+# most transitions of a walk at which a thread's registers hold two blocks: 2:8 has 64, 3:8 232
 MOST_OF_TWO_BLOCKS = 100
-# beyond, the 2^N subsets make the fused score long: the exact routines run
+# above these, the 2^N subsets make the fused score long, and the exact routines run
 FUSED_MAX_N = 4
 FUSED_MAX_M = 8
 
@@ -48,8 +49,8 @@ FUSED_MAX_M = 8
 
 
 def _counter(bits: Tensor, n: int, m: int, start: int) -> Tensor:
-    """Each block's first random number, `[blocks]` int32; it has `draws(n, m)` for drawing, then
-    some for rounding."""
+    """Return the counter of each block's first random number, int32 `[blocks]`. A block uses
+    `draws(n, m)` numbers for drawing, then some for rounding."""
     lanes = draws(n, m) + (m + 1) // 2
     return (torch.arange(bits.shape[0], device=bits.device, dtype=torch.int32) + start) * lanes
 
@@ -57,8 +58,8 @@ def _counter(bits: Tensor, n: int, m: int, start: int) -> Tensor:
 def _store(
     logits: list[Tensor], planes: list[Tensor], counter: Tensor, key: Tensor, n: int
 ) -> list[Tensor]:
-    """Write float32 planes into the logits, rounded stochastically where these have 16 bits;
-    returns what is stored."""
+    """Write float32 planes into the logits, and return what is stored. Logits of 16 bits are
+    rounded stochastically."""
     m = len(planes)
     dtype = logits[0].dtype
     if dtype != torch.float32:
@@ -84,10 +85,12 @@ def fused_update(
     m: int,
     start: int = 0,
 ) -> None:
-    """The whole step, in place. logits: M planes `[blocks]` float32/float16/bfloat16, bits
-    `[blocks]`, weight and out as words, or None where the mask is only drawn; coefficient float32
-    `[]`, key int32 `[2]` or longer; `start` is the number of the first block in its layer. N <= 4,
-    M <= 8."""
+    """Do the whole step in place, for N <= 4 and M <= 8.
+
+    logits: M planes `[blocks]`, float32, float16 or bfloat16; bits `[blocks]`; weight and out: as
+    words, or None to only draw the mask; coefficient: float32 `[]`; key: int32 `[2]` or longer;
+    start: the first block's number in its layer.
+    """
     planes = [plane.float() for plane in logits]
     counter = _counter(bits, n, m, start)
     gradient = score(rates(planes, n), kept_planes(bits, m), n)
@@ -113,14 +116,17 @@ def fused_vjp(
     m: int,
     start: int = 0,
 ) -> Tensor:
-    """pi <- pi - step * clip(factor * J^T G, +-1), and m <- the most probable mask, in place;
-    returns the sum of squares of each block's J^T G, float32 `[blocks]`, NaN where it is not
-    finite, which moves nothing.
+    """Move the logits and set bits to the most probable mask, in place:
 
-    J is the Jacobian of the inclusion probabilities. saliency: G as M planes float32 `[blocks]` or,
-    where a block fits a word, the weights as words int64 `[blocks]` of numbers of this dtype, and
-    their gradients as words too or as float32 `[blocks, M]`, whose product G is. scale float32
-    `[2]`: the factor, the step.
+        pi <- pi - step * clip(factor * J^T G, +-1)
+
+    Returns the sum of squares of each block's J^T G, float32 `[blocks]`. If it is not finite, it is
+    NaN, and the block's logits stay.
+
+    J is the Jacobian of the inclusion probabilities. saliency: G as M float32 planes `[blocks]`, or
+    (weights, gradients) whose product is G, if a block fits a word. The weights are then int64
+    words `[blocks]` of numbers of this dtype, and the gradients are such words or float32
+    `[blocks, M]`. scale: float32 `[2]`, the factor and the step.
     """
     if isinstance(saliency, tuple):
         weight, gradient = saliency
@@ -142,15 +148,15 @@ def fused_vjp(
 
 
 class Kernels:
-    """The passes of a space over one layer, fused, compiled or eager.
+    """The passes of a space over one layer, compiled or eager.
 
-    With backend `exact`, and elsewhere where there is no fused form, `update` is that of
-    `exact_kernels.py`. `vjp` is the linear space's.
+    backend: compiled, eager or exact. `update` comes from `exact_kernels.py` if the backend is
+    exact, or if the space and N:M have no fused form. `vjp` is for the linear space only.
 
-    logits: `space.width` planes `[blocks]`, no two of which share a storage, as a compiler would
-    copy what might overlap; bits `[blocks]`; weight and out `[blocks * M]`; coefficient float32
-    `[]`; key int32 `[2]` or longer; start: the first block's number in its layer. backend:
-    compiled, eager or exact.
+    Arguments of the passes: logits: `space.width` planes `[blocks]`, no two of which share a
+    storage, as a compiler would copy what might overlap; bits `[blocks]`; weight and out
+    `[blocks * M]`; coefficient: float32 `[]`; key: int32 `[2]` or longer; start: the first block's
+    number in its layer.
     """
 
     def __init__(self, space: Space, backend: str = "compiled"):
@@ -171,8 +177,8 @@ class Kernels:
         self._write = self.fastest(write_masked)
 
     def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:
-        """`function` compiled, where this backend compiles; else `eager`, or the function as it
-        is."""
+        """Return `function` compiled, if this backend compiles; else `eager` (default: the function
+        itself)."""
         eager = eager or function
         return compiled(function, eager) if self._compiled else eager
 
@@ -187,8 +193,8 @@ class Kernels:
         key: Tensor,
         start: int = 0,
     ) -> None:
-        """pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w."""
-        # viewed as integers out here: inside, a compiler would copy what might overlap
+        """Do one step: pi <- pi - coefficient * score(pi, m); m ~ p(pi); out <- m * w."""
+        # viewed as integers here, as a compiler would copy what might overlap
         n = self.space.n
         m = self.space.m
         weight = as_words(weight, m)
@@ -212,8 +218,8 @@ class Kernels:
         key: Tensor,
         start: int = 0,
     ) -> Tensor:
-        """pi <- pi - step * J^T (weight * gradient), clipped, and m <- its most probable mask; see
-        `fused_vjp`. weight and gradient `[out, in]`."""
+        """Move the logits by J^T (weight * gradient), clipped, and set bits to the most probable
+        mask. weight and gradient `[out, in]`; scale and what is returned: see `fused_vjp`."""
         space = self.space
         dtype = weight.dtype
         if fits_a_word(space.m, dtype):
@@ -223,7 +229,7 @@ class Kernels:
                 else gradient.float().reshape(-1, space.m)
             )
             saliency = as_words(weight.view(-1), space.m), gradient
-        else:  # as planes: blocks are read three times slower
+        else:  # as planes, since reading blocks is three times slower
             blocks = logits[0].numel()
             saliency = torch.empty(space.m, blocks, device=weight.device).copy_(
                 weight.view(blocks, -1).T
@@ -234,26 +240,26 @@ class Kernels:
 
     @torch.no_grad()
     def write(self, weight: Tensor, bits: Tensor, out: Tensor) -> None:
-        """out <- m * w."""
+        """Write out <- m * w."""
         self._write(as_words(weight, self.space.m), bits, as_words(out, self.space.m), self.space.m)
 
     def mode(
         self, logits: list[Tensor], m0: Tensor | None = None, magnitude: float = 0.0
     ) -> Tensor:
-        """The most probable mask, bits `[blocks]`; where m0, such bits, is given, that of logits -
-        magnitude * m0."""
+        """Return the most probable mask, bits `[blocks]`. If m0 is given, also as bits, it is the
+        most probable mask of logits - magnitude * m0."""
         blocks = len(logits[0])
         chunk = chunk_of(logits[0])
-        found = []
+        bits = []
         for begin in range(0, max(blocks, 1), chunk):
             part = slice(begin, begin + chunk)
             planes = [plane[part].float() for plane in logits]
             if m0 is not None:
                 prior = self.space.init(bits_to_mask(m0[part], self.space.m), magnitude)
                 planes = [plane - column for plane, column in zip(planes, prior.unbind(1))]
-            found.append(
+            bits.append(
                 most_probable(planes, self.space.n).to(bits_dtype(self.space.m))
                 if self._is_linear
                 else mask_to_bits(self.space.mode(torch.stack(planes, 1)))
             )
-        return torch.cat(found)
+        return torch.cat(bits)

@@ -1,4 +1,4 @@
-"""Masks and the layers of a model: matched, put on for good, checked."""
+"""Masks and the layers of a model: matching, applying for good, checking."""
 
 from pathlib import Path
 
@@ -11,50 +11,50 @@ from utils import UserError
 
 from torch import Tensor, nn
 
-SPARSE = 0.1  # share of zeros that a dense layer does not have
+SPARSE = 0.1  # share of zeros above which a layer counts as pruned
 
 
 def match_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
-    """UserError unless each mask has a layer of its shape."""
+    """Raise UserError unless each mask has a layer of its shape."""
     for name, shape in mask_files.shapes_of(masks).items():
-        here = [*weight_matrix(layers[name]).shape] if name in layers else "not"
-        if [*shape] != here:
+        layer_shape = [*weight_matrix(layers[name]).shape] if name in layers else "missing"
+        if [*shape] != layer_shape:
             raise UserError(
-                f"the mask is of another model: {name} is {[*shape]} there and {here} here; give "
-                "the --mask that get_mask.py made from this --model"
+                f"the mask is of another model: {name} is {[*shape]} in the mask and {layer_shape} "
+                "in the model; give the --mask that get_mask.py made from this --model"
             )
 
 
 def read_masks(
     path: str | Path, model: nn.Module, pattern: tuple[int, int] | None = None
 ) -> mask_files.MaskFile:
-    """The mask file (of any format, or a run's) for this model, checked against its layers and its
+    """Read a mask file of any format, or a run's, and check it against the model's layers and
     fingerprint.
 
-    UserError for a file that is damaged, of another pattern than the wanted (N, M) (None: the
-    file's own, or 2:4 where the format holds none), or of another model.
+    pattern: the wanted (N, M); None: the file's own, or 2:4 if the format holds none. Raises
+    UserError if the file is damaged, or of another pattern or model.
     """
     layers = find_layers(model)
     shapes = {name: tuple(weight_matrix(module).shape) for name, module in layers.items()}
-    found = mask_files.load(path, pattern, shapes)
-    match_masks(layers, found.masks)
-    if found.fingerprint and found.fingerprint != model_fingerprint(model):
+    mask_file = mask_files.load(path, pattern, shapes)
+    match_masks(layers, mask_file.masks)
+    if mask_file.fingerprint and mask_file.fingerprint != model_fingerprint(model):
         raise UserError(
             f"{path} is of another model: it was made from "
-            f"{found.model or 'one that it does not name'}, and the order of the channels or the "
-            "input embeddings differ; give the --mask that get_mask.py made from this --model, or "
-            "the permutation that the mask was made for"
+            f"{mask_file.model or 'one that it does not name'}, and the order of the channels or "
+            "the input embeddings differ; give the --mask that get_mask.py made from this --model, "
+            "or apply the permutation that the mask was made for"
         )
-    return found
+    return mask_file
 
 
 def learned_layers(
-    model: nn.Module, found: mask_files.MaskFile, targets: list[str] | None
+    model: nn.Module, mask_file: mask_files.MaskFile, targets: list[str] | None
 ) -> list[str]:
-    """Names of the layers whose masks are to be learned: of those with a mask, the ones that the
-    targets name. UserError where there is none."""
+    """Return the names of the layers whose masks are learned: those with a mask that the targets
+    name. Raises UserError if there are none."""
     layers = find_layers(model, targets)
-    learned = [name for name in found.masks if name in layers]
+    learned = [name for name in mask_file.masks if name in layers]
     if not learned:
         raise UserError(
             "the mask has none of the layers that --targets name; give the --mask of a model in "
@@ -64,7 +64,7 @@ def learned_layers(
 
 
 def note_sparse(layers: dict[str, nn.Module]) -> None:
-    """Say so where layers to be pruned have been pruned before."""
+    """Log a note if one of these layers, which are to be pruned, is sparse already."""
     zeros = [
         int((own_weight(module) == 0).sum()) / max(1, own_weight(module).numel())
         for module in layers.values()
@@ -77,25 +77,26 @@ def note_sparse(layers: dict[str, nn.Module]) -> None:
 
 
 def apply_masks(layers: dict[str, nn.Module], masks: dict[str, Tensor]) -> None:
-    """Zero the pruned weights in place, to +0.0."""
+    """Set the pruned weights to +0.0, in place."""
     for name, mask in masks.items():
         weight = weight_matrix(layers[name])
         weight.masked_fill_(~mask.to(weight.device), 0.0)
 
 
 def apply_mask(model: nn.Module, file: str | Path) -> nn.Module:
-    """The model itself, its pruned weights zeroed in place (+0.0) by a mask file: of ours, or 2:4
-    of another format.
+    """Set the pruned weights of a model to +0.0, in place, and return the model. file: a mask file
+    of this project, or a 2:4 mask in another format.
 
-    UserError for a file that is damaged or of another model (shapes, fingerprint).
+    Raises UserError if the file is damaged or of another model (shapes, fingerprint).
     """
     apply_masks(find_layers(model), read_masks(file, model).masks)
     return model
 
 
 def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int]:
-    """Mask of the weights that are not zero, bool `[out, in]`, at most N of each M; how many blocks
-    with fewer it fills up."""
+    """Return the mask of the weights that are not zero, bool `[out, in]`, and how many blocks it
+    fills up. The weight has at most N nonzero weights per block of M; a block with fewer is filled
+    up to N with its first zeros."""
     kept = (weight != 0).reshape(-1, m)
     counts = kept.sum(1)
     short = counts < n
@@ -105,8 +106,8 @@ def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int]:
 
 
 def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None) -> float:
-    """The share of weights of these layers that are not zero. With pattern (N, M), UserError naming
-    the layers where a block of M keeps more than N."""
+    """Return the share of these layers' weights that are not zero. With pattern (N, M), raises
+    UserError if blocks of M keep more than N; it names the first such layer."""
     broken = []
     kept = 0
     total = 0

@@ -1,5 +1,5 @@
-"""One layer under a mask that is learned: its weight, its logits, its mask, and the module that
-computes with them."""
+"""One layer under a learned mask: its weight, logits and mask, and the module that computes with
+them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-SAMPLE = 4096  # blocks of a layer, at least, that changes are counted in, where it has so many
+SAMPLE = 4096  # least blocks of a layer in which changes are counted (all, if it has fewer)
 
 
 class MaskedLinear(nn.Linear):
-    """Stands in a dense layer's place in the model while its mask is learned: y = (mask * W) x +
-    bias.
+    """Replaces a dense layer in the model while its mask is learned: y = (mask * W) x + bias.
 
         (q_proj): MaskedLinear(576, 576, 2:4)
 
-    Its weight is a view of a buffer that layers share, which `fill` fills before each forward. With
-    gradients, `with_gradients` computes the output of the layer and its input
-    (training/straight_through.py).
+    Its weight is a view of a buffer that layers share. `fill` writes the masked weight there before
+    each forward. If `with_gradients` is set and gradients are enabled, `with_gradients(layer, x)`
+    computes the output (training/straight_through.py).
     """
 
     def __init__(self, layer: "MaskedLayer", fill: Callable[[], None]):
@@ -48,15 +47,14 @@ class MaskedLinear(nn.Linear):
 
 
 class MaskedLayer:
-    """One layer's weight, logits and mask, of those `rows` of it that this process has.
+    """The weight, logits and mask of those rows of a layer that this process has.
 
-    dense: nn.Linear or Conv1D; mask: m0, bool `[out, in]`; scratch: as large as the largest layer,
-    shared with others, of which the dense module's weight becomes a view. None for a layer that
-    FSDP shards: FSDP sets the weight of the module that it has wrapped, so that one stays in its
-    place, and `flush` fills what is sent.
+    dense: nn.Linear or Conv1D; mask: m0, bool `[out, in]`; scratch: a buffer as large as the
+    largest layer, shared by layers. The dense module's weight becomes a view of it. scratch is None
+    if FSDP shards the layer: FSDP sets the weight of the module that it has wrapped, so the dense
+    module stays in the model, and `fill` writes what FSDP sends.
 
-    module: what the model calls: a MaskedLinear or, if FSDP shards the layer, the dense module
-    itself.
+    module: the module in the model: a MaskedLinear or, if FSDP shards the layer, the dense module.
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class MaskedLayer:
         self.shape = torch.Size(weight_matrix(dense).shape)
         self.sharded = scratch is None
         self.weight = own_weight(dense).contiguous()  # [rows, in], dense
-        self.width = self.shape[1] // self.m  # blocks of a row
+        self.width = self.shape[1] // self.m  # blocks per row
         self.bits = self.bits_of(mask)  # [blocks], m_t
         self.start = self.rows.begin * self.width  # the first block's number in the layer
         self.logits = [
@@ -86,7 +84,7 @@ class MaskedLayer:
         ]  # planes [blocks]
         self.stride = max(1, len(self.bits) // SAMPLE)
         self.m0_sample = self.bits[:: self.stride].clone()
-        self.pending = False  # whether an update is to be made when the next forward gets here
+        self.pending = False  # whether the next forward has to make an update
         fill = partial(fill, self)
         if self.sharded:
             self.module = dense
@@ -97,21 +95,20 @@ class MaskedLayer:
             self.use(self.scratch)
 
     def use(self, weight: Tensor) -> None:
-        """Compute with this weight `[out, in]`: the scratch buffer, or the dense one. For layers
-        that are not sharded.
-        """
+        """Compute with this weight `[out, in]`: the scratch buffer, or the dense weight. The layer
+        must not be sharded."""
         self.used = weight
         self.module.weight = nn.Parameter(weight, requires_grad=False)
         self.set_dense(weight)
 
     def set_dense(self, weight: Tensor) -> None:
-        """Make `[out, in]` the dense module's weight, in its layout."""
+        """Set the dense module's weight to this one, `[out, in]`, in the module's layout."""
         weight = weight.T if is_transposed(self.dense) else weight
         self.dense.weight = nn.Parameter(weight, requires_grad=False)
 
     def changed(self) -> float:
-        """The share of blocks whose most probable mask is not that of m0, of an evenly spaced
-        sample of those that are here."""
+        """Return the share of blocks whose most probable mask is not m0's, in an evenly spaced
+        sample of this process's blocks."""
         return float(
             (self.kernels.mode([plane[:: self.stride] for plane in self.logits]) != self.m0_sample)
             .float()
@@ -119,7 +116,8 @@ class MaskedLayer:
         )
 
     def set_logits(self, logits_of: Callable[[slice], Tensor]) -> None:
-        """Set the logits, a chunk of blocks at a time: slice -> float32 `[blocks, width]`."""
+        """Set the logits, a chunk of blocks at a time. logits_of: slice -> float32 `[blocks,
+        width]`."""
         chunk = chunk_of(self.bits)
         for begin in range(0, len(self.bits), chunk):
             part = slice(begin, begin + chunk)
@@ -127,20 +125,19 @@ class MaskedLayer:
                 plane[part] = column
 
     def set_logits_of_m0(self, magnitude: float) -> None:
-        """Set the logits to the paper's start, C = `magnitude`, of the present mask."""
+        """Set the logits to the paper's initial ones for the present mask, with C = `magnitude`."""
         space = self.kernels.space
         self.set_logits(lambda part: space.init(bits_to_mask(self.bits[part], self.m), magnitude))
 
     def schedule(self, coefficient: Tensor, key: Tensor) -> None:
-        """Have the update made when the next forward gets here; coefficient and key as
-        `Kernels.update` takes them."""
+        """Schedule an update for the next forward. coefficient and key: see `Kernels.update`."""
         self.pending = True
         self.coefficient = coefficient
         self.key = key
 
     def flush(self, out: Tensor | None = None) -> None:
-        """Make the update that is pending, if one is. Its masked weight is in `out`, or the scratch
-        buffer, then."""
+        """Make the pending update, if there is one, and write the masked weight to `out` (default:
+        the scratch buffer, or nowhere if the layer is sharded)."""
         pending = self.pending
         self.pending = False
         if pending and len(self.bits):
@@ -150,8 +147,8 @@ class MaskedLayer:
                     if self.sharded
                     else self.scratch.view(-1)
                 )
-            # coefficient and key are kept until the next: FSDP makes the pass on a stream of its
-            # own
+            # self keeps coefficient and key until the next update, as FSDP runs this on its own
+            # stream
             self.kernels.update(
                 self.logits,
                 self.bits,
@@ -163,25 +160,25 @@ class MaskedLayer:
             )
 
     def whole(self, blocks: Tensor) -> Tensor:
-        """A number for each block of the layer, from those of this process; all processes have to
-        ask at once."""
+        """Gather one number per block of the layer from all processes, which have to call this at
+        the same time."""
         return self.rows.whole(blocks, self.width)
 
     def shard(self, blocks: Tensor) -> Tensor:
-        """This process's numbers, one a block, as a state has them: a DTensor where the layer is
-        sharded."""
+        """Return this process's numbers, one per block, as checkpoints have them: a DTensor if the
+        layer is sharded."""
         return self.rows.shard(blocks, self.width)
 
     def bits_of(self, mask: Tensor) -> Tensor:
-        """The layer's mask, bool `[out, in]`, as bits `[blocks]` of the rows that are here."""
+        """Pack the layer's mask, bool `[out, in]`, into bits `[blocks]` of this process's rows."""
         return mask_to_bits(self.rows.own(mask).reshape(-1, self.m).to(self.weight.device))
 
     def mask_of(self, bits: Tensor) -> Tensor:
-        """The mask that `bits` `[blocks]` stand for, bool `[rows, in]`."""
+        """Unpack bits `[blocks]` into a mask, bool `[rows, in]`."""
         return bits_to_mask(bits, self.m).view(-1, self.shape[1])
 
     def give_back(self, bits: Tensor) -> None:
-        """Mask the weight by these bits for good, and have the dense module use it."""
+        """Mask the weight by these bits for good, and give it back to the dense module."""
         self.weight.masked_fill_(~self.mask_of(bits), 0.0)
         if not self.sharded:
             self.set_dense(self.weight)
@@ -189,17 +186,17 @@ class MaskedLayer:
 
 
 def replace_modules(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Put `new[module]` wherever the model has one of these modules."""
+    """Replace each of these modules by `new[module]`, wherever the model has it."""
     for parent in list(model.modules()):
-        # named_children leaves out a module's second place
+        # named_children would skip the second occurrence of a module
         for name, child in list(parent._modules.items()):
             if child in new:
                 setattr(parent, name, new[child])
 
 
 def scratch_buffers(modules: dict[str, nn.Module]) -> dict[tuple, Tensor]:
-    """(device, dtype) -> an empty tensor that is as large as the largest weight there that is not
-    sharded."""
+    """Return (device, dtype) -> an uninitialized tensor of the size of the largest such weight that
+    is not sharded."""
     weights = [
         module.weight.data
         for module in modules.values()

@@ -1,5 +1,5 @@
-"""A frozen model under masks that are learned: when its logits move, when its masks are drawn,
-which mask it uses."""
+"""A frozen model under learned masks: when its logits move, when its masks are drawn, and which
+mask it uses."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,22 +22,22 @@ Bits = dict[str, Tensor | None]  # layer name -> mask as integers [blocks], None
 
 
 class MaskedModel:
-    """A frozen model under masks that are learned: logits, the masks drawn from them, and the step
-    that moves both.
+    """A frozen model under learned masks: the logits, the masks drawn from them, and the step that
+    moves both.
 
-    model: its layers named in `masks` (bool `[out, in]`) are masked; all of them if `learned` is
-    None, else the named ones have logits and the rest keep their mask; what that takes from them is
-    remembered for `use_dense` where `keep_dense` asks for it. Logits start at C = `magnitude` where
-    the mask keeps and 0 elsewhere, as the paper's do; training/initialize.py has other starts.
-    backend: of `Kernels`; microbatch: sequences in one forward pass, at most.
+    model: its layers named in `masks` (bool `[out, in]`) are masked. Those named in `learned`
+    (None: all of them) have logits; the others keep their mask, and with `keep_dense` their pruned
+    weights are remembered for `use_dense`. Logits start as the paper's do, at C = `magnitude` where
+    the mask keeps and 0 elsewhere; training/initialize.py has other starts. backend: see `Kernels`;
+    microbatch: most sequences per forward pass.
 
-    Memory beside the model: the logits, one integer a block, and one scratch buffer as large as the
-    largest layer, into which a layer's masked weight is written when the forward pass reaches it.
-    That write is one pass together with the update of the layer's logits and the drawing of its
-    next mask, so `update` only notes the coefficient and the following `forward` carries it out.
+    Memory beyond the model: the logits, one integer per block, and one scratch buffer as large as
+    the largest layer. A layer's masked weight is written there when the forward pass reaches it.
+    That is also when the layer's logits are updated and its next mask is drawn, in the same pass
+    over the blocks. So `update` only notes the coefficient, and the next forward carries it out.
 
     A model that FSDP shards (models/sharding.py) has no scratch buffer: each process writes its own
-    masked rows when they are about to be gathered. All processes then must run every forward and
+    masked rows when they are about to be gathered. All processes must then run every forward and
     backward together.
     """
 
@@ -58,13 +58,13 @@ class MaskedModel:
         self.space = space
         self.microbatch = microbatch
         self.seed = seed
-        self.steps = 0  # by which draws are keyed, with the seed
+        self.steps = 0  # key of the draws, together with the seed
         self.kernels = Kernels(space, backend)
-        self.undo: list[Callable] = []  # for `finish`
-        self._instead: Bits | None = None  # used, by `use_masks`, instead of the masks drawn
-        self._pruned: list[tuple[Tensor, Tensor]] = []  # weights of other layers; what m0 took
+        self.undo: list[Callable] = []  # called by `finish`
+        self._override: Bits | None = None  # set by `use_masks`, replaces the masks drawn
+        self._pruned: list[tuple[Tensor, Tensor]] = []  # other layers: weight, what m0 pruned
         if any(isinstance(module, MaskedLinear) for module in model.modules()):
-            raise RuntimeError("the model is under learned masks already: finish them first")
+            raise RuntimeError("the model has learned masks already: call `finish` first")
         modules = find_layers(model)
         learned = list(masks) if learned is None else learned
         for name in masks:
@@ -84,7 +84,7 @@ class MaskedModel:
         if self.is_sharded:
             self.passes = ShardedPasses(model, self.layers)
             self.undo.append(self.passes.remove)
-            # FSDP wants its first pass to be of the whole model
+            # FSDP needs its first pass to run the whole model
             self.loss(torch.zeros(1, 2, dtype=torch.int64))
 
     def _prune(self, module: nn.Module, mask: Tensor, keep_dense: bool) -> None:
@@ -97,24 +97,25 @@ class MaskedModel:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP shares the layers out to several processes."""
+        """Whether FSDP shards the layers."""
         return any(layer.sharded for layer in self.layers.values())
 
     def _fill(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
-        """A pass has reached this layer: have its masked weight in `out`, or the scratch buffer."""
+        """Write the masked weight of a layer that a pass has reached to `out` (default: the scratch
+        buffer)."""
         if layer.sharded:
             self.passes.note_written(layer)
         elif layer.used is layer.weight:  # `use_dense`
             return
-        if layer.pending and self._instead is None:
+        if layer.pending and self._override is None:
             layer.flush(out)
         else:
             self.write(layer, out)
 
     def write(self, layer: MaskedLayer, out: Tensor | None = None) -> None:
-        """Write the weight that the layer uses now into `out`, `[rows * in]`, or the scratch
-        buffer."""
-        bits = layer.bits if self._instead is None else self._instead[layer.name]
+        """Write the weight that the layer uses now to `out`, `[rows * in]` (default: the scratch
+        buffer)."""
+        bits = layer.bits if self._override is None else self._override[layer.name]
         out = layer.scratch.view(-1) if out is None else out
         if bits is None:
             out.copy_(layer.weight.view(-1))
@@ -122,40 +123,40 @@ class MaskedModel:
             self.kernels.write(layer.weight.view(-1), bits, out)
 
     def rewrite(self, layer: MaskedLayer) -> None:
-        """In a pass that has just reached this layer: have it use the mask that it has now. Only
-        FSDP has gathered the weight by then."""
+        """Make a pass that has just reached this layer use the mask that it has now. Only a sharded
+        layer needs it, as FSDP has gathered its weight by then."""
         if not layer.sharded:
             return
-        own = torch.empty_like(layer.weight)
-        if len(own):
-            self.write(layer, own.view(-1))
-        set_gathered(layer, own)
+        masked_rows = torch.empty_like(layer.weight)
+        if len(masked_rows):
+            self.write(layer, masked_rows.view(-1))
+        set_gathered(layer, masked_rows)
 
     def flush(self) -> None:
-        """Carry out what `update` left due, where no forward pass did."""
+        """Carry out the pending updates that no forward pass has reached."""
         for layer in self.layers.values():
             layer.flush()
 
     # ------------------------------------------------------------------------------------- learning
 
     def loss(self, batch: Tensor) -> float:
-        """f(m * w, batch), nats, of the mask in use; batch int64 `[sequences, tokens]`. It carries
-        out what is due."""
+        """Return f(m * w, batch), in nats, for the mask in use, and carry out pending updates.
+        batch: int64 `[sequences, tokens]`."""
         return batch_loss(self.model, batch, self.microbatch)
 
     def mean_loss(self, batches: Tensor) -> float:
-        """The mean loss of minibatches, int64 `[minibatches, sequences, tokens]`. Each process runs
-        its part of them; of a sharded model all run each one together."""
+        """Return the mean loss of minibatches, int64 `[minibatches, sequences, tokens]`. Each
+        process runs a part of them; if the model is sharded, all run each one together."""
         losses = [
             self.loss(batch) for batch in (batches if self.is_sharded else processes.split(batches))
         ]
         if self.is_sharded:
-            # the main process's, lest rounding tells them apart
+            # those of the main process, as others may be rounded differently
             return fmean(processes.all_gather(losses)[0])
         return processes.mean(losses)
 
     def keys(self, on_cpu: bool = False) -> dict[str, Tensor]:
-        """Random keys of this step, by the layer's name, each beside its weight or on the CPU."""
+        """Return the random keys of this step by layer name, on the layer's device or the CPU."""
         keys = layer_keys(self.seed, self.steps, len(self.layers))
         keys = {device: keys if on_cpu else keys.to(device) for device in self.devices()}
         return {
@@ -164,12 +165,12 @@ class MaskedModel:
         }
 
     def devices(self) -> set[torch.device]:
-        """Where the learned layers are."""
+        """Return the devices of the learned layers."""
         return {layer.weight.device for layer in self.layers.values()}
 
     def update(self, coefficient: float) -> None:
-        """pi <- pi - coefficient * score(pi, m_t), then m_{t+1} ~ p(pi): due in the next forward,
-        layer by layer. With 0 another mask is drawn, no more."""
+        """Schedule pi <- pi - coefficient * score(pi, m_t) and m_{t+1} ~ p(pi): the next forward
+        does both, layer by layer. A coefficient of 0 only draws another mask."""
         self.flush()
         keys = self.keys(on_cpu=not self.kernels.is_fused)
         coefficients = {
@@ -184,43 +185,43 @@ class MaskedModel:
 
     @contextmanager
     def use_masks(self, bits: Bits) -> Iterator[None]:
-        """Inside, the model is masked by these `bits`, and none is drawn."""
+        """Mask the model by these `bits` within the context. No masks are drawn there."""
         self.flush()
-        before = self._instead
-        self._instead = bits
+        previous = self._override
+        self._override = bits
         try:
             yield
         finally:
-            self._instead = before
+            self._override = previous
 
     @contextmanager
     def use_dense(self) -> Iterator[None]:
-        """Inside, the layers have no mask: the learned ones compute with their own weights, of
-        which nothing is copied; the others too where `keep_dense` was asked for."""
-        own = [layer for layer in self.layers.values() if not layer.sharded]
+        """Use the dense weights within the context: those of the learned layers, without a copy,
+        and with `keep_dense` those of the other layers."""
+        unsharded = [layer for layer in self.layers.values() if not layer.sharded]
         with self.use_masks(dict.fromkeys(self.layers)):
-            for layer in own:
+            for layer in unsharded:
                 layer.use(layer.weight)
             for weight, pruned in self._pruned:
                 weight.add_(pruned)
             try:
                 yield
             finally:
-                for layer in own:
+                for layer in unsharded:
                     layer.use(layer.scratch)
                 for weight, pruned in self._pruned:
                     weight.sub_(pruned)
 
     def bits(self) -> dict[str, Tensor]:
-        """A copy of each learned layer's mask as it is, as bits `[blocks]`: a quarter of a byte a
-        weight at M = 4."""
+        """Return a copy of each learned layer's present mask, as bits `[blocks]`: a quarter of a
+        byte per weight at M = 4."""
         return {name: layer.bits.clone() for name, layer in self.layers.items()}
 
     def mode_bits(
         self, m0: dict[str, Tensor] | None = None, magnitude: float = 0.0
     ) -> dict[str, Tensor]:
-        """The most probable mask of each learned layer, as bits `[blocks]`; where m0, such bits, is
-        given, that of the logits less `magnitude` * m0."""
+        """Return the most probable mask of each learned layer, as bits `[blocks]`. If m0 is given,
+        also as bits, it is the most probable mask of the logits less `magnitude` * m0."""
         self.flush()
         return {
             name: self.kernels.mode(layer.logits, m0[name] if m0 else None, magnitude)
@@ -229,11 +230,11 @@ class MaskedModel:
 
     @property
     def blocks(self) -> int:
-        """How many blocks all learned layers have."""
+        """The number of blocks in all learned layers."""
         return sum(layer.shape.numel() for layer in self.layers.values()) // self.space.m
 
     def changed(self) -> float:
-        """The share of blocks whose most probable mask is not that of m0."""
+        """Return the share of blocks whose most probable mask is not m0's, from a sample."""
         self.flush()
         return (
             sum(layer.changed() * layer.shape.numel() for layer in self.layers.values())
@@ -244,8 +245,8 @@ class MaskedModel:
     # -------------------------------------------------------------------------- saved and collected
 
     def checksum(self) -> str:
-        """A number that any change of the logits would change, in all likelihood: to compare
-        processes by. Layers that are sharded have only one copy."""
+        """Return text that almost surely changes with any change of the logits, for comparing
+        processes. Sharded layers are left out, as they have only one copy."""
         self.flush()
         sums = [
             plane.view(torch.int16 if plane.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
@@ -256,57 +257,58 @@ class MaskedModel:
         return str([int(total) for total in sums])
 
     def broadcast_(self) -> None:
-        """Take the logits and masks of the main process, but for layers that are sharded."""
+        """Copy the logits and masks of the main process to all, except those of sharded layers."""
         for _, layer, tensor in self._moving():
             if not layer.sharded:
                 processes.broadcast_(tensor)
 
     def _moving(self) -> Iterator[tuple[str, MaskedLayer, Tensor]]:
-        """(name, layer, tensor) of what learning moves: each layer's logits, plane by plane, and
-        its mask."""
+        """Yield (name, layer, tensor) for all that learning changes: each layer's logits, plane by
+        plane, and its mask."""
         for name, layer in self.layers.items():
             for i, plane in enumerate(layer.logits):
                 yield f"logits.{i}.{name}", layer, plane
             yield f"bits.{name}", layer, layer.bits
 
     def state(self) -> tuple[dict, dict[str, Tensor]]:
-        """For a checkpoint: the count that random numbers are made from, and the tensors
-        themselves, no copies."""
+        """Return the state for a checkpoint: the step count, which keys the random numbers, and the
+        tensors themselves, not copies."""
         self.flush()
         return {"steps": self.steps}, {
             name: layer.shard(tensor) for name, layer, tensor in self._moving()
         }
 
     def restore(self, scalars: dict, read: Callable[[str, Tensor], Tensor]) -> None:
-        """From `state`; read(name, like): the tensor of this name, as large as `like`."""
+        """Restore what `state` returned. read(name, like) returns the tensor of this name, of the
+        size of `like`."""
         self.steps = scalars["steps"]
         for name, layer, tensor in self._moving():
             tensor.copy_(read(name, layer.shard(tensor)))
 
     def _collected(self, tensor_of: Callable[[MaskedLayer], Tensor]) -> dict[str, Tensor]:
-        """What a function makes of each layer, all processes together, on the CPU by the layer's
-        name; in the main process only: no other needs to have room for it."""
-        found = {}
+        """Return layer name -> tensor_of(layer), on the CPU. All processes have to call this; only
+        the main one gets the tensors, so no other needs room for them."""
+        collected = {}
         for name, layer in self.layers.items():
             tensor = tensor_of(layer)
             if processes.is_main():
-                found[name] = tensor.cpu()
-        return found
+                collected[name] = tensor.cpu()
+        return collected
 
     def masks_of(self, bits: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Masks bool `[out, in]`, as `_collected`."""
+        """Return masks bool `[out, in]` by layer name, in the main process only."""
         return self._collected(lambda layer: layer.mask_of(layer.whole(bits[layer.name])))
 
     def whole_logits(self) -> dict[str, Tensor]:
-        """`[width, blocks]`, as `_collected`."""
+        """Return logits `[width, blocks]` by layer name, in the main process only."""
         self.flush()
         return self._collected(
             lambda layer: torch.stack([layer.whole(plane) for plane in layer.logits])
         )
 
     def finish(self, bits: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Put the dense modules back, their weights masked by these `bits` (default: the mode);
-        returns those masks, as `_collected`."""
+        """Put the dense modules back, with their weights masked by `bits` (default: the most
+        probable masks). Returns the masks as `masks_of` does."""
         bits = bits or self.mode_bits()
         for undo in self.undo:
             undo()

@@ -1,7 +1,7 @@
-"""Random numbers as a hash of (seed, step, layer, block): the same on any device and layout,
-resumed without a state.
+"""Random numbers as a hash of (seed, step, layer, block). They are the same on any device and
+layout, and have no state to resume from.
 
-Plain integer arithmetic on tensors, so that it compiles into the loop that uses it.
+The hash is plain integer arithmetic on tensors, so that it compiles into the loop that uses it.
 """
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def layer_keys(seed: int, step: int, layers: int) -> Tensor:
-    """Two int32 keys a layer, SplitMix64 of (seed, step, layer), and two zeros, `[layers, 4]`: 16
-    bytes apart, since a compiler copies what is aligned worse."""
+    """Return two int32 keys per layer, SplitMix64 of (seed, step, layer), followed by two zeros:
+    `[layers, 4]`. Layers are 16 bytes apart, since a compiler copies what is aligned worse."""
 
     def splitmix(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64
@@ -26,32 +26,32 @@ def layer_keys(seed: int, step: int, layers: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of int32 that avalanches (C. Wellons' triple-shift, two-multiply hash); the masks
-    make >> logical."""
+    """Map int32 by a bijection that avalanches (C. Wellons' triple-shift, two-multiply hash). The
+    masks make the shifts logical."""
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975  # 0x846CA68B as int32
     return x ^ (x >> 16 & 0xFFFF)
 
 
 def random_bits(counter: Tensor, key: Tensor) -> Tensor:
-    """32 random bits for each int32 counter, under the two keys of a layer and step."""
+    """Return 32 random bits for each int32 counter, under the two keys of a layer and step."""
     return _mix(_mix(counter ^ key[0]) + key[1])
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """int32 random bits -> float32 in (0, 1], in steps of 2^-32 near 0, where the rare patterns are
-    looked up."""
+    """Convert int32 random bits to float32 in (0, 1]. Steps are 2^-32 near 0, where rare patterns
+    are looked up."""
     unsigned = torch.where(bits < 0, bits.float() + 2.0**32, bits.float())
     return (unsigned + 0.5) * 2.0**-32
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """float32 -> float16/bfloat16, up with the probability of the fraction cut off: unbiased, so
-    small updates count.
+    """Round float32 to float16 or bfloat16, up with the probability of the fraction that is cut
+    off. This is unbiased, so small updates count.
 
-    Adds random low bits below the cut and truncates. float16 gets 13 bits (all that float32 has to
-    spare), bfloat16 16. Under 2^-14 float16 is a fixed grid of 2^-24, and a random fraction of its
-    step is added instead.
+    Random low bits are added below the cut, and the sum is truncated. float16 gets 13 bits (all
+    that float32 has to spare), bfloat16 gets 16. Below 2^-14 float16 is a fixed grid of 2^-24, and
+    a random fraction of its step is added instead.
     """
     if dtype != torch.float16:
         return ((x.view(torch.int32) + (bits & 0xFFFF)) & ~0xFFFF).view(torch.float32).to(dtype)

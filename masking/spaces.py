@@ -1,5 +1,4 @@
-"""The two ways to put logits on a block's masks: M of them (MaskPro), or one for each pattern
-(MaskLLM)."""
+"""The two spaces of a block's logits: M logits (MaskPro), or one for each pattern (MaskLLM)."""
 
 from math import comb
 
@@ -9,16 +8,18 @@ from pge import patterns
 import torch
 from torch import Generator, Tensor
 
-# of `logits_from_scores`
-MARGIN = 1.0  # what a kept weight has ahead
-LIMIT = 12.0  # the most that scores say
+# of `logits_from_scores`, in logits
+MARGIN = 1.0  # lead of the kept weights
+LIMIT = 12.0  # largest difference that scores make
 
 
 def logits_from_scores(mask: Tensor, magnitude: float, score: Tensor) -> Tensor:
-    """Logits as confident of `mask` as the scores are, float32 `[blocks, M]`: C log(score / score
-    of the weakest kept), so that a pruned weight takes a kept one's place with odds near (their
-    scores' ratio)^C. Close calls are then tried often and clear ones hardly ever. Where score and
-    mask differ the logits are equal; a kept weight has MARGIN more.
+    """Return logits that are as confident of `mask` as the scores are, float32 `[blocks, M]`: C
+    log(score / score of the weakest kept weight), plus MARGIN for kept weights.
+
+    A pruned weight then takes a kept one's place with odds near (ratio of their scores)^C, so close
+    calls are tried often and clear ones hardly ever. A pruned weight whose score is above that of
+    the weakest kept one gets the same logit, but without MARGIN.
 
     mask: bool `[blocks, M]`; magnitude: C; score: `[blocks, M]`, positive.
     """
@@ -29,7 +30,7 @@ def logits_from_scores(mask: Tensor, magnitude: float, score: Tensor) -> Tensor:
 
 
 class LinearSpace:
-    """MaskPro's space: M logits a block, N drawn without replacement."""
+    """MaskPro's space: M logits per block, from which N weights are drawn without replacement."""
 
     def __init__(self, n: int, m: int):
         self.n = n
@@ -37,8 +38,8 @@ class LinearSpace:
         self.width = m
 
     def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
-        """Logits that prefer `mask`: magnitude C where it keeps, 0 elsewhere; float32 `[blocks,
-        width]`. With the weights' scores `[blocks, M]`, see `logits_from_scores`."""
+        """Return logits that prefer `mask`, float32 `[blocks, width]`: C = `magnitude` where it
+        keeps, 0 elsewhere. If scores `[blocks, M]` are given, see `logits_from_scores`."""
         return (
             mask.float() * magnitude
             if score is None
@@ -56,7 +57,7 @@ class LinearSpace:
 
 
 class PatternSpace:
-    """MaskLLM's space behind the same interface: C(M,N) logits a block, one pattern drawn."""
+    """MaskLLM's space behind the same interface: C(M,N) logits per block, one for each pattern."""
 
     def __init__(self, n: int, m: int):
         self.n = n
@@ -64,7 +65,7 @@ class PatternSpace:
         self.width = comb(m, n)
 
     def _index(self, mask: Tensor) -> Tensor:
-        # the most weights in common
+        # the pattern with the most weights in common
         return (mask.float() @ patterns(self.n, self.m).to(mask.device, torch.float32).T).argmax(1)
 
     def init(self, mask: Tensor, magnitude: float, score: Tensor | None = None) -> Tensor:
@@ -86,7 +87,7 @@ class PatternSpace:
         return patterns(self.n, self.m).to(one_hot.device)[one_hot.int().argmax(1)]
 
     def score(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Categorical score: one_hot(S) - softmax(logits)."""
+        """Return the categorical score, one_hot(S) - softmax(logits)."""
         return -torch.softmax(logits, 1).scatter_add(
             1, self._index(mask)[:, None], logits.new_full((len(mask), 1), -1.0)
         )

@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs on calibration text: norms, Hessians, and a pass that visits the
+"""Statistics of layers' inputs on calibration text: norms, Hessians, and a pass that visits the
 layers in order."""
 
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 
 def check_finite(inputs: Tensor, name: str, model: nn.Module) -> None:
-    """UserError naming the layer unless its inputs are finite."""
-    # which takes no memory
+    """Raise UserError, with the layer's name, unless its inputs are finite."""
+    # aminmax needs no memory of the inputs' size
     if inputs.numel() and not all(edge.isfinite() for edge in inputs.aminmax()):
         raise UserError(
             f"the inputs of {name} are not finite; {model.dtype} may overflow here: try --dtype "
@@ -24,7 +24,7 @@ def check_finite(inputs: Tensor, name: str, model: nn.Module) -> None:
 
 @contextmanager
 def watching(layers: dict[str, nn.Module], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """A context in which `watch(name, inputs)` is called each time before a layer computes."""
+    """Call `watch(name, inputs)` each time before a layer computes, within the context."""
     hooks = [
         module.register_forward_pre_hook(lambda module, inputs, name=name: watch(name, inputs[0]))
         for name, module in layers.items()
@@ -40,8 +40,8 @@ def watching(layers: dict[str, nn.Module], watch: Callable[[str, Tensor], None])
 def input_norms(
     model: nn.Module, layers: dict[str, nn.Module], samples: Tensor
 ) -> dict[str, Tensor]:
-    """||x_j|| of each layer's input features over all tokens of samples, int64 `[sequences,
-    tokens]`: layer name -> float32 `[in]`. UserError if they are not finite."""
+    """Return ||x_j|| of each layer's input features over all tokens: layer name -> float32 `[in]`.
+    samples: int64 `[sequences, tokens]`. Raises UserError if inputs are not finite."""
     squares = {
         name: torch.zeros(weight_matrix(module).shape[1], device=weight_matrix(module).device)
         for name, module in layers.items()
@@ -64,11 +64,11 @@ def for_each_layer(
     layers: dict[str, nn.Module],
     samples: Tensor,
     visit: Callable[[str, Tensor], None],
-    doing: str,
+    label: str,
 ) -> None:
-    """One pass of samples, int64 `[sequences, tokens]`, through the decoder without its head.
-    `visit(name, inputs)` is called once for each layer, before it computes. `doing`: for the
-    progress bar. UserError if inputs are not finite."""
+    """Run all samples, int64 `[sequences, tokens]`, through the decoder without its head, in one
+    pass. `visit(name, inputs)` is called once for each layer, before it computes. label: text of
+    the progress bar. Raises UserError if inputs are not finite."""
     visited = set()
 
     def visit_once(name: str, inputs: Tensor) -> None:
@@ -79,12 +79,12 @@ def for_each_layer(
             progress.update()
 
     with (
-        progress_bar(total=len(layers), desc=doing, unit="layer") as progress,
+        progress_bar(total=len(layers), desc=label, unit="layer") as progress,
         watching(layers, visit_once),
     ):
         model.base_model(input_ids=samples.to(input_device(model)), use_cache=False)
 
 
 def hessian_of(inputs: Tensor) -> Tensor:
-    """H = X X^T of inputs `[..., in]`, float32 `[in, in]`."""
+    """Return H = X X^T of inputs `[..., in]`, float32 `[in, in]`."""
     return sum((wide := part.float()).T @ wide for part in inputs.flatten(0, -2).split(8192))

@@ -1,20 +1,20 @@
 """Search for an order of the channels by which N:M masks keep more.
 
 The channels of a set are read by the rows of some layers. The score of a weight is what it adds to
-its layer's output, inputs taken as independent, relative to the mean of the layer:
+its layer's output if inputs are independent, relative to the mean of the layer:
 
     (w_ij ||x_j||)^2 / its mean over the layer    ||x_j||: norm of input feature j over the
                                                   calibration tokens
 
 Of every M channels of a row the N with the largest scores are kept. The search maximises the sum of
-what is kept, over all rows. An exchange takes a channel out of each of B blocks. If a block gets
+the kept scores over all rows. An exchange takes a channel out of each of B blocks. If a block gets
 channel x instead, a row of it keeps
 
     the N - 1 largest of the M - 1 left  +  max(t, x)        t: the N-th largest of those left
 
-and sum max(t, x) = 1/2 (sum t + sum x + sum |t - x|). So how best to give B channels back to B
-blocks is an assignment problem with L1 distances as values, which is solved exactly. A step
-exchanges channels of all blocks, TOGETHER at a time. None makes the order worse.
+and sum max(t, x) = 1/2 (sum t + sum x + sum |t - x|). So giving B channels back to B blocks is an
+assignment problem with L1 distances as values, which is solved exactly. A round exchanges channels
+of all blocks, TOGETHER at a time. No exchange makes the order worse.
 """
 
 import math
@@ -30,17 +30,17 @@ from utils import UserError, progress_bar
 import torch
 from torch import Tensor, nn
 
-# kind of set -> of its score the best mask keeps (before, after)
+# kind of set -> shares of its score that the best mask keeps (before, after)
 Shares = dict[str, tuple[float, float]]
-ROUNDS = 20  # of the search, in each set of channels
-ROWS = 16384  # drawn of those that read a set of channels, at most
-TOGETHER = 128  # blocks, at most, that exchange channels at once
-LOSS_TOLERANCE_NATS = 0.05  # of one sequence in 16 bits, before and after
+ROUNDS = 20  # of the search, per set of channels
+ROWS = 16384  # most rows, of those that read a set of channels, that are used
+TOGETHER = 128  # most blocks that exchange channels at once
+LOSS_TOLERANCE_NATS = 0.05  # change in one sequence's loss that 16-bit rounding may cause
 
 
 def kept(score: Tensor, n: int, m: int) -> float:
-    """What the best N:M mask keeps of a score `[rows, size]`: the sum of the n largest of every m
-    along a row."""
+    """Return the part of a score `[rows, size]` that the best N:M mask keeps: the sum of the n
+    largest of every m along a row."""
     return sum(
         float(part.unflatten(1, (-1, m)).topk(n, dim=2).values.sum(dtype=torch.float64))
         for part in score.split(4096)
@@ -48,8 +48,8 @@ def kept(score: Tensor, n: int, m: int) -> float:
 
 
 def assignment(value: Tensor) -> Tensor:
-    """The permutation p, int64 `[n]`, of the largest sum of value[i, p[i]]; value `[n, n]`.
-    UserError without scipy."""
+    """Return the permutation p, int64 `[n]`, with the largest sum of value[i, p[i]]; value `[n,
+    n]`. Raises UserError if scipy is missing."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
@@ -58,51 +58,51 @@ def assignment(value: Tensor) -> Tensor:
 
 
 def _striped(columns: Tensor, m: int) -> Tensor:
-    """Deal the channels out by size: a block takes every (size / M)-th of them; int64 `[blocks,
-    M]`."""
+    """Deal the channels out by their sums: a block gets every (size / M)-th. Returns int64
+    `[blocks, M]`."""
     return columns.sum(1).argsort(descending=True).view(m, -1).T.contiguous()
 
 
 def best_order(score: Tensor, n: int, m: int, rounds: int, generator: torch.Generator) -> Tensor:
-    """An order of the channels by which an N:M mask keeps more of their score, and never less, than
-    as they are.
+    """Return an order of the channels by which an N:M mask keeps more of their score, and never
+    less, than in the present order.
 
-    score: float32 of at least 0, `[rows, size]`, M divides size. Returns int64 `[size]`: which
-    channel comes to each place.
+    score: nonnegative float32 `[rows, size]`; M divides size. Returns int64 `[size]`: the channel
+    that comes to each position.
     """
     columns = score.T.contiguous()  # a channel's scores lie together
-    given = torch.arange(len(columns), device=score.device).view(-1, m)
+    present = torch.arange(len(columns), device=score.device).view(-1, m)
     blocks = max(
-        (given, _striped(columns, m)), key=lambda order: kept(score[:, order.flatten()], n, m)
+        (present, _striped(columns, m)), key=lambda order: kept(score[:, order.flatten()], n, m)
     ).clone()
     for _ in range(rounds):
-        for some in torch.randperm(len(blocks), generator=generator).split(TOGETHER):
-            _exchange(columns, blocks, some.to(score.device), n, generator)
+        for chosen in torch.randperm(len(blocks), generator=generator).split(TOGETHER):
+            _exchange(columns, blocks, chosen.to(score.device), n, generator)
     return blocks.flatten()
 
 
 def _exchange(
-    columns: Tensor, blocks: Tensor, some: Tensor, n: int, generator: torch.Generator
+    columns: Tensor, blocks: Tensor, chosen: Tensor, n: int, generator: torch.Generator
 ) -> None:
-    """Take a channel out of each of some blocks and give them back in the best way, in place.
-    columns `[size, rows]`, blocks int64 `[blocks, M]`, some: int64, indices of blocks."""
+    """Take a channel out of each chosen block and give the channels back in the best way, in place.
+    columns `[size, rows]`; blocks: int64 `[blocks, M]`; chosen: int64 indices of blocks."""
     m = blocks.shape[1]
-    hole = torch.randint(m, (len(some), 1), generator=generator).to(some.device)
-    taken = blocks[some].gather(1, hole).squeeze(1)
-    left = blocks[some].gather(1, (hole + torch.arange(1, m, device=some.device)) % m)
+    hole = torch.randint(m, (len(chosen), 1), generator=generator).to(chosen.device)
+    taken = blocks[chosen].gather(1, hole).squeeze(1)
+    left = blocks[chosen].gather(1, (hole + torch.arange(1, m, device=chosen.device)) % m)
     value = torch.cdist(nth_largest(columns[left].unbind(1), n), columns[taken], p=1)
-    blocks[some, hole.squeeze(1)] = taken[assignment(value).to(some.device)]
+    blocks[chosen, hole.squeeze(1)] = taken[assignment(value).to(chosen.device)]
 
 
 def readers(channels: ChannelSet, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The layers that have these channels as inputs -> their positions there, int64 `[groups,
-    copies, size]`."""
-    found = {}
+    """Return layer name -> positions of these channels among its inputs, int64 `[groups, copies,
+    size]`, for the layers that read them."""
+    reader_places = {}
     for parameter, (dim, places) in channels.places.items():
         name = parameter.removesuffix(".weight")
         if name in layers and dim == (0 if is_transposed(layers[name]) else 1):
-            found[name] = places
-    return found
+            reader_places[name] = places
+    return reader_places
 
 
 def scores(
@@ -112,12 +112,12 @@ def scores(
     most_rows: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Scores of the weights that read these channels, see the top: float32 `[groups, rows, size]`,
-    the rows of all layers in `places` one below the other. Of more than `most_rows` rows that many
-    are drawn, the same share of each layer's."""
+    """Return the scores (see the top of this file) of the weights that read these channels, float32
+    `[groups, rows, size]`, with the rows of all layers in `places` concatenated. If there are more
+    than `most_rows` rows, that many are drawn, the same share from each layer."""
     rows = sum(weight_matrix(layers[name]).shape[0] for name in places)
     parts = []
-    for name, along in places.items():
+    for name, positions in places.items():
         weight = weight_matrix(layers[name])
         if rows > most_rows:
             drawn = torch.randperm(len(weight), generator=generator)[
@@ -125,8 +125,8 @@ def scores(
             ]
             weight = weight[drawn.to(weight.device)]
         score = (weight.float() * norms[name]).square()
-        score /= score.mean().clamp(min=1e-30)  # of a layer that never fires
-        parts.append(score[:, along.to(score.device)].permute(1, 2, 0, 3).flatten(1, 2))
+        score /= score.mean().clamp(min=1e-30)  # the mean is 0 in a layer that never fires
+        parts.append(score[:, positions.to(score.device)].permute(1, 2, 0, 3).flatten(1, 2))
     return torch.cat([part.to(parts[0].device) for part in parts], 1)
 
 
@@ -140,16 +140,16 @@ def find_orders(
     most_rows: int = ROWS,
     seed: int = 0,
 ) -> tuple[Orders, Shares]:
-    """Search for an order of every set of channels that these layers read; sets that M does not
-    divide are left out.
+    """Search for an order of every set of channels that these layers read. Sets whose size M does
+    not divide are left out.
 
-    layers: all that a mask will have; norms: ||x_j|| of their inputs, float32 `[in]` each; pattern:
-    (N, M).
+    layers: all layers that a mask will have; norms: ||x_j|| of their inputs, float32 `[in]` each;
+    pattern: (N, M).
     """
     n, m = pattern
     generator = torch.Generator().manual_seed(seed)
     orders = {}
-    # of the score: all, kept before, kept after
+    # of the score: total, kept before, kept after
     sums = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
     places = {
         name: readers(channels, layers)
@@ -169,12 +169,12 @@ def find_orders(
                 kept(after.flatten(0, 1), n, m),
             ]
         )
-    return orders, {kind: tuple((part[1:] / part[0]).tolist()) for kind, part in sums.items()}
+    return orders, {kind: tuple((total[1:] / total[0]).tolist()) for kind, total in sums.items()}
 
 
 def check_reorderable(model: nn.Module) -> None:
-    """UserError for a model that `search_and_reorder` refuses, and without scipy: before there are
-    any samples."""
+    """Raise UserError if `search_and_reorder` would refuse this model, or if scipy is missing. No
+    samples are needed."""
     if getattr(model.config, "channel_permutation", None):
         raise UserError(
             "the channels of this model were reordered before; give the model that it was made from"
@@ -191,11 +191,11 @@ def search_and_reorder(
     rounds: int = ROUNDS,
     seed: int = 0,
 ) -> tuple[Orders, Shares]:
-    """Search for the best orders on calibration samples, int64 `[sequences, tokens]`, at least 2
-    tokens each, and reorder the model in place. layers: all that a mask will have; pattern: (N, M).
+    """Search for the best orders on calibration samples, and reorder the model in place.
 
-    UserError if the model was reordered before, if its architecture is not known, or if the
-    reordered model has another loss on the first sample.
+    layers: all layers that a mask will have; samples: int64 `[sequences, tokens]`, of at least 2
+    tokens each; pattern: (N, M). Raises UserError if the model was reordered before, if its
+    architecture is not known, or if reordering changes the loss of the first sample.
     """
     check_reorderable(model)
     orders, shares = find_orders(

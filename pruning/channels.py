@@ -28,11 +28,16 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 
-# The axes of each module's weight, outputs first even where it is stored as [in, out]; a bias has
-# the outputs' axis. r  residual stream           v    values [KV heads, head]                h
-# hidden channels of the MLP -  not reordered             o    values, once for each query head
-# hh  those of gate, then those of up qkv  queries, keys, then values             q3  query, key and
-# value of each head
+# The axes of each module's weight, outputs first, even if it is stored as [in, out]. A bias has the
+# axis of the outputs.
+#     r    residual stream
+#     v    values [KV heads, head]
+#     o    values, once for each query head
+#     h    hidden channels of the MLP
+#     hh   hidden channels of gate, then those of up
+#     qkv  queries, keys, then values
+#     q3   query, key and value of each head
+#     -    not reordered
 AXES = {
     "- r": "embed_tokens embed_positions embed_in wte wpe q_proj k_proj lm_head embed_out",
     "v r": "v_proj",
@@ -77,14 +82,14 @@ KINDS = {
     "hh": "hidden",
 }
 
-# set -> int [groups, size]: which channel of its group comes to each place
+# set -> int [groups, size]: the channel of its group that comes to each position
 Orders = dict[str, Tensor]
 
 
 @dataclass
 class ChannelSet:
-    """`groups` times `size` channels; each group has an order of its own. places: parameter -> (the
-    dimension that has these channels, their positions along it: int64 `[groups, copies, size]`)."""
+    """`groups` groups of `size` channels; each group has its own order. places: parameter -> (its
+    dimension with these channels, their positions along it: int64 `[groups, copies, size]`)."""
 
     groups: int
     size: int
@@ -92,12 +97,12 @@ class ChannelSet:
 
 
 def channel_sets(model: nn.Module) -> dict[str, ChannelSet]:
-    """All sets of channels of this model that can be reordered, by name. UserError for an
-    architecture, or a parameter of it, that is not in the table."""
+    """Return all sets of channels of this model that can be reordered, by name. Raises UserError if
+    the architecture, or one of its parameters, is not in the table."""
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"how to reorder the channels of the architecture {kind} is not known; known are "
+            f"the channels of the architecture {kind} cannot be reordered; those of these can: "
             f"{', '.join(ARCHITECTURES)}"
         )
     sets: dict[str, ChannelSet] = {}
@@ -106,19 +111,19 @@ def channel_sets(model: nn.Module) -> dict[str, ChannelSet]:
             if axis != "-":
                 places = _places(model.config, axis, parameter.shape[dim])
                 key = KINDS[axis] if axis == "r" else f"{LAYER.match(name)[1]}.{KINDS[axis]}"
-                found = sets.setdefault(key, ChannelSet(places.shape[0], places.shape[2]))
-                found.places[name] = dim, places
+                channels = sets.setdefault(key, ChannelSet(places.shape[0], places.shape[2]))
+                channels.places[name] = dim, places
     return sets
 
 
 def _axes(model: nn.Module, name: str, parameter: nn.Parameter) -> list[str]:
-    """The axis of each dimension of a parameter, as it is stored."""
+    """Return the axis of each dimension of a parameter, in the order in which it is stored."""
     module, _, part = name.rpartition(".")
     axes = next(
         (
             axes
-            for axes, ends in AXES.items()
-            if any(f".{module}".endswith(f".{end}") for end in ends.split())
+            for axes, suffixes in AXES.items()
+            if any(f".{module}".endswith(f".{suffix}") for suffix in suffixes.split())
         ),
         "",
     ).split()
@@ -128,27 +133,27 @@ def _axes(model: nn.Module, name: str, parameter: nn.Parameter) -> list[str]:
         axes = axes[::-1]
     if parameter.is_meta or part not in ("weight", "bias") or len(axes) != parameter.ndim:
         raise UserError(
-            f"how to reorder the channels of {name} is not known, or its weights are not loaded; "
-            "load the model as it was published, and without --device auto"
+            f"the channels of {name} cannot be reordered, or its weights are not loaded; load the "
+            "model as it was published, and without --device auto"
         )
     return axes
 
 
 def _places(config: object, axis: str, length: int) -> Tensor:
-    """Positions of the channels of an axis along a dimension of this length, int64 `[groups,
+    """Return the positions of an axis's channels along a dimension of this length, int64 `[groups,
     copies, size]`."""
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    along = torch.arange(length)
+    positions = torch.arange(length)
     return {
-        "r": lambda: along.view(1, 1, -1),
-        "h": lambda: along.view(1, 1, -1),
-        "hh": lambda: along.view(1, 2, -1),
-        "v": lambda: along.view(groups, 1, head),
-        "o": lambda: along.view(groups, heads // groups, head),
-        "qkv": lambda: along.view(heads + 2 * groups, head)[-groups:, None],
-        "q3": lambda: along.view(heads, 3, head)[:, 2:],
+        "r": lambda: positions.view(1, 1, -1),
+        "h": lambda: positions.view(1, 1, -1),
+        "hh": lambda: positions.view(1, 2, -1),
+        "v": lambda: positions.view(groups, 1, head),
+        "o": lambda: positions.view(groups, heads // groups, head),
+        "qkv": lambda: positions.view(heads + 2 * groups, head)[-groups:, None],
+        "q3": lambda: positions.view(heads, 3, head)[:, 2:],
     }[axis]()
 
 
@@ -157,7 +162,7 @@ def reorder(model: nn.Module, orders: Orders) -> None:
     """Bring the channels into these orders, in place; sets without an order stay as they are.
 
     The model's config keeps a digest of the orders, and so do the configs of models that are pruned
-    from it. So models in different orders have different fingerprints. UserError for an order that
+    from it. So models in different orders have different fingerprints. Raises UserError if an order
     is not one of this model's channels."""
     sets = channel_sets(model)
     parameters = dict(model.named_parameters())
@@ -181,7 +186,7 @@ def reorder(model: nn.Module, orders: Orders) -> None:
 
 
 def digest_of(orders: Orders) -> str:
-    """16 hex digits that change with any order."""
+    """Return 16 hex digits that change with any order."""
     digest = hashlib.sha256()
     for name, order in sorted(orders.items()):
         digest.update(
@@ -191,12 +196,12 @@ def digest_of(orders: Orders) -> str:
 
 
 def apply_permutation(model: nn.Module, file: str | Path) -> None:
-    """Reorder a model in place by a file that permute.py wrote. UserError if the file is damaged or
-    of another model, or if the model was reordered before."""
+    """Reorder a model in place by a file that permute.py wrote. Raises UserError if the file is
+    damaged or of another model, or if the model was reordered before."""
     orders, name, fingerprint = permutation_files.load(file)
     if fingerprint != model_fingerprint(model):
         raise UserError(
-            f"{file} is of another model than this one, or this one was reordered before; give "
-            f"the model that the file was made for, {name}"
+            f"{file} is of another model, or this model was reordered before; give the model that "
+            f"the file was made for, {name}"
         )
     reorder(model, orders)

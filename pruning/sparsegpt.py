@@ -1,7 +1,7 @@
 """SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune a layer and update the kept weights to
 make up for it.
 
-Minimises ||W X - W' X||^2 over a layer's inputs X, column by column, with the inverse of the
+It minimises ||W X - W' X||^2 over a layer's inputs X, column by column, with the inverse of the
 Hessian H = X X^T.
 """
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 
 def inverse_factor(hessian: Tensor, percdamp: float) -> Tensor:
-    """Upper Cholesky factor U of (H + damp I)^-1 = U^T U; float32 `[in, in]`, damp = percdamp *
-    mean(diag H).
+    """Return the upper Cholesky factor U of (H + damp I)^-1 = U^T U, float32 `[in, in]`. damp =
+    percdamp * mean(diag H).
 
     Row i of U, from i on, spreads column i's error over the later columns, once the columns before
     i are final. Inputs that are always 0 get a diagonal of 1. If H is not positive definite in
-    float32, damping is increased, each time ten times as much, five times at most; then UserError.
+    float32, damping is increased up to five times, each time by ten times as much. Raises UserError
+    if that does not help.
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
@@ -42,11 +43,12 @@ def solve(
     percdamp: float = 0.01,
     blocksize: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """(updated weight float32, mask bool), both `[out, in]`, pruned weights +0.0.
+    """Return the updated weight, float32, and the mask, bool, both `[out, in]`. Pruned weights are
+    +0.0.
 
-    weight `[out, in]`, hessian float32 `[in, in]`, pattern (N, M), blocksize: columns that are
-    pruned before the later ones are updated. Of M columns the N whose removal costs most stay, w^2
-    / U_ii^2. ValueError unless M divides `in`.
+    weight `[out, in]`; hessian: float32 `[in, in]`; pattern: (N, M); blocksize: columns that are
+    pruned before the later ones are updated. Of every M columns the N stay whose removal costs
+    most, w^2 / U_ii^2. Raises ValueError unless M divides `in`.
     """
     columns, (n, m) = weight.shape[1], pattern
     if columns % m:
@@ -58,7 +60,7 @@ def solve(
     upper = inverse_factor(hessian, percdamp)
     for start in range(0, columns, blocksize):
         end = min(start + blocksize, columns)
-        # views
+        # these three are views
         run = weight[:, start:end]
         kept = mask[:, start:end]
         factor = upper[start:end, start:end]

@@ -52,7 +52,7 @@ def test_masked_layers_are_seen_in_the_model_until_they_are_finished(kind, load)
     # equal decoder layers are printed once
     assert 2 * str(model).count("MaskedLinear(") == len(masks)
     assert model.state_dict().keys() == load(kind).state_dict().keys()
-    with pytest.raises(RuntimeError, match="finish them first"):
+    with pytest.raises(RuntimeError, match="call `finish` first"):
         make(model)
     masked.finish()
     assert (

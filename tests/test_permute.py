@@ -102,7 +102,7 @@ def test_orders_of_other_models_are_refused(folder, models):
     other.get_input_embeddings().weight.data.neg_()
     for model in (load(folder / "a"), load(folder / "b"), load(models["gpt2"]), other):
         with pytest.raises(
-            UserError, match="another model than this one, or this one was reordered before"
+            UserError, match="another model, or this model was reordered before"
         ):
             apply_permutation(model, folder / ORDER)
 
