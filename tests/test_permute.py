@@ -101,9 +101,7 @@ def test_orders_of_other_models_are_refused(folder, models):
     other = load(folder / "dense")
     other.get_input_embeddings().weight.data.neg_()
     for model in (load(folder / "a"), load(folder / "b"), load(models["gpt2"]), other):
-        with pytest.raises(
-            UserError, match="another model, or this model was reordered before"
-        ):
+        with pytest.raises(UserError, match="another model, or this model was reordered before"):
             apply_permutation(model, folder / ORDER)
 
 

@@ -217,7 +217,7 @@ def test_a_public_mask_is_fetched_and_stands_beside_ours(finished, tmp_path):
         for name in ("dense", "2of4/wanda", "2of4/public", "2of4/sparsify-steps3")
     }
     assert records["2of4/public"]["ppl"] == records["2of4/wanda"]["ppl"]
-    assert len({record["ppl"] for record in records.values()}) == 3
+    assert records["2of4/public"]["ppl"] != records["dense"]["ppl"]
 
 
 def test_a_record_and_its_table_are_over_seeds(tmp_path, monkeypatch, capsys):
