@@ -137,7 +137,7 @@ def results() -> str:
 def summary() -> str:
     lines = [[what, learned, state, *gaps(name)[::2]] for what, learned, state, name in SUMMARY]
     return markdown_table(
-        ["method", "learns by", "state, bytes per weight", "perplexity", "accuracy (%)"], lines
+        ["method", "learns by", "state (bytes per weight)", "perplexity", "accuracy (%)"], lines
     )
 
 
@@ -188,10 +188,10 @@ def example() -> str:
 
 
 def printed() -> str:
-    """Return the output of the README's command, from the record twenty_steps, which is the
-    report.json of a run."""
+    """Return the output of the README's command, without the sample of text, from the record
+    twenty_steps, which is the report.json of a run."""
     run = record("twenty_steps")
-    said = sparsified(run, run["summary"])
+    said = sparsified({**run, "sample": {}}, run["summary"]).strip()
     minutes = sum(stage["seconds"] for stage in run["stages"].values()) / 60
     here = run["environment"]
     return (
