@@ -62,7 +62,12 @@ SUMMARY = [  # for the README: method, learns by, bytes of state per weight, the
     ("SparseGPT", "one shot, changes weights", "", "2of4/sparsegpt"),
     ("MaskPro", "forward passes, 10,000 steps", "4.25", MASKPRO[10000]),
     ("MaskLLM", "backward passes, 280 steps", "24", "2of4/rival-maskllm-lr0.001-both-steps280"),
-    ("straight-through (STE) with Adam", "backward passes, 280 steps", "16", "2of4/rival-scores_ste-lr0.01-both-steps280"),
+    (
+        "straight-through (STE) with Adam",
+        "backward passes, 280 steps",
+        "16",
+        "2of4/rival-scores_ste-lr0.01-both-steps280",
+    ),
     ("**ours**", "backward passes, 280 steps", "4.25", "2of4/sparsify-allafter-both-steps280"),
     (
         "**ours**, `--permute`",
