@@ -133,16 +133,16 @@ def measure(
 
 def use_fastest_algorithms(layers: dict[str, nn.Module], tokens: int) -> None:
     """Have each 2:4 layer use the algorithm of cuSPARSELt that is fastest for `[tokens, in]`."""
-    found = {}
+    algorithms = {}
     padded = 8 * math.ceil(tokens / 8)  # as torch pads
     for module in layers.values():
         weight = module.weight
-        if weight.shape not in found:
+        if weight.shape not in algorithms:
             x = torch.randn(padded, weight.shape[1], device=weight.device, dtype=weight.dtype)
-            found[weight.shape] = torch._cslt_sparse_mm_search(
+            algorithms[weight.shape] = torch._cslt_sparse_mm_search(
                 weight.packed, x.T, transpose_result=True
             )
-        weight.alg_id_cusparselt = found[weight.shape]
+        weight.alg_id_cusparselt = algorithms[weight.shape]
 
 
 def fastest(times_s: dict[str, float | None]) -> str:

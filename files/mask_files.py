@@ -85,14 +85,15 @@ def fingerprint(masks: Masks) -> str:
 
 def fill(mask: Tensor, n: int, m: int) -> tuple[Tensor, int]:
     """Return a mask, bool `[out, in]`, whose blocks keep at least N weights, and the number of
-    blocks that kept fewer: these also keep their lowest free positions. `mask` is overwritten."""
-    blocks = mask.view(-1, m)
+    blocks that kept fewer: these also keep their lowest free positions. `mask` may be
+    overwritten."""
+    blocks = mask.reshape(-1, m)
     counts = blocks.sum(1)
     short = counts < n
     missing = (n - counts[short])[:, None]
     free = ~blocks[short]
     blocks[short] |= free & (free.cumsum(1) <= missing)
-    return mask, int(short.sum())
+    return blocks.view(mask.shape), int(short.sum())
 
 
 def _fault(masks: Masks, n: int, m: int) -> str | None:
@@ -226,6 +227,19 @@ def _read_folder(path: Path) -> Masks:
     return masks
 
 
+def _shape_in(archive: Mapping, key: str, name: str, shapes: Shapes | None) -> tuple[int, ...]:
+    """Return the shape of the mask of this key and layer: the archive's, or else the model's."""
+    if key + SHAPE in archive:
+        return tuple(map(int, archive[key + SHAPE]))
+    if shapes is None:
+        raise UserError(
+            "this .npz does not store the shapes of its masks: give its --model as well"
+        )
+    if name not in shapes:
+        raise UserError(f"layer {name!r} is not one of the model's")
+    return shapes[name]
+
+
 def _read_npz(path: Path, shapes: Shapes | None, n: int, m: int) -> MaskFile:
     """Read MaskLLM's masks, which need the model's `shapes`, or PATCH's, which store shapes,
     pattern and base model. PATCH takes its masks from weights that are not zero, so blocks may keep
@@ -234,21 +248,13 @@ def _read_npz(path: Path, shapes: Shapes | None, n: int, m: int) -> MaskFile:
     filled = 0
     with np.load(path, allow_pickle=False) as archive:
         description = json.loads(str(archive["__meta__"])) if "__meta__" in archive else {}
-        for key, bits in archive.items():
+        for key in archive:
             if key == "__meta__" or key.endswith(SHAPE):
                 continue
             name = key.removesuffix(".mask").removesuffix(".weight")
-            if key + SHAPE in archive:
-                shape = tuple(map(int, archive[key + SHAPE]))
-            elif shapes is None:
-                raise UserError(
-                    "this .npz does not store the shapes of its masks: give its --model as well"
-                )
-            elif name in shapes:
-                shape = shapes[name]
-            else:
-                raise UserError(f"layer {name!r} is not one of the model's")
+            shape = _shape_in(archive, key, name, shapes)
             weights = math.prod(shape)
+            bits = archive[key]
             if bits.dtype != np.uint8 or bits.shape != (math.ceil(weights / 8),):
                 raise UserError(f"layer {name} does not hold the bits of a mask {[*shape]}")
             mask = torch.from_numpy(np.unpackbits(bits, count=weights).view(bool)).view(shape)

@@ -97,12 +97,7 @@ def nonzero_mask(weight: Tensor, n: int, m: int) -> tuple[Tensor, int]:
     """Return the mask of the weights that are not zero, bool `[out, in]`, and how many blocks it
     fills up. The weight has at most N nonzero weights per block of M; a block with fewer is filled
     up to N with its first zeros."""
-    kept = (weight != 0).reshape(-1, m)
-    counts = kept.sum(1)
-    short = counts < n
-    missing = (n - counts[short])[:, None]
-    kept[short] |= ~kept[short] & ((~kept[short]).cumsum(1) <= missing)
-    return kept.view(weight.shape), int(short.sum())
+    return mask_files.fill(weight != 0, n, m)
 
 
 def check_sparsity(layers: dict[str, nn.Module], pattern: tuple[int, int] | None) -> float:

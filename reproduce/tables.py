@@ -160,13 +160,13 @@ def scaling() -> str:
     processes."""
     rows = record("scaling")
     sent = "sent a process and step (bytes)"
-    ways = {}
+    learners = {}
     for row in rows:
-        ways.setdefault(row["learning"], {})[row["processes"]] = row
+        learners.setdefault(row["learning"], {})[row["processes"]] = row
     lines = []
-    for way, found in ways.items():
-        apart = max(row["logits apart from one process's, at most"] for row in found.values())
-        lines.append([way, f"{found[2][sent]:,}", f"{found[4][sent]:,}", f"{apart:.1e}"])
+    for learning, runs in learners.items():
+        apart = max(row["logits apart from one process's, at most"] for row in runs.values())
+        lines.append([learning, f"{runs[2][sent]:,}", f"{runs[4][sent]:,}", f"{apart:.1e}"])
     heading = ["learning", "2 processes", "4 processes", "largest difference"]
     return markdown_table(heading, lines) + BENCH.format(**rows[0])
 

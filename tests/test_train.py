@@ -18,7 +18,7 @@ from models.loss import batch_loss
 from pruning.swaps import confidence, refine_by_swaps
 from training.initialize import from_swaps
 from training.plan import SWEEPS
-from training.report import licence_of, model_card
+from training.report import command, licence_of, model_card
 from utils import UserError
 
 import pytest
@@ -59,14 +59,39 @@ def test_weights_are_delivered_as_they_were_stored(learn, load, models, tmp_path
 
 def test_a_card_names_a_base_that_others_have():
     """Whatever characters the name of a folder has, the card's head is YAML."""
-    arguments = {"estimator": "maskpro", "sparsity_type": (2, 4), "model": "no/such", "lr": 5.0}
+    arguments = {
+        "estimator": "maskpro",
+        "sparsity_type": (2, 4),
+        "model": "no/such",
+        "lr": 5.0,
+        "mask": "private/mask.safetensors",
+        "save": False,
+        "resume": None,
+    }
     cards = [
         ModelCard(model_card(base, arguments, 14, "2:4", "torch.float16", None))
         for base in ("some/llama", "#y: z")
     ]
     assert [card.data.base_model for card in cards] == ["some/llama", None]
     command = "python train.py --sparsity_type 2:4 --estimator maskpro --lr 5.0\n"
-    assert command in cards[0].text
+    assert command in cards[0].text and "private" not in cards[0].text
+
+
+def test_a_cards_command_has_every_flag_but_files():
+    said = command(
+        {
+            "sparsity_type": (2, 4),
+            "model": "private",
+            "out": "private",
+            "permute": True,
+            "distill": 0.0,
+            "targets": ["q_proj", r"layers\.[01]\."],
+        }
+    )
+    assert said == (
+        "python sparsify.py --sparsity_type 2:4 --permute --distill 0.0 --targets q_proj "
+        r"'layers\.[01]\.'"
+    )
 
 
 @pytest.mark.parametrize("card", ["---\nlicense: mit\n---\n", "no head", "---\n: [\n---\n", None])

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 FEW = 1e-4  # share of changed blocks below which the mask counts as m0
 ROWS = ("dense", "m0", "learned")
+FILES = ("model", "mask", "dataset", "after", "ppl", "baseline", "out", "resume")  # flags
 # highest perplexity, relative to the dense model's, for each verdict
 CLOSE = 1.3
 USABLE = 2.0
@@ -42,15 +43,17 @@ def perplexity_table(nats: dict[str, dict[str, float]]) -> str:
 
 
 def command(arguments: dict) -> str:
-    """Return the command of a run with its numbers, but without its paths, which a published card
+    """Return the command of a run with all flags but those that name files, which a published card
     must not tell."""
-    method = f"--estimator {arguments['estimator']} " if "estimator" in arguments else ""
-    script = "train.py" if method else "sparsify.py"
-    pattern = "{}:{}".format(*arguments["sparsity_type"])
-    numbers = [
-        f"--{name} {value}" for name, value in arguments.items() if type(value) in (int, float)
-    ]
-    return f"python {script} --sparsity_type {pattern} {method}{' '.join(numbers)}"
+    script = "train.py" if "estimator" in arguments else "sparsify.py"
+    flags = ["--sparsity_type {}:{}".format(*arguments["sparsity_type"])]
+    for name, value in arguments.items():
+        if name in (*FILES, "sparsity_type") or value is None or value is False:
+            continue
+        if isinstance(value, list):  # --targets
+            value = shlex.join(value)
+        flags.append(f"--{name}" if value is True else f"--{name} {value}")
+    return f"python {script} {' '.join(flags)}"
 
 
 def licence_of(model: str) -> str | None:
