@@ -3,8 +3,8 @@ bench/rivals.py and reproduce/rival.py.
 
     MaskLLM     Fang et al., arXiv 2409.17481: C(M,N) logits per block; the forward pass uses a soft
                 mask from Gumbel noise
-    SUSI        arXiv 2608.23048, from its abstract: M logits per block; a soft mask from sampling
-                without replacement
+    RoI         Dinh et al., arXiv 2608.23048: M logits per block, which start without m0; a soft
+                mask from draws without replacement
     ScoresSTE   the plain straight-through estimator: a real score per weight; the N largest are
                 kept, and the gradient passes through
     ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step
@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import pge
-from masking.fused_ops import flows, rates, sum_of
 from models.layers import find_layers
 from training.distillation import summed_loss
 from training.straight_through import decay
@@ -41,6 +40,7 @@ class Rival:
     """
 
     betas = (0.9, 0.999)
+    weight_decay = 0.0
 
     def __init__(
         self,
@@ -69,7 +69,9 @@ class Rival:
         self.parameters = {
             name: self.start(name, masks[name]).requires_grad_() for name in self.layers
         }
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=lr, betas=self.betas)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, betas=self.betas, weight_decay=self.weight_decay
+        )
         for name, layer in self.layers.items():
             layer.forward = partial(self._forward, name, layer)
 
@@ -184,10 +186,8 @@ class MaskLLM(Rival):
         return noise + self.noise * self.prior * (shared - self.n * self.n / self.m)
 
     def weight(self, name: str) -> Tensor:
-        temperature, scale = (
-            first + (last - first) * self.progress
-            for first, last in (self.temperatures, self.scales)
-        )
+        temperature = self.between(*self.temperatures)
+        scale = self.between(*self.scales)
         logits = self.parameters[name]
         uniform = torch.rand(logits.shape, generator=self.generator, device=self.device)
         keys = scale * logits - uniform.log_().neg_().log_()  # Gumbel noise
@@ -196,6 +196,10 @@ class MaskLLM(Rival):
         )
         self.penalty = self.penalty - self.norm_reward * weight.square().sum()
         return weight
+
+    def between(self, first: float, last: float) -> float:
+        """Return the value at this point of a schedule from `first` to `last`."""
+        return first + (last - first) * self.progress
 
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
         """Return the share of each weight that is kept, `[M, blocks]`, from logits with noise."""
@@ -208,26 +212,37 @@ class MaskLLM(Rival):
         return 0.55 + 0.45 * math.cos(math.pi * self.progress)
 
 
-class SUSI(MaskLLM):
-    """Learns M logits per block. With Gumbel noise they are the keys of a weighted reservoir: the N
-    largest are a draw without replacement. The forward pass uses a relaxation: the expected mask of
-    N draws without replacement with softmax(keys / tau). The relaxation, and the temperatures,
-    scales, prior and reward, which are MaskLLM's, may differ from the authors'."""
+class RoI(MaskLLM):
+    """Learns M logits per block. Divided by lambda and with Gumbel noise, they are the keys of a
+    weighted reservoir: the N largest are a draw without replacement. The forward pass uses N
+    successive softmaxes of keys / tau; each adds log(1 - the softmax before) to the keys. Their sum
+    may exceed 1 for a weight.
+
+    In the first three quarters of the run, tau falls exponentially from 1 to 0.05 and lambda from 1
+    to 0.002. The logits start as noise with the standard deviation 0.01. The optimizer is AdamW,
+    whose rate falls to a tenth; its cosine is MaskLLM's, as the paper names only the ends.
+    """
+
+    norm_reward = 0.0
+    weight_decay = 0.05
+    temperatures = (1.0, 0.05)
+    scales = (1.0, 500.0)  # 1 / lambda
 
     def start(self, name: str, mask: Tensor) -> Tensor:
-        blocks = mask.to(self.device).view(-1, self.m).float().T
-        noise = self.noise * torch.randn(blocks.shape, generator=self.generator, device=self.device)
-        return noise + self.noise * self.prior * (blocks - self.n / self.m)
+        blocks = mask.to(self.device).view(-1, self.m).T
+        return self.noise * torch.randn(blocks.shape, generator=self.generator, device=self.device)
+
+    def between(self, first: float, last: float) -> float:
+        return first * (last / first) ** min(1.0, self.progress / 0.75)
 
     def kept(self, keys: Tensor, temperature: float) -> Tensor:
-        w = rates((keys / temperature).unbind(), self.n)
-        flow = flows(w, self.n)[1]  # times w_i: the probability that i is drawn after this set
-        return torch.stack(
-            [
-                x * sum_of([flow[drawn] for drawn in flow if not drawn >> i & 1])
-                for i, x in enumerate(w)
-            ]
-        )
+        total = torch.zeros_like(keys)
+        for _ in range(self.n):
+            scaled = keys / temperature
+            total = total + scaled.softmax(0)
+            others = torch.stack([scaled.roll(k, 0) for k in range(1, self.m)]).logsumexp(0)
+            keys = keys + others - scaled.logsumexp(0)  # log(1 - softmax), without cancellation
+        return total
 
     def mask(self, name: str) -> Tensor:
         return self.largest(self.parameters[name].T.reshape(self.layers[name].weight.shape))
@@ -331,7 +346,7 @@ def proximal_step(y: Tensor, strength: float, sweeps: int = 12) -> Tensor:
 
 RIVALS: dict[str, Callable[..., Rival]] = {
     "maskllm": MaskLLM,
-    "susi": SUSI,
+    "roi": RoI,
     "scores_ste": ScoresSTE,
     "proxsparse": ProxSparse,
 }

@@ -67,6 +67,7 @@ MASKLLM = dict(
     **TEXT,
     tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)},
 )
+ROI = {160: dict(lr=0.001), 2500: dict(lr=0.001, batchsize=32)}
 ROWS = {
     "sparsify.py": DEFAULTS,
     "sparsify.py with its rate tuned": dict(DEFAULTS, tuned=TUNED),
@@ -78,8 +79,8 @@ ROWS = {
         tuned={**MASKLLM["tuned"], 640: dict(lr=6e-4), 10000: dict(lr=0.001, batchsize=32)},
     ),
     "MaskLLM + KD": MASKLLM,
-    "SUSI": dict(MASKLLM, learner="susi", distill=0.0),
-    "SUSI + KD": dict(MASKLLM, learner="susi"),
+    "RoI": dict(MASKLLM, learner="roi", distill=0.0, tuned=ROI),
+    "RoI + KD": dict(MASKLLM, learner="roi", tuned=ROI),
     "ProxSparse": dict(
         learner="proxsparse", **TEXT, tuned={160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}
     ),

@@ -17,7 +17,7 @@ import rival
 
 def test_a_rival_needs_the_text_and_m0_of_ours(workshop, tmp_path, monkeypatch):
     def before_it(*_):
-        rival.main(f"susi --like {tmp_path}/ours --lr 0.1 --out {tmp_path}/run".split())
+        rival.main(f"roi --like {tmp_path}/ours --lr 0.1 --out {tmp_path}/run".split())
 
     monkeypatch.setattr(sparsify.preparation, "wanda_mask", before_it)
     with pytest.raises(UserError, match="ours must have its text and m0"):
