@@ -34,6 +34,7 @@ from tiny import write_corpus
 
 sys.path.insert(0, str(ROOT / "reproduce"))
 import one_layer
+import real_text
 import record
 import rival
 import tables
@@ -456,3 +457,30 @@ def test_the_error_of_a_mean_product_is_its_deviation():
             5 * mean**2, abs=4 * float(products.std()) / 2000**0.5
         )
         assert 0.9 < float(errors.square().mean().sqrt() / products.std()) < most
+
+
+def test_real_text_is_plain_and_keeps_some_excerpts_back(tmp_path):
+    (tmp_path / "brown").mkdir()
+    for number in range(1, 17):
+        for genre in "ab":
+            (tmp_path / f"brown/c{genre}{number:02}").write_text(
+                f"\n\n\tExcerpt/nn-tl {genre}{number}/cd ,/, ``/`` it's/pps+bez and/or/cc ''/'' "
+                f"(/( so/rb )/) ./.\nMore/ap ./.\n\n\n\tLast/ap ?/.\n"
+            )
+    (tmp_path / "essays/html").mkdir(parents=True)
+    (tmp_path / "essays/html/page.html").write_text(
+        f"<h1>Title</h1><p>See <a>this</a></p>\n<p>A {'long ' * 20}<i>&amp;\n plain</i></p>"
+    )
+    real_text.main([str(tmp_path / "brown"), str(tmp_path / "essays"), "--out", f"{tmp_path}/out"])
+    learned = list(documents(tmp_path / "out/brown.jsonl"))
+    unseen = (tmp_path / "out/brown-unseen.txt").read_text().split("\n\n")
+    assert learned[0] == 'Excerpt a1, "it\'s and/or" (so). More.\nLast?'
+    assert [text.split(",")[0][-2:] for text in unseen] == ["a7", "15", "b7", "15"]
+    assert len(learned) == 12 and not any(text in learned for text in unseen)
+    assert list(documents(tmp_path / "out/essays.jsonl")) == [f"A {'long ' * 20}& plain"]
+    assert set(json.loads((tmp_path / "out/sources.json").read_text())) == {"brown", "essays"}
+
+
+def test_real_text_says_which_folder_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="no files ca01 to cr09"):
+        real_text.main([str(tmp_path), str(tmp_path), "--out", f"{tmp_path}/out"])
