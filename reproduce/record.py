@@ -86,7 +86,7 @@ def read_run(folder: Path) -> dict:
     run = {
         **{
             key: record[key]
-            for key in ("arguments", "environment", "fingerprints", "rival")
+            for key in ("arguments", "environment", "fingerprints", "rival", "nats")
             if key in record
         },
         "summary": record.get("summary", {}),

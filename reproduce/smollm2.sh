@@ -18,6 +18,12 @@
 # no MINUTES=120 is given (run them alone); on the text and m0 of `both` scores_ste, maskllm, roi, proxsparse: hours.
 # STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not given.
 #
+# Real text, which reproduce/real_text.py leaves in demo/real; three texts are evaluated, see "nats" in the record:
+#
+#   OUT=results/real HELDOUT=WIKITEXT VALUES="real scores_ste maskllm roi" LIKE=real SEEDS=0 bash reproduce/smollm2.sh
+#
+# DISTILL=0: another share of distillation than 0.5. LIKE: the row whose text, m0 and arguments the rivals take.
+#
 # All commands for one OUT, results/reproduce-smollm2, must name the same HELDOUT, QUESTIONS and TASK_FILES, if any.
 # HELDOUT is a text file, of which 64 windows of 512 tokens are evaluated, such as WikiText-2's validation set.
 # reproduce/articles.jsonl has twelve short articles, made up for this in the manner of WikiText. Afterwards:
@@ -50,8 +56,8 @@ with_questions() {  # with_questions ROW FLAGS...: of text after passages and of
     sparsified "$@" --after reproduce/articles.jsonl --dataset $QUESTIONS
 }
 
-rival() {  # rival METHOD RATE: with the arguments, the text and the m0 of `both`
-    local run=$folder/rival-$1-lr$2-allafter-both-steps$STEPS$(of_seed)
+rival() {  # rival METHOD RATE: with the arguments, the text and the m0 of LIKE, by default `both`
+    local run=$folder/rival-$1-lr$2-${LIKE:-allafter-both}${DISTILL:+-distill$DISTILL}-steps$STEPS$(of_seed)
     ran "$run/mask.safetensors" "$run" "reproduce/rival.py $1" --like "${run/rival-$1-lr$2/sparsify}" --lr "$2"
     evaluated "$run" --model "$MODEL" --mask "$run/mask.safetensors"
 }
@@ -64,6 +70,9 @@ for SEED in ${SEEDS:-0 1 2}; do
         case $row in
         after) sparsified "allafter-steps$STEPS" --steps "$STEPS" --after reproduce/articles.jsonl ;;
         both) with_questions "allafter-both-steps$STEPS" --steps "$STEPS" ;;
+        real) sparsified "real${DISTILL:+-distill$DISTILL}-steps$STEPS" --steps "$STEPS" --distill "${DISTILL:-0.5}" \
+                --dataset demo/train.jsonl demo/real/{brown,essays}.jsonl \
+                --ppl "$HELDOUT" demo/heldout.txt demo/real/brown-unseen.txt ;;
         minutes) with_questions "allafter-both-minutes$MINUTES" --minutes "$MINUTES" ;;
         minutes_permuted) with_questions "permuted-allafter-both-minutes$MINUTES" --minutes "$MINUTES" --permute ;;
         scores_ste) rival scores_ste "${ETA:-0.01}" ;;

@@ -138,7 +138,7 @@ def finished(tmp_path_factory, models):
 @pytest.mark.parametrize(
     "mode, rows",
     [
-        ({}, "after both layer29 roi"),
+        ({}, "after both layer29 real roi"),
         ({"DEMO": "1"}, "one_shot maskpro prior scores scores_prior"),
         ({"SMALL": "1"}, "both minutes minutes_permuted scores_ste maskllm"),
     ],
