@@ -1,7 +1,5 @@
 """The recipes of docs/after.md, run as they stand there on a tiny model: zeros stay."""
 
-import re
-import subprocess
 import sys
 
 from files import mask_files
@@ -9,13 +7,15 @@ from masking.layers import apply_masks, check_sparsity
 from models.layers import find_layers
 from models.loading import load_model
 from pruning.one_shot import OneShot, one_shot_masks
+from utils import UserError
 
 import pytest
 import torch
 from runs import ROOT
 from tiny import write_corpus
 
-PAGE = (ROOT / "docs/after.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "reproduce"))
+import after
 
 
 @pytest.fixture
@@ -29,40 +29,34 @@ def run(tmp_path, workshop):
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     mask_files.save(tmp_path / "results/RUN/mask.safetensors", masks, 2, 4)
-    (tmp_path / "maskpro").symlink_to(ROOT)
     write_corpus(tmp_path / "text.jsonl", 8)
     return tmp_path
 
 
-def recipe(heading: str) -> str:
-    """The first code of a section of the page."""
-    section = PAGE.split(f"## {heading}")[1]
-    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-
-
-def moved(before, after):
+def moved(before, now):
     """The share of the weights of masked layers that differ."""
-    pairs = zip(find_layers(before).values(), find_layers(after).values())
+    pairs = zip(find_layers(before).values(), find_layers(now).values())
     changed = [(a.weight != b.weight).float().mean() for a, b in pairs]
     return torch.stack(changed).mean().item()
 
 
-@pytest.mark.parametrize(
-    "heading, out",
-    [
-        ("Fine-tune, and keep the zeros", "finetuned/model"),
-        ("Quantise, and keep the zeros", "int8"),
-    ],
-    ids=["fine-tuning", "int8"],
-)
-def test_a_recipe_keeps_the_zeros_and_moves_the_other_weights(run, heading, out):
-    code = recipe(heading).replace("max_steps=300", "max_steps=3, use_cpu=True")
-    (run / "recipe.py").write_text(code)
-    subprocess.run([sys.executable, "recipe.py"], cwd=run, check=True)
-    before, _ = load_model(str(run / "results/RUN/checkpoint"), "float32", "cpu")
-    after, _ = load_model(str(run / out), "float32", "cpu")
-    assert check_sparsity(find_layers(after), (2, 4)) <= 0.5
-    assert moved(before, after) > 0.3
-    masks = mask_files.load(run / "results/RUN/mask.safetensors").masks
-    for name, layer in find_layers(after).items():
-        assert not layer.weight[~masks[name]].any()
+@pytest.mark.parametrize("name", after.RECIPES)
+def test_a_recipe_keeps_the_zeros_and_moves_the_other_weights(name, run, monkeypatch):
+    code = after.recipe(name).replace("max_steps=300", "max_steps=3, use_cpu=True")
+    monkeypatch.setattr(after, "recipe", lambda _: code)
+    monkeypatch.setattr(after, "SHORTEST", 1)
+    results = run / "results/RUN"
+    flags = f"{name} --run {results} --text {run}/text.jsonl --out {run}/out"
+    after.main(flags.split())
+    dense, _ = load_model(str(results / "checkpoint"), "float32", "cpu")
+    model, _ = load_model(str(run / "out"), "float32", "cpu")
+    assert check_sparsity(find_layers(model), (2, 4)) <= 0.5
+    assert moved(dense, model) > 0.3
+    masks = mask_files.load(results / "mask.safetensors").masks
+    for layer_name, layer in find_layers(model).items():
+        assert not layer.weight[~masks[layer_name]].any()
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no checkpoint/"):
+        after.main(["quantise", "--run", str(tmp_path), "--out", str(tmp_path / "out")])

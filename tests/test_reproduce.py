@@ -33,6 +33,7 @@ from runs import ROOT, SCRIPTS, column
 from tiny import write_corpus
 
 sys.path.insert(0, str(ROOT / "reproduce"))
+import after
 import one_layer
 import real_text
 import record
@@ -40,7 +41,8 @@ import rival
 import tables
 import variance
 
-COMMANDS = {"reproduce/record.py": record, "reproduce/rival.py": rival} | {
+REPRODUCE = {"after": after, "record": record, "rival": rival}
+COMMANDS = {f"reproduce/{name}.py": script for name, script in REPRODUCE.items()} | {
     f"{name}.py": script for name, script in SCRIPTS.items()
 }
 EXPERIMENTS = sorted(file.stem for file in ROOT.glob("reproduce/*.sh") if file.stem != "common")
@@ -166,7 +168,7 @@ def test_the_scripts_take_the_commands(script, mode, rows, tmp_path):
         for _, args in parsed[:-1]
     ]
     assert len(set(outputs)) == len(outputs)  # nothing twice
-    if mode.get("SMALL") or script == "smollm2":
+    if mode.get("SMALL") or script in ("after", "smollm2"):
         assert parsed[-1][1].folder == str(tmp_path / "out")
     else:
         assert parsed[-1][1].compare == [
