@@ -18,6 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import utils
+
+utils.use_short_spins()
+
 from files.atomic import refuse_existing
 from files.documents import documents
 from utils import UserError, run_script, script_parser

@@ -22,6 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import utils
+
+utils.use_short_spins()
+
 from files.atomic import atomic_write, refuse_existing
 from utils import UserError, run_script, script_parser
 
