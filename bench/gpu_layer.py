@@ -56,6 +56,7 @@ class Layer:
         self.key = layer_keys(0, 7, 1)[0].to(device)
         self.coefficient = torch.tensor(0.7, device=device)
         self.scale = torch.tensor([3.0, 0.05], device=device)
+        self.mean_squares = torch.rand(blocks, generator=generator).to(device, torch.bfloat16)
 
     def update(self) -> None:
         self.kernels.update(
@@ -63,7 +64,10 @@ class Layer:
         )
 
     def vjp(self) -> None:
-        self.kernels.vjp(self.logits, self.bits, self.weight, self.gradient, self.scale, self.key)
+        # fmt: off
+        self.kernels.vjp(self.logits, self.bits, self.weight, self.gradient, self.mean_squares,
+                         self.scale, self.key)
+        # fmt: on
 
     def passes(self) -> dict[str, Callable[[], None]]:
         """Return each kernel of a step, by its name."""

@@ -26,6 +26,7 @@ from models.machine import DTYPES, peak_memory_bytes, reset_peak_memory, reuse_f
 from models.sharding import own_weight, shard
 from training.initialize import TOKENS, from_swaps
 from training.plan import SWEEPS
+from training.straight_through import StraightThrough
 from utils import run_script
 
 import plan
@@ -34,7 +35,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-WAYS = {  # name -> settings of `common.gradient_step`; None: forward passes only
+WAYS = {  # name -> settings of the gradients; None: forward passes only
     "forward-only": None,
     "gradients, checkpointing, distillation": dict(checkpointing=True, distill=1.0),
     "gradients, checkpointing": dict(checkpointing=True),
@@ -133,11 +134,14 @@ class Learning:
                 SWEEPS,
             )
         settings = WAYS[way]
-        self.learn = (
-            common.forward_step(self.masked)
-            if settings is None
-            else common.gradient_step(self.masked, **settings)
-        )
+        self.learner = None
+        self.learn = common.forward_step(self.masked)
+        if settings is not None:
+            self.learner = StraightThrough(
+                self.masked, checkpointing=settings.get("checkpointing", False)
+            )
+            shares = [settings.get("distill", 0.0)] * 8
+            self.learn = lambda batch: self.learner.step(batch, 0.01, shares)
 
     def take_steps(self) -> None:
         """Take three steps."""
@@ -152,6 +156,9 @@ class Learning:
             for layer in layers
             for tensor in (layer.weight, *layer.logits, layer.bits)
         )
+        if self.learner:
+            means = self.learner.normalization.of_blocks
+            kept += sum(tensor.nbytes for tensor in means.values())
         return kept / sum(layer.weight.numel() for layer in layers)
 
 

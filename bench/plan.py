@@ -133,6 +133,7 @@ def memory_bytes(
         "weights": (copies + own) * size.itemsize,
         "logits": own * settings.logits_itemsize,
         "masks": own / settings.m * width,
+        "mean squares": own / settings.m * 2 if gradients else 0,
         "scratch": 0 if processes > 1 else size.largest * size.itemsize,
     }
     # a sharded decoder layer: the rows sent, two gathered buffers, the layer; in backward its
@@ -173,7 +174,7 @@ def layout_costs(
     if layout == "sharded":
         host += packed_bytes(size) * (gpus - 1)  # one process loads the model
         return everything, host, (4 if gradients else 1) * others * weights
-    spread = sum(parts[name] for name in ("weights", "logits", "masks"))
+    spread = sum(parts[name] for name in ("weights", "logits", "masks", "mean squares"))
     wire = passes * (gpus - 1) * settings.tokens * size.hidden * size.itemsize
     return spread / gpus + everything - spread, host, wire
 
@@ -204,6 +205,8 @@ def layout_row(
         forward_passes(gradients) * 2 * size.weights * settings.tokens / (MATMUL * rates["flops"])
     )
     step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize)
+    if gradients:  # the blocks' mean squares are read and written
+        step_bytes += size.learned * 4 / settings.m
     parallel = gpus if layout == "sharded" else 1
     step = step_bytes / (BANDWIDTH * rates["bandwidth"]) * (1.5 if gradients else 1) / parallel
     seconds = compute + step + wire / rates["link"]

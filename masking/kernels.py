@@ -42,6 +42,8 @@ MOST_OF_TWO_BLOCKS = 100
 # above these, the 2^N subsets make the fused score long, and the exact routines run
 FUSED_MAX_N = 4
 FUSED_MAX_M = 8
+DECAY = 0.95  # of a block's running mean square of J^T G, per step
+MOST = 0.3  # logits that a gradient's step moves, at most
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,6 +112,7 @@ def fused_vjp(
     bits: Tensor,
     saliency: list[Tensor] | tuple[Tensor, Tensor],
     dtype: torch.dtype,
+    mean_squares: Tensor,
     scale: Tensor,
     key: Tensor,
     n: int,
@@ -118,7 +121,7 @@ def fused_vjp(
 ) -> Tensor:
     """Move the logits and set bits to the most probable mask, in place:
 
-        pi <- pi - step * clip(factor * J^T G, +-1)
+        pi <- pi - clip(step * J^T G / max(rms, floor), +-MOST)
 
     Returns the sum of squares of each block's J^T G, float32 `[blocks]`. If it is not finite, it is
     NaN, and the block's logits stay.
@@ -126,7 +129,9 @@ def fused_vjp(
     J is the Jacobian of the inclusion probabilities. saliency: G as M float32 planes `[blocks]`, or
     (weights, gradients) whose product is G, if a block fits a word. The weights are then int64
     words `[blocks]` of numbers of this dtype, and the gradients are such words or float32
-    `[blocks, M]`. scale: float32 `[2]`, the factor and the step.
+    `[blocks, M]`. mean_squares: rms^2 of each block's J^T G, a running mean that this step is added
+    to, bfloat16 `[blocks]`, negative before the first. scale: float32 `[2]`, 1 / floor and the
+    step.
     """
     if isinstance(saliency, tuple):
         weight, gradient = saliency
@@ -138,10 +143,12 @@ def fused_vjp(
     gradient = vjp(planes, saliency, n)
     squares = sum_of([g * g for g in gradient])
     is_finite = squares < torch.inf
-    moves = [(g * scale[0]).clamp(-1, 1) for g in gradient]
-    planes = [
-        plane - torch.where(is_finite, move, 0.0) * scale[1] for plane, move in zip(planes, moves)
-    ]
+    before = mean_squares.float()
+    mean = torch.where(before < 0, squares / m, DECAY * before + (1 - DECAY) / m * squares)
+    mean_squares.copy_(torch.where(is_finite, mean, before))
+    rate = scale[1] * torch.minimum(torch.rsqrt(mean), scale[0])
+    moves = [(g * rate).clamp(-MOST, MOST) for g in gradient]
+    planes = [plane - torch.where(is_finite, move, 0.0) for plane, move in zip(planes, moves)]
     planes = _store(logits, planes, _counter(logits[0], n, m, start), key, n)
     bits.copy_(most_probable(planes, n).to(bits.dtype))
     return torch.where(is_finite, squares, torch.nan)
@@ -214,12 +221,14 @@ class Kernels:
         bits: Tensor,
         weight: Tensor,
         gradient: Tensor,
+        mean_squares: Tensor,
         scale: Tensor,
         key: Tensor,
         start: int = 0,
     ) -> Tensor:
-        """Move the logits by J^T (weight * gradient), clipped, and set bits to the most probable
-        mask. weight and gradient `[out, in]`; scale and what is returned: see `fused_vjp`."""
+        """Move the logits by J^T (weight * gradient), normalized, and set bits to the most probable
+        mask. weight and gradient `[out, in]`; mean_squares, scale and what is returned: see
+        `fused_vjp`."""
         space = self.space
         dtype = weight.dtype
         if fits_a_word(space.m, dtype):
@@ -236,7 +245,10 @@ class Kernels:
             )
             saliency = list(saliency.mul_(gradient.reshape(blocks, -1).T))
         run = self._vjp_on_gpu if bits.is_cuda else self._vjp
-        return run(list(logits), bits, saliency, dtype, scale, key, space.n, space.m, start=start)
+        # fmt: off
+        return run(list(logits), bits, saliency, dtype, mean_squares, scale, key,
+                   space.n, space.m, start=start)
+        # fmt: on
 
     @torch.no_grad()
     def write(self, weight: Tensor, bits: Tensor, out: Tensor) -> None:

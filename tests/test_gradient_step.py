@@ -1,7 +1,7 @@
 """Kernels.vjp, the step along J^T G (masking/kernels.py): against enumeration."""
 
 from masking.block_bits import bits_dtype, bits_to_mask
-from masking.kernels import Kernels
+from masking.kernels import DECAY, MOST, Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
 
@@ -13,19 +13,21 @@ from masked import planes_of, seeded
 KEY = layer_keys(0, 0, 1)[0]
 
 
-def step(space, logits, saliency, *scale, dtype=torch.float32):
+def step(space, logits, saliency, mean_squares, *scale):
     """One step from logits `[blocks, M]`: the new ones, the mask `[blocks, M]`, and the squares of
-    J^T G."""
-    planes, bits = planes_of(logits, dtype), torch.zeros(len(logits), dtype=bits_dtype(space.m))
+    J^T G. Changes mean_squares."""
+    planes = planes_of(logits, torch.float32)
+    bits = torch.zeros(len(logits), dtype=bits_dtype(space.m))
+    ones = torch.ones_like(saliency)
     squares = Kernels(space, "eager").vjp(
-        planes, bits, saliency.contiguous(), torch.ones_like(saliency), torch.tensor(scale), KEY
+        planes, bits, saliency.contiguous(), ones, mean_squares, torch.tensor(scale), KEY
     )
     return torch.stack(planes, 1), bits_to_mask(bits, space.m), squares
 
 
 @pytest.mark.parametrize("n, m", [(1, 2), (1, 4), (2, 4), (3, 4), (5, 6), (4, 8)])
 def test_the_step_follows_the_jacobian(n, m):
-    """pi - step * clip(J^T G * factor, +-1). The mask is the mode of the result."""
+    """pi - clip(step * J^T G / max(rms, floor), +-MOST). The mask is the mode of the result."""
     made = LinearSpace(n, m)
     logits, saliency = (
         torch.randn(5, m, generator=seeded(n)),
@@ -37,10 +39,18 @@ def test_the_step_follows_the_jacobian(n, m):
             for x, g in zip(logits, saliency)
         ]
     )
-    move = (8 * vjp).clamp(-1, 1)
-    assert (move.abs() < 1).any() and (move.abs() == 1).any()  # some are clipped, some are not
-    moved, mask, squares = step(made, logits, saliency, 8.0, 0.3)
-    assert torch.allclose(moved.double(), logits - 0.3 * move, atol=1e-5)
+    before = torch.tensor(
+        [-1.0, 0.0, 1.0, 4.0, -1.0], dtype=torch.bfloat16
+    )  # negative: not measured yet
+    now = vjp.square().mean(1)
+    mean = torch.where(before < 0, now, DECAY * before.double() + (1 - DECAY) * now)
+    floor = float(mean.sqrt().median())
+    move = (0.4 * vjp / mean.sqrt().clamp(min=floor)[:, None]).clamp(-MOST, MOST)
+    assert (move.abs() < MOST).any() and (move.abs() == MOST).any()  # some are clipped, some not
+    mean_squares = before.clone()
+    moved, mask, squares = step(made, logits, saliency, mean_squares, 1 / floor, 0.4)
+    assert torch.allclose(moved.double(), logits - move, atol=1e-5)
+    assert torch.equal(mean_squares, mean.float().bfloat16())
     assert torch.allclose(squares.double(), vjp.square().sum(1), rtol=1e-4)
     assert torch.equal(mask, made.mode(moved))
 
@@ -53,8 +63,10 @@ def test_a_saliency_that_is_not_finite_moves_nothing_in_its_block():
         torch.randn(3, 4, generator=seeded(1)),
     )
     saliency[1, 2], saliency[2, 0] = torch.inf, torch.nan
-    moved, _, squares = step(made, logits, saliency, 1.0, 1.0)
+    mean_squares = torch.tensor([1.0, 2.0, -1.0], dtype=torch.bfloat16)
+    moved, _, squares = step(made, logits, saliency, mean_squares, 1.0, 1.0)
     assert torch.equal(moved[1:], logits[1:]) and not torch.equal(moved[0], logits[0])
+    assert mean_squares[1:].tolist() == [2.0, -1.0] and mean_squares[0] != 1.0
     assert squares.isnan().tolist() == [False, True, True]  # and is told
 
 
@@ -78,8 +90,9 @@ def test_gradients_are_read_as_words_to_the_bit(dtype):
             [torch.linspace(-2, 2, 128) * (i + 1) for i in range(4)],
             torch.zeros(128, dtype=torch.uint8),
         )
+        scale = torch.tensor([0.3, 0.1])
         squares = Kernels(LinearSpace(2, 4), "eager").vjp(
-            logits, bits, *given, torch.tensor([0.3, 0.1]), KEY
+            logits, bits, *given, torch.full((128,), -1.0).bfloat16(), scale, KEY
         )
         results.append((*logits, bits, squares))
     assert all(torch.equal(a, b) for a, b in zip(*results))

@@ -409,7 +409,7 @@ def test_ways_to_take_the_gradient(workshop, learned, monkeypatch):
         lambda model: checkpointed.append(1) or enable(model),
     )
     text = (
-        f"--steps 4 --dataset {workshop}/text.jsonl --mask {workshop}/mask.safetensors "
+        f"--steps 12 --dataset {workshop}/text.jsonl --mask {workshop}/mask.safetensors "
         "--skip_checkpoint"
     )
     runs = {
@@ -431,7 +431,7 @@ def test_ways_to_take_the_gradient(workshop, learned, monkeypatch):
         same = flags in ("", "--gradient_checkpointing", "--microbatch 1")
         expected = pytest.approx(column(runs[""], "loss"), rel=1e-5)
         assert is_strict(run.masks) and (column(run, "loss") == expected) == same, flags
-    assert parts == 8 * [2] + 8 * [1] + 20 * [2] and len(checkpointed) == 1
+    assert parts == 24 * [2] + 24 * [1] + 60 * [2] and len(checkpointed) == 1
 
 
 # ------------------------------------------------------------------------------------------ stopped

@@ -4,13 +4,16 @@ independent formula, and what it learns."""
 import math
 from itertools import combinations
 
+from masking import kernels
+from masking.kernels import DECAY as BLOCK_DECAY
+from masking.kernels import MOST
 from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
 from models.layers import find_layers, is_transposed, weight_matrix
 from models.loss import batch_loss
 from training import normalization
-from training.normalization import CLIP, DECAY
+from training.normalization import DECAY, FLOOR
 from training.straight_through import StraightThrough, step_size
 from utils import UserError
 
@@ -43,7 +46,8 @@ KINDS = ["llama", "gpt2", "opt"]
 def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, monkeypatch):
     """f = <V, x (m * W)^T + b>: d E f / d pi = sum over all masks of p(S) f(S) score(S), enumerated
     in decimals."""
-    monkeypatch.setattr(normalization, "CLIP", 1e3)  # so far out that nothing is clipped
+    monkeypatch.setattr(normalization, "FLOOR", 1e3)  # above all blocks: all move by one factor
+    monkeypatch.setattr(kernels, "MOST", 1e9)
     generator = seeded(0)
     model = Stack(nn.Linear(12, 3)).requires_grad_(False)
     model[0].weight.copy_(torch.randn(3, 12, generator=generator))
@@ -101,10 +105,10 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, shares):
 
 @pytest.mark.parametrize("n, m", [(2, 4), (4, 8)])
 def test_updates_follow_the_formula(load, n, m):
-    """pi <- pi - size * clip(J^T G / (CLIP rms)), rms^2 a running mean of the earlier steps' mean
-    squares."""
+    """pi <- pi - clip(size * J^T G / max(block's rms, FLOOR layer's rms), +-MOST): running means,
+    of the block up to this step, of the layer up to the one before."""
     learner, masked, dense = learner_of(load(), n, m)
-    seen, sizes = watch(learner), [0.05, 0.03, 0.01]
+    seen, sizes = watch(learner), [0.4, 0.3, 0.1]
     for size in sizes:
         learner.step(TOKENS, size)
     for name, layer in masked.layers.items():
@@ -112,18 +116,27 @@ def test_updates_follow_the_formula(load, n, m):
         after = [*[logits for _, logits in mine[1:]], logits_of(layer).double()]
         mean = None
         for index, ((gradient, logits), moved) in enumerate(zip(mine, after)):
-            vjp = exact_vjp(logits, n, (dense[name] * gradient).double().view(-1, m))
-            # the first only measures
-            move = 0 * vjp if mean is None else (vjp / (CLIP * mean.sqrt())).clamp(-1, 1)
-            now = vjp.square().sum() / gradient.numel()
-            mean = now if mean is None else DECAY * mean + (1 - DECAY) * now
-            assert torch.allclose(moved, logits - move * sizes[index], atol=2e-5)
+            saliency = (dense[name] * gradient).double().view(-1, m)
+            vjp = exact_vjp(logits, n, saliency)
+            squares = vjp.square().mean(1, keepdim=True)
+            if mean is None:  # the first only measures
+                of_blocks = squares.bfloat16().double()  # as it is stored
+                move = 0 * vjp
+                mean = squares.mean()
+            else:
+                of_blocks = BLOCK_DECAY * of_blocks + (1 - BLOCK_DECAY) * squares
+                move = vjp / torch.maximum(of_blocks.sqrt(), FLOOR * mean.sqrt())
+                move = (move * sizes[index]).clamp(-MOST, MOST)
+                of_blocks = of_blocks.bfloat16().double()
+                mean = DECAY * mean + (1 - DECAY) * squares.mean()
+            # squares that round otherwise to bfloat16 are up to 1/128 apart
+            assert torch.allclose(logits - moved, move, atol=2e-5, rtol=4e-3)
         assert len(mine) == 3
 
 
 def test_a_step_in_microbatches_is_that_of_the_whole(load):
-    """Equal to rounding, with a last microbatch that is smaller; nothing moves where one of them is
-    not finite."""
+    """Equal to the rounding of squares to bfloat16, with a last microbatch that is smaller; nothing
+    moves where one of them is not finite."""
     tokens, distill, found = (
         torch.randint(32, (5, 20), generator=seeded(0)),
         [0.0, 1.0, 0.5, 0.0, 0.25],
@@ -136,7 +149,7 @@ def test_a_step_in_microbatches_is_that_of_the_whole(load):
         found.append(all_logits(masked))
     for name, whole in found[0].items():
         for parts in found[1:]:
-            assert torch.allclose(parts[name], whole, atol=1e-4) and not torch.equal(
+            assert torch.allclose(parts[name], whole, atol=1e-3) and not torch.equal(
                 whole, whole.round()
             )
     final = masked.model.get_output_embeddings()
@@ -161,7 +174,7 @@ def test_experts_that_the_last_microbatch_does_not_reach_learn_too():
             learner.step(tokens, 0.1)
         found.append(all_logits(masked))
     for name, whole in found[0].items():
-        assert torch.allclose(found[1][name], whole, atol=1e-4) and not torch.equal(
+        assert torch.allclose(found[1][name], whole, atol=1e-3) and not torch.equal(
             whole, whole.round()
         )
 

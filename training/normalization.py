@@ -1,12 +1,15 @@
-"""A step moves a logit by its size times clip(J^T G / (CLIP rms), +-1).
+"""A step moves a logit by its size times J^T G / max(rms, FLOOR layer's rms), and by 0.3 at most.
 
-rms is the root mean square of a layer's J^T G, from a running mean over earlier minibatches, in
-float32. So a step is a distance in logits, whatever the model's size and the loss's scale, and no
-state of the model's size is kept.
+rms is the root mean square of the block's J^T G, layer's rms that of all blocks of the layer; both
+are from running means over minibatches. So a step is a distance in logits, whatever the model's
+size and the loss's scale.
 
-J^T G has heavy tails: in all models a few weights that matter enormously make most of its mean
-square. With CLIP well below 1 their logits move no faster than those of the many that matter a
-little.
+J^T G has heavy tails: in all models a few weights that matter enormously make most of a layer's
+mean square. Divided by its block's rms, a logit moves as far as its gradients agree over
+minibatches, however much the weight matters. Only blocks far below their layer, whose gradients are
+mostly noise, move less. The limit matters in short runs, whose steps are large: there a gradient
+that grows at once, as the masks around it change, would make its block jump. The blocks' means take
+two bytes per block.
 """
 
 from collections.abc import Callable
@@ -19,13 +22,13 @@ from utils import UserError
 import torch
 from torch import Tensor
 
-CLIP = 0.1  # root mean squares at which a layer's J^T G is clipped
-DECAY = 0.9  # of the running mean, per minibatch
+FLOOR = 0.1  # of the layer's root mean square
+DECAY = 0.9  # of the layers' running mean, per minibatch
 
 
 class Normalization:
-    """The running mean squares of earlier minibatches, one per layer. Nothing moves in the first
-    minibatch, which is only measured.
+    """The running mean squares: of earlier minibatches per layer, and of all up to the present one
+    per block. Nothing moves in the first minibatch, which is only measured.
 
     not_finite: number of blocks whose J^T G was not finite in the last backward pass, int64 `[]`.
     """
@@ -37,12 +40,16 @@ class Normalization:
         self.index = {layer.name: index for index, layer in enumerate(layers)}
         # of J^T G per layer; NaN: not measured yet
         self.mean_squares = torch.full((len(layers),), torch.nan, device=device)
+        # of J^T G per block, by layer; negative: not measured yet
+        self.of_blocks = {
+            layer.name: torch.full_like(layer.bits, -1, dtype=torch.bfloat16) for layer in layers
+        }
         self._sizes = torch.tensor([float(layer.shape.numel()) for layer in layers], device=device)
 
     def begin_pass(self, size: float) -> None:
         """Prepare a backward pass whose step is `size`."""
         means = self.mean_squares
-        factors = (means.clamp(min=1e-30).rsqrt() / CLIP).masked_fill(means.isnan(), 0.0)
+        factors = (means.clamp(min=1e-30).rsqrt() / FLOOR).masked_fill(means.isnan(), 0.0)
         # rows of 16 bytes, like those of keys
         scales = torch.stack([factors, torch.full_like(factors, size), factors, factors], 1)
         self._scales = {device: scales.to(device) for device in self.masked.devices()}
@@ -67,6 +74,7 @@ class Normalization:
             layer.bits,
             layer.weight,
             gradient,
+            self.of_blocks[layer.name],
             self._scales[layer.weight.device][index],
             key,
             start=layer.start,
@@ -97,10 +105,15 @@ class Normalization:
         self.mean_squares = torch.where(current.isfinite() | previous.isnan(), updated, previous)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the running mean squares, float32 `[layers]`, NaN for layers that have none
-        yet."""
-        return {"mean_squares": self.mean_squares}
+        """Return the running mean squares: `[layers]`, and by layer `[blocks]`."""
+        return {"mean_squares": self.mean_squares} | {
+            f"of_blocks.{name}": self.masked.layers[name].shard(squares)
+            for name, squares in self.of_blocks.items()
+        }
 
     def restore(self, read: Callable) -> None:
         """Restore from `state`."""
         self.mean_squares = read("mean_squares", self.mean_squares).to(self.mean_squares.device)
+        for name, squares in self.of_blocks.items():
+            shard = self.masked.layers[name].shard(squares)
+            squares.copy_(read(f"of_blocks.{name}", shard))

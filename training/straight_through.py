@@ -11,11 +11,11 @@ first order around m, the gradient
 which is a vector-Jacobian product. It is exact if f is linear in the mask, and biased otherwise. m
 is the most probable mask, which is the one to be delivered.
 
-No gradient is stored, and no optimizer has a state of the model's size: the backward pass hands
-each layer's weight gradient to that layer's logits and frees it. All layers share the scratch
-buffer of `MaskedModel`, so a layer's masked weight is written again before its backward. If FSDP
-shards a layer, it gathers the weight again and gives each process the mean gradient of that
-process's rows.
+No gradient is stored, and the only state besides the logits is a number per block, by which steps
+are normalized (training/normalization.py): the backward pass hands each layer's weight gradient to
+that layer's logits and frees it. All layers share the scratch buffer of `MaskedModel`, so a layer's
+masked weight is written again before its backward. If FSDP shards a layer, it gathers the weight
+again and gives each process the mean gradient of that process's rows.
 """
 
 import math
