@@ -13,7 +13,7 @@ LINES = """
 train.py --mask {w}/mask.safetensors --dataset {w}/text.jsonl --dataset_size 4 --batchsize 2 \
     --baseline online \
     --init scores --logits 2 --lr 200 --max_step 2 --logits_dtype float16
-sparsify.py --after {w}/text.jsonl --steps 3 --batchsize 4 --microbatch 2 --lr 4 \
+sparsify.py --after {w}/text.jsonl --steps 3 --batchsize 4 --microbatch 2 --lr 4 --logits 0.5 \
     --permute --gradient_checkpointing
 """.strip().splitlines()
 
