@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 RECORD = Path(__file__).with_suffix(".json")
-LOOSE, STEADY = 2e-3, 20  # nats; steps before a block falls otherwise and makes it another run
+LOOSE, STEADY = 2e-3, 10  # nats; steps before a block falls otherwise and makes it another run
 MODEL = "--model {w}/llama --dtype float32 --device cpu --dataset {w}/text.jsonl "
 COMMON = MODEL + "--seqlen 24 --batchsize 4 --skip_checkpoint --mask {w}/2of4.safetensors "
 PAPER = "train.py", COMMON + "--dataset_size 16 --max_step 9 --logits 1 "
