@@ -295,9 +295,8 @@ def conditions_of(args: argparse.Namespace) -> dict:
     }
 
 
-def report(rows: list[dict], args: argparse.Namespace, note: str = "") -> None:
-    """Print a line of conditions, the rows (column -> cell) as a Markdown table, and a note. With
-    --json, also write the rows, each with the conditions."""
+def print_report(rows: list[dict], args: argparse.Namespace, note: str = "") -> None:
+    """Print a line of conditions, the rows (column -> cell) as a Markdown table, and a note."""
     conditions = conditions_of(args)
     print(
         f"\n{conditions['command']}  ({conditions['hardware']}, torch {conditions['torch']}, "
@@ -308,5 +307,10 @@ def report(rows: list[dict], args: argparse.Namespace, note: str = "") -> None:
         note += f"\nWRONG: eager, since torch.compile failed: {', '.join(compiler.failures)}"
     if note:
         print("\n" + note)
+
+
+def report(rows: list[dict], args: argparse.Namespace, note: str = "") -> None:
+    """Print rows as `print_report` does. With --json, also write them, each with the conditions."""
+    print_report(rows, args, note)
     if args.json:
-        write_json(args.json, [{**row, **conditions} for row in rows])
+        write_json(args.json, [{**row, **conditions_of(args)} for row in rows])

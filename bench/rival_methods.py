@@ -7,12 +7,9 @@ bench/rivals.py and reproduce/rival.py.
                 mask from draws without replacement
     ScoresSTE   the plain straight-through estimator: a real score per weight; the N largest are
                 kept, and the gradient passes through
-    ProxSparse  Liu et al., arXiv 2502.00258: dense weights that a regulariser and its proximal step
-                bring to 2:4
 
 All update their parameters with Adam. Their result is a mask, which is evaluated on the frozen
-weights. `distill`, the loss against the dense model's predictions, is not in the papers of MaskLLM
-and ProxSparse.
+weights. `distill`, the loss against the dense model's predictions, is not in MaskLLM's paper.
 """
 
 import math
@@ -92,9 +89,6 @@ class Rival:
         """Return the masks of all layers, by name."""
         return {name: self.mask(name) for name in self.layers}
 
-    def after_step(self) -> None:
-        """Do what has to follow each step of Adam; by default nothing."""
-
     def learn(self, batch: Tensor, step: int, steps: int) -> float:
         """Take step number `step` of `steps` on a batch, int64 `[sequences, tokens]`; return the
         loss, in nats per prediction."""
@@ -125,7 +119,6 @@ class Rival:
             gradients.append(torch.ones_like(self.penalty))
         torch.autograd.backward(outputs, gradients)
         self.optimizer.step()
-        self.after_step()
         return loss / predictions
 
     def multiplier(self) -> float:
@@ -264,89 +257,8 @@ class ScoresSTE(Rival):
         return self.largest(self.parameters[name])
 
 
-class ProxSparse(Rival):
-    """Trains dense weights W towards 2:4. Each step is one of Adam on the loss plus `stay`
-    ||W / w * (W - w)||^2, followed in each block by the proximal step of lambda * (sum of the
-    products of three |W|).
-
-    `strength` is about twice the sum of lambda over the run. The final mask keeps the largest
-    |W| ||x||. The published method multiplies bare weights; here they are first scaled by the norms
-    of their inputs (mean square 1 in a layer), so that the method starts from m0's order, as the
-    others do. 2:4 only.
-    """
-
-    stay = 0.25
-
-    def __init__(self, *args, steps: int, strength: float = 200.0, **kwargs):
-        self.strength = strength / steps
-        super().__init__(*args, **kwargs)
-
-    def scale(self, name: str) -> Tensor:
-        """Return the factor of each column, `[in]`."""
-        norms = self.norms[name].clamp(min=1e-12)
-        return norms / norms.square().mean().sqrt()
-
-    def start(self, name: str, mask: Tensor) -> Tensor:
-        return self.dense(name).clone()
-
-    def weight(self, name: str) -> Tensor:
-        weight = self.parameters[name]
-        dense = self.dense(name)
-        ratio = weight / torch.where(dense < 0, dense.clamp(max=-1e-6), dense.clamp(min=1e-6))
-        self.penalty = self.penalty + self.stay * (ratio * (weight - dense)).square().sum()
-        return weight
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        for name, weight in self.parameters.items():
-            scale = self.scale(name)
-            blocks = proximal_step((weight * scale).view(-1, 4), self.strength * self.multiplier())
-            weight.copy_(blocks.view_as(weight) / scale)
-
-    def mask(self, name: str) -> Tensor:
-        return self.largest(self.parameters[name].abs() * self.scale(name))
-
-
-def triples(z: Tensor) -> Tensor:
-    """Return the sum of the products of three of four numbers, `[..., 4]` -> `[...]`. It is 0 if at
-    most two are nonzero."""
-    a, b, c, d = z.unbind(-1)
-    return a * b * (c + d) + (a + b) * c * d
-
-
-def proximal_step(y: Tensor, strength: float, sweeps: int = 12) -> Tensor:
-    """Return argmin_z 1/2 ||z - y||^2 + strength * (sum of the products of three |z|), for each
-    block, `[blocks, 4]`.
-
-    z has the signs of y. The problem is not convex. It is solved three times by exact coordinate
-    descent from y, with the two, three or four largest numbers free and the others 0. The lowest of
-    the three minima is returned.
-    """
-    sign, (size, order) = y.sign(), y.abs().sort(dim=1, descending=True)
-    size = size.T.contiguous()  # [4, blocks]: sweeps go over whole rows
-    best = None
-    lowest = None
-    for free in (2, 3, 4):
-        z = size.clone()
-        z[free:] = 0
-        for _ in range(sweeps if free > 2 else 0):
-            for i in range(free):
-                a, b, c = (z[j] for j in range(4) if j != i)
-                z[i] = (size[i] - strength * (a * b + b * c + c * a)).clamp(min=0)
-        value = 0.5 * (z - size).square().sum(0) + strength * triples(z.T)
-        if best is None:
-            best = z
-            lowest = value
-        else:
-            better = value < lowest
-            best = torch.where(better, z, best)
-            lowest = torch.where(better, value, lowest)
-    return torch.empty_like(y).scatter_(1, order, best.T) * sign
-
-
 RIVALS: dict[str, Callable[..., Rival]] = {
     "maskllm": MaskLLM,
     "roi": RoI,
     "scores_ste": ScoresSTE,
-    "proxsparse": ProxSparse,
 }

@@ -12,19 +12,23 @@ DEMO_FLAGS=--quick` leaves in demo/. A budget is a number of forward passes of 3
 backward pass counts as two, the teacher's forward pass of distillation (KD) as one, and swaps as
 one pass over their text.
 
-The table shows, for each method and budget: the held-out loss of the mask on the frozen weights,
-mean ± standard deviation over seeds; the share of the gap from m0 to dense that it closes; and the
-median processor time in seconds. Bytes a weight: the state that learning keeps in addition to the
-model. --rates makes a row for each method and rate, on held-out windows that the table does not
-use. The rivals are in rival_methods.py; this project's and the paper's methods are in learning.py.
+The table shows, for each method and budget, the held-out loss of the mask on the frozen weights,
+mean ± standard deviation over seeds, and the median processor time. State: what learning keeps in
+addition to the model. --rates makes a row for each method and rate, on held-out windows that the
+table does not use. --json FILE keeps each run as it ends; runs that FILE has are not repeated, so a
+bench that was stopped resumes. The rivals are in rival_methods.py; this project's and the paper's
+methods are in learning.py.
 """
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 
 import common
 import pge
+from files.records import write_json
 from masking.kernels import Kernels
 from masking.spaces import LinearSpace
 from models.loss import batch_loss
@@ -81,9 +85,6 @@ ROWS = {
     "MaskLLM + KD": MASKLLM,
     "RoI": dict(MASKLLM, learner="roi", distill=0.0, tuned=ROI),
     "RoI + KD": dict(MASKLLM, learner="roi", tuned=ROI),
-    "ProxSparse": dict(
-        learner="proxsparse", **TEXT, tuned={160: dict(lr=3e-4), 2500: dict(lr=3e-4, batchsize=32)}
-    ),
     "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.Estimator, lr=10, logits=5),
     "forward-only: MaskPro, debiased tracker": dict(
         learner="forward_only", estimator=lambda: pge.Estimator(debias=True), lr=10, logits=5
@@ -129,64 +130,61 @@ def setting_of(row: dict, passes: int) -> dict:
     return {**setting, **(tuned[fitting[-1]] if fitting else {})}
 
 
-def make_method(problem: Problem, setting: dict, seed: int, steps: int) -> Rival | ForwardOnly:
+def make_method(problem: Problem, setting: dict, seed: int) -> Rival | ForwardOnly:
     """Return the method of a setting, on a copy of the model."""
     if setting["learner"] in OURS:
         return OURS[setting["learner"]](problem, setting, seed)
-    further = {"distill": setting["distill"]} if "distill" in setting else {}
-    if setting["learner"] == "proxsparse":
-        further["steps"] = steps
     model = problem.fresh_model()
     speed_up(model, Kernels(LinearSpace(2, 4), "eager"), 128)  # as for this project's methods
     return RIVALS[setting["learner"]](
-        model, problem.masks, problem.norms, 2, 4, lr=setting["lr"], seed=seed, **further
+        model,
+        problem.masks,
+        problem.norms,
+        2,
+        4,
+        lr=setting["lr"],
+        seed=seed,
+        distill=setting["distill"],
     )
 
 
-def learn(problem: Problem, setting: dict, passes: int, seed: int) -> tuple[float, float]:
-    """Run a method for about `passes` forward passes; return the held-out loss of its mask, and the
-    processor time in seconds."""
+def run(problem: Problem, name: str, row: dict, passes: int, seed: int) -> dict:
+    """Run a row's method for about `passes` forward passes; return what a record has of it."""
+    setting = setting_of(row, passes)
     batches = problem.batches(setting, passes, seed)
     samples = batches.flatten(0, 1)[: TOKENS // 128] if setting.get("swaps") else []
     spent = min(len(samples) / 32, passes - 1)
     steps = max(1, round((passes - spent) / passes_a_step(setting)))
-    method = make_method(problem, setting, seed, steps)
+    method = make_method(problem, setting, seed)
     start = time.process_time()
     if len(samples):
         from_swaps(method.masked, setting["logits"], samples, SWEEPS)
     for t in progress_bar(range(steps), desc=f"seed {seed}", unit="step"):
         method.learn(batches[t % len(batches)], t, steps)
-    seconds = time.process_time() - start
-    return batch_loss(problem.masked_model(method.masks()), problem.heldout), seconds
+    return {
+        "method": name,
+        "passes": passes,
+        "seed": seed,
+        "lr": setting["lr"],
+        "state": f"{method.state_bytes():.3g}",
+        "seconds": round(time.process_time() - start),
+        "loss": batch_loss(problem.masked_model(method.masks()), problem.heldout),
+        "dense loss": problem.dense_loss,
+        "m0 loss": problem.m0_loss,
+    }
 
 
-def state_bytes(problem: Problem, setting: dict) -> float:
-    """Return the bytes per weight that a method keeps in addition to the model, after one step."""
-    method = make_method(problem, setting, 0, 1)
-    method.learn(problem.fixed[0, :1], 0, 1)
-    return method.state_bytes()
-
-
-def table_row(problem: Problem, name: str, row: dict, budgets: list[int], seeds: range) -> dict:
-    """Return the table's row of a method; each run is printed as it ends."""
-    cells = {"method": name, "bytes a weight": f"{state_bytes(problem, setting_of(row, 0)):g}"}
-    for passes in budgets:
-        losses = []
-        seconds = []
-        for seed in seeds:
-            loss, took_s = learn(problem, setting_of(row, passes), passes, seed)
-            print(f"{name}, {passes} passes, seed {seed}: {loss:.4f}, {took_s:.0f} s", flush=True)
-            losses.append(loss)
-            seconds.append(took_s)
-        mean = statistics.mean(losses)
-        deviation = statistics.stdev(losses) if len(losses) > 1 else 0
-        share = (problem.m0_loss - mean) / (problem.m0_loss - problem.dense_loss)
-        cells |= {
-            f"{passes} passes": f"{mean:.4f} ± {deviation:.4f}",
-            f"of the gap, {passes}": f"{share:.1%}",
-            f"seconds, {passes}": round(statistics.median(seconds)),
-        }
-    return {**cells, "seeds": len(seeds)}
+def table(runs: list[dict]) -> list[dict]:
+    """Return the table's rows, one per method."""
+    rows = {}
+    for name, passes in dict.fromkeys((run["method"], run["passes"]) for run in runs):
+        found = [run for run in runs if (run["method"], run["passes"]) == (name, passes)]
+        losses = [run["loss"] for run in found]
+        deviation = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        seconds = statistics.median(run["seconds"] for run in found)
+        row = rows.setdefault(name, {"method": name, "state (bytes per weight)": found[0]["state"]})
+        row[f"{passes:,} passes"] = f"{statistics.mean(losses):.4f}{deviation} ({seconds:.0f} s)"
+    return list(rows.values())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,20 +202,24 @@ def main(argv: list[str] | None = None) -> None:
             for rate in args.rates
         }
     problem = Problem(args.model, args.windows, args.device, skip=args.windows if args.rates else 0)
-    first = f"{args.budgets[0]} passes"
-    table = [
-        {"method": name, "bytes a weight": "", first: f"{loss:.4f}"}
-        for name, loss in (("dense", problem.dense_loss), ("m0", problem.m0_loss))
-    ]
-    table += [
-        table_row(problem, name, row, args.budgets, range(args.seed, args.seed + args.seeds))
-        for name, row in rows.items()
-    ]
-    common.report(
-        table,
+    runs = []
+    if args.json and Path(args.json).exists():
+        runs = json.loads(Path(args.json).read_text())
+    known = {(run["method"], run["passes"], run["seed"]) for run in runs}
+    for passes in args.budgets:
+        for seed in range(args.seed, args.seed + args.seeds):
+            for name, row in rows.items():
+                if (name, passes, seed) in known:
+                    continue
+                runs.append({**run(problem, name, row, passes, seed), **common.conditions_of(args)})
+                print("{method}, {passes} passes, seed {seed}: {loss:.4f}".format(**runs[-1]))
+                if args.json:
+                    write_json(args.json, runs)
+    common.print_report(
+        table(runs),
         args,
-        "held-out loss of the mask on the frozen weights, nats a token, mean ± deviation over "
-        "seeds",
+        f"held-out loss, nats a token (processor time); dense {problem.dense_loss:.4f}, m0 "
+        f"{problem.m0_loss:.4f}",
     )
 
 

@@ -206,10 +206,7 @@ def compete(
         # other text than RUN's version did
         folder.note(rival=method, fingerprints=lent["fingerprints"], plan=lent["plan"])
     steps = folder.record["plan"]["steps"]
-    further = {"steps": steps} if method == "proxsparse" else {}
-    learner = RivalLearner(
-        partial(RIVALS[method], lr=args.step_size, seed=args.seed, **further), steps
-    )
+    learner = RivalLearner(partial(RIVALS[method], lr=args.step_size, seed=args.seed), steps)
     sparsify.learn(args, device, folder, signals, learner.of, learner.start)
 
 

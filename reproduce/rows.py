@@ -90,7 +90,6 @@ RIVALS = [  # method, bytes of state per weight, the record's row
     ("STE with Adam", "16", "2of4/rival-scores_ste-lr0.01-both-steps280"),
     ("MaskLLM", "24", "2of4/rival-maskllm-lr0.001-both-steps280"),
     ("ours, more passages", "4.25", "2of4/sparsify-allafter-both-steps280"),
-    ("ProxSparse, more passages", "16", "2of4/rival-proxsparse-lr0.0003-allafter-both-steps280"),
     ("ours, channels reordered, 568 steps", "4.25", "2of4/sparsify-permuted-both-minutes120"),
     (
         "STE with Adam, channels reordered, 568 steps",

@@ -15,7 +15,7 @@
 #       TASK_FILES="piqa-odd.jsonl arc_easy-odd.jsonl" bash reproduce/smollm2.sh
 #
 # Other rows: prior and scores_prior, MaskPro's masks with less of C * m0; minutes and minutes_permuted, half an hour if
-# no MINUTES=120 is given (run them alone); on the text and m0 of `both` scores_ste, maskllm, roi, proxsparse: hours.
+# no MINUTES=120 is given (run them alone); on the text and m0 of `both` scores_ste, maskllm, roi: hours.
 # STEPS=2000: of runs of sparsify.py and its rivals, 280 steps if not given.
 #
 # Real text, which reproduce/real_text.py leaves in demo/real; three texts are evaluated, see "nats" in the record:
@@ -77,7 +77,6 @@ for SEED in ${SEEDS:-0 1 2}; do
         minutes_permuted) with_questions "permuted-allafter-both-minutes$MINUTES" --minutes "$MINUTES" --permute ;;
         scores_ste) rival scores_ste "${ETA:-0.01}" ;;
         maskllm | roi) rival "$row" "${ETA:-0.001}" ;;
-        proxsparse) rival proxsparse "${ETA:-0.0003}" ;;
         maskpro) STEPS=$maskpro_steps learned maskpro "$SIZE" "${ETA:-0.6}" 5 ;;  # docs/steps.md
         prior) AS=prior FURTHER="--val_fraction 0.0625" STEPS=500 learned maskpro "$SIZE" "${ETA:-1}" 7 ;;
         scores) AS=scores FURTHER="--init scores --debias_tracker" STEPS=600 learned maskpro "$SIZE" "${ETA:-1.2}" 4 ;;
