@@ -226,12 +226,9 @@ def forward_step(masked: MaskedModel) -> Callable[[Tensor], float]:
     return step
 
 
-def gradient_step(
-    masked: MaskedModel, checkpointing: bool = False, distill: float = 0.0
-) -> Callable[[Tensor], float]:
+def gradient_step(learner: StraightThrough, distill: float = 0.0) -> Callable[[Tensor], float]:
     """Return a function that takes one small step from gradients on a batch, int64
     `[sequences, tokens]`, and returns the loss in nats."""
-    learner = StraightThrough(masked, checkpointing=checkpointing)
     return lambda batch: learner.step(batch, 0.01, distill=[distill] * len(batch)).loss
 
 

@@ -199,7 +199,7 @@ def step_row(
     learn = (
         common.forward_step(masked)
         if what == "forward-only"
-        else common.gradient_step(masked, checkpointing=True, distill=1.0)
+        else common.gradient_step(StraightThrough(masked, checkpointing=True), distill=1.0)
     )
 
     @torch.no_grad()

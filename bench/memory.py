@@ -140,8 +140,7 @@ class Learning:
             self.learner = StraightThrough(
                 self.masked, checkpointing=settings.get("checkpointing", False)
             )
-            shares = [settings.get("distill", 0.0)] * 8
-            self.learn = lambda batch: self.learner.step(batch, 0.01, shares)
+            self.learn = common.gradient_step(self.learner, settings.get("distill", 0.0))
 
     def take_steps(self) -> None:
         """Take three steps."""

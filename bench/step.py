@@ -25,6 +25,7 @@ from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
 from models.layers import find_layers
 from models.machine import fast_dtype, reset_peak_memory
+from training.straight_through import StraightThrough
 from utils import run_script
 
 import torch
@@ -232,7 +233,7 @@ def sparsify_rows(
     masked = MaskedModel(
         model, common.magnitude_masks(model), LinearSpace(2, 4), common.DEFAULTS["logits"]
     )
-    learn = common.gradient_step(masked, distill=common.DEFAULTS["distill"])
+    learn = common.gradient_step(StraightThrough(masked), common.DEFAULTS["distill"])
 
     @torch.no_grad()
     def forward() -> None:
