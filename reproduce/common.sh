@@ -130,9 +130,9 @@ learn() {  # learn SCRIPT RUN FLAGS...: RUN/mask.safetensors, evaluated on the o
 }
 
 learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's losses cached, or of a second forward pass
-    # in the environment: AS, for its name, FURTHER flags of train.py, and TRAIN in place of it
+    # in the environment: AS, for its name, and FURTHER flags of train.py
     local minibatches=(--dataset_size "$2" --batchsize "$(($2 < BATCHSIZE ? $2 : BATCHSIZE))")
-    [ -z "${FURTHER:-}${TRAIN:-}" ] || [ -n "${AS:-}" ] || stop "give AS=NAME, the name of runs with FURTHER or TRAIN"
+    [ -z "${FURTHER:-}" ] || [ -n "${AS:-}" ] || stop "give AS=NAME, the name of runs with FURTHER"
     local source baseline=$folder/baseline-size$2.npz run=$1${AS:+-$AS}-size$2-lr$3-logits$4-steps$STEPS
     initial_mask
     if [ "${5:-cached}" = online ]; then
@@ -143,7 +143,7 @@ learned() {  # learned ESTIMATOR DATASET_SIZE LR LOGITS [online]: with m0's loss
             --dataset "$TRAIN_TEXT" --sqlen "$SQLEN" "${minibatches[@]}" --save "$baseline"
     fi
     run=$run$(of_seed)
-    learn "${TRAIN:-train.py}" "$folder/$run" --dtype "$DTYPE" --estimator "$1" "${minibatches[@]}" --lr "$3" \
+    learn train.py "$folder/$run" --dtype "$DTYPE" --estimator "$1" "${minibatches[@]}" --lr "$3" \
         --logits "$4" --epoch "$STEPS" --max_step "$STEPS" "${source[@]}" --seed "$SEED" ${FURTHER:-}
 }
 

@@ -8,7 +8,7 @@ import sys
 from statistics import mean
 
 from record import POINTS, recovered
-from rows import LAYER, MASKPRO
+from rows import MASKPRO
 from tables import ROOT, of_accuracy, over_minutes, record, smollm2
 
 sys.path.insert(0, str(ROOT))
@@ -94,50 +94,23 @@ def minutes() -> None:
 
 
 def sampled_masks() -> None:
-    """Draw how much better than m0 the sampled masks of MaskPro's runs are over their steps, for
-    runs on all layers and on one."""
-
-    def run_of(name: str) -> dict:
-        return smollm2(name)[name][0]["run"]
-
-    whole = (record("maskpro_lr0.03"), run_of(MASKPRO[10000]), run_of(MASKPRO[2000]))
-    panels = (
-        ("all layers", {f"η {run['arguments']['lr']}": ("variance_smollm2", run) for run in whole}),
-        (
-            "one decoder layer alone, η 2",
-            {
-                f"layer {number}": (f"variance_layer{number}", run_of(LAYER.format(number)))
-                for number in (29, 28)
-            },
-        ),
-    )
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(1, 2), panels):
-        reached = []
-        for number, (label, (signals, run)) in enumerate(curves.items()):
-            (row,) = record(signals)["rows"]
-            steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
-            eta = run["arguments"]["lr"]
-            colour = f"C{number}"
-            better = [-residual for residual in run["residuals"]]
-            reached += better
-            axes.plot(steps, better, color=colour, label=label)
-            axes.plot(
-                steps,
-                [row["m0"] - row["drawn"] + eta * row["signal"] * step for step in steps],
-                "--",
-                color=colour,
-            )
-        axes.axhline(0, color="gray", linewidth=0.8)
-        axes.plot([], [], "--", color="gray", label="as first steps promise")
-        axes.set(
-            xlabel="steps",
-            ylabel="better than m0 (nats)",
-            title=title,
-            ylim=(min(reached) - 0.05, max(reached) + 0.1),
-        )
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    """Draw how much better than m0 the sampled masks of MaskPro's runs are over their steps."""
+    (row,) = record("variance_smollm2")["rows"]
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.subplots()
+    runs = [smollm2(MASKPRO[steps])[MASKPRO[steps]][0]["run"] for steps in (10000, 2000)]
+    for number, run in enumerate([record("maskpro_lr0.03"), *runs]):
+        eta = run["arguments"]["lr"]
+        steps = [(point + 0.5) * run["steps"] / POINTS for point in range(POINTS)]
+        better = [-residual for residual in run["residuals"]]
+        promised = [row["m0"] - row["drawn"] + eta * row["signal"] * step for step in steps]
+        axes.plot(steps, better, color=f"C{number}", label=f"η {eta}")
+        axes.plot(steps, promised, "--", color=f"C{number}")
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.plot([], [], "--", color="gray", label="as first steps promise")
+    axes.set(xlabel="steps", ylabel="better than m0 (nats)", ylim=(None, 0.5))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(ROOT / "docs/sampled_masks.png", dpi=130)
 
 

@@ -32,7 +32,6 @@ MASKPRO = {
     steps: f"2of4/maskpro-size512-lr{eta}-logits5-steps{steps}"
     for steps, eta in ((2000, 0.6), (10000, 0.3))
 }
-LAYER = "2of4/maskpro-layer{}-size512-lr2-logits5-steps10000"
 RESULTS = [  # rows of smollm2.sh that were run: what was done, the record's row
     ("dense", "dense"),
     ("`sparsify.py`, 280 steps", "2of4/sparsify-allafter-both-steps280"),
@@ -101,8 +100,6 @@ SIGNALS = (
     ("small", "variance"),
     ("SmolLM2-135M", "variance_smollm2"),
     ("SmolLM2-135M, from scores", "variance_smollm2_scores"),
-    ("SmolLM2-135M, layer 29", "variance_layer29"),
-    ("SmolLM2-135M, layer 28", "variance_layer28"),
 )
 # a run, the record of its signal, the run's record and its row there (None: a record of one run)
 FALLS = (
@@ -117,6 +114,4 @@ FALLS = (
         "smollm2",
         "2of4/maskpro-scores-size512-lr1.2-logits4-steps600",
     ),
-    ("SmolLM2-135M, layer 29", "variance_layer29", "smollm2", LAYER.format(29)),
-    ("SmolLM2-135M, layer 28", "variance_layer28", "smollm2_float32", LAYER.format(28)),
 )

@@ -3,7 +3,7 @@
 # reordered channels need `make reproduce-env`.
 #
 #   HELDOUT=WIKITEXT VALUES=after SEEDS=0 bash reproduce/smollm2.sh                        # one row
-#   HELDOUT=WIKITEXT VALUES="maskpro scores layer29" SEEDS=0 bash reproduce/smollm2.sh     # 80, 45 and 80 minutes
+#   HELDOUT=WIKITEXT VALUES="maskpro scores" SEEDS=0 bash reproduce/smollm2.sh             # 80 and 45 minutes
 #   HELDOUT=WIKITEXT VALUES=maskpro STEPS=10000 ETA=0.3 SEEDS=0 bash reproduce/smollm2.sh  # 9 hours
 #
 # and rows of the README's table, for which no item that is learned from is evaluated:
@@ -89,8 +89,6 @@ for SEED in ${SEEDS:-0 1 2}; do
             once "$folder/order" permute.py --model "$MODEL" --dtype "$DTYPE" --sparsity_type "$n_m" \
                 "${calibration[@]}" --save_model "$folder/order"
             MODEL=$folder/order pruned wanda wanda-reordered ;;
-        layer*) AS=$row FURTHER="--targets layers.${row#layer}." TRAIN=reproduce/one_layer.py STEPS=10000 \
-                learned maskpro "$SIZE" "${ETA:-2}" 5 ;;
         *) stop "there is no row $row" ;;
         esac
     done

@@ -4,7 +4,6 @@
     python reproduce/variance.py --record reproduce/records/variance.json
     python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 \\
         --record variance.json
-    python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --targets layers.29.
     python reproduce/variance.py --model demo/model --patterns 2:4 --samples 64 --logits 4 \\
         --init scores
 
@@ -90,12 +89,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="reproduce/small_model")
     parser.add_argument("--text", default="demo/train.jsonl")
     parser.add_argument("--patterns", nargs="+", type=sparsity_type, default=[(1, 4), (2, 4)])
-    parser.add_argument(
-        "--targets",
-        nargs="+",
-        default=None,
-        help="layers whose masks are drawn; others keep m0",
-    )
     parser.add_argument(
         "--logits", nargs="+", type=float, default=[5.0, 10.0], help="initial logits C"
     )
@@ -261,14 +254,12 @@ def main(argv: list[str] | None = None) -> None:
         masks = dict(
             one_shot_masks(model, layers, batches[:8].flatten(0, 1), OneShot("wanda", (n, m)))
         )
-        learned = list(find_layers(model, args.targets)) if args.targets else None
         for c in args.logits:
             masked = MaskedModel(
                 copy.deepcopy(model),
                 masks,
                 LinearSpace(n, m),
                 c,
-                learned=learned,
                 seed=args.seed,
                 keep_dense=True,
             )

@@ -29,12 +29,11 @@ import pytest
 import torch
 from exact import exact_vjp
 from masked import drawn_masks, logits_of, make, patch_file, seeded
-from runs import ROOT, SCRIPTS, column
+from runs import ROOT, SCRIPTS
 from tiny import write_corpus
 
 sys.path.insert(0, str(ROOT / "reproduce"))
 import after
-import one_layer
 import real_text
 import record
 import rival
@@ -103,7 +102,7 @@ def printed(said: str) -> list[list[str]]:
 
 
 def parse(name: str, flags: list[str]):
-    if name in ("train.py", "reproduce/one_layer.py"):
+    if name == "train.py":
         return train.parse_args(flags)
     return COMMANDS[name].parse_args(flags)
 
@@ -140,7 +139,7 @@ def finished(tmp_path_factory, models):
 @pytest.mark.parametrize(
     "mode, rows",
     [
-        ({}, "after both layer29 real roi"),
+        ({}, "after both real roi"),
         ({"DEMO": "1"}, "one_shot maskpro prior scores scores_prior"),
         ({"SMALL": "1"}, "both minutes minutes_permuted scores_ste maskllm"),
     ],
@@ -369,28 +368,6 @@ def test_the_small_model_is_the_one_that_was_made(dtype, within):
         float(model(input_ids=rows, labels=rows).loss), abs=1e-5
     )
     assert model_fingerprint(model) == "064a3a59c4155d35"  # by which published masks know it
-
-
-@pytest.mark.parametrize("init, before", [("mask", []), ("scores", [1] * 8)])
-def test_a_layer_alone_learns_as_it_does_in_the_whole_model(learn, monkeypatch, init, before):
-    """The same bits, and the first layer runs once for each of the four minibatches and not
-    again."""
-    flags, ran = f"--targets layers.1. --lr 30 --max_step 7 --batchsize 2 --init {init}", []
-    whole, passing = learn(flags), one_layer.KeptStates.passing
-    monkeypatch.setattr(
-        one_layer.KeptStates,
-        "passing",
-        lambda self, forward: passing(
-            self, lambda x, *args, **kwargs: (ran.append(len(x)), forward(x, *args, **kwargs))[1]
-        ),
-    )
-    monkeypatch.setattr(train, "MaskedModel", one_layer.Masked)
-    alone = learn(flags)
-    assert ran == before + [2] * 4 and alone.masks.keys() == whole.masks.keys()
-    assert column(alone, "loss") == column(whole, "loss") and column(whole, "loss") != column(
-        whole, "baseline"
-    )
-    assert all(torch.equal(logits, whole.logits[name]) for name, logits in alone.logits.items())
 
 
 def test_signal_and_noise_are_those_of_plain_autograd(load):

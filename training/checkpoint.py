@@ -89,8 +89,8 @@ class StateFile:
         stored = self.tensors.get(name)
         if stored is None or (stored.dtype, stored.numel()) != (expected.dtype, expected.numel()):
             raise UserError(
-                f"{self.path} is the state of another run: its {name} does not fit this model and "
-                "these settings"
+                f"{self.path} is the state of another run or version: its {name} does not fit "
+                "this model and these settings"
             )
         begin, end = own_rows(expected)
         width = expected.shape[1:].numel()
