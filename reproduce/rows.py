@@ -96,6 +96,12 @@ RIVALS = [  # method, bytes of state per weight, the record's row
         "2of4/rival-scores_ste-lr0.01-permuted-both-steps568",
     ),
 ]
+AFTER = (  # rows of after.sh
+    ("dense", "dense"),
+    ("`sparsify.py --steps 20`", "2of4/sparsify-steps20"),
+    ("the same, fine-tuned: weights updated", "2of4/finetuned"),
+    ("the same with int8 weights, not fine-tuned", "2of4/int8"),
+)
 SIGNALS = (
     ("small", "variance"),
     ("SmolLM2-135M", "variance_smollm2"),

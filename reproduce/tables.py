@@ -18,7 +18,7 @@ from pathlib import Path
 
 import variance as signal
 from record import POINTS, cell, recovered, row_cells
-from rows import ABLATIONS, FALLS, ONE_SHOT, RESULTS, RIVALS, SIGNALS, SUMMARY, small
+from rows import ABLATIONS, AFTER, FALLS, ONE_SHOT, RESULTS, RIVALS, SIGNALS, SUMMARY, small
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -153,6 +153,22 @@ def rivals() -> str:
         lines.append([method, state_bytes, seeds, *gaps(name)])
     columns = ["method", "state (bytes per weight)", "seeds", *GAPS]
     return markdown_table(columns, lines)
+
+
+def after_the_mask() -> str:
+    """Return the table of fine-tuning and int8 weights, perplexities on two texts."""
+    records = {"WikiText-2": record("after"), "Brown": record("after_brown")}
+    lines = [
+        [what, *(f"{found['rows'][name][0]['ppl']:.2f}" for found in records.values())]
+        for what, name in AFTER
+    ]
+    (sparse,) = record("after")["rows"]["2of4/sparsify-steps20"]
+    here = sparse["environment"]
+    return (
+        markdown_table(["model", *records], lines)
+        + f"\n\n{sparse['windows']} windows of {sparse['seqlen']} tokens, {here['hardware']}, seed "
+        f"{sparse['seed']}, commit {here['commit']}."
+    )
 
 
 def scaling() -> str:
@@ -321,6 +337,7 @@ TABLES = (
     results,
     one_shot,
     rivals,
+    after_the_mask,
     scaling,
     step,
     memory,
