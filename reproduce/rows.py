@@ -32,50 +32,85 @@ MASKPRO = {
     steps: f"2of4/maskpro-size512-lr{eta}-logits5-steps{steps}"
     for steps, eta in ((2000, 0.6), (10000, 0.3))
 }
-RESULTS = [  # rows of smollm2.sh that were run: what was done, the record's row
-    ("dense", "dense"),
-    ("`sparsify.py`, 280 steps", "2of4/sparsify-allafter-both-steps280"),
+LIKE_WIKITEXT = "WikiText-like, questions"
+RESULTS = [  # rows of smollm2.sh that were run: what was done, the text, the record's row
+    ("dense", "", "dense"),
+    ("`sparsify.py`, 280 steps", LIKE_WIKITEXT, "2of4/sparsify-allafter-both-steps280"),
     (
         "`sparsify.py --permute`, 459 steps, two hours",
+        LIKE_WIKITEXT,
         "2of4/sparsify-permuted-allafter-both-minutes120",
     ),
-    ("`sparsify.py`, 99 steps, half an hour", "2of4/sparsify-allafter-both-minutes30"),
+    (
+        "`sparsify.py`, 99 steps, half an hour",
+        LIKE_WIKITEXT,
+        "2of4/sparsify-allafter-both-minutes30",
+    ),
     (
         "`sparsify.py --permute`, 97 steps, half an hour",
+        LIKE_WIKITEXT,
         "2of4/sparsify-permuted-allafter-both-minutes30",
     ),
-    ("STE with Adam, 280 steps †", "2of4/rival-scores_ste-lr0.01-both-steps280"),
-    ("MaskLLM, 280 steps †", "2of4/rival-maskllm-lr0.001-both-steps280"),
-    ("SparseGPT (updates weights), true sequential", "2of4/sparsegpt"),
-    ("Wanda with [swaps](one_shot_masks.md#swaps), true sequential", "2of4/swaps-sequential"),
+    (
+        "STE with Adam, 280 steps",
+        f"half {LIKE_WIKITEXT}",
+        "2of4/rival-scores_ste-lr0.01-both-steps280",
+    ),
+    ("MaskLLM, 280 steps", f"half {LIKE_WIKITEXT}", "2of4/rival-maskllm-lr0.001-both-steps280"),
+    ("SparseGPT (updates weights), true sequential", "messages", "2of4/sparsegpt"),
+    (
+        "Wanda with [swaps](one_shot_masks.md#swaps), true sequential",
+        "messages",
+        "2of4/swaps-sequential",
+    ),
     (
         "MaskPro [from scores](steps.md#less-of-the-prior), 600 steps",
+        "messages",
         "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600",
     ),
-    ("MaskPro [from C·m0](steps.md#on-a-real-model), 10,000 steps", MASKPRO[10000]),
-    ("Wanda (m0)", "2of4/wanda"),
+    (
+        "MaskPro [from C·m0](steps.md#on-a-real-model), 10,000 steps",
+        "messages",
+        MASKPRO[10000],
+    ),
+    ("Wanda (m0)", "messages", "2of4/wanda"),
 ]
-SUMMARY = [  # for the README: method, learns by, bytes of state per weight, the record's row
-    ("dense", "", "", "dense"),
-    ("Wanda", "one shot", "", "2of4/wanda"),
-    ("SparseGPT", "one shot, changes weights", "", "2of4/sparsegpt"),
-    ("MaskPro", "forward passes, 10,000 steps", "4.25", MASKPRO[10000]),
-    ("MaskLLM", "backward passes, 280 steps", "24", "2of4/rival-maskllm-lr0.001-both-steps280"),
+# for the README: method, learns by, the text, bytes of state per weight, the record's row
+SUMMARY = [
+    ("dense", "", "", "", "dense"),
+    ("Wanda", "one shot", "messages", "", "2of4/wanda"),
+    ("SparseGPT", "one shot, changes weights", "messages", "", "2of4/sparsegpt"),
+    ("MaskPro", "forward passes, 10,000 steps", "messages", "4.25", MASKPRO[10000]),
+    (
+        "MaskLLM",
+        "backward passes, 280 steps",
+        f"half {LIKE_WIKITEXT}",
+        "24",
+        "2of4/rival-maskllm-lr0.001-both-steps280",
+    ),
     (
         "straight-through (STE) with Adam",
         "backward passes, 280 steps",
+        f"half {LIKE_WIKITEXT}",
         "16",
         "2of4/rival-scores_ste-lr0.01-both-steps280",
     ),
-    ("**ours**", "backward passes, 280 steps", "4.25", "2of4/sparsify-allafter-both-steps280"),
+    (
+        "**ours**",
+        "backward passes, 280 steps",
+        LIKE_WIKITEXT,
+        "4.25",
+        "2of4/sparsify-allafter-both-steps280",
+    ),
     (
         "**ours**, `--permute`",
         "backward passes, 459 steps",
+        LIKE_WIKITEXT,
         "4.25",
         "2of4/sparsify-permuted-allafter-both-minutes120",
     ),
 ]
-ONE_SHOT = [  # as RESULTS
+ONE_SHOT = [  # what was done, the record's row
     ("dense", "dense"),
     ("magnitude", "2of4/magnitude"),
     ("Wanda", "2of4/wanda"),

@@ -124,25 +124,25 @@ def gaps(name: str) -> list[str]:
     ]
 
 
-def of_the_real_model(rows: list[tuple[str, str]]) -> str:
-    """Return a table of SmolLM2-135M with those of these rows that were run."""
-    lines = [[what, *gaps(name)] for what, name in rows if smollm2(name)]
-    return markdown_table(["method", *GAPS], lines)
-
-
 def results() -> str:
-    return of_the_real_model(RESULTS)
+    """Return the table of the runs on SmolLM2-135M."""
+    lines = [[what, text, *gaps(name)] for what, text, name in RESULTS]
+    return markdown_table(["method", "text", *GAPS], lines)
 
 
 def summary() -> str:
-    lines = [[what, learned, state, *gaps(name)[::2]] for what, learned, state, name in SUMMARY]
-    return markdown_table(
-        ["method", "learns by", "state (bytes per weight)", "perplexity", "accuracy (%)"], lines
-    )
+    """Return the README's table."""
+    lines = [
+        [what, learned, text, state, *gaps(name)[::2]]
+        for what, learned, text, state, name in SUMMARY
+    ]
+    columns = ["method", "learns by", "text", "state (bytes per weight)"]
+    return markdown_table([*columns, "perplexity", "accuracy (%)"], lines)
 
 
 def one_shot() -> str:
-    return of_the_real_model(ONE_SHOT)
+    """Return the table of masks made in one shot."""
+    return markdown_table(["method", *GAPS], [[what, *gaps(name)] for what, name in ONE_SHOT])
 
 
 def rivals() -> str:
