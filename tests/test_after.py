@@ -1,5 +1,6 @@
 """The recipes of docs/after.md, run as they stand there on a tiny model: zeros stay."""
 
+import re
 import sys
 
 from files import mask_files
@@ -55,6 +56,25 @@ def test_a_recipe_keeps_the_zeros_and_moves_the_other_weights(name, run, monkeyp
     masks = mask_files.load(results / "mask.safetensors").masks
     for layer_name, layer in find_layers(model).items():
         assert not layer.weight[~masks[layer_name]].any()
+
+
+def test_masks_on_a_merged_adapter_keep_the_zeros(run, monkeypatch):
+    """The page's two lines on LoRA, after an adapter has learned."""
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    monkeypatch.chdir(run)
+    dense, _ = load_model("results/RUN/checkpoint", "float32", "cpu")
+    base, _ = load_model("results/RUN/checkpoint", "float32", "cpu")
+    adapter = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    (recipe,) = re.findall(r"```python\n(merged = .*?)```", after.PAGE.read_text(), re.DOTALL)
+    names = {
+        "peft_model": peft.get_peft_model(base, adapter),
+        "apply_masks": apply_masks,
+        "find_layers": find_layers,
+        "load": mask_files.load,
+    }
+    exec(recipe, names)
+    assert check_sparsity(find_layers(names["merged"]), (2, 4)) <= 0.5
+    assert moved(dense, names["merged"]) > 0.3
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
