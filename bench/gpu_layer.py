@@ -64,10 +64,15 @@ class Layer:
         )
 
     def vjp(self) -> None:
-        # fmt: off
-        self.kernels.vjp(self.logits, self.bits, self.weight, self.gradient, self.mean_squares,
-                         self.scale, self.key)
-        # fmt: on
+        self.kernels.vjp(
+            self.logits,
+            self.bits,
+            self.weight,
+            self.gradient,
+            self.mean_squares,
+            self.scale,
+            self.key,
+        )
 
     def passes(self) -> dict[str, Callable[[], None]]:
         """Return each kernel of a step, by its name."""

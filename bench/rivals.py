@@ -15,15 +15,18 @@ one pass over their text.
 The table shows, for each method and budget, the held-out loss of the mask on the frozen weights,
 mean ± standard deviation over seeds, and the median processor time. State: what learning keeps in
 addition to the model. --rates makes a row for each method and rate, on held-out windows that the
-table does not use. --json FILE keeps each run as it ends; runs that FILE has are not repeated, so a
-bench that was stopped resumes. The rivals are in rival_methods.py; this project's and the paper's
-methods are in learning.py.
+table does not use. The rivals are in rival_methods.py; this project's and the paper's methods are
+in learning.py.
+
+--json FILE keeps each run as it ends. A run whose row, budget and seed are in FILE is not repeated,
+so a bench that was stopped resumes; give another FILE after a change of settings or of the model.
 """
 
 import argparse
 import json
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 
 import common
@@ -148,7 +151,7 @@ def make_method(problem: Problem, setting: dict, seed: int) -> Rival | ForwardOn
     )
 
 
-def run(problem: Problem, name: str, row: dict, passes: int, seed: int) -> dict:
+def learn(problem: Problem, name: str, row: dict, passes: int, seed: int) -> dict:
     """Run a row's method for about `passes` forward passes; return what a record has of it."""
     setting = setting_of(row, passes)
     batches = problem.batches(setting, passes, seed)
@@ -161,13 +164,14 @@ def run(problem: Problem, name: str, row: dict, passes: int, seed: int) -> dict:
         from_swaps(method.masked, setting["logits"], samples, SWEEPS)
     for t in progress_bar(range(steps), desc=f"seed {seed}", unit="step"):
         method.learn(batches[t % len(batches)], t, steps)
+    seconds = time.process_time() - start
     return {
         "method": name,
         "passes": passes,
         "seed": seed,
         "lr": setting["lr"],
         "state": f"{method.state_bytes():.3g}",
-        "seconds": round(time.process_time() - start),
+        "seconds": round(seconds),
         "loss": batch_loss(problem.masked_model(method.masks()), problem.heldout),
         "dense loss": problem.dense_loss,
         "m0 loss": problem.m0_loss,
@@ -206,15 +210,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.json and Path(args.json).exists():
         runs = json.loads(Path(args.json).read_text())
     known = {(run["method"], run["passes"], run["seed"]) for run in runs}
-    for passes in args.budgets:
-        for seed in range(args.seed, args.seed + args.seeds):
-            for name, row in rows.items():
-                if (name, passes, seed) in known:
-                    continue
-                runs.append({**run(problem, name, row, passes, seed), **common.conditions_of(args)})
-                print("{method}, {passes} passes, seed {seed}: {loss:.4f}".format(**runs[-1]))
-                if args.json:
-                    write_json(args.json, runs)
+    seeds = range(args.seed, args.seed + args.seeds)
+    for passes, seed, name in product(args.budgets, seeds, rows):
+        if (name, passes, seed) in known:
+            continue
+        run = learn(problem, name, rows[name], passes, seed)
+        print(f"{name}, {passes} passes, seed {seed}: {run['loss']:.4f}", flush=True)
+        runs.append({**run, **common.conditions_of(args)})
+        if args.json:
+            write_json(args.json, runs)
     common.print_report(
         table(runs),
         args,

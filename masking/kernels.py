@@ -42,7 +42,7 @@ MOST_OF_TWO_BLOCKS = 100
 # above these, the 2^N subsets make the fused score long, and the exact routines run
 FUSED_MAX_N = 4
 FUSED_MAX_M = 8
-DECAY = 0.95  # of a block's running mean square of J^T G, per step
+BLOCK_DECAY = 0.95  # of a block's running mean square of J^T G, per step
 MOST = 0.3  # logits that a gradient's step moves, at most
 
 
@@ -144,7 +144,8 @@ def fused_vjp(
     squares = sum_of([g * g for g in gradient])
     is_finite = squares < torch.inf
     before = mean_squares.float()
-    mean = torch.where(before < 0, squares / m, DECAY * before + (1 - DECAY) / m * squares)
+    updated = BLOCK_DECAY * before + (1 - BLOCK_DECAY) / m * squares
+    mean = torch.where(before < 0, squares / m, updated)
     mean_squares.copy_(torch.where(is_finite, mean, before))
     rate = scale[1] * torch.minimum(torch.rsqrt(mean), scale[0])
     moves = [(g * rate).clamp(-MOST, MOST) for g in gradient]
@@ -245,10 +246,18 @@ class Kernels:
             )
             saliency = list(saliency.mul_(gradient.reshape(blocks, -1).T))
         run = self._vjp_on_gpu if bits.is_cuda else self._vjp
-        # fmt: off
-        return run(list(logits), bits, saliency, dtype, mean_squares, scale, key,
-                   space.n, space.m, start=start)
-        # fmt: on
+        return run(
+            list(logits),
+            bits,
+            saliency,
+            dtype,
+            mean_squares,
+            scale,
+            key,
+            space.n,
+            space.m,
+            start=start,
+        )
 
     @torch.no_grad()
     def write(self, weight: Tensor, bits: Tensor, out: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Kernels.vjp, the step along J^T G (masking/kernels.py): against enumeration."""
 
 from masking.block_bits import bits_dtype, bits_to_mask
-from masking.kernels import DECAY, MOST, Kernels
+from masking.kernels import BLOCK_DECAY, MOST, Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
 
@@ -43,7 +43,7 @@ def test_the_step_follows_the_jacobian(n, m):
         [-1.0, 0.0, 1.0, 4.0, -1.0], dtype=torch.bfloat16
     )  # negative: not measured yet
     now = vjp.square().mean(1)
-    mean = torch.where(before < 0, now, DECAY * before.double() + (1 - DECAY) * now)
+    mean = torch.where(before < 0, now, BLOCK_DECAY * before.double() + (1 - BLOCK_DECAY) * now)
     floor = float(mean.sqrt().median())
     move = (0.4 * vjp / mean.sqrt().clamp(min=floor)[:, None]).clamp(-MOST, MOST)
     assert (move.abs() < MOST).any() and (move.abs() == MOST).any()  # some are clipped, some not

@@ -5,8 +5,7 @@ import math
 from itertools import combinations
 
 from masking import kernels
-from masking.kernels import DECAY as BLOCK_DECAY
-from masking.kernels import MOST
+from masking.kernels import BLOCK_DECAY, MOST
 from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
@@ -134,9 +133,15 @@ def test_updates_follow_the_formula(load, n, m):
         assert len(mine) == 3
 
 
+def keep_means_in_float32(learner):
+    """So that squares which differ by rounding do not round otherwise to bfloat16."""
+    means = learner.normalization.of_blocks
+    learner.normalization.of_blocks = {name: mean.float() for name, mean in means.items()}
+
+
 def test_a_step_in_microbatches_is_that_of_the_whole(load):
-    """Equal to the rounding of squares to bfloat16, with a last microbatch that is smaller; nothing
-    moves where one of them is not finite."""
+    """Equal to rounding, with a last microbatch that is smaller; nothing moves where one of them is
+    not finite."""
     tokens, distill, found = (
         torch.randint(32, (5, 20), generator=seeded(0)),
         [0.0, 1.0, 0.5, 0.0, 0.25],
@@ -144,12 +149,13 @@ def test_a_step_in_microbatches_is_that_of_the_whole(load):
     )
     for microbatch in (5, 2, 1):
         learner, masked, _ = learner_of(load(), microbatch=microbatch)
+        keep_means_in_float32(learner)
         for _ in range(3):
             learner.step(tokens, 0.1, distill)
         found.append(all_logits(masked))
     for name, whole in found[0].items():
         for parts in found[1:]:
-            assert torch.allclose(parts[name], whole, atol=1e-3) and not torch.equal(
+            assert torch.allclose(parts[name], whole, atol=1e-4) and not torch.equal(
                 whole, whole.round()
             )
     final = masked.model.get_output_embeddings()
@@ -170,11 +176,12 @@ def test_experts_that_the_last_microbatch_does_not_reach_learn_too():
     for microbatch in (2, 1):
         torch.manual_seed(0)
         learner, masked, _ = learner_of(MixtureModel().requires_grad_(False), microbatch=microbatch)
+        keep_means_in_float32(learner)
         for _ in range(3):
             learner.step(tokens, 0.1)
         found.append(all_logits(masked))
     for name, whole in found[0].items():
-        assert torch.allclose(found[1][name], whole, atol=1e-3) and not torch.equal(
+        assert torch.allclose(found[1][name], whole, atol=1e-4) and not torch.equal(
             whole, whole.round()
         )
 
