@@ -47,16 +47,18 @@ from small_model import MODEL
 
 WINDOWS = 256  # windows of 128 tokens: the first 256 for the table, the next 256 for --rates
 
-# Settings. learner: a key of OURS or RIVALS; lr: its learning rate; distill: the share of KD in the
-# loss, the rest is the text's; batchsize: sequences of fresh text; tuned: the settings that differ
-# from a budget on. docs/lab_notebook.md lists the rates that were tried; others are first guesses.
+# Settings. learner: a key of OURS or RIVALS; lr: its learning rate; logits: C; distill: the share of
+# KD in the loss, the rest is the text's; batchsize: sequences of fresh text; tuned: the settings
+# that differ from a budget on. docs/lab_notebook.md lists the rates that were tried.
 TEXT = dict(batchsize=8, fresh=True)
-TUNED = {
-    160: dict(lr=1.2),
-    640: dict(lr=1.8),
-    2500: dict(lr=1.8, batchsize=16),
-    10000: dict(lr=2.5, batchsize=32),
-}
+TUNED = dict(
+    DEFAULTS,
+    tuned={
+        160: dict(lr=2),
+        2500: dict(lr=3, batchsize=16),
+        10000: dict(lr=2, logits=1, batchsize=32),
+    },
+)
 STE = dict(
     learner="scores_ste",
     distill=1.0,
@@ -74,20 +76,34 @@ MASKLLM = dict(
     **TEXT,
     tuned={160: dict(lr=0.001), 2500: dict(lr=0.002, batchsize=32)},
 )
-ROI = {160: dict(lr=0.001), 2500: dict(lr=0.001, batchsize=32)}
+ROI = dict(
+    MASKLLM,
+    learner="roi",
+    tuned={160: dict(lr=0.03), 2500: dict(lr=0.01, batchsize=32)},
+)
 ROWS = {
     "sparsify.py": DEFAULTS,
-    "sparsify.py with its rate tuned": dict(DEFAULTS, tuned=TUNED),
-    "STE on scores + Adam + KD": STE,
-    "STE on scores + Adam": dict(STE, distill=0.0),
+    "ours + KD": TUNED,
+    "STE + Adam + KD": STE,
+    "MaskLLM + KD": MASKLLM,
+    "RoI + KD": ROI,
+    "ours": dict(
+        TUNED,
+        distill=0.0,
+        tuned={
+            160: dict(lr=1.2),
+            640: dict(lr=2, logits=1),
+            2500: dict(lr=2, logits=0.5, batchsize=16),
+            10000: dict(lr=2, logits=0.5, batchsize=32),
+        },
+    ),
+    "STE + Adam": dict(STE, distill=0.0),
     "MaskLLM": dict(
         MASKLLM,
         distill=0.0,
         tuned={**MASKLLM["tuned"], 640: dict(lr=6e-4), 10000: dict(lr=0.001, batchsize=32)},
     ),
-    "MaskLLM + KD": MASKLLM,
-    "RoI": dict(MASKLLM, learner="roi", distill=0.0, tuned=ROI),
-    "RoI + KD": dict(MASKLLM, learner="roi", tuned=ROI),
+    "RoI": dict(ROI, distill=0.0),
     "forward-only: MaskPro": dict(learner="forward_only", estimator=pge.Estimator, lr=10, logits=5),
     "forward-only: MaskPro, debiased tracker": dict(
         learner="forward_only", estimator=lambda: pge.Estimator(debias=True), lr=10, logits=5

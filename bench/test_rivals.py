@@ -193,5 +193,5 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
         ("forward-only: MaskPro", 4.25),
     ]
     assert all(f"{run['loss']:.4f} ({run['seconds']} s)" in printed for run in runs)
-    rivals.main([*flags[:5], "--rows", "STE on scores + Adam", "--rates", "0.001,0.002"])
-    assert "STE on scores + Adam, rate 0.002" in capsys.readouterr().out
+    rivals.main([*flags[:5], "--rows", "STE + Adam", "--rates", "0.001,0.002"])
+    assert "STE + Adam, rate 0.002" in capsys.readouterr().out
