@@ -47,8 +47,8 @@ from small_model import MODEL
 
 WINDOWS = 256  # windows of 128 tokens: the first 256 for the table, the next 256 for --rates
 
-# Settings. learner: a key of OURS or RIVALS; lr: its learning rate; logits: C; distill: the share of
-# KD in the loss, the rest is the text's; batchsize: sequences of fresh text; tuned: the settings
+# Settings. learner: a key of OURS or RIVALS; lr: its learning rate; logits: C; distill: the share
+# of KD in the loss, the rest is the text's; batchsize: sequences of fresh text; tuned: the settings
 # that differ from a budget on. docs/lab_notebook.md lists the rates that were tried.
 TEXT = dict(batchsize=8, fresh=True)
 TUNED = dict(
