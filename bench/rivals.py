@@ -97,7 +97,9 @@ ROWS = {
             10000: dict(lr=2, logits=0.5, batchsize=32),
         },
     ),
-    "STE + Adam": dict(STE, distill=0.0),
+    "STE + Adam": dict(
+        STE, distill=0.0, tuned={**STE["tuned"], 160: dict(lr=0.02), 640: dict(lr=0.02)}
+    ),
     "MaskLLM": dict(
         MASKLLM,
         distill=0.0,
