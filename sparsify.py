@@ -131,7 +131,7 @@ from training.notebook import sparsify  # noqa: F401, for `from sparsify import 
 from training.run_folder import ORDER, RunFolder
 from training.signals import StopSignals
 from training.stages import Stages
-from training.straight_through import StraightThrough, step_size
+from training.straight_through import StraightThrough, soft_temperature, step_size
 from training.table import Table, read_windows
 from training.validation import Validation
 
@@ -317,7 +317,8 @@ def learn(
     with stages.stage("learning", f"from {len(batches)} minibatches", run.progress.seconds):
         for index in run.steps():
             size = step_size(args.step_size, run.share_done, run.total_steps)
-            run.advance(learner.step(batches[index], size, distill[index].tolist()))
+            temperature = soft_temperature(run.share_done)
+            run.advance(learner.step(batches[index], size, distill[index].tolist(), temperature))
 
     with stages.stage("table", "evaluating and writing the learned mask"):
         with masked.use_masks(validation.bits):

@@ -213,7 +213,12 @@ def passes(
         one = layer()
         one.kernels.write(one.weight.view(-1), one.bits, one.out)
 
-    found = {"update": lambda: layer().update(), "vjp": lambda: layer().vjp(), "write": write}
+    found = {
+        "update": lambda: layer().update(),
+        "vjp": lambda: layer().vjp(),
+        "write": write,
+        "write soft": lambda: layer().write_soft(),
+    }
     if not Kernels(LinearSpace(n, m)).is_fused:
         del found["update"]  # it runs eagerly
     return found

@@ -55,7 +55,7 @@ class Layer:
         self.out = torch.empty_like(self.weight).view(-1)
         self.key = layer_keys(0, 7, 1)[0].to(device)
         self.coefficient = torch.tensor(0.7, device=device)
-        self.scale = torch.tensor([3.0, 0.05], device=device)
+        self.scale = torch.tensor([3.0, 0.05, 0.5], device=device)
         self.mean_squares = torch.rand(blocks, generator=generator).to(device, torch.bfloat16)
 
     def update(self) -> None:
@@ -74,9 +74,12 @@ class Layer:
             self.key,
         )
 
+    def write_soft(self) -> None:
+        self.kernels.write_soft(self.logits, self.weight.view(-1), self.out, self.scale[2])
+
     def passes(self) -> dict[str, Callable[[], None]]:
         """Return each kernel of a step, by its name."""
-        return {"update": self.update, "vjp": self.vjp}
+        return {"update": self.update, "vjp": self.vjp, "write soft": self.write_soft}
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> float:
@@ -139,10 +142,12 @@ def passes(layer: Layer) -> dict[str, Tensor]:
         "logits after an update": torch.stack([plane.cpu() for plane in layer.logits]),
     }
     layer.vjp()
-    return found | {
+    found |= {
         "logits after a vjp": torch.stack([plane.cpu() for plane in layer.logits]),
         "mask of them": layer.bits.cpu(),
     }
+    layer.write_soft()
+    return found | {"soft weight": layer.out.cpu()}
 
 
 def draws(args: argparse.Namespace, n: int, m: int) -> Rows:

@@ -15,7 +15,7 @@ from models.loading import load_model
 from models.loss import batch_loss
 from pruning.calibration import input_norms
 from pruning.one_shot import OneShot, one_shot_masks
-from training.straight_through import StraightThrough, step_size
+from training.straight_through import StraightThrough, soft_temperature, step_size
 
 from small_model import HELDOUT, TEXT
 from torch import Tensor, nn
@@ -116,9 +116,9 @@ class Gradients(ForwardOnly):
 
     def learn(self, batch: Tensor, step: int, steps: int) -> None:
         """Take step number `step` of `steps` on a batch, int64 `[sequences, tokens]`."""
-        self.learner.step(
-            batch, step_size(self.lr, step / steps, steps), [self.distill] * len(batch)
-        )
+        size = step_size(self.lr, step / steps, steps)
+        temperature = soft_temperature(step / steps)
+        self.learner.step(batch, size, [self.distill] * len(batch), temperature)
 
     def kept(self) -> list[Tensor]:
         """Return the tensors that are kept in addition to the model."""

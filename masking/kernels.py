@@ -29,7 +29,8 @@ from masking.block_bits import (
 )
 from masking.compiler import compiled
 from masking.exact_kernels import chunk_of
-from masking.fused_ops import draw, draws, most_probable, rates, score, sum_of, transitions, vjp
+from masking.fused_ops import draw, draws, most_probable, rates, score, sum_of
+from masking.inclusion import inclusion, transitions, vjp
 from masking.random_bits import random_bits, round_stochastically, uniform
 from masking.slicing import one_block_a_thread, sliced
 from masking.spaces import LinearSpace, Space
@@ -126,12 +127,12 @@ def fused_vjp(
     Returns the sum of squares of each block's J^T G, float32 `[blocks]`. If it is not finite, it is
     NaN, and the block's logits stay.
 
-    J is the Jacobian of the inclusion probabilities. saliency: G as M float32 planes `[blocks]`, or
-    (weights, gradients) whose product is G, if a block fits a word. The weights are then int64
-    words `[blocks]` of numbers of this dtype, and the gradients are such words or float32
-    `[blocks, M]`. mean_squares: rms^2 of each block's J^T G, a running mean that this step is added
-    to, bfloat16 `[blocks]`, negative before the first. scale: float32 `[2]`, 1 / floor and the
-    step.
+    J is the Jacobian of the inclusion probabilities of pi / temperature. saliency: G as M float32
+    planes `[blocks]`, or (weights, gradients) whose product is G, if a block fits a word. The
+    weights are then int64 words `[blocks]` of numbers of this dtype, and the gradients are such
+    words or float32 `[blocks, M]`. mean_squares: rms^2 of each block's J^T G, a running mean that
+    this step is added to, bfloat16 `[blocks]`, negative before the first. scale: float32 `[3]`,
+    1 / floor, the step and 1 / temperature.
     """
     if isinstance(saliency, tuple):
         weight, gradient = saliency
@@ -140,7 +141,7 @@ def fused_vjp(
         )
         saliency = [w * g for w, g in zip(planes_of_words(weight, m, dtype), gradient)]
     planes = [plane.float() for plane in logits]
-    gradient = vjp(planes, saliency, n)
+    gradient = vjp([plane * scale[2] for plane in planes], saliency, n)
     squares = sum_of([g * g for g in gradient])
     is_finite = squares < torch.inf
     before = mean_squares.float()
@@ -153,6 +154,15 @@ def fused_vjp(
     planes = _store(logits, planes, _counter(logits[0], n, m, start), key, n)
     bits.copy_(most_probable(planes, n).to(bits.dtype))
     return torch.where(is_finite, squares, torch.nan)
+
+
+def write_soft(
+    logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor, n: int
+) -> None:
+    """Write out <- mu * w, mu the inclusion probabilities of pi / temperature. weight and out
+    `[blocks, M]`; inverse_temperature: float32 `[]`."""
+    mu = inclusion([plane.float() * inverse_temperature for plane in logits], n)
+    out.copy_(torch.stack(mu, 1) * weight)
 
 
 class Kernels:
@@ -183,6 +193,7 @@ class Kernels:
         if self._compiled and transitions(space.n, space.m) > MOST_OF_TWO_BLOCKS:
             self._vjp_on_gpu = one_block_a_thread(fused_vjp, sliced(fused_vjp))
         self._write = self.fastest(write_masked)
+        self._write_soft = self.fastest(write_soft, sliced(write_soft))
 
     def fastest(self, function: Callable, eager: Callable | None = None) -> Callable:
         """Return `function` compiled, if this backend compiles; else `eager` (default: the function
@@ -263,6 +274,16 @@ class Kernels:
     def write(self, weight: Tensor, bits: Tensor, out: Tensor) -> None:
         """Write out <- m * w."""
         self._write(as_words(weight, self.space.m), bits, as_words(out, self.space.m), self.space.m)
+
+    @torch.no_grad()
+    def write_soft(
+        self, logits: list[Tensor], weight: Tensor, out: Tensor, inverse_temperature: Tensor
+    ) -> None:
+        """Write out <- mu * w; see the function `write_soft`."""
+        m = self.space.m
+        self._write_soft(
+            list(logits), weight.view(-1, m), out.view(-1, m), inverse_temperature, self.space.n
+        )
 
     def mode(
         self, logits: list[Tensor], m0: Tensor | None = None, magnitude: float = 0.0

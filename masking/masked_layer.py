@@ -115,6 +115,11 @@ class MaskedLayer:
             .mean()
         )
 
+    def checksum(self) -> list[int]:
+        """Return numbers that almost surely change with any change of the logits."""
+        integer = torch.int16 if self.logits[0].itemsize == 2 else torch.int32
+        return [int(plane.view(integer).sum(dtype=torch.int64)) for plane in self.logits]
+
     def set_logits(self, logits_of: Callable[[slice], Tensor]) -> None:
         """Set the logits, a chunk of blocks at a time. logits_of: slice -> float32 `[blocks,
         width]`."""

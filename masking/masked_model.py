@@ -62,6 +62,7 @@ class MaskedModel:
         self.kernels = Kernels(space, backend)
         self.undo: list[Callable] = []  # called by `finish`
         self._override: Bits | None = None  # set by `use_masks`, replaces the masks drawn
+        self._soft: dict[torch.device, Tensor] = {}  # set by `use_soft_masks`: 1 / temperature
         self._pruned: list[tuple[Tensor, Tensor]] = []  # other layers: weight, what m0 pruned
         if any(isinstance(module, MaskedLinear) for module in model.modules()):
             raise RuntimeError("the model has learned masks already: call `finish` first")
@@ -117,10 +118,13 @@ class MaskedModel:
         buffer)."""
         bits = layer.bits if self._override is None else self._override[layer.name]
         out = layer.scratch.view(-1) if out is None else out
+        weight = layer.weight.view(-1)
         if bits is None:
-            out.copy_(layer.weight.view(-1))
+            out.copy_(weight)
+        elif self._soft and self._override is None:
+            self.kernels.write_soft(layer.logits, weight, out, self._soft[weight.device])
         else:
-            self.kernels.write(layer.weight.view(-1), bits, out)
+            self.kernels.write(weight, bits, out)
 
     def rewrite(self, layer: MaskedLayer) -> None:
         """Make a pass that has just reached this layer use the mask that it has now. Only a sharded
@@ -147,9 +151,8 @@ class MaskedModel:
     def mean_loss(self, batches: Tensor) -> float:
         """Return the mean loss of minibatches, int64 `[minibatches, sequences, tokens]`. Each
         process runs a part of them; if the model is sharded, all run each one together."""
-        losses = [
-            self.loss(batch) for batch in (batches if self.is_sharded else processes.split(batches))
-        ]
+        batches = batches if self.is_sharded else processes.split(batches)
+        losses = [self.loss(batch) for batch in batches]
         if self.is_sharded:
             # those of the main process, as others may be rounded differently
             return fmean(processes.all_gather(losses)[0])
@@ -168,15 +171,19 @@ class MaskedModel:
         """Return the devices of the learned layers."""
         return {layer.weight.device for layer in self.layers.values()}
 
+    def _on_devices(self, number: float) -> dict[torch.device, Tensor]:
+        """Return a number as float32 `[]` on each device of the learned layers."""
+        return {
+            device: torch.tensor(number, dtype=torch.float32, device=device)
+            for device in self.devices()
+        }
+
     def update(self, coefficient: float) -> None:
         """Schedule pi <- pi - coefficient * score(pi, m_t) and m_{t+1} ~ p(pi): the next forward
         does both, layer by layer. A coefficient of 0 only draws another mask."""
         self.flush()
         keys = self.keys(on_cpu=not self.kernels.is_fused)
-        coefficients = {
-            device: torch.tensor(coefficient, dtype=torch.float32, device=device)
-            for device in self.devices()
-        }
+        coefficients = self._on_devices(coefficient)
         for name, layer in self.layers.items():
             layer.schedule(coefficients[layer.weight.device], keys[name])
         self.steps += 1
@@ -212,6 +219,16 @@ class MaskedModel:
                 for weight, pruned in self._pruned:
                     weight.sub_(pruned)
 
+    @contextmanager
+    def use_soft_masks(self, temperature: float) -> Iterator[None]:
+        """Multiply each weight by its inclusion probability at logits / temperature within the
+        context, in place of the mask. Masks stay hard if the temperature is 0."""
+        self._soft = self._on_devices(1 / temperature) if temperature else {}
+        try:
+            yield
+        finally:
+            self._soft = {}
+
     def bits(self) -> dict[str, Tensor]:
         """Return a copy of each learned layer's present mask, as bits `[blocks]`: a quarter of a
         byte per weight at M = 4."""
@@ -236,25 +253,10 @@ class MaskedModel:
     def changed(self) -> float:
         """Return the share of blocks whose most probable mask is not m0's, from a sample."""
         self.flush()
-        return (
-            sum(layer.changed() * layer.shape.numel() for layer in self.layers.values())
-            / self.space.m
-            / self.blocks
-        )
+        weights = sum(layer.changed() * layer.shape.numel() for layer in self.layers.values())
+        return weights / self.space.m / self.blocks
 
     # -------------------------------------------------------------------------- saved and collected
-
-    def checksum(self) -> str:
-        """Return text that almost surely changes with any change of the logits, for comparing
-        processes. Sharded layers are left out, as they have only one copy."""
-        self.flush()
-        sums = [
-            plane.view(torch.int16 if plane.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
-            for layer in self.layers.values()
-            for plane in layer.logits
-            if not layer.sharded
-        ]
-        return str([int(total) for total in sums])
 
     def broadcast_(self) -> None:
         """Copy the logits and masks of the main process to all, except those of sharded layers."""

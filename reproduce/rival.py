@@ -87,7 +87,7 @@ class RivalLearner(Learner):
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def step(self, batch: Tensor, _size: float, distill: list[float]) -> StepResult:
+    def step(self, batch: Tensor, _size: float, distill: list[float], *_: object) -> StepResult:
         """Take a step, as StraightThrough does; Adam decides its size."""
         batch = batch.to(input_device(self.masked.model))
         teacher = None

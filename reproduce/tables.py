@@ -21,12 +21,13 @@ from record import POINTS, cell, recovered, row_cells
 from rows import ABLATIONS, AFTER, FALLS, ONE_SHOT, RESULTS, RIVALS, SIGNALS, SUMMARY, small
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from evaluation.comparison import markdown_table
 from training.report import perplexity_table, sparsified
 from utils import run_script
 
 import numpy as np
+from rivals import table as of_methods
 
 PAGES = ("README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
 GAPS = ["perplexity", "gap closed (%)", "accuracy (%)", "gap closed (%)"]
@@ -153,6 +154,20 @@ def rivals() -> str:
         lines.append([method, state_bytes, seeds, *gaps(name)])
     columns = ["method", "state (bytes per weight)", "seeds", *GAPS]
     return markdown_table(columns, lines)
+
+
+def small_rivals() -> str:
+    """Return the table of the record that bench/rivals.py --json wrote."""
+    runs = record("rivals")
+    rows = of_methods(runs)
+    columns = list(rows[0])
+    lines = [[row.get(column, "") for column in columns] for row in rows]
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    return (
+        f"{markdown_table(columns, lines)}\n\nDense {runs[0]['dense loss']:.4f}, m0 "
+        f"{runs[0]['m0 loss']:.4f}; {runs[0]['hardware']}, torch {runs[0]['torch']}, commits "
+        f"{commits}."
+    )
 
 
 def after_the_mask() -> str:
@@ -337,6 +352,7 @@ TABLES = (
     results,
     one_shot,
     rivals,
+    small_rivals,
     after_the_mask,
     scaling,
     step,

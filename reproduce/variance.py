@@ -50,7 +50,7 @@ utils.use_short_spins()
 import data
 from evaluation.comparison import markdown_table
 from files.records import write_json
-from masking import fused_ops
+from masking import fused_ops, inclusion
 from masking.block_bits import kept_planes
 from masking.masked_layer import MaskedLayer
 from masking.masked_model import MaskedModel
@@ -119,7 +119,7 @@ class Collected:
         )
         self.parts = dict(zip(masked.layers, map(slice, [0, *ends[:-1]], ends)))
 
-    def begin_pass(self, size: float) -> None:
+    def begin_pass(self, size: float, temperature: float = 1.0) -> None:
         """Do nothing: there is nothing to prepare."""
 
     def end_pass(self) -> None:
@@ -128,7 +128,7 @@ class Collected:
     def move(self, layer: MaskedLayer, gradient: Tensor, key: Tensor) -> None:
         """Add J^T G of a layer to `total`, in place of `Normalization.move`."""
         saliency = (layer.weight * gradient).view(-1, layer.m) * self.scale
-        planes = fused_ops.vjp(layer.logits, list(saliency.unbind(1)), self.masked.space.n)
+        planes = inclusion.vjp(layer.logits, list(saliency.unbind(1)), self.masked.space.n)
         self.total[self.parts[layer.name]] += torch.stack(planes, 1).flatten()
 
 

@@ -3,6 +3,7 @@
 from math import cos, radians
 
 from masking import fused_ops
+from masking.inclusion import vjp
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_the_race_keeps_the_first_to_arrive(pattern, seed):
 
 
 def vjp_of(logits, saliency, n):
-    return joined(fused_ops.vjp(planes_of(logits), planes_of(saliency), n)).double()
+    return joined(vjp(planes_of(logits), planes_of(saliency), n)).double()
 
 
 @settings(max_examples=40, deadline=None)
@@ -160,7 +161,7 @@ def test_vjp_of_large_blocks_is_that_of_a_race_stopped_at_one_time(block, seed):
     ],
 )
 def test_large_blocks_come_near_the_exact_probabilities(n, m, degrees):
-    """In the median direction, as fused_ops.py says; those whose walk is short are exact. In
+    """In the median direction, as inclusion.py says; those whose walk is short are exact. In
     probability within 0.1. The exact ones are held against enumeration in test_pge.py."""
     for scale in (0.1, 1.0, 3.0, 6.0):
         logits = torch.randn(50, m, generator=seeded(m)) * scale

@@ -13,13 +13,13 @@ from models.layers import find_layers, is_transposed, weight_matrix
 from models.loss import batch_loss
 from training import normalization
 from training.normalization import DECAY, FLOOR
-from training.straight_through import StraightThrough, step_size
+from training.straight_through import SOFT, StraightThrough, soft_temperature, step_size
 from utils import UserError
 
 import pytest
 import torch
 import transformers
-from exact import by_orderings, exact_vjp
+from exact import by_orderings, exact_vjp, inclusion_by_drawings
 from masked import (
     TOKENS,
     Stack,
@@ -105,18 +105,20 @@ def test_weight_gradients_are_those_of_an_ordinary_model(kind, load, shares):
 @pytest.mark.parametrize("n, m", [(2, 4), (4, 8)])
 def test_updates_follow_the_formula(load, n, m):
     """pi <- pi - clip(size * J^T G / max(block's rms, FLOOR layer's rms), +-MOST): running means,
-    of the block up to this step, of the layer up to the one before."""
+    of the block up to this step, of the layer up to the one before. J is at logits / temperature,
+    and at the logits if masks are hard."""
     learner, masked, dense = learner_of(load(), n, m)
     seen, sizes = watch(learner), [0.4, 0.3, 0.1]
-    for size in sizes:
-        learner.step(TOKENS, size)
+    temperatures = [2.0, 0.7, 0.0]
+    for size, temperature in zip(sizes, temperatures):
+        learner.step(TOKENS, size, temperature=temperature)
     for name, layer in masked.layers.items():
         mine = [(gradient, logits) for of, gradient, logits in seen if of.name == name]
         after = [*[logits for _, logits in mine[1:]], logits_of(layer).double()]
         mean = None
         for index, ((gradient, logits), moved) in enumerate(zip(mine, after)):
             saliency = (dense[name] * gradient).double().view(-1, m)
-            vjp = exact_vjp(logits, n, saliency)
+            vjp = exact_vjp(logits / (temperatures[index] or 1.0), n, saliency)
             squares = vjp.square().mean(1, keepdim=True)
             if mean is None:  # the first only measures
                 of_blocks = squares.bfloat16().double()  # as it is stored
@@ -131,6 +133,30 @@ def test_updates_follow_the_formula(load, n, m):
             # squares that round otherwise to bfloat16 are up to 1/128 apart
             assert torch.allclose(logits - moved, move, atol=2e-5, rtol=4e-3)
         assert len(mine) == 3
+
+
+def test_soft_masks_weigh_by_inclusion_probabilities(load):
+    """The loss is that of weights times their inclusion probabilities. After the step the mask is
+    hard."""
+    learner, masked, dense = learner_of(load())
+    for temperature in (2.0, 0.5, 0.0):
+        plain = load()
+        for name, module in find_layers(plain).items():
+            logits = logits_of(masked.layers[name]).double()
+            mask = masked.space.mode(logits.float()).double()
+            if temperature:
+                mask = torch.stack([inclusion_by_drawings(x / temperature, 2) for x in logits])
+            module.weight.mul_(mask.view(module.weight.shape).float())
+        loss = learner.step(TOKENS, 0.2, temperature=temperature).loss
+        assert loss == pytest.approx(batch_loss(plain, TOKENS), rel=1e-5)
+        hard = {name: dense[name] * mask for name, mask in drawn_masks(masked).items()}
+        assert same(used_weights(masked.model), hard)
+
+
+def test_temperatures_fall_by_equal_factors():
+    first, later, latest = [soft_temperature(SOFT * share) for share in (0, 0.5, 0.999)]
+    assert first == 2.0 and later == pytest.approx(math.sqrt(2.0 * 0.4))
+    assert latest == pytest.approx(0.4, rel=2e-3) and soft_temperature(SOFT) == 0.0
 
 
 def keep_means_in_float32(learner):

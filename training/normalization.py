@@ -46,12 +46,13 @@ class Normalization:
         }
         self._sizes = torch.tensor([float(layer.shape.numel()) for layer in layers], device=device)
 
-    def begin_pass(self, size: float) -> None:
-        """Prepare a backward pass whose step is `size`."""
+    def begin_pass(self, size: float, temperature: float = 1.0) -> None:
+        """Prepare a backward pass whose step is `size`, J at logits / temperature."""
         means = self.mean_squares
         factors = (means.clamp(min=1e-30).rsqrt() / FLOOR).masked_fill(means.isnan(), 0.0)
         # rows of 16 bytes, like those of keys
-        scales = torch.stack([factors, torch.full_like(factors, size), factors, factors], 1)
+        given = [torch.full_like(factors, number) for number in (size, 1 / temperature, 0.0)]
+        scales = torch.stack([factors, *given], 1)
         self._scales = {device: scales.to(device) for device in self.masked.devices()}
         self._squares: dict[int, Tensor] = {}  # this pass's sums over this process's rows
         self._not_finite: list[Tensor] = []

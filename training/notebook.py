@@ -10,7 +10,7 @@ from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, plan, preparation
 from training.defaults import EVALUATIONS, GIVEN_SHARE, LOGITS, STEP_SIZE, STEPS
 from training.loop import BAD_LOSSES
-from training.straight_through import StraightThrough, step_size
+from training.straight_through import StraightThrough, soft_temperature, step_size
 from training.validation import Validation
 from utils import UserError, progress_bar
 
@@ -56,7 +56,9 @@ def sparsify(
     skipped_in_a_row = 0
     for step in progress_bar(range(steps), desc="learning", unit="step"):
         size = step_size(STEP_SIZE, step / steps, steps)
-        result = learner.step(batches[step % len(batches)], size, [GIVEN_SHARE] * batchsize)
+        temperature = soft_temperature(step / steps)
+        distill = [GIVEN_SHARE] * batchsize
+        result = learner.step(batches[step % len(batches)], size, distill, temperature)
         skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
         if skipped_in_a_row == BAD_LOSSES:
             raise UserError(f"{BAD_LOSSES} losses in a row are {result.loss}: load it as bfloat16")

@@ -9,7 +9,9 @@ first order around m, the gradient
     d E[f] / d pi  ~  J^T G,    J = d mu / d pi,    mu_i = P(i is kept)
 
 which is a vector-Jacobian product. It is exact if f is linear in the mask, and biased otherwise. m
-is the most probable mask, which is the one to be delivered.
+is the most probable mask, which is the one to be delivered. In the first half of a run, m is the
+soft mask mu(pi / temperature) instead: each weight counts in part, so a step compares many masks,
+and J^T G is the exact gradient of its loss. The temperature falls until soft masks are almost hard.
 
 No gradient is stored, and the only state besides the logits is a number per block, by which steps
 are normalized (training/normalization.py): the backward pass hands each layer's weight gradient to
@@ -39,6 +41,10 @@ from utils import UserError
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+HOTTEST = 2.0  # first temperature of soft masks, in logits
+COLDEST = 0.4  # last temperature; below, soft masks are hard, and their gradient is noise
+SOFT = 0.5  # share of the run that has soft masks
 
 
 class MaskedProduct(torch.autograd.Function):
@@ -121,27 +127,34 @@ class StraightThrough(Learner):
         if checkpointing:
             masked.undo.append(enable_checkpointing(masked.model))
 
-    def step(self, batch: Tensor, size: float, distill: Sequence[float] = ()) -> StepResult:
+    def step(
+        self,
+        batch: Tensor,
+        size: float,
+        distill: Sequence[float] = (),
+        temperature: float = 0.0,
+    ) -> StepResult:
         """Run the masked model forward and backward on this process's minibatch, int64 `[sequences,
         tokens]`, and move the logits by `size` (`step_size`).
 
         distill: for each sequence, the share of its loss, 0 to 1, that compares with the dense
         model's predictions; empty: 0 for all. A loss that is not finite moves nothing. With several
         microbatches, the layers' gradients are summed in the weights' dtype, which takes as much
-        memory as the gradients.
+        memory as the gradients. temperature: of soft masks (`soft_temperature`); 0: masks are hard.
         """
         sequences = batch.to(input_device(self.masked.model))
         self.keys = self.masked.keys()
         self._held = {}
         self._is_finite = True
         self._reached.clear()
-        self.normalization.begin_pass(size)
+        self.normalization.begin_pass(size, temperature or 1.0)
         total = 0.0
         parts = sequences.split(self.masked.microbatch)
-        for number, part in enumerate(parts, 1):
-            self._is_last = number == len(parts)
-            total += self._backward(part, distill[: len(part)])
-            distill = distill[len(part) :]
+        with self.masked.use_soft_masks(temperature):
+            for number, part in enumerate(parts, 1):
+                self._is_last = number == len(parts)
+                total += self._backward(part, distill[: len(part)])
+                distill = distill[len(part) :]
         if self._is_finite:
             for layer in self.masked.layers.values():
                 if layer.sharded and layer.name not in self._reached:
@@ -255,6 +268,12 @@ def step_size(lr: float, progress: float, steps: float) -> float:
     gradient is consistent moves further.
     """
     return lr * decay(progress) * math.sqrt(3 / steps)
+
+
+def soft_temperature(progress: float) -> float:
+    """Return the temperature of soft masks, in logits, if the share `progress` of a run is done. It
+    falls by equal factors; 0: masks are hard."""
+    return HOTTEST * (COLDEST / HOTTEST) ** (progress / SOFT) if progress < SOFT else 0.0
 
 
 def enable_checkpointing(model: nn.Module) -> Callable[[], None]:
