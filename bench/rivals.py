@@ -54,7 +54,7 @@ TEXT = dict(batchsize=8, fresh=True)
 TUNED = dict(
     DEFAULTS,
     tuned={
-        160: dict(lr=2),
+        160: dict(lr=1.6),
         640: dict(lr=3),
         2500: dict(lr=3, batchsize=16),
         10000: dict(lr=2, logits=0.5, batchsize=32),
@@ -92,7 +92,7 @@ ROWS = {
         TUNED,
         distill=0.0,
         tuned={
-            160: dict(lr=2),
+            160: dict(lr=1.6),
             640: dict(lr=2, logits=1),
             2500: dict(lr=2, logits=0.5, batchsize=16),
             10000: dict(lr=2, logits=0.5, batchsize=32),
