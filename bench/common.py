@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 COMMIT = commit()  # read at the start, since files may change while a bench runs
 # the defaults of sparsify.py for text that it generates
-DEFAULTS = dict(lr=1.6, logits=4.0, distill=1.0, batchsize=8)
+DEFAULTS = dict(lr=None, logits=4.0, distill=1.0, batchsize=8)
 SHAPES = {  # Llama configurations; random weights suffice to measure time and memory
     "tiny": dict(
         hidden_size=64,

@@ -2,7 +2,7 @@
 the paper's.
 
     python bench/rivals.py [--quick] [--json FILE] [--budgets 160,640,2500] [--seeds 3]
-    python bench/rivals.py --rows MaskLLM,sparsify.py
+    python bench/rivals.py --rows "MaskLLM,ours"
     # tune a learning rate
     python bench/rivals.py --rows MaskLLM --rates 0.001,0.002 --seeds 1
 
@@ -47,17 +47,17 @@ from small_model import MODEL
 
 WINDOWS = 256  # windows of 128 tokens: the first 256 for the table, the next 256 for --rates
 
-# Settings. learner: a key of OURS or RIVALS; lr: its learning rate; logits: C; distill: the share
-# of KD in the loss, the rest is the text's; batchsize: sequences of fresh text; tuned: the settings
-# that differ from a budget on. docs/lab_notebook.md lists the rates that were tried.
+# Settings. learner: a key of OURS or RIVALS; lr: its learning rate, None: the default of
+# sparsify.py; logits: C; distill: the share of KD in the loss, the rest is the text's; batchsize:
+# sequences of fresh text; tuned: the settings that differ from a budget on. docs/lab_notebook.md
+# lists the rates that were tried.
 TEXT = dict(batchsize=8, fresh=True)
-TUNED = dict(
+SPARSIFY = dict(
     DEFAULTS,
     tuned={
-        160: dict(lr=1.6),
-        640: dict(lr=3),
-        2500: dict(lr=3, batchsize=16),
-        10000: dict(lr=2, logits=0.5, batchsize=32),
+        160: dict(),
+        2500: dict(batchsize=16),
+        10000: dict(batchsize=32, logits=0.5, lr=2),
     },
 )
 STE = dict(
@@ -83,16 +83,15 @@ ROI = dict(
     tuned={160: dict(lr=0.03), 2500: dict(lr=0.01, batchsize=32)},
 )
 ROWS = {
-    "sparsify.py": DEFAULTS,
-    "ours + KD": TUNED,
+    "ours + KD": SPARSIFY,
     "STE + Adam + KD": STE,
     "MaskLLM + KD": MASKLLM,
     "RoI + KD": ROI,
     "ours": dict(
-        TUNED,
+        DEFAULTS,
         distill=0.0,
         tuned={
-            160: dict(lr=1.6),
+            160: dict(),
             640: dict(lr=2, logits=1),
             2500: dict(lr=2, logits=0.5, batchsize=16),
             10000: dict(lr=2, logits=0.5, batchsize=32),

@@ -181,14 +181,14 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     common.random_llama("tiny", "cpu", torch.float32).save_pretrained("tiny")
     small_model.byte_tokenizer().save_pretrained("tiny")
     flags = ["--quick", "--device", "cpu", "--model", "tiny", "--json", "runs.json", "--rows"]
-    rivals.main([*flags, "sparsify.py"])
+    rivals.main([*flags, "ours + KD"])
     capsys.readouterr()
-    rivals.main([*flags, "MaskLLM,sparsify.py,forward-only: MaskPro"])
+    rivals.main([*flags, "MaskLLM,ours + KD,forward-only: MaskPro"])
     printed = capsys.readouterr().out
-    assert "sparsify.py, 12 passes, seed 0" not in printed  # the file has it
+    assert "ours + KD, 12 passes, seed 0" not in printed  # the file has it
     runs = json.loads((tmp_path / "runs.json").read_text())
     assert [(run["method"], round(float(run["state"]), 2)) for run in runs] == [
-        ("sparsify.py", 4.75),
+        ("ours + KD", 4.75),
         ("MaskLLM", 24),
         ("forward-only: MaskPro", 4.25),
     ]

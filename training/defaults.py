@@ -1,8 +1,6 @@
 """Defaults of sparsify.py and of its function for notebooks. Nothing here imports torch."""
 
 STEPS = 300
-# total movement of a logit under pure-noise gradients (standard deviation, in logits)
-STEP_SIZE = 1.6
 LOGITS = 4.0  # C: scale of the first logits
 GIVEN_SHARE = 0.5  # share of distillation in the loss, on given text
 GENERATED_SHARE = 1.0  # the same on text that the model generates

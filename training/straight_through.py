@@ -45,6 +45,8 @@ from torch.utils.checkpoint import checkpoint
 HOTTEST = 2.0  # first temperature of soft masks, in logits
 COLDEST = 0.4  # last temperature; below, soft masks are hard, and their gradient is noise
 SOFT = 0.5  # share of the run that has soft masks
+# of logits in runs of T steps, over the cube root of T: what was best at T from 24 to 1,250
+MOVEMENT = 0.28
 
 
 class MaskedProduct(torch.autograd.Function):
@@ -258,15 +260,17 @@ def decay(progress: float) -> float:
     return (1 - progress) * min(1.0, (progress + 1e-3) / 0.02)
 
 
-def step_size(lr: float, progress: float, steps: float) -> float:
+def step_size(lr: float | None, progress: float, steps: float) -> float:
     """Return the size of the next step, in logits, in a run of `steps` steps of which the share
     `progress` is done.
 
     lr: total movement of a logit over the whole run under pure-noise gradients (standard deviation,
     in logits). Such a random walk has the variance size^2 sum of (1 - t/T)^2 = size^2 T/3. So a
     logit whose gradient is noise moves as far in a long run as in a short one, and a logit whose
-    gradient is consistent moves further.
+    gradient is consistent moves further. None: MOVEMENT times the cube root of `steps`.
     """
+    if lr is None:
+        lr = MOVEMENT * steps ** (1 / 3)
     return lr * decay(progress) * math.sqrt(3 / steps)
 
 
