@@ -80,7 +80,7 @@ MASKLLM = dict(
 ROI = dict(
     MASKLLM,
     learner="roi",
-    tuned={160: dict(lr=0.03), 2500: dict(lr=0.01, batchsize=32)},
+    tuned={160: dict(lr=0.03), 2500: dict(lr=0.03, batchsize=32)},
 )
 ROWS = {
     "ours + KD": SPARSIFY,
