@@ -31,7 +31,7 @@ def sliced(function: Callable) -> Callable:
         blocks = len(logits[0])
         chunk = chunk_of(logits[0])
         results = []
-        for begin in range(0, blocks, chunk):
+        for begin in range(0, max(blocks, 1), chunk):
             part = blocks_of((logits, *args), slice(begin, begin + chunk), blocks)
             shifted = {name: start + begin for name, start in kwargs.items()}
             results.append(function(*part, **shifted))

@@ -111,3 +111,11 @@ def test_soft_masks_are_inclusion_probabilities(n, m, backend):
     )
     mu = torch.stack([inclusion_by_drawings(0.5 * x, n) for x in logits])
     assert torch.allclose(out.view(6, m).double(), mu * weight.view(6, m), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_a_process_without_rows_has_no_soft_masks(backend):
+    none = torch.zeros(0)
+    Kernels(LinearSpace(2, 4), backend).write_soft(
+        planes_of(torch.zeros(0, 4), torch.float32), none, none.clone(), torch.tensor(1.0)
+    )
