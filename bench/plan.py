@@ -205,8 +205,8 @@ def layout_row(
         forward_passes(gradients) * 2 * size.weights * settings.tokens / (MATMUL * rates["flops"])
     )
     step_bytes = size.learned * (2 * settings.logits_itemsize + 2 / settings.m + 2 * size.itemsize)
-    if gradients:  # the blocks' mean squares are read and written
-        step_bytes += size.learned * 4 / settings.m
+    if gradients:  # the blocks' mean squares; the logits, twice more in the half with soft masks
+        step_bytes += size.learned * (4 / settings.m + settings.logits_itemsize)
     parallel = gpus if layout == "sharded" else 1
     step = step_bytes / (BANDWIDTH * rates["bandwidth"]) * (1.5 if gradients else 1) / parallel
     seconds = compute + step + wire / rates["link"]
