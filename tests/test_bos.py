@@ -201,7 +201,7 @@ def test_learning(folder, tmp_path, model, tokenizer, monkeypatch):
     mask_files.save(tmp_path / "m0.safetensors", masks, 2, 4, "model", model_fingerprint(model))
     command = (
         f"--model {folder}/model {PLACE} --dataset {folder}/text.jsonl --mask "
-        f"{tmp_path}/m0.safetensors --lr 0.5 --logits 1 --steps 28 --batchsize 4 --seqlen 48 "
+        f"{tmp_path}/m0.safetensors --lr 1 --logits 1 --steps 28 --batchsize 4 --seqlen 48 "
         "--skip_checkpoint --out "
     )
     sparsify.main(f"{command}{tmp_path}/run".split())
