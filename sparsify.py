@@ -75,8 +75,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                              "important weights")
     parser.add_argument("--step_size", "--lr", type=number(float, 0), default=None,
                         help="total movement of a logit under pure-noise gradients (standard "
-                             "deviation, in logits; default: 0.28 times the cube root of the "
-                             "number of steps)")
+                             f"deviation, in logits; default: {defaults.MOVEMENT:g} times the "
+                             "cube root of the number of steps)")
     parser.add_argument("--logits", type=number(float, 0), default=defaults.LOGITS,
                         help="C: scale of the initial logits")
     parser.add_argument("--distill", type=number(float, 0, 1), default=None,

@@ -1,4 +1,5 @@
-"""masking/fused_ops.py, plane by plane in float32, against the definition enumerated in float64."""
+"""masking/fused_ops.py and masking/inclusion.py, plane by plane in float32, against the definition
+enumerated in float64."""
 
 from math import cos, radians
 

@@ -11,7 +11,8 @@ first order around m, the gradient
 which is a vector-Jacobian product. It is exact if f is linear in the mask, and biased otherwise. m
 is the most probable mask, which is the one to be delivered. In the first half of a run, m is the
 soft mask mu(pi / temperature) instead: each weight counts in part, so a step compares many masks,
-and J^T G is the exact gradient of its loss. The temperature falls until soft masks are almost hard.
+and J^T G / temperature is the exact gradient of its loss. The temperature falls until soft masks
+are almost hard.
 
 No gradient is stored, and the only state besides the logits is a number per block, by which steps
 are normalized (training/normalization.py): the backward pass hands each layer's weight gradient to
@@ -31,6 +32,7 @@ from models import processes
 from models.layers import decoder_layers
 from models.loading import input_device
 from models.sharding import REDUCES_UNUSED
+from training.defaults import MOVEMENT
 from training.distillation import sequence_loss, summed_loss
 from training.faster_model import SHORT, speed_up
 from training.learner import Learner
@@ -45,8 +47,6 @@ from torch.utils.checkpoint import checkpoint
 HOTTEST = 2.0  # first temperature of soft masks, in logits
 COLDEST = 0.4  # last temperature; below, soft masks are hard, and their gradient is noise
 SOFT = 0.5  # share of the run that has soft masks
-# of logits in runs of T steps, over the cube root of T: what was best at T from 24 to 1,250
-MOVEMENT = 0.28
 
 
 class MaskedProduct(torch.autograd.Function):
