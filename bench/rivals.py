@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         run = learn(problem, name, rows[name], passes, seed)
         print(f"{name}, {passes} passes, seed {seed}: {run['loss']:.4f}", flush=True)
-        runs.append({**run, **common.conditions_of(args)})
+        runs.append({**common.conditions_of(args), **run})
         if args.json:
             write_json(args.json, runs)
     common.print_report(

@@ -177,15 +177,21 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / small_model.TEXT).write_text(
         "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(520))
     )
-    (tmp_path / small_model.HELDOUT).write_text(text * 50)
+    (tmp_path / small_model.HELDOUT).write_text(text * 300)
     common.random_llama("tiny", "cpu", torch.float32).save_pretrained("tiny")
     small_model.byte_tokenizer().save_pretrained("tiny")
-    flags = ["--quick", "--device", "cpu", "--model", "tiny", "--json", "runs.json", "--rows"]
-    rivals.main([*flags, "ours + KD"])
-    capsys.readouterr()
+    flags = ["--device", "cpu", "--model", "tiny", "--json", "runs.json", "--budgets", "12"]
+    rivals.main([*flags, "--seeds", "2", "--rows", "ours + KD"])
+    assert "ours + KD, 12 passes, seed 1" in capsys.readouterr().out
+    rivals.main([*flags, "--seeds", "2", "--rows", "ours + KD"])
+    assert "ours + KD, 12 passes, seed" not in capsys.readouterr().out  # the file has both
+    runs = json.loads((tmp_path / "runs.json").read_text())
+    assert [run["seed"] for run in runs] == [0, 1]
+
+    (tmp_path / "runs.json").unlink()
+    flags = ["--quick", *flags[:6], "--rows"]
     rivals.main([*flags, "MaskLLM,ours + KD,forward-only: MaskPro"])
     printed = capsys.readouterr().out
-    assert "ours + KD, 12 passes, seed 0" not in printed  # the file has it
     runs = json.loads((tmp_path / "runs.json").read_text())
     assert [(run["method"], round(float(run["state"]), 2)) for run in runs] == [
         ("ours + KD", 4.75),
