@@ -226,10 +226,12 @@ def forward_step(masked: MaskedModel) -> Callable[[Tensor], float]:
     return step
 
 
-def gradient_step(learner: StraightThrough, distill: float = 0.0) -> Callable[[Tensor], float]:
+def gradient_step(
+    learner: StraightThrough, distill: float = 0.0, temperature: float = 0.0
+) -> Callable[[Tensor], float]:
     """Return a function that takes one small step from gradients on a batch, int64
     `[sequences, tokens]`, and returns the loss in nats."""
-    return lambda batch: learner.step(batch, 0.01, distill=[distill] * len(batch)).loss
+    return lambda batch: learner.step(batch, 0.01, [distill] * len(batch), temperature).loss
 
 
 def run_child(bench: str, flags: list[str], processes: int = 1) -> list:

@@ -8,13 +8,14 @@ The paper names mask sampling as its bottleneck. One layer: update, resample and
 fused, and a copy of the same bytes. The copy is a lower bound: every logit, mask integer and weight
 is read and written once (bench/gpu.py has other patterns). Whole model: a forward pass of the
 sparse model, a training step (the forward pass with the fused mask step inside), and the naive
-step. Last, the step of sparsify.py, which learns from gradients with distillation, on 8 x 128
-tokens. There, forward pass and step take turns, so that changes of the machine's speed affect both.
+step. Last, the steps of sparsify.py, which learn from gradients with distillation, on 8 x 128
+tokens. There, forward pass and steps take turns, so that changes of the machine's speed affect all.
 """
 
 import argparse
 import statistics
 from collections import Counter
+from functools import partial
 
 import common
 from masking.block_bits import mask_to_bits
@@ -211,7 +212,7 @@ def model_rows(
             "of a forward": 1 + mask_step_s / forward_s,
         },
         {
-            "what": "training step, float16 logits",
+            "what": "forward + our step, float16 logits",
             "ours (s)": ours_s,
             "of a forward": ours_s / forward_s,
         },
@@ -226,35 +227,34 @@ def model_rows(
 def sparsify_rows(
     shape: str, depth: int | None, dtype: torch.dtype, device: str, seed: int, repeats: int
 ) -> list[dict]:
-    """Return the rows of the step of sparsify.py, with medians over steps. The forward pass is of
-    the dense model."""
+    """Return the rows of the steps of sparsify.py, with soft and with hard masks, and of a forward
+    pass of the dense model; medians over turns."""
     dense, model = (common.random_llama(shape, device, dtype, seed, depth) for _ in range(2))
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (8, 128), device=device)
     masked = MaskedModel(
         model, common.magnitude_masks(model), LinearSpace(2, 4), common.DEFAULTS["logits"]
     )
-    learn = common.gradient_step(StraightThrough(masked), common.DEFAULTS["distill"])
+    learner = StraightThrough(masked)
 
     @torch.no_grad()
     def forward() -> None:
         dense(input_ids=tokens, use_cache=False)
 
-    learn(tokens), learn(tokens), forward()
+    count = f"{tokens.numel()} tokens"
+    timed = {f"forward of {count}": forward}
+    for masks, temperature in (("soft", 1.0), ("hard", 0.0)):
+        learn = common.gradient_step(learner, common.DEFAULTS["distill"], temperature)
+        timed[f"step of sparsify.py, {count}, {masks} masks"] = partial(learn, tokens)
+    for function in timed.values():
+        common.median_s(function, device, 2, warm_up=0)
     turns = [
-        (
-            common.median_s(forward, device, 1, warm_up=0),
-            common.median_s(lambda: learn(tokens), device, 1, warm_up=0),
-        )
+        [common.median_s(function, device, 1, warm_up=0) for function in timed.values()]
         for _ in range(repeats)
     ]
-    forward_s, step_s = map(statistics.median, zip(*turns))
-    title = (
-        f"the step of sparsify.py, {shape}{f' ({depth} layers)' if depth else ''}, "
-        f"{tokens.numel()} tokens"
-    )
+    medians = [statistics.median(times) for times in zip(*turns)]
     return [
-        {"what": "a forward of as many", "ours (s)": forward_s},
-        {"what": title, "ours (s)": step_s, "of a forward": step_s / forward_s},
+        {"what": what, "ours (s)": seconds, "of a forward": seconds / medians[0]}
+        for what, seconds in zip(timed, medians)
     ]
 
 

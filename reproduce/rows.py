@@ -32,84 +32,45 @@ MASKPRO = {
     steps: f"2of4/maskpro-size512-lr{eta}-logits5-steps{steps}"
     for steps, eta in ((2000, 0.6), (10000, 0.3))
 }
-LIKE_WIKITEXT = "WikiText-like, questions"
-RESULTS = [  # rows of smollm2.sh that were run: what was done, the text, the record's row
-    ("dense", "", "dense"),
-    ("`sparsify.py`, 280 steps", LIKE_WIKITEXT, "2of4/sparsify-allafter-both-steps280"),
+RESULTS = [  # rows of smollm2.sh: what was done, the record's row
+    ("`sparsify.py`, 280 steps", "2of4/sparsify-allafter-both-steps280"),
     (
         "`sparsify.py --permute`, 459 steps, two hours",
-        LIKE_WIKITEXT,
         "2of4/sparsify-permuted-allafter-both-minutes120",
     ),
-    (
-        "`sparsify.py`, 99 steps, half an hour",
-        LIKE_WIKITEXT,
-        "2of4/sparsify-allafter-both-minutes30",
-    ),
+    ("`sparsify.py`, 99 steps, half an hour", "2of4/sparsify-allafter-both-minutes30"),
     (
         "`sparsify.py --permute`, 97 steps, half an hour",
-        LIKE_WIKITEXT,
         "2of4/sparsify-permuted-allafter-both-minutes30",
     ),
-    (
-        "STE with Adam, 280 steps",
-        f"half {LIKE_WIKITEXT}",
-        "2of4/rival-scores_ste-lr0.01-both-steps280",
-    ),
-    ("MaskLLM, 280 steps", f"half {LIKE_WIKITEXT}", "2of4/rival-maskllm-lr0.001-both-steps280"),
-    ("SparseGPT (updates weights), true sequential", "messages", "2of4/sparsegpt"),
-    (
-        "Wanda with [swaps](one_shot_masks.md#swaps), true sequential",
-        "messages",
-        "2of4/swaps-sequential",
-    ),
-    (
-        "MaskPro [from scores](steps.md#less-of-the-prior), 600 steps",
-        "messages",
-        "2of4/maskpro-scores-prior-size512-lr1.2-logits4-steps600",
-    ),
-    (
-        "MaskPro [from C·m0](steps.md#on-a-real-model), 10,000 steps",
-        "messages",
-        MASKPRO[10000],
-    ),
-    ("Wanda (m0)", "messages", "2of4/wanda"),
+    ("STE with Adam, 280 steps, half", "2of4/rival-scores_ste-lr0.01-both-steps280"),
+    ("MaskLLM, 280 steps, half", "2of4/rival-maskllm-lr0.001-both-steps280"),
 ]
-# for the README: method, learns by, the text, bytes of state per weight, the record's row
+# for the README: method, learns by, bytes of state per weight, the record's row
 SUMMARY = [
-    ("dense", "", "", "", "dense"),
-    ("Wanda", "one shot", "messages", "", "2of4/wanda"),
-    ("SparseGPT", "one shot, changes weights", "messages", "", "2of4/sparsegpt"),
-    ("MaskPro", "forward passes, 10,000 steps", "messages", "4.25", MASKPRO[10000]),
-    (
-        "MaskLLM",
-        "backward passes, 280 steps",
-        f"half {LIKE_WIKITEXT}",
-        "24",
-        "2of4/rival-maskllm-lr0.001-both-steps280",
-    ),
+    ("dense", "", "", "dense"),
+    ("Wanda", "one shot", "", "2of4/wanda"),
+    ("SparseGPT", "one shot, changes weights", "", "2of4/sparsegpt"),
+    ("MaskPro", "forward passes, 10,000 steps", "4.25", MASKPRO[10000]),
+    ("MaskLLM", "backward passes, 280 steps", "24", "2of4/rival-maskllm-lr0.001-real-steps280"),
+    ("MaskLLM", "backward passes, 1,000 steps", "24", "2of4/rival-maskllm-lr0.001-real-steps1000"),
     (
         "straight-through (STE) with Adam",
         "backward passes, 280 steps",
-        f"half {LIKE_WIKITEXT}",
         "16",
-        "2of4/rival-scores_ste-lr0.01-both-steps280",
+        "2of4/rival-scores_ste-lr0.01-real-steps280",
     ),
-    (
-        "**ours**",
-        "backward passes, 280 steps",
-        LIKE_WIKITEXT,
-        "4.25",
-        "2of4/sparsify-allafter-both-steps280",
-    ),
-    (
-        "**ours**, `--permute`",
-        "backward passes, 459 steps",
-        LIKE_WIKITEXT,
-        "4.25",
-        "2of4/sparsify-permuted-allafter-both-minutes120",
-    ),
+    ("**ours**", "backward passes, 280 steps", "4.75", "2of4/sparsify-real-steps280"),
+    ("**ours**", "backward passes, 1,000 steps", "4.75", "2of4/sparsify-real-steps1000"),
 ]
+# for the README's picture: the steps of runs, the record's rows, and those that are levels
+STEPS = (280, 1000)
+CURVES = {
+    "ours": "2of4/sparsify-real-steps{}",
+    "MaskLLM": "2of4/rival-maskllm-lr0.001-real-steps{}",
+    "STE with Adam": "2of4/rival-scores_ste-lr0.01-real-steps{}",
+}
+LEVELS = {"SparseGPT": "2of4/sparsegpt", "MaskPro, 10,000 steps": MASKPRO[10000]}
 ONE_SHOT = [  # what was done, the record's row
     ("dense", "dense"),
     ("magnitude", "2of4/magnitude"),
@@ -118,18 +79,6 @@ ONE_SHOT = [  # what was done, the record's row
     ("Wanda, swaps, true sequential", "2of4/swaps-sequential"),
     ("Wanda, [channels reordered](permutations.md)", "2of4/wanda-reordered"),
     ("SparseGPT (updates weights), true sequential", "2of4/sparsegpt"),
-]
-RIVALS = [  # method, bytes of state per weight, the record's row
-    ("ours", "4.25", "2of4/sparsify-both-steps280"),
-    ("STE with Adam", "16", "2of4/rival-scores_ste-lr0.01-both-steps280"),
-    ("MaskLLM", "24", "2of4/rival-maskllm-lr0.001-both-steps280"),
-    ("ours, more passages", "4.25", "2of4/sparsify-allafter-both-steps280"),
-    ("ours, channels reordered, 568 steps", "4.25", "2of4/sparsify-permuted-both-minutes120"),
-    (
-        "STE with Adam, channels reordered, 568 steps",
-        "16",
-        "2of4/rival-scores_ste-lr0.01-permuted-both-steps568",
-    ),
 ]
 AFTER = (  # rows of after.sh
     ("dense", "dense"),

@@ -6,7 +6,7 @@
 #   HELDOUT=WIKITEXT VALUES="maskpro scores" SEEDS=0 bash reproduce/smollm2.sh             # 80 and 45 minutes
 #   HELDOUT=WIKITEXT VALUES=maskpro STEPS=10000 ETA=0.3 SEEDS=0 bash reproduce/smollm2.sh  # 9 hours
 #
-# and rows of the README's table, for which no item that is learned from is evaluated:
+# and rows of docs/results.md, for which no item that is learned from is evaluated:
 #
 #   for name in piqa arc_easy; do
 #       awk 'NR % 2' $name.jsonl > $name-odd.jsonl; awk 'NR % 2 == 0' $name.jsonl > $name-even.jsonl
@@ -21,6 +21,11 @@
 # Real text, which reproduce/real_text.py leaves in demo/real; three texts are evaluated, see "nats" in the record:
 #
 #   OUT=results/real HELDOUT=WIKITEXT VALUES="real scores_ste maskllm roi" LIKE=real SEEDS=0 bash reproduce/smollm2.sh
+#
+# These are the other rows of the README's table, with TASK_FILES as above. The same masks on other prose:
+#
+#   mkdir -p results/brown/2of4 && ln -s "$PWD"/results/real/2of4/*/ results/brown/2of4
+#   OUT=results/brown HELDOUT=demo/real/brown-unseen.txt VALUES=... LIKE=real SEEDS=0 bash reproduce/smollm2.sh
 #
 # DISTILL=0: another share of distillation than 0.5. LIKE: the row whose text, m0 and arguments the rivals take.
 #

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import variance as signal
 from record import POINTS, cell, recovered, row_cells
-from rows import ABLATIONS, AFTER, FALLS, ONE_SHOT, RESULTS, RIVALS, SIGNALS, SUMMARY, small
+from rows import ABLATIONS, AFTER, FALLS, ONE_SHOT, RESULTS, SIGNALS, SUMMARY, small
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -31,6 +31,11 @@ from rivals import table as of_methods
 
 PAGES = ("README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
 GAPS = ["perplexity", "gap closed (%)", "accuracy (%)", "gap closed (%)"]
+# the records of SmolLM2-135M by the text that they were evaluated on; the first with a row counts
+RECORDS = {
+    "WikiText-2": ("smollm2_real", "smollm2", "smollm2_float32"),
+    "Brown": ("smollm2_brown",),
+}
 # the conditions below a bench's table
 BENCH = "\n\n{hardware}, torch {torch}, seed {seed}, commit {commit}."
 
@@ -94,66 +99,80 @@ def conditions() -> str:
     )
 
 
-def smollm2(name: str) -> dict[str, list[dict]]:
-    """Return the rows of the record of SmolLM2-135M that has this row, or {} if none has it. The
-    record of float32 has its own rows dense and Wanda."""
-    found = [record(file)["rows"] for file in ("smollm2", "smollm2_float32")]
+def smollm2(name: str, text: str = "WikiText-2") -> dict[str, list[dict]]:
+    """Return the rows of the record of SmolLM2-135M, evaluated on `text`, that has this row, or {}
+    if none has it. Each record has its own rows dense and Wanda."""
+    found = [record(file)["rows"] for file in RECORDS[text]]
     return next((rows for rows in found if name in rows), {})
 
 
+def of_perplexity(name: str, text: str = "WikiText-2") -> list[float]:
+    """Return the share of Wanda's gap in log perplexity that a row on SmolLM2-135M closes, in
+    percent, for each seed."""
+    rows = smollm2(name, text)
+    return [recovered(rows, name, seed["nats"]) for seed in rows.get(name, [])]
+
+
 def of_accuracy(name: str) -> list[float]:
-    """Return the share of Wanda's loss in accuracy that a row on SmolLM2-135M recovers, in percent,
+    """Return the share of Wanda's gap in accuracy that a row on SmolLM2-135M closes, in percent,
     for each seed with an accuracy."""
     rows = smollm2(name)
+    if not rows:
+        return []
     dense, m0 = (rows[name][0].get("mean_acc", math.nan) for name in ("dense", "2of4/wanda"))
     return [
         100 * (seed["mean_acc"] - m0) / (dense - m0) for seed in rows[name] if "mean_acc" in seed
     ]
 
 
+def perplexity(name: str, text: str = "WikiText-2") -> list[str]:
+    """Return the cells of a row on SmolLM2-135M: perplexity, and the share of Wanda's gap to dense
+    that is closed. They are empty if the row was not evaluated on this text."""
+    rows = smollm2(name, text)
+    if not rows:
+        return ["", ""]
+    return [cell([seed["ppl"] for seed in rows[name]], 2), row_cells(rows, name)[2]]
+
+
 def gaps(name: str) -> list[str]:
-    """Return the cells of a row on SmolLM2-135M: perplexity on WikiText-2 and accuracy, each with
-    the share of Wanda's gap to dense that is closed."""
-    rows = smollm2(name)
-    accuracies = [100 * seed["mean_acc"] for seed in rows[name] if "mean_acc" in seed]
+    """Return the cells of `perplexity` on WikiText-2, and the same two of the accuracy."""
+    accuracies = [100 * seed["mean_acc"] for seed in smollm2(name)[name] if "mean_acc" in seed]
     shares = [] if name in ("dense", "2of4/wanda") else of_accuracy(name)
     return [
-        cell([seed["ppl"] for seed in rows[name]], 2),
-        row_cells(rows, name)[2],
+        *perplexity(name),
         cell(accuracies, 1) if accuracies else "not run",
         cell(shares, 0) if shares else "",
     ]
 
 
 def results() -> str:
-    """Return the table of the runs on SmolLM2-135M."""
-    lines = [[what, text, *gaps(name)] for what, text, name in RESULTS]
-    return markdown_table(["method", "text", *GAPS], lines)
+    """Return the table of runs on SmolLM2-135M with text in the manner of the benchmarks."""
+    return markdown_table(["method", *GAPS], [[what, *gaps(name)] for what, name in RESULTS])
 
 
 def summary() -> str:
     """Return the README's table."""
-    lines = [
-        [what, learned, text, state, *gaps(name)[::2]]
-        for what, learned, text, state, name in SUMMARY
-    ]
-    columns = ["method", "learns by", "text", "state (bytes per weight)"]
-    return markdown_table([*columns, "perplexity", "accuracy (%)"], lines)
+    lines = []
+    for *described, name in SUMMARY:
+        wikitext, _, accuracy, _ = gaps(name)
+        lines.append([*described, wikitext, perplexity(name, "Brown")[0], accuracy])
+    columns = ["method", "learns by", "state (bytes per weight)"]
+    return markdown_table([*columns, "WikiText-2", "Brown", "accuracy (%)"], lines)
+
+
+def rivals() -> str:
+    """Return the README's methods with the shares of Wanda's gap that they close."""
+    lines = []
+    for method, learns, _, name in SUMMARY:
+        _, wikitext, _, accuracy = gaps(name)
+        if wikitext:
+            lines.append([method, learns, wikitext, perplexity(name, "Brown")[1], accuracy])
+    return markdown_table(["method", "learns by", "WikiText-2", "Brown", "accuracy"], lines)
 
 
 def one_shot() -> str:
     """Return the table of masks made in one shot."""
     return markdown_table(["method", *GAPS], [[what, *gaps(name)] for what, name in ONE_SHOT])
-
-
-def rivals() -> str:
-    """Return the table of methods that learn from backward passes on the same model."""
-    lines = []
-    for method, state_bytes, name in RIVALS:
-        seeds = ", ".join(str(seed["seed"]) for seed in smollm2(name)[name])
-        lines.append([method, state_bytes, seeds, *gaps(name)])
-    columns = ["method", "state (bytes per weight)", "seeds", *GAPS]
-    return markdown_table(columns, lines)
 
 
 def small_rivals() -> str:
@@ -162,11 +181,11 @@ def small_rivals() -> str:
     rows = of_methods(runs)
     columns = list(rows[0])
     lines = [[row.get(column, "") for column in columns] for row in rows]
+    machines = "; ".join(dict.fromkeys(run["hardware"] for run in runs))
     commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
     return (
         f"{markdown_table(columns, lines)}\n\nDense {runs[0]['dense loss']:.4f}, m0 "
-        f"{runs[0]['m0 loss']:.4f}; {runs[0]['hardware']}, torch {runs[0]['torch']}, commits "
-        f"{commits}."
+        f"{runs[0]['m0 loss']:.4f}; {machines}; torch {runs[0]['torch']}, commits {commits}."
     )
 
 
@@ -234,14 +253,9 @@ def step() -> str:
     """Return the table of the record that bench/step.py --json wrote."""
     rows = record("step")
     columns = ["naive (s)", "ours (s)", "of a forward"]
-    names = {
-        "a forward of as many": "forward of 1024 tokens",
-        "the step of sparsify.py, smollm2-135m, 1024 tokens": "step of sparsify.py, 1024 tokens",
-        "training step, float16 logits": "forward + our step, float16 logits",
-    }
     lines = [
         [
-            names.get(row["what"], row["what"].replace("torch.", "")),
+            row["what"].replace("torch.", ""),
             *(f"{row[key]:.3g}" if key in row else "" for key in columns),
         ]
         for row in rows
@@ -323,26 +337,6 @@ def falls() -> str:
             ]
         )
     return markdown_table(["run", "η", "predicted fall per step, η‖g‖²", "measured"], lines)
-
-
-def over_minutes() -> list[tuple[str, int, float, float]]:
-    """Return (method, steps, minutes, recovered share in percent) for the rows of minutes.sh that
-    learn."""
-    rows = record("small_model")["rows"]
-    names = [
-        ("MaskPro: train.py", n, small("maskpro", 512, 5, 5, steps=n))
-        for n in (500, 1000, 2500, 10000)
-    ]
-    names += [("ours: sparsify.py", n, f"1of4/sparsify-steps{n}") for n in (32, 128, 512)]
-    return [
-        (
-            method,
-            steps,
-            rows[name][0]["run"]["seconds"] / 60,
-            recovered(rows, name, rows[name][0]["nats"]),
-        )
-        for method, steps, name in names
-    ]
 
 
 TABLES = (
