@@ -73,10 +73,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--permute", action="store_true",
                         help="reorder channels first, so that masks can keep more of the "
                              "important weights")
-    parser.add_argument("--step_size", "--lr", type=number(float, 0), default=None,
+    parser.add_argument("--step_size", "--lr", type=number(float, 0),
+                        default=defaults.STEP_SIZE,
                         help="total movement of a logit under pure-noise gradients (standard "
-                             f"deviation, in logits; default: {defaults.MOVEMENT:g} times the "
-                             "cube root of the number of steps)")
+                             "deviation, in logits)")
     parser.add_argument("--logits", type=number(float, 0), default=defaults.LOGITS,
                         help="C: scale of the initial logits")
     parser.add_argument("--distill", type=number(float, 0, 1), default=None,

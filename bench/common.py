@@ -29,6 +29,7 @@ from masking.masked_model import MaskedModel
 from models.layers import find_layers, weight_matrix
 from models.machine import commit, default_device, environment
 from pruning.one_shot import OneShot
+from training.defaults import GENERATED_SHARE, LOGITS, STEP_SIZE
 from training.straight_through import StraightThrough
 from utils import UserError
 
@@ -38,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 COMMIT = commit()  # read at the start, since files may change while a bench runs
 # the defaults of sparsify.py for text that it generates
-DEFAULTS = dict(lr=None, logits=4.0, distill=1.0, batchsize=8)
+DEFAULTS = dict(lr=STEP_SIZE, logits=LOGITS, distill=GENERATED_SHARE, batchsize=8)
 SHAPES = {  # Llama configurations; random weights suffice to measure time and memory
     "tiny": dict(
         hidden_size=64,

@@ -47,17 +47,18 @@ from small_model import MODEL
 
 WINDOWS = 256  # windows of 128 tokens: the first 256 for the table, the next 256 for --rates
 
-# Settings. learner: a key of OURS or RIVALS; lr: its learning rate, None: the default of
-# sparsify.py; logits: C; distill: the share of KD in the loss, the rest is the text's; batchsize:
-# sequences of fresh text; tuned: the settings that differ from a budget on. docs/lab_notebook.md
-# lists the rates that were tried.
+# Settings. learner: a key of OURS or RIVALS; lr: learning rate, or --step_size for ours; logits: C;
+# distill: the share of KD in the loss, the rest is the text's; batchsize: sequences of fresh text;
+# tuned: the settings that differ from a budget on. docs/lab_notebook.md lists the rates that were
+# tried.
 TEXT = dict(batchsize=8, fresh=True)
 SPARSIFY = dict(
     DEFAULTS,
     tuned={
-        160: dict(),
-        2500: dict(batchsize=16),
-        10000: dict(batchsize=32, logits=0.5, lr=2),
+        160: dict(lr=1.5),
+        640: dict(lr=2.4),
+        2500: dict(lr=3, batchsize=16),
+        10000: dict(lr=2, batchsize=32, logits=0.5),
     },
 )
 STE = dict(
@@ -91,7 +92,7 @@ ROWS = {
         DEFAULTS,
         distill=0.0,
         tuned={
-            160: dict(),
+            160: dict(lr=1.65),
             640: dict(lr=2, logits=1),
             2500: dict(lr=2, logits=0.5, batchsize=16),
             10000: dict(lr=2, logits=0.5, batchsize=32),

@@ -268,8 +268,6 @@ def test_step_sizes_let_noise_come_as_far_in_any_run(steps):
         size[0] == pytest.approx(0.05 * 0.4 * math.sqrt(3 / steps))
         and step_size(0.4, 1.0, steps) == 0
     )
-    by_default = 0.28 * steps ** (1 / 3)
-    assert step_size(None, 0.5, steps) == pytest.approx(step_size(by_default, 0.5, steps))
 
 
 # ----------------------------------------------------------------------------------------- learning

@@ -1,8 +1,7 @@
 """Defaults of sparsify.py and of its function for notebooks. Nothing here imports torch."""
 
 STEPS = 300
-# total movement of a logit in T steps, over the cube root of T: what was best at T from 24 to 1,250
-MOVEMENT = 0.28
+STEP_SIZE = 0.6  # total movement of a logit under pure-noise gradients, in logits
 LOGITS = 4.0  # C: scale of the first logits
 GIVEN_SHARE = 0.5  # share of distillation in the loss, on given text
 GENERATED_SHARE = 1.0  # the same on text that the model generates

@@ -8,7 +8,7 @@ from models.loading import Tokenizer, check_length
 from models.loss import check_tokens
 from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, plan, preparation
-from training.defaults import EVALUATIONS, GIVEN_SHARE, LOGITS, STEPS
+from training.defaults import EVALUATIONS, GIVEN_SHARE, LOGITS, STEP_SIZE, STEPS
 from training.loop import BAD_LOSSES
 from training.straight_through import StraightThrough, soft_temperature, step_size
 from training.validation import Validation
@@ -55,7 +55,7 @@ def sparsify(
     initialize.from_swaps(masked, LOGITS, read_by_swaps, budget.sweeps)
     skipped_in_a_row = 0
     for step in progress_bar(range(steps), desc="learning", unit="step"):
-        size = step_size(None, step / steps, steps)
+        size = step_size(STEP_SIZE, step / steps, steps)
         temperature = soft_temperature(step / steps)
         distill = [GIVEN_SHARE] * batchsize
         result = learner.step(batches[step % len(batches)], size, distill, temperature)

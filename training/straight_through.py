@@ -32,7 +32,6 @@ from models import processes
 from models.layers import decoder_layers
 from models.loading import input_device
 from models.sharding import REDUCES_UNUSED
-from training.defaults import MOVEMENT
 from training.distillation import sequence_loss, summed_loss
 from training.faster_model import SHORT, speed_up
 from training.learner import Learner
@@ -260,17 +259,15 @@ def decay(progress: float) -> float:
     return (1 - progress) * min(1.0, (progress + 1e-3) / 0.02)
 
 
-def step_size(lr: float | None, progress: float, steps: float) -> float:
+def step_size(lr: float, progress: float, steps: float) -> float:
     """Return the size of the next step, in logits, in a run of `steps` steps of which the share
     `progress` is done.
 
     lr: total movement of a logit over the whole run under pure-noise gradients (standard deviation,
     in logits). Such a random walk has the variance size^2 sum of (1 - t/T)^2 = size^2 T/3. So a
     logit whose gradient is noise moves as far in a long run as in a short one, and a logit whose
-    gradient is consistent moves further. None: MOVEMENT times the cube root of `steps`.
+    gradient is consistent moves further.
     """
-    if lr is None:
-        lr = MOVEMENT * steps ** (1 / 3)
     return lr * decay(progress) * math.sqrt(3 / steps)
 
 
