@@ -87,12 +87,6 @@ def fill(w: Path, models: dict[str, Path]) -> None:
         ("no_config", "config.json", None),
         ("bad_config", "config.json", b"{"),
         ("other_config", "config.json", b'{"model_type": "nonsense"}'),
-        (
-            "quantised",
-            "config.json",
-            b'{"model_type": "llama", "quantization_config": {"bits": 4}}',
-        ),
-        ("kernel", "config.json", b'{"model_type": "llama", "_attn_implementation": "a/b"}'),
         ("bert", "config.json", b'{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'),
         ("remote", "config.json", b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}'),
         ("no_tokenizer", "tokenizer.model", None),
@@ -105,11 +99,14 @@ def fill(w: Path, models: dict[str, Path]) -> None:
             (w / name / file).write_bytes(content)
     (w / "remote" / "own.py").write_text(f"open('{w}/ran', 'w')\n")  # code that nobody asked to run
     (w / "no_tokenizer" / "tokenizer_config.json").unlink()
-    shutil.copytree(w / "llama", w / "reordered")
     settings = json.loads((w / "llama" / "config.json").read_text())
-    (w / "reordered" / "config.json").write_text(
-        json.dumps(settings | {"channel_permutation": "0123"})
-    )
+    for name, change in [
+        ("quantised", {"quantization_config": {"bits": 4}}),
+        ("kernel", {"attn_implementation": "a/b"}),
+        ("reordered", {"channel_permutation": "0123"}),
+    ]:
+        shutil.copytree(w / "llama", w / name)
+        (w / name / "config.json").write_text(json.dumps(settings | change))
     edited(w / "llama", w / "few_weights", lambda tensors: tensors.pop("model.norm.weight"))
     edited(
         w / "llama",
