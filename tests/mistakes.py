@@ -102,7 +102,8 @@ def fill(w: Path, models: dict[str, Path]) -> None:
     settings = json.loads((w / "llama" / "config.json").read_text())
     for name, change in [
         ("quantised", {"quantization_config": {"bits": 4}}),
-        ("kernel", {"attn_implementation": "a/b"}),
+        # transformers 5 reads the first key, 4 the second
+        ("kernel", {"attn_implementation": "a/b", "_attn_implementation": "a/b"}),
         ("reordered", {"channel_permutation": "0123"}),
     ]:
         shutil.copytree(w / "llama", w / name)
