@@ -22,7 +22,8 @@
 #
 #   OUT=results/real HELDOUT=WIKITEXT VALUES="real scores_ste maskllm roi" LIKE=real SEEDS=0 bash reproduce/smollm2.sh
 #
-# These are the other rows of the README's table, with TASK_FILES as above. The same masks on other prose:
+# These are the other rows of the README's table, with TASK_FILES as above; VALUES=generated is the row of text that the
+# model writes. The same masks on other prose:
 #
 #   mkdir -p results/brown/2of4 && ln -s "$PWD"/results/real/2of4/*/ results/brown/2of4
 #   OUT=results/brown HELDOUT=demo/real/brown-unseen.txt VALUES=... LIKE=real SEEDS=0 bash reproduce/smollm2.sh
@@ -77,6 +78,8 @@ for SEED in ${SEEDS:-0 1 2}; do
         both) with_questions "allafter-both-steps$STEPS" --steps "$STEPS" ;;
         real) sparsified "real${DISTILL:+-distill$DISTILL}-steps$STEPS" --steps "$STEPS" --distill "${DISTILL:-0.5}" \
                 --dataset demo/train.jsonl demo/real/{brown,essays}.jsonl \
+                --ppl "$HELDOUT" demo/heldout.txt demo/real/brown-unseen.txt ;;
+        generated) sparsified "generated-steps$STEPS" --steps "$STEPS" \
                 --ppl "$HELDOUT" demo/heldout.txt demo/real/brown-unseen.txt ;;
         minutes) with_questions "allafter-both-minutes$MINUTES" --minutes "$MINUTES" ;;
         minutes_permuted) with_questions "permuted-allafter-both-minutes$MINUTES" --minutes "$MINUTES" --permute ;;
