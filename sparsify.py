@@ -184,7 +184,14 @@ def planned(
     if args.steps:
         return plans.of_steps(args.steps, minibatch)
     processes.log("measuring this machine")
-    seconds = plans.measured(model, args.sparsity_type, args.batchsize, args.seqlen)
+    seconds = plans.measured(
+        model,
+        args.sparsity_type,
+        args.batchsize,
+        args.seqlen,
+        args.microbatch,
+        args.gradient_checkpointing,
+    )
     plan = plans.of_minutes(args.minutes, seconds, minibatch)
     questions, others = read_given(plan.tokens)
     available = sum(text.numel() for text in questions + others)

@@ -13,7 +13,7 @@ from files import mask_files
 from files.documents import documents
 from files.records import read_record
 from models import generation
-from models.layers import find_layers
+from models.layers import decoder_layers, find_layers
 from models.loading import load_model
 from pruning.one_shot import OneShot, one_shot_masks
 from training import initialize, plan, preparation, results, straight_through
@@ -136,7 +136,7 @@ def test_what_minutes_buy(minutes, seconds, steps, sweeps, generated):
 def test_a_machine_is_measured(workshop):
     model, tokenizer = load_model(f"{workshop}/dense", "float32", "cpu")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = plan.measured(model, (2, 4), 2, 24)
+    found = plan.measured(model, (2, 4), 2, 24, 32, False)
     assert all(0 < seconds < 60 for seconds in found.values()) and found.keys() == {
         "step",
         "sweep",
@@ -144,6 +144,26 @@ def test_a_machine_is_measured(workshop):
     }
     assert found["token"] < plan.token_s(model, tokenizer) < 60
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_machine_is_measured_by_microbatches(workshop, monkeypatch):
+    """The measurement needs no more memory than a step does; it leaves the model as it was."""
+    model, _ = load_model(f"{workshop}/dense", "float32", "cpu")
+    sizes = []
+    monkeypatch.setattr(plan, "timed", lambda call: (call(), 1.0)[1])
+    model.get_input_embeddings().register_forward_hook(lambda _, __, out: sizes.append(len(out)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        found = plan.measured(model, (2, 4), 8, 24, 2, False)
+        kept = sum(saved)
+        saved.clear()
+        plan.measured(model, (2, 4), 8, 24, 2, True)
+    assert sizes == [2, 2] * 2  # forward and backward, then the loss, of each measurement
+    assert found["step"] == (1 + plan.STEP_FORWARDS) * 8 / 2
+    assert sum(saved) < kept / 2
+    assert "forward" not in vars(decoder_layers(model)[0])
 
 
 @pytest.mark.parametrize("documents, generates", [(2, True), (400, False)])

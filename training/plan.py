@@ -12,6 +12,7 @@ from models.loading import Tokenizer, input_device
 from models.loss import batch_loss
 from pruning.one_shot import largest
 from pruning.swaps import refine_by_swaps
+from training.straight_through import enable_checkpointing
 from utils import UserError
 
 import torch
@@ -107,15 +108,29 @@ def in_words(plan: Plan, seconds: dict[str, float]) -> str:
 
 
 def measured(
-    model: nn.Module, pattern: tuple[int, int], batchsize: int, seqlen: int
+    model: nn.Module,
+    pattern: tuple[int, int],
+    batchsize: int,
+    seqlen: int,
+    microbatch: int,
+    checkpointing: bool,
 ) -> dict[str, float]:
     """Measure the seconds of a learning step and of a sweep of swaps over all blocks on this model;
     the same in all processes. The seconds per generated token are set to almost 0 (see
-    `token_s`)."""
-    batch = torch.zeros(batchsize, seqlen, dtype=torch.int64)
+    `token_s`).
+
+    microbatch, checkpointing: those of the run; without them the measurement could need more memory
+    than the run does."""
+    batch = torch.zeros(min(microbatch, batchsize), seqlen, dtype=torch.int64)
+    undo = enable_checkpointing(model) if checkpointing else None
+    try:
+        batch_s = timed(lambda: forward_and_backward(model, batch))
+    finally:
+        if undo:
+            undo()
+    batch_s += STEP_FORWARDS * timed(lambda: batch_loss(model, batch, microbatch))
     seconds = {
-        "step": timed(lambda: forward_and_backward(model, batch))
-        + STEP_FORWARDS * timed(lambda: batch_loss(model, batch, batchsize)),
+        "step": batch_s * batchsize / len(batch),
         "sweep": sweep_s(model, pattern),
         "token": 1e-9,
     }
