@@ -73,8 +73,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--permute", action="store_true",
                         help="reorder channels first, so that masks can keep more of the "
                              "important weights")
-    parser.add_argument("--step_size", "--lr", type=number(float, 0),
-                        default=defaults.STEP_SIZE,
+    parser.add_argument("--step_size", "--lr", type=number(float, 0), default=defaults.STEP_SIZE,
                         help="total movement of a logit under pure-noise gradients (standard "
                              "deviation, in logits)")
     parser.add_argument("--logits", type=number(float, 0), default=defaults.LOGITS,
@@ -184,14 +183,8 @@ def planned(
     if args.steps:
         return plans.of_steps(args.steps, minibatch)
     processes.log("measuring this machine")
-    seconds = plans.measured(
-        model,
-        args.sparsity_type,
-        args.batchsize,
-        args.seqlen,
-        args.microbatch,
-        args.gradient_checkpointing,
-    )
+    sizes = args.sparsity_type, args.batchsize, args.seqlen, args.microbatch
+    seconds = plans.measured(model, *sizes, args.gradient_checkpointing)
     plan = plans.of_minutes(args.minutes, seconds, minibatch)
     questions, others = read_given(plan.tokens)
     available = sum(text.numel() for text in questions + others)
