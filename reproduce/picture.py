@@ -31,13 +31,13 @@ def main() -> None:
 
 def results() -> None:
     """Draw the shares closed of Wanda's gaps on SmolLM2-135M over the number of steps."""
-    figure = Figure(figsize=(7.5, 3), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (title, share_of) in zip(panels, MEASURES.items()):
-        for method, row in CURVES.items():
+        for marker, (method, row) in zip("oDs^", CURVES.items()):
             shares = {steps: share_of(row.format(steps)) for steps in STEPS}
             points = [(steps, mean(found)) for steps, found in shares.items() if found]
-            axes.plot(*zip(*points), marker="o", label=method)
+            axes.plot(*zip(*points), marker=marker, fillstyle="none", label=method)
         for number, (method, row) in enumerate(LEVELS.items()):
             for share in share_of(row)[:1]:
                 axes.axhline(share, color="gray", linestyle=[":", "--"][number], label=method)
@@ -46,7 +46,7 @@ def results() -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="closed of Wanda's gap (%)", ylim=(-8, 100))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(ROOT / "docs/results.png", dpi=130)
 
 
