@@ -147,9 +147,9 @@ class PolicyGradient(Learner):
         m_{t+1} ~ p(pi)                                           N draws without replacement:
                                                                   `pge.sample`
 
-    These references are the plain mathematics; `fused_update` of masking/kernels.py does the same
-    in one pass. batches: int64 `[minibatches, sequences, tokens]`; baseline: minibatch number ->
-    f(m0 * w, batch), or None if the estimator needs none.
+    These references are the plain mathematics; `fused_update` of masking/fused_kernels.py does the
+    same in one pass. batches: int64 `[minibatches, sequences, tokens]`; baseline: minibatch number
+    -> f(m0 * w, batch), or None if the estimator needs none.
     """
 
     def __init__(

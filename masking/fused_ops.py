@@ -3,7 +3,7 @@
 Logits are a list of M planes `[blocks]`, one for each position in a block, and so is everything
 computed from them. A mask is one integer plane, whose bit i is set if weight i is kept. No function
 here gathers, sorts or indexes, so `torch.compile` turns a step made of them into a single loop over
-blocks. `kernels.py` has those steps. The tests compare each function with its exact float64
+blocks. `fused_kernels.py` has those steps. The tests compare each function with its exact float64
 counterpart.
 """
 

@@ -2,7 +2,8 @@
 enumeration."""
 
 from masking.block_bits import bits_dtype, bits_to_mask
-from masking.kernels import BLOCK_DECAY, MOST, Kernels
+from masking.fused_kernels import BLOCK_DECAY, MOST
+from masking.kernels import Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace
 

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pge
 from masking import exact_kernels, slicing
 from masking.block_bits import bits_dtype, bits_to_mask, mask_to_bits
-from masking.kernels import Kernels, fused_update
+from masking.fused_kernels import fused_update
+from masking.kernels import Kernels
 from masking.random_bits import layer_keys
 from masking.spaces import LinearSpace, PatternSpace
 

@@ -4,8 +4,8 @@ independent formula, and what it learns."""
 import math
 from itertools import combinations
 
-from masking import kernels
-from masking.kernels import BLOCK_DECAY, MOST
+from masking import fused_kernels
+from masking.fused_kernels import BLOCK_DECAY, MOST
 from masking.layers import apply_masks
 from masking.masked_model import MaskedModel
 from masking.spaces import LinearSpace
@@ -46,7 +46,7 @@ def test_it_is_the_true_gradient_where_the_loss_is_linear_in_the_mask(n, m, monk
     """f = <V, x (m * W)^T + b>: d E f / d pi = sum over all masks of p(S) f(S) score(S), enumerated
     in decimals."""
     monkeypatch.setattr(normalization, "FLOOR", 1e3)  # above all blocks: all move by one factor
-    monkeypatch.setattr(kernels, "MOST", 1e9)
+    monkeypatch.setattr(fused_kernels, "MOST", 1e9)
     generator = seeded(0)
     model = Stack(nn.Linear(12, 3)).requires_grad_(False)
     model[0].weight.copy_(torch.randn(3, 12, generator=generator))
