@@ -1,8 +1,5 @@
-"""Shared parts of the benches: flags, timing, models by shape, masks, child processes, and the
-Markdown table that each bench prints.
-
-It also has a learning step of each kind, and the defaults of sparsify.py.
-"""
+"""Shared parts of the benches: flags, timing, masks, a learning step of each kind, child processes,
+the defaults of sparsify.py, and the Markdown table that each bench prints."""
 
 import argparse
 import gc
@@ -35,76 +32,10 @@ from utils import UserError
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 COMMIT = commit()  # read at the start, since files may change while a bench runs
 # the defaults of sparsify.py for text that it generates
 DEFAULTS = dict(lr=STEP_SIZE, logits=LOGITS, distill=GENERATED_SHARE, batchsize=8)
-SHAPES = {  # Llama configurations; random weights suffice to measure time and memory
-    "tiny": dict(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=256,
-        tie_word_embeddings=True,
-    ),
-    "smollm2-135m": dict(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-    "llama3.2-1b": dict(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "llama2-7b": dict(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
-    "llama2-13b": dict(
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
-    "llama2-70b": dict(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
-    "llama3.1-405b": dict(
-        hidden_size=16384,
-        intermediate_size=53248,
-        num_hidden_layers=126,
-        num_attention_heads=128,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    ),
-}
 
 
 def parser(docstring: str) -> argparse.ArgumentParser:
@@ -143,25 +74,6 @@ def chosen(names: Iterable[str], parts: str) -> list[str]:
     if not found:
         raise UserError(f"no row's name contains {parts}")
     return found
-
-
-def random_llama(
-    shape: str, device: str, dtype: torch.dtype, seed: int = 0, layers: int | None = None, **config
-) -> LlamaForCausalLM:
-    """Return a frozen Llama of a named shape with random weights, created directly in its dtype on
-    its device. layers: number of decoder layers, None for the shape's; config: further fields of
-    LlamaConfig."""
-    config = {"max_position_embeddings": 4096, **SHAPES[shape], **config}
-    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
-    torch.manual_seed(seed)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**config))
-    finally:
-        torch.set_default_dtype(default)
-    return model.requires_grad_(False).eval()
 
 
 def median_s(

@@ -52,8 +52,9 @@ from masking import compiler
 from utils import run_script
 
 from gpu_layer import NOT_MEASURED, agreement, draws, kernels, profile
-from gpu_model import deterministic, float16_gradient, learning, stages, step
+from gpu_model import deterministic, float16_gradient, learning
 from gpu_runs import processes, runs
+from gpu_speed import stages, step
 
 ALL = ["float32", "float16", "bfloat16"]
 OTHERS = [(1, 4), (2, 8), (4, 8)]  # 4:8 is last because it compiles longest

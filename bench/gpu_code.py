@@ -50,9 +50,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 PATTERNS = [(2, 4), (1, 4), (2, 8), (4, 8), (8, 16)]
 SHAPE = 4096, 11008  # shape of the layer
-# shape of the loss's logits
-TOKENS = 127
-VOCABULARY = 32000
+LOGITS = 127, 32000  # shape of the loss's logits: tokens, vocabulary
 # bytes per thread
 SKIPPED = 64
 MOST = 256
@@ -226,8 +224,8 @@ def passes(
 
 def loss() -> None:
     """Compute the loss of a sequence with a teacher."""
-    logits = torch.empty(TOKENS, VOCABULARY, dtype=torch.bfloat16, device="cuda")
-    tokens = torch.empty(TOKENS, 1, dtype=torch.int64, device="cuda")
+    logits = torch.empty(*LOGITS, dtype=torch.bfloat16, device="cuda")
+    tokens = torch.empty(LOGITS[0], 1, dtype=torch.int64, device="cuda")
     compiled(sequence_loss, sequence_loss)(logits, tokens, logits.clone(), 0.5)
 
 

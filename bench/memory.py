@@ -32,6 +32,7 @@ from utils import run_script
 import plan
 import torch
 from accelerate import init_empty_weights
+from random_models import SHAPES, random_llama
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -47,7 +48,7 @@ PREDICTED = list(WAYS)[:2]  # the ways that bench/plan.py predicts
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--shape", choices=list(common.SHAPES), default=None)
+    parser.add_argument("--shape", choices=list(SHAPES), default=None)
     parser.add_argument(
         "--child",
         nargs=3,
@@ -99,7 +100,7 @@ def first_half_masks(model: nn.Module) -> mask_files.PackedMasks:
 def sharded_llama(shape: str, device: str, dtype: torch.dtype, seed: int) -> nn.Module:
     """Return a Llama with random weights, of which each process has a part of each layer's rows."""
     with init_empty_weights(include_buffers=False):
-        model = common.random_llama(shape, device, dtype, seed)
+        model = random_llama(shape, device, dtype, seed)
     shard(model, torch.device(device), processes.world_size())
     layers = find_layers(model)
     for tensor in [
@@ -116,7 +117,7 @@ class Learning:
     def __init__(
         self, shape: str, way: str, logits_dtype: str, device: str, dtype: torch.dtype, seed: int
     ):
-        make = sharded_llama if processes.world_size() > 1 else common.random_llama
+        make = sharded_llama if processes.world_size() > 1 else random_llama
         model = make(shape, device, dtype, seed)
         self.m0 = first_half_masks(model)  # stays in the host's memory, packed, as in a run
         self.masked = MaskedModel(

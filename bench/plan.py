@@ -4,7 +4,7 @@ between GPUs, time of a step.
     python bench/plan.py --model llama2-70b --gpus 8 --gpu h100 --logits_dtype float16
     python bench/plan.py --model FOLDER --gpu rtx4090
 
---model is the name of a shape (common.SHAPES) or a folder with a config.json. Several GPUs can be
+--model is the name of a shape (SHAPES) or a folder with a config.json. Several GPUs can be
 used in these ways:
 
     replicas             each GPU has the whole model and all logits, and takes its own minibatch
@@ -28,6 +28,7 @@ from models.machine import DTYPES
 from utils import UserError, run_script
 
 import torch
+from random_models import SHAPES, random_llama
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -247,12 +248,11 @@ def in_units(size: float) -> str:
 
 def described(name: str) -> nn.Module:
     """Return a model without weights, from a shape's name or a folder with a config.json."""
-    if name in common.SHAPES:
-        return common.random_llama(name, "meta", torch.bfloat16)
+    if name in SHAPES:
+        return random_llama(name, "meta", torch.bfloat16)
     if not Path(name, "config.json").is_file():
         raise UserError(
-            f"--model {name} is neither a folder with a config.json nor one of "
-            f"{', '.join(common.SHAPES)}"
+            f"--model {name} is neither a folder with a config.json nor one of {', '.join(SHAPES)}"
         )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))

@@ -27,6 +27,7 @@ from training.straight_through import StraightThrough
 from utils import run_script
 
 import torch
+from random_models import random_llama
 from small_model import byte_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -57,7 +58,7 @@ def make_inputs(folder: Path, seed: int) -> None:
     """Write three inputs to a folder: `dense`, a byte-level model whose random weights are so large
     that a mask changes the loss; text.jsonl, with twelve documents; and mask.safetensors, the 2:4
     mask by magnitude."""
-    model = common.random_llama(
+    model = random_llama(
         "tiny",
         "cpu",
         torch.float32,

@@ -28,6 +28,7 @@ from models.machine import DTYPES
 from utils import UserError, positive_int, run_script
 
 import torch
+from random_models import SHAPES, random_llama
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
@@ -38,7 +39,7 @@ Inputs = dict[tuple[str, int], Tensor]  # (function's name, tokens) -> its input
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument(
-        "--shape", choices=list(common.SHAPES), default="llama2-7b", help="shape of the model"
+        "--shape", choices=list(SHAPES), default="llama2-7b", help="shape of the model"
     )
     parser.add_argument(
         "--dtypes",
@@ -165,7 +166,7 @@ def compare(
     """Return the table's rows of one dtype. depth: number of decoder layers, None for the shape's;
     searches: whether the fastest algorithm is looked for, too."""
     common.free_memory(device)  # frees the model of the dtype before
-    model = common.random_llama(shape, device, dtype, seed, depth)
+    model = random_llama(shape, device, dtype, seed, depth)
     layers = find_layers(model)
     apply_masks(layers, common.magnitude_masks(model))
     functions, inputs = callables(

@@ -30,6 +30,7 @@ from training.straight_through import StraightThrough
 from utils import run_script
 
 import torch
+from random_models import SHAPES, random_llama
 from torch import Tensor
 
 Shape = tuple[int, int]  # [out, in]
@@ -38,7 +39,7 @@ Shape = tuple[int, int]  # [out, in]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument(
-        "--shape", choices=list(common.SHAPES), default=None, help="shape of the whole model"
+        "--shape", choices=list(SHAPES), default=None, help="shape of the whole model"
     )
     parser.add_argument(
         "--layer",
@@ -170,7 +171,7 @@ def model_rows(
     """Return the table's rows of forward-only learning on `sequences` sequences of 128 tokens.
     depth: number of decoder layers, None for the shape's. The training step is timed again after
     `later` steps."""
-    model = common.random_llama(shape, device, dtype, seed, depth)
+    model = random_llama(shape, device, dtype, seed, depth)
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (sequences, 128), device=device)
     masks = common.magnitude_masks(model)
     layers = find_layers(model)
@@ -229,7 +230,7 @@ def sparsify_rows(
 ) -> list[dict]:
     """Return the rows of the steps of sparsify.py, with soft and with hard masks, and of a forward
     pass of the dense model; medians over turns."""
-    dense, model = (common.random_llama(shape, device, dtype, seed, depth) for _ in range(2))
+    dense, model = (random_llama(shape, device, dtype, seed, depth) for _ in range(2))
     tokens = torch.randint(0, min(32000, model.config.vocab_size), (8, 128), device=device)
     masked = MaskedModel(
         model, common.magnitude_masks(model), LinearSpace(2, 4), common.DEFAULTS["logits"]

@@ -4,13 +4,13 @@ runs the bench itself on a tiny model."""
 import json
 from types import SimpleNamespace
 
-import common
 import pge
 
 import pytest
 import rivals
 import small_model
 import torch
+from random_models import random_llama
 from rival_methods import MaskLLM, RoI, ScoresSTE
 from rivals import setting_of
 from torch import nn
@@ -178,7 +178,7 @@ def test_the_bench_runs(tmp_path, monkeypatch, capsys):
         "\n".join(json.dumps({"text": f"{i} {text}"}) for i in range(520))
     )
     (tmp_path / small_model.HELDOUT).write_text(text * 300)
-    common.random_llama("tiny", "cpu", torch.float32).save_pretrained("tiny")
+    random_llama("tiny", "cpu", torch.float32).save_pretrained("tiny")
     small_model.byte_tokenizer().save_pretrained("tiny")
     flags = ["--device", "cpu", "--model", "tiny", "--json", "runs.json", "--budgets", "12"]
     rivals.main([*flags, "--seeds", "2", "--rows", "ours + KD"])

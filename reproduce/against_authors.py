@@ -37,9 +37,7 @@ they pair losses with the wrong baselines. The exit code is 1 if a row differs t
 
 import argparse
 import hashlib
-import itertools
 import json
-import math
 import os
 import shlex
 import shutil
@@ -49,7 +47,6 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,24 +55,16 @@ import utils
 utils.use_short_spins()
 
 from evaluation.comparison import markdown_table
-from files import mask_files
-from files.documents import documents
-from files.records import read_lines, write_json
+from files.records import write_json
 from models.machine import environment
-from pge import Estimator, score
-from utils import UserError, positive_int, progress_bar, run_script, script_parser, sequence_length
+from utils import UserError, positive_int, run_script, script_parser, sequence_length
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from authors_rows import CRITICAL_T, baseline_file, compare
+from byte_model import make_model
 
 BATCHSIZE = 32  # the only batch size that the authors' scripts support
-STEPS = 400  # training steps of the model, if none is given
 RECORDED = 8  # steps of the authors' run whose logits and masks are kept
-SATURATED = 0.9  # probability of one weight above which its block counts as saturated
-# runs per side -> limit of |t|, two-sided, 1% for 5 rows together
-CRITICAL_T = {2: 22.33, 3: 7.17, 4: 5.21, 5: 4.50, 6: 4.14, 8: 3.79}
 POINTS = 60  # points of each curve in the record
 HEADING = ["what", "theirs", "ours", "difference", "wanted", "verdict"]
 
@@ -129,46 +118,8 @@ def authors_git(folder: str, *command: str) -> str:
     return done.stdout.strip()
 
 
-def make_model(dataset: str, out: Path) -> Path:
-    """Train a byte-level Llama on STEPS minibatches of 32 x 128 bytes of the text; save it to
-    `out` and return `out`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens = torch.tensor(tokenizer.encode("".join(itertools.islice(documents(dataset), 2000))).ids)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=176,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
-    for _ in progress_bar(range(STEPS), desc="training a model", unit="step"):
-        batch = torch.stack(
-            [tokens[start : start + 128] for start in torch.randint(len(tokens) - 128, (32,))]
-        )
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.save_pretrained(out)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
-    return out
-
-
 # --------------------------------------------------------------------------------------------------
-# both sides, and the rows of the table
+# both sides
 
 
 def run(name: str, command: list, folder: Path) -> None:
@@ -280,136 +231,6 @@ def run_both(args: argparse.Namespace, work: Path, recorded: Sequence[int]) -> t
     return a, b
 
 
-def baseline_file(folder: Path) -> Path:
-    return next(folder.glob("inference_loss_*.np[yz]"))
-
-
-def losses_of_theirs(run: Path) -> np.ndarray:
-    return np.load(next(run.glob("results/*/loss_training.npy")))
-
-
-def exact_row(
-    what: str, left: object, right: object, difference: float, most: float | None
-) -> list[str]:
-    """Return a row of numbers that should agree to `most`, or are only shown if `most` is None."""
-    wanted, verdict = (
-        ("", "shown")
-        if most is None
-        else (f"≤ {most:g}", "same" if difference <= most else "DIFFERS")
-    )
-    return [what, str(left), str(right), f"{difference:.2g}", wanted, verdict]
-
-
-def seeds_row(what: str, left: list[float], right: list[float]) -> list[str]:
-    """Return a row that compares one number per seed on each side by a t-test, in units of the
-    standard deviation of a run."""
-    # at least 1e-6, to which the losses of equal masks agree
-    spread = max(math.sqrt((stdev(left) ** 2 + stdev(right) ** 2) / 2), 1e-6)
-    apart = fmean(right) - fmean(left)
-    most = CRITICAL_T[len(left)] * math.sqrt(2 / len(left))
-    cells = [f"{fmean(side):.4f} ± {stdev(side):.4f}" for side in (left, right)]
-    return [
-        what,
-        *cells,
-        f"{apart:+.4f}, {abs(apart) / spread:.1f} deviations",
-        f"≤ {most:.1f} deviations",
-        "same" if abs(apart) <= most * spread else "DIFFERS",
-    ]
-
-
-def score_rows(run: Path, baseline: np.ndarray, lr: float) -> list[list[str]]:
-    """Return the rows that compare the authors' score, at recorded steps whose next step is
-    recorded too."""
-    steps: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for step, logits, mask in torch.load(run / "steps.pt"):
-        steps.setdefault(step, []).append((logits.view(-1, 4), mask.view(-1, 4)))
-    estimator = Estimator()
-    losses = losses_of_theirs(run)
-    advantages = [
-        estimator.advantage(loss, baseline[step % len(baseline)])
-        for step, loss in enumerate(losses)
-    ]
-    kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-    pairs = sorted(
-        (step for step in steps if step + 1 in steps), key=lambda step: abs(advantages[step])
-    )
-    pairs = pairs[len(pairs) // 2 :]  # the largest moves, which suffer least from float32 rounding
-    for step in pairs:
-        for (before, mask), (after, _) in zip(steps[step], steps[step + 1]):
-            # steps count from 1 and advantages from 0, so this is the advantage of step + 1
-            found = (before.double() - after.double()) / (lr * advantages[step])
-            exact = score(before.double(), mask)
-            saturated = before.double().softmax(1).amax(1) > SATURATED
-            for kind in kinds:
-                kinds[kind].append(torch.stack([found, exact], 1)[saturated == kind])
-    rows = []
-    for kind, most, name in ((False, 1e-3, "other"), (True, None, "saturated")):
-        found, exact = torch.cat(kinds[kind]).unbind(1)
-        if len(found):
-            rows.append(
-                exact_row(
-                    f"score, {len(found)} {name} blocks of {len(pairs)} steps: largest",
-                    f"{found.abs().max():.4f}",
-                    f"{exact.abs().max():.4f}",
-                    float((found - exact).abs().max()),
-                    most,
-                )
-            )
-    return rows
-
-
-def compare(
-    args: argparse.Namespace, a: Path, b: Path
-) -> tuple[list[list[str]], dict[str, np.ndarray], str]:
-    """Return the rows, the losses `[seeds, steps]` of both sides, and the fingerprint of m0."""
-    m0, other = (
-        mask_files.load(path).masks for path in (b / "initial_mask.safetensors", a / "initial_mask")
-    )
-    baseline = np.load(baseline_file(a))
-    cached = np.load(baseline_file(b))["losses"]
-    runs = range(args.seeds)
-    logs = [read_lines(b / f"seed{seed}/metrics.jsonl") for seed in runs]
-    curves = {
-        "theirs": np.array([losses_of_theirs(a / f"seed{seed}") for seed in runs]),
-        "ours": np.array([[line["loss"] for line in log] for log in logs]),
-    }
-
-    def changed(path: Path) -> float:
-        masks = mask_files.load(path).masks
-        blocks = torch.cat([(masks[name] ^ mask).view(-1, 4).any(1) for name, mask in m0.items()])
-        return 100 * blocks.double().mean().item()
-
-    unlike = math.inf
-    if m0.keys() == other.keys():
-        unlike = sum(int((other[name] ^ mask).sum()) for name, mask in m0.items())
-    rows = [
-        exact_row("mask: layers, weights that differ", len(other), len(m0), unlike, 0),
-        exact_row(
-            f"baseline, {len(cached)} minibatches: mean, largest difference (nats)",
-            f"{baseline.mean():.6f}",
-            f"{cached.mean():.6f}",
-            float(abs(baseline - cached).max()),
-            1e-6,
-        ),
-        *score_rows(a / "seed0", baseline, args.lr),
-    ]
-    for steps in np.array_split(np.arange(curves["ours"].shape[1]), 4):
-        rows.append(
-            seeds_row(
-                f"loss, steps {steps[0] + 1} to {steps[-1] + 1} (nats)",
-                *(curve[:, steps].mean(1).tolist() for curve in curves.values()),
-            )
-        )
-    rows.append(
-        seeds_row(
-            "blocks changed at the end (%)",
-            [changed(a / f"seed{seed}/learned_mask") for seed in runs],
-            [changed(b / f"seed{seed}/mask.safetensors") for seed in runs],
-        )
-    )
-    return rows, curves, mask_files.fingerprint(m0)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     here = environment("cpu")
@@ -420,9 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         weights = b"".join(
             path.read_bytes() for path in sorted(Path(args.model).glob("*.safetensors"))
         )
-        rows, curves, mask = compare(
-            args, *run_both(args, Path(work), [*starts, *(start + 1 for start in starts)])
-        )
+        folders = run_both(args, Path(work), [*starts, *(start + 1 for start in starts)])
+        rows, curves, mask = compare(*folders, args.seeds, args.lr)
     print("\n" + markdown_table(HEADING, rows))
     windows = np.array_split(np.arange(steps), min(steps, POINTS))
     record = {

@@ -6,16 +6,18 @@ docs/sampled_masks.png.
 
 import sys
 from functools import partial
+from pathlib import Path
 from statistics import mean
 
 from record import POINTS
-from rows import CURVES, LEVELS, MASKPRO, STEPS
-from tables import ROOT, of_accuracy, of_perplexity, record, smollm2
+from rows import CURVES, LEVELS, MASKPRO, STEPS, record
 
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from utils import run_script
 
 from matplotlib.figure import Figure
+from smollm2_tables import of_accuracy, of_perplexity, smollm2
 
 MEASURES = {
     "WikiText-2": of_perplexity,

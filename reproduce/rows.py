@@ -1,5 +1,17 @@
-"""The rows of the records in reproduce/records/ that tables and pictures show, with their labels
-there."""
+"""The records in reproduce/records/, and the rows of them that tables and pictures show, with their
+labels there."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+RECORDS = Path(__file__).resolve().parent / "records"
+
+
+@cache
+def record(name: str) -> dict:
+    """Read a file of reproduce/records/."""
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def small(
