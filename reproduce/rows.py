@@ -72,6 +72,12 @@ SUMMARY = [
         "16",
         "2of4/rival-scores_ste-lr0.01-real-steps280",
     ),
+    (
+        "STE with Adam",
+        "backward passes, 1,000 steps",
+        "16",
+        "2of4/rival-scores_ste-lr0.01-real-steps1000",
+    ),
     ("**ours**", "backward passes, 280 steps", "4.75", "2of4/sparsify-real-steps280"),
     (
         "**ours**",
